@@ -1,0 +1,53 @@
+"""What the machine can do: device, precision, threads, memory."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import torch
+
+from library.errors import UserError
+
+DTYPES = {"no": torch.float32, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def check_precision(mixed_precision: str, device: torch.device) -> None:
+    """Refuse half precision where it would crash or crawl."""
+    if mixed_precision == "fp16" and device.type == "cpu":
+        raise UserError("--mixed_precision fp16 needs a GPU and none was found; use --mixed_precision bf16 or no")
+    if mixed_precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError("--mixed_precision bf16 is not supported by this GPU; use --mixed_precision fp16")
+
+
+def cpu_has_fast_bf16() -> bool:
+    """Whether this processor multiplies bf16 in hardware; without that, bf16 is many times slower than float32."""
+    query = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    if query is None:
+        return True
+    return bool(query() or torch.cpu._is_amx_tile_supported())
+
+
+def use_all_cores(processes: int = 1) -> int:
+    """Let a CPU run use every core and return the number of threads.
+
+    `accelerate launch --num_cpu_threads_per_process 1` is meant for GPU runs; on a CPU it would leave all cores but one idle.
+    """
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = max(1, available // processes)
+    torch.set_num_threads(threads)
+    return threads
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """Peak memory of this process: on the GPU if there is one, else resident memory; None if the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return getattr(psutil.Process().memory_info(), "peak_wset", None)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

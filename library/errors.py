@@ -1,0 +1,54 @@
+"""Errors that are the user's to mend: one line with the cause and the cure, exit code 2, no traceback."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Iterable
+
+
+class UserError(Exception):
+    """Wrong input. The message is one line: what is wrong, where (file, key or option), and what to do."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name closest to `name`, or None if nothing is close."""
+    known = list(known)
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if not matches:
+        by_lower = {k.lower(): k for k in known}
+        matches = [by_lower[m] for m in difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)]
+    return matches[0] if matches else None
+
+
+def unknown(what: str, name: str, known: Iterable[str], where: str = "") -> UserError:
+    """An error for a name that is not known, with the nearest known one.
+
+    >>> str(unknown("network_args key", "conv_dm", ["conv_dim"]))
+    "unknown network_args key 'conv_dm'; did you mean 'conv_dim'?"
+    """
+    known = sorted(known)
+    close = nearest(name, known)
+    cure = f"did you mean '{close}'?" if close else f"known: {', '.join(known)}"
+    return UserError(f"unknown {what} '{name}'{f' in {where}' if where else ''}; {cure}")
+
+
+def run_entry(main: Callable[[], int | None]) -> None:
+    """Run an entry script's `main` and leave the process with its exit code.
+
+    0: done; 2: the user's input was wrong (one line on stderr); 130: interrupted.
+    """
+    # Windows consoles and redirected output are often not UTF-8; a caption must never end a run.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    try:
+        code = main() or 0
+    except UserError as error:
+        sys.stdout.flush()
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code)

@@ -1,0 +1,101 @@
+"""Files: written whole or not at all, read without running code, and hashed as the ecosystem does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import struct
+import uuid
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from library.errors import UserError
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
+    """Give a temporary path beside `path`; when the block ends well, flush it to disk and rename it to `path`.
+
+    The temporary name keeps the suffix, since writers choose a format by it. If the block raises, nothing is left.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; check the folder, its rights and free space") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write UTF-8 text atomically, with \\n line ends on every system."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def read_safetensors_header(path: str | os.PathLike) -> dict[str, Any]:
+    """The JSON header of a .safetensors file, checked against the file's length.
+
+    Raises UserError, naming the file and the reason, if it is truncated or something else.
+    """
+    path = Path(path)
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= length <= size - 8:
+            raise UserError(f"{path} is no .safetensors file or is cut off: its header does not fit; fetch it again")
+        try:
+            header = json.loads(file.read(length))
+            end = max((t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is no .safetensors file: its header is not readable; fetch it again") from error
+    if 8 + length + end != size:
+        raise UserError(f"{path} is cut off or damaged: {8 + length + end:,} bytes expected, {size:,} found; fetch it again")
+    return header
+
+
+def load_pickled_tensors(path: str | os.PathLike) -> dict[str, Any]:
+    """The dictionary in a .ckpt/.pt/.bin file, memory-mapped where the format allows, never running code in it."""
+    import torch
+
+    path = Path(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, AttributeError, ImportError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
+            raise UserError(
+                f"{path} was not opened: it holds more than tensors, and code in it would have run; "
+                "get a .safetensors file of this model instead"
+            ) from error
+        raise UserError(f"{path} is cut off or no checkpoint ({reason}); fetch it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors; it is no model file")
+    return content
+
+
+def sha256_of_file(path: str | os.PathLike) -> str:
+    """64 hex digits over the whole file: the web UI's model hash, `ss_new_sd_model_hash`."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def legacy_hash_of_file(path: str | os.PathLike) -> str:
+    """8 hex digits over bytes 0x100000 to 0x110000 of the file: the web UI's old model hash, `ss_sd_model_hash`."""
+    with open(path, "rb") as file:
+        file.seek(0x100000)
+        return hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
