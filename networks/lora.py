@@ -1,0 +1,591 @@
+"""LoRA networks for Stable Diffusion 1.x and 2.x: made, trained, saved, loaded, applied and merged.
+
+LoRA (Hu et al. 2021, arXiv 2106.09685) leaves a layer W frozen and learns a low-rank addition to it:
+
+    y = W(x) + multiplier * (alpha / rank) * up(down(x))
+
+By default ("LierLa") the Linear and 1x1 convolution layers of the text encoder's and the U-Net's attention blocks get one;
+with `conv_dim` ("C3Lier") so do the layers of the U-Net's residual blocks and samplers, 3x3 convolutions included.
+Files hold `<name>.alpha`, `<name>.lora_down.weight` and `<name>.lora_up.weight`; `<name>` is the layer's path with
+underscores. This file needs torch and safetensors alone, and works copied beside any script:
+
+    network, weights = create_network_from_weights(0.8, "mine.safetensors", vae, text_encoder, unet)
+    network.apply_to(text_encoder, unet)          # or: network.merge_to(text_encoder, unet, weights), for good
+    network.load_state_dict(weights)
+    ...
+    network.set_multiplier(0.5)
+    network.unapply()                             # the model is as it was
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import itertools
+import logging
+import math
+import os
+import pickle
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+logger = logging.getLogger(__name__)
+
+TEXT_ENCODER_PREFIX = "lora_te"
+UNET_PREFIX = "lora_unet"
+TEXT_ENCODER_BLOCKS = frozenset({"CLIPAttention", "CLIPSdpaAttention", "CLIPMLP"})
+UNET_BLOCKS = frozenset({"Transformer2DModel"})
+UNET_BLOCKS_3X3 = UNET_BLOCKS | {"ResnetBlock2D", "Downsample2D", "Upsample2D"}
+
+Layer = nn.Linear | nn.Conv2d
+
+
+# ---------------------------------------------------------------- which layers, and what they are called
+
+
+def find_layers(text_encoder: nn.Module | None, unet: nn.Module | None, conv3x3: bool = False) -> dict[str, Layer]:
+    """The layers that can get a LoRA, by LoRA name, in the order in which files list them."""
+    layers = _layers_in(text_encoder, TEXT_ENCODER_PREFIX, TEXT_ENCODER_BLOCKS)
+    return layers | _layers_in(unet, UNET_PREFIX, UNET_BLOCKS_3X3 if conv3x3 else UNET_BLOCKS)
+
+
+def _layers_in(root: nn.Module | None, prefix: str, block_classes: frozenset[str]) -> dict[str, Layer]:
+    paths: dict[str, Layer] = {}
+    for block_path, block in root.named_modules() if root is not None else ():
+        if type(block).__name__ in block_classes:
+            for path, layer in block.named_modules(prefix=block_path):
+                if isinstance(layer, Layer):
+                    paths[path] = layer
+    names = {}
+    # Files list a transformer block as attn1, ff, attn2; today's Diffusers holds it as attn1, attn2, ff.
+    for _, group in itertools.groupby(paths, key=_transformer_block):
+        for path in sorted(group, key=lambda p: ".attn2." in p):
+            names[f"{prefix}_{_standard_path(path, prefix).replace('.', '_')}"] = paths[path]
+    return names
+
+
+def _transformer_block(path: str) -> str:
+    """`...transformer_blocks.0.attn1.to_q` -> `...transformer_blocks.0`; any other path as it is."""
+    parts = path.split(".")
+    return ".".join(parts[: parts.index("transformer_blocks") + 2]) if "transformer_blocks" in parts else path
+
+
+def _standard_path(path: str, prefix: str) -> str:
+    """The path as files have it: transformers 5.6 dropped the `text_model` level of `CLIPTextModel`, files keep it."""
+    return f"text_model.{path}" if prefix == TEXT_ENCODER_PREFIX and not path.startswith("text_model.") else path
+
+
+# ---------------------------------------------------------------- one layer
+
+
+class LoRAModule(nn.Module):
+    """The low-rank addition to one Linear or Conv2d layer. `forward` gives the addition alone.
+
+    Shapes: Linear in -> out has down (rank, in) and up (out, rank); Conv2d k x k has down (rank, in, k, k), with the layer's
+    stride and padding, and up (out, rank, 1, 1). `down` starts uniform in +-1/sqrt(fan_in), `up` at zero: so the start is
+    the base model. All three dropouts act in training mode only.
+    """
+
+    def __init__(
+        self,
+        layer: Layer,
+        rank: int,
+        alpha: float | None,
+        multiplier: float = 1.0,
+        dropout: float = 0.0,
+        rank_dropout: float = 0.0,
+        module_dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.rank, self.multiplier, self.enabled = rank, multiplier, True
+        self.dropout, self.rank_dropout, self.module_dropout = dropout, rank_dropout, module_dropout
+        if isinstance(layer, nn.Conv2d):
+            self.lora_down: Layer = nn.Conv2d(
+                layer.in_channels, rank, layer.kernel_size, layer.stride, layer.padding, layer.dilation, bias=False
+            )
+            self.lora_up: Layer = nn.Conv2d(rank, layer.out_channels, 1, bias=False)
+        else:
+            self.lora_down = nn.Linear(layer.in_features, rank, bias=False)
+            self.lora_up = nn.Linear(rank, layer.out_features, bias=False)
+        nn.init.kaiming_uniform_(self.lora_down.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_up.weight)
+        self.register_buffer("alpha", torch.tensor(float(alpha or rank)))
+        self.read_scale()
+        self._hook: Any = None
+
+    def read_scale(self) -> None:
+        """Set the scale from the alpha tensor, once: reading a tensor at every step would make the host wait for the GPU."""
+        self.scale = float(self.alpha) / self.rank
+
+    def forward(self, x: Tensor) -> Tensor:
+        """multiplier * scale * up(down(x)): (B, ..., in) -> (B, ..., out), or (B, in, H, W) -> (B, out, H', W')."""
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.lora_down.weight.dtype)
+        hidden = F.dropout(self.lora_down(x), self.dropout, self.training)
+        factor = self.scale * self.multiplier
+        if self.training and self.rank_dropout:
+            hidden = hidden * self._rank_mask(hidden)
+            factor = factor / (1 - self.rank_dropout)
+        # The rank is the narrowest place, so scaling costs least there.
+        return self.lora_up(hidden * factor)
+
+    def _rank_mask(self, hidden: Tensor) -> Tensor:
+        """0 or 1 for each sample and rank, the same at every token or position."""
+        keep = torch.rand(hidden.shape[0], self.rank, device=hidden.device) > self.rank_dropout
+        if isinstance(self.lora_down, nn.Conv2d):
+            return keep[:, :, None, None]
+        return keep.view(hidden.shape[0], *[1] * (hidden.dim() - 2), self.rank)
+
+    def is_idle(self) -> bool:
+        """Whether this call adds nothing: switched off, strength 0 outside of training, or dropped as a whole."""
+        if not self.enabled or (self.multiplier == 0 and not self.training):
+            return True
+        # Drawn on the CPU: its generator is saved and restored by gradient checkpointing, and nothing waits for a GPU.
+        return self.training and self.module_dropout > 0 and torch.rand(()).item() < self.module_dropout
+
+    def attach(self, layer: Layer) -> None:
+        """Add this module's result to the layer's from now on. Several networks may be attached to one layer."""
+        self._hook = layer.register_forward_hook(self._add)
+
+    def _add(self, layer: Layer, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output if self.is_idle() else output + self(inputs[0]).to(output.dtype)
+
+    def detach(self) -> None:
+        """Undo `attach`."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+
+# ---------------------------------------------------------------- the network
+
+
+class LoRANetwork(nn.Module):
+    """LoRA modules for the layers of a text encoder and a U-Net, as one module with one state.
+
+    layers: what `find_layers` gave; ranks: (rank, alpha) by LoRA name, for those layers that get a module;
+    dropouts: any of dropout, rank_dropout, module_dropout.
+    """
+
+    module_class = LoRAModule
+
+    def __init__(
+        self,
+        layers: Mapping[str, Layer],
+        ranks: Mapping[str, tuple[int, float | None]],
+        multiplier: float = 1.0,
+        dropouts: Mapping[str, float] | None = None,
+    ):
+        super().__init__()
+        self.multiplier = multiplier
+        self.text_encoder_loras: list[LoRAModule] = []
+        self.unet_loras: list[LoRAModule] = []
+        for name, layer in layers.items():
+            if name in ranks:
+                rank, alpha = ranks[name]
+                module = self.module_class(layer, rank, alpha, multiplier, **(dropouts or {}))
+                self.add_module(name, module)
+                (self.unet_loras if name.startswith(UNET_PREFIX) else self.text_encoder_loras).append(module)
+        if not self.loras:
+            raise ValueError("no layer for a LoRA was found in the text encoder and U-Net; are they Stable Diffusion 1.x or 2.x?")
+        logger.info("LoRA modules: %d text encoder, %d U-Net", len(self.text_encoder_loras), len(self.unet_loras))
+
+    @property
+    def loras(self) -> list[LoRAModule]:
+        return self.text_encoder_loras + self.unet_loras
+
+    # ---- on and off
+
+    def apply_to(
+        self, text_encoder: nn.Module | None, unet: nn.Module | None, apply_text_encoder: bool = True, apply_unet: bool = True
+    ) -> None:
+        """Attach the modules to the model's layers. Parts not applied are dropped: neither trained nor saved."""
+        if not apply_text_encoder:
+            self._drop(self.text_encoder_loras)
+        if not apply_unet:
+            self._drop(self.unet_loras)
+        self.unapply()
+        layers = find_layers(text_encoder, unet, conv3x3=True)
+        for name, module in self.named_children():
+            if name not in layers:
+                raise ValueError(f"the model has no layer for the LoRA module {name}; was the network made for another model?")
+            module.attach(layers[name])
+
+    def _drop(self, modules: list[LoRAModule]) -> None:
+        for name in [name for name, module in self.named_children() if module in modules]:
+            delattr(self, name)
+        modules.clear()
+
+    def unapply(self) -> None:
+        """Detach from the model, which is then bit for bit what it was. The modules keep their weights."""
+        for module in self.loras:
+            module.detach()
+
+    def set_multiplier(self, multiplier: float) -> None:
+        """The strength of every module from now on; 1 is what was trained."""
+        self.multiplier = multiplier
+        for module in self.loras:
+            module.multiplier = multiplier
+
+    def set_enabled(self, is_enabled: bool) -> None:
+        """Switch every module on or off, without touching its strength."""
+        for module in self.loras:
+            module.enabled = is_enabled
+
+    def is_mergeable(self) -> bool:
+        """Whether `merge_to` gives the same result as `apply_to`."""
+        return True
+
+    @torch.no_grad()
+    def merge_to(
+        self,
+        text_encoder: nn.Module | None,
+        unet: nn.Module | None,
+        weights_sd: Mapping[str, Tensor],
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Add the weights to the model's layers for good: W += multiplier * alpha / rank * up down, calculated in float32.
+
+        dtype: round the result to this first (the layers keep their own type); device: calculate there.
+        """
+        layers = find_layers(text_encoder, unet, conv3x3=True)
+        check_found(weights_sd, layers)
+        for name in module_names(weights_sd):
+            if name in layers:
+                weight = layers[name].weight
+                delta = weight_delta(*module_weights(weights_sd, name, layers[name]), device=device or weight.device)
+                merged = weight.to(delta) + self.multiplier * delta.view(weight.shape)
+                weight.copy_(merged.to(dtype or weight.dtype))
+
+    # ---- training
+
+    def prepare_optimizer_params(
+        self, text_encoder_lr: float | None, unet_lr: float | None, default_lr: float | None
+    ) -> tuple[list[dict[str, Any]], list[str]]:
+        """Optimizer groups and their names for the log. A rate of None means the default; parts with rate 0 are left out."""
+        groups, names = [], []
+        parts = [("textencoder", self.text_encoder_loras, text_encoder_lr), ("unet", self.unet_loras, unet_lr)]
+        for name, modules, lr in parts:
+            lr = default_lr if lr is None else lr
+            if modules and lr:
+                groups.append({"params": [p for module in modules for p in module.parameters()], "lr": lr})
+                names.append(name)
+            elif modules:
+                logger.warning("%s: learning rate 0, not trained", name)
+        if not groups:
+            raise ValueError("nothing to train: every learning rate is 0; give --learning_rate, --unet_lr or --text_encoder_lr")
+        return groups, names
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Nothing to do: the modules are recomputed with the model's own checkpoints, to which they are attached."""
+
+    def prepare_grad_etc(self, text_encoder: nn.Module | None, unet: nn.Module | None) -> None:
+        self.requires_grad_(True)
+
+    def on_epoch_start(self, text_encoder: nn.Module | None, unet: nn.Module | None) -> None:
+        self.train()
+
+    def get_trainable_params(self) -> list[nn.Parameter]:
+        return list(self.parameters())
+
+    @torch.no_grad()
+    def apply_max_norm_regularization(self, max_norm: float, device: Any = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Shrink every module whose ||scale * up down|| (Frobenius) exceeds max_norm to that norm.
+
+        Returns how many were shrunk, and the mean and the largest norm afterwards, as tensors: reading them is left to the
+        caller, since it waits for the GPU.
+        """
+        ratios, norms = [], []
+        for module in self.loras:
+            up, down = module.lora_up.weight, module.lora_down.weight
+            norm = weight_delta(up, down, module.scale * module.rank).norm().clamp(min=max_norm / 2)
+            ratio = norm.clamp(max=max_norm) / norm
+            up.mul_(ratio.sqrt())
+            down.mul_(ratio.sqrt())
+            ratios.append(ratio)
+            norms.append(norm * ratio)
+        stacked = torch.stack(norms)
+        return (torch.stack(ratios) != 1).sum(), stacked.mean(), stacked.max()
+
+    # ---- files
+
+    def save_weights(self, file: str | os.PathLike, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
+        """Write the file, whole or not at all; see `save_tensors`. dtype None keeps the weights' own."""
+        tensors = {key: t.detach().to("cpu", dtype or t.dtype).contiguous() for key, t in self.state_dict().items()}
+        save_tensors(tensors, file, metadata)
+
+    def load_weights(self, file: str | os.PathLike) -> Any:
+        """Load a file; the alphas, and so the scales, are the file's. Returns the missing and the unexpected keys."""
+        weights = load_tensors(file)
+        check_found(weights, dict(self.named_children()))
+        result = self.load_state_dict(weights, strict=False)
+        conv3x3 = {k: t for k, t in weights.items() if k.endswith(".lora_down.weight") and t.dim() == 4 and t[0, 0].numel() > 1}
+        if conv3x3.keys() & set(result.unexpected_keys) and all(kernel_size(m.lora_down) == 1 for m in self.loras):
+            rank = len(next(iter(conv3x3.values())))
+            raise ValueError(
+                f"{file} has 3x3 convolutions, this network has none; use --dim_from_weights or --network_args conv_dim={rank}"
+            )
+        return result
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
+        """As torch's, and: alpha may be missing (then it is the rank); Linear and 1x1 convolution weights fit each other."""
+        fitted = dict(state_dict)
+        for name, module in self.named_children():
+            if f"{name}.lora_down.weight" in fitted and f"{name}.lora_up.weight" in fitted:
+                up, down, alpha = module_weights(fitted, name, module)
+                if len(down) != module.rank:
+                    option = "--network_dim" if kernel_size(module.lora_down) == 1 else "--network_args conv_dim="
+                    raise ValueError(
+                        f"{name} has rank {len(down)} in the weights and {module.rank} in this network; "
+                        f"use --dim_from_weights or {option} {len(down)}".replace("= ", "=")
+                    )
+                fitted[f"{name}.lora_up.weight"] = up.reshape(module.lora_up.weight.shape)
+                fitted[f"{name}.lora_down.weight"] = down.reshape(module.lora_down.weight.shape)
+                fitted[f"{name}.alpha"] = torch.tensor(alpha)
+        result = super().load_state_dict(fitted, strict=strict, assign=assign)
+        for module in self.loras:
+            module.read_scale()
+        return result
+
+
+# ---------------------------------------------------------------- weights as tensors
+
+
+def weight_delta(up: Tensor, down: Tensor, alpha: float, device: Any = None) -> Tensor:
+    """alpha / rank * up down in float32: (out, in), or (out, in, k, k) for a convolution."""
+    up, down = up.to(device, torch.float32), down.to(device, torch.float32)
+    return (up.flatten(1) @ down.flatten(1)).mul_(alpha / down.shape[0]).view(up.shape[0], *down.shape[1:])
+
+
+def module_names(weights: Mapping[str, Tensor]) -> list[str]:
+    """The names of the LoRA modules that have both factors in these weights."""
+    names = [key.removesuffix(".lora_down.weight") for key in weights if key.endswith(".lora_down.weight")]
+    return [name for name in names if f"{name}.lora_up.weight" in weights]
+
+
+def module_weights(weights: Mapping[str, Tensor], name: str, target: Layer | LoRAModule) -> tuple[Tensor, Tensor, float]:
+    """(up, down, alpha) of one module, checked against the layer or LoRA module it is for. No alpha, or 0: the rank."""
+    up, down = weights[f"{name}.lora_up.weight"], weights[f"{name}.lora_down.weight"]
+    if isinstance(target, LoRAModule):
+        out_size, in_size = len(target.lora_up.weight), target.lora_down.weight[0].numel()
+    else:
+        out_size, in_size = len(target.weight), target.weight[0].numel()
+    rank = len(down)
+    # Sizes, not shapes: SD 2 has its projections as Linear (2-D) or as 1x1 convolution (4-D), and weights fit both.
+    if (len(up), up[0].numel(), down[0].numel()) != (out_size, rank, in_size):
+        raise ValueError(
+            f"{name}: the weights (down {tuple(down.shape)}, up {tuple(up.shape)}) do not fit this model's layer "
+            f"({in_size} in, {out_size} out); are they for another Stable Diffusion version?"
+        )
+    alpha = weights.get(f"{name}.alpha")
+    return up, down, float(alpha if alpha is not None else 0) or float(rank)
+
+
+def load_tensors(file: str | os.PathLike) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, or of a pickled one, in which no code is run."""
+    file = Path(file)
+    try:
+        if file.suffix == ".safetensors":
+            return safetensors.torch.load_file(file)
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"there is no file {file}") from None
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        raise ValueError(f"{file} is damaged or no weights file: {(str(error) or type(error).__name__).splitlines()[0]}") from error
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise ValueError(f"{file} is no LoRA file: it holds more than tensors by name")
+    return tensors
+
+
+def save_tensors(tensors: Mapping[str, Tensor], file: str | os.PathLike, metadata: Mapping[str, str] | None) -> None:
+    """Write tensors to .safetensors, with metadata and its hashes if metadata is given, or to .ckpt/.pt, a plain dictionary.
+
+    The file appears under its name only when whole. Raises ValueError, naming the key, for a value that is not finite.
+    """
+    file = Path(file)
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{file} was not written: {key} holds NaN or infinity in {str(tensor.dtype).removeprefix('torch.')}")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.stem}.{uuid.uuid4().hex[:8]}{file.suffix}")
+    try:
+        if file.suffix == ".safetensors":
+            safetensors.torch.save_file(dict(tensors), temporary, with_hashes(tensors, metadata) if metadata is not None else None)
+        else:
+            torch.save(dict(tensors), temporary)
+        with open(temporary, "rb+") as stream:
+            os.fsync(stream.fileno())
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def with_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """The metadata and the two hashes by which web UIs know a LoRA.
+
+    sshs_model_hash: SHA-256 of the tensor data alone. sshs_legacy_hash: 8 digits over bytes 0x100000 to 0x110000 of the file
+    as it would be with the metadata keys `ss_...` only.
+    """
+    training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+    content = memoryview(safetensors.torch.save(dict(tensors), training))
+    data_start = 8 + int.from_bytes(content[:8], "little")
+    return {
+        **metadata,
+        "sshs_model_hash": hashlib.sha256(content[data_start:]).hexdigest(),
+        "sshs_legacy_hash": hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8],
+    }
+
+
+OTHER_FORMATS = {
+    "lora_te1_": "it is a LoRA for SDXL",
+    "lora_unet_input_blocks_": "it is a LoRA for SDXL",
+    "hada_w1": "it is a LoHa (LyCORIS)",
+    "lokr_w": "it is a LoKr (LyCORIS)",
+    ".lora_A.": "it is in the layout of peft or Diffusers",
+    "diffusion_model.": "it is a whole model",
+}
+
+
+def check_found(weights: Mapping[str, Tensor], known: Mapping[str, Any]) -> None:
+    """Warn if some of the weights' modules are not in the model; ValueError if none is."""
+    names = module_names(weights)
+    found = sum(name in known for name in names)
+    if not found:
+        reason = next((text for mark, text in OTHER_FORMATS.items() if any(mark in key for key in weights)), "")
+        raise ValueError(
+            f"no LoRA module of these weights ({len(names)} modules, {len(weights)} tensors) is in this model"
+            + (f": {reason}" if reason else "; are they a LoRA for Stable Diffusion 1.x or 2.x?")
+        )
+    if found < len(names):
+        missing = next(name for name in names if name not in known)
+        logger.warning("%d of %d LoRA modules have no layer in this model, such as %s", len(names) - found, len(names), missing)
+
+
+# ---------------------------------------------------------------- making a network
+
+
+@dataclass(frozen=True)
+class NetworkArgs:
+    """What `--network_args` can say, as numbers."""
+
+    conv_dim: int | None = None
+    conv_alpha: float | None = None
+    dropout: float = 0.0
+    rank_dropout: float = 0.0
+    module_dropout: float = 0.0
+
+    @property
+    def dropouts(self) -> dict[str, float]:
+        return {"dropout": self.dropout, "rank_dropout": self.rank_dropout, "module_dropout": self.module_dropout}
+
+
+NOT_BUILT_YET = (
+    "block_dims block_alphas conv_block_dims conv_block_alphas down_lr_weight mid_lr_weight up_lr_weight block_lr_zero_threshold "
+    "loraplus_lr_ratio loraplus_unet_lr_ratio loraplus_text_encoder_lr_ratio"
+).split()
+
+
+def parse_network_args(texts: Mapping[str, Any], neuron_dropout: float | None = None) -> NetworkArgs:
+    """Check and read the words of `--network_args`; None means not given. neuron_dropout is `--network_dropout`."""
+    known = NetworkArgs.__dataclass_fields__
+    given = {key: text for key, text in texts.items() if text is not None}
+    for key in given:
+        if key in NOT_BUILT_YET:
+            raise ValueError(f"network_args {key} is known but not built yet; leave it out")
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            raise ValueError(f"unknown network_args key '{key}'; " + (f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"))
+    args = NetworkArgs(**{key: read_number(key, text, int if key.endswith("_dim") else float) for key, text in given.items()})
+    if neuron_dropout is not None:
+        if "dropout" in given and args.dropout != neuron_dropout:
+            raise ValueError(f"--network_dropout {neuron_dropout} and network_args dropout={args.dropout} differ; give one of them")
+        args = replace(args, dropout=float(neuron_dropout))
+    for kind, share in args.dropouts.items():
+        if not 0 <= share < 1:
+            raise ValueError(f"{kind} must be at least 0 and below 1, not {share}")
+    if args.conv_alpha is not None and args.conv_dim is None:
+        raise ValueError("network_args conv_alpha does nothing without conv_dim; give conv_dim too")
+    return args
+
+
+def read_number(key: str, text: Any, kind: type) -> Any:
+    """The text as an int or float; ValueError names the key."""
+    try:
+        number = kind(text)
+    except (TypeError, ValueError):
+        raise ValueError(f"network_args {key}={text}: not {'a whole number' if kind is int else 'a number'}") from None
+    if not math.isfinite(number):
+        raise ValueError(f"network_args {key}={text}: not a finite number")
+    return number
+
+
+def create_network(
+    multiplier: float,
+    network_dim: int | None,
+    network_alpha: float | None,
+    vae: Any,
+    text_encoder: nn.Module | None,
+    unet: nn.Module | None,
+    neuron_dropout: float | None = None,
+    **network_args: Any,
+) -> LoRANetwork:
+    """A new network of rank network_dim (default 4) and alpha network_alpha (default 1; 0 means the rank).
+
+    network_args are the words of `--network_args`, as text; see `NetworkArgs`. Wrong ones raise ValueError.
+    """
+    args = parse_network_args(network_args, neuron_dropout)
+    dim = 4 if network_dim is None else network_dim
+    for name, rank in (("network_dim", dim), ("conv_dim", args.conv_dim)):
+        if rank is not None and rank < 1:
+            raise ValueError(f"{name} must be at least 1, not {rank}")
+    linear = (dim, 1.0 if network_alpha is None else network_alpha)
+    conv = (args.conv_dim, 1.0 if args.conv_alpha is None else args.conv_alpha)
+    layers = find_layers(text_encoder, unet, conv3x3=args.conv_dim is not None)
+    ranks = {name: conv if kernel_size(layer) > 1 else linear for name, layer in layers.items()}
+    return LoRANetwork(layers, ranks, multiplier, args.dropouts)
+
+
+def create_network_from_weights(
+    multiplier: float,
+    file: str | os.PathLike | None,
+    vae: Any,
+    text_encoder: nn.Module | None,
+    unet: nn.Module | None,
+    weights_sd: dict[str, Tensor] | None = None,
+    for_inference: bool = False,
+    **network_args: Any,
+) -> tuple[LoRANetwork, dict[str, Tensor]]:
+    """A network of the modules, ranks and alphas of a file, or of weights_sd, and these weights (not loaded into it yet).
+
+    for_inference is part of the common contract; this network is the same for both uses.
+    """
+    if weights_sd is None:
+        if file is None:
+            raise ValueError("give a weights file or weights_sd")
+        weights_sd = load_tensors(file)
+    args = parse_network_args({key: text for key, text in network_args.items() if key != "neuron_dropout"}, network_args.get("neuron_dropout"))
+    if args.conv_dim is not None:
+        logger.info("conv_dim and conv_alpha are not used: ranks and alphas come from the weights")
+    layers = find_layers(text_encoder, unet, conv3x3=True)
+    check_found(weights_sd, layers)
+    ranks = {}
+    for name in module_names(weights_sd):
+        if name in layers:
+            _, down, alpha = module_weights(weights_sd, name, layers[name])
+            ranks[name] = (len(down), alpha)
+    return LoRANetwork(layers, ranks, multiplier, args.dropouts), weights_sd
+
+
+def kernel_size(layer: Layer) -> int:
+    """Positions that one output sees: 1 for Linear and 1x1 convolutions, 9 for 3x3."""
+    return layer.weight[0, 0].numel()
