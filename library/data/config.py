@@ -1,180 +1,196 @@
-"""What to train on: the datasets and their subsets, as a dataset file, folders and the command line give them.
+"""From a dataset file or folders to complete datasets: which key may stand where, which value wins, and what is refused.
 
-The keys, their meaning and their levels are the ecosystem's (docs/train_README.md lists them). A value is taken from the
-first place that has one: subset, dataset, [general], command line, default. After that nothing is open: the classes here are
-frozen, checked and complete.
+A value is taken from the first place that has one: subset, dataset, [general], command line, default.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal, Optional
+from typing import Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import BaseModel, ValidationError
 
-from library.data.config_file import NOT_BUILT, ONLY_COMMAND_LINE, describe_problem, read_config_file
+from library.data.config_file import read_config_file
+from library.data.config_keys import (
+    DATASET_KEYS,
+    SHARED_KEYS,
+    SUBSET_ONLY,
+    DatasetConfig,
+    DatasetDefaults,
+    SubsetConfig,
+    describe_problem,
+    optional_keys,
+)
 from library.data.folders import check_pictures, picture_subsets
 from library.errors import UserError, unknown
 
+__all__ = ["DatasetConfig", "DatasetDefaults", "SubsetConfig", "datasets_from_file", "datasets_from_folders"]
+
 log = logging.getLogger(__name__)
 
+# The ecosystem knows these keys; they are refused until the issue that builds them takes them out here.
+NOT_BUILT = (
+    "validation_split", "validation_seed", "metadata_file", "conditioning_data_dir", "alpha_mask", "custom_attributes",
+    "network_multiplier", "cache_info",
+)  # fmt: skip
+COMMAND_LINE_ONLY = ("prior_loss_weight", "max_token_length", "debug_dataset")
 
-def _pair(kind: type, text_example: str, value: Any) -> Any:
-    """Lists become tuples; "640,448", as the command line gives it, is left to `parse_pair`."""
-    if isinstance(value, str):
-        raise ValueError(f"{text_example}, without quotes")
-    numbers = value if isinstance(value, (list, tuple)) else [value]
-    if len(numbers) != 2 or any(isinstance(n, bool) or not isinstance(n, (int, kind)) for n in numbers):
-        raise ValueError(text_example)
-    return tuple(kind(n) for n in numbers)
-
-
-def _resolution(value: Any) -> Any:
-    square = isinstance(value, int) and not isinstance(value, bool)
-    width, height = _pair(int, "512 or [640, 448] (width, height)", [value, value] if square else value)
-    if min(width, height) < 8:
-        raise ValueError("sides of at least 8 pixels")
-    return width, height
+_DATASET_TABLE = optional_keys("DatasetTable", DATASET_KEYS + SHARED_KEYS)
+_SUBSET_TABLE = optional_keys("SubsetTable", SUBSET_ONLY + SHARED_KEYS)
+_GENERAL, _DATASET, _SUBSET = "[general]", "[[datasets]]", "[[datasets.subsets]]"
 
 
-def _face_range(value: Any) -> Any:
-    if value is None:
-        return None
-    low, high = _pair(float, "two numbers such as [2.0, 4.0]", value)
-    if not 0 < low <= high:
-        raise ValueError("two numbers above 0, the smaller one first, such as [2.0, 4.0]")
-    return low, high
+def datasets_from_file(path: Path, defaults: DatasetDefaults) -> list[DatasetConfig]:
+    """Read `--dataset_config`. Raises UserError, naming file, table and key, for whatever is wrong in it."""
+    path = Path(path)
+    tables = read_config_file(path)
+    for key in tables:
+        if key not in ("general", "datasets"):
+            raise _wrong_key(key, ("general", "datasets"), f"{path}, top level")
+    general = tables.get("general", {})
+    if not isinstance(general, dict):
+        raise UserError(f"{path}: write {_GENERAL} once, with single brackets")
+    general = _checked(_DATASET_TABLE, general, f"{path}, {_GENERAL}")
+    datasets = []
+    for number, table in enumerate(_list_of_tables(tables, "datasets", _DATASET, str(path)), start=1):
+        place = f"{path}, {_DATASET} {number}"
+        subset_tables = _list_of_tables(table, "subsets", _SUBSET, place)
+        table = {key: value for key, value in table.items() if key != "subsets"}
+        in_file = {**general, **_checked(_DATASET_TABLE, table, place)}
+        values = {**defaults.model_dump(exclude_none=True), **in_file}
+        subsets = _subsets_from_tables(subset_tables, values, path, place)
+        datasets.append(_dataset(values, subsets, place))
+        _warn_without_effect(in_file, datasets[-1], place)
+    return datasets
 
 
-def _path(value: Any) -> Any:
-    if not isinstance(value, (str, Path)) or not str(value).strip():
-        raise ValueError("the path of a folder in quotes")
-    return Path(value).expanduser()
+def datasets_from_folders(train_data_dir: Path, reg_data_dir: Path | None, defaults: DatasetDefaults) -> list[DatasetConfig]:
+    """One dataset from `--train_data_dir` and `--reg_data_dir`: see `folders.picture_subsets` for which folders are used."""
+    values = defaults.model_dump(exclude_none=True)
+    subsets = []
+    for option, parent, is_reg in (("--train_data_dir", train_data_dir, False), ("--reg_data_dir", reg_data_dir, True)):
+        for found in picture_subsets(Path(parent), option) if parent else ():
+            own = {"num_repeats": found.num_repeats, "class_tokens": found.class_tokens}
+            own = {key: value for key, value in own.items() if value is not None}
+            subset = _subset({**values, **own, "image_dir": found.image_dir, "is_reg": is_reg}, str(found.image_dir))
+            check_pictures(subset.image_dir, subset.caption_extension, option)
+            subsets.append(subset)
+    return [_dataset(values, subsets, f"--train_data_dir={train_data_dir}")]
 
 
-def _extension(value: Any) -> Any:
-    if not isinstance(value, str) or not value.strip(". "):
-        raise ValueError('a suffix such as ".txt"')
-    return value if value.startswith(".") else f".{value}"
+def _subsets_from_tables(tables: list[dict], values: dict[str, Any], path: Path, place: str) -> list[SubsetConfig]:
+    """The `[[datasets.subsets]]` of one dataset; `values` are those that hold unless a subset says otherwise."""
+    subsets = []
+    for number, table in enumerate(tables, start=1):
+        where = f"{place}, {_SUBSET} {number}"
+        own = {**values, **_checked(_SUBSET_TABLE, table, where)}
+        if "image_dir" not in own:
+            raise UserError(f"{where}: image_dir is missing; write image_dir = 'path/of/the/pictures'")
+        own["image_dir"] = _existing_folder(own["image_dir"], path, where)
+        subsets.append(_subset(own, where))
+        check_pictures(subsets[-1].image_dir, subsets[-1].caption_extension, where)
+    _refuse_twins(subsets, place)
+    return subsets
 
 
-def _multiple_of_8(value: Any) -> Any:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 8 or value % 8:
-        raise ValueError("a multiple of 8, usually 64")
-    return value
+def _list_of_tables(table: dict[str, Any], key: str, brackets: str, place: str) -> list[dict[str, Any]]:
+    tables = table.get(key, [])
+    if not isinstance(tables, list) or not all(isinstance(entry, dict) for entry in tables):
+        raise UserError(f"{place}: {key} must be a list of tables; write {brackets} with double brackets")
+    if not tables:
+        raise UserError(f"{place}: there is no {brackets}; add one")
+    return tables
 
 
-Interpolation = Literal["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box"]
-Positive = Annotated[int, Field(ge=1)]
-NotNegative = Annotated[int, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
+def _checked(model: type[BaseModel], table: dict[str, Any], place: str) -> dict[str, Any]:
+    """The values of one table that are set, checked. Raises UserError for a wrong key or value."""
+    for key in table:
+        if key not in model.model_fields:
+            raise _wrong_key(key, model.model_fields, place)
+    try:
+        return model(**table).model_dump(exclude_none=True)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = str(problem["loc"][0])
+        shown = json.dumps(table[key], ensure_ascii=False, default=str)
+        raise UserError(f"{place}: {key} = {shown}: expected {describe_problem(problem)}") from error
 
 
-class _Frozen(BaseModel):
-    # strict: "3" is no number and true is not 1; a whole number is accepted where a fraction may stand.
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+def _wrong_key(key: str, allowed: Any, place: str) -> UserError:
+    if key in NOT_BUILT:
+        return UserError(f"{place}: the key '{key}' is known but not built yet; take it out")
+    if key in COMMAND_LINE_ONLY:
+        return UserError(f"{place}: '{key}' is no dataset key; give it on the command line as --{key}")
+    homes = {**dict.fromkeys(SHARED_KEYS, f"{_GENERAL}, {_DATASET} or {_SUBSET}"), "subsets": f"{_DATASET}, as {_SUBSET}"}
+    homes |= {**dict.fromkeys(DATASET_KEYS, f"{_GENERAL} or {_DATASET}"), **dict.fromkeys(SUBSET_ONLY, _SUBSET)}
+    if key in homes:
+        return UserError(f"{place}: the key '{key}' does not belong here; it belongs in {homes[key]}")
+    # A slip of the pen in a key of another level should be recognised as well.
+    return unknown("key", key, {*allowed, *homes} - {"subsets"}, place)
 
 
-class SubsetConfig(_Frozen):
-    """One folder of pictures and how they are used. Field names are the keys of `[[datasets.subsets]]`."""
-
-    image_dir: Annotated[Path, BeforeValidator(_path)]
-    is_reg: bool = False
-    class_tokens: Optional[str] = None
-    caption_extension: Annotated[str, BeforeValidator(_extension)] = ".caption"
-    num_repeats: Positive = 1
-    shuffle_caption: bool = False
-    keep_tokens: NotNegative = 0
-    caption_separator: Annotated[str, Field(min_length=1)] = ","
-    keep_tokens_separator: str = ""
-    secondary_separator: Optional[str] = None
-    enable_wildcard: bool = False
-    caption_prefix: Optional[str] = None
-    caption_suffix: Optional[str] = None
-    caption_dropout_rate: Share = 0.0
-    caption_dropout_every_n_epochs: NotNegative = 0
-    caption_tag_dropout_rate: Share = 0.0
-    token_warmup_min: NotNegative = 1
-    token_warmup_step: Annotated[float, Field(ge=0)] = 0.0
-    color_aug: bool = False
-    flip_aug: bool = False
-    random_crop: bool = False
-    face_crop_aug_range: Annotated[Optional[tuple[float, float]], BeforeValidator(_face_range)] = None
-    resize_interpolation: Optional[Interpolation] = None
+def _existing_folder(folder: Path, path: Path, where: str) -> Path:
+    """A relative folder is looked for in the current directory, then beside the dataset file."""
+    beside = path.parent / folder
+    for candidate in (folder, beside):
+        if candidate.is_dir():
+            return candidate
+        if candidate.exists():
+            raise UserError(f"{where}: image_dir = {folder} is a file; give the folder that it lies in")
+    if any(ord(letter) < 32 for letter in str(folder)):
+        raise UserError(f"{where}: image_dir = {str(folder)!r}: \"\\t\" and the like are control characters in TOML; write the "
+                        "path in 'single quotes' or with forward slashes")
+    looked = str(folder) if folder.is_absolute() else f"{Path.cwd() / folder} or {beside.absolute()}"
+    raise UserError(f"{where}: image_dir = {folder}: there is no folder {looked}")
 
 
-class DatasetConfig(_Frozen):
-    """One dataset: its subsets share training size and batch size. Field names are the keys of `[[datasets]]`."""
-
-    resolution: Annotated[tuple[int, int], BeforeValidator(_resolution)]
-    batch_size: Positive = 1
-    enable_bucket: bool = False
-    min_bucket_reso: Positive = 256
-    max_bucket_reso: Positive = 1024
-    bucket_reso_steps: Annotated[int, BeforeValidator(_multiple_of_8)] = 64
-    bucket_no_upscale: bool = False
-    resize_interpolation: Optional[Interpolation] = None
-    subsets: tuple[SubsetConfig, ...]
-
-    @property
-    def bucket_bounds(self) -> tuple[int, int]:
-        """Smallest and largest bucket side in pixels: min_bucket_reso rounded down and max_bucket_reso up to the step."""
-        step = self.bucket_reso_steps
-        return max(step, self.min_bucket_reso // step * step), -(-self.max_bucket_reso // step) * step
-
-    @model_validator(mode="after")
-    def _check(self) -> DatasetConfig:
-        low, high = self.bucket_bounds
-        size = "x".join(map(str, self.resolution))
-        # With bucket_no_upscale the bounds choose nothing, so they refuse nothing either.
-        if self.enable_bucket and not self.bucket_no_upscale:
-            if low > high:
-                raise ValueError(f"min_bucket_reso {self.min_bucket_reso} is above max_bucket_reso {self.max_bucket_reso}")
-            if min(self.resolution) < low:
-                raise ValueError(f"resolution {size} is below min_bucket_reso {low}; lower min_bucket_reso")
-            if max(self.resolution) > high:
-                raise ValueError(f"resolution {size} is above max_bucket_reso {high}; raise max_bucket_reso")
-        if self.enable_bucket and any(subset.face_crop_aug_range for subset in self.subsets):
-            raise ValueError("face_crop_aug_range works without buckets only; take out enable_bucket or face_crop_aug_range")
-        return self
+def _refuse_twins(subsets: list[SubsetConfig], place: str) -> None:
+    seen: dict[str, int] = {}
+    for number, subset in enumerate(subsets, start=1):
+        real = os.path.normcase(os.path.realpath(subset.image_dir))
+        if real in seen:
+            raise UserError(f"{place}: {_SUBSET} {seen[real]} and {number} have the same image_dir {subset.image_dir}; raise "
+                            f"num_repeats of one instead, or put them in two {_DATASET}")
+        seen[real] = number
 
 
-SUBSET_ONLY = ("image_dir", "is_reg")
-SHARED_KEYS = tuple(key for key in SubsetConfig.model_fields if key not in SUBSET_ONLY)  # allowed at every level
-DATASET_KEYS = tuple(key for key in DatasetConfig.model_fields if key != "subsets" and key not in SHARED_KEYS)
+def _subset(values: dict[str, Any], where: str) -> SubsetConfig:
+    return _complete(SubsetConfig, {key: value for key, value in values.items() if key in SubsetConfig.model_fields}, where)
 
 
-def _all_optional(name: str, keys: tuple[str, ...], base: type[BaseModel] = _Frozen) -> type[BaseModel]:
-    """A model with the same keys and checks as above, each of which may be left out (None)."""
-    known = {**DatasetConfig.model_fields, **SubsetConfig.model_fields}
-    fields = {}
-    for key in keys:
-        field = known[key]
-        kind = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
-        fields[key] = (Optional[kind], None)
-    return create_model(name, __base__=base, __module__=__name__, **fields)
+def _dataset(values: dict[str, Any], subsets: list[SubsetConfig], where: str) -> DatasetConfig:
+    if all(subset.is_reg for subset in subsets):
+        raise UserError(f"{where}: all subsets are regularisation pictures (is_reg); add one with the pictures to learn")
+    if "resolution" not in values:
+        raise UserError(f"{where}: resolution is missing; give --resolution=512, or write resolution = 512 in the dataset file")
+    own = {key: value for key, value in values.items() if key in DatasetConfig.model_fields}
+    dataset = _complete(DatasetConfig, {**own, "subsets": tuple(subsets)}, where)
+    given, used = (dataset.min_bucket_reso, dataset.max_bucket_reso), dataset.bucket_bounds
+    if dataset.enable_bucket and not dataset.bucket_no_upscale and given != used:
+        log.warning("%s: min_bucket_reso and max_bucket_reso %d and %d are no multiples of bucket_reso_steps; %d and %d are used",
+                    where, *given, *used)
+    return dataset
 
 
-class _CommandLine(_Frozen):
-    @model_validator(mode="before")
-    @classmethod
-    def _read_pairs(cls, values: Any) -> Any:
-        """The command line gives pairs as text: "640,448" and "2.0,4.0"; one number means a square."""
-        values = dict(values)
-        for key, kind in (("resolution", int), ("face_crop_aug_range", float)):
-            if isinstance(values.get(key), str):
-                try:
-                    numbers = [kind(part) for part in values[key].split(",")]
-                except ValueError:
-                    continue  # the field's own check says what is expected
-                values[key] = numbers[0] if len(numbers) == 1 else sorted(numbers) if kind is float else numbers
-        return values
+def _complete(model: type[BaseModel], values: dict[str, Any], where: str) -> Any:
+    """Single values are checked by now; what may still be wrong is how they go together."""
+    try:
+        return model(**values)
+    except ValidationError as error:
+        raise UserError(f"{where}: {describe_problem(error.errors()[0])}") from error
 
 
-_GENERAL = _all_optional("GeneralTable", DATASET_KEYS + SHARED_KEYS)
-_SUBSET = _all_optional("SubsetTable", SUBSET_ONLY + SHARED_KEYS)
-# What the command line gave: the same keys as above, None where nothing was given.
-# `batch_size` is --train_batch_size, `num_repeats` is --dataset_repeats; pairs may be text as the user typed it.
-DatasetDefaults = _all_optional("DatasetDefaults", DATASET_KEYS + SHARED_KEYS, _CommandLine)
+def _warn_without_effect(table: dict[str, Any], dataset: DatasetConfig, place: str) -> None:
+    """Bucket keys written in the file that choose nothing."""
+    if not dataset.enable_bucket:
+        idle, reason = ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale"), "without enable_bucket"
+    elif dataset.bucket_no_upscale:
+        idle, reason = ("min_bucket_reso", "max_bucket_reso"), "with bucket_no_upscale"
+    else:
+        return
+    written = [key for key in idle if key in table]
+    if written:
+        log.warning("%s: %s no effect %s", place, " and ".join(written) + (" has" if len(written) == 1 else " have"), reason)

@@ -1,2 +1,161 @@
-def check_pictures(*a): ...
-def picture_subsets(*a): ...
+"""Which files of a folder are pictures, and which folders under `--train_data_dir` become subsets."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from library.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# Pictures that are left out, but never without a word.
+UNREAD_SUFFIXES = frozenset({".gif", ".tif", ".tiff", ".heic", ".heif", ".jfif", ".ppm", ".tga", ".psd", ".svg"})
+
+
+@lru_cache(maxsize=1)
+def image_suffixes() -> tuple[str, ...]:
+    """Suffixes that count as pictures, lower case; upper case counts as well. AVIF and JPEG XL if Pillow can read them."""
+    from PIL import features
+
+    suffixes = [".png", ".jpg", ".jpeg", ".webp", ".bmp"]
+    if "avif" in features.get_supported_modules() or importlib.util.find_spec("pillow_avif"):
+        suffixes.append(".avif")
+    if importlib.util.find_spec("pillow_jxl"):
+        suffixes.append(".jxl")
+    return tuple(suffixes)
+
+
+def list_files(folder: Path) -> list[str]:
+    """Names of the files lying directly in a folder, sorted; hidden ones (.name) left out.
+
+    A broken link counts as a file, so that whoever opens it can name it.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entry.name for entry in entries if not entry.name.startswith(".") and not entry.is_dir())
+    except OSError as error:
+        raise UserError(f"folder {folder} cannot be read: {error.strerror or error}") from error
+
+
+def list_images(folder: Path) -> list[Path]:
+    """The pictures lying directly in a folder, sorted by name."""
+    return [folder / name for name in list_files(folder) if _is_image(name)]
+
+
+def _is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in image_suffixes()
+
+
+def _has_images(folder: Path) -> bool:
+    return any(_is_image(name) for name in list_files(folder))
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+
+
+def check_pictures(folder: Path, caption_extension: str, where: str) -> None:
+    """Refuse a subset without pictures; say aloud which files beside the pictures are not going to be used.
+
+    Raises UserError if no file in the folder counts as a picture.
+    """
+    names = list_files(folder)
+    images = [name for name in names if _is_image(name)]
+    suffixes = " ".join(image_suffixes())
+    if not images:
+        below = [child.name for child in _subfolders(folder) if _has_images(child)]
+        cure = f"; there are some in its subfolder {below[0]}, give each such folder a subset of its own" if below else ""
+        raise UserError(f"{where}: no picture ({suffixes}) lies in {folder}{cure}")
+    unread = [name for name in names if os.path.splitext(name)[1].lower() in UNREAD_SUFFIXES]
+    if unread:
+        log.warning("%s: pictures left out: %d, such as %s; convert them to one of %s",
+                    folder, len(unread), unread[0], suffixes)
+    _warn_of_other_captions(folder, names, images, caption_extension)
+
+
+def _warn_of_other_captions(folder: Path, names: list[str], images: list[str], extension: str) -> None:
+    """No caption has the given extension, but text files of another one lie beside the pictures: surely a slip."""
+    files = set(names)
+    stems = {os.path.splitext(name)[0] for name in images}
+    if any(stem + extension in files for stem in stems):
+        return
+    for other in (".txt", ".caption"):
+        count = sum(stem + other in files for stem in stems)
+        if count and other != extension:
+            log.warning('%s: no picture has a %s file, but %d have a %s file, which is NOT used; if these are the captions, '
+                        'give --caption_extension=%s, or caption_extension = "%s" in the dataset file',
+                        folder, extension, count, other, other, other)
+
+
+@dataclass(frozen=True)
+class FolderSubset:
+    """A folder that becomes a subset. `num_repeats` and `class_tokens` are None where no name says them."""
+
+    image_dir: Path
+    num_repeats: int | None = None
+    class_tokens: str | None = None
+
+
+def picture_subsets(parent: Path, option: str) -> list[FolderSubset]:
+    """The subsets under `--train_data_dir` or `--reg_data_dir`, in sorted order.
+
+    Subfolders named `<repeats>_<class>` and the pictures lying directly in `parent` are used. If there are neither,
+    other subfolders that hold pictures are. Pictures may lie one level deeper than those folders.
+    Raises UserError if the folder is missing or holds no picture.
+    """
+    if not parent.is_dir():
+        raise UserError(f"{option}={parent}: {'this is a file, not a folder' if parent.exists() else 'no such folder'}; "
+                        f"looked in {Path.cwd()}")
+    found = [FolderSubset(parent)] if _has_images(parent) else []
+    if found and _repeats_and_class(parent.resolve().name):
+        log.warning("%s=%s: a name such as 10_cat counts for subfolders only; give the folder above to have it count",
+                    option, parent)
+    others = []
+    for folder in _subfolders(parent):
+        rule = _repeats_and_class(folder.name)
+        if rule is None:
+            others.append(folder)
+        elif rule[0] < 1:
+            log.warning("%s is left out: its name asks for %d repeats", folder, rule[0])
+        else:
+            if "_" not in folder.name:
+                log.warning("%s: the name is a number only, so each picture is used %d times an epoch", folder, rule[0])
+            found += [FolderSubset(inner, *rule) for inner in _picture_folders(folder)]
+    plain = [inner for folder in others for inner in _picture_folders(folder, say_empty=False)]
+    names = ", ".join(str(folder.relative_to(parent)) for folder in plain)
+    if plain and found:
+        log.warning("%s: left out, since not named <repeats>_<class> (such as 10_cat): %s", parent, names)
+    elif plain:
+        log.warning("%s: no subfolder is named <repeats>_<class> (such as 10_cat); all with pictures are used, "
+                    "without a class: %s", parent, names)
+        found = [FolderSubset(folder) for folder in plain]
+    if not found:
+        raise UserError(f"{option}={parent}: no picture found, neither in the folder nor in its subfolders; "
+                        f"files ending in {' '.join(image_suffixes())} count")
+    return found
+
+
+def _repeats_and_class(name: str) -> tuple[int, str] | None:
+    """"20_sks_dog girl" is (20, "sks_dog girl"); None for a name that does not start with a whole number and "_"."""
+    first, _, rest = name.partition("_")
+    try:
+        return int(first), rest
+    except ValueError:
+        return None
+
+
+def _picture_folders(folder: Path, say_empty: bool = True) -> list[Path]:
+    """The folder itself if pictures lie in it, else those of its subfolders where some do."""
+    if _has_images(folder):
+        return [folder]
+    inner = [child for child in _subfolders(folder) if _has_images(child)]
+    if inner and say_empty:
+        log.warning("%s: no picture lies in the folder itself; those in its subfolders are used", folder)
+    elif say_empty:
+        log.warning("%s is left out: there is no picture in it", folder)
+    return inner

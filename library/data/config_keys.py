@@ -1,0 +1,197 @@
+"""What to train on: the keys of datasets and subsets, their types, checks and defaults.
+
+Keys and meaning are the ecosystem's; docs/train_README.md explains each. `SubsetConfig` and `DatasetConfig` are complete:
+every value is there, checked and frozen. How they come about is in config.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Optional
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model, model_validator
+
+from library.errors import UserError
+
+
+def _pair(kind: type, expected: str, value: Any) -> tuple:
+    """Two numbers as a tuple. ValueErrors here say what is expected; `describe_problem` builds the sentence around it."""
+    numbers = value if isinstance(value, (list, tuple)) else [value]
+    if len(numbers) != 2 or any(isinstance(n, bool) or not isinstance(n, (int, kind)) for n in numbers):
+        raise ValueError(f"{expected}, without quotes" if isinstance(value, str) else expected)
+    return tuple(kind(n) for n in numbers)
+
+
+def _resolution(value: Any) -> Any:
+    square = isinstance(value, int) and not isinstance(value, bool)
+    width, height = _pair(int, "512 or [640, 448] (width, height)", [value, value] if square else value)
+    if min(width, height) < 8:
+        raise ValueError("sides of at least 8 pixels")
+    return width, height
+
+
+def _face_range(value: Any) -> Any:
+    if value is None:
+        return None
+    low, high = _pair(float, "two numbers such as [2.0, 4.0]", value)
+    if not 0 < low <= high:
+        raise ValueError("two numbers above 0, the smaller one first, such as [2.0, 4.0]")
+    return low, high
+
+
+def _path(value: Any) -> Any:
+    if not isinstance(value, (str, Path)) or not str(value).strip():
+        raise ValueError("the path of a folder in quotes")
+    return Path(value).expanduser()
+
+
+def _extension(value: Any) -> Any:
+    if not isinstance(value, str) or not value.strip(". "):
+        raise ValueError('a suffix such as ".txt"')
+    return value if value.startswith(".") else f".{value}"
+
+
+def _multiple_of_8(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 8 or value % 8:
+        raise ValueError("a multiple of 8, usually 64")
+    return value
+
+
+Interpolation = Literal["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box"]
+Positive = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Frozen(BaseModel):
+    # strict: "3" is no number and true is not 1; a whole number is accepted where a fraction may stand.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class SubsetConfig(_Frozen):
+    """One folder of pictures and how they are used. Field names are the keys of `[[datasets.subsets]]`."""
+
+    image_dir: Annotated[Path, BeforeValidator(_path)]
+    is_reg: bool = False
+    class_tokens: Optional[str] = None
+    caption_extension: Annotated[str, BeforeValidator(_extension)] = ".caption"
+    num_repeats: Positive = 1
+    shuffle_caption: bool = False
+    keep_tokens: NotNegative = 0
+    caption_separator: Annotated[str, Field(min_length=1)] = ","
+    keep_tokens_separator: str = ""
+    secondary_separator: Optional[str] = None
+    enable_wildcard: bool = False
+    caption_prefix: Optional[str] = None
+    caption_suffix: Optional[str] = None
+    caption_dropout_rate: Share = 0.0
+    caption_dropout_every_n_epochs: NotNegative = 0
+    caption_tag_dropout_rate: Share = 0.0
+    token_warmup_min: NotNegative = 1
+    token_warmup_step: Annotated[float, Field(ge=0)] = 0.0
+    color_aug: bool = False
+    flip_aug: bool = False
+    random_crop: bool = False
+    face_crop_aug_range: Annotated[Optional[tuple[float, float]], BeforeValidator(_face_range)] = None
+    resize_interpolation: Optional[Interpolation] = None
+
+
+class DatasetConfig(_Frozen):
+    """One dataset: its subsets share training size and batch size. Field names are the keys of `[[datasets]]`."""
+
+    resolution: Annotated[tuple[int, int], BeforeValidator(_resolution)]
+    batch_size: Positive = 1
+    enable_bucket: bool = False
+    min_bucket_reso: Positive = 256
+    max_bucket_reso: Positive = 1024
+    bucket_reso_steps: Annotated[int, BeforeValidator(_multiple_of_8)] = 64
+    bucket_no_upscale: bool = False
+    resize_interpolation: Optional[Interpolation] = None
+    subsets: tuple[SubsetConfig, ...]
+
+    @property
+    def bucket_bounds(self) -> tuple[int, int]:
+        """Smallest and largest bucket side in pixels: min_bucket_reso rounded down and max_bucket_reso up to the step."""
+        step = self.bucket_reso_steps
+        return max(step, self.min_bucket_reso // step * step), -(-self.max_bucket_reso // step) * step
+
+    @model_validator(mode="after")
+    def _check(self) -> DatasetConfig:
+        low, high = self.bucket_bounds
+        size = "x".join(map(str, self.resolution))
+        # With bucket_no_upscale the bounds choose nothing, so they refuse nothing either.
+        if self.enable_bucket and not self.bucket_no_upscale:
+            if low > high:
+                raise ValueError(f"min_bucket_reso {self.min_bucket_reso} is above max_bucket_reso {self.max_bucket_reso}")
+            if min(self.resolution) < low:
+                raise ValueError(f"resolution {size} is below min_bucket_reso {low}; lower min_bucket_reso")
+            if max(self.resolution) > high:
+                raise ValueError(f"resolution {size} is above max_bucket_reso {high}; raise max_bucket_reso")
+        if self.enable_bucket and any(subset.face_crop_aug_range for subset in self.subsets):
+            raise ValueError("face_crop_aug_range works without buckets only; take out enable_bucket or face_crop_aug_range")
+        return self
+
+
+SUBSET_ONLY = ("image_dir", "is_reg")
+SHARED_KEYS = tuple(key for key in SubsetConfig.model_fields if key not in SUBSET_ONLY)  # allowed at every level
+DATASET_KEYS = tuple(key for key in DatasetConfig.model_fields if key != "subsets" and key not in SHARED_KEYS)
+
+
+def optional_keys(name: str, keys: tuple[str, ...], base: type[BaseModel] = _Frozen) -> type[BaseModel]:
+    """A model with some of the keys above and their checks, each of which may be left out (None)."""
+    known = {**DatasetConfig.model_fields, **SubsetConfig.model_fields}
+    fields = {}
+    for key in keys:
+        field = known[key]
+        kind = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
+        fields[key] = (Optional[kind], None)
+    return create_model(name, __base__=base, __module__=__name__, **fields)
+
+
+class _CommandLine(_Frozen):
+    @model_validator(mode="wrap")
+    @classmethod
+    def _read(cls, values: Any, build: Any) -> Any:
+        """Turn pairs given as text ("640,448", "2.0,4.0") into numbers, and name the option if something is wrong."""
+        try:
+            return build({key: _pair_from_text(key, value) for key, value in values.items()})
+        except ValidationError as error:
+            problem = error.errors()[0]
+            key = str(problem["loc"][0])
+            option = {"batch_size": "train_batch_size", "num_repeats": "dataset_repeats"}.get(key, key)
+            expected = {"resolution": "512 or 640,448 (width,height)", "face_crop_aug_range": "two numbers such as 2.0,4.0"}
+            raise UserError(f"--{option}={values[key]}: expected {expected.get(key) or describe_problem(problem)}") from error
+
+
+def _pair_from_text(key: str, value: Any) -> Any:
+    kind = {"resolution": int, "face_crop_aug_range": float}.get(key)
+    if kind is None or not isinstance(value, str):
+        return value
+    try:
+        numbers = [kind(part) for part in value.split(",")]
+    except ValueError:
+        return value  # the key's own check refuses it
+    return numbers[0] if len(numbers) == 1 else sorted(numbers) if kind is float else numbers
+
+
+# What the command line gave: the same keys as above, None where nothing was given. Wrong values raise UserError.
+# `batch_size` is --train_batch_size, `num_repeats` is --dataset_repeats; pairs may be text as the user typed it.
+DatasetDefaults = optional_keys("DatasetDefaults", DATASET_KEYS + SHARED_KEYS, _CommandLine)
+
+
+def describe_problem(problem: dict[str, Any]) -> str:
+    """What one of pydantic's errors expected, in words: "a whole number"."""
+    bound = problem.get("ctx", {})
+    kinds = {
+        "int_type": "a whole number without quotes",
+        "int_from_float": "a whole number",
+        "float_type": "a number without quotes",
+        "bool_type": "true or false, without quotes",
+        "string_type": "text in quotes",
+        "string_too_short": "at least one character",
+        "greater_than_equal": f"at least {bound.get('ge')}",
+        "less_than_equal": f"at most {bound.get('le')}",
+        "literal_error": f"one of {bound.get('expected')}",
+        "value_error": str(bound.get("error")),
+    }
+    return kinds.get(problem["type"], problem["msg"])
