@@ -1,0 +1,51 @@
+"""What the rest of the suite asks of a Stable Diffusion model."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from library.sd.parts import StableDiffusion
+from library.sd.text import encode_text
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+__all__ = [
+    "StableDiffusion",
+    "decode_latents",
+    "encode_image",
+    "encode_text",
+    "predict_noise",
+    "vae_fingerprint",
+]
+
+
+def encode_image(vae: AutoencoderKL, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Latents (B, 4, H/8, W/8) of images (B, 3, H, W) in -1..1: one sample of the posterior, not scaled by 0.18215."""
+    return vae.encode(images).latent_dist.sample(generator)
+
+
+def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Images (B, 3, H, W) in -1..1 of latents (B, 4, H/8, W/8) as the U-Net knows them, that is, scaled by 0.18215."""
+    return vae.decode(latents / vae.config.scaling_factor).sample.clamp(-1, 1)
+
+
+def predict_noise(unet: UNet2DConditionModel, noisy: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+    """What the U-Net sees in `noisy` (B, 4, h, w): the noise, or with v-parameterization the velocity.
+
+    `timesteps` (B,) are 0..999; `context` (B, N, width) comes from `encode_text`.
+    """
+    return unet(noisy, timesteps, encoder_hidden_states=context).sample
+
+
+def vae_fingerprint(vae: AutoencoderKL) -> str:
+    """64 hex digits over the VAE's weights and their dtype, to tell whether cached latents are its own."""
+    digest = hashlib.sha256()
+    for name, value in sorted(vae.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,167 @@
+"""From captions and prompts to what the U-Net reads: tokens, chunks of 75, weights, embeddings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from library.errors import UserError
+from library.sd.prompt_weights import parse_weights, split_at_breaks
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+CLIP_BPE = Path(__file__).resolve().parents[2] / "assets" / "clip-bpe"
+VOCABULARY = 49408
+CHUNK = 75  # tokens of text in one chunk
+CHUNK_WITH_ENDS = CHUNK + 2  # what the text encoder reads at once: begin token, text, end token
+
+Chunk = list[tuple[int, float]]  # (token id, weight), at most CHUNK of them
+
+
+def load_tokenizer(v2: bool) -> CLIPTokenizer:
+    """CLIP's tokenizer from `assets/clip-bpe`, offline. SD 2 fills chunks with "!" (id 0), SD 1 with the end token (49407)."""
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(str(CLIP_BPE), pad_token="!" if v2 else "<|endoftext|>", model_max_length=CHUNK_WITH_ENDS)
+
+
+def tokenize(tokenizer: CLIPTokenizer, captions: list[str], max_token_length: int | None = None) -> Tensor:
+    """Token ids (B, chunks, 77), int64. `max_token_length` is 75 (None), 150 or 225; longer text is cut there.
+
+    Every chunk is begin token, up to 75 tokens, end token, padding; the text encoder sees each chunk on its own.
+    """
+    chunks = _chunks_of(max_token_length)
+    filled = [_fill([[(token, 1.0) for token in ids]]) for ids in _token_ids(tokenizer, captions)]
+    return _to_tensors(tokenizer, filled, chunks)[0]
+
+
+def tokenize_weighted(tokenizer: CLIPTokenizer, captions: list[str], max_token_length: int | None = None) -> tuple[Tensor, Tensor]:
+    """As `tokenize`, for text with weights such as `(word:1.2)`: ids and weights, both (B, chunks, 77), weights float32."""
+    return tokenize_prompts(tokenizer, captions, chunks=_chunks_of(max_token_length))
+
+
+def tokenize_prompts(tokenizer: CLIPTokenizer, prompts: list[str], chunks: int | None = None) -> tuple[Tensor, Tensor]:
+    """Ids and weights (B, chunks, 77) of weighted prompts; `chunks` None: as many as the longest of them needs.
+
+    Pieces of different weight are tokenised separately; BREAK fills the rest of its chunk with padding.
+    """
+    filled = [_weighted_chunks(tokenizer, prompt) for prompt in prompts]
+    return _to_tensors(tokenizer, filled, chunks or max(map(len, filled), default=1))
+
+
+def count_tokens(tokenizer: CLIPTokenizer, caption: str, weighted: bool = False) -> int:
+    """How many tokens the text has without begin and end token, so that callers can say what will be cut."""
+    if weighted:
+        return sum(map(len, _weighted_chunks(tokenizer, caption)))
+    return len(_token_ids(tokenizer, [caption])[0])
+
+
+def count_chunks(tokenizer: CLIPTokenizer, prompt: str) -> int:
+    """How many chunks of 75 the weighted prompt needs, at least 1."""
+    return len(_weighted_chunks(tokenizer, prompt))
+
+
+def encode_text(
+    text_encoder: CLIPTextModel, input_ids: Tensor, clip_skip: int | None = None, weights: Tensor | None = None
+) -> Tensor:
+    """Embeddings (B, chunks * 75 + 2, width) of ids (B, chunks, 77), differentiable in the encoder's weights.
+
+    `clip_skip` N takes the output of the Nth layer from the end (1 or None: the last) and then the final layer norm. SD 2
+    encoders hold 23 of OpenCLIP's 24 layers, so there None is what OpenCLIP calls the penultimate layer.
+    `weights`, of the same shape as the ids, multiply the embedding of each token; see `apply_weights`.
+    """
+    batch, chunks, length = input_ids.shape
+    hidden = _hidden_states(text_encoder, input_ids.reshape(batch * chunks, length), clip_skip)
+    joined = _join_chunks(hidden.reshape(batch, chunks, length, -1))
+    if weights is None:
+        return joined
+    return apply_weights(joined, _join_chunks(weights.to(joined.device).unsqueeze(-1)))
+
+
+def apply_weights(embeddings: Tensor, weights: Tensor) -> Tensor:
+    """Multiply embeddings (B, N, width) by weights (B, N, 1), then rescale each prompt to the mean over all values it had.
+
+    A prompt of one weight throughout comes out as it went in, bit for bit.
+    """
+    plain = embeddings.float()
+    weighted = plain * weights
+    before, after = (values.mean(dim=(1, 2), keepdim=True) for values in (plain, weighted))
+    rescalable = after.abs() > 1e-6  # a mean that vanishes cannot be kept; the weights alone apply
+    ratio = torch.where(rescalable, before / torch.where(rescalable, after, 1.0), 1.0)
+    equal = (weights == weights[:, :1]).all(dim=1, keepdim=True)
+    return torch.where(equal, plain, weighted * ratio).to(embeddings.dtype)
+
+
+def inner_text_model(text_encoder: nn.Module) -> nn.Module:
+    """The module that holds `embeddings`, `encoder` and `final_layer_norm`.
+
+    Up to transformers 5.5 that is `CLIPTextModel.text_model`, later `CLIPTextModel` itself.
+    """
+    return getattr(text_encoder, "text_model", text_encoder)
+
+
+def _hidden_states(text_encoder: nn.Module, ids: Tensor, clip_skip: int | None) -> Tensor:
+    """Output (B, 77, width) of the wanted layer after the final layer norm."""
+    if clip_skip is None or clip_skip == 1:
+        return text_encoder(ids).last_hidden_state
+    inner = inner_text_model(text_encoder)
+    layers = len(inner.encoder.layers)
+    if not 1 <= clip_skip <= layers:
+        raise UserError(f"clip_skip {clip_skip} is out of range: this model's text encoder has {layers} layers; give 1 to {layers}")
+    hidden = text_encoder(ids, output_hidden_states=True).hidden_states[-clip_skip]
+    norm = inner.final_layer_norm
+    return norm(hidden.to(norm.weight.dtype))
+
+
+def _join_chunks(values: Tensor) -> Tensor:
+    """(B, chunks, 77, width) -> (B, chunks * 75 + 2, width): first begin, the text of every chunk, last end."""
+    return torch.cat([values[:, 0, :1], values[:, :, 1:-1].flatten(1, 2), values[:, -1, -1:]], dim=1)
+
+
+def _chunks_of(max_token_length: int | None) -> int:
+    if max_token_length is None:
+        return 1
+    if max_token_length < CHUNK or max_token_length % CHUNK:
+        raise UserError(f"max_token_length {max_token_length} is not possible; give 75, 150 or 225")
+    return max_token_length // CHUNK
+
+
+def _token_ids(tokenizer: CLIPTokenizer, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text without begin and end.
+
+    `split_special_tokens` keeps text from being taken for special tokens: with SD 2's padding token "!", an exclamation mark
+    in a caption would otherwise become padding.
+    """
+    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids if texts else []
+
+
+def _weighted_chunks(tokenizer: CLIPTokenizer, prompt: str) -> list[Chunk]:
+    runs = []
+    for run in split_at_breaks(parse_weights(prompt)):
+        ids = _token_ids(tokenizer, [text for text, _ in run])
+        runs.append([(token, weight) for (_, weight), tokens in zip(run, ids) for token in tokens])
+    return _fill(runs)
+
+
+def _fill(runs: list[Chunk]) -> list[Chunk]:
+    """Cut each run of tokens into chunks of 75; every run begins a chunk, even an empty one."""
+    return [run[start : start + CHUNK] for run in runs for start in range(0, max(len(run), 1), CHUNK)]
+
+
+def _to_tensors(tokenizer: CLIPTokenizer, prompts: list[list[Chunk]], chunks: int) -> tuple[Tensor, Tensor]:
+    """Ids and weights (B, chunks, 77): chunks beyond that number are cut, missing ones are empty."""
+    ids = torch.full((len(prompts), chunks, CHUNK_WITH_ENDS), tokenizer.pad_token_id, dtype=torch.int64)
+    weights = torch.ones(ids.shape, dtype=torch.float32)
+    ids[:, :, 0] = tokenizer.bos_token_id
+    for row, prompt in enumerate(prompts):
+        for column in range(chunks):
+            chunk = prompt[column] if column < len(prompt) else []
+            end = len(chunk) + 1
+            ids[row, column, 1:end] = torch.tensor([token for token, _ in chunk], dtype=torch.int64)
+            weights[row, column, 1:end] = torch.tensor([weight for _, weight in chunk])
+            ids[row, column, end] = tokenizer.eos_token_id
+    return ids, weights
