@@ -10,6 +10,14 @@ from collections.abc import Callable, Iterable
 class UserError(Exception):
     """Wrong input. The message is one line: what is wrong, where (file, key or option), and what to do."""
 
+    exit_code = 2
+
+
+class RunFailed(UserError):
+    """The input was right and the run still cannot go on (a loss of NaN, say)."""
+
+    exit_code = 1
+
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name closest to `name`, or None if nothing is close."""
@@ -36,7 +44,7 @@ def unknown(what: str, name: str, known: Iterable[str], where: str = "") -> User
 def run_entry(main: Callable[[], int | None]) -> None:
     """Run an entry script's `main` and leave the process with its exit code.
 
-    0: done; 2: the user's input was wrong (one line on stderr); 130: interrupted.
+    0: done; 2: the user's input was wrong (one line on stderr); 1: the run could not go on; 130: interrupted.
     """
     # Windows consoles and redirected output are often not UTF-8; a caption must never end a run.
     for stream in (sys.stdout, sys.stderr):
@@ -47,7 +55,7 @@ def run_entry(main: Callable[[], int | None]) -> None:
     except UserError as error:
         sys.stdout.flush()
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        code = 2
+        code = error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130

@@ -1,0 +1,203 @@
+"""Options declared once, as fields of typed groups; the command line and the config file are both made from them.
+
+A group is a pydantic model whose fields are options: name, type, default and description stand together. An options class
+is a pydantic model whose fields are groups. Nothing else in the program knows how an option is spelt or checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
+
+from library.errors import UserError, unknown
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+class OptionGroup(BaseModel):
+    """One theme of the command line. The first line of the docstring is its heading in --help."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=False)
+
+
+OptionsT = TypeVar("OptionsT", bound=BaseModel)
+
+
+def groups_of(options_class: type[BaseModel]) -> dict[str, type[OptionGroup]]:
+    """The groups of an options class by name."""
+    return {name: field.annotation for name, field in options_class.model_fields.items()}
+
+
+def option_names(options_class: type[BaseModel]) -> dict[str, str]:
+    """Every option name with the name of its group."""
+    return {option: group for group, cls in groups_of(options_class).items() for option in cls.model_fields}
+
+
+def is_flag(field: FieldInfo) -> bool:
+    """Whether the option takes no value on the command line."""
+    return field.annotation is bool
+
+
+def is_list(field: FieldInfo) -> bool:
+    """Whether the option takes several words on the command line."""
+    return any(typing.get_origin(t) is list for t in _union_members(field.annotation))
+
+
+def choices_of(field: FieldInfo) -> tuple[str, ...]:
+    """The allowed values of an option, empty if it is free."""
+    return tuple(str(v) for t in _union_members(field.annotation) if typing.get_origin(t) is Literal for v in typing.get_args(t))
+
+
+def _union_members(annotation: Any) -> tuple[Any, ...]:
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return typing.get_args(annotation)
+    return (annotation,)
+
+
+def build_parser(options_class: type[BaseModel], description: str) -> argparse.ArgumentParser:
+    """A parser that only collects words; types are checked in one place for command line and file alike."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [options]", description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
+    for group_class in groups_of(options_class).values():
+        heading = (group_class.__doc__ or group_class.__name__).strip().splitlines()[0]
+        section = parser.add_argument_group(heading)
+        for name, option in group_class.model_fields.items():
+            _add_argument(section, name, option)
+    return parser
+
+
+def _add_argument(section: argparse._ArgumentGroup, name: str, field: FieldInfo) -> None:
+    text = (field.description or "").replace("%", "%%")
+    if is_flag(field):
+        section.add_argument(f"--{name}", action="store_true", help=text)
+        return
+    default = field.get_default()
+    if default not in (None, "", []):
+        text += f" (default: {default})"
+    choices = choices_of(field)
+    metavar = "{" + ",".join(choices) + "}" if choices else name.upper()
+    section.add_argument(f"--{name}", nargs="*" if is_list(field) else None, metavar=metavar, help=text)
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Options that exist elsewhere and not here: the reason of each, and the values that ask for nothing anyway."""
+
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    harmless: Mapping[str, Any] = field(default_factory=dict)
+
+    def is_harmless(self, name: str, value: Any) -> bool:
+        """Whether a config file may hold this: switched off, or at the default that graphical front ends write out."""
+        return value in (False, "", 0, []) or (name in self.harmless and self.harmless[name] == value)
+
+
+def parse(options_class: type[OptionsT], arguments: list[str], description: str, refused: Refused = Refused()) -> OptionsT:
+    """Options from the command line and, if `--config_file` is given, from that TOML file; the command line wins.
+
+    Raises UserError for an unknown or refused name (with the nearest known one) and for a value of the wrong kind.
+    """
+    given = parse_command_line(options_class, arguments, description, refused)
+    values: dict[str, tuple[Any, str]] = {}
+    if "config_file" in given:
+        path = config_file_path(given["config_file"])
+        values.update({key: (value, f"'{key}' in {path}") for key, value in read_config_file(options_class, path, refused).items()})
+    values.update({key: (value, f"--{key}") for key, value in given.items()})
+    return build(options_class, values)
+
+
+def parse_command_line(
+    options_class: type[BaseModel], arguments: list[str], description: str, refused: Refused
+) -> dict[str, Any]:
+    """The options that stand on the command line, by name, as words."""
+    names = option_names(options_class)
+    for word in arguments:
+        if word.startswith("--") and word not in ("--help", "--"):
+            name = word[2:].split("=", 1)[0]
+            if name in refused.reasons:
+                raise UserError(f"--{name} is not supported: {refused.reasons[name]}")
+            if name not in names:
+                raise unknown("option", f"--{name}", [f"--{known}" for known in names])
+    parser = build_parser(options_class, description)
+    parser.error = _raise_user_error  # type: ignore[method-assign]
+    known, rest = parser.parse_known_args(arguments)
+    if rest:
+        raise UserError(f"unexpected word '{rest[0]}' on the command line; put values that hold spaces in quotes")
+    return vars(known)
+
+
+def _raise_user_error(message: str) -> typing.NoReturn:
+    raise UserError(message.replace("argument ", "", 1))
+
+
+def config_file_path(name: str) -> Path:
+    """The file that `--config_file` names; `.toml` may be left out."""
+    path = Path(name)
+    for candidate in (path, path.with_name(path.name + ".toml")):
+        if candidate.is_file():
+            return candidate
+    raise UserError(f"--config_file {name}: there is no such file")
+
+
+def read_config_file(options_class: type[BaseModel], path: Path, refused: Refused) -> dict[str, Any]:
+    """Option values of a TOML file. Tables are flattened; their names do not matter.
+
+    A refused option that asks for nothing is passed over: graphical front ends write every option they know.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path} is no valid TOML: {error}; Windows paths need 'single quotes' or / in place of \\") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    names = option_names(options_class)
+    values: dict[str, Any] = {}
+    for key, value in _flatten(content):
+        if key in refused.reasons:
+            if not refused.is_harmless(key, value):
+                raise UserError(f"'{key}' in {path} is not supported: {refused.reasons[key]}")
+        elif key not in names:
+            raise unknown("option", key, names, where=str(path))
+        else:
+            values[key] = value
+    return values
+
+
+def _flatten(content: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from _flatten(value)
+        else:
+            yield key, value
+
+
+def build(options_class: type[OptionsT], values: Mapping[str, tuple[Any, str]]) -> OptionsT:
+    """Checked options from raw values; each value comes with the words that name its place in an error."""
+    names = option_names(options_class)
+    raw: dict[str, dict[str, Any]] = {group: {} for group in groups_of(options_class)}
+    for option, (value, _) in values.items():
+        raw[names[option]][option] = value
+    try:
+        return options_class(**raw)
+    except ValidationError as error:
+        raise UserError("; ".join(_describe(problem, values) for problem in error.errors())) from error
+
+
+def _describe(problem: Mapping[str, Any], values: Mapping[str, tuple[Any, str]]) -> str:
+    option = str(problem["loc"][1]) if len(problem["loc"]) > 1 else str(problem["loc"][-1])
+    where = values[option][1] if option in values else f"--{option}"
+    message = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ").split(", unable to parse")[0]
+    expected = problem["msg"].startswith("Input should be ")
+    return f"{where}: expected {message}, got {problem['input']!r}" if expected else f"{where}: {message}"

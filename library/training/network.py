@@ -1,0 +1,172 @@
+"""The network to train: load the module that --network_module names, create the network, attach it to the model."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from library.errors import UserError, nearest
+from library.sd.model import StableDiffusion
+from library.training.options import NetworkOptions, OptimizerOptions
+
+
+@dataclass
+class TrainedNetwork:
+    """A network that is attached to a model, with its parameter groups for the optimizer."""
+
+    module: torch.nn.Module
+    groups: list[dict[str, Any]]
+    group_names: list[str]
+    trains_text_encoder: bool
+    trains_unet: bool
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """Everything the optimizer changes, in the order of the groups."""
+        return [parameter for group in self.groups for parameter in group["params"]]
+
+
+def import_network_module(name: str) -> ModuleType:
+    """The module that --network_module names; a wrong name is answered with the nearest one that exists."""
+    try:
+        found = importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        found = False
+    if not found:
+        close = nearest(name, _own_modules() + [name.partition(".")[0]]) if not name.startswith("lycoris") else None
+        cure = f"did you mean '{close}'?" if close and close != name else _cure_for_missing(name)
+        raise UserError(f"--network_module {name}: there is no such module; {cure}")
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"--network_module {name} does not import: {error}; install what it needs with pip") from error
+    if not hasattr(module, "create_network"):
+        raise UserError(f"--network_module {name} is no network module: it has no create_network; try networks.lora")
+    return module
+
+
+def _own_modules() -> list[str]:
+    """Network modules of this suite: those in networks/ that can create a network."""
+    spec = importlib.util.find_spec("networks")
+    names = [f"networks.{module.name}" for module in pkgutil.iter_modules(spec.submodule_search_locations)] if spec else []
+    return [n for n in names if b"def create_network(" in _source(n)]
+
+
+def _source(module_name: str) -> bytes:
+    spec = importlib.util.find_spec(module_name)
+    return open(spec.origin, "rb").read() if spec and spec.origin else b""
+
+
+def _cure_for_missing(name: str) -> str:
+    if name.startswith("lycoris"):
+        return "run: pip install lycoris-lora"
+    return f"known: {', '.join(_own_modules())}; a module of your own must be importable from this folder"
+
+
+def parse_network_args(words: list[str] | None) -> dict[str, str]:
+    """`key=value` words of --network_args; split at the first `=`, values stay text."""
+    arguments: dict[str, str] = {}
+    for word in words or ():
+        key, sign, value = word.partition("=")
+        if not sign or not key.strip():
+            raise UserError(f"--network_args: expected key=value, got '{word}'")
+        arguments[key.strip()] = value.strip()
+    return arguments
+
+
+def merge_base_weights(options: NetworkOptions, module: ModuleType, model: StableDiffusion) -> None:
+    """Merge the files of --base_weights into the model, each at its strength, before anything is trained on it."""
+    strengths = options.base_weights_multiplier or []
+    for index, path in enumerate(options.base_weights or ()):
+        strength = strengths[index] if index < len(strengths) else 1.0
+        with user_errors(f"--base_weights {path}"):
+            network, weights = module.create_network_from_weights(
+                strength, path, model.vae, model.text_encoder, model.unet, for_inference=True
+            )
+            network.merge_to(model.text_encoder, model.unet, weights, model.unet.dtype, model.unet.device)
+        print(f"merged {path} into the model at strength {strength}")
+
+
+class user_errors:
+    """Turn the one-line ValueErrors of a network module into UserErrors that name the option."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, (ValueError, FileNotFoundError)) and not isinstance(error, UserError):
+            raise UserError(f"{self.where}: {error}") from error
+
+
+def build_network(network: NetworkOptions, optimizer: OptimizerOptions, model: StableDiffusion) -> TrainedNetwork:
+    """Create the network as the options say, attach it to the model, and make its parameter groups.
+
+    The frozen model must already be on its device and in its dtype. A part whose learning rate is 0 is attached and saved, but
+    not trained.
+    """
+    module = import_network_module(network.network_module)
+    merge_base_weights(network, module, model)
+    instance = _create(network, module, model)
+    _attach(network, instance, model)
+    if network.network_weights and not network.dim_from_weights:
+        with user_errors(f"--network_weights {network.network_weights}"):
+            print(f"continue from {network.network_weights}: {instance.load_weights(network.network_weights)}")
+    instance.requires_grad_(True)
+    groups, names = _parameter_groups(instance, optimizer)
+    if not groups:
+        raise UserError("nothing to train: every learning rate is 0; give --learning_rate=1e-4")
+    text_encoder_rate = optimizer.learning_rate if optimizer.text_encoder_lr is None else optimizer.text_encoder_lr
+    unet_rate = optimizer.learning_rate if optimizer.unet_lr is None else optimizer.unet_lr
+    return TrainedNetwork(
+        module=instance,
+        groups=groups,
+        group_names=names,
+        trains_text_encoder=not network.network_train_unet_only and text_encoder_rate > 0,
+        trains_unet=not network.network_train_text_encoder_only and unet_rate > 0,
+    )
+
+
+def _create(options: NetworkOptions, module: ModuleType, model: StableDiffusion) -> torch.nn.Module:
+    arguments: dict[str, Any] = parse_network_args(options.network_args)
+    parts = (model.vae, model.text_encoder, model.unet)
+    if options.dim_from_weights:
+        with user_errors(f"--network_weights {options.network_weights}"):
+            instance, _ = module.create_network_from_weights(1.0, options.network_weights, *parts, **arguments)
+        return instance
+    if options.network_dropout is not None:
+        arguments["neuron_dropout"] = options.network_dropout
+    dim = 4 if options.network_dim is None else options.network_dim
+    with user_errors("--network_args"):
+        return module.create_network(1.0, dim, options.network_alpha, *parts, **arguments)
+
+
+def _attach(options: NetworkOptions, instance: torch.nn.Module, model: StableDiffusion) -> None:
+    with user_errors(f"--network_module {options.network_module}"):
+        instance.apply_to(
+            model.text_encoder,
+            model.unet,
+            not options.network_train_unet_only,
+            not options.network_train_text_encoder_only,
+        )
+        if options.dim_from_weights:
+            instance.load_weights(options.network_weights)
+
+
+def _parameter_groups(instance: torch.nn.Module, options: OptimizerOptions) -> tuple[list[dict[str, Any]], list[str]]:
+    """Groups and their names for logging; modules of third parties return the groups alone."""
+    arguments = [options.text_encoder_lr, options.unet_lr, options.learning_rate]
+    accepted = len(inspect.signature(instance.prepare_optimizer_params).parameters)
+    result = instance.prepare_optimizer_params(*arguments[: accepted or 3])
+    groups, names = result if isinstance(result, tuple) else (result, [])
+    groups = [{**group, "params": list(group["params"])} for group in groups]
+    return groups, list(names) or [f"group{index}" for index in range(len(groups))]

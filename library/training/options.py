@@ -1,0 +1,258 @@
+"""Every option of train_network.py, in typed groups. Names, defaults and meanings are those people know from sd-scripts."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
+
+from library.command_line import OptionGroup, parse
+from library.errors import UserError
+from library.training.refused_options import REFUSED
+
+Samplers = Literal[
+    "ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++", "dpmsingle",
+    "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a",
+]  # fmt: skip
+
+
+def _as_words(value: Any) -> Any:
+    """`[512, 768]` or `512` of a config file as the command line writes it; library.data.config reads it."""
+    if isinstance(value, (list, tuple)):
+        return ",".join(str(part) for part in value)
+    return str(value)
+
+
+def _first_rate(value: Any) -> Any:
+    """SD 1.x and 2.x have one text encoder: of a list of rates the first is used."""
+    return (value[0] if value else None) if isinstance(value, list) else value
+
+
+def steps_or_share(text: Any) -> int | float:
+    """`100` (steps), `0.1` or `10%` (share of all steps, as a float below 1)."""
+    words = str(text).strip()
+    try:
+        number = float(words[:-1]) / 100 if words.endswith("%") else float(words)
+    except ValueError:
+        number = -1.0
+    if number < 0 or (number > 1 and number != int(number)) or (words.endswith("%") and number > 1):
+        raise ValueError(f"expected a number of steps (100), a share below 1 (0.1) or a percentage (10%), got {text!r}")
+    return number if words.endswith("%") or 0 < number < 1 else int(number)
+
+
+Words = Annotated[str | None, BeforeValidator(_as_words)]
+StepsOrShare = Annotated[int | float, BeforeValidator(steps_or_share)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class ModelOptions(OptionGroup):
+    """Model"""
+
+    pretrained_model_name_or_path: str | None = Field(None, description="checkpoint (.safetensors, .ckpt), Diffusers folder or hub id")
+    v2: bool = Field(False, description="the model is Stable Diffusion 2.x")
+    v_parameterization: bool = Field(False, description="the model predicts velocity (SD 2.x 768)")
+    vae: str | None = Field(None, description="another VAE: checkpoint, Diffusers folder or hub id")
+    no_half_vae: bool = Field(False, description="keep the VAE in float32 (cures black pictures and NaN latents)")
+    clip_skip: Count | None = Field(None, description="use the text encoder's Nth layer from the end")
+    xformers: bool = Field(False, description="attention by xformers, if it is installed and there is a GPU")
+    sdpa: bool = Field(False, description="attention by torch (this is the default)")
+
+
+class DataOptions(OptionGroup):
+    """Pictures"""
+
+    dataset_config: str | None = Field(None, description="TOML or JSON file that describes the datasets")
+    train_data_dir: str | None = Field(None, description="folder of pictures, or of folders named <repeats>_<class>")
+    reg_data_dir: str | None = Field(None, description="folder of regularisation folders, named likewise")
+    dataset_repeats: Count = Field(1, description="repeats of every picture where nothing else is said")
+    train_batch_size: Count = Field(1, description="pictures a step")
+    resolution: Words = Field(None, description="training size: 512 or width,height")
+    enable_bucket: bool = Field(False, description="group pictures by aspect ratio")
+    min_bucket_reso: int = Field(256, description="smallest bucket side")
+    max_bucket_reso: int = Field(1024, description="largest bucket side")
+    bucket_reso_steps: int = Field(64, description="bucket sides are multiples of this")
+    bucket_no_upscale: bool = Field(False, description="never enlarge a picture")
+    resize_interpolation: Literal["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box"] | None = Field(
+        None, description="resizing filter; unset: area to shrink, lanczos to enlarge"
+    )
+    on_bad_image: Literal["refuse", "skip"] = Field("refuse", description="what an unreadable picture does: end the run, or be named and skipped")
+    prior_loss_weight: float = Field(1.0, ge=0, description="weight of the loss on regularisation pictures")
+    debug_dataset: bool = Field(False, description="show what the trainer would see, and stop")
+
+
+class CaptionOptions(OptionGroup):
+    """Captions"""
+
+    caption_extension: str = Field(".caption", description="suffix of caption files")
+    caption_extention: str | None = Field(None, description="old spelling of caption_extension")
+    shuffle_caption: bool = Field(False, description="shuffle the pieces of a caption at each use")
+    caption_separator: str = Field(",", description="what separates the pieces")
+    keep_tokens: int = Field(0, ge=0, description="pieces at the front that stay")
+    keep_tokens_separator: str = Field("", description="mark in a caption: what stands before it stays")
+    secondary_separator: str | None = Field(None, description="holds pieces together; becomes caption_separator in the end")
+    enable_wildcard: bool = Field(False, description="{a|b} alternatives, and one of several caption lines")
+    caption_prefix: str | None = Field(None, description="text before every caption")
+    caption_suffix: str | None = Field(None, description="text after every caption")
+    caption_dropout_rate: float = Field(0.0, ge=0, le=1, description="chance that a caption is empty")
+    caption_dropout_every_n_epochs: int = Field(0, ge=0, description="all captions are empty in every Nth epoch")
+    caption_tag_dropout_rate: float = Field(0.0, ge=0, le=1, description="chance that a piece is left out")
+    token_warmup_min: int = Field(1, ge=0, description="pieces at the first step of token_warmup_step")
+    token_warmup_step: float = Field(0, ge=0, description="steps (below 1: share of all) until all pieces are used")
+    max_token_length: Literal[150, 225] | None = Field(None, description="tokens of a caption; unset: 75")
+    weighted_captions: bool = Field(False, description="read (word:1.2) as a weight")
+
+
+class AugmentationOptions(OptionGroup):
+    """Augmentation and latent cache"""
+
+    flip_aug: bool = Field(False, description="mirror half of the pictures")
+    color_aug: bool = Field(False, description="change hue or gamma a little")
+    random_crop: bool = Field(False, description="crop at a random place")
+    face_crop_aug_range: Words = Field(None, description="low,high: crop around the face given in the file name")
+    cache_latents: bool = Field(False, description="encode every picture once, before training")
+    cache_latents_to_disk: bool = Field(False, description="keep the encoded pictures on disk too")
+    vae_batch_size: Count = Field(1, description="pictures encoded at once")
+    max_data_loader_n_workers: int = Field(8, ge=0, description="most processes that prepare batches")
+    persistent_data_loader_workers: bool = Field(False, description="keep those processes between epochs")
+
+
+class NetworkOptions(OptionGroup):
+    """Network"""
+
+    network_module: str | None = Field(None, description="Python module of the network: networks.lora")
+    network_dim: Count | None = Field(None, description="rank; unset: 4")
+    network_alpha: float = Field(1.0, ge=0, description="the network's output is scaled by alpha / rank; 0: alpha = rank")
+    network_dropout: float | None = Field(None, ge=0, lt=1, description="dropout between the two layers of each LoRA")
+    network_args: list[str] | None = Field(None, description="key=value words for the network module")
+    network_weights: str | None = Field(None, description="start from this LoRA file")
+    dim_from_weights: bool = Field(False, description="take rank and alpha of each module from network_weights")
+    network_train_unet_only: bool = Field(False, description="LoRA for the U-Net only")
+    network_train_text_encoder_only: bool = Field(False, description="LoRA for the text encoder only")
+    base_weights: list[str] | None = Field(None, description="LoRA files merged into the model before training")
+    base_weights_multiplier: list[float] | None = Field(None, description="strengths of base_weights; a missing one is 1")
+    scale_weight_norms: float | None = Field(None, gt=0, description="largest norm of a LoRA module's weight")
+
+
+class OptimizerOptions(OptionGroup):
+    """Optimizer and learning rate"""
+
+    optimizer_type: str = Field("", description="AdamW (default), AdamW8bit, Lion, SGDNesterov, ... or package.Class")
+    use_8bit_adam: bool = Field(False, description="old spelling of optimizer_type=AdamW8bit")
+    use_lion_optimizer: bool = Field(False, description="old spelling of optimizer_type=Lion")
+    optimizer_args: list[str] | None = Field(None, description="key=value words for the optimizer")
+    learning_rate: float = Field(2e-6, ge=0, description="learning rate; 1e-4 is usual for a LoRA")
+    unet_lr: float | None = Field(None, ge=0, description="learning rate of the U-Net's LoRA; unset: learning_rate")
+    text_encoder_lr: Annotated[float | None, BeforeValidator(_first_rate)] = Field(
+        None, ge=0, description="learning rate of the text encoder's LoRA; unset: learning_rate"
+    )
+    max_grad_norm: float = Field(1.0, ge=0, description="gradients are scaled down to this norm; 0: off")
+    lr_scheduler: str = Field("constant", description="constant, constant_with_warmup, linear, cosine, cosine_with_restarts, polynomial, ...")
+    lr_warmup_steps: StepsOrShare = Field(0, description="steps, share (0.1) or percentage (10%%) of rising learning rate")
+    lr_decay_steps: StepsOrShare = Field(0, description="steps or share of falling rate (warmup_stable_decay)")
+    lr_scheduler_num_cycles: Count = Field(1, description="cycles of cosine_with_restarts")
+    lr_scheduler_power: float = Field(1.0, description="power of polynomial")
+    lr_scheduler_timescale: Count | None = Field(None, description="time scale of inverse_sqrt; unset: warm-up steps")
+    lr_scheduler_min_lr_ratio: float | None = Field(None, ge=0, le=1, description="lowest rate of cosine_with_min_lr and warmup_stable_decay, as a share")
+    lr_scheduler_type: str = Field("", description="any class of torch.optim.lr_scheduler, or package.Class")
+    lr_scheduler_args: list[str] | None = Field(None, description="key=value words for it")
+
+
+class TrainingOptions(OptionGroup):
+    """Training"""
+
+    max_train_steps: Count = Field(1600, description="optimizer steps")
+    max_train_epochs: Count | None = Field(None, description="passes over the data; beats max_train_steps")
+    gradient_accumulation_steps: Count = Field(1, description="batches an optimizer step")
+    gradient_checkpointing: bool = Field(False, description="save memory by computing activations twice")
+    mixed_precision: Literal["no", "fp16", "bf16"] = Field("no", description="number format of the frozen model and of the arithmetic")
+    seed: int | None = Field(None, description="seed of everything random; unset: a new one, which is recorded")
+    noise_offset: float | None = Field(None, description="strength of a random shift of each channel of the noise")
+    min_snr_gamma: float | None = Field(None, gt=0, description="Min-SNR loss weighting; 5 is usual")
+    on_nonfinite_loss: Literal["stop", "skip"] = Field("stop", description="what a loss of NaN or infinity does: end the run, or skip the batch")
+
+
+class OutputOptions(OptionGroup):
+    """Output"""
+
+    output_dir: str | None = Field(None, description="folder for everything that is written")
+    output_name: str | None = Field(None, description="file name of the LoRA, without suffix")
+    save_model_as: Literal["safetensors", "ckpt", "pt"] = Field("safetensors", description="file format")
+    save_precision: Literal["float", "fp16", "bf16"] | None = Field(None, description="number format in the file; unset: as trained")
+    save_every_n_epochs: Count | None = Field(None, description="save after every Nth epoch")
+    save_every_n_steps: Count | None = Field(None, description="save after every Nth step")
+    save_n_epoch_ratio: Count | None = Field(None, description="save about this many times; sets save_every_n_epochs")
+    save_last_n_epochs: Count | None = Field(None, description="keep only this many epoch files")
+    save_last_n_steps: Count | None = Field(None, description="remove step files that are older than this many steps")
+    training_comment: str | None = Field(None, description="text for the file's metadata")
+    no_metadata: bool = Field(False, description="write only what loaders need into the file's metadata")
+
+
+class PreviewOptions(OptionGroup):
+    """Sample pictures while training"""
+
+    sample_prompts: str | None = Field(None, description="file of prompts (.txt, .toml, .json)")
+    sample_every_n_epochs: int | None = Field(None, description="sample after every Nth epoch; 0: off")
+    sample_every_n_steps: int | None = Field(None, description="sample after every Nth step; 0: off")
+    sample_at_first: bool = Field(False, description="also sample before the first step")
+    sample_sampler: Samplers = Field("ddim", description="sampler")
+
+
+class LogOptions(OptionGroup):
+    """Logs and config file"""
+
+    logging_dir: str | None = Field(None, description="folder for TensorBoard logs")
+    log_with: Literal["tensorboard"] | None = Field(None, description="tracker; unset: TensorBoard if logging_dir is given")
+    log_prefix: str | None = Field(None, description="text before the time in the log folder's name")
+    log_tracker_name: str | None = Field(None, description="name of the run's folder; unset: network_train")
+    config_file: str | None = Field(None, description="TOML file with any of these options; the command line wins")
+
+
+class TrainNetworkOptions(BaseModel):
+    """All options of train_network.py."""
+
+    model: ModelOptions
+    data: DataOptions
+    captions: CaptionOptions
+    augmentation: AugmentationOptions
+    network: NetworkOptions
+    optimizer: OptimizerOptions
+    training: TrainingOptions
+    output: OutputOptions
+    previews: PreviewOptions
+    logs: LogOptions
+
+    @model_validator(mode="after")
+    def _together(self) -> TrainNetworkOptions:
+        problems = list(contradictions(self))
+        if problems:
+            raise UserError("; ".join(problems))
+        return self
+
+
+def contradictions(options: TrainNetworkOptions) -> list[str]:
+    """What is missing or does not fit together, each with its cure."""
+    model, data, network = options.model, options.data, options.network
+    optimizer, output, previews, logs = options.optimizer, options.output, options.previews, options.logs
+    checks = [
+        (not model.pretrained_model_name_or_path, "--pretrained_model_name_or_path is missing: give the model to train on"),
+        (not data.dataset_config and not data.train_data_dir, "no pictures: give --dataset_config or --train_data_dir"),
+        (not network.network_module, "--network_module is missing: give --network_module=networks.lora"),
+        (not output.output_dir, "--output_dir is missing: give a folder for the LoRA"),
+        (network.network_train_unet_only and network.network_train_text_encoder_only,
+         "--network_train_unet_only and --network_train_text_encoder_only exclude each other"),
+        (network.dim_from_weights and not network.network_weights, "--dim_from_weights needs --network_weights"),
+        (len(network.base_weights_multiplier or []) > len(network.base_weights or []),
+         "--base_weights_multiplier has more numbers than --base_weights has files"),
+        ((optimizer.use_8bit_adam or optimizer.use_lion_optimizer) and optimizer.optimizer_type,
+         "--use_8bit_adam and --use_lion_optimizer cannot stand beside --optimizer_type"),
+        (optimizer.use_8bit_adam and optimizer.use_lion_optimizer, "--use_8bit_adam and --use_lion_optimizer exclude each other"),
+        ((previews.sample_every_n_epochs or previews.sample_every_n_steps or previews.sample_at_first) and not previews.sample_prompts,
+         "--sample_every_n_epochs, --sample_every_n_steps and --sample_at_first need --sample_prompts"),
+        (logs.log_with and not logs.logging_dir, "--log_with tensorboard needs --logging_dir"),
+    ]  # fmt: skip
+    return [message for wrong, message in checks if wrong]
+
+
+def parse_options(arguments: list[str]) -> TrainNetworkOptions:
+    """The options of one run from the command line and `--config_file`."""
+    return parse(TrainNetworkOptions, arguments, "Train a LoRA for Stable Diffusion.", REFUSED)

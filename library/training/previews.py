@@ -1,0 +1,89 @@
+"""Sample pictures while training, as --sample_prompts and --sample_every_n_* ask for."""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from library.errors import UserError
+from library.files import atomic_write
+from library.generation.generator import generate
+from library.generation.prompts import PromptSpec
+from library.sd.model import StableDiffusion
+from library.training.options import TrainNetworkOptions
+from library.training.tracking import Tracker
+
+
+class Previews:
+    """Draws the prompts with the model as it is now into `<output_dir>/sample`. A picture that fails never ends the run."""
+
+    def __init__(
+        self, options: TrainNetworkOptions, specs: list[PromptSpec], model: StableDiffusion, accelerator: Accelerator, tracker: Tracker
+    ) -> None:
+        self.options, self.specs, self.model = options, specs, model
+        self.accelerator, self.tracker = accelerator, tracker
+        self.folder = Path(options.output.output_dir) / "sample"
+
+    def at_first(self) -> None:
+        """Before the first step, if --sample_at_first."""
+        if self.options.previews.sample_at_first:
+            self._draw("e000000", step=0)
+
+    def after_step(self, step: int) -> None:
+        """After every --sample_every_n_steps steps; --sample_every_n_epochs wins over it."""
+        interval = self.options.previews.sample_every_n_steps or 0
+        if interval > 0 and step % interval == 0 and not self._by_epoch():
+            self._draw(f"{step:06d}", step)
+
+    def after_epoch(self, epoch: int, step: int) -> None:
+        """At the end of every --sample_every_n_epochs epochs."""
+        if self._by_epoch() and epoch % self.options.previews.sample_every_n_epochs == 0:
+            self._draw(f"e{epoch:06d}", step)
+
+    def _by_epoch(self) -> bool:
+        return (self.options.previews.sample_every_n_epochs or 0) > 0
+
+    def _draw(self, moment: str, step: int) -> None:
+        pictures = {}
+        with self._models_on_device():
+            for number, spec in enumerate(self.specs):
+                try:
+                    drawn, picture = self._draw_one(spec)
+                except UserError as error:
+                    tqdm.write(f"sample {number} failed: {error}")
+                    continue
+                pictures[f"sample_{number}"] = picture
+                with atomic_write(self._path(moment, number, spec)) as temporary:
+                    picture.save(temporary)
+        self.tracker.log_pictures(step, pictures)
+        tqdm.write(f"{len(pictures)} sample pictures in {self.folder}")
+
+    def _draw_one(self, spec: PromptSpec):
+        with self.accelerator.autocast():
+            captions = self.options.captions
+            return next(
+                iter(generate(self.model, [spec], clip_skip=self.options.model.clip_skip, max_token_length=captions.max_token_length))
+            )
+
+    def _path(self, moment: str, number: int, spec: PromptSpec) -> Path:
+        """`{output_name_}{moment}_{number}_{time}{_seed}.png`."""
+        name = self.options.output.output_name
+        seed = "" if spec.seed is None else f"_{spec.seed}"
+        return self.folder / f"{name + '_' if name else ''}{moment}_{number:02d}_{time.strftime('%Y%m%d%H%M%S')}{seed}.png"
+
+    @contextmanager
+    def _models_on_device(self):
+        """Text encoder and VAE may rest on the CPU while training; bring them in for the pictures and back."""
+        parts = (self.model.text_encoder, self.model.vae)
+        homes = [next(part.parameters()).device for part in parts]
+        for part in parts:
+            part.to(self.accelerator.device)
+        try:
+            yield
+        finally:
+            for part, home in zip(parts, homes, strict=True):
+                part.to(home)

@@ -1,0 +1,88 @@
+"""Options that people know from sd-scripts and that this trainer does not have, each with the reason.
+
+They are refused by name: a run that ignored one would look fine and be wrong. Remove a line when the option is built.
+"""
+
+from library.command_line import Refused
+
+_NOT_YET = "it is not built yet; take it off the command line or out of the config file"
+_NO_RESUME = "saving and resuming the optimizer's state is not built yet; continue from a file with --network_weights"
+_DEEPSPEED = "DeepSpeed is not supported; a LoRA run fits one card, see --gradient_checkpointing"
+_HUB = "uploading is not built yet; upload the file from --output_dir with `hf upload`"
+_METADATA = "title, author and so on are not written yet; use --training_comment"
+
+_REASONS: dict[str, str] = {
+    # logs
+    **dict.fromkeys(["console_log_level", "console_log_file", "console_log_simple"], "redirect the output in the shell instead"),
+    **dict.fromkeys(["wandb_run_name", "wandb_api_key", "log_tracker_config", "log_config"], "wandb is not built yet; use --logging_dir"),
+    # model
+    "tokenizer_cache_dir": "the tokenizer is part of this suite and needs no cache",
+    # metadata and hub
+    **dict.fromkeys(
+        [
+            "metadata_title", "metadata_author", "metadata_description", "metadata_license", "metadata_tags",
+            "metadata_usage_hint", "metadata_thumbnail", "metadata_merged_from", "metadata_trigger_phrase",
+            "metadata_preprocessor", "metadata_is_negative_embedding",
+        ],
+        _METADATA,
+    ),
+    **dict.fromkeys(
+        [
+            "huggingface_repo_id", "huggingface_repo_type", "huggingface_path_in_repo", "huggingface_token",
+            "huggingface_repo_visibility", "save_state_to_huggingface", "async_upload",
+        ],
+        _HUB,
+    ),
+    # data
+    "cache_info": "sizes are read from picture headers at every start, which is fast; captions are always read anew",
+    "skip_cache_check": "the latent cache checks contents, which is fast; there is nothing to skip",
+    "alpha_mask": _NOT_YET,
+    "dataset_class": _NOT_YET,
+    "in_json": "datasets from a metadata JSON are not built yet; put captions into text files beside the pictures",
+    **dict.fromkeys(["masked_loss", "conditioning_data_dir"], _NOT_YET),
+    **dict.fromkeys(
+        ["validation_seed", "validation_split", "validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps"], _NOT_YET
+    ),
+    # state
+    **dict.fromkeys(
+        [
+            "save_state", "save_state_on_train_end", "save_last_n_epochs_state", "save_last_n_steps_state", "resume",
+            "resume_from_huggingface", "skip_until_initial_step", "initial_epoch", "initial_step",
+        ],
+        _NO_RESUME,
+    ),
+    # precision, memory and speed
+    "mem_eff_attn": "torch's own attention, which is used by default, needs as little memory",
+    **dict.fromkeys(["torch_compile", "dynamo_backend"], _NOT_YET),
+    **dict.fromkeys(["full_fp16", "full_bf16", "fp8_base", "fp8_base_unet", "lowram", "highvram"], _NOT_YET),
+    "cpu_offload_checkpointing": "it does not exist for Stable Diffusion 1.x and 2.x; use --gradient_checkpointing",
+    "fused_backward_pass": "it is for full fine-tuning; the gradients of a LoRA are small",
+    # noise and loss
+    **dict.fromkeys(
+        [
+            "noise_offset_random_strength", "multires_noise_iterations", "multires_noise_discount", "adaptive_noise_scale",
+            "ip_noise_gamma", "ip_noise_gamma_random_strength", "zero_terminal_snr", "min_timestep", "max_timestep",
+            "loss_type", "huber_schedule", "huber_c", "huber_scale", "scale_v_pred_loss_like_noise_pred",
+            "v_pred_like_loss", "debiased_estimation_loss",
+        ],
+        _NOT_YET,
+    ),
+    # processes
+    **dict.fromkeys(["ddp_timeout", "ddp_gradient_as_bucket_view", "ddp_static_graph"], "training in several processes is not built yet"),
+    **dict.fromkeys(
+        [
+            "deepspeed", "zero_stage", "offload_optimizer_device", "offload_optimizer_nvme_path", "offload_param_device",
+            "offload_param_nvme_path", "zero3_init_flag", "zero3_save_16bit_model", "fp16_master_weights_and_gradients",
+        ],
+        _DEEPSPEED,
+    ),
+    "output_config": "write the options into a TOML file by hand and give it with --config_file",
+}  # fmt: skip
+
+# Defaults of theirs, which say nothing: graphical front ends write them into every config file.
+_DEFAULTS = {
+    "multires_noise_discount": 0.3, "loss_type": "l2", "huber_schedule": "snr", "huber_c": 0.1, "huber_scale": 1.0,
+    "dynamo_backend": "no", "zero_stage": 2, "max_timestep": 1000, "huggingface_repo_visibility": "private",
+}  # fmt: skip
+
+REFUSED = Refused(reasons=_REASONS, harmless=_DEFAULTS)

@@ -1,0 +1,280 @@
+"""One training run from its options to its files: set up in the order things are needed, cheap checks first."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from tqdm import tqdm
+
+from library.data.config import DatasetDefaults, datasets_from_file, datasets_from_folders
+from library.data.dataset import TrainingDataset
+from library.data.debug import write_debug_sheet
+from library.data.loader import make_loader
+from library.data.text_cache import TextCache
+from library.devices import DTYPES, check_precision, cpu_has_fast_bf16, peak_memory_bytes, use_all_cores
+from library.errors import UserError
+from library.generation.prompts import PromptSpec, read_prompt_file
+from library.sd.model import StableDiffusion, encode_image, encode_text, load_stable_diffusion, vae_fingerprint
+from library.sd.text import load_tokenizer, tokenize, tokenize_weighted
+from library.training.metadata import RunMetadata, run_facts
+from library.training.network import TrainedNetwork, build_network, import_network_module, parse_network_args
+from library.training.optimizers import create_optimizer, optimizer_class, optimizer_name
+from library.training.options import TrainNetworkOptions
+from library.training.previews import Previews
+from library.training.saving import ModelFiles
+from library.training.schedules import create_schedule
+from library.training.tracking import Tracker, logging_folder, write_loss_plot
+from library.training.trainer import Plan, Trainer, seed_everything
+
+
+def train(options: TrainNetworkOptions) -> int:
+    """Train as the options say. Returns the exit code: 0, or 130 after Ctrl-C."""
+    seed = secrets.randbelow(2**32) if options.training.seed is None else options.training.seed
+    dataset = open_dataset(options, seed)
+    print(dataset.bucket_table())
+    if options.data.debug_dataset:
+        write_debug_sheet(dataset, Path(options.output.output_dir))
+        return 0
+    trainer = prepare(options, dataset, seed)
+    started = time.perf_counter()
+    finished = trainer.run()
+    summarize(trainer, finished, time.perf_counter() - started)
+    return 0 if finished else 130
+
+
+def open_dataset(options: TrainNetworkOptions, seed: int) -> TrainingDataset:
+    """Index the pictures; no model is needed for that."""
+    defaults = dataset_defaults(options)
+    if options.data.dataset_config:
+        configs = datasets_from_file(Path(options.data.dataset_config), defaults)
+        ignored = [name for name in ("train_data_dir", "reg_data_dir") if getattr(options.data, name)]
+        if ignored:
+            print(f"--dataset_config is given, so --{' and --'.join(ignored)} is not used")
+    else:
+        reg = options.data.reg_data_dir
+        configs = datasets_from_folders(Path(options.data.train_data_dir), Path(reg) if reg else None, defaults)
+    return TrainingDataset(
+        configs,
+        seed=seed,
+        tokenizer=load_tokenizer(options.model.v2),
+        max_token_length=options.captions.max_token_length,
+        weighted_captions=options.captions.weighted_captions,
+        prior_loss_weight=options.data.prior_loss_weight,
+        gradient_accumulation_steps=options.training.gradient_accumulation_steps,
+        on_bad_image=options.data.on_bad_image,
+    )
+
+
+def dataset_defaults(options: TrainNetworkOptions) -> DatasetDefaults:
+    """What the command line says about datasets, for every key that a dataset file leaves open."""
+    given = {**options.data.model_dump(), **options.captions.model_dump(), **options.augmentation.model_dump()}
+    given |= {"batch_size": given["train_batch_size"], "num_repeats": given["dataset_repeats"]}
+    if given["caption_extention"]:
+        given["caption_extension"] = given["caption_extention"]
+    return DatasetDefaults(**{key: value for key, value in given.items() if key in DatasetDefaults.model_fields})
+
+
+def prepare(options: TrainNetworkOptions, dataset: TrainingDataset, seed: int) -> Trainer:
+    """Everything between the pictures and the first step."""
+    accelerator = make_accelerator(options)
+    specs = preview_specs(options)
+    check_early(options)
+    plan = Plan.of(options, dataset.num_batches)
+    dataset.max_train_steps = plan.max_steps
+
+    model = load_model(options, accelerator)
+    cache_latents(options, dataset, model)
+    seed_everything(seed)
+    network = build_network(options.network, options.optimizer, model)
+    network.module.to(accelerator.device)
+    text_cache = cache_text(options, dataset, model, network)
+    free_what_rests(options, dataset, model, text_cache)
+    if options.training.gradient_checkpointing:
+        enable_gradient_checkpointing(model, network)
+
+    optimizer, optimizer_text = create_optimizer(options.optimizer, network.groups, accelerator.device)
+    schedule = create_schedule(options.optimizer, optimizer, plan.max_steps)
+    network.module.prepare_grad_etc(model.text_encoder, model.unet)
+    tracker = Tracker(accelerator, options.logs)
+    facts = run_facts(
+        options, dataset.describe(), seed=seed, optimizer=optimizer_text, batches_per_epoch=plan.batches_per_epoch,
+        epochs=plan.epochs, max_train_steps=plan.max_steps, processes=accelerator.num_processes,
+    )  # fmt: skip
+    print_plan(options, plan, network, seed)
+    return Trainer(
+        options=options, accelerator=accelerator, model=model, network=network, dataset=dataset,
+        loader=make_loader(
+            dataset, num_workers=options.augmentation.max_data_loader_n_workers,
+            persistent=options.augmentation.persistent_data_loader_workers, pin_memory=accelerator.device.type == "cuda",
+        ),
+        text_cache=text_cache, optimizer=accelerator.prepare(optimizer), schedule=schedule, plan=plan, seed=seed,
+        files=ModelFiles(options.output), metadata=RunMetadata(facts, options.output.no_metadata),
+        previews=Previews(options, specs, model, accelerator, tracker), tracker=tracker,
+    )  # fmt: skip
+
+
+def make_accelerator(options: TrainNetworkOptions) -> Accelerator:
+    """The accelerator, after checking that this machine can do what is asked."""
+    folder = logging_folder(options.logs)
+    accelerator = Accelerator(
+        mixed_precision=options.training.mixed_precision,
+        log_with="tensorboard" if folder else None,
+        project_config=ProjectConfiguration(project_dir=folder, logging_dir=folder) if folder else None,
+    )
+    if accelerator.num_processes > 1:
+        raise UserError("training in several processes is not built yet; launch with --num_processes 1")
+    check_precision(options.training.mixed_precision, accelerator.device)
+    if accelerator.device.type == "cpu":
+        print(f"no GPU: training on {use_all_cores()} CPU cores")
+        if options.training.mixed_precision == "bf16" and not cpu_has_fast_bf16():
+            print("this processor has no bf16 units: --mixed_precision no is many times faster here")
+    return accelerator
+
+
+def check_early(options: TrainNetworkOptions) -> None:
+    """Find what is misspelt or not installed before anything slow is done."""
+    import_network_module(options.network.network_module)
+    parse_network_args(options.network.network_args)
+    optimizer_class(optimizer_name(options.optimizer))
+    if options.optimizer.learning_rate == 2e-6 and not (options.optimizer.unet_lr or options.optimizer.text_encoder_lr):
+        print("--learning_rate is 2e-6, far too low for a LoRA to learn anything; 1e-4 is usual")
+    for name in ("network_weights", *(options.network.base_weights or ())):
+        path = getattr(options.network, name, name)
+        if path and not Path(path).is_file():
+            option = "--network_weights" if name == "network_weights" else "--base_weights"
+            raise UserError(f"{option} {path}: there is no such file")
+
+
+def preview_specs(options: TrainNetworkOptions) -> list[PromptSpec]:
+    """The prompts of --sample_prompts; a size that they leave open is the training size."""
+    path = options.previews.sample_prompts
+    if not path:
+        return []
+    return read_prompt_file(Path(path), PromptSpec(sampler=options.previews.sample_sampler))
+
+
+def load_model(options: TrainNetworkOptions, accelerator: Accelerator) -> StableDiffusion:
+    """The frozen model in the dtype it computes in; text encoder and U-Net on the device."""
+    chosen = options.model
+    model = load_stable_diffusion(
+        chosen.pretrained_model_name_or_path, v2=chosen.v2, v_parameterization=chosen.v_parameterization, vae=chosen.vae,
+        dtype=DTYPES[options.training.mixed_precision], device=accelerator.device,
+    )  # fmt: skip
+    if chosen.no_half_vae:
+        model.vae.to(torch.float32)
+    if chosen.xformers:
+        use_xformers(model, accelerator.device)
+    return model
+
+
+def use_xformers(model: StableDiffusion, device: torch.device) -> None:
+    """Attention by xformers where it can be had; torch's own is as exact and nearly as fast."""
+    try:
+        import xformers.ops  # noqa: F401
+
+        if device.type != "cuda":
+            raise ImportError("it needs an NVIDIA GPU")
+    except ImportError as error:
+        print(f"--xformers: {error}; using torch's attention instead")
+        return
+    model.unet.enable_xformers_memory_efficient_attention()
+
+
+def cache_latents(options: TrainNetworkOptions, dataset: TrainingDataset, model: StableDiffusion) -> None:
+    """Encode all pictures once, if --cache_latents or --cache_latents_to_disk."""
+    chosen = options.augmentation
+    if not (chosen.cache_latents or chosen.cache_latents_to_disk):
+        return
+
+    @torch.inference_mode()
+    def encode(images: torch.Tensor, seeds: list[int]) -> torch.Tensor:
+        posterior = model.vae.encode(images.to(model.vae.device, model.vae.dtype)).latent_dist
+        noise = torch.stack([torch.randn(posterior.mean.shape[1:], generator=torch.Generator().manual_seed(s)) for s in seeds])
+        return (posterior.mean.float() + posterior.std.float() * noise.to(posterior.mean.device)).cpu()
+
+    dataset.cache_latents(
+        encode, batch_size=chosen.vae_batch_size, to_disk=chosen.cache_latents_to_disk, fingerprint=vae_fingerprint(model.vae)
+    )
+
+
+def cache_text(
+    options: TrainNetworkOptions, dataset: TrainingDataset, model: StableDiffusion, network: TrainedNetwork
+) -> TextCache | None:
+    """Encode all captions once, if the text encoder is not trained and the captions do not change without end."""
+    variants = None if network.trains_text_encoder else dataset.caption_variants()
+    if variants is None:
+        return None
+    captions = options.captions
+
+    @torch.no_grad()
+    def encode(texts: list[str]) -> torch.Tensor:
+        if captions.weighted_captions:
+            ids, weights = tokenize_weighted(model.tokenizer, texts, captions.max_token_length)
+            weights = weights.to(model.text_encoder.device)
+        else:
+            ids, weights = tokenize(model.tokenizer, texts, captions.max_token_length), None
+        return encode_text(model.text_encoder, ids.to(model.text_encoder.device), options.model.clip_skip, weights).cpu()
+
+    return TextCache.build(variants, encode, batch_size=16)
+
+
+def free_what_rests(
+    options: TrainNetworkOptions, dataset: TrainingDataset, model: StableDiffusion, text_cache: TextCache | None
+) -> None:
+    """Move the parts that training does not touch off the GPU; previews fetch them when they need them."""
+    if options.augmentation.cache_latents or options.augmentation.cache_latents_to_disk:
+        model.vae.to("cpu")
+    if text_cache is not None:
+        model.text_encoder.to("cpu")
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def enable_gradient_checkpointing(model: StableDiffusion, network: TrainedNetwork) -> None:
+    """Keep few activations and compute the others again in the backward pass."""
+    model.unet.enable_gradient_checkpointing()
+    if network.trains_text_encoder:
+        model.text_encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    network.module.enable_gradient_checkpointing()
+
+
+def print_plan(options: TrainNetworkOptions, plan: Plan, network: TrainedNetwork, seed: int) -> None:
+    """What is about to happen."""
+    count = sum(parameter.numel() for parameter in network.parameters)
+    rank = options.network.network_dim or 4
+    print(f"network: {options.network.network_module}, rank {rank}, alpha {options.network.network_alpha:g}, {count:,} trainable numbers")
+    print(
+        f"plan: {plan.max_steps} steps of {plan.accumulation} batch{'es' if plan.accumulation > 1 else ''}, "
+        f"{plan.batches_per_epoch} batches an epoch, {plan.epochs} epochs; seed {seed}"
+    )
+
+
+def summarize(trainer: Trainer, finished: bool, seconds: float) -> None:
+    """The last screen: where the files are, the final loss, the speed, the memory."""
+    output, files, losses = trainer.options.output, trainer.files, trainer.losses
+    plot = files.folder / f"{output.output_name or 'last'}-loss.png"
+    if losses.values:
+        write_loss_plot(losses, plot, output.output_name or "loss")
+    trainer.tracker.finish()
+    last = files.written[-1]
+    peak = peak_memory_bytes(trainer.accelerator.device)
+    rows = [("LoRA" if finished else "LoRA so far", str(last)), ("loss plot", str(plot))]
+    rows += [("also saved", str(path)) for path in files.written[:-1]]
+    if losses.average is not None:
+        rows.append(("loss", f"{losses.average:.4f} (mean of the last epoch)"))
+    rows.append(("speed", f"{trainer.seconds_per_step:.3f} s a step, {trainer.step} steps in {seconds:.0f} s"))
+    if peak:
+        rows.append(("peak memory", f"{peak / 2**30:.2f} GiB"))
+    if trainer.skipped:
+        rows.append(("skipped", f"{trainer.skipped} batches whose loss was not finite"))
+    if not finished:
+        rows.append(("to go on", f"run the same command with --network_weights={last} --dim_from_weights"))
+    width = max(len(name) for name, _ in rows)
+    tqdm.write("")
+    for name, value in rows:
+        tqdm.write(f"  {name:<{width}}  {value}")

@@ -1,0 +1,89 @@
+"""Files of a run: their names, writing them whole and free of NaN, and removing old ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from library.devices import DTYPES
+from library.errors import RunFailed
+from library.files import atomic_write, load_pickled_tensors
+from library.training.options import OutputOptions
+
+
+class ModelFiles:
+    """Names and rotation of the network files of one run."""
+
+    def __init__(self, options: OutputOptions) -> None:
+        self.options = options
+        self.folder = Path(options.output_dir)
+        self.written: list[Path] = []
+
+    def epoch_path(self, epoch: int) -> Path:
+        """`name-000003.safetensors`; without --output_name: `epoch-000003.safetensors`."""
+        return self._path(f"{self.options.output_name or 'epoch'}-{epoch:06d}")
+
+    def step_path(self, step: int) -> Path:
+        """`name-step00000200.safetensors`; without --output_name: `at-step00000200.safetensors`."""
+        return self._path(f"{self.options.output_name or 'at'}-step{step:08d}")
+
+    def final_path(self) -> Path:
+        """`name.safetensors`; without --output_name: `last.safetensors`."""
+        return self._path(self.options.output_name or "last")
+
+    def _path(self, stem: str) -> Path:
+        return self.folder / f"{stem}.{self.options.save_model_as}"
+
+    def epoch_interval(self, epochs: int) -> int | None:
+        """Save after every how many epochs; --save_n_epoch_ratio N means about N files in all."""
+        if self.options.save_n_epoch_ratio:
+            return max(1, epochs // self.options.save_n_epoch_ratio)
+        return self.options.save_every_n_epochs
+
+    def save(self, path: Path, network: torch.nn.Module, metadata: dict[str, str]) -> None:
+        """Write the network under its final name only when the file is whole and holds no NaN."""
+        dtype = DTYPES[self.options.save_precision] if self.options.save_precision else None
+        with atomic_write(path) as temporary:
+            try:
+                network.save_weights(str(temporary), dtype, metadata)
+            except ValueError as error:
+                raise RunFailed(f"{path} was not written: {error}") from error
+            check_finite(temporary, path)
+        self.written.append(path)
+
+    def remove_old_epoch(self, epoch: int, interval: int) -> None:
+        """After the save of `epoch`: keep the last --save_last_n_epochs epoch files."""
+        if self.options.save_last_n_epochs:
+            self._remove(epoch - interval * self.options.save_last_n_epochs, self.epoch_path)
+
+    def remove_old_step(self, step: int, interval: int) -> None:
+        """After the save of `step`: drop the file that is more than --save_last_n_steps steps older."""
+        if self.options.save_last_n_steps:
+            old = step - self.options.save_last_n_steps - 1
+            self._remove(old - old % interval, self.step_path)
+
+    def _remove(self, number: int, name: Any) -> None:
+        path = name(number) if number >= 0 else None
+        if path and path.exists():
+            path.unlink()
+            self.written = [kept for kept in self.written if kept != path]
+            print(f"removed {path}")
+
+
+def check_finite(file: Path, shown_as: Path) -> None:
+    """Refuse a network file that holds a NaN or an infinity, whatever module wrote it."""
+    for name, tensor in _tensors(file):
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise RunFailed(f"{shown_as} was not written: {name} holds NaN or infinity; lower --learning_rate or use --mixed_precision bf16")
+
+
+def _tensors(file: Path):
+    if file.suffix != ".safetensors":
+        yield from load_pickled_tensors(file).items()
+        return
+    with safe_open(file, framework="pt") as content:
+        for name in content.keys():
+            yield name, content.get_tensor(name)

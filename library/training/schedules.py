@@ -1,0 +1,90 @@
+"""Learning-rate schedules by name. The formulas come from transformers; here is only who gets which arguments."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from library.errors import UserError, unknown
+from library.training.optimizers import import_class, parse_key_values
+from library.training.options import OptimizerOptions
+
+SCHEDULES = (
+    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt",
+    "warmup_stable_decay", "cosine_with_min_lr", "piecewise_constant",
+)  # fmt: skip
+
+
+def steps_of(value: int | float, total: int) -> int:
+    """A number of optimizer steps from steps (int) or a share of all steps (float below 1)."""
+    return value if isinstance(value, int) else math.floor(value * total)
+
+
+def create_schedule(options: OptimizerOptions, optimizer: torch.optim.Optimizer, total_steps: int):
+    """The learning-rate schedule; it ticks once an optimizer step.
+
+    total_steps: optimizer steps of the whole run.
+    Raises UserError for an unknown name or arguments that do not fit.
+    """
+    if options.lr_scheduler_type:
+        return _custom_schedule(options, optimizer)
+    if options.lr_scheduler not in SCHEDULES:
+        raise unknown("--lr_scheduler", options.lr_scheduler, SCHEDULES)
+    warmup = steps_of(options.lr_warmup_steps, total_steps)
+    if options.lr_scheduler == "constant" and warmup:
+        raise UserError("--lr_warmup_steps has no place in --lr_scheduler constant; use constant_with_warmup")
+    if warmup > total_steps:
+        raise UserError(f"--lr_warmup_steps is {warmup}, more than all {total_steps} steps of the run")
+    return _makers(options, warmup, total_steps)[options.lr_scheduler](optimizer)
+
+
+def _makers(options: OptimizerOptions, warmup: int, total: int) -> dict[str, Callable]:
+    from transformers import optimization as t
+
+    given = parse_key_values(options.lr_scheduler_args, "--lr_scheduler_args")
+    min_ratio = options.lr_scheduler_min_lr_ratio
+    decay = steps_of(options.lr_decay_steps, total)
+    return {
+        "constant": lambda o: t.get_constant_schedule(o),
+        "constant_with_warmup": lambda o: t.get_constant_schedule_with_warmup(o, warmup),
+        "linear": lambda o: t.get_linear_schedule_with_warmup(o, warmup, total),
+        "cosine": lambda o: t.get_cosine_schedule_with_warmup(o, warmup, total),
+        "cosine_with_restarts": lambda o: t.get_cosine_with_hard_restarts_schedule_with_warmup(
+            o, warmup, total, num_cycles=options.lr_scheduler_num_cycles
+        ),
+        "polynomial": lambda o: t.get_polynomial_decay_schedule_with_warmup(o, warmup, total, power=options.lr_scheduler_power),
+        "inverse_sqrt": lambda o: t.get_inverse_sqrt_schedule(o, warmup, timescale=options.lr_scheduler_timescale),
+        "warmup_stable_decay": lambda o: t.get_wsd_schedule(
+            o, num_warmup_steps=warmup, num_stable_steps=max(0, total - warmup - decay), num_decay_steps=decay, min_lr_ratio=min_ratio or 0.0
+        ),
+        "cosine_with_min_lr": lambda o: t.get_cosine_with_min_lr_schedule_with_warmup(
+            o, warmup, total, min_lr_rate=_required(min_ratio, "--lr_scheduler_min_lr_ratio", "cosine_with_min_lr")
+        ),
+        "piecewise_constant": lambda o: _piecewise_constant(o, given),
+    }
+
+
+def _piecewise_constant(optimizer: torch.optim.Optimizer, given: dict):
+    from diffusers.optimization import get_piecewise_constant_schedule
+
+    rules = _required(given.get("step_rules"), "--lr_scheduler_args step_rules=1:10,0.1:20,0.01", "piecewise_constant")
+    return get_piecewise_constant_schedule(optimizer, str(rules))
+
+
+def _required(value, option: str, schedule: str):
+    if value is None:
+        raise UserError(f"--lr_scheduler {schedule} needs {option}")
+    return value
+
+
+def _custom_schedule(options: OptimizerOptions, optimizer: torch.optim.Optimizer):
+    name = options.lr_scheduler_type
+    if options.lr_warmup_steps:
+        raise UserError("--lr_warmup_steps cannot be used with --lr_scheduler_type; give its own arguments in --lr_scheduler_args")
+    cls = import_class(name if "." in name else f"torch.optim.lr_scheduler.{name}", f"--lr_scheduler_type {name}")
+    try:
+        return cls(optimizer, **parse_key_values(options.lr_scheduler_args, "--lr_scheduler_args"))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--lr_scheduler_args do not fit {name}: {error}") from error
