@@ -26,9 +26,11 @@ import logging
 import math
 import os
 import pickle
+import re
 import uuid
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +99,7 @@ class LoRAModule(nn.Module):
 
     def __init__(
         self,
+        lora_name: str,
         layer: Layer,
         rank: int,
         alpha: float | None,
@@ -106,7 +109,7 @@ class LoRAModule(nn.Module):
         module_dropout: float = 0.0,
     ):
         super().__init__()
-        self.rank, self.multiplier, self.enabled = rank, multiplier, True
+        self.lora_name, self.rank, self.multiplier, self.enabled = lora_name, rank, multiplier, True
         self.dropout, self.rank_dropout, self.module_dropout = dropout, rank_dropout, module_dropout
         if isinstance(layer, nn.Conv2d):
             self.lora_down: Layer = nn.Conv2d(
@@ -130,8 +133,10 @@ class LoRAModule(nn.Module):
         """multiplier * scale * up(down(x)): (B, ..., in) -> (B, ..., out), or (B, in, H, W) -> (B, out, H', W')."""
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.lora_down.weight.dtype)
-        hidden = F.dropout(self.lora_down(x), self.dropout, self.training)
+        hidden = self.lora_down(x)
         factor = self.scale * self.multiplier
+        if self.training and self.dropout:
+            hidden = F.dropout(hidden, self.dropout)
         if self.training and self.rank_dropout:
             hidden = hidden * self._rank_mask(hidden)
             factor = factor / (1 - self.rank_dropout)
@@ -172,8 +177,7 @@ class LoRAModule(nn.Module):
 class LoRANetwork(nn.Module):
     """LoRA modules for the layers of a text encoder and a U-Net, as one module with one state.
 
-    layers: what `find_layers` gave; ranks: (rank, alpha) by LoRA name, for those layers that get a module;
-    dropouts: any of dropout, rank_dropout, module_dropout.
+    layers: what `find_layers` gave; ranks: (rank, alpha) by LoRA name, for those layers that get a module.
     """
 
     module_class = LoRAModule
@@ -183,16 +187,16 @@ class LoRANetwork(nn.Module):
         layers: Mapping[str, Layer],
         ranks: Mapping[str, tuple[int, float | None]],
         multiplier: float = 1.0,
-        dropouts: Mapping[str, float] | None = None,
+        args: NetworkArgs | None = None,
     ):
         super().__init__()
         self.multiplier = multiplier
+        self.args = args or NetworkArgs()
         self.text_encoder_loras: list[LoRAModule] = []
         self.unet_loras: list[LoRAModule] = []
         for name, layer in layers.items():
             if name in ranks:
-                rank, alpha = ranks[name]
-                module = self.module_class(layer, rank, alpha, multiplier, **(dropouts or {}))
+                module = self.module_class(name, layer, *ranks[name], multiplier, **self.args.dropouts)
                 self.add_module(name, module)
                 (self.unet_loras if name.startswith(UNET_PREFIX) else self.text_encoder_loras).append(module)
         if not self.loras:
@@ -221,8 +225,8 @@ class LoRANetwork(nn.Module):
             module.attach(layers[name])
 
     def _drop(self, modules: list[LoRAModule]) -> None:
-        for name in [name for name, module in self.named_children() if module in modules]:
-            delattr(self, name)
+        for module in modules:
+            delattr(self, module.lora_name)
         modules.clear()
 
     def unapply(self) -> None:
@@ -259,29 +263,42 @@ class LoRANetwork(nn.Module):
         dtype: round the result to this first (the layers keep their own type); device: calculate there.
         """
         layers = find_layers(text_encoder, unet, conv3x3=True)
-        check_found(weights_sd, layers)
-        for name in module_names(weights_sd):
-            if name in layers:
-                weight = layers[name].weight
-                delta = weight_delta(*module_weights(weights_sd, name, layers[name]), device=device or weight.device)
-                merged = weight.to(delta) + self.multiplier * delta.view(weight.shape)
-                weight.copy_(merged.to(dtype or weight.dtype))
+        for name in names_in_both(weights_sd, layers):
+            weight = layers[name].weight
+            delta = weight_delta(*module_weights(weights_sd, name, layers[name]), device=device or weight.device)
+            merged = weight.to(delta) + self.multiplier * delta.view(weight.shape)
+            weight.copy_(merged.to(dtype or weight.dtype))
 
     # ---- training
 
     def prepare_optimizer_params(
-        self, text_encoder_lr: float | None, unet_lr: float | None, default_lr: float | None
+        self, text_encoder_lr: float | None, unet_lr: float | None, default_lr: float
     ) -> tuple[list[dict[str, Any]], list[str]]:
-        """Optimizer groups and their names for the log. A rate of None means the default; parts with rate 0 are left out."""
-        groups, names = [], []
-        parts = [("textencoder", self.text_encoder_loras, text_encoder_lr), ("unet", self.unet_loras, unet_lr)]
-        for name, modules, lr in parts:
+        """Optimizer groups and their names for the log. A rate of None means the default; parts of rate 0 are left out.
+
+        With block weights the U-Net has one group a block, its rate times the weight. With LoRA+ (Hayou et al. 2024, arXiv
+        2402.12354) each group is two: down with its rate, up with the ratio times as much.
+        """
+        args, groups, names = self.args, [], []
+        parts = {"textencoder": (text_encoder_lr, args.loraplus_text_encoder_lr_ratio, self.text_encoder_loras)}
+        for module in self.unet_loras:
+            name, weight = args.lr_block(module.lora_name)
+            lr = default_lr if unet_lr is None else unet_lr
+            parts.setdefault(name, (lr * weight, args.loraplus_unet_lr_ratio, []))[2].append(module)
+        for name, (lr, ratio, modules) in parts.items():
             lr = default_lr if lr is None else lr
-            if modules and lr:
-                groups.append({"params": [p for module in modules for p in module.parameters()], "lr": lr})
-                names.append(name)
-            elif modules:
+            if modules and not lr:
                 logger.warning("%s: learning rate 0, not trained", name)
+            if not modules or not lr:
+                continue
+            ratio = ratio or args.loraplus_lr_ratio
+            if ratio:
+                groups.append({"params": [m.lora_down.weight for m in modules], "lr": lr})
+                groups.append({"params": [m.lora_up.weight for m in modules], "lr": lr * ratio})
+                names += [name, f"{name} plus"]
+            else:
+                groups.append({"params": [p for m in modules for p in m.parameters()], "lr": lr})
+                names.append(name)
         if not groups:
             raise ValueError("nothing to train: every learning rate is 0; give --learning_rate, --unet_lr or --text_encoder_lr")
         return groups, names
@@ -327,10 +344,10 @@ class LoRANetwork(nn.Module):
     def load_weights(self, file: str | os.PathLike) -> Any:
         """Load a file; the alphas, and so the scales, are the file's. Returns the missing and the unexpected keys."""
         weights = load_tensors(file)
-        check_found(weights, dict(self.named_children()))
+        names_in_both(weights, dict(self.named_children()))
         result = self.load_state_dict(weights, strict=False)
         conv3x3 = {k: t for k, t in weights.items() if k.endswith(".lora_down.weight") and t.dim() == 4 and t[0, 0].numel() > 1}
-        if conv3x3.keys() & set(result.unexpected_keys) and all(kernel_size(m.lora_down) == 1 for m in self.loras):
+        if conv3x3 and self.unet_loras and all(kernel_size(m.lora_down) == 1 for m in self.unet_loras):
             rank = len(next(iter(conv3x3.values())))
             raise ValueError(
                 f"{file} has 3x3 convolutions, this network has none; use --dim_from_weights or --network_args conv_dim={rank}"
@@ -367,10 +384,38 @@ def weight_delta(up: Tensor, down: Tensor, alpha: float, device: Any = None) -> 
     return (up.flatten(1) @ down.flatten(1)).mul_(alpha / down.shape[0]).view(up.shape[0], *down.shape[1:])
 
 
-def module_names(weights: Mapping[str, Tensor]) -> list[str]:
-    """The names of the LoRA modules that have both factors in these weights."""
+OTHER_FORMATS = {
+    "lora_te1_": "a LoRA for SDXL",
+    "lora_te2_": "a LoRA for SDXL",
+    "lora_unet_input_blocks_": "a LoRA for SDXL",
+    "hada_w1": "a LoHa (LyCORIS)",
+    "lokr_w": "a LoKr (LyCORIS)",
+    ".lora_A.": "in the layout of peft or Diffusers",
+    "model.diffusion_model.": "a whole model",
+    "dora_scale": "a DoRA",
+}
+
+
+def names_in_both(weights: Mapping[str, Tensor], known: Mapping[str, Any]) -> list[str]:
+    """The LoRA modules of these weights that `known` has too. Warns of tensors not used; ValueError if all are not."""
     names = [key.removesuffix(".lora_down.weight") for key in weights if key.endswith(".lora_down.weight")]
-    return [name for name in names if f"{name}.lora_up.weight" in weights]
+    found = {name for name in names if name in known and f"{name}.lora_up.weight" in weights}
+    reason = next((f"they are {text}" for mark, text in OTHER_FORMATS.items() if any(mark in key for key in weights)), "")
+    if not found:
+        raise ValueError(
+            f"none of these weights ({len(names)} LoRA modules, {len(weights)} tensors) has a layer in this model; "
+            + (reason or "are they a LoRA for Stable Diffusion 1.x or 2.x?")
+        )
+    unused = []
+    for key in weights:
+        name, _, tensor = key.partition(".")
+        if name not in found:
+            unused.append(key)
+        elif tensor not in ("alpha", "lora_down.weight", "lora_up.weight"):
+            raise ValueError(f"{key} is not supported; " + (reason or "it is not part of a plain LoRA"))
+    if unused:
+        logger.warning("%d of %d tensors have no layer in this model and are not used, such as %s", len(unused), len(weights), unused[0])
+    return [name for name in names if name in found]
 
 
 def module_weights(weights: Mapping[str, Tensor], name: str, target: Layer | LoRAModule) -> tuple[Tensor, Tensor, float]:
@@ -446,87 +491,179 @@ def with_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> d
     }
 
 
-OTHER_FORMATS = {
-    "lora_te1_": "it is a LoRA for SDXL",
-    "lora_unet_input_blocks_": "it is a LoRA for SDXL",
-    "hada_w1": "it is a LoHa (LyCORIS)",
-    "lokr_w": "it is a LoKr (LyCORIS)",
-    ".lora_A.": "it is in the layout of peft or Diffusers",
-    "diffusion_model.": "it is a whole model",
+# ---------------------------------------------------------------- network_args
+
+
+BLOCKS = [*(f"IN{i:02}" for i in range(12)), "MID", *(f"OUT{i:02}" for i in range(12))]
+LR_PRESETS = {
+    "sine": lambda x: math.sin(math.pi / 2 * x),
+    "cosine": lambda x: math.sin(math.pi / 2 * (1 - x)),
+    "linear": lambda x: x,
+    "reverse_linear": lambda x: 1 - x,
+    "zeros": lambda x: 0.0,
 }
 
 
-def check_found(weights: Mapping[str, Tensor], known: Mapping[str, Any]) -> None:
-    """Warn if some of the weights' modules are not in the model; ValueError if none is."""
-    names = module_names(weights)
-    found = sum(name in known for name in names)
-    if not found:
-        reason = next((text for mark, text in OTHER_FORMATS.items() if any(mark in key for key in weights)), "")
-        raise ValueError(
-            f"no LoRA module of these weights ({len(names)} modules, {len(weights)} tensors) is in this model"
-            + (f": {reason}" if reason else "; are they a LoRA for Stable Diffusion 1.x or 2.x?")
-        )
-    if found < len(names):
-        missing = next(name for name in names if name not in known)
-        logger.warning("%d of %d LoRA modules have no layer in this model, such as %s", len(names) - found, len(names), missing)
+def block_index(lora_name: str) -> int | None:
+    """The U-Net block, 0 to 24 (see `BLOCKS`), that a LoRA name belongs to; None in the text encoder."""
+    if lora_name.startswith(f"{UNET_PREFIX}_mid_block_"):
+        return 12
+    match = re.match(rf"{UNET_PREFIX}_(down|up)_blocks_(\d+)_(attentions|resnets|downsamplers|upsamplers)_(\d+)_", lora_name)
+    if match is None:
+        return None
+    side, block, kind, place = match.groups()
+    index = (1 if side == "down" else 13) + 3 * int(block) + (2 if kind.endswith("samplers") else int(place))
+    return index if index < len(BLOCKS) else None
 
 
-# ---------------------------------------------------------------- making a network
+def read_int(text: str) -> int:
+    if not re.fullmatch(r"\s*\d+\s*", text):
+        raise ValueError(f"'{text}' is not a whole number")
+    return int(text)
+
+
+def read_float(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"'{text}' is not a number")
+    return number
+
+
+def read_share(text: str) -> float:
+    share = read_float(text)
+    if not 0 <= share < 1:
+        raise ValueError("must be at least 0 and below 1")
+    return share
+
+
+def read_blocks(read_item: Callable[[str], Any], text: str) -> tuple:
+    """25 numbers, one a block."""
+    items = text.split(",")
+    if len(items) != len(BLOCKS):
+        raise ValueError(f"{len(items)} numbers given, 25 needed: {' '.join(BLOCKS)}")
+    return tuple(read_item(item) for item in items)
+
+
+def read_lr_weights(text: str) -> tuple[float, ...]:
+    """12 numbers, or a preset such as `sine` or `sine+0.25`. Fewer numbers are filled up with 1."""
+    if "," in text:
+        items = [read_float(item) for item in text.removesuffix(",").split(",")]
+        if len(items) > 12:
+            raise ValueError(f"{len(items)} numbers given, 12 needed")
+        return (*items, *[1.0] * (12 - len(items)))
+    preset, _, offset = text.partition("+")
+    if preset.strip() not in LR_PRESETS:
+        raise ValueError(f"give 12 numbers with commas, or a preset ({', '.join(LR_PRESETS)}), also with a number added: sine+0.25")
+    return tuple(LR_PRESETS[preset.strip()](i / 11) + (read_float(offset) if offset else 0.0) for i in range(12))
 
 
 @dataclass(frozen=True)
 class NetworkArgs:
-    """What `--network_args` can say, as numbers."""
+    """What `--network_args` can say. None: not given."""
 
     conv_dim: int | None = None
     conv_alpha: float | None = None
-    dropout: float = 0.0
-    rank_dropout: float = 0.0
-    module_dropout: float = 0.0
+    dropout: float | None = None
+    rank_dropout: float | None = None
+    module_dropout: float | None = None
+    block_dims: tuple[int, ...] | None = None
+    block_alphas: tuple[float, ...] | None = None
+    conv_block_dims: tuple[int, ...] | None = None
+    conv_block_alphas: tuple[float, ...] | None = None
+    down_lr_weight: tuple[float, ...] | None = None
+    mid_lr_weight: float | None = None
+    up_lr_weight: tuple[float, ...] | None = None
+    block_lr_zero_threshold: float | None = None
+    loraplus_lr_ratio: float | None = None
+    loraplus_unet_lr_ratio: float | None = None
+    loraplus_text_encoder_lr_ratio: float | None = None
 
     @property
     def dropouts(self) -> dict[str, float]:
-        return {"dropout": self.dropout, "rank_dropout": self.rank_dropout, "module_dropout": self.module_dropout}
+        kinds = ("dropout", "rank_dropout", "module_dropout")
+        return {kind: getattr(self, kind) or 0.0 for kind in kinds}
+
+    @property
+    def conv3x3(self) -> bool:
+        return self.conv_dim is not None or self.conv_block_dims is not None
+
+    @cached_property
+    def lr_weights(self) -> tuple[float, ...] | None:
+        """25 learning rate weights, one a block, or None. Those at or below the threshold are 0."""
+        if (self.down_lr_weight, self.mid_lr_weight, self.up_lr_weight) == (None, None, None):
+            return None
+        mid = 1.0 if self.mid_lr_weight is None else self.mid_lr_weight
+        weights = (*(self.down_lr_weight or [1.0] * 12), mid, *(self.up_lr_weight or [1.0] * 12))
+        threshold = self.block_lr_zero_threshold or 0.0
+        return tuple(0.0 if weight <= threshold else weight for weight in weights)
+
+    def lr_block(self, lora_name: str) -> tuple[str, float]:
+        """The optimizer group of a U-Net module, and the weight of its learning rate."""
+        block = block_index(lora_name)
+        if self.lr_weights is None or block is None:
+            return "unet", 1.0
+        return f"unet_block{block}", self.lr_weights[block]
+
+    def rank_and_alpha(self, lora_name: str, is_3x3: bool, dim: int, alpha: float) -> tuple[int, float]:
+        """What a layer gets, given network_dim and network_alpha. Rank 0: no module."""
+        block = block_index(lora_name)
+        conv_alpha = 1.0 if self.conv_alpha is None else self.conv_alpha
+        ranks, alphas = self.block_dims, self.block_alphas
+        if is_3x3:
+            dim, alpha, ranks, alphas = self.conv_dim or 0, conv_alpha, self.conv_block_dims, self.conv_block_alphas
+        if block is not None:
+            dim = ranks[block] if ranks else dim
+            alpha = alphas[block] if alphas else alpha
+            dim = 0 if self.lr_weights and self.lr_weights[block] == 0 else dim
+        return dim, alpha
 
 
-NOT_BUILT_YET = (
-    "block_dims block_alphas conv_block_dims conv_block_alphas down_lr_weight mid_lr_weight up_lr_weight block_lr_zero_threshold "
-    "loraplus_lr_ratio loraplus_unet_lr_ratio loraplus_text_encoder_lr_ratio"
-).split()
+READERS: dict[str, Callable[[str], Any]] = {
+    "conv_dim": read_int,
+    "conv_alpha": read_float,
+    **dict.fromkeys(("dropout", "rank_dropout", "module_dropout"), read_share),
+    **dict.fromkeys(("block_dims", "conv_block_dims"), partial(read_blocks, read_int)),
+    **dict.fromkeys(("block_alphas", "conv_block_alphas"), partial(read_blocks, read_float)),
+    **dict.fromkeys(("down_lr_weight", "up_lr_weight"), read_lr_weights),
+    **dict.fromkeys(("mid_lr_weight", "block_lr_zero_threshold"), read_float),
+    **dict.fromkeys(("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio"), read_float),
+}
+# An argument that would do nothing without one of these is an error.
+NEEDS = {
+    "conv_alpha": ("conv_dim", "conv_block_dims"),
+    "block_alphas": ("block_dims", "down_lr_weight", "mid_lr_weight", "up_lr_weight"),
+    "conv_block_dims": ("block_dims", "down_lr_weight", "mid_lr_weight", "up_lr_weight"),
+    "conv_block_alphas": ("conv_block_dims",),
+    "block_lr_zero_threshold": ("down_lr_weight", "mid_lr_weight", "up_lr_weight"),
+}
 
 
 def parse_network_args(texts: Mapping[str, Any], neuron_dropout: float | None = None) -> NetworkArgs:
-    """Check and read the words of `--network_args`; None means not given. neuron_dropout is `--network_dropout`."""
-    known = NetworkArgs.__dataclass_fields__
-    given = {key: text for key, text in texts.items() if text is not None}
-    for key in given:
-        if key in NOT_BUILT_YET:
-            raise ValueError(f"network_args {key} is known but not built yet; leave it out")
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            raise ValueError(f"unknown network_args key '{key}'; " + (f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"))
-    args = NetworkArgs(**{key: read_number(key, text, int if key.endswith("_dim") else float) for key, text in given.items()})
-    if neuron_dropout is not None:
-        if "dropout" in given and args.dropout != neuron_dropout:
-            raise ValueError(f"--network_dropout {neuron_dropout} and network_args dropout={args.dropout} differ; give one of them")
-        args = replace(args, dropout=float(neuron_dropout))
-    for kind, share in args.dropouts.items():
-        if not 0 <= share < 1:
-            raise ValueError(f"{kind} must be at least 0 and below 1, not {share}")
-    if args.conv_alpha is not None and args.conv_dim is None:
-        raise ValueError("network_args conv_alpha does nothing without conv_dim; give conv_dim too")
-    return args
+    """Read and check the words of `--network_args`; neuron_dropout is `--network_dropout`. ValueError names key and cure."""
+    given: dict[str, Any] = {}
+    for key, text in texts.items():
+        if key not in READERS:
+            close = difflib.get_close_matches(key, READERS, n=1)
+            raise ValueError(f"unknown network_args key '{key}'; " + (f"did you mean '{close[0]}'?" if close else f"known: {', '.join(READERS)}"))
+        if text is not None:
+            try:
+                given[key] = READERS[key](str(text))
+            except ValueError as error:
+                raise ValueError(f"network_args {key}={text}: {error}") from None
+    if neuron_dropout is not None and given.setdefault("dropout", neuron_dropout) != neuron_dropout:
+        raise ValueError(f"--network_dropout {neuron_dropout} and network_args dropout={given['dropout']} differ; give one of them")
+    for key, others in NEEDS.items():
+        if key in given and not any(other in given for other in others):
+            raise ValueError(f"network_args {key} does nothing alone; give {' or '.join(others)} too")
+    if "conv_dim" in given and "conv_block_dims" in given:
+        raise ValueError("network_args conv_dim and conv_block_dims both say the ranks of 3x3 convolutions; give one of them")
+    return NetworkArgs(**given)
 
 
-def read_number(key: str, text: Any, kind: type) -> Any:
-    """The text as an int or float; ValueError names the key."""
-    try:
-        number = kind(text)
-    except (TypeError, ValueError):
-        raise ValueError(f"network_args {key}={text}: not {'a whole number' if kind is int else 'a number'}") from None
-    if not math.isfinite(number):
-        raise ValueError(f"network_args {key}={text}: not a finite number")
-    return number
+# ---------------------------------------------------------------- making a network
 
 
 def create_network(
@@ -544,15 +681,12 @@ def create_network(
     network_args are the words of `--network_args`, as text; see `NetworkArgs`. Wrong ones raise ValueError.
     """
     args = parse_network_args(network_args, neuron_dropout)
-    dim = 4 if network_dim is None else network_dim
-    for name, rank in (("network_dim", dim), ("conv_dim", args.conv_dim)):
-        if rank is not None and rank < 1:
-            raise ValueError(f"{name} must be at least 1, not {rank}")
-    linear = (dim, 1.0 if network_alpha is None else network_alpha)
-    conv = (args.conv_dim, 1.0 if args.conv_alpha is None else args.conv_alpha)
-    layers = find_layers(text_encoder, unet, conv3x3=args.conv_dim is not None)
-    ranks = {name: conv if kernel_size(layer) > 1 else linear for name, layer in layers.items()}
-    return LoRANetwork(layers, ranks, multiplier, args.dropouts)
+    dim, alpha = 4 if network_dim is None else network_dim, 1.0 if network_alpha is None else network_alpha
+    if dim < 1 or args.conv_dim == 0:
+        raise ValueError(f"{'network_dim' if dim < 1 else 'conv_dim'} must be at least 1")
+    layers = find_layers(text_encoder, unet, args.conv3x3)
+    ranks = {name: args.rank_and_alpha(name, kernel_size(layer) > 1, dim, alpha) for name, layer in layers.items()}
+    return LoRANetwork(layers, {name: rank for name, rank in ranks.items() if rank[0]}, multiplier, args)
 
 
 def create_network_from_weights(
@@ -563,27 +697,24 @@ def create_network_from_weights(
     unet: nn.Module | None,
     weights_sd: dict[str, Tensor] | None = None,
     for_inference: bool = False,
+    neuron_dropout: float | None = None,
     **network_args: Any,
 ) -> tuple[LoRANetwork, dict[str, Tensor]]:
-    """A network of the modules, ranks and alphas of a file, or of weights_sd, and these weights (not loaded into it yet).
+    """A network with the modules, ranks and alphas of a file, or of weights_sd, and these weights, not yet loaded into it.
 
-    for_inference is part of the common contract; this network is the same for both uses.
+    Of network_args, the ranks and alphas are not used. for_inference is in the contract; here both uses are the same.
     """
     if weights_sd is None:
         if file is None:
-            raise ValueError("give a weights file or weights_sd")
+            raise ValueError("create_network_from_weights needs a file or weights_sd")
         weights_sd = load_tensors(file)
-    args = parse_network_args({key: text for key, text in network_args.items() if key != "neuron_dropout"}, network_args.get("neuron_dropout"))
-    if args.conv_dim is not None:
-        logger.info("conv_dim and conv_alpha are not used: ranks and alphas come from the weights")
+    args = parse_network_args(network_args, neuron_dropout)
     layers = find_layers(text_encoder, unet, conv3x3=True)
-    check_found(weights_sd, layers)
     ranks = {}
-    for name in module_names(weights_sd):
-        if name in layers:
-            _, down, alpha = module_weights(weights_sd, name, layers[name])
-            ranks[name] = (len(down), alpha)
-    return LoRANetwork(layers, ranks, multiplier, args.dropouts), weights_sd
+    for name in names_in_both(weights_sd, layers):
+        _, down, alpha = module_weights(weights_sd, name, layers[name])
+        ranks[name] = (len(down), alpha)
+    return LoRANetwork(layers, ranks, multiplier, args), weights_sd
 
 
 def kernel_size(layer: Layer) -> int:
