@@ -56,7 +56,8 @@ def _has_images(folder: Path) -> bool:
 
 
 def _subfolders(folder: Path) -> list[Path]:
-    return sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+    children = (child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+    return sorted(children, key=lambda child: child.name)  # paths sort differently on Windows, names do not
 
 
 def check_pictures(folder: Path, caption_extension: str, where: str) -> None:

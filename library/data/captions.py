@@ -1,0 +1,171 @@
+"""Captions: found beside the picture, and changed at each use as the subset asks."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+
+from library.data.config_keys import SubsetConfig
+from library.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def caption_candidates(image_path: Path, extension: str) -> list[Path]:
+    """Where a caption may lie, best first. Face crops "name_cx_cy_w_h.png" share the caption "name" of their picture."""
+    candidates = [image_path.with_name(image_path.stem + extension)]
+    parts = image_path.stem.split("_")
+    if len(parts) >= 5:
+        candidates.append(image_path.with_name("_".join(parts[:-4]) + extension))
+    return candidates
+
+
+def read_caption(image_path: Path, subset: SubsetConfig) -> str | None:
+    """The caption of a picture: from its file, else the class tokens, else None.
+
+    The first line that is not blank counts; with enable_wildcard all of them do, kept apart by line ends.
+    An empty file is an empty caption, and is said. Raises UserError if the file is no UTF-8.
+    """
+    for path in caption_candidates(image_path, subset.caption_extension):
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise UserError(f"caption {path} cannot be read: {error.strerror or error}") from error
+        return _caption_in(content, path, subset)
+    return subset.class_tokens
+
+
+def _caption_in(content: bytes, path: Path, subset: SubsetConfig) -> str:
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"caption {path}: byte {error.start} is no UTF-8; save the file as UTF-8") from error
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        log.warning("caption %s is empty; the picture is trained with an empty caption", path)
+        return ""
+    if len(lines) > 1 and not subset.enable_wildcard:
+        _say_first_line_counts(path.parent)
+    return "\n".join(lines) if subset.enable_wildcard else lines[0]
+
+
+@lru_cache(maxsize=None)
+def _say_first_line_counts(folder: Path) -> None:
+    """Once a folder: there may be thousands of such files."""
+    log.warning("%s: there are captions of more than one line; only the first line is used (enable_wildcard uses all)", folder)
+
+
+def process_caption(
+    caption: str, subset: SubsetConfig, rng: random.Random, *, epoch: int, step: int, max_train_steps: int
+) -> str:
+    """The caption as one use of the picture sees it.
+
+    `epoch` counts from 1, `step` (of the optimizer, for the tag warm-up) from 0. All chance comes from `rng`.
+    """
+    if _is_dropped(subset, rng, epoch):
+        return ""
+    caption = _with_prefix_and_suffix(caption, subset)
+    lines = caption.split("\n")
+    caption = rng.choice(lines) if subset.enable_wildcard else lines[0]
+    if subset.enable_wildcard:
+        caption = _choose_alternatives(caption, rng)
+
+    has_marks = bool(subset.keep_tokens_separator) and subset.keep_tokens_separator in caption
+    if has_marks or subset.shuffle_caption or subset.token_warmup_step > 0 or subset.caption_tag_dropout_rate > 0:
+        head, flexible, tail = _split(caption, subset)
+        flexible = flexible[: _warmed_up(len(flexible), subset, step, max_train_steps)]
+        if subset.shuffle_caption:
+            rng.shuffle(flexible)
+        if subset.caption_tag_dropout_rate > 0:
+            flexible = [piece for piece in flexible if rng.random() >= subset.caption_tag_dropout_rate]
+        caption = _joint(subset).join(head + flexible + tail)
+    if subset.secondary_separator:
+        caption = caption.replace(subset.secondary_separator, subset.caption_separator)
+    return caption
+
+
+def _is_dropped(subset: SubsetConfig, rng: random.Random, epoch: int) -> bool:
+    every = subset.caption_dropout_every_n_epochs
+    if every and epoch % every == 0:
+        return True
+    return subset.caption_dropout_rate > 0 and rng.random() < subset.caption_dropout_rate
+
+
+def _with_prefix_and_suffix(caption: str, subset: SubsetConfig) -> str:
+    prefix = f"{subset.caption_prefix} " if subset.caption_prefix else ""
+    suffix = f" {subset.caption_suffix}" if subset.caption_suffix else ""
+    return "\n".join(f"{prefix}{line}{suffix}" for line in caption.split("\n"))
+
+
+def _choose_alternatives(caption: str, rng: random.Random) -> str:
+    """Replace each {a|b|c} by one of its parts; {{ and }} are braces."""
+    marks = {"{{": "\0", "}}": "\1"}
+    for braces, mark in marks.items():
+        caption = caption.replace(braces, mark)
+    caption = re.sub(r"\{([^{}]+)\}", lambda found: rng.choice(found[1].split("|")), caption)
+    return caption.replace("\0", "{").replace("\1", "}")
+
+
+def _split(caption: str, subset: SubsetConfig) -> tuple[list[str], list[str], list[str]]:
+    """Pieces at the head and the tail, which stay as they are, and those between. Blank pieces are left out."""
+    mark = subset.keep_tokens_separator
+    if mark and mark in caption:
+        parts = caption.split(mark, 2)
+        head, flexible, tail = (_pieces(part, subset) for part in [*parts, ""][:3])
+        return head, flexible, tail
+    pieces = _pieces(caption, subset)
+    return pieces[: subset.keep_tokens], pieces[subset.keep_tokens:], []
+
+
+def _pieces(text: str, subset: SubsetConfig) -> list[str]:
+    return [piece.strip() for piece in text.split(subset.caption_separator) if piece.strip()]
+
+
+def _joint(subset: SubsetConfig) -> str:
+    """What joins the pieces: the separator they were split at, a comma with its usual blank."""
+    return ", " if subset.caption_separator == "," else subset.caption_separator
+
+
+def _warmed_up(count: int, subset: SubsetConfig, step: int, max_train_steps: int) -> int:
+    """How many of `count` pieces are used: token_warmup_min at step 0, growing evenly to all at token_warmup_step."""
+    warmup, least = subset.token_warmup_step, subset.token_warmup_min
+    if warmup < 1:
+        warmup = math.floor(warmup * max_train_steps)
+    if step >= warmup:
+        return count
+    return min(count, math.floor(step * (count - least) / warmup) + least)
+
+
+def caption_is_fixed(subset: SubsetConfig) -> bool:
+    """True if each picture has one and the same caption at every use."""
+    return _has_one_text(subset) and not subset.caption_dropout_rate and not subset.caption_dropout_every_n_epochs
+
+
+def _has_one_text(subset: SubsetConfig) -> bool:
+    return not (
+        subset.shuffle_caption or subset.enable_wildcard or subset.token_warmup_step or subset.caption_tag_dropout_rate
+    )
+
+
+def caption_variants(caption: str, subset: SubsetConfig) -> tuple[str, ...] | None:
+    """All that `process_caption` can make of a caption: the text, and "" if it may be dropped. None if there are many."""
+    if not _has_one_text(subset):
+        return None
+    kept = subset.model_copy(update={"caption_dropout_rate": 0.0, "caption_dropout_every_n_epochs": 0})
+    text = process_caption(caption, kept, random.Random(0), epoch=1, step=0, max_train_steps=0)
+    return (text,) if caption_is_fixed(subset) or not text else (text, "")
+
+
+def count_tags(captions: Iterable[str]) -> dict[str, int]:
+    """Pieces between commas, in lower case, with the number of times they occur (`ss_tag_frequency`)."""
+    return dict(Counter(
+        tag for caption in captions for line in caption.split("\n") for piece in line.split(",") if (tag := piece.strip().lower())
+    ))

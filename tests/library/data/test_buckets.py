@@ -1,0 +1,138 @@
+"""The bucket rule, row by row against what the common implementation does, and on sizes at which it crashes."""
+
+from __future__ import annotations
+
+import csv
+import io
+import random
+from pathlib import Path
+
+import pytest
+
+from library.data.buckets import BucketRule, Placement, bucket_info, bucket_list, bucket_table, count_buckets
+from library.data.config_keys import DatasetConfig, SubsetConfig
+
+DATA = Path(__file__).parents[2] / "data"
+SUBSET = SubsetConfig(image_dir="pictures")
+
+
+def rows(name: str) -> list[dict[str, str]]:
+    with open(DATA / name, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def rule(resolution=512, no_upscale=False, **keys) -> BucketRule:
+    config = {"enable_bucket": True, "bucket_no_upscale": no_upscale, **keys}
+    return BucketRule(DatasetConfig(resolution=resolution, subsets=(SUBSET,), **config))
+
+
+def numbers(row: dict[str, str], *keys: str) -> tuple[int, ...]:
+    return tuple(int(row[key]) for key in keys)
+
+
+def name_of(row: dict[str, str]) -> str:
+    return f"{row['resolution']}-{'no_upscale' if row['bucket_no_upscale'] == 'yes' else 'normal'}-{row['image_w']}x{row['image_h']}"
+
+
+EXAMPLES = rows("bucketing-examples.csv")
+
+
+@pytest.mark.parametrize("row", [r for r in EXAMPLES if r["status"] == "ok"], ids=name_of)
+def test_examples(row):
+    place = rule(int(row["resolution"]), row["bucket_no_upscale"] == "yes").place(*numbers(row, "image_w", "image_h"))
+    assert place.bucket == numbers(row, "bucket_w", "bucket_h")
+    assert place.resized == numbers(row, "resized_w", "resized_h")
+    assert place.crop == numbers(row, "crop_left", "crop_top")
+    assert tuple(r - b for r, b in zip(place.resized, place.bucket)) == numbers(row, "trim_w", "trim_h")
+    assert place.ar_error == pytest.approx(float(row["ar_error"]), abs=1e-6)
+    assert place.fits
+
+
+@pytest.mark.parametrize("row", [r for r in EXAMPLES if r["status"] != "ok"], ids=name_of)
+def test_trap_4_13_examples_that_crash_are_enlarged_to_one_step(row):
+    place = rule(int(row["resolution"]), True).place(*numbers(row, "image_w", "image_h"))
+    assert (place.bucket, place.resized, place.crop, place.fits) == ((64, 64), (64, 64), (0, 0), False)
+
+
+def test_no_example_is_missing():
+    assert len(EXAMPLES) == 240 and sum(r["status"] != "ok" for r in EXAMPLES) == 2
+
+
+LISTS = [r for r in rows("bucketing-resolution-lists.csv") if r["version"] in ("head", "both")]
+
+
+@pytest.mark.parametrize(
+    "row", LISTS, ids=lambda r: "-".join([r["max_reso"], r["min_bucket_reso"], r["max_bucket_reso"], r["bucket_reso_steps"]])
+)
+def test_trap_4_14_bucket_lists_are_filtered(row):
+    resolution = tuple(map(int, row["max_reso"].split("x")))
+    low, high, step = numbers(row, "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps")
+    expected = [tuple(map(int, size.split("x"))) for size in row["resolutions"].split()]
+    found = bucket_list(resolution, low, high, step)
+    assert found == expected and len(found) == int(row["count"])
+    assert all(low <= min(size) and max(size) <= high for size in found if size[0] != size[1])
+
+
+@pytest.mark.parametrize("no_upscale", [False, True])
+@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (63, 4000), (60000, 10), (30, 30), (65535, 7), (1, 262145), (7, 7)])
+def test_trap_4_13_no_size_crashes(size, no_upscale):
+    place = rule(512, no_upscale).place(*size)
+    check(place, size, 64, 512 * 512)
+    assert place.fits == (not no_upscale and max(size) < 100), "thin ones are told"
+
+
+def test_a_strip_keeps_the_area_of_the_training_size():
+    assert rule(512, True).place(1, 5000) == Placement((64, 4096), (64, 320000), (0, 157952), 64 / 4096 - 1 / 5000, False)
+
+
+def check(place: Placement, size: tuple[int, int], step: int, area: int) -> None:
+    bucket, resized, crop = place.bucket, place.resized, place.crop
+    assert all(side >= step and side % step == 0 for side in bucket)
+    assert all(r >= b for r, b in zip(resized, bucket)), "the picture covers the bucket"
+    assert crop == tuple((r - b) // 2 for r, b in zip(resized, bucket))
+    # bucket_no_upscale rounds sides to whole pixels before it rounds down to the step: under a pixel of the shorter side.
+    assert bucket[0] * bucket[1] <= area * (1 + 1 / min(bucket))
+    # One side at least is scaled exactly; the other one differs by rounding alone.
+    scale = max(r / s for r, s in zip(resized, size))
+    assert all(abs(r - s * scale) <= 0.5 + s / max(min(size), 1) for r, s in zip(resized, size))
+
+
+@pytest.mark.parametrize("no_upscale", [False, True])
+@pytest.mark.parametrize(("resolution", "step"), [((512, 512), 64), ((640, 448), 64), ((500, 500), 8), ((768, 512), 32)])
+def test_random_sizes_are_covered_and_keep_the_area(resolution, step, no_upscale):
+    draw = random.Random(1)
+    buckets = rule(resolution, no_upscale, bucket_reso_steps=step, min_bucket_reso=256, max_bucket_reso=1024)
+    for _ in range(2000):
+        size = tuple(int(2 ** draw.uniform(0, 14)) for _ in range(2))
+        place = buckets.place(*size)
+        check(place, size, step, resolution[0] * resolution[1])
+        if no_upscale and min(size) >= step and size[0] * size[1] <= resolution[0] * resolution[1]:
+            assert place.resized == size, "nothing is enlarged"
+        if not no_upscale:
+            assert place.bucket in buckets.buckets
+
+
+def test_without_buckets_everything_becomes_the_resolution():
+    off = rule((640, 448), enable_bucket=False, no_upscale=True)
+    assert off.place(640, 448) == Placement((640, 448), (640, 448), (0, 0), 0.0, True)
+    assert off.place(1000, 1000) == Placement((640, 448), (640, 640), (0, 96), 640 / 448 - 1, True)
+    assert off.place(100, 50).resized == (896, 448)
+
+
+def test_bounds_below_the_step_do_not_divide_by_zero():
+    assert all(min(size) >= 64 for size in rule(512, min_bucket_reso=8).buckets)
+
+
+def test_table_and_metadata_count_pictures_and_repeats():
+    counts = count_buckets([((512, 512), 10), ((384, 640), 1), ((512, 512), 1)])
+    assert bucket_info(counts, [0.5, -0.25, 0.0]) == {
+        "buckets": {"0": {"resolution": [384, 640], "count": 1}, "1": {"resolution": [512, 512], "count": 11}},
+        "mean_img_ar_error": 0.25,
+    }
+    from rich.console import Console
+
+    screen = io.StringIO()
+    Console(file=screen, width=80).print(bucket_table(counts, "dataset 1"))
+    text = screen.getvalue()
+    assert "dataset 1" in text and "512 x 512" in text and "with repeats" in text
+    assert [line.split()[-2] for line in text.splitlines() if "all" in line] == ["12"]
