@@ -1,0 +1,229 @@
+"""Files of prompts with their options: what pictures to make."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from library.errors import UserError, unknown
+from library.generation.samplers import check_sampler
+
+log = logging.getLogger(__name__)
+
+SIZE_STEP, SMALLEST_SIZE = 8, 64
+MOST_STEPS = 1000
+LARGEST_SEED = 2**64 - 1  # what torch accepts
+
+
+@dataclass(frozen=True)
+class PromptSpec:
+    """One picture to make. Sizes in pixels; `seed` None draws one; `scale` is the guidance scale, 1 or less switches guidance off."""
+
+    prompt: str = ""
+    negative_prompt: str = ""
+    width: int = 512
+    height: int = 512
+    seed: int | None = None
+    scale: float = 7.5
+    steps: int = 30
+    sampler: str = "ddim"
+
+
+def _integer(text: str) -> int:
+    if not re.fullmatch(r"[+-]?\d+", text):
+        raise ValueError("a whole number")
+    return int(text)
+
+
+def _size(text: str) -> int:
+    size = _integer(text)
+    if size < 1:
+        raise ValueError("a number of pixels")
+    return max(SMALLEST_SIZE, size - size % SIZE_STEP)
+
+
+def _steps(text: str) -> int:
+    return min(max(_integer(text), 1), MOST_STEPS)
+
+
+def _seed(text: str) -> int:
+    seed = _integer(text)
+    if not 0 <= seed <= LARGEST_SEED:
+        raise ValueError(f"a whole number from 0 to {LARGEST_SEED}")
+    return seed
+
+
+def _scale(text: str) -> float:
+    try:
+        scale = float(text)
+    except ValueError:
+        scale = math.nan
+    if not math.isfinite(scale):
+        raise ValueError("a number")
+    return scale
+
+
+# In-line option, key in .toml and .json, field of PromptSpec, reading of its value. A reader raises ValueError("what it wants").
+_OPTIONS: tuple[tuple[str, str, str, Callable[[str], Any]], ...] = (
+    ("n", "negative_prompt", "negative_prompt", str),
+    ("w", "width", "width", _size),
+    ("h", "height", "height", _size),
+    ("d", "seed", "seed", _seed),
+    ("l", "scale", "scale", _scale),
+    ("s", "sample_steps", "steps", _steps),
+    ("ss", "sample_sampler", "sampler", check_sampler),
+)
+_BY_OPTION = {option: (field, read) for option, _, field, read in _OPTIONS}
+_BY_KEY = {"prompt": ("prompt", str)} | {key: (field, read) for _, key, field, read in _OPTIONS}
+_OPTION_MARK = re.compile(r"(?:^|\s)--")
+# For other model families, and ControlNet: in files that people share they are harmless, so they get a notice instead of an error.
+_OTHER_OPTIONS = ("cn", "g", "ctr", "rcfg", "fs")
+_OTHER_KEYS = ("controlnet_image",)
+
+
+def read_prompt_file(path: str | Path, defaults: PromptSpec) -> list[PromptSpec]:
+    """The prompts of a .toml or .json file, or of any other file as text with one prompt a line.
+
+    `defaults` gives what a prompt leaves open. Raises `UserError` naming file, place and option for anything that is not understood,
+    and for a file without prompts.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"prompt file '{path}' is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"prompt file '{path}' cannot be read: {error.strerror}; check --sample_prompts") from None
+
+    ignored: list[str] = []
+    readers = {".toml": _from_toml, ".json": _from_json}
+    specs = readers.get(path.suffix.lower(), _from_lines)(text, defaults, str(path), ignored)
+    if not specs:
+        raise UserError(f"prompt file '{path}' holds no prompt; write one prompt a line")
+    _tell_ignored(ignored, str(path))
+    return specs
+
+
+def parse_prompt_line(line: str, defaults: PromptSpec, where: str = "prompt") -> PromptSpec:
+    """One line: the prompt, then options, each after a space and two dashes (`a cat --w 768 --d 7 --n blurry`).
+
+    An option given twice counts as given last. Raises `UserError` naming `where`, column (from 1) and option.
+    """
+    ignored: list[str] = []
+    spec = _parse_line(line, defaults, where, ignored)
+    _tell_ignored(ignored, where)
+    return spec
+
+
+def _parse_line(line: str, defaults: PromptSpec, where: str, ignored: list[str]) -> PromptSpec:
+    # The prompt is everything before the first " --" and is never searched for options: it may well begin "w 5 ...".
+    marks = list(_OPTION_MARK.finditer(line))
+    starts = [mark.end() for mark in marks]
+    ends = [mark.start() for mark in marks[1:]] + [len(line)]
+    values: dict[str, Any] = {"prompt": line[: marks[0].start() if marks else None].strip()}
+    for start, end in zip(starts, ends):
+        place = f"{where}, column {start - 1}"  # of the first dash, from 1
+        name, _, text = line[start:end].strip().partition(" ")
+        name, text = name.lower(), text.strip()
+        if name in _OTHER_OPTIONS:
+            ignored.append(f"--{name}")
+            continue
+        if name not in _BY_OPTION:
+            raise unknown("option", f"--{name}", [f"--{known}" for known in (*_BY_OPTION, *_OTHER_OPTIONS)], place)
+        field, read = _BY_OPTION[name]
+        values[field] = _read_value(text, read, f"--{name}", place)
+    return replace(defaults, **values)
+
+
+def _read_value(text: str, read: Callable[[str], Any], name: str, place: str) -> Any:
+    if not text:
+        raise UserError(f"{place}: option {name} has no value; write it after a space")
+    try:
+        return read(text)
+    except ValueError as error:
+        raise UserError(f"{place}: option {name} '{text}' is not {error}") from None
+    except UserError as error:
+        raise UserError(f"{place}: option {name}: {error}") from None
+
+
+def _from_lines(text: str, defaults: PromptSpec, path: str, ignored: list[str]) -> list[PromptSpec]:
+    return [
+        _parse_line(line, defaults, f"{path}, line {number}", ignored)
+        for number, line in enumerate(text.splitlines(), start=1)
+        if line.strip() and not line.strip().startswith("#")
+    ]
+
+
+def _from_toml(text: str, defaults: PromptSpec, path: str, ignored: list[str]) -> list[PromptSpec]:
+    """Table [prompt] with values common to all, and a list [[prompt.subset]] whose values win. Without the list it is one prompt."""
+    try:
+        import tomllib
+    except ModuleNotFoundError:  # Python 3.10
+        import tomli as tomllib
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"prompt file '{path}' is not valid TOML: {error}") from None
+    for key in document.keys() - {"prompt"}:
+        raise unknown("table or key", key, ["prompt"], path)
+    table = document.get("prompt", {})
+    if not isinstance(table, dict):
+        raise UserError(f"{path}: 'prompt' must be a table; begin it with the line [prompt]")
+    common = dict(table)
+    subsets = common.pop("subset", [{}] if common else [])
+    if not isinstance(subsets, list) or not all(isinstance(subset, dict) for subset in subsets):
+        raise UserError(f"{path}: 'prompt.subset' must be a list of tables; begin each with the line [[prompt.subset]]")
+    return [
+        _from_table({**common, **subset}, defaults, f"{path}, [[prompt.subset]] {number}" if "subset" in table else f"{path}, [prompt]", ignored)
+        for number, subset in enumerate(subsets, start=1)
+    ]
+
+
+def _from_json(text: str, defaults: PromptSpec, path: str, ignored: list[str]) -> list[PromptSpec]:
+    """A list of objects with the keys of the .toml file, or of lines in the text syntax."""
+    try:
+        items = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"prompt file '{path}' is not valid JSON: {error}") from None
+    if not isinstance(items, list):
+        raise UserError(f"prompt file '{path}' must be a list; put its prompts between [ and ]")
+    specs = []
+    for number, item in enumerate(items, start=1):
+        where = f"{path}, item {number}"
+        if isinstance(item, str):
+            specs.append(_parse_line(item, defaults, where, ignored))
+        elif isinstance(item, dict):
+            specs.append(_from_table(item, defaults, where, ignored))
+        else:
+            raise UserError(f"{where}: must be a text or an object with the key 'prompt'")
+    return specs
+
+
+def _from_table(table: dict[str, Any], defaults: PromptSpec, where: str, ignored: list[str]) -> PromptSpec:
+    if "prompt" not in table:
+        raise UserError(f"{where}: has no prompt; add the key 'prompt'")
+    values = {}
+    for key, value in table.items():
+        if key in _OTHER_KEYS:
+            ignored.append(key)
+            continue
+        if key not in _BY_KEY:
+            raise unknown("key", key, (*_BY_KEY, *_OTHER_KEYS), where)
+        field, read = _BY_KEY[key]
+        text_wanted = read in (str, check_sampler)
+        if isinstance(value, bool) or not isinstance(value, str if text_wanted else (int, float)):
+            raise UserError(f"{where}: key '{key}' must be {'text' if text_wanted else 'a number'}, not {value!r}")
+        values[field] = value if read is str else _read_value(str(value), read, f"'{key}'", where)
+    return replace(defaults, **values)
+
+
+def _tell_ignored(ignored: list[str], where: str) -> None:
+    if ignored:
+        names = ", ".join(dict.fromkeys(ignored))
+        log.warning(f"{where}: {names} {'has' if len(set(ignored)) == 1 else 'have'} no effect on Stable Diffusion 1 and 2 here; ignored")
