@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from library.sd.loading import load_stable_diffusion, load_vae
 from library.sd.parts import StableDiffusion
+from library.sd.saving import save_stable_diffusion
 from library.sd.text import encode_text
 
 if TYPE_CHECKING:
@@ -19,7 +21,10 @@ __all__ = [
     "decode_latents",
     "encode_image",
     "encode_text",
+    "load_stable_diffusion",
+    "load_vae",
     "predict_noise",
+    "save_stable_diffusion",
     "vae_fingerprint",
 ]
 
