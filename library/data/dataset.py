@@ -6,18 +6,24 @@ number of loader processes, in any order, and after a resume. Epochs count from 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-if TYPE_CHECKING:
-    from library.data.config import DatasetConfig
-
-EncodeImages = Callable[[Tensor, "list[int]"], Tensor]
+from library.data import facts
+from library.data.cache import DiskLatents, EncodeImages, LatentCaching, MemoryLatents
+from library.data.captions import caption_variants, process_caption
+from library.data.config_keys import DatasetConfig
+from library.data.order import EpochOrder, EpochPlanner
+from library.data.pixels import augmented, to_tensor
+from library.data.table import build_table
+from library.data.tokens import CaptionTokenizer
 
 
 @dataclass
@@ -35,19 +41,18 @@ class Batch:
     token_weights: Tensor | None = None  # (B, chunks, 77) float32; only with weighted_captions
 
     def pin_memory(self) -> Batch:
-        """Called by the DataLoader with pin_memory=True."""
-        raise NotImplementedError
+        """The same batch in page-locked memory; the DataLoader calls this with pin_memory=True."""
+        tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        return replace(self, **{name: value.pin_memory() for name, value in tensors.items()})
 
 
 class TrainingDataset(Dataset):
     """Indexes the pictures of all datasets and builds batches by key.
 
-    `dataset[(epoch, position)]` gives a Batch. `max_train_steps` (for token_warmup_step below 1) may be set later,
-    but before a loader is made.
+    `dataset[(epoch, position)]` gives a Batch. `max_train_steps` (of which a token_warmup_step below 1 is a share) may
+    be set later, but before a loader is made. `world` processes take the batches of an epoch by turns.
+    `on_bad_image`: see `index_folders`. Without a tokenizer batches hold no input_ids.
     """
-
-    num_batches: int  # a whole epoch, all datasets
-    max_train_steps: int
 
     def __init__(
         self,
@@ -63,17 +68,76 @@ class TrainingDataset(Dataset):
         world: int = 1,
         on_bad_image: str = "refuse",
     ) -> None:
-        raise NotImplementedError
+        self.seed = seed
+        self.max_train_steps = max_train_steps
+        self.gradient_accumulation_steps = gradient_accumulation_steps
+        self.world = world
+        self.table = build_table(datasets, on_bad_image)
+        self.loss_weights = np.where(self.table.is_reg(), prior_loss_weight, 1.0).astype(np.float32)
+        self.planner = EpochPlanner(self.table, seed)
+        self.latents: MemoryLatents | DiskLatents | None = None
+        self.tokenizer = None
+        if tokenizer is not None:
+            self.tokenizer = CaptionTokenizer(tokenizer, max_token_length, weighted_captions)
+            self.tokenizer.warn_of_long(self.table.captions)
+        self._last_order: tuple[int, EpochOrder] | None = None
+
+    @property
+    def num_batches(self) -> int:
+        """Batches of a whole epoch, over all datasets and processes."""
+        return len(self.planner)
 
     def __len__(self) -> int:
         return self.num_batches
 
-    def __getitem__(self, key: tuple[int, int]) -> Batch:
-        raise NotImplementedError
+    def epoch_order(self, epoch: int) -> EpochOrder:
+        """order[position]: rows of `table` that make the batch at that position."""
+        if self._last_order is None or self._last_order[0] != epoch:
+            self._last_order = (epoch, self.planner.order(epoch))
+        return self._last_order[1]
 
-    def epoch_order(self, epoch: int) -> list:
-        """Picture numbers of every batch of an epoch, in training order."""
-        raise NotImplementedError
+    def step_of(self, epoch: int, position: int) -> int:
+        """Optimizer steps done before this batch, which the warm-up of tags counts by."""
+        a_process = -(-self.num_batches // self.world)
+        steps = -(-a_process // self.gradient_accumulation_steps)
+        return (epoch - 1) * steps + position // self.world // self.gradient_accumulation_steps
+
+    def __getitem__(self, key: tuple[int, int]) -> Batch:
+        epoch, position = key
+        rows = self.epoch_order(epoch)[position].tolist()
+        captions, pictures = [], []
+        for slot, row in enumerate(rows):
+            rng = random.Random(f"{self.seed}/picture/{epoch}/{position}/{slot}")
+            captions.append(self._caption(row, rng, epoch, position))
+            pictures.append(self._picture(row, rng))
+        batch = Batch(
+            key=(epoch, position),
+            size=self.table.bucket_size(rows[0]),
+            paths=[str(self.table.path(row)) for row in rows],
+            captions=captions,
+            loss_weights=torch.from_numpy(self.loss_weights[rows]),
+        )
+        if self.latents is None:
+            batch.images = to_tensor(pictures)
+        else:
+            batch.latents = torch.stack(pictures)
+        if self.tokenizer is not None:
+            batch.input_ids, batch.token_weights = self.tokenizer(captions)
+        return batch
+
+    def _caption(self, row: int, rng: random.Random, epoch: int, position: int) -> str:
+        return process_caption(
+            self.table.captions[row], self.table.config(row), rng,
+            epoch=epoch, step=self.step_of(epoch, position), max_train_steps=self.max_train_steps,
+        )
+
+    def _picture(self, row: int, rng: random.Random) -> Tensor | np.ndarray:
+        """Pixels (H, W, 3) uint8 or latents (4, h, w). The flip is drawn first: it is the same with and without a cache."""
+        flipped = self.table.config(row).flip_aug and rng.random() < 0.5
+        if self.latents is not None:
+            return self.latents.get(row, flipped)
+        pixels = augmented(self.table, row, rng)
+        return pixels[:, ::-1] if flipped else pixels
 
     def cache_latents(
         self, encode: EncodeImages, *, batch_size: int, to_disk: bool, fingerprint: str, workers: int | None = None
@@ -82,17 +146,29 @@ class TrainingDataset(Dataset):
 
         `encode(images, seeds)`: (B, 3, H, W) float32 in -1..1 on the CPU and one seed a picture -> (B, 4, H/8, W/8).
         `fingerprint` names whatever else decides the result: weights and dtype of the VAE.
+        To be called before a loader is made.
         """
-        raise NotImplementedError
+        caching = LatentCaching(
+            self.table, encode, batch_size=batch_size, to_disk=to_disk, fingerprint=fingerprint, workers=workers
+        )
+        self.latents = caching.run()
 
     def caption_variants(self, limit: int = 10_000) -> list[str] | None:
         """Every caption that a batch can hold, if there are finitely many and at most `limit`; else None."""
-        raise NotImplementedError
+        found: set[str] = set()
+        for row in np.flatnonzero(self.table.repeats).tolist():
+            variants = caption_variants(self.table.captions[row], self.table.config(row))
+            if variants is None:
+                return None
+            found.update(variants)
+            if len(found) > limit:
+                return None
+        return sorted(found)
 
-    def describe(self) -> list:
-        """One library.data.facts.DatasetFacts a dataset: counts, buckets, tags."""
-        raise NotImplementedError
+    def describe(self) -> list[facts.DatasetFacts]:
+        """Counts, buckets and tags, one entry a dataset."""
+        return facts.describe(self.table)
 
     def bucket_table(self) -> str:
         """The buckets with their counts, as text for the screen."""
-        raise NotImplementedError
+        return facts.bucket_text(self.describe())

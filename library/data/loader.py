@@ -2,9 +2,50 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
+from torch.utils.data import DataLoader, Dataset, Sampler
+
 from library.data.dataset import Batch, TrainingDataset
+from library.errors import UserError
+
+
+class EpochSampler(Sampler):
+    """Keys (epoch, position) of one process's share of an epoch, from its micro-batch `start` on.
+
+    Process `rank` of `world` takes every world-th batch. So that all have equally many, the last ones begin the epoch
+    anew where they do not come out even.
+    """
+
+    def __init__(self, dataset: TrainingDataset, epoch: int = 1, start: int = 0, rank: int = 0, world: int = 1) -> None:
+        self.batches, self.rank, self.world = dataset.num_batches, rank, world
+        self.epoch, self.start = epoch, start
+
+    def __len__(self) -> int:
+        return -(-self.batches // self.world) - self.start
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        epoch, start = self.epoch, self.start  # a change for the next epoch must not reach this iteration
+        for turn in range(start, -(-self.batches // self.world)):
+            yield epoch, (turn * self.world + self.rank) % self.batches
+
+
+class _Told(Dataset):
+    """Hands a UserError on as a value: raised in a worker, it would arrive with a traceback in its message."""
+
+    def __init__(self, dataset: TrainingDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, key: tuple[int, int]) -> Batch | UserError:
+        try:
+            return self.dataset[key]
+        except UserError as error:
+            return error
+
+
+def _as_it_is(item: Batch | UserError) -> Batch | UserError:
+    return item
 
 
 class EpochLoader:
@@ -13,11 +54,30 @@ class EpochLoader:
     len(loader) is the number of batches a whole epoch has on this process. Errors in a worker arrive as UserError.
     """
 
+    def __init__(
+        self, dataset: TrainingDataset, num_workers: int, persistent: bool, pin_memory: bool, rank: int, world: int
+    ) -> None:
+        self.sampler = EpochSampler(dataset, rank=rank, world=world)
+        self.num_workers = min(num_workers, os.cpu_count() or 1)
+        self.loader = DataLoader(
+            _Told(dataset),
+            batch_size=None,  # an item is a whole batch
+            sampler=self.sampler,
+            num_workers=self.num_workers,
+            collate_fn=_as_it_is,
+            pin_memory=pin_memory,
+            persistent_workers=persistent and self.num_workers > 0,
+        )
+
     def __len__(self) -> int:
-        raise NotImplementedError
+        return -(-self.sampler.batches // self.sampler.world)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        raise NotImplementedError
+        self.sampler.epoch, self.sampler.start = epoch, start
+        for item in self.loader:
+            if isinstance(item, UserError):
+                raise item
+            yield item
 
 
 def make_loader(
@@ -30,4 +90,4 @@ def make_loader(
     world: int = 1,
 ) -> EpochLoader:
     """num_workers is cut to the number of cores; `persistent` keeps the workers alive between epochs (nothing with 0)."""
-    raise NotImplementedError
+    return EpochLoader(dataset, num_workers, persistent, pin_memory, rank, world)

@@ -1,0 +1,77 @@
+"""Random changes to a picture at each use. Every draw comes from the generator given, never from a global one."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import cv2
+import numpy as np
+
+COLOUR_PROBABILITY = 0.33
+HUE_SHIFT = 8.0  # in OpenCV's units, of which the colour circle has 180
+GAMMA = (0.95, 1.05)
+
+Size = tuple[int, int]  # width, height, or left, top
+
+
+def random_corner(resized: Size, size: Size, rng: random.Random) -> Size:
+    """A corner anywhere in the overhang, for random_crop."""
+    return rng.randint(0, resized[0] - size[0]), rng.randint(0, resized[1] - size[1])
+
+
+def shift_colours(rgb: np.ndarray, rng: random.Random) -> np.ndarray:
+    """In a third of the cases a small turn of the hue or a mild gamma on values of 0..1; (H, W, 3) uint8 to the same."""
+    if rng.random() >= COLOUR_PROBABILITY:
+        return rgb
+    values = rgb.astype(np.float32) / 255
+    if rng.random() < 0.5:
+        hsv = cv2.cvtColor(values, cv2.COLOR_RGB2HSV)
+        hsv[..., 0] = (hsv[..., 0] + 2 * rng.uniform(-HUE_SHIFT, HUE_SHIFT)) % 360  # degrees here
+        values = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+    else:
+        values = values ** rng.uniform(*GAMMA)
+    return np.rint(values * 255).clip(0, 255).astype(np.uint8)
+
+
+def face_of(stem: str) -> tuple[int, int, int, int] | None:
+    """Face centre and size (cx, cy, w, h) at the end of a file name "..._cx_cy_w_h", as face croppers write it."""
+    parts = stem.split("_")
+    if len(parts) < 5 or not all(part.isdecimal() for part in parts[-4:]):
+        return None
+    face = tuple(int(part) for part in parts[-4:])
+    return face if face[0] > 0 and max(face[2:]) > 0 else None
+
+
+def face_crop(
+    face: tuple[int, int, int, int],
+    picture: Size,
+    size: Size,
+    factors: tuple[float, float],
+    random_crop: bool,
+    rng: random.Random,
+) -> tuple[Size, Size]:
+    """Scale and window around a face: (resized picture, corner of the window), all (width, height) or (left, top).
+
+    `factors` (a, b): the window's shorter side becomes a to b times as long as the face. The picture is never
+    enlarged, unless it would not cover the window otherwise.
+    """
+    low, high = factors
+    shorter, face_size = min(size), max(face[2:])
+    cover = max(size[0] / picture[0], size[1] / picture[1])
+    least = min(1, max(cover, shorter / (face_size * high)))
+    most = min(1, max(least, shorter / (face_size * low)))
+    scale = max(cover, least if least >= most else rng.uniform(least, most))
+    resized = tuple(max(length, math.floor(side * scale + 0.5)) for side, length in zip(picture, size))
+    centre = [math.floor(position * scale + 0.5) for position in face[:2]]
+
+    corner = [0, 0]
+    for axis in (1, 0):
+        position = centre[axis]
+        if random_crop:
+            reach = max(resized[axis] - position, position)
+            position += rng.randint(0, reach) + rng.randint(0, reach) - reach
+        elif low != high and face_size > shorter // 10 and face_size >= 40:
+            position += rng.randint(-face_size // 20, face_size // 20)
+        corner[axis] = min(max(position - size[axis] // 2, 0), resized[axis] - size[axis])
+    return resized, tuple(corner)

@@ -1,0 +1,260 @@
+"""Latents of all pictures, computed once: kept in memory, or on disk in a folder `.latents` beside the pictures.
+
+A file on disk is found under a key made of the picture's content, the cut that is made of it, and the VAE. So a picture,
+resolution or VAE that changed never meets an old file, and caching that was broken off goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from library.data.pixels import Placed, cut, placed, read_bytes, to_tensor
+from library.data.table import PictureTable
+from library.errors import UserError
+from library.files import atomic_write, read_safetensors_header
+
+log = logging.getLogger(__name__)
+
+FOLDER = ".latents"
+VERSION = 1  # to be raised when decoding, resizing or flipping change their result
+
+# (images (B, 3, H, W) float32 in -1..1 on the CPU, one seed a picture) -> (B, 4, H/8, W/8).
+# The seeds come from the pictures' content, so that latents do not depend on which pictures are encoded together.
+EncodeImages = Callable[[Tensor, "list[int]"], Tensor]
+
+
+def latent_key(content: bytes, place: Placed, fingerprint: str) -> str:
+    """24 hex digits over all that decides a picture's latents."""
+    parts = {
+        "version": VERSION,
+        "content": hashlib.sha256(content).hexdigest(),
+        "cut": [place.resized, place.corner, place.size, place.interpolation],
+        "vae": fingerprint,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def seed_of(key: str, flipped: bool) -> int:
+    """The seed for the posterior sample of a picture (below 2**60)."""
+    return int(hashlib.sha256(f"{key}/{'flipped' if flipped else 'upright'}".encode()).hexdigest()[:15], 16)
+
+
+def cache_path(picture: Path, key: str) -> Path:
+    """The name is cut, since file systems allow 255 bytes; the key alone tells files apart."""
+    return picture.parent / FOLDER / f"{picture.stem[:40]}-{key}.safetensors"
+
+
+def is_whole(path: Path, names: list[str], size: tuple[int, int]) -> bool:
+    """Whether a cache file is there with all its tensors; a damaged one is told, and made again."""
+    if not path.exists():
+        return False
+    try:
+        header = read_safetensors_header(path)
+    except (UserError, OSError) as error:
+        log.warning("cached latents are made again: %s", error)
+        return False
+    expected = [size[1] // 8, size[0] // 8]
+    return all(header.get(name, {}).get("shape", [])[1:] == expected for name in names)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A picture on its way to the VAE. `pixels` is None if its latents lie on disk already."""
+
+    row: int
+    place: Placed
+    key: str
+    pixels: np.ndarray | None
+
+
+class MemoryLatents:
+    """Latents stacked by bucket, which loader processes share."""
+
+    def __init__(self, table: PictureTable) -> None:
+        self.bucket = table.bucket
+        self.position = np.full((len(table), 2), -1, dtype=np.int32)  # within the bucket: upright, flipped
+        self.stacks: dict[int, Tensor] = {}
+        self._parts: dict[int, list[Tensor]] = {}
+
+    def add(self, prepared: list[Prepared], latents: Tensor, flipped: bool) -> None:
+        bucket = int(self.bucket[prepared[0].row])
+        parts = self._parts.setdefault(bucket, [])
+        start = sum(len(part) for part in parts)
+        self.position[[item.row for item in prepared], int(flipped)] = np.arange(start, start + len(prepared))
+        parts.append(latents)
+
+    def finish(self) -> None:
+        self.stacks = {bucket: torch.cat(self._parts.pop(bucket)) for bucket in list(self._parts)}
+
+    def get(self, row: int, flipped: bool) -> Tensor:
+        """(4, h, w) float32."""
+        return self.stacks[int(self.bucket[row])][int(self.position[row, int(flipped)])]
+
+
+class DiskLatents:
+    """Latents in one small file a picture, read at each use."""
+
+    def __init__(self, table: PictureTable, keys: dict[int, str]) -> None:
+        self.table, self.keys = table, keys
+
+    def get(self, row: int, flipped: bool) -> Tensor:
+        """(4, h, w) float32. Raises UserError if the file went away or was damaged since the run began."""
+        path = cache_path(self.table.path(row), self.keys[row])
+        try:
+            return load_file(path)[tensor_name(flipped)]
+        except Exception as error:  # safetensors has errors of its own
+            raise UserError(f"cached latents {path} cannot be read ({error}); start again, they are made anew") from error
+
+
+def tensor_name(flipped: bool) -> str:
+    return "latents_flipped" if flipped else "latents"
+
+
+class LatentCaching:
+    """One pass over the pictures: threads read and cut, the caller's thread encodes, threads write."""
+
+    def __init__(
+        self, table: PictureTable, encode: EncodeImages, *, batch_size: int, to_disk: bool, fingerprint: str, workers: int | None
+    ) -> None:
+        refuse_augmentations(table)
+        self.table, self.encode, self.batch_size = table, encode, batch_size
+        self.to_disk, self.fingerprint = to_disk, fingerprint
+        self.workers = workers or min(16, 2 * (os.cpu_count() or 1))
+        self.memory = MemoryLatents(table)
+        self.keys: dict[int, str] = {}
+        self.writable: set[Path] = set()
+        self.writes: deque[Future] = deque()
+
+    def run(self) -> MemoryLatents | DiskLatents:
+        rows = np.flatnonzero(self.table.repeats)
+        rows = rows[np.argsort(self.table.bucket[rows], kind="stable")].tolist()
+        with ThreadPoolExecutor(self.workers) as pool, tqdm(total=len(rows), desc="caching latents", unit=" pictures") as bar:
+            try:
+                ready = ahead(pool, self.prepare, rows, self.workers + 2 * self.batch_size)
+                for batch in self.batches(ready, bar):
+                    self.encode_batch(batch, pool)
+                while self.writes:
+                    self.writes.popleft().result()
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+        if self.to_disk:
+            return DiskLatents(self.table, self.keys)
+        self.memory.finish()
+        return self.memory
+
+    def prepare(self, row: int) -> Prepared:
+        place = placed(self.table, row)
+        content = read_bytes(place.path)
+        key = latent_key(content, place, self.fingerprint)
+        if self.to_disk and is_whole(cache_path(place.path, key), self.names(row), place.size):
+            return Prepared(row, place, key, None)
+        return Prepared(row, place, key, cut(place, content))
+
+    def names(self, row: int) -> list[str]:
+        return ["latents", "latents_flipped"] if self.table.config(row).flip_aug else ["latents"]
+
+    def batches(self, ready: Iterable[Prepared], bar: tqdm) -> Iterator[list[Prepared]]:
+        """Pictures that need encoding, at most batch_size of one bucket at a time."""
+        batch: list[Prepared] = []
+        for item in ready:
+            bar.update()
+            self.keys[item.row] = item.key
+            if item.pixels is None:
+                continue
+            if batch and (len(batch) == self.batch_size or self.table.bucket[batch[0].row] != self.table.bucket[item.row]):
+                yield batch
+                batch = []
+            batch.append(item)
+        if batch:
+            yield batch
+
+    def encode_batch(self, batch: list[Prepared], pool: ThreadPoolExecutor) -> None:
+        images = to_tensor([item.pixels for item in batch])
+        upright = self.encoded(images, batch, flipped=False)
+        turn = [i for i, item in enumerate(batch) if self.table.config(item.row).flip_aug]
+        mirrored = self.encoded(images[turn].flip(3), [batch[i] for i in turn], flipped=True) if turn else None
+        if not self.to_disk:
+            self.memory.add(batch, upright, flipped=False)
+            if mirrored is not None:
+                self.memory.add([batch[i] for i in turn], mirrored, flipped=True)
+            return
+        for i, item in enumerate(batch):
+            tensors = {"latents": upright[i].clone()}
+            if i in turn:
+                tensors["latents_flipped"] = mirrored[turn.index(i)].clone()
+            self.write(item, tensors, pool)
+
+    def encoded(self, images: Tensor, batch: list[Prepared], flipped: bool) -> Tensor:
+        latents = self.encode(images, [seed_of(item.key, flipped) for item in batch]).detach().to("cpu", torch.float32)
+        good = torch.isfinite(latents).flatten(1).all(dim=1).tolist()
+        if not all(good):
+            raise UserError(
+                f"the VAE gives values that are not finite for {batch[good.index(False)].place.path}; "
+                "run it in full precision with --no_half_vae, or use another --vae"
+            )
+        return latents
+
+    def write(self, item: Prepared, tensors: dict[str, Tensor], pool: ThreadPoolExecutor) -> None:
+        """Save in a thread; earlier saves that failed are raised here."""
+        path = cache_path(item.place.path, item.key)
+        if path.parent not in self.writable:
+            require_writable(path.parent)
+            self.writable.add(path.parent)
+        self.writes.append(pool.submit(save, path, tensors))
+        while len(self.writes) > 2 * self.batch_size:
+            self.writes.popleft().result()
+
+
+def save(path: Path, tensors: dict[str, Tensor]) -> None:
+    with atomic_write(path) as temporary:
+        save_file(tensors, temporary)
+
+
+def ahead(pool: ThreadPoolExecutor, work: Callable, items: Iterable, count: int) -> Iterator:
+    """work(item) for each item, in order, with at most `count` of them begun before they are asked for."""
+    begun: deque[Future] = deque()
+    for item in items:
+        begun.append(pool.submit(work, item))
+        if len(begun) > count:
+            yield begun.popleft().result()
+    while begun:
+        yield begun.popleft().result()
+
+
+def require_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"--cache_latents_to_disk cannot write to {folder} ({error.strerror or error}); make the folder writable, "
+            "or give --cache_latents instead, which keeps the latents in memory"
+        ) from error
+
+
+def refuse_augmentations(table: PictureTable) -> None:
+    """A cached picture is the same at every use."""
+    for subset in table.subsets:
+        for option in ("color_aug", "random_crop", "face_crop_aug_range"):
+            if getattr(subset.config, option):
+                raise UserError(
+                    f"{option} of the subset {subset.config.image_dir} changes pictures at each use, so latents cannot be cached; "
+                    f"take out {option}, or --cache_latents"
+                )

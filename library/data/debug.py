@@ -1,0 +1,50 @@
+"""--debug_dataset: what the trainer will see, on the screen and as a contact sheet, and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from library.data.dataset import Batch, TrainingDataset
+from library.files import atomic_write
+from library.sheets import contact_sheet
+
+
+def write_debug_sheet(dataset: TrainingDataset, output_dir: Path, batches: int = 8) -> Path:
+    """Print the first batches of the first epoch and write their pictures to `output_dir`/debug_dataset.png.
+
+    To be called before latents are cached: a batch of latents has no pictures to show.
+    """
+    if dataset.latents is not None:
+        raise ValueError("pictures cannot be shown when latents are cached")
+    rows, labels = [], []
+    for position in range(min(batches, dataset.num_batches)):
+        batch = dataset[(1, position)]
+        print(describe_batch(batch, dataset))
+        rows.append([to_image(picture) for picture in batch.images])
+        labels.append(f"batch {position}: {batch.size[0]}x{batch.size[1]}\n" + "\n".join(batch.captions))
+    sheet = contact_sheet(rows, labels, [], title=f"First {len(rows)} of {dataset.num_batches} batches of epoch 1")
+    path = Path(output_dir) / "debug_dataset.png"
+    with atomic_write(path) as temporary:
+        sheet.save(temporary)
+    return path
+
+
+def to_image(picture: Tensor) -> Image.Image:
+    """(3, H, W) in -1..1 as a picture."""
+    return Image.fromarray(np.rint((picture.permute(1, 2, 0).numpy() + 1) * 127.5).clip(0, 255).astype(np.uint8))
+
+
+def describe_batch(batch: Batch, dataset: TrainingDataset) -> str:
+    """Bucket, and for each picture its file, loss weight, caption and tokens, over several lines."""
+    lines = [f"epoch {batch.key[0]}, batch {batch.key[1]}: bucket {batch.size[0]}x{batch.size[1]}, {len(batch.paths)} pictures"]
+    for i, (path, caption) in enumerate(zip(batch.paths, batch.captions)):
+        lines.append(f"  {path} (loss weight {batch.loss_weights[i]:g})")
+        lines.append(f"    caption: {caption!r}")
+        if batch.input_ids is not None:
+            tokens = dataset.tokenizer.readable(batch.input_ids[i])
+            lines.append(f"    {len(tokens)} tokens: {' '.join(tokens)}")
+    return "\n".join(lines)

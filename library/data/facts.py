@@ -1,0 +1,74 @@
+"""What can be said about the data: counts, buckets and tags, for the screen and for the metadata of the trained file."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+from rich.console import Console
+
+from library.data.buckets import BucketCount, bucket_info, bucket_table, count_buckets
+from library.data.captions import count_tags
+from library.data.config_keys import DatasetConfig, SubsetConfig
+from library.data.table import PictureTable
+
+
+@dataclass(frozen=True)
+class SubsetFacts:
+    config: SubsetConfig
+    folder: str  # base name of image_dir
+    img_count: int  # usable pictures, without repeats
+
+
+@dataclass(frozen=True)
+class DatasetFacts:
+    """Numbers of one dataset; meanings as in the metadata keys of the same names."""
+
+    config: DatasetConfig
+    subsets: list[SubsetFacts]
+    num_train_images: int  # with repeats
+    num_reg_images: int  # with repeats, before they are matched to the number of training pictures
+    buckets: list[BucketCount]  # ascending; used pictures only
+    bucket_info: dict | None  # value of ss_bucket_info; None with buckets off
+    mean_img_ar_error: float  # over the pictures used, repeats not counted
+    tag_frequency: dict[str, dict[str, int]]  # folder -> tag -> captions
+
+
+def describe(table: PictureTable) -> list[DatasetFacts]:
+    """Facts of every dataset, in order."""
+    return [_describe(table, number) for number in range(len(table.configs))]
+
+
+def _describe(table: PictureTable, number: int) -> DatasetFacts:
+    subsets = [subset for subset in table.subsets if subset.dataset == number]
+    counts = {True: 0, False: 0}
+    tags: dict[str, dict[str, int]] = {}
+    for subset in subsets:
+        counts[subset.config.is_reg] += (subset.end - subset.start) * subset.config.num_repeats
+        found = tags.setdefault(subset.config.image_dir.name, {})
+        for tag, count in count_tags(table.captions[subset.start:subset.end]).items():
+            found[tag] = found.get(tag, 0) + count
+    rows = np.flatnonzero((table.dataset() == number) & (table.repeats > 0))
+    buckets = count_buckets((table.bucket_size(row), int(table.repeats[row])) for row in rows.tolist())
+    info = bucket_info(buckets, table.ar_error[rows].tolist())
+    return DatasetFacts(
+        config=table.configs[number],
+        subsets=[SubsetFacts(s.config, s.config.image_dir.name, s.end - s.start) for s in subsets],
+        num_train_images=counts[False],
+        num_reg_images=counts[True],
+        buckets=buckets,
+        bucket_info=info if table.configs[number].enable_bucket else None,
+        mean_img_ar_error=info["mean_img_ar_error"],
+        tag_frequency=tags,
+    )
+
+
+def bucket_text(facts: list[DatasetFacts]) -> str:
+    """A table of buckets for every dataset, as text for the screen."""
+    console = Console(file=io.StringIO(), width=100)
+    for number, dataset in enumerate(facts, start=1):
+        width, height = dataset.config.resolution
+        title = f"dataset {number}: {width} x {height}, batch size {dataset.config.batch_size}"
+        console.print(bucket_table(dataset.buckets, title))
+    return console.file.getvalue().rstrip()

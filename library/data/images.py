@@ -1,0 +1,192 @@
+"""One picture: from the bytes of a file to RGB pixels of the size that training wants.
+
+What people see is what the network sees: EXIF rotation is applied, transparent parts become white, 16-bit grey is
+scaled, and of an animation the first frame is taken.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import io
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
+
+# Loader processes and threads work in parallel already; OpenCV's own threads would also hang after a fork.
+cv2.setNumThreads(1)
+
+# A scan of 200 megapixels is no attack. Our own limit below replaces Pillow's, and names the picture.
+Image.MAX_IMAGE_PIXELS = None
+MAX_PIXELS = 1_000_000_000
+EMPTY = "the file is empty (0 bytes)"
+# Image generators write whole workflows into PNG text chunks; Pillow refuses those over 1 MiB.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 28
+
+ORIENTATION_TAG = 0x0112
+TURN_BY_ORIENTATION = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+PILLOW_FILTERS = {
+    "lanczos": Image.Resampling.LANCZOS,
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "linear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "cubic": Image.Resampling.BICUBIC,
+    "box": Image.Resampling.BOX,
+}
+INTERPOLATIONS = ("area", *PILLOW_FILTERS)
+
+
+class BadPicture(Exception):
+    """The file cannot be used as a picture. The message is the reason, without the file's name."""
+
+
+def readable_formats() -> list[str]:
+    """Pillow formats tried on a file, whatever its suffix: no EPS and the like, which would start other programs."""
+    for plug_in in ("pillow_avif", "pillow_jxl"):  # they register themselves with Pillow
+        if importlib.util.find_spec(plug_in):
+            importlib.import_module(plug_in)
+    Image.init()
+    wanted = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "JXL")
+    return [name for name in wanted if name in Image.OPEN]
+
+
+FORMATS = readable_formats()
+
+
+def open_picture(source: Path | io.BytesIO) -> Image.Image:
+    """Read the header only. Raises BadPicture with the reason."""
+    try:
+        image = Image.open(source, formats=FORMATS)
+    except UnidentifiedImageError as error:
+        raise BadPicture("no picture, or cut off in its header") from error
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        raise BadPicture(getattr(error, "strerror", None) or str(error)) from error
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        image.close()
+        raise BadPicture(f"{width} x {height} pixels, more than {MAX_PIXELS // 1_000_000:,} million; make it smaller")
+    return image
+
+
+def turn_of(image: Image.Image) -> Image.Transpose | None:
+    """How the picture must be turned to stand upright, from the EXIF data in front of the pixels."""
+    try:
+        # Not image.getexif(): for a PNG that would decode the pixels in search of data behind them.
+        orientation = Image.Image.getexif(image).get(ORIENTATION_TAG, 1)
+    except Exception:  # damaged EXIF data raises all sorts of errors, and the picture is good without them
+        return None
+    return TURN_BY_ORIENTATION.get(orientation)
+
+
+def _webp_size(path: Path) -> tuple[int, int] | None:
+    """Size of a whole WebP file without EXIF or XMP data, else None. Pillow would read the file to its end for it.
+
+    Layout: RFC 9649, sections 2.4 to 2.7.
+    """
+    with open(path, "rb") as file:
+        head = file.read(30)
+        length = file.seek(0, io.SEEK_END)
+    if len(head) < 30 or head[:4] != b"RIFF" or head[8:12] != b"WEBP" or int.from_bytes(head[4:8], "little") + 8 > length:
+        return None
+    kind = head[12:16]
+    if kind == b"VP8X" and not head[20] & 0b1100:
+        return int.from_bytes(head[24:27], "little") + 1, int.from_bytes(head[27:30], "little") + 1
+    if kind == b"VP8 " and head[23:26] == b"\x9d\x01\x2a":
+        return int.from_bytes(head[26:28], "little") & 0x3FFF, int.from_bytes(head[28:30], "little") & 0x3FFF
+    if kind == b"VP8L" and head[20] == 0x2F:
+        bits = int.from_bytes(head[21:25], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    return None
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    """Width and height of the upright picture, from the file's header. Raises BadPicture."""
+    try:
+        size = _webp_size(path) if path.suffix.lower() == ".webp" else None
+        if size is not None:
+            return size
+        if not path.stat().st_size:
+            raise BadPicture(EMPTY)
+    except OSError as error:
+        raise BadPicture(error.strerror or str(error)) from error
+    with open_picture(path) as image:
+        width, height = image.size
+        turned = turn_of(image) in (
+            Image.Transpose.TRANSPOSE, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_270,
+        )
+    return (height, width) if turned else (width, height)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB: transparent parts on white (as viewers show them), 16-bit grey scaled rather than cut off."""
+    if image.mode.startswith("I"):  # "I;16" and its byte orders; "I" is what older Pillow gives for a 16-bit PNG
+        grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise BadPicture("pixels are floating-point numbers; save it as PNG")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def decode(content: bytes) -> np.ndarray:
+    """The upright picture in a file's bytes as (H, W, 3) uint8 RGB. Raises BadPicture."""
+    if not content:
+        raise BadPicture(EMPTY)
+    with open_picture(io.BytesIO(content)) as image:
+        turn = turn_of(image)
+        try:
+            image.load()
+            rgb = to_rgb(image)
+        except MemoryError as error:
+            raise BadPicture(f"not enough memory for its {image.width} x {image.height} pixels") from error
+        except (OSError, ValueError, SyntaxError, EOFError, IndexError) as error:
+            raise BadPicture(f"cut off or damaged ({error})") from error
+    if turn is not None:
+        rgb = rgb.transpose(turn)
+    return np.asarray(rgb)
+
+
+def fit(
+    rgb: np.ndarray,
+    resized: tuple[int, int],
+    corner: tuple[int, int],
+    size: tuple[int, int],
+    interpolation: str | None = None,
+) -> np.ndarray:
+    """Resize a picture to `resized` and cut out `size` at `corner` (left, top); all (width, height) in pixels.
+
+    Without an interpolation: area averaging where both sides shrink, else Lanczos. Filters of Pillow compute only
+    the pixels that are kept, so a strip of 1 x 5000 px does not become a gigabyte on the way to its bucket.
+    """
+    height, width = rgb.shape[:2]
+    shrinks = resized[0] <= width and resized[1] <= height
+    if interpolation is None:
+        interpolation = "area" if shrinks else "lanczos"
+    left, top = corner
+    if resized == (width, height):
+        pixels = rgb[top:top + size[1], left:left + size[0]]
+    elif interpolation == "area" and shrinks:
+        pixels = cv2.resize(rgb, resized, interpolation=cv2.INTER_AREA)[top:top + size[1], left:left + size[0]]
+    else:
+        # Averaging over areas has no meaning where a side grows; OpenCV interpolates linearly there, and so do we.
+        method = PILLOW_FILTERS["linear" if interpolation == "area" else interpolation]
+        kx, ky = width / resized[0], height / resized[1]
+        # The last column may end a rounding error outside of the picture, which Pillow refuses.
+        box = (left * kx, top * ky, min((left + size[0]) * kx, width), min((top + size[1]) * ky, height))
+        pixels = np.asarray(Image.fromarray(rgb).resize(size, method, box=box))
+    if pixels.shape[:2] != (size[1], size[0]):
+        raise ValueError(f"cut of {size} at {corner} lies outside of the resized picture {resized}")
+    return pixels

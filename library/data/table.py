@@ -1,0 +1,183 @@
+"""All pictures of a run in one table: where they lie, what they show, into which bucket they go and how often.
+
+Columns are arrays, so that 100,000 pictures stay small and reach a loader process quickly.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from library.data.buckets import BucketRule, Placement
+from library.data.captions import read_caption
+from library.data.config_keys import DatasetConfig, SubsetConfig
+from library.data.index import NAMED_AT_MOST, Pictures, in_threads, index_folders
+from library.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Subset:
+    """A subset's settings and its rows [start, end) of the table."""
+
+    config: SubsetConfig
+    dataset: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Pictures of one training size; buckets of different datasets are different ones."""
+
+    dataset: int
+    size: tuple[int, int]  # width, height in pixels
+
+
+@dataclass(frozen=True)
+class PictureTable:
+    """n pictures. A row is a picture's use in one subset; sizes and corners are (width, height) and (left, top)."""
+
+    configs: list[DatasetConfig]
+    subsets: list[Subset]
+    buckets: list[Bucket]  # sorted by dataset, width, height
+    names: list[str]
+    captions: list[str]  # raw: as in the file, or the class tokens
+    subset: np.ndarray  # (n,) int32
+    bucket: np.ndarray  # (n,) int32
+    sizes: np.ndarray  # (n, 2) int32: the upright picture
+    resized: np.ndarray  # (n, 2) int32
+    corner: np.ndarray  # (n, 2) int32: of the cut in the middle
+    ar_error: np.ndarray  # (n,) float32: bucket's ratio minus picture's
+    repeats: np.ndarray  # (n,) int32: uses an epoch
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def config(self, row: int) -> SubsetConfig:
+        return self.subsets[self.subset[row]].config
+
+    def path(self, row: int) -> Path:
+        return self.config(row).image_dir / self.names[row]
+
+    def bucket_size(self, row: int) -> tuple[int, int]:
+        return self.buckets[self.bucket[row]].size
+
+    def interpolation(self, row: int) -> str | None:
+        subset = self.subsets[self.subset[row]]
+        return subset.config.resize_interpolation or self.configs[subset.dataset].resize_interpolation
+
+    def is_reg(self) -> np.ndarray:
+        """(n,) bool: regularisation pictures."""
+        return np.array([subset.config.is_reg for subset in self.subsets])[self.subset]
+
+    def dataset(self) -> np.ndarray:
+        """(n,) int: the dataset of each row."""
+        return np.array([subset.dataset for subset in self.subsets])[self.subset]
+
+
+def build_table(configs: Sequence[DatasetConfig], on_bad_image: str = "refuse") -> PictureTable:
+    """Index, caption and place every picture. Raises UserError if a dataset has nothing to train on."""
+    index = index_folders([subset.image_dir for config in configs for subset in config.subsets], on_bad_image)
+    subsets: list[Subset] = []
+    for number, config in enumerate(configs):
+        for subset in config.subsets:
+            start = subsets[-1].end if subsets else 0
+            subsets.append(Subset(subset, number, start, start + len(index[subset.image_dir])))
+    pictures = [index[subset.config.image_dir] for subset in subsets]
+    sizes = np.concatenate([part.sizes for part in pictures])
+    row_subset = np.repeat(np.arange(len(subsets), dtype=np.int32), [len(part) for part in pictures])
+    names = [name for part in pictures for name in part.names]
+    buckets, columns = _place(list(configs), subsets, row_subset, sizes, names)
+    return PictureTable(
+        configs=list(configs),
+        subsets=subsets,
+        buckets=buckets,
+        names=names,
+        captions=[caption for subset, part in zip(subsets, pictures) for caption in _captions(subset.config, part)],
+        subset=row_subset,
+        sizes=sizes,
+        repeats=np.concatenate([_repeats(subsets, number) for number in range(len(configs))]),
+        **columns,
+    )
+
+
+def _captions(subset: SubsetConfig, pictures: Pictures) -> list[str]:
+    """The raw caption of each picture; empty ones for want of a file and of class tokens are said."""
+    found = list(in_threads(lambda name: read_caption(subset.image_dir / name, subset), pictures.names, "reading captions"))
+    missing = [name for name, caption in zip(pictures.names, found) if caption is None]
+    if missing:
+        log.warning(
+            "%s: %d of %d pictures have no %s file and the subset has no class_tokens (%s first); their caption is empty",
+            subset.image_dir, len(missing), len(found), subset.caption_extension, missing[0],
+        )
+    return [caption or "" for caption in found]
+
+
+def _place(
+    configs: list[DatasetConfig], subsets: list[Subset], row_subset: np.ndarray, sizes: np.ndarray, names: list[str]
+) -> tuple[list[Bucket], dict[str, np.ndarray]]:
+    """Put every picture into a bucket of its dataset: the buckets, and columns of the table."""
+    rules = [BucketRule(config) for config in configs]
+    places: dict[tuple[int, int, int], Placement] = {}  # pictures of one size share their place
+    keys = [(subsets[part].dataset, *size) for part, size in zip(row_subset.tolist(), sizes.tolist())]
+    for key in dict.fromkeys(keys):
+        places[key] = rules[key[0]].place(*key[1:])
+    _name_misfits([(name, key, places[key]) for name, key in zip(names, keys) if not places[key].fits])
+    buckets = sorted({Bucket(key[0], place.bucket) for key, place in places.items()}, key=lambda b: (b.dataset, b.size))
+    number = {bucket: position for position, bucket in enumerate(buckets)}
+    rows = {
+        key: (number[Bucket(key[0], place.bucket)], *place.resized, *place.crop) for key, place in places.items()
+    }
+    table = np.array([rows[key] for key in keys], dtype=np.int32).reshape(-1, 5)
+    ar_error = np.array([places[key].ar_error for key in keys], dtype=np.float32)
+    return buckets, {"bucket": table[:, 0], "resized": table[:, 1:3], "corner": table[:, 3:5], "ar_error": ar_error}
+
+
+def _name_misfits(misfits: list[tuple[str, tuple[int, int, int], Placement]]) -> None:
+    if misfits:
+        named = "; ".join(
+            f"{name} ({key[1]}x{key[2]} to {place.bucket[0]}x{place.bucket[1]})" for name, key, place in misfits[:NAMED_AT_MOST]
+        )
+        more = ", ..." if len(misfits) > NAMED_AT_MOST else ""
+        log.warning("%d pictures are so long or small that most is cut away or made up: %s%s", len(misfits), named, more)
+
+
+def _repeats(subsets: list[Subset], dataset: int) -> np.ndarray:
+    """Uses an epoch of each row of a dataset.
+
+    Training pictures: num_repeats of their subset. Regularisation pictures are used as often as training pictures in
+    all: each with its own num_repeats until that number is reached, then one more each in turn, in order.
+    """
+    own = [subset for subset in subsets if subset.dataset == dataset]
+    repeats = np.concatenate([np.full(s.end - s.start, s.config.num_repeats, dtype=np.int32) for s in own])
+    is_reg = np.concatenate([np.full(s.end - s.start, s.config.is_reg) for s in own])
+    total = int(repeats[~is_reg].sum())
+    if not total:
+        raise UserError(f"dataset {dataset + 1} has no pictures to train on, only is_reg subsets or none usable; add a subset")
+    if is_reg.any():
+        repeats[is_reg] = balanced(repeats[is_reg], total)
+        unused = int((repeats[is_reg] == 0).sum())
+        if unused:
+            log.warning(
+                "dataset %d: %d of %d regularisation pictures are not used: %d uses match those of the training pictures",
+                dataset + 1, unused, int(is_reg.sum()), total,
+            )
+    return repeats
+
+
+def balanced(repeats: np.ndarray, total: int) -> np.ndarray:
+    """`repeats` of regularisation pictures changed so that their sum is `total`.
+
+    >>> balanced(np.array([2, 2, 2]), 3).tolist(), balanced(np.array([2, 2, 2]), 8).tolist()
+    ([2, 1, 0], [3, 3, 2])
+    """
+    before = np.cumsum(repeats) - repeats
+    first = np.clip(total - before, 0, repeats)
+    rounds, rest = divmod(total - int(first.sum()), len(repeats))
+    return (first + rounds + (np.arange(len(repeats)) < rest)).astype(np.int32)

@@ -1,0 +1,49 @@
+"""Captions to token ids, and a word on those that are too long."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from library.sd.text import CHUNK, count_tokens, tokenize, tokenize_weighted
+
+log = logging.getLogger(__name__)
+
+
+class CaptionTokenizer:
+    """captions -> (ids, weights), both (B, chunks, 77); weights is None unless captions are weighted."""
+
+    def __init__(self, tokenizer: Any, max_token_length: int | None = None, weighted: bool = False) -> None:
+        self.tokenizer, self.max_token_length, self.weighted = tokenizer, max_token_length, weighted
+        # Else the library's own threads complain about every loader process that is forked after their first use.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+    def __call__(self, captions: list[str]) -> tuple[Tensor, Tensor | None]:
+        if self.weighted:
+            return tokenize_weighted(self.tokenizer, captions, self.max_token_length)
+        return tokenize(self.tokenizer, captions, self.max_token_length), None
+
+    def readable(self, input_ids: Tensor) -> list[str]:
+        """The words of one caption's ids (chunks, 77), without begin, end and padding."""
+        around = {self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id}
+        ids = [token for token in input_ids.flatten().tolist() if token not in around]
+        return [token.replace("</w>", "") for token in self.tokenizer.convert_ids_to_tokens(ids)]
+
+    def warn_of_long(self, captions: Sequence[str]) -> int:
+        """Say once how many captions are cut, with an example; returns their number."""
+        limit = self.max_token_length or CHUNK
+        # A token is at least one byte, so a short text needs no counting.
+        candidates = [text for text in dict.fromkeys(captions) if len(text.encode()) > limit]
+        long = [text for text in candidates if count_tokens(self.tokenizer, text, self.weighted) > limit]
+        if long:
+            tokens = count_tokens(self.tokenizer, long[0], self.weighted)
+            cure = "give --max_token_length=150 or 225" if limit < 225 else "shorten them"
+            log.warning(
+                "%d captions are longer than %d tokens and are cut there, such as '%s...' with %d tokens; %s",
+                len(long), limit, long[0][:60], tokens, cure,
+            )
+        return len(long)
