@@ -1,0 +1,278 @@
+"""Set everything up beside this file and train a first LoRA, or run the tests.
+
+    python quickstart.py [options]       set up, then train a LoRA on the example pictures and show what it does
+    python quickstart.py test [options]  set up, then run the whole test suite
+    python quickstart.py setup           set up only
+
+Set-up makes the folder .venv and installs the pinned packages of requirements.txt into it; it is done once, and again when
+requirements.txt changes. pip's own output is kept in .venv/install.log. Further options go to the demo (--steps, --output)
+or to pytest (for example -k buckets). Python 3.10 to 3.13; standard library only.
+"""
+
+# This file must also be readable by an old Python, which is then told what to do: no syntax newer than Python 3.6.
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+VENV = ROOT / ".venv"
+VENV_PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+LOG = VENV / "install.log"
+DONE = VENV / "quickstart.json"  # what is installed; written last
+UNFINISHED = VENV / "quickstart-unfinished"  # is there while pip works; left behind by an interruption
+
+OLDEST, NEWEST = (3, 10), (3, 13)
+# Measured: 1.7 GB with a CPU build of torch and 2.1 GB at the peak; about 6.5 GB and 9 GB with the CUDA build that PyPI has for Linux.
+NEEDED_GB, NEEDED_GB_CUDA = 3, 9
+MOST_TEST_WORKERS = 4  # each holds its own torch, about 1 GB
+HEARTBEAT_SECONDS = 30
+
+MODES = {"demo": ["requirements.txt"], "setup": ["requirements.txt"], "test": ["requirements.txt", "requirements-test.txt"]}
+
+
+class Problem(Exception):
+    """Something the machine lacks, with the cure, in one line."""
+
+
+def main(arguments):
+    for stream in (sys.stdout, sys.stderr):  # a path that this console cannot show must not end the run
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(__doc__.strip())
+        return 0
+    try:
+        mode, arguments = split_mode(arguments)
+        check_python()
+        set_up(mode)
+        return run(mode, arguments)
+    except Problem as problem:
+        print("error: %s" % problem, file=sys.stderr)
+        return 1
+    except OSError as error:
+        print("error: %s; check the folder's rights and the free disk space" % error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+
+
+def split_mode(arguments):
+    """The mode and the arguments for what it runs."""
+    if not arguments or arguments[0].startswith("-"):
+        return "demo", arguments
+    if arguments[0] not in MODES:
+        raise Problem("unknown command '%s'; known: %s, or nothing for the demo" % (arguments[0], ", ".join(MODES)))
+    return arguments[0], arguments[1:]
+
+
+def check_python():
+    """Raise Problem if this Python cannot have the packages."""
+    found = sys.version_info[:2]
+    if found < OLDEST:
+        raise Problem(
+            "this is Python %d.%d, and 3.10 to 3.13 is needed; get one from https://www.python.org/downloads/ "
+            "(or: conda create -n lora python=3.12) and run quickstart.py with it" % found
+        )
+    if sys.maxsize < 2**32:
+        raise Problem("this is a 32-bit Python, and PyTorch needs 64 bits; get a 64-bit one from https://www.python.org/downloads/")
+
+
+def run(mode, arguments):
+    """Run the demo or the tests in .venv and return the exit code."""
+    environment = dict(os.environ, HF_HUB_OFFLINE="1", PYTHONUTF8="1")
+    if mode == "setup":
+        return 0
+    if mode == "demo":
+        return call([str(VENV_PYTHON), str(ROOT / "tools" / "demo.py")] + arguments, environment)
+    environment.update(OMP_NUM_THREADS="1", MPLBACKEND="Agg")  # one thread a worker: workers share the cores
+    workers = min(MOST_TEST_WORKERS, os.cpu_count() or 1)
+    return call([str(VENV_PYTHON), "-m", "pytest", "-n", str(workers)] + arguments, environment, cwd=str(ROOT))
+
+
+def call(command, environment, cwd=None):
+    """The command's exit code. Ctrl-C is the command's to handle: it may have something to save."""
+    process = subprocess.Popen(command, env=environment, cwd=cwd)
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            continue
+
+
+# --- set-up ---
+
+
+def set_up(mode):
+    """Bring .venv to what `mode` needs; nothing but a look at one small file if it is there already."""
+    wanted = {name: digest(ROOT / name) for name in MODES[mode]}
+    done = read_done()
+    if all(done.get(name) == value for name, value in wanted.items()):
+        return
+    started = time.time()
+    check_disk()
+    if not usable():
+        make_venv()
+    UNFINISHED.touch()
+    if DONE.exists():
+        DONE.unlink()
+    install(MODES[mode][-1])
+    kept = {name: value for name, value in done.items() if name not in wanted and value == current_digest(name)}
+    write_done(dict(kept, **wanted))
+    UNFINISHED.unlink()
+    print("Set up in %d s. pip's output: %s\n" % (time.time() - started, LOG), flush=True)
+
+
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def current_digest(name):
+    """The digest of a requirements file as it is now; None for anything else in the record."""
+    return digest(ROOT / name) if name in MODES["test"] else None
+
+
+def read_done():
+    """What was installed into this .venv at this place; empty if nothing was, or not to the end."""
+    try:
+        done = json.loads(DONE.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    # A moved .venv still starts, but its `accelerate` and `activate` name the old place.
+    whole = isinstance(done, dict) and done.pop("place", None) == str(VENV) and VENV_PYTHON.exists()
+    return done if whole else {}
+
+
+def write_done(done):
+    temporary = DONE.with_suffix(".new")
+    temporary.write_text(json.dumps(dict(done, place=str(VENV))), encoding="utf-8")
+    os.replace(str(temporary), str(DONE))
+
+
+def check_disk():
+    free = shutil.disk_usage(str(ROOT)).free / 1e9
+    if free < NEEDED_GB:
+        raise Problem("%.1f GB are free on the disk of %s, and about %d GB are needed; free some space" % (free, ROOT, NEEDED_GB))
+    if sys.platform == "linux" and free < NEEDED_GB_CUDA:
+        print("Note: %.1f GB are free on this disk; PyTorch with CUDA wants about %d GB. README.md, \"Requirements\", tells how to "
+              "put the small CPU build there." % (free, NEEDED_GB_CUDA), flush=True)  # fmt: skip
+
+
+def usable():
+    """Whether .venv can be added to: whole, at its place, and of a Python that has the packages."""
+    if UNFINISHED.exists() or not VENV_PYTHON.exists():
+        return False
+    if DONE.exists() and not read_done():
+        return False
+    code = "import pip, sys; sys.exit(not %r <= sys.version_info[:2] <= %r)" % (OLDEST, NEWEST)
+    return subprocess.call([str(VENV_PYTHON), "-c", code], stderr=subprocess.DEVNULL) == 0
+
+
+def make_venv():
+    try:
+        import ensurepip  # noqa: F401  (Debian and Ubuntu ship Python without it)
+        import venv
+    except ImportError:
+        raise Problem("this Python has no venv; on Debian and Ubuntu run: sudo apt install python%d.%d-venv" % sys.version_info[:2])
+    if Path(sys.prefix).resolve() == VENV.resolve():
+        raise Problem("%s must be made anew and cannot be while its own Python runs; run quickstart.py with the system's Python" % VENV)
+    print("Making %s with Python %s" % (VENV, sys.version.split()[0]), flush=True)
+    try:
+        venv.create(str(VENV), with_pip=True, clear=True, symlinks=os.name != "nt")
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise Problem("%s could not be made (%s); check that the folder may be written to and is not in use" % (VENV, error))
+
+
+def install(requirements):
+    """pip install into .venv, with a plain line for each big step."""
+    print("Installing the packages of %s; the first time this downloads 1 to 3 GB" % requirements, flush=True)
+    command = [str(VENV_PYTHON), "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--progress-bar", "off",
+               "-r", str(ROOT / requirements)]  # fmt: skip
+    environment = dict(os.environ, PIP_USER="0", PYTHONUTF8="1")
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+    progress = Progress()
+    try:
+        with open(str(LOG), "wb") as log:
+            for line in process.stdout:
+                log.write(line)
+                log.flush()
+                progress.see(line.decode("utf-8", "replace"))
+        code = process.wait()
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+    finally:
+        progress.stop()
+    if code:
+        raise Problem("%s (pip's output: %s)" % (cause_of_failure(LOG.read_text(encoding="utf-8", errors="replace")), LOG))
+
+
+class Progress:
+    """Turns pip's output into a few lines, and shows now and then that a long step is still at work."""
+
+    def __init__(self):
+        self.started = time.time()
+        self.doing = "looking up the packages"
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self.beat, daemon=True)
+        self.thread.start()
+
+    def see(self, line):
+        big = re.search(r"Downloading (?:\S*/)?([^/\s]+?)-(\d[^-\s]*)-\S+ \((\d[\d.,]*) (MB|GB)\)", line)
+        if big and (big.group(4) == "GB" or float(big.group(3).replace(",", "")) >= 10):
+            self.tell("downloading %s %s (%s %s)" % big.groups())
+        elif line.startswith("Installing collected packages"):
+            self.tell("unpacking %d packages" % (line.count(",") + 1))
+        elif line.startswith("Collecting "):
+            self.doing = line.strip().lower().split(" (")[0]
+
+    def tell(self, doing):
+        self.doing = doing
+        print("  %s" % doing, flush=True)
+
+    def beat(self):
+        while not self.stopped.wait(HEARTBEAT_SECONDS):
+            print("  ... %d s, %s" % (time.time() - self.started, self.doing), flush=True)
+
+    def stop(self):
+        self.stopped.set()
+        self.thread.join()
+
+
+NETWORK_SIGNS = ("NewConnectionError", "NameResolutionError", "Failed to establish a new connection", "getaddrinfo failed",
+                 "Network is unreachable", "ConnectTimeoutError", "ReadTimeoutError", "Read timed out", "ProxyError",
+                 "Connection broken", "ConnectionResetError", "RemoteDisconnected", "Max retries exceeded")  # fmt: skip
+
+
+def cause_of_failure(log):
+    """One line with cause and cure, from pip's output."""
+    if "No space left on device" in log or "[WinError 112]" in log:
+        free, free_temporary = (shutil.disk_usage(str(place)).free / 1e9 for place in (ROOT, tempfile.gettempdir()))
+        return ("the disk is full: %.1f GB free for %s, %.1f GB in %s where pip unpacks; about %d GB are needed, %d with CUDA; "
+                "free some space and run this again" % (free, VENV, free_temporary, tempfile.gettempdir(), NEEDED_GB, NEEDED_GB_CUDA))  # fmt: skip
+    if "CERTIFICATE_VERIFY_FAILED" in log:
+        return "the package index's certificate is not trusted here; point PIP_CERT to your network's certificate file and run this again"
+    if any(sign in log for sign in NETWORK_SIGNS):
+        return ("the packages could not be downloaded: no network, or the package index cannot be reached; check the connection (behind a "
+                "proxy set HTTPS_PROXY, without network set PIP_FIND_LINKS to a folder of wheels) and run this again")  # fmt: skip
+    missing = re.search(r"No matching distribution found for (\S+)", log)
+    if missing:
+        return ("there is no build of %s for Python %d.%d on this system; there are builds for Python 3.10 to 3.13 on 64-bit Linux and "
+                "Windows and on Macs with Apple silicon" % ((missing.group(1),) + sys.version_info[:2]))  # fmt: skip
+    if "Permission denied" in log or "[WinError 5]" in log:
+        return "%s may not be written to; close what uses it, check its rights and run this again" % VENV
+    errors = [line.strip() for line in log.splitlines() if line.lower().startswith("error:")]
+    return "pip failed: %s" % (errors[-1][len("error:"):].strip() if errors else "see its output")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
