@@ -1,0 +1,70 @@
+"""docs/train_README.md: its examples load, and its tables of keys say what the code says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from library.data.buckets import BucketRule
+from library.data.config import NOT_BUILT, DatasetDefaults, datasets_from_file
+from library.data.config_file import read_config_file
+from library.data.config_keys import DATASET_KEYS, SHARED_KEYS, SUBSET_ONLY, DatasetConfig, SubsetConfig
+
+GUIDE = (Path(__file__).parents[3] / "docs" / "train_README.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"^```toml\n(.*?)^```", GUIDE, re.DOTALL | re.MULTILINE)
+KEY_ROWS = re.findall(r"^\| `(\w+)` \| (.+?) \| ([GDS ]+) \| (.+) \|$", GUIDE, re.MULTILINE)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=range(len(EXAMPLES)))
+def test_every_toml_example_loads(example, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    Path("data.toml").write_text(example, encoding="utf-8")
+    tables = read_config_file(Path("data.toml"))
+    for subset in (s for d in tables["datasets"] for s in d["subsets"]):
+        folder = Path(subset["image_dir"])
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "1.png").touch()
+    datasets = datasets_from_file(Path("data.toml"), DatasetDefaults())
+    assert [len(d.subsets) for d in datasets] == [len(d["subsets"]) for d in tables["datasets"]]
+    assert not caplog.text
+
+
+def test_there_are_examples():
+    assert len(EXAMPLES) >= 5
+
+
+def test_every_key_is_in_the_tables_with_its_default_and_levels():
+    fields = {**DatasetConfig.model_fields, **SubsetConfig.model_fields}
+    assert sorted(row[0] for row in KEY_ROWS) == sorted(DATASET_KEYS + SHARED_KEYS + SUBSET_ONLY)
+    for key, default, levels, _ in KEY_ROWS:
+        value = fields[key].default
+        if fields[key].is_required():
+            expected = "needed"
+        elif value is None:
+            expected = "none"
+        else:
+            expected = f"`{value}`" if not isinstance(value, (bool, str)) else f"`{str(value).lower()}`"
+            expected = f'`"{value}"`' if isinstance(value, str) else expected
+        assert default == expected, key
+        assert levels == ("S" if key in SUBSET_ONLY else "G D" if key in DATASET_KEYS else "G D S"), key
+
+
+def test_refused_keys_are_listed():
+    assert all(f"`{key}`" in GUIDE for key in NOT_BUILT)
+
+
+def test_the_table_of_sizes_is_true():
+    rows = re.findall(r"^\| (\d+) x (\d+) \| (.+) \| (.+) \|$", GUIDE, re.MULTILINE)
+    assert len(rows) == 7
+    subset = SubsetConfig(image_dir="x")
+    for width, height, normal, no_upscale in rows:
+        for text, keeps in ((normal, False), (no_upscale, True)):
+            config = DatasetConfig(resolution=512, enable_bucket=True, bucket_no_upscale=keeps, subsets=(subset,))
+            place = BucketRule(config).place(int(width), int(height))
+            text = normal if text == "the same" else text
+            sizes = [tuple(map(int, size)) for size in re.findall(r"(\d+) x (\d+)", text)]
+            assert sizes[-1] == place.bucket, (width, height, text)
+            if len(sizes) == 2:
+                assert sizes[0] == place.resized, (width, height, text)
