@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
+import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from library.data.dataset import Batch, TrainingDataset
 from library.errors import UserError
+
+
+def cores() -> int:
+    """CPU cores that this process may use; containers often have fewer than the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class EpochSampler(Sampler):
@@ -48,6 +55,11 @@ def _as_it_is(item: Batch | UserError) -> Batch | UserError:
     return item
 
 
+def _ignore_interrupt(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; the trainer alone decides what it means, and ends the workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class EpochLoader:
     """`for batch in loader.epoch(epoch, start=n)`: the batches of an epoch, from micro-batch n of this process on.
 
@@ -58,7 +70,7 @@ class EpochLoader:
         self, dataset: TrainingDataset, num_workers: int, persistent: bool, pin_memory: bool, rank: int, world: int
     ) -> None:
         self.sampler = EpochSampler(dataset, rank=rank, world=world)
-        self.num_workers = min(num_workers, os.cpu_count() or 1)
+        self.num_workers = min(num_workers, cores())
         self.loader = DataLoader(
             _Told(dataset),
             batch_size=None,  # an item is a whole batch
@@ -66,6 +78,8 @@ class EpochLoader:
             num_workers=self.num_workers,
             collate_fn=_as_it_is,
             pin_memory=pin_memory,
+            worker_init_fn=_ignore_interrupt,
+            generator=torch.Generator(),  # else each epoch would draw from the trainer's generator
             persistent_workers=persistent and self.num_workers > 0,
         )
 
