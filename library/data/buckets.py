@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from library.data.config_keys import DatasetConfig
 
 if TYPE_CHECKING:
@@ -65,6 +67,8 @@ class BucketRule:
         self.buckets = [config.resolution]
         if config.enable_bucket and not self.keeps_size:
             self.buckets = bucket_list(config.resolution, *config.bucket_bounds, self.step)
+        self._own_sizes = frozenset(self.buckets)
+        self._ratios = np.array([width / height for width, height in self.buckets])
 
     def place(self, width: int, height: int) -> Placement:
         """Bucket, resized size and middle cut for a picture of the given size.
@@ -92,10 +96,9 @@ class BucketRule:
 
     def _nearest(self, width: int, height: int) -> Size:
         """The picture's own size if it is a bucket, else the bucket of the nearest ratio, the first of equals."""
-        if (width, height) in self.buckets:
+        if (width, height) in self._own_sizes:
             return width, height
-        ratio = width / height
-        return min(self.buckets, key=lambda bucket: abs(bucket[0] / bucket[1] - ratio))
+        return self.buckets[int(np.argmin(np.abs(self._ratios - width / height)))]
 
     def _size_without_enlarging(self, width: int, height: int) -> Size:
         """bucket_no_upscale: the picture's own size, or if it is too large, one of at most the area of `resolution`.
