@@ -28,15 +28,15 @@ def cpu_has_fast_bf16() -> bool:
     return bool(query() or torch.cpu._is_amx_tile_supported())
 
 
-def use_all_cores(processes: int = 1) -> int:
-    """Let a CPU run use every core and return the number of threads.
+def use_all_cores() -> int:
+    """Let a CPU run under `accelerate launch` use every core; returns the number of threads.
 
-    `accelerate launch --num_cpu_threads_per_process 1` is meant for GPU runs; on a CPU it would leave all cores but one idle.
+    `--num_cpu_threads_per_process 1`, which everybody writes, is meant for GPU runs and would leave all cores but one idle here.
+    Without accelerate's launcher, OMP_NUM_THREADS keeps its meaning.
     """
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = max(1, available // processes)
-    torch.set_num_threads(threads)
-    return threads
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:
+        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return torch.get_num_threads()
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:

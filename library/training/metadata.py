@@ -9,14 +9,15 @@ import json
 import secrets
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from library.data.facts import DatasetFacts
+from library.data.facts import DatasetFacts, SubsetFacts
 from library.files import legacy_hash_of_file, sha256_of_file
 from library.training.network import parse_network_args
-from library.training.options import TrainNetworkOptions
+from library.training.options import ModelOptions, TrainNetworkOptions
 
 # What loaders need to use a file; all that --no_metadata leaves.
 MINIMUM = ("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args", "ss_v2", "ss_base_model_version")
@@ -25,13 +26,16 @@ MINIMUM = ("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_networ
 class RunMetadata:
     """The metadata of one run; `at` gives that of a file saved at a moment of it."""
 
-    def __init__(self, facts: Mapping[str, Any], minimum_only: bool) -> None:
+    def __init__(self, facts: Mapping[str, Any], model_facts: Callable[[], Mapping[str, Any]], minimum_only: bool) -> None:
         self.facts = dict(facts)
         self.minimum_only = minimum_only
+        # Hashing a model of several GB takes seconds, which training need not wait for.
+        self._executor = ThreadPoolExecutor(max_workers=1)
+        self._model_facts = self._executor.submit(model_facts)
 
     def at(self, step: int, epoch: int) -> dict[str, str]:
         """Metadata for a file saved after `step` optimizer steps; epoch: 1-based at an epoch's end, else epochs finished."""
-        facts = {**self.facts, "ss_steps": step, "ss_epoch": epoch, "ss_training_finished_at": time.time()}
+        facts = {**self.facts, **self._model_facts.result(), "ss_steps": step, "ss_epoch": epoch, "ss_training_finished_at": time.time()}
         if self.minimum_only:
             facts = {key: value for key, value in facts.items() if key in MINIMUM}
         return {key: as_text(value) for key, value in facts.items()}
@@ -100,16 +104,18 @@ def run_facts(
     }
     if network.network_args:
         facts["ss_network_args"] = parse_network_args(network.network_args)
-    facts.update(model_facts("sd_model", model.pretrained_model_name_or_path))
-    if model.vae:
-        facts.update(model_facts("vae", model.vae))
-    facts.update(data_facts(options, datasets, processes))
-    return facts
+    return facts | data_facts(options, datasets, processes)
 
 
 def base_model_version(v2: bool, v_parameterization: bool) -> str:
     """`sd_v1`, `sd_v1_v`, `sd_v2` or `sd_v2_v`."""
     return ("sd_v2" if v2 else "sd_v1") + ("_v" if v_parameterization else "")
+
+
+def all_model_facts(options: ModelOptions) -> dict[str, str]:
+    """Names and hashes of the base model and, if one is given, of the VAE."""
+    vae = model_facts("vae", options.vae) if options.vae else {}
+    return model_facts("sd_model", options.pretrained_model_name_or_path) | vae
 
 
 def model_facts(kind: str, name_or_path: str) -> dict[str, str]:
@@ -131,3 +137,67 @@ def commit_hash() -> str:
     except (OSError, subprocess.TimeoutExpired):
         return "(unknown)"
     return result.stdout.strip() if result.returncode == 0 else "(unknown)"
+
+
+def data_facts(options: TrainNetworkOptions, datasets: Sequence[DatasetFacts], processes: int) -> dict[str, Any]:
+    """Pictures, buckets and tags. With a dataset file every dataset has an entry of its own, else the keys stand alone."""
+    folders = {False: {}, True: {}}
+    tags: dict[str, dict[str, int]] = {}
+    for dataset in datasets:
+        for subset in dataset.subsets:
+            name = _free_name(subset.folder, folders[subset.config.is_reg])
+            folders[subset.config.is_reg][name] = {"n_repeats": subset.config.num_repeats, "img_count": subset.img_count}
+        for folder, counts in dataset.tag_frequency.items():
+            tags.setdefault(folder, counts)
+    facts = {"ss_dataset_dirs": folders[False], "ss_tag_frequency": tags}
+    if options.data.dataset_config:
+        return facts | {"ss_datasets": [_dataset_entry(dataset) for dataset in datasets]}
+    config, subset = datasets[0].config, datasets[0].subsets[0].config
+    return facts | {
+        "ss_reg_dataset_dirs": folders[True],
+        "ss_batch_size_per_device": config.batch_size,
+        "ss_total_batch_size": config.batch_size * processes * options.training.gradient_accumulation_steps,
+        "ss_resolution": config.resolution,
+        "ss_color_aug": subset.color_aug,
+        "ss_flip_aug": subset.flip_aug,
+        "ss_random_crop": subset.random_crop,
+        "ss_shuffle_caption": subset.shuffle_caption,
+        "ss_keep_tokens": subset.keep_tokens,
+        "ss_enable_bucket": config.enable_bucket,
+        "ss_bucket_no_upscale": config.bucket_no_upscale,
+        "ss_min_bucket_reso": config.min_bucket_reso,
+        "ss_max_bucket_reso": config.max_bucket_reso,
+        "ss_bucket_info": json.dumps(datasets[0].bucket_info),
+    }
+
+
+def _free_name(name: str, taken: Mapping[str, Any]) -> str:
+    """A folder's name; a second one of that name becomes `name (2)`, and so on."""
+    numbered = (name if count == 1 else f"{name} ({count})" for count in range(1, len(taken) + 2))
+    return next(candidate for candidate in numbered if candidate not in taken)
+
+
+def _dataset_entry(dataset: DatasetFacts) -> dict[str, Any]:
+    config = dataset.config
+    return {
+        "is_dreambooth": True,
+        "batch_size_per_device": config.batch_size,
+        "num_train_images": dataset.num_train_images,
+        "num_reg_images": dataset.num_reg_images,
+        "resolution": list(config.resolution),
+        "enable_bucket": config.enable_bucket,
+        "min_bucket_reso": config.min_bucket_reso,
+        "max_bucket_reso": config.max_bucket_reso,
+        "tag_frequency": dataset.tag_frequency,
+        "bucket_info": dataset.bucket_info,
+        "resize_interpolation": config.resize_interpolation,
+        "subsets": [_subset_entry(subset) for subset in dataset.subsets],
+    }
+
+
+def _subset_entry(subset: SubsetFacts) -> dict[str, Any]:
+    keys = (
+        "num_repeats", "color_aug", "flip_aug", "random_crop", "shuffle_caption", "keep_tokens", "keep_tokens_separator",
+        "secondary_separator", "enable_wildcard", "caption_prefix", "caption_suffix", "resize_interpolation", "class_tokens", "is_reg",
+    )  # fmt: skip
+    return {"img_count": subset.img_count, "image_dir": subset.folder, **{key: getattr(subset.config, key) for key in keys}}

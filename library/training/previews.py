@@ -6,7 +6,9 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
+from PIL import Image
 from tqdm import tqdm
 
 from library.errors import UserError
@@ -22,9 +24,10 @@ class Previews:
     """Draws the prompts with the model as it is now into `<output_dir>/sample`. A picture that fails never ends the run."""
 
     def __init__(
-        self, options: TrainNetworkOptions, specs: list[PromptSpec], model: StableDiffusion, accelerator: Accelerator, tracker: Tracker
-    ) -> None:
-        self.options, self.specs, self.model = options, specs, model
+        self, options: TrainNetworkOptions, specs: list[PromptSpec], model: StableDiffusion, network: torch.nn.Module,
+        accelerator: Accelerator, tracker: Tracker,
+    ) -> None:  # fmt: skip
+        self.options, self.specs, self.model, self.network = options, specs, model, network
         self.accelerator, self.tracker = accelerator, tracker
         self.folder = Path(options.output.output_dir) / "sample"
 
@@ -52,7 +55,7 @@ class Previews:
         with self._models_on_device():
             for number, spec in enumerate(self.specs):
                 try:
-                    drawn, picture = self._draw_one(spec)
+                    picture = self._draw_one(spec)
                 except UserError as error:
                     tqdm.write(f"sample {number} failed: {error}")
                     continue
@@ -62,12 +65,17 @@ class Previews:
         self.tracker.log_pictures(step, pictures)
         tqdm.write(f"{len(pictures)} sample pictures in {self.folder}")
 
-    def _draw_one(self, spec: PromptSpec):
-        with self.accelerator.autocast():
-            captions = self.options.captions
-            return next(
-                iter(generate(self.model, [spec], clip_skip=self.options.model.clip_skip, max_token_length=captions.max_token_length))
-            )
+    def _draw_one(self, spec: PromptSpec) -> Image.Image:
+        network_trains = self.network.training
+        self.network.eval()
+        try:
+            pictures = generate(
+                self.model, [spec], clip_skip=self.options.model.clip_skip, autocast=self.accelerator.autocast,
+                max_token_length=self.options.captions.max_token_length or 225,
+            )  # fmt: skip
+            return next(iter(pictures))[1]
+        finally:
+            self.network.train(network_trains)
 
     def _path(self, moment: str, number: int, spec: PromptSpec) -> Path:
         """`{output_name_}{moment}_{number}_{time}{_seed}.png`."""

@@ -21,7 +21,7 @@ from library.errors import UserError
 from library.generation.prompts import PromptSpec, read_prompt_file
 from library.sd.model import StableDiffusion, encode_image, encode_text, load_stable_diffusion, vae_fingerprint
 from library.sd.text import load_tokenizer, tokenize, tokenize_weighted
-from library.training.metadata import RunMetadata, run_facts
+from library.training.metadata import RunMetadata, all_model_facts, run_facts
 from library.training.network import TrainedNetwork, build_network, import_network_module, parse_network_args
 from library.training.optimizers import create_optimizer, optimizer_class, optimizer_name
 from library.training.options import TrainNetworkOptions
@@ -82,7 +82,7 @@ def dataset_defaults(options: TrainNetworkOptions) -> DatasetDefaults:
 def prepare(options: TrainNetworkOptions, dataset: TrainingDataset, seed: int) -> Trainer:
     """Everything between the pictures and the first step."""
     accelerator = make_accelerator(options)
-    specs = preview_specs(options)
+    specs = preview_specs(options, dataset)
     check_early(options)
     plan = Plan.of(options, dataset.num_batches)
     dataset.max_train_steps = plan.max_steps
@@ -113,8 +113,8 @@ def prepare(options: TrainNetworkOptions, dataset: TrainingDataset, seed: int) -
             persistent=options.augmentation.persistent_data_loader_workers, pin_memory=accelerator.device.type == "cuda",
         ),
         text_cache=text_cache, optimizer=accelerator.prepare(optimizer), schedule=schedule, plan=plan, seed=seed,
-        files=ModelFiles(options.output), metadata=RunMetadata(facts, options.output.no_metadata),
-        previews=Previews(options, specs, model, accelerator, tracker), tracker=tracker,
+        files=ModelFiles(options.output), metadata=RunMetadata(facts, lambda: all_model_facts(options.model), options.output.no_metadata),
+        previews=Previews(options, specs, model, network.module, accelerator, tracker), tracker=tracker,
     )  # fmt: skip
 
 
@@ -130,7 +130,7 @@ def make_accelerator(options: TrainNetworkOptions) -> Accelerator:
         raise UserError("training in several processes is not built yet; launch with --num_processes 1")
     check_precision(options.training.mixed_precision, accelerator.device)
     if accelerator.device.type == "cpu":
-        print(f"no GPU: training on {use_all_cores()} CPU cores")
+        print(f"no GPU: training on the CPU, {use_all_cores()} threads")
         if options.training.mixed_precision == "bf16" and not cpu_has_fast_bf16():
             print("this processor has no bf16 units: --mixed_precision no is many times faster here")
     return accelerator
@@ -150,12 +150,13 @@ def check_early(options: TrainNetworkOptions) -> None:
             raise UserError(f"{option} {path}: there is no such file")
 
 
-def preview_specs(options: TrainNetworkOptions) -> list[PromptSpec]:
-    """The prompts of --sample_prompts; a size that they leave open is the training size."""
+def preview_specs(options: TrainNetworkOptions, dataset: TrainingDataset) -> list[PromptSpec]:
+    """The prompts of --sample_prompts; a size that they leave open is the training size of the first dataset."""
     path = options.previews.sample_prompts
     if not path:
         return []
-    return read_prompt_file(Path(path), PromptSpec(sampler=options.previews.sample_sampler))
+    width, height = dataset.table.configs[0].resolution
+    return read_prompt_file(Path(path), PromptSpec(width=width, height=height, sampler=options.previews.sample_sampler))
 
 
 def load_model(options: TrainNetworkOptions, accelerator: Accelerator) -> StableDiffusion:
