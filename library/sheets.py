@@ -18,12 +18,12 @@ LARGEST_CELL = 512
 LARGEST_SHEET = 80_000_000  # pixels; Pillow warns of a "decompression bomb" when it opens 89 million
 MIN_LABEL_LINES = 3
 
-# Fonts for labels that Pillow's own (Latin) font cannot write: Linux, then Windows, then macOS. Pillow searches the system's font folders.
+# Fonts for labels that Pillow's own (Latin) font cannot write; Pillow searches the system's font folders.
 FALLBACK_FONTS = (
-    "DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "wqy-zenhei.ttc", "wqy-microhei.ttc", "DroidSansFallbackFull.ttf",
-    "segoeui.ttf", "msyh.ttc", "YuGothM.ttc", "meiryo.ttc", "malgun.ttf",
-    "Arial Unicode.ttf", "PingFang.ttc", "Hiragino Sans GB.ttc", "AppleSDGothicNeo.ttc",
-)  # fmt: skip
+    *("DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "wqy-zenhei.ttc", "wqy-microhei.ttc"),  # Linux
+    *("segoeui.ttf", "msyh.ttc", "YuGothM.ttc", "meiryo.ttc", "malgun.ttf"),  # Windows
+    *("Arial Unicode.ttf", "PingFang.ttc", "Hiragino Sans GB.ttc", "AppleSDGothicNeo.ttc"),  # macOS
+)
 
 
 def contact_sheet(
@@ -35,10 +35,10 @@ def contact_sheet(
 ) -> Image.Image:
     """Pictures in a grid on white, with a label before each row and above each column.
 
-    Every picture is scaled to fit a square of `cell` pixels and keeps its proportions; None, or a row that ends early, leaves an empty
-    place. Without `cell` the pictures' own size is used, within 192 to 512 pixels, less if the sheet would grow beyond 80 megapixels.
-    `row_labels` and `column_labels` may be empty lists: then there are no such labels. Row labels that do not fit beside their pictures
-    end in "…".
+    Every picture is scaled to fit a square of `cell` pixels and keeps its proportions; None, or a row that ends early, leaves an
+    empty place. Without `cell` the pictures' own size is used, within 192 to 512 pixels, less if the sheet would grow beyond 80
+    megapixels. `row_labels` and `column_labels` may be empty lists: then there are no such labels. Row labels that do not fit
+    beside their pictures end in "…".
     """
     columns = max([len(column_labels), *map(len, rows)], default=0)
     if row_labels and len(row_labels) != len(rows):
@@ -53,9 +53,12 @@ def contact_sheet(
 class _Layout:
     """Measures of one sheet. All lengths in pixels; every distance is a share of `cell`."""
 
-    def __init__(self, pictures: list[list[Image.Image | None]], row_labels: list[str], column_labels: list[str], title: str, cell: int,
-                 columns: int):  # fmt: skip
-        self.pictures, self.row_labels, self.column_labels, self.title, self.columns = pictures, row_labels, column_labels, title, columns
+    def __init__(
+        self, pictures: list[list[Image.Image | None]], row_labels: list[str], column_labels: list[str], title: str, cell: int,
+        columns: int,
+    ):  # fmt: skip
+        self.pictures, self.columns = pictures, columns
+        self.row_labels, self.column_labels, self.title = row_labels, column_labels, title
         self.text_size = min(max(cell // 16, 13), 26)
         self.line = round(self.text_size * 1.4)
         self.gap = max(cell // 24, 4)
@@ -147,7 +150,14 @@ def _place(sheet: Image.Image, pen: ImageDraw.ImageDraw, picture: Image.Image, b
     sheet.paste(picture, (x, y))
 
 
-def _write(pen: ImageDraw.ImageDraw, lines: list[str], size: int, at: tuple[int, int], colour: tuple[int, int, int], centred: bool = False):
+def _write(
+    pen: ImageDraw.ImageDraw,
+    lines: list[str],
+    size: int,
+    at: tuple[int, int],
+    colour: tuple[int, int, int],
+    centred: bool = False,
+) -> None:
     """Write lines of text; `at` is the top left, or the top of the middle axis if `centred`."""
     spacing = round(size * 1.4)
     font = _font("".join(lines), size)  # one font a label

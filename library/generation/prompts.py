@@ -23,7 +23,7 @@ LARGEST_SEED = 2**64 - 1  # what torch accepts
 
 @dataclass(frozen=True)
 class PromptSpec:
-    """One picture to make. Sizes in pixels; `seed` None draws one; `scale` is the guidance scale, 1 or less switches guidance off."""
+    """One picture to make. Sizes in pixels; `seed` None draws one; a guidance `scale` of 1 or less switches guidance off."""
 
     prompt: str = ""
     negative_prompt: str = ""
@@ -82,7 +82,7 @@ _OPTIONS: tuple[tuple[str, str, str, Callable[[str], Any]], ...] = (
 _BY_OPTION = {option: (field, read) for option, _, field, read in _OPTIONS}
 _BY_KEY = {"prompt": ("prompt", str)} | {key: (field, read) for _, key, field, read in _OPTIONS}
 _OPTION_MARK = re.compile(r"(?:^|\s)--")
-# For other model families, and ControlNet: in files that people share they are harmless, so they get a notice instead of an error.
+# For other model families, and ControlNet: harmless in files that people share, so they get a notice instead of an error.
 _OTHER_OPTIONS = ("cn", "g", "ctr", "rcfg", "fs")
 _OTHER_KEYS = ("controlnet_image",)
 
@@ -90,8 +90,8 @@ _OTHER_KEYS = ("controlnet_image",)
 def read_prompt_file(path: str | Path, defaults: PromptSpec) -> list[PromptSpec]:
     """The prompts of a .toml or .json file, or of any other file as text with one prompt a line.
 
-    `defaults` gives what a prompt leaves open. Raises `UserError` naming file, place and option for anything that is not understood,
-    and for a file without prompts.
+    `defaults` gives what a prompt leaves open. Raises `UserError` naming file, place and option for anything that is not
+    understood, and for a file without prompts.
     """
     path = Path(path)
     try:
@@ -161,7 +161,7 @@ def _from_lines(text: str, defaults: PromptSpec, path: str, ignored: list[str]) 
 
 
 def _from_toml(text: str, defaults: PromptSpec, path: str, ignored: list[str]) -> list[PromptSpec]:
-    """Table [prompt] with values common to all, and a list [[prompt.subset]] whose values win. Without the list it is one prompt."""
+    """Table [prompt] with values common to all, and a list [[prompt.subset]] whose values win. Without the list: one prompt."""
     try:
         import tomllib
     except ModuleNotFoundError:  # Python 3.10
@@ -179,10 +179,8 @@ def _from_toml(text: str, defaults: PromptSpec, path: str, ignored: list[str]) -
     subsets = common.pop("subset", [{}] if common else [])
     if not isinstance(subsets, list) or not all(isinstance(subset, dict) for subset in subsets):
         raise UserError(f"{path}: 'prompt.subset' must be a list of tables; begin each with the line [[prompt.subset]]")
-    return [
-        _from_table({**common, **subset}, defaults, f"{path}, [[prompt.subset]] {number}" if "subset" in table else f"{path}, [prompt]", ignored)
-        for number, subset in enumerate(subsets, start=1)
-    ]
+    places = [f"[[prompt.subset]] {number}" for number in range(1, len(subsets) + 1)] if "subset" in table else ["[prompt]"]
+    return [_from_table({**common, **subset}, defaults, f"{path}, {place}", ignored) for subset, place in zip(subsets, places)]
 
 
 def _from_json(text: str, defaults: PromptSpec, path: str, ignored: list[str]) -> list[PromptSpec]:
@@ -225,5 +223,4 @@ def _from_table(table: dict[str, Any], defaults: PromptSpec, where: str, ignored
 
 def _tell_ignored(ignored: list[str], where: str) -> None:
     if ignored:
-        names = ", ".join(dict.fromkeys(ignored))
-        log.warning(f"{where}: {names} {'has' if len(set(ignored)) == 1 else 'have'} no effect on Stable Diffusion 1 and 2 here; ignored")
+        log.warning(f"{where}: no effect on Stable Diffusion 1 and 2, ignored: {', '.join(dict.fromkeys(ignored))}")

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
 # name: (class in diffusers, settings beside those of Stable Diffusion). What a setting is for:
-#   clip_sample=False        latents are not confined to -1..1, so clipping would spoil them (Diffusers' pipeline switches it off as well)
+#   clip_sample=False        latents are not confined to -1..1, so clipping would spoil them (Diffusers' pipeline forbids it too)
 #   set_alpha_to_one=False   the last step ends at the noise of timestep 0, which is how Stable Diffusion was set up
 #   steps_offset=1           timesteps 1, 21, 41.. instead of 0, 20, 40..: as in the original implementation
 #   skip_prk_steps=True      pseudo linear multistep without the Runge-Kutta start, which is what Stable Diffusion calls PNDM
@@ -106,7 +106,10 @@ def _lms_without_scipy() -> type:
 
     class ExactLMSDiscreteScheduler(LMSDiscreteScheduler):
         def get_lms_coefficient(self, order: int, t: int, current_order: int) -> float:
-            """Integral over sigma_t..sigma_t+1 of the Lagrange polynomial that is 1 at sigma_(t - current_order) and 0 at the others."""
+            """Integral from sigma_t to sigma_(t+1) of one Lagrange polynomial.
+
+            Among the `order` latest sigmas it is 1 at sigma_(t - current_order) and 0 at the others.
+            """
             sigmas = self.sigmas.double().tolist()
             others = [sigmas[t - k] for k in range(order) if k != current_order]
             basis = Polynomial([1.0])

@@ -22,7 +22,9 @@ def boxes_of(sheet: Image.Image, colour) -> tuple[int, int, int, int]:
 
 
 def test_pictures_stand_in_their_row_and_column_enlarged():
-    sheet = contact_sheet([[picture(RED), picture(GREEN)], [picture(BLUE), None]], ["one", "two"], ["left", "right"], title="Title")
+    sheet = contact_sheet(
+        [[picture(RED), picture(GREEN)], [picture(BLUE), None]], ["one", "two"], ["left", "right"], title="Title"
+    )
     red, green, blue = (boxes_of(sheet, colour) for colour in (RED, GREEN, BLUE))
     assert (red[2] - red[0], red[3] - red[1]) == (SMALLEST_CELL, SMALLEST_CELL)
     assert red[1] == green[1] and red[0] == blue[0]
@@ -41,7 +43,9 @@ def test_labels_and_title_are_drawn():
 
 
 def test_sizes_keep_their_proportions_and_fit_the_cell():
-    sheet = contact_sheet([[picture(RED, (100, 50)), picture(GREEN, (300, 600)), picture(BLUE, (3, 900))]], ["r"], ["a", "b", "c"], cell=120)
+    sheet = contact_sheet(
+        [[picture(RED, (100, 50)), picture(GREEN, (300, 600)), picture(BLUE, (3, 900))]], ["r"], ["a", "b", "c"], cell=120
+    )
     for colour, (width, height) in ((RED, (120, 60)), (GREEN, (60, 120)), (BLUE, (1, 120))):
         left, top, right, bottom = boxes_of(sheet, colour)
         assert (right - left, bottom - top) == (width, height)

@@ -23,7 +23,9 @@ def written(tmp_path):
 
 
 def test_a_line_without_options_takes_the_defaults():
-    assert parse_prompt_line("  a cat, (sitting:1.2)  ", DEFAULTS) == PromptSpec("a cat, (sitting:1.2)", "", 256, 320, None, 7.5, 30, "euler")
+    assert parse_prompt_line("  a cat, (sitting:1.2)  ", DEFAULTS) == PromptSpec(
+        "a cat, (sitting:1.2)", "", 256, 320, None, 7.5, 30, "euler"
+    )
 
 
 def test_every_option():
@@ -145,7 +147,11 @@ def test_json_objects_and_lines(written):
         ("p.toml", "prompt = 3\n", "begin it with the line"),
         ("p.toml", "[prompts]\nprompt='x'\n", "unknown table or key 'prompts'.*did you mean 'prompt'"),
         ("p.toml", "[[prompt.subset]]\nwidth = 3\n", r"\[\[prompt.subset\]\] 1: has no prompt"),
-        ("p.toml", "[[prompt.subset]]\nprompt='x'\n[[prompt.subset]]\nprompt='x'\nwidht = 3\n", r"'widht' in .*\]\] 2; did you mean 'width'"),
+        (
+            "p.toml",
+            "[[prompt.subset]]\nprompt='x'\n[[prompt.subset]]\nprompt='x'\nwidht = 3\n",
+            r"'widht' in .*\]\] 2; did you mean 'width'",
+        ),
         ("p.toml", "[[prompt.subset]]\nprompt='x'\nseed = '3'\n", "key 'seed' must be a number, not '3'"),
         ("p.toml", "[[prompt.subset]]\nprompt='x'\nseed = true\n", "key 'seed' must be a number, not True"),
         ("p.toml", "[[prompt.subset]]\nprompt=3\n", "key 'prompt' must be text"),

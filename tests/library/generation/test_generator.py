@@ -1,0 +1,327 @@
+"""library/generation/generator.py: pictures from prompts."""
+
+from __future__ import annotations
+
+import logging
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from library.errors import UserError
+from library.generation import generator as module
+from library.generation.generator import encode_prompts, evaluating, generate, to_picture
+from library.generation.prompts import PromptSpec
+from library.generation.samplers import SAMPLERS, make_scheduler
+from library.sd.small import small_stable_diffusion
+from library.sd.text import count_chunks
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # NumPy 2 about Diffusers' code, not ours
+    pytest.mark.filterwarnings(
+        "ignore:The configuration file of this scheduler:FutureWarning"
+    ),  # steps_offset, unused with linspace
+]
+
+CAT = PromptSpec("a photo of a cat", "blurry", width=64, height=64, seed=7, scale=5.0, steps=5)
+DOG = replace(CAT, prompt="a red dog on the beach", negative_prompt="", seed=11)
+LONG = ", ".join(["an old castle above the river at dawn"] * 12)  # more than 75 tokens
+
+
+DISTINCT = [name for name in SAMPLERS if not name.startswith("k_")]  # "k_" is another name of the same
+SMALL = {"unet_channels": (32, 32), "vae_channels": (32, 32, 32, 32)}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_stable_diffusion(seed=0, **SMALL)
+
+
+@pytest.fixture(scope="module")
+def v_model():
+    return small_stable_diffusion(seed=1, v2=True, v_parameterization=True, **SMALL)
+
+
+@pytest.fixture
+def latents_of(monkeypatch):
+    """Run `generate` and return the latents that reach the VAE, one a picture, in order."""
+
+    def run(model, specs, **options):
+        seen = []
+        with monkeypatch.context() as patched:
+            patched.setattr(module, "decode_latents", lambda vae, latents: seen.append(latents[0].clone()) or latents[:, :3])
+            list(generate(model, specs, **options))
+        return seen
+
+    return run
+
+
+def pipeline_latents(model, scheduler, spec: PromptSpec, **options):
+    """What Diffusers' own pipeline makes of the same models, scheduler and seed."""
+    from diffusers import StableDiffusionPipeline
+
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    parts = (model.vae, model.text_encoder, model.tokenizer, model.unet, scheduler)
+    pipe = StableDiffusionPipeline(*parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(
+        spec.prompt, spec.height, spec.width, spec.steps, guidance_scale=spec.scale, negative_prompt=spec.negative_prompt,
+        generator=torch.Generator("cpu").manual_seed(spec.seed), output_type="latent", **options,
+    ).images[0]  # fmt: skip
+
+
+@pytest.mark.parametrize("sampler", DISTINCT)
+def test_latents_equal_those_of_diffusers_own_pipeline(model, latents_of, sampler):
+    spec = replace(CAT, sampler=sampler, steps=6)
+    (ours,) = latents_of(model, [spec])
+    theirs = pipeline_latents(model, make_scheduler(sampler), spec)
+    assert theirs.abs().max() > 0.1
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler_a"])
+def test_v_prediction_and_sd2_equal_diffusers_own_pipeline(v_model, latents_of, sampler):
+    spec = replace(CAT, sampler=sampler)
+    (ours,) = latents_of(v_model, [spec])
+    torch.testing.assert_close(
+        ours, pipeline_latents(v_model, make_scheduler(sampler, v_parameterization=True), spec), rtol=1e-3, atol=1e-3
+    )
+    (noise_prediction,) = latents_of(replace(v_model, v_parameterization=False), [spec])
+    assert (noise_prediction - ours).abs().max() > 0.05
+
+
+def test_other_sizes_and_no_guidance_equal_diffusers_own_pipeline(model, latents_of):
+    for spec in (replace(CAT, width=72, height=128), replace(CAT, scale=1.0), replace(CAT, scale=0.5)):
+        (ours,) = latents_of(model, [spec])
+        assert ours.shape == (4, spec.height // 8, spec.width // 8)
+        torch.testing.assert_close(ours, pipeline_latents(model, make_scheduler("ddim"), spec), rtol=1e-3, atol=1e-3)
+
+
+def test_without_guidance_the_negative_prompt_has_no_effect(model, latents_of):
+    one, other = latents_of(model, [replace(CAT, scale=1.0), replace(CAT, scale=1.0, negative_prompt=LONG)])
+    assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm_2_a"])
+def test_trap_6_9_same_seed_same_picture_whatever_the_batch(model, latents_of, sampler):
+    """Ancestral samplers too: their noise comes from the picture's own seed, not from its place."""
+    specs = [replace(spec, sampler=sampler, steps=3) for spec in (DOG, CAT, replace(CAT, seed=8))]
+    together = latents_of(model, specs, batch_size=3)
+    alone = [latents_of(model, [spec])[0] for spec in specs]
+    in_twos = latents_of(model, specs[::-1], batch_size=2)[::-1]
+    for batch, single, two in zip(together, alone, in_twos):
+        torch.testing.assert_close(batch, single, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(two, single, rtol=1e-3, atol=1e-3)
+    assert (together[1] - together[2]).abs().max() > 0.1  # another seed is another picture
+
+
+def test_trap_6_10_a_long_neighbour_does_not_change_a_picture(model, latents_of):
+    long = replace(DOG, prompt=LONG)
+    assert count_chunks(model.tokenizer, LONG) > 1
+    torch.testing.assert_close(
+        latents_of(model, [CAT, long, CAT], batch_size=3)[0], latents_of(model, [CAT])[0], rtol=1e-3, atol=1e-3
+    )
+    torch.testing.assert_close(latents_of(model, [long, CAT], batch_size=2)[1], latents_of(model, [CAT])[0], rtol=1e-3, atol=1e-3)
+
+
+def test_prompt_and_negative_prompt_are_padded_to_the_longer_of_the_two(model):
+    with torch.no_grad():
+        for batch in ([replace(CAT, negative_prompt=LONG)], [replace(CAT, prompt=LONG)]):
+            positive, negative = encode_prompts(model, batch, module._chunks_needed(model, batch[0], 225))
+            assert positive.shape == negative.shape and positive.shape[1] == 2 * 75 + 2
+    assert module._chunks_needed(model, CAT, 225) == 1
+
+
+def test_trap_6_3_each_picture_has_its_own_negative_prompt(model, latents_of):
+    specs = [replace(CAT, negative_prompt=text) for text in ("blurry", "a castle at night", "")]
+    for batch, spec in zip(latents_of(model, specs, batch_size=3), specs):
+        torch.testing.assert_close(batch, latents_of(model, [spec])[0], rtol=1e-3, atol=1e-3)
+
+
+def test_each_picture_has_its_own_scale(model, latents_of):
+    low, high = latents_of(model, [replace(CAT, scale=2.0), replace(CAT, scale=12.0)], batch_size=2)
+    torch.testing.assert_close(low, latents_of(model, [replace(CAT, scale=2.0)])[0], rtol=1e-3, atol=1e-3)
+    assert (low - high).abs().max() > 0.1
+
+
+def test_weights_of_one_equal_no_weights(model, latents_of):
+    plain, weighted, heavy = latents_of(
+        model, [replace(CAT, prompt=f"a photo of {cat}") for cat in ("a cat", "(a cat:1.0)", "(a cat:1.6)")]
+    )
+    assert torch.equal(plain, weighted)
+    assert (plain - heavy).abs().max() > 1e-3
+
+
+def test_too_long_text_is_cut_with_a_message(model, caplog):
+    endless = replace(CAT, prompt=", ".join([LONG] * 4), steps=1)
+    with caplog.at_level(logging.WARNING):
+        assert len(list(generate(model, [endless]))) == 1
+    assert "more than 225 tokens" in caplog.text
+
+
+def test_clip_skip_changes_the_picture(model, latents_of):
+    (last,), (earlier,) = latents_of(model, [CAT]), latents_of(model, [CAT], clip_skip=2)
+    assert (last - earlier).abs().max() > 1e-3
+
+
+def test_a_missing_seed_is_drawn_and_told_and_gives_the_same_again(model):
+    (first, picture), (second, other) = generate(model, [replace(CAT, seed=None, steps=2)] * 2, batch_size=2)
+    assert isinstance(first.seed, int) and first.seed != second.seed
+    ((_, again),) = generate(model, [first])
+    assert np.abs(np.asarray(picture, dtype=int) - np.asarray(again, dtype=int)).max() <= 1
+    assert picture.tobytes() != other.tobytes()
+
+
+def test_pictures_come_in_order_with_their_specs_and_sizes(model):
+    specs = [CAT, replace(DOG, width=72), CAT, DOG, replace(CAT, sampler="pndm", steps=3)]
+    results = list(generate(model, [replace(spec, steps=2) for spec in specs], batch_size=2))
+    assert [(spec.prompt, spec.width) for spec, _ in results] == [(spec.prompt, spec.width) for spec in specs]
+    assert all(picture.size == (spec.width, spec.height) and picture.mode == "RGB" for spec, picture in results)
+
+
+@pytest.mark.parametrize("sampler", DISTINCT)
+@pytest.mark.parametrize("steps", [1, 2])
+def test_very_few_steps_work(model, sampler, steps):
+    ((_, picture),) = generate(model, [replace(CAT, sampler=sampler, steps=steps)])
+    assert np.asarray(picture).std() > 0
+
+
+def test_neither_random_state_nor_modes_nor_gradients_of_the_caller_change(model):
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    model.unet.train()
+    model.unet.mid_block.eval()
+    before = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+    modes = [part.training for part in model.unet.modules()]
+    for _ in generate(model, [replace(CAT, seed=None, sampler="euler_a", steps=2)] * 2):
+        assert torch.is_grad_enabled()  # also between two pictures
+        assert [part.training for part in model.unet.modules()] == modes
+    assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+    model.unet.eval()
+
+
+def test_modes_come_back_after_an_error():
+    layer = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Dropout().eval())
+    with pytest.raises(RuntimeError), evaluating(layer):
+        assert not layer[0].training
+        raise RuntimeError
+    assert layer.training and layer[0].training and not layer[1].training
+
+
+def test_dropout_is_off_while_pictures_are_made(latents_of):
+    model = small_stable_diffusion(seed=0, **SMALL)
+    expected = latents_of(model, [CAT])[0]
+    model.unet.mid_block.resnets[0].dropout.p = 0.9
+    model.unet.train()
+    assert torch.equal(latents_of(model, [CAT])[0], expected)
+
+
+def test_broken_weights_are_named_and_the_other_pictures_go_on(model):
+    broken = replace(model, unet=small_stable_diffusion(seed=0, **SMALL).unet)
+    with torch.no_grad():
+        broken.unet.conv_out.bias.fill_(float("nan"))
+    with pytest.raises(UserError, match=r"'a photo of a cat' \(seed 7\) gave NaN or infinite latents"):
+        list(generate(broken, [CAT]))
+    failed = []
+    assert list(generate(broken, [CAT, DOG], batch_size=2, on_error=lambda spec, error: failed.append(spec.prompt))) == []
+    assert failed == [CAT.prompt, DOG.prompt]
+
+
+def test_a_vae_that_overflows_is_named(model):
+    broken = replace(model, vae=small_stable_diffusion(seed=0, **SMALL).vae)
+    with torch.no_grad():
+        broken.vae.decoder.conv_out.bias.fill_(float("inf"))
+        broken.vae.decoder.conv_out.weight.fill_(float("nan"))
+    with pytest.raises(UserError, match="black picture.*VAE.*--vae"):
+        list(generate(broken, [replace(CAT, steps=1)]))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"width": 70}, "70 x 64.*multiples of 8"),
+        ({"height": 0}, "64 x 0"),
+        ({"steps": 0}, "0 steps"),
+        ({"sampler": "eula"}, "did you mean 'euler_a'"),
+    ],
+)
+def test_wrong_specs_are_one_line_and_do_not_stop_the_others(model, wrong, message):
+    failures = []
+    specs = [replace(CAT, steps=1), replace(CAT, **wrong), replace(CAT, steps=1)]
+    results = list(generate(model, specs, on_error=lambda _, error: failures.append(str(error))))
+    assert len(results) == 2 and len(failures) == 1
+    with pytest.raises(UserError, match=message):
+        list(generate(model, specs))
+
+
+def test_progress_adds_up_to_the_number_of_pictures(model):
+    done = []
+    list(generate(model, [CAT, DOG, replace(CAT, sampler="heun", steps=3)], batch_size=2, progress=done.append))
+    assert sum(done) == pytest.approx(3) and len(done) == 5 + 5
+
+
+def test_autocast_is_entered(model):
+    tiny = [replace(CAT, steps=1)]
+    seen = []
+
+    class Context:
+        def __enter__(self):
+            seen.append("in")
+
+        def __exit__(self, *_):
+            seen.append("out")
+
+    list(generate(model, tiny, autocast=Context))
+    assert seen == ["in", "out"]
+
+
+def test_trap_5_13_the_noise_does_not_depend_on_the_device():
+    """Pictures are made wherever the models are (here: the CPU), and start noise is always drawn on the CPU."""
+    noise = module.start_noise([torch.Generator("cpu").manual_seed(3)], 4, 8, 8)
+    assert noise.device.type == "cpu" and noise.dtype == torch.float32
+    assert torch.equal(noise, torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(3)))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_trap_5_13_gpu_and_cpu_make_the_same_picture(model, latents_of):
+    specs = [replace(CAT, sampler=sampler) for sampler in SAMPLERS]
+    on_cpu = latents_of(model, specs)
+    for part in (model.unet, model.text_encoder, model.vae):
+        part.to("cuda")
+    try:
+        on_gpu = latents_of(model, specs, batch_size=2)
+    finally:
+        for part in (model.unet, model.text_encoder, model.vae):
+            part.to("cpu")
+    for sampler, one, other in zip(SAMPLERS, on_cpu, on_gpu):
+        assert (one - other.cpu()).abs().max() < 0.02, sampler
+
+
+def test_pixels_are_rounded_and_clipped():
+    pixels = torch.tensor([-3.0, -1.0, 0.0, 0.999, 1.0, 3.0]).view(1, 2, 3).repeat(3, 1, 1)
+    picture = to_picture(pixels)
+    assert isinstance(picture, Image.Image) and picture.size == (3, 2)
+    assert [pixel[0] for pixel in picture.get_flattened_data()] == [0, 0, 128, 255, 255, 255]
+
+
+@pytest.mark.parametrize("sampler", DISTINCT)
+def test_trap_6_9_every_sampler_draws_from_the_pictures_own_generators(sampler):
+    class Still(torch.nn.Linear):
+        def forward(self, noisy, timesteps, encoder_hidden_states):
+            return type("Output", (), {"sample": noisy * 0.5})
+
+    unet = Still(1, 1)
+
+    def run(batch):
+        scheduler = make_scheduler(sampler)
+        scheduler.set_timesteps(6)
+        generators = [torch.Generator().manual_seed(seed) for seed in batch]
+        noise = module.start_noise(generators, 4, 4, 4) * scheduler.init_noise_sigma
+        context = torch.zeros(len(batch), 77, 8)
+        return module.denoise(unet, scheduler, noise, context, negative=None, scales=[1.0] * len(batch), generators=generators)
+
+    state = torch.get_rng_state()
+    torch.testing.assert_close(run([5, 6, 7])[1], run([6])[0])
+    assert torch.equal(torch.get_rng_state(), state)
