@@ -148,7 +148,7 @@ def _harmless_globals() -> list[Any]:
 
 
 def open_tensors(path: Path) -> TensorFile:
-    """Open a file of weights; what is in it decides the format, not its suffix.
+    """Open a file of weights; what is in it decides the format.
 
     Raises UserError, naming file and reason, if it is missing, empty, cut off, no file of weights, or holds code.
     """
@@ -163,6 +163,8 @@ def open_tensors(path: Path) -> TensorFile:
     if start[4:9] == b"\0\0\0\0{":
         return SafetensorsFile(path)
     if start[:2] == b"PK" or start[0] == 0x80:  # a zip archive as torch writes it, or a plain pickle
+        if path.suffix.lower() == ".safetensors":  # whoever chose a .safetensors file did not choose to unpickle one
+            raise UserError(f"{path} is a pickled checkpoint under a wrong name; rename it to {path.stem}.ckpt if you trust it")
         return PickledFile(path)
     for magic, what in _FOREIGN:
         if start.lstrip().startswith(magic):

@@ -35,9 +35,12 @@ class CompVisNames:
 
     def __init__(self, names: Iterable[str]):
         names = list(names)
-        self.text_prefix = next((p for p in (OPEN_CLIP_PREFIX, CLIP_PREFIX, OLD_CLIP_PREFIX) if any(n.startswith(p) for n in names)), None)
+        prefixes = (OPEN_CLIP_PREFIX, CLIP_PREFIX, OLD_CLIP_PREFIX)
+        self.text_prefix = next((prefix for prefix in prefixes if any(name.startswith(prefix) for name in names)), None)
         self.v2 = self.text_prefix == OPEN_CLIP_PREFIX
-        self._unet = unet_table(unet_layout(_inside(names, UNET_PREFIX)))
+        in_unet = _inside(names, UNET_PREFIX)
+        self._unet = unet_table(unet_layout(in_unet))
+        self.unknown = [UNET_PREFIX + name for name in in_unet if renamed(name, self._unet) is None]  # of other families
         self._vae = vae_table_for(_inside(names, VAE_PREFIX))
         self._unused_layer = f"transformer.resblocks.{open_clip_layers(names) - 1}." if self.v2 else None
 

@@ -91,6 +91,8 @@ def _from_file(
     with open_tensors(path) as file:
         refuse_other_families(path, file.shapes)
         names = CompVisNames(file.shapes)
+        if names.unknown:
+            raise UserError(f"{path} is no SD 1 or 2 model: its U-Net has the weight {names.unknown[0]}, which theirs do not have")
         shapes = _shapes_by_part(file, names.place)
         wanted = PARTS if with_vae else ("unet", "text_encoder")
         for part in wanted:
@@ -226,14 +228,11 @@ def _build(part: str, config: Config, path: Path) -> nn.Module:
 
 
 def _shapes_by_part(file: TensorFile, place: Place) -> dict[str, dict[str, tuple[int, ...]]]:
-    """The shape of every weight under its Diffusers name. Raises UserError for weights that no SD 1 or 2 U-Net has."""
+    """The shape of every weight under its Diffusers name."""
     shapes: dict[str, dict[str, tuple[int, ...]]] = {part: {} for part in PARTS}
     for name, shape in file.shapes.items():
-        placed = place(name, torch.empty(shape, device="meta"))
-        for part, new, value in placed:
+        for part, new, value in place(name, torch.empty(shape, device="meta")):
             shapes[part][new] = tuple(value.shape)
-        if not placed and name.startswith("model.diffusion_model."):
-            raise UserError(f"{file.path} is no SD 1 or 2 model: its U-Net has the weight {name}, which theirs do not have")
     return shapes
 
 

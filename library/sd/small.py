@@ -20,7 +20,7 @@ def small_stable_diffusion(
     v2: bool = False,
     v_parameterization: bool = False,
     *,
-    unet_channels: tuple[int, ...] = (32, 64, 64, 64),
+    unet_channels: tuple[int, ...] = (32, 64, 96, 96),
     vae_channels: tuple[int, ...] = (32, 32, 64, 64),
     text_width: int = 64,
     text_layers: int = 2,

@@ -1,0 +1,183 @@
+"""Files of weights: every format gives the same tensors, everything else one line that names file and reason."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+import sys
+import types
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from library.errors import UserError
+from library.sd.checkpoint import open_tensors
+
+TENSORS = {
+    "a.weight": torch.randn(3, 4),
+    "b": torch.randn(5).half(),
+    "c": torch.randn(2, 2).bfloat16(),
+    "ids": torch.arange(7)[None],
+    "scalar": torch.tensor(2.5),
+    "empty": torch.zeros(0, 3),
+    "double": torch.randn(2, dtype=torch.float64),
+    "flags": torch.tensor([True, False]),
+}
+
+
+def write(path: Path, kind: str) -> Path:
+    if kind == "safetensors":
+        save_file(TENSORS, path, metadata={"format": "pt"})
+    elif kind == "wrapped":
+        torch.save({"state_dict": TENSORS, "epoch": 3, "global_step": 110000, "note": "text"}, path)
+    elif kind == "plain":
+        torch.save(TENSORS, path)
+    elif kind == "legacy":
+        torch.save(TENSORS, path, _use_new_zipfile_serialization=False)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "suffix"),
+    [("safetensors", ".safetensors"), ("safetensors", ".ckpt"), ("wrapped", ".ckpt"), ("plain", ".pt"), ("legacy", ".bin")],
+)
+def test_every_format(tmp_path, kind, suffix):
+    path = write(tmp_path / f"näme mit spaces{suffix}", kind)
+    with open_tensors(path) as file:
+        assert file.shapes == {name: tuple(value.shape) for name, value in TENSORS.items()}
+        read = {name: file.read(name) for name in file.shapes}
+        assert file.numbers == ({"epoch": 3, "global_step": 110000} if kind == "wrapped" else {})
+    path.unlink()  # nothing holds the file: the tensors have memory of their own
+    for name, value in TENSORS.items():
+        assert read[name].dtype == value.dtype and torch.equal(read[name], value)
+
+
+def test_only_floating_point_takes_the_dtype(tmp_path):
+    with open_tensors(write(tmp_path / "a.safetensors", "safetensors")) as file:
+        assert file.read("a.weight", torch.float16).dtype == torch.float16
+        assert torch.equal(file.read("c", torch.float32), TENSORS["c"].float())
+        assert file.read("ids", torch.float16).dtype == torch.int64
+
+
+def test_tensors_can_be_changed_without_changing_the_file(tmp_path):
+    for kind in ("safetensors", "plain"):
+        path = write(tmp_path / kind, kind)
+        before = path.read_bytes()
+        with open_tensors(path) as file:
+            file.read("a.weight").zero_()
+            assert torch.equal(file.read("a.weight"), TENSORS["a.weight"])
+        assert path.read_bytes() == before
+
+
+def refused(path: Path, reason: str) -> None:
+    with pytest.raises(UserError, match=reason) as caught, open_tensors(path) as file:
+        for name in file.shapes:
+            file.read(name)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "empty"),
+        (b"<!DOCTYPE html><html>", "web page"),
+        (b"\n\n  <html>", "web page"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(50), "PNG picture"),
+        (b"\xff\xd8\xff\xe0" + bytes(50), "JPEG picture"),
+        (b"RIFF\x10\0\0\0WEBPVP8 ", "WebP picture"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "git lfs pull"),
+        (b"hello, this is text", "no file of weights"),
+        (bytes(1000), "no file of weights"),
+        (b"PK\x03\x04" + bytes(100), "no checkpoint|wrong name"),
+        (b"\x80\x02}q\x00.", "no checkpoint|wrong name"),
+        (b"\x80\x04garbage", "no checkpoint|not opened|wrong name"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+def test_foreign_files(tmp_path, content, reason, suffix):
+    path = tmp_path / f"model{suffix}"
+    path.write_bytes(content)
+    refused(path, reason)
+
+
+def test_missing_file_and_folder(tmp_path):
+    refused(tmp_path / "none.safetensors", "cannot read")
+    refused(tmp_path, "cannot read")
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "plain", "legacy"])
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.99])
+def test_truncated_files(tmp_path, kind, share):
+    whole = write(tmp_path / "whole", kind).read_bytes()
+    path = tmp_path / "cut.ckpt"
+    path.write_bytes(whole[: int(len(whole) * share)])
+    refused(path, "cut off|damaged|no checkpoint|no file of weights|not readable")
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 16]},
+        {"dtype": "F32", "shape": [-2, -2], "data_offsets": [0, 16]},
+        {"dtype": "F32", "shape": [4], "data_offsets": [8, 16]},
+        {"dtype": "F4", "shape": [4], "data_offsets": [0, 16]},
+    ],
+)
+def test_lying_headers(tmp_path, entry):
+    header = json.dumps({"x": entry}).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(16))
+    refused(path, "damaged|unknown dtype")
+
+
+class Bomb:
+    def __init__(self, target: str):
+        self.target = target
+
+    def __reduce__(self):
+        return open, (self.target, "w")
+
+
+@pytest.mark.parametrize("protocol", ["zip", "legacy", "raw"])
+def test_code_in_a_checkpoint_never_runs(tmp_path, protocol):
+    target, path = tmp_path / "was-run", tmp_path / "model.ckpt"
+    content = {"state_dict": {"x": torch.zeros(2)}, "bomb": Bomb(str(target))}
+    if protocol == "raw":
+        path.write_bytes(pickle.dumps({"bomb": Bomb(str(target))}))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=protocol == "zip")
+    refused(path, "not opened|no checkpoint")
+    assert not target.exists()
+
+
+def test_code_inside_a_zip_named_safetensors_never_runs(tmp_path):
+    target, path = tmp_path / "was-run", tmp_path / "model.safetensors"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps(Bomb(str(target)), protocol=2))
+        archive.writestr("archive/version", "3\n")
+    refused(path, "wrong name; rename it to model.ckpt")
+    refused(path.rename(tmp_path / "model.ckpt"), "not opened|no checkpoint")
+    assert not target.exists()
+
+
+def test_records_of_the_training_program_are_harmless(tmp_path, monkeypatch):
+    """The original SD 1.4 file holds Lightning's ModelCheckpoint class and numpy numbers; neither is needed to read it."""
+    import numpy
+
+    name = "pytorch_lightning.callbacks.model_checkpoint"
+    module = types.ModuleType(name)
+    module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": name})
+    for part in ("pytorch_lightning", "pytorch_lightning.callbacks"):
+        monkeypatch.setitem(sys.modules, part, types.ModuleType(part))
+    monkeypatch.setitem(sys.modules, name, module)
+    path = tmp_path / "model.ckpt"
+    record = {module.ModelCheckpoint: {"best_model_score": numpy.float64(0.5)}}
+    torch.save({"state_dict": {"x": torch.ones(2)}, "callbacks": record}, path)
+    monkeypatch.undo()
+    with open_tensors(path) as file:
+        assert torch.equal(file.read("x"), torch.ones(2))
