@@ -31,7 +31,8 @@ def numbers(row: dict[str, str], *keys: str) -> tuple[int, ...]:
 
 
 def name_of(row: dict[str, str]) -> str:
-    return f"{row['resolution']}-{'no_upscale' if row['bucket_no_upscale'] == 'yes' else 'normal'}-{row['image_w']}x{row['image_h']}"
+    mode = "no_upscale" if row["bucket_no_upscale"] == "yes" else "normal"
+    return f"{row['resolution']}-{mode}-{row['image_w']}x{row['image_h']}"
 
 
 EXAMPLES = rows("bucketing-examples.csv")
@@ -74,7 +75,9 @@ def test_trap_4_14_bucket_lists_are_filtered(row):
 
 
 @pytest.mark.parametrize("no_upscale", [False, True])
-@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (63, 4000), (60000, 10), (30, 30), (65535, 7), (1, 262145), (7, 7)])
+@pytest.mark.parametrize(
+    "size", [(1, 1), (1, 5000), (5000, 1), (63, 4000), (60000, 10), (30, 30), (65535, 7), (1, 262145), (7, 7)]
+)
 def test_trap_4_13_no_size_crashes(size, no_upscale):
     place = rule(512, no_upscale).place(*size)
     check(place, size, 64, 512 * 512)
