@@ -142,15 +142,19 @@ class LatentCaching:
     def run(self) -> MemoryLatents | DiskLatents:
         rows = np.flatnonzero(self.table.repeats)
         rows = rows[np.argsort(self.table.bucket[rows], kind="stable")].tolist()
-        with ThreadPoolExecutor(self.workers) as pool, tqdm(total=len(rows), desc="caching latents", unit=" pictures") as bar:
+        with (
+            ThreadPoolExecutor(2) as writers,
+            ThreadPoolExecutor(self.workers) as readers,
+            tqdm(total=len(rows), desc="caching latents", unit=" pictures") as bar,
+        ):
             try:
-                ready = ahead(pool, self.prepare, rows, self.workers + 2 * self.batch_size)
+                ready = ahead(readers, self.prepare, rows, self.workers + 2 * self.batch_size)
                 for batch in self.batches(ready, bar):
-                    self.encode_batch(batch, pool)
+                    self.encode_batch(batch, writers)
                 while self.writes:
                     self.writes.popleft().result()
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
+            except BaseException:  # what is encoded is still written: the next run goes on from there
+                readers.shutdown(cancel_futures=True)
                 raise
         if self.to_disk:
             return DiskLatents(self.table, self.keys)
@@ -183,7 +187,7 @@ class LatentCaching:
         if batch:
             yield batch
 
-    def encode_batch(self, batch: list[Prepared], pool: ThreadPoolExecutor) -> None:
+    def encode_batch(self, batch: list[Prepared], writers: ThreadPoolExecutor) -> None:
         images = to_tensor([item.pixels for item in batch])
         upright = self.encoded(images, batch, flipped=False)
         turn = [i for i, item in enumerate(batch) if self.table.config(item.row).flip_aug]
@@ -197,7 +201,7 @@ class LatentCaching:
             tensors = {"latents": upright[i].clone()}
             if i in turn:
                 tensors["latents_flipped"] = mirrored[turn.index(i)].clone()
-            self.write(item, tensors, pool)
+            self.write(item, tensors, writers)
 
     def encoded(self, images: Tensor, batch: list[Prepared], flipped: bool) -> Tensor:
         latents = self.encode(images, [seed_of(item.key, flipped) for item in batch]).detach().to("cpu", torch.float32)
@@ -209,13 +213,13 @@ class LatentCaching:
             )
         return latents
 
-    def write(self, item: Prepared, tensors: dict[str, Tensor], pool: ThreadPoolExecutor) -> None:
+    def write(self, item: Prepared, tensors: dict[str, Tensor], writers: ThreadPoolExecutor) -> None:
         """Save in a thread; earlier saves that failed are raised here."""
         path = cache_path(item.place.path, item.key)
         if path.parent not in self.writable:
             require_writable(path.parent)
             self.writable.add(path.parent)
-        self.writes.append(pool.submit(save, path, tensors))
+        self.writes.append(writers.submit(save, path, tensors))
         while len(self.writes) > 2 * self.batch_size:
             self.writes.popleft().result()
 
