@@ -54,7 +54,9 @@ def main() -> None:
         print(f"sizes: {time.perf_counter() - start:.1f} s")
 
         subset = SubsetConfig(image_dir=folder, caption_extension=".txt")
-        config = DatasetConfig(resolution=(64, 64), min_bucket_reso=32, bucket_reso_steps=8, enable_bucket=True, subsets=(subset,))
+        config = DatasetConfig(
+            resolution=(64, 64), min_bucket_reso=32, bucket_reso_steps=8, enable_bucket=True, subsets=(subset,)
+        )
         start = time.perf_counter()
         TrainingDataset([config], seed=1)
         print(f"sizes, captions and buckets: {time.perf_counter() - start:.1f} s")

@@ -259,6 +259,6 @@ def refuse_augmentations(table: PictureTable) -> None:
         for option in ("color_aug", "random_crop", "face_crop_aug_range"):
             if getattr(subset.config, option):
                 raise UserError(
-                    f"{option} of the subset {subset.config.image_dir} changes pictures at each use, so latents cannot be cached; "
-                    f"take out {option}, or --cache_latents"
+                    f"{option} of the subset {subset.config.image_dir} changes pictures at each use, "
+                    f"so latents cannot be cached; take out {option}, or --cache_latents"
                 )

@@ -87,7 +87,8 @@ def test_cached_latents_are_those_of_the_pictures_served_without_a_cache(folder,
             assert a.latents.dtype == torch.float32 and a.latents.shape[1:] == (4, b.size[1] // 8, b.size[0] // 8)
             assert torch.allclose(a.latents[:, :3], torch.nn.functional.avg_pool2d(b.images, 8), atol=1e-6)
     if flip:
-        served = {(path, float(latent[3, 0, 0])) for n in range(1, 9) for b in epoch(dataset, n) for path, latent in zip(b.paths, b.latents)}
+        batches = [batch for number in range(1, 9) for batch in epoch(dataset, number)]
+        served = {(path, float(latent[3, 0, 0])) for batch in batches for path, latent in zip(batch.paths, batch.latents)}
         assert len(served) == 16  # each side has noise of its own
 
 

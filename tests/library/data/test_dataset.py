@@ -103,7 +103,8 @@ def test_pixels_are_the_pictures(folder):
 
 @pytest.mark.parametrize("size", SIZES + [(1, 500), (500, 1)])
 def test_without_buckets_every_picture_is_resized_to_cover_and_cut(tmp_path, size):
-    dataset = TrainingDataset([config(subset(make_folder(tmp_path, 1, [size])), enable_bucket=False, resolution=(64, 48))], seed=1)
+    folder = make_folder(tmp_path, 1, [size])
+    dataset = TrainingDataset([config(subset(folder), enable_bucket=False, resolution=(64, 48))], seed=1)
     assert dataset[(1, 0)].images.shape == (1, 3, 48, 64)
 
 
