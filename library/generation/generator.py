@@ -12,6 +12,7 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import cache, partial
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -58,10 +59,14 @@ def generate(
     `tqdm(total=len(specs))`.
     on_error: called with a picture that failed, and the rest goes on. Without it the first failure is raised as `UserError`.
     """
+    # Made once a sampler, as some take a second to make; `set_timesteps` resets them for each batch.
+    scheduler_of = cache(
+        partial(make_scheduler, v_parameterization=model.v_parameterization, zero_terminal_snr=zero_terminal_snr)
+    )
     specs = [spec if spec.seed is not None else replace(spec, seed=secrets.randbelow(DRAWN_SEEDS)) for spec in specs]
     for batch, chunks in _batches(model, specs, batch_size, max_token_length):
         try:
-            results = _make_batch(model, batch, chunks, clip_skip, zero_terminal_snr, autocast, progress)
+            results = _make_batch(model, batch, chunks, clip_skip, scheduler_of, autocast, progress)
         except UserError as error:
             results = [error] * len(batch)
         except torch.cuda.OutOfMemoryError:
@@ -84,14 +89,14 @@ def _make_batch(
     batch: list[PromptSpec],
     chunks: int,
     clip_skip: int | None,
-    zero_terminal_snr: bool,
+    scheduler_of: Callable[[str], SchedulerMixin],
     autocast: Callable[[], AbstractContextManager],
     progress: Callable[[float], object] | None,
 ) -> list[Image.Image | UserError]:
     first = batch[0]
     channels, downscale = model.vae.config.latent_channels, 2 ** (len(model.vae.config.block_out_channels) - 1)
     _check(first, downscale)
-    scheduler = make_scheduler(first.sampler, v_parameterization=model.v_parameterization, zero_terminal_snr=zero_terminal_snr)
+    scheduler = scheduler_of(first.sampler)
     device = _device_of(model.unet)
     scheduler.set_timesteps(first.steps, device=device)
     generators = [Generator("cpu").manual_seed(spec.seed) for spec in batch]

@@ -325,3 +325,10 @@ def test_trap_6_9_every_sampler_draws_from_the_pictures_own_generators(sampler):
     state = torch.get_rng_state()
     torch.testing.assert_close(run([5, 6, 7])[1], run([6])[0])
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("sampler", ["lms", "heun", "dpm_2_a", "pndm", "dpmsolver++", "dpmsingle"])
+def test_a_sampler_that_was_used_before_remembers_nothing(model, latents_of, sampler):
+    spec = replace(CAT, sampler=sampler, steps=3)
+    first, _, again = latents_of(model, [spec, replace(DOG, sampler=sampler, steps=2), spec])
+    assert torch.equal(first, again)
