@@ -414,7 +414,7 @@ def names_in_both(weights: Mapping[str, Tensor], known: Mapping[str, Any]) -> li
         elif tensor not in ("alpha", "lora_down.weight", "lora_up.weight"):
             raise ValueError(f"{key} is not supported; " + (reason or "it is not part of a plain LoRA"))
     if unused:
-        logger.warning("%d of %d tensors have no layer in this model and are not used, such as %s", len(unused), len(weights), unused[0])
+        logger.warning("%d of %d tensors have no layer in this model, such as %s", len(unused), len(weights), unused[0])
     return [name for name in names if name in found]
 
 
@@ -446,7 +446,8 @@ def load_tensors(file: str | os.PathLike) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise ValueError(f"there is no file {file}") from None
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise ValueError(f"{file} is damaged or no weights file: {(str(error) or type(error).__name__).splitlines()[0]}") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{file} is damaged or no weights file ({reason}); fetch or save it again") from error
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise ValueError(f"{file} is no LoRA file: it holds more than tensors by name")
     return tensors
@@ -465,7 +466,8 @@ def save_tensors(tensors: Mapping[str, Tensor], file: str | os.PathLike, metadat
     temporary = file.with_name(f".{file.stem}.{uuid.uuid4().hex[:8]}{file.suffix}")
     try:
         if file.suffix == ".safetensors":
-            safetensors.torch.save_file(dict(tensors), temporary, with_hashes(tensors, metadata) if metadata is not None else None)
+            metadata = with_hashes(tensors, metadata) if metadata is not None else None
+            safetensors.torch.save_file(dict(tensors), temporary, metadata)
         else:
             torch.save(dict(tensors), temporary)
         with open(temporary, "rb+") as stream:
@@ -556,7 +558,7 @@ def read_lr_weights(text: str) -> tuple[float, ...]:
         return (*items, *[1.0] * (12 - len(items)))
     preset, _, offset = text.partition("+")
     if preset.strip() not in LR_PRESETS:
-        raise ValueError(f"give 12 numbers with commas, or a preset ({', '.join(LR_PRESETS)}), also with a number added: sine+0.25")
+        raise ValueError(f"give 12 numbers with commas, or a preset ({', '.join(LR_PRESETS)}), which may be as sine+0.25")
     return tuple(LR_PRESETS[preset.strip()](i / 11) + (read_float(offset) if offset else 0.0) for i in range(12))
 
 
@@ -647,14 +649,15 @@ def parse_network_args(texts: Mapping[str, Any], neuron_dropout: float | None = 
     for key, text in texts.items():
         if key not in READERS:
             close = difflib.get_close_matches(key, READERS, n=1)
-            raise ValueError(f"unknown network_args key '{key}'; " + (f"did you mean '{close[0]}'?" if close else f"known: {', '.join(READERS)}"))
+            cure = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(READERS)}"
+            raise ValueError(f"unknown network_args key '{key}'; {cure}")
         if text is not None:
             try:
                 given[key] = READERS[key](str(text))
             except ValueError as error:
                 raise ValueError(f"network_args {key}={text}: {error}") from None
     if neuron_dropout is not None and given.setdefault("dropout", neuron_dropout) != neuron_dropout:
-        raise ValueError(f"--network_dropout {neuron_dropout} and network_args dropout={given['dropout']} differ; give one of them")
+        raise ValueError(f"--network_dropout {neuron_dropout} and network_args dropout={given['dropout']} differ; give one")
     for key, others in NEEDS.items():
         if key in given and not any(other in given for other in others):
             raise ValueError(f"network_args {key} does nothing alone; give {' or '.join(others)} too")

@@ -19,7 +19,8 @@ import networks.lora
 from networks.lora import create_network, create_network_from_weights
 
 CONV = {"conv_dim": "2", "conv_alpha": "3"}
-KINDS = {"LierLa": {}, "C3Lier": CONV, "per block": {"block_dims": ",".join(["2", "3", "5", "4", "1"] * 5), "conv_block_dims": ",".join(["2"] * 25)}}
+RANKS = {"block_dims": ",".join("23541" * 5), "conv_block_dims": ",".join("12345" * 5)}
+KINDS = {"LierLa": {}, "C3Lier": CONV, "block ranks": RANKS, "block alphas": {**RANKS, "block_alphas": ",".join("12345" * 5)}}
 
 
 def make_network(model, dim=4, alpha=2.0, **network_args):
@@ -164,9 +165,8 @@ def test_trap_2_7_weights_without_alpha_have_alpha_equal_to_the_rank(model):
 def test_trap_2_9_and_2_10_linear_and_convolution_projections_are_interchangeable(made_on, used_on, way, request):
     source, target = request.getfixturevalue(made_on), request.getfixturevalue(used_on)
     weights = make_network(source, **CONV).state_dict()
-    reshaped = {  # what the same training on the target would have given
-        key: t.view(make_network(target, **CONV).state_dict()[key].shape) for key, t in weights.items()
-    }
+    shapes = {key: t.shape for key, t in make_network(target, **CONV).state_dict().items()}
+    reshaped = {key: t.view(shapes[key]) for key, t in weights.items()}  # what the same training on the target would have given
     direct = from_weights(target, reshaped)
     direct.load_state_dict(reshaped)
     direct.eval().apply_to(target.text_encoder, target.unet)
@@ -269,32 +269,68 @@ def test_bad_files_are_one_line_errors_and_pickled_code_never_runs(model, tmp_pa
 # ---------------------------------------------------------------- alone, and in Diffusers
 
 
-def test_the_file_works_copied_alone_into_an_empty_folder(model, tmp_path):
-    shutil.copy(networks.lora.__file__, tmp_path / "lora.py")
-    weights = make_network(model).state_dict()
-    safetensors.torch.save_file(weights, tmp_path / "mine.safetensors")
-    torch.save({"unet": model.unet, "text_encoder": model.text_encoder}, tmp_path / "model.pt")
-    script = """
-import sys, torch
-sys.path[:] = [p for p in sys.path if p.endswith("packages") or "python3" in p.lower() or p.endswith(".zip") or "Lib" in p or "DLLs" in p]
+ALONE = """
+import sys
 sys.path.insert(0, ".")
+import torch
+from torch import nn
 import lora
-assert "networks" not in sys.modules and "library" not in sys.modules
-model = torch.load("model.pt", weights_only=False)
-network, weights = lora.create_network_from_weights(0.5, "mine.safetensors", None, model["text_encoder"], model["unet"])
-network.apply_to(model["text_encoder"], model["unet"])
+
+class CLIPAttention(nn.Module):  # layers are found by the class names of the blocks around them
+    def __init__(self):
+        super().__init__()
+        self.q_proj = nn.Linear(6, 6)
+
+class Transformer2DModel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.proj_in = nn.Conv2d(6, 6, 1)
+
+text_encoder, unet = nn.Sequential(CLIPAttention()), nn.Sequential(Transformer2DModel())
+x, image = torch.ones(1, 6), torch.ones(1, 6, 2, 2)
+run = lambda: (text_encoder[0].q_proj(x).sum() + unet[0].proj_in(image).sum()).item()
+base = run()
+network = lora.create_network(1.0, 4, 1, None, text_encoder, unet)
+for module in network.loras:
+    nn.init.ones_(module.lora_up.weight)
+network.save_weights("mine.safetensors", torch.float32, {})
+
+network, weights = lora.create_network_from_weights(0.5, "mine.safetensors", None, text_encoder, unet)
+network.apply_to(text_encoder, unet)
 network.load_state_dict(weights)
 network.to("cpu", dtype=torch.float32)
-network.set_multiplier(0.8)
-print(len(network.loras))
+half = run()
+network.set_multiplier(1.0)
+assert abs((run() - base) - 2 * (half - base)) < 1e-4 and half != base
+network.unapply()
+assert run() == base
+others = {name.split(".")[0] for name in sys.modules} & {"networks", "library", "diffusers", "transformers"}
+assert not others, others
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+
+
+def test_the_file_works_copied_alone_into_an_empty_folder(tmp_path):
+    shutil.copy(networks.lora.__file__, tmp_path / "lora.py")
+    # -I: neither the repository nor PYTHONPATH is on the path.
+    done = subprocess.run([sys.executable, "-I", "-c", ALONE], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) == len(weights) // 3
 
 
-@pytest.mark.parametrize("fixture", ["model", "linear_model"])
-@pytest.mark.parametrize("kind", KINDS)
+# Diffusers 0.42.1 names the alphas of U-Net attention layers `...attn1.processor.to_k_lora.down.weight`, which is no module
+# (loaders/lora_conversion_utils.py, _get_alpha_name): where alphas differ, it gives these layers the most frequent one.
+WRONG_ALPHAS = pytest.mark.xfail(reason="Diffusers 0.42 mixes up alphas that differ within the attention layers", strict=True)
+
+
+@pytest.mark.parametrize(
+    "fixture, kind",
+    [
+        ("model", "LierLa"),
+        ("model", "C3Lier"),
+        ("linear_model", "C3Lier"),
+        ("linear_model", "block ranks"),
+        pytest.param("model", "block alphas", marks=WRONG_ALPHAS),
+    ],
+)
 def test_diffusers_loads_every_module_and_draws_the_same(fixture, kind, request, tmp_path):
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 
