@@ -8,8 +8,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
-
 from accelerate import Accelerator
 from PIL import Image
 

@@ -1,0 +1,79 @@
+"""A small model on disk, a few pictures, and a function that trains on them through the real options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from library.sd.model import save_stable_diffusion
+from library.sd.small import small_stable_diffusion
+from library.training.options import parse_options
+from library.training.run import train
+
+COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (40, 60, 220), "white": (250, 250, 250)}
+
+
+@pytest.fixture(scope="session")
+def base_model(tmp_path_factory) -> Path:
+    """A checkpoint of the small seeded model."""
+    path = tmp_path_factory.mktemp("model") / "small.safetensors"
+    save_stable_diffusion(small_stable_diffusion(unet_channels=(32, 32, 32, 32), vae_channels=(32, 32, 32, 32)), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> Path:
+    """Four plain pictures of 64 x 64 px with captions."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for name, colour in COLOURS.items():
+        Image.new("RGB", (64, 64), colour).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(f"a {name} square", encoding="utf-8")
+    return folder
+
+
+@dataclass
+class Run:
+    """What a run left behind."""
+
+    code: int
+    folder: Path
+
+    def files(self) -> list[str]:
+        """Names of everything directly in the output folder."""
+        return sorted(path.name for path in self.folder.iterdir())
+
+    def tensors(self, name: str = "mine.safetensors") -> dict[str, torch.Tensor]:
+        with safe_open(self.folder / name, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}
+
+    def metadata(self, name: str = "mine.safetensors") -> dict[str, str]:
+        with safe_open(self.folder / name, "pt") as file:
+            return file.metadata()
+
+
+@pytest.fixture
+def run(base_model, pictures, tmp_path) -> Callable[..., Run]:
+    """`run("--max_train_steps=2", ...)` trains in this process, on no worker processes, into a new folder each time."""
+    count = iter(range(100))
+
+    def start(*words: str, data: str | None = None) -> Run:
+        folder = tmp_path / f"out{next(count)}"
+        needed = [
+            f"--pretrained_model_name_or_path={base_model}", data or f"--train_data_dir={pictures}", "--caption_extension=.txt",
+            "--resolution=64", f"--output_dir={folder}", "--output_name=mine", "--network_module=networks.lora", "--seed=1",
+            "--learning_rate=1e-3", "--max_data_loader_n_workers=0",
+        ]  # fmt: skip
+        return Run(train(parse_options([*needed, *words])), folder)
+
+    return start
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Whether two files hold the same names and the same bits."""
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
