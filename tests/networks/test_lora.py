@@ -374,6 +374,25 @@ def test_training_moves_the_network_and_never_the_model(model):
     assert all(torch.equal(a, b) for a, b in zip(weights, model.weights(), strict=True))
 
 
+def test_gradients_with_the_models_gradient_checkpointing_are_the_same(model):
+    network = make_network(model, rank_dropout="0.3", module_dropout="0.3", dropout="0.1", **CONV)
+    network.apply_to(model.text_encoder, model.unet)
+    network.train()
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.unet.enable_gradient_checkpointing()
+            model.text_encoder.gradient_checkpointing_enable()
+            model.text_encoder.train()
+        network.zero_grad(set_to_none=False)
+        torch.manual_seed(5)
+        model.run()[1].square().sum().backward()
+        gradients.append([p.grad.clone() if p.grad is not None else torch.zeros_like(p) for p in network.parameters()])
+    assert sum(g.any().item() for g in gradients[0]) > len(network.loras)
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(checkpointed, plain)
+
+
 def test_max_norm_scales_both_factors_by_the_root_of_the_ratio(model):
     network = make_network(model, **CONV)
     before = {k: t.clone() for k, t in network.state_dict().items()}

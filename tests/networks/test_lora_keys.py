@@ -27,7 +27,9 @@ def full_size_model(version: str, linear_projection: bool):
             cross_attention_dim=width, attention_head_dim=heads, use_linear_projection=linear_projection, sample_size=64
         )
         text_encoder = CLIPTextModel(
-            CLIPTextConfig(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=width // 64)
+            CLIPTextConfig(
+                hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=width // 64
+            )
         )
     return text_encoder, unet
 
