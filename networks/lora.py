@@ -656,6 +656,8 @@ def parse_network_args(texts: Mapping[str, Any], neuron_dropout: float | None = 
                 given[key] = READERS[key](str(text))
             except ValueError as error:
                 raise ValueError(f"network_args {key}={text}: {error}") from None
+    if neuron_dropout is not None and not 0 <= neuron_dropout < 1:
+        raise ValueError(f"--network_dropout {neuron_dropout}: must be at least 0 and below 1")
     if neuron_dropout is not None and given.setdefault("dropout", neuron_dropout) != neuron_dropout:
         raise ValueError(f"--network_dropout {neuron_dropout} and network_args dropout={given['dropout']} differ; give one")
     for key, others in NEEDS.items():
@@ -705,13 +707,15 @@ def create_network_from_weights(
 ) -> tuple[LoRANetwork, dict[str, Tensor]]:
     """A network with the modules, ranks and alphas of a file, or of weights_sd, and these weights, not yet loaded into it.
 
-    Of network_args, the ranks and alphas are not used. for_inference is in the contract; here both uses are the same.
+    Of network_args, the ranks and alphas are not used (with a warning). for_inference is in the contract; here it changes nothing.
     """
     if weights_sd is None:
         if file is None:
             raise ValueError("create_network_from_weights needs a file or weights_sd")
         weights_sd = load_tensors(file)
     args = parse_network_args(network_args, neuron_dropout)
+    if args.block_dims or args.conv3x3:
+        logger.warning("ranks and alphas are those of the weights; the ones in network_args are not used")
     layers = find_layers(text_encoder, unet, conv3x3=True)
     ranks = {}
     for name in names_in_both(weights_sd, layers):

@@ -94,6 +94,19 @@ def test_trap_2_2_two_different_dropouts_are_an_error(model):
         make(model, neuron_dropout=0.1, dropout="0.2")
 
 
+@pytest.mark.parametrize("share", [1.0, -0.1, math.nan])
+def test_a_network_dropout_out_of_range_is_an_error(model, share):
+    with pytest.raises(ValueError, match="--network_dropout .*: must be at least 0 and below 1"):
+        make(model, neuron_dropout=share)
+
+
+def test_ranks_come_from_the_weights_and_it_is_said_when_network_args_has_others(model, caplog):
+    weights = make(model, dim=3).state_dict()
+    network, _ = create_network_from_weights(1.0, None, None, model.text_encoder, model.unet, weights, conv_dim="8")
+    assert {module.rank for module in network.loras} == {3}
+    assert "the ones in network_args are not used" in caplog.text
+
+
 def test_dropouts_reach_every_module_also_from_weights(model):
     words = {"dropout": "0.1", "rank_dropout": "0.2", "module_dropout": "0.3"}
     network = make(model, **words)
