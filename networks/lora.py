@@ -707,7 +707,7 @@ def create_network_from_weights(
 ) -> tuple[LoRANetwork, dict[str, Tensor]]:
     """A network with the modules, ranks and alphas of a file, or of weights_sd, and these weights, not yet loaded into it.
 
-    Of network_args, the ranks and alphas are not used (with a warning). for_inference is in the contract; here it changes nothing.
+    Ranks and alphas in network_args are not used (with a warning). for_inference is in the contract; it changes nothing.
     """
     if weights_sd is None:
         if file is None:
