@@ -10,6 +10,7 @@ import json
 import logging
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -206,17 +207,25 @@ def _warn_of_prediction_type(folder: Path, v_parameterization: bool) -> None:
 
 
 def _fill_modules(file: TensorFile, place: Place, configs: dict[str, Config], where: dict[str, Any]) -> dict[str, nn.Module]:
-    """Modules of these configurations with the file's weights, read tensor by tensor in the file's order."""
-    modules = {part: _build(part, config, file.path) for part, config in configs.items()}
-    weights: dict[str, dict[str, Tensor]] = {part: {} for part in configs}
-    for name, shape in file.shapes.items():
-        if any(part in configs for part, _, _ in place(name, torch.empty(shape, device="meta"))):
-            for part, new, value in place(name, file.read(name, **where)):
-                # The thirds of OpenCLIP's joined attention get memory of their own, so that saving and training see three weights.
-                weights[part][new] = value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
+    """Modules of these configurations with the file's weights; they are built while a second thread reads."""
+    with ThreadPoolExecutor(1) as reader:
+        reading = reader.submit(_read_weights, file, place, tuple(configs), where)
+        modules = {part: _build(part, config, file.path) for part, config in configs.items()}
+        weights = reading.result()
     for part, module in modules.items():
         fill(module, weights.pop(part), str(file.path))
     return {part: ready(module) for part, module in modules.items()}
+
+
+def _read_weights(file: TensorFile, place: Place, parts: tuple[str, ...], where: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
+    """The weights of `parts` under their names in the modules, read tensor by tensor in the file's order."""
+    weights: dict[str, dict[str, Tensor]] = {part: {} for part in parts}
+    for name, shape in file.shapes.items():
+        if any(part in weights for part, _, _ in place(name, torch.empty(shape, device="meta"))):
+            for part, new, value in place(name, file.read(name, **where)):
+                # The thirds of OpenCLIP's joined attention get memory of their own, so that saving and training see three weights.
+                weights[part][new] = value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
+    return weights
 
 
 def _build(part: str, config: Config, path: Path) -> nn.Module:
