@@ -1,0 +1,328 @@
+"""The algebra of low-rank matrices that all LoRA tools share. Pure functions; nothing here reads or writes files.
+
+A LoRA module adds `alpha / rank * up @ down` to a layer. Sums of such products are exact by putting the factors side by side,
+and their best approximation of a lower rank needs no full matrix: with up = Q1 R1 and down^T = Q2 R2 (thin QR), the singular
+values of the product are those of the small core R1 R2^T. For a dense difference of two layers, `best_low_rank` uses
+subspace iteration from a random start (Halko, Martinsson and Tropp 2011, arXiv 0909.4061, algorithm 4.4) and measures its own
+error, or the full decomposition where that would not do.
+
+Best means: no other matrix of that rank is closer in the Frobenius norm (Eckart and Young 1936).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+OVERSAMPLING = 12  # directions beside the wanted ones that make the random start sure
+MAX_PASSES = 16
+# Largest part of the squared error that further passes might still remove: 0.04 % of the squared, 0.02 % of the error.
+TOLERANCE = 4e-4
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The addition `alpha / rank * up @ down` to one layer, in the shapes of LoRA files.
+
+    up: (out, r) or (out, r, 1, 1). down: (r, in) or (r, in, k, k).
+    """
+
+    up: Tensor
+    down: Tensor
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(out, in), or (out, in * k * k) for a convolution."""
+        return self.up.shape[0], self.down[0].numel()
+
+    @property
+    def is_3x3(self) -> bool:
+        """Whether it is for a convolution that sees more than one position (and so has a rank of its own in files)."""
+        return self.down.dim() == 4 and self.down.shape[2:].numel() > 1
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """up (out, r) and down (r, in * k * k) in float32."""
+        return self.up.flatten(1).float(), self.down.flatten(1).float()
+
+    def to(self, dtype: torch.dtype) -> LowRank:
+        return replace(self, up=self.up.to(dtype), down=self.down.to(dtype))
+
+    def is_finite(self) -> bool:
+        return math.isfinite(self.alpha) and bool(self.up.isfinite().all() and self.down.isfinite().all())
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """The leading part u diag(s) vh of a matrix, and the norm of the whole matrix.
+
+    u: (out, k), vh: (k, in), both float32; s: (k,) float64, descending. total: Frobenius norm of the matrix.
+    """
+
+    u: Tensor
+    s: Tensor
+    vh: Tensor
+    total: float
+
+    def kept(self, rank: int) -> float:
+        """The part of the matrix's norm that its best approximation of this rank has, 0 to 1; 1 for a matrix of zeros."""
+        return min(1.0, self.s[:rank].norm().item() / self.total) if self.total else 1.0
+
+    def error(self, rank: int) -> float:
+        """The Frobenius norm of what its best approximation of this rank lacks."""
+        return math.sqrt(max(0.0, self.total**2 - self.s[:rank].square().sum().item()))
+
+    def low_rank(self, rank: int, like: LowRank | Sequence[int], scale: float = 1.0) -> LowRank:
+        """The best approximation of this rank; `like` gives the layer's shape, as a LowRank or (out, in[, k, k]).
+
+        Alpha is rank * scale, so the strength stays. Both factors get the root of the singular values: their numbers
+        are then of like size, which keeps most digits in half precision.
+        """
+        rank = min(rank, len(self.s))
+        root = (self.s[:rank] / abs(scale)).sqrt().to(self.u.dtype)
+        shape = like.down.shape[1:] if isinstance(like, LowRank) else tuple(like)[1:]
+        up = self.u[:, :rank] * root * math.copysign(1, scale)
+        down = root[:, None] * self.vh[:rank]
+        return LowRank(*shaped(up, down, shape), rank * scale)
+
+
+def shaped(up: Tensor, down: Tensor, inside: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Factors (out, r) and (r, n) in the shapes of files; inside: (in,) or (in, k, k) of the layer."""
+    down = down.reshape(len(down), *inside).contiguous()
+    return (up[:, :, None, None] if len(inside) == 3 else up).contiguous(), down
+
+
+def delta(module: LowRank, factor: float = 1.0) -> Tensor:
+    """factor * alpha / rank * up @ down in float32 and in the layer's shape: (out, in) or (out, in, k, k)."""
+    up, down = module.matrices()
+    return (up @ down).mul_(factor * module.scale).view(up.shape[0], *module.down.shape[1:])
+
+
+def norm(module: LowRank) -> float:
+    """Frobenius norm of the addition, from the factors' Gram matrices: ||UD||^2 = trace(U^T U D D^T)."""
+    up, down = (factor.double() for factor in module.matrices())
+    return math.sqrt(max(0.0, ((up.T @ up) * (down @ down.T)).sum().item())) * abs(module.scale)
+
+
+def stack(parts: Sequence[tuple[LowRank, float]]) -> LowRank:
+    """The sum of factor * module over the parts, exactly: the rank is the sum of the ranks, alpha is the rank.
+
+    ValueError if the parts are for layers of different size. Linear and 1x1 convolution go together; the first's shape counts.
+    """
+    first = parts[0][0]
+    ups, downs = [], []
+    for module, factor in parts:
+        if module.matrix_shape != first.matrix_shape:
+            raise ValueError(f"sizes differ: {_size(first)} and {_size(module)}; they are not for the same kind of model")
+        up, down = module.matrices()
+        strength = factor * module.scale
+        root = math.sqrt(abs(strength))
+        ups.append(up * math.copysign(root, strength))
+        downs.append(down * root)
+    up, down = shaped(torch.cat(ups, 1), torch.cat(downs), first.down.shape[1:])
+    return LowRank(up, down, float(len(down)))
+
+
+def _size(module: LowRank) -> str:
+    out_size, in_size = module.matrix_shape
+    return f"{in_size} in, {out_size} out"
+
+
+def shuffle(module: LowRank, generator: torch.Generator) -> LowRank:
+    """The ranks in a random order; the product is the same."""
+    order = torch.randperm(module.rank, generator=generator)
+    return replace(module, up=module.up[:, order].contiguous(), down=module.down[order].contiguous())
+
+
+def split(module: LowRank, rank: int) -> LowRank:
+    """The first ranks of a DyLoRA module, with its alpha: the scale is alpha / rank, as in training with that many ranks."""
+    rank = min(rank, module.rank)
+    return replace(module, up=module.up[:, :rank].contiguous(), down=module.down[:rank].contiguous())
+
+
+def clamp(module: LowRank, quantile: float) -> LowRank:
+    """Every number cut to the quantile of the absolute values of both factors. Costs accuracy: only where it is asked for."""
+    sizes = torch.cat([module.up.flatten(), module.down.flatten()]).abs().float()
+    place = min(len(sizes), max(1, math.ceil(quantile * len(sizes))))
+    limit = float(sizes.kthvalue(place).values)  # torch.quantile refuses more than 16 million numbers
+    return replace(module, up=module.up.clamp(-limit, limit), down=module.down.clamp(-limit, limit))
+
+
+def decompose(module: LowRank, device: torch.device | str = "cpu") -> Decomposition:
+    """All singular values and vectors of a low-rank product, its scale included, without the full matrix."""
+    up, down = (factor.to(device) for factor in module.matrices())
+    left, core_left = torch.linalg.qr(up)
+    right, core_right = torch.linalg.qr(down.T)
+    # The core is small: float64 costs nothing, and the CPU has it where some devices do not.
+    core = (core_left.cpu().double() @ core_right.cpu().double().T) * module.scale
+    u, s, vh = _svd(core)
+    return Decomposition((left.cpu().double() @ u).float(), s, (vh @ right.cpu().double().T).float(), s.norm().item())
+
+
+def truncate(module: LowRank, rank: int) -> LowRank:
+    """The best approximation of this rank, with the scale the module has. A lower rank than this stays as it is."""
+    return decompose(module).low_rank(rank, module, module.scale or 1.0) if rank < module.rank else module
+
+
+# ---------------------------------------------------------------- dense matrices
+
+
+def best_low_rank(matrix: Tensor, rank: int | None = None, *, share: float | None = None, seed: int = 0) -> Decomposition:
+    """The leading singular values and vectors of a dense (out, in) float32 matrix.
+
+    rank: how many; with `share`, as many as are needed to keep that part of the norm, at most `rank` (None: all).
+    The error at that rank is within 0.1 % of the smallest possible; the same seed gives the same result.
+    """
+    limit = min(rank or min(matrix.shape), *matrix.shape)
+    total = torch.linalg.vector_norm(matrix, dtype=torch.float64).item()
+    if not math.isfinite(total):
+        raise ValueError("it holds NaN or infinity")
+    if total == 0:
+        return _zeros(matrix, limit)
+    guess = limit if share is None else min(limit, 16)
+    while (guess + OVERSAMPLING) * 4 < min(matrix.shape):
+        found = _subspace_iteration(matrix, guess, total, seed)
+        if found is None:
+            break
+        if share is None or guess == limit or found.kept(guess) >= share:
+            return found
+        guess = min(limit, guess * 4)
+    return exact_low_rank(matrix, total)
+
+
+def exact_low_rank(matrix: Tensor, total: float | None = None) -> Decomposition:
+    """All singular values and vectors, in float64, by the eigenvectors of the smaller of A A^T and A^T A.
+
+    Squaring costs digits below 1e-8 of the largest singular value, which float32 weights do not have anyway.
+    """
+    if matrix.shape[0] > matrix.shape[1]:
+        turned = exact_low_rank(matrix.T, total)
+        return Decomposition(turned.vh.T, turned.s, turned.u.T, turned.total)
+    double = matrix.to(_float64_device(matrix), torch.float64)
+    u = _eigenvectors(double @ double.T)
+    rest = u.T @ double
+    s = rest.norm(dim=1)
+    order = s.argsort(descending=True)
+    vh = rest / s.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+    total = double.norm().item() if total is None else total
+    return Decomposition(u[:, order].float().cpu(), s[order].cpu(), vh[order].float().cpu(), total)
+
+
+def smallest_rank(s: Tensor, method: str, target: float) -> int:
+    """The fewest singular values (descending) that reach the target, at least 1.
+
+    sv_ratio: all that are at least the largest / target. sv_fro: sqrt of their squares' share of all squares >= target.
+    sv_cumulative: share of the sum >= target.
+    """
+    if s[0] <= 0:
+        return 1
+    if method == "sv_ratio":
+        return max(1, int((s >= s[0] / target).sum()))
+    reached = {"sv_fro": lambda: s.square().cumsum(0).sqrt() / s.norm(), "sv_cumulative": lambda: s.cumsum(0) / s.sum()}[method]()
+    # The last share is 1 but for rounding, so a target of 1 needs this.
+    enough = reached >= target - 1e-12
+    return int(enough.int().argmax()) + 1 if enough.any() else len(s)
+
+
+def rank_for_share(found: Decomposition, share: float) -> int:
+    """The fewest of its singular values that keep this part of the whole matrix's norm, or all if that is not enough."""
+    enough = found.s.square().cumsum(0).sqrt() >= share * found.total * (1 - 1e-12)
+    return int(enough.int().argmax()) + 1 if enough.any() else len(found.s)
+
+
+def _zeros(matrix: Tensor, rank: int) -> Decomposition:
+    u, vh = torch.zeros(matrix.shape[0], rank), torch.zeros(rank, matrix.shape[1])
+    return Decomposition(u, torch.zeros(rank, dtype=torch.float64), vh, 0.0)
+
+
+def _subspace_iteration(matrix: Tensor, rank: int, total: float, seed: int) -> Decomposition | None:
+    """The first `rank` singular values and vectors, or None if too many passes would be needed.
+
+    After each pass, the captured part of the norm is known exactly (up to rounding); the gains of the passes shrink
+    geometrically, which tells how much is still to come.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(matrix.shape[1], rank + OVERSAMPLING, generator=generator).to(matrix.device)
+    basis = torch.linalg.qr(matrix @ start)[0]
+    captured, gain = 0.0, 0.0
+    for number in range(MAX_PASSES):
+        rest = basis.T @ matrix  # (k, in)
+        before, gain_before = captured, gain
+        captured = _largest(rest, rank)
+        gain = captured - before
+        error = max(total**2 - captured, 0.0)
+        if number >= 2 and _still_to_come(gain, gain_before) <= max(TOLERANCE * error, 1e-7 * total**2):
+            return _finish(matrix, basis, rank, total, is_small=error < 1e-4 * total**2)
+        basis = torch.linalg.qr(matrix @ torch.linalg.qr(rest.T)[0])[0]
+    return None
+
+
+def _largest(rest: Tensor, rank: int) -> float:
+    """Sum of the `rank` largest squared singular values of a flat matrix, by its small Gram matrix."""
+    gram = (rest @ rest.T).cpu().double()
+    return torch.linalg.eigvalsh(gram)[-rank:].clamp(min=0).sum().item()
+
+
+def _still_to_come(gain: float, gain_before: float) -> float:
+    """The sum of all later gains if they go on to shrink as they did; at least the last gain itself."""
+    if gain <= 0:
+        return 0.0
+    ratio = gain / gain_before if gain_before > gain else 1.0
+    return gain * max(1.0, ratio / (1 - ratio)) if ratio < 1 else math.inf
+
+
+def _finish(matrix: Tensor, basis: Tensor, rank: int, total: float, is_small: bool) -> Decomposition:
+    """Singular values and vectors in the found subspace. Where the error is small, one pass in float64 makes it exact."""
+    if is_small:
+        matrix = matrix.to(_float64_device(matrix), torch.float64)
+        basis = torch.linalg.qr(matrix @ torch.linalg.qr((basis.to(matrix).T @ matrix).T)[0])[0]
+    rest = (basis.T @ matrix).cpu().double()
+    # The SVD of the flat `rest` by way of a thin QR: its core is k x k.
+    right, core = torch.linalg.qr(rest.T)
+    u, s, vh = _svd(core.T)
+    u, vh = basis.cpu().double() @ u[:, :rank], vh[:rank] @ right.T
+    return Decomposition(u.float(), s[:rank], vh.float(), total)
+
+
+def _float64_device(matrix: Tensor) -> torch.device:
+    return matrix.device if matrix.device.type in ("cpu", "cuda") else torch.device("cpu")
+
+
+def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin SVD in float64 on the CPU; a second way if the first does not converge."""
+    return _converging(
+        lambda: torch.linalg.svd(matrix, full_matrices=False), lambda: _flipped(torch.linalg.svd(matrix.T, full_matrices=False))
+    )
+
+
+def _flipped(parts: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    u, s, vh = parts
+    return vh.T, s, u.T
+
+
+def _eigenvectors(gram: Tensor) -> Tensor:
+    """The eigenvectors of a symmetric matrix as columns; by its SVD if the first way does not converge."""
+    return _converging(lambda: torch.linalg.eigh(gram)[1], lambda: torch.linalg.svd(gram)[0])
+
+
+def _converging(first: Callable, second: Callable):
+    """The result of `first`, or else of `second`; ValueError if neither converges. Who calls this names the layer."""
+    try:
+        return first()
+    except torch.linalg.LinAlgError:
+        try:
+            return second()
+        except torch.linalg.LinAlgError as error:
+            raise ValueError("its singular values could not be computed (no convergence)") from error
