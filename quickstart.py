@@ -95,7 +95,9 @@ def run(mode, arguments):
         return call([str(VENV_PYTHON), str(ROOT / "tools" / "demo.py")] + arguments, environment)
     environment.update(OMP_NUM_THREADS="1", MPLBACKEND="Agg")  # one thread a worker: workers share the cores
     workers = min(MOST_TEST_WORKERS, os.cpu_count() or 1)
-    return call([str(VENV_PYTHON), "-m", "pytest", "-n", str(workers)] + arguments, environment, cwd=str(ROOT))
+    # A file's tests stay on one worker, so that a fixture that trains does so once; tests/e2e, the longest, begins.
+    share = ["-n", str(workers), "--dist", "loadfile", "--no-loadscope-reorder"]
+    return call([str(VENV_PYTHON), "-m", "pytest"] + share + arguments, environment, cwd=str(ROOT))
 
 
 def call(command, environment, cwd=None):
@@ -193,8 +195,9 @@ def make_venv():
 
 def install(requirements):
     """pip install into .venv, with a plain line for each big step."""
-    print("Installing the packages of %s; the first time this downloads 1 to 3 GB" % requirements, flush=True)
+    print("Installing the packages of %s; the first time this downloads up to 3 GB" % requirements, flush=True)
     command = [str(VENV_PYTHON), "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--progress-bar", "off",
+               "--no-compile",  # most of the packages' files are never imported; the others are compiled when they are
                "-r", str(ROOT / requirements)]  # fmt: skip
     environment = dict(os.environ, PIP_USER="0", PYTHONUTF8="1")
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
