@@ -120,11 +120,11 @@ def build_network(network: NetworkOptions, optimizer: OptimizerOptions, model: S
     _attach(network, instance, model)
     if network.network_weights and not network.dim_from_weights:
         with user_errors(f"--network_weights {network.network_weights}"):
-            print(f"continue from {network.network_weights}: {instance.load_weights(network.network_weights)}")
+            instance.load_weights(network.network_weights)
+        print(f"continuing from {network.network_weights}")
     instance.requires_grad_(True)
-    groups, names = _parameter_groups(instance, optimizer)
-    if not groups:
-        raise UserError("nothing to train: every learning rate is 0; give --learning_rate=1e-4")
+    with user_errors("learning rates"):
+        groups, names = _parameter_groups(instance, optimizer)
     text_encoder_rate = optimizer.learning_rate if optimizer.text_encoder_lr is None else optimizer.text_encoder_lr
     unet_rate = optimizer.learning_rate if optimizer.unet_lr is None else optimizer.unet_lr
     return TrainedNetwork(

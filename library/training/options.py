@@ -28,6 +28,11 @@ def _first_rate(value: Any) -> Any:
     return (value[0] if value else None) if isinstance(value, list) else value
 
 
+def _whole(value: Any) -> Any:
+    """Digits as a number: the command line gives text."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
 def steps_or_share(text: Any) -> int | float:
     """`100` (steps), `0.1` or `10%` (share of all steps, as a float below 1)."""
     words = str(text).strip()
@@ -98,7 +103,7 @@ class CaptionOptions(OptionGroup):
     caption_tag_dropout_rate: float = Field(0.0, ge=0, le=1, description="chance that a piece is left out")
     token_warmup_min: int = Field(1, ge=0, description="pieces at the first step of token_warmup_step")
     token_warmup_step: float = Field(0, ge=0, description="steps (below 1: share of all) until all pieces are used")
-    max_token_length: Literal[150, 225] | None = Field(None, description="tokens of a caption; unset: 75")
+    max_token_length: Annotated[Literal[150, 225] | None, BeforeValidator(_whole)] = Field(None, description="tokens of a caption; unset: 75")
     weighted_captions: bool = Field(False, description="read (word:1.2) as a weight")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,7 +12,6 @@ from accelerate import Accelerator
 from PIL import Image
 from tqdm import tqdm
 
-from library.errors import UserError
 from library.files import atomic_write
 from library.generation.generator import generate
 from library.generation.prompts import PromptSpec
@@ -52,36 +52,41 @@ class Previews:
 
     def _draw(self, moment: str, step: int) -> None:
         pictures = {}
-        with self._models_on_device():
+        started = time.perf_counter()
+        with self._models_on_device(), self._network_evaluating():
             for number, spec in enumerate(self.specs):
-                try:
-                    picture = self._draw_one(spec)
-                except UserError as error:
-                    tqdm.write(f"sample {number} failed: {error}")
-                    continue
-                pictures[f"sample_{number}"] = picture
-                with atomic_write(self._path(moment, number, spec)) as temporary:
-                    picture.save(temporary)
+                for _, picture in self._generate(number, spec):
+                    pictures[f"sample_{number}"] = picture
+                    with atomic_write(self._path(moment, number, spec)) as temporary:
+                        picture.save(temporary)
         self.tracker.log_pictures(step, pictures)
-        tqdm.write(f"{len(pictures)} sample pictures in {self.folder}")
+        tqdm.write(f"{len(pictures)} sample pictures in {self.folder} ({time.perf_counter() - started:.0f} s)")
 
-    def _draw_one(self, spec: PromptSpec) -> Image.Image:
-        network_trains = self.network.training
-        self.network.eval()
-        try:
-            pictures = generate(
-                self.model, [spec], clip_skip=self.options.model.clip_skip, autocast=self.accelerator.autocast,
-                max_token_length=self.options.captions.max_token_length or 225,
-            )  # fmt: skip
-            return next(iter(pictures))[1]
-        finally:
-            self.network.train(network_trains)
+    def _generate(self, number: int, spec: PromptSpec) -> Iterator[tuple[PromptSpec, Image.Image]]:
+        return generate(
+            self.model,
+            [spec],
+            clip_skip=self.options.model.clip_skip,
+            max_token_length=self.options.captions.max_token_length or 225,
+            autocast=self.accelerator.autocast,
+            on_error=lambda _, error: tqdm.write(f"sample {number} failed: {error}"),
+        )
 
     def _path(self, moment: str, number: int, spec: PromptSpec) -> Path:
         """`{output_name_}{moment}_{number}_{time}{_seed}.png`."""
         name = self.options.output.output_name
         seed = "" if spec.seed is None else f"_{spec.seed}"
         return self.folder / f"{name + '_' if name else ''}{moment}_{number:02d}_{time.strftime('%Y%m%d%H%M%S')}{seed}.png"
+
+    @contextmanager
+    def _network_evaluating(self):
+        """No dropout while drawing."""
+        training = self.network.training
+        self.network.eval()
+        try:
+            yield
+        finally:
+            self.network.train(training)
 
     @contextmanager
     def _models_on_device(self):

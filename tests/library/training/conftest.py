@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors import safe_open
 
@@ -23,7 +24,7 @@ COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (40, 60, 220), 
 def base_model(tmp_path_factory) -> Path:
     """A checkpoint of the small seeded model."""
     path = tmp_path_factory.mktemp("model") / "small.safetensors"
-    save_stable_diffusion(small_stable_diffusion(unet_channels=(32, 32, 32, 32), vae_channels=(32, 32, 32, 32)), path)
+    save_stable_diffusion(small_stable_diffusion(vae_channels=(32, 32, 32, 32)), path)
     return path
 
 
@@ -64,6 +65,7 @@ def run(base_model, pictures, tmp_path) -> Callable[..., Run]:
 
     def start(*words: str, data: str | None = None) -> Run:
         folder = tmp_path / f"out{next(count)}"
+        AcceleratorState._reset_state(reset_partial_state=True)  # one process, many runs
         needed = [
             f"--pretrained_model_name_or_path={base_model}", data or f"--train_data_dir={pictures}", "--caption_extension=.txt",
             "--resolution=64", f"--output_dir={folder}", "--output_name=mine", "--network_module=networks.lora", "--seed=1",

@@ -1,0 +1,469 @@
+"""Whole runs on the small model, through the real options."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+
+import pytest
+import torch
+from conftest import same
+from PIL import Image
+from safetensors.torch import load_file
+
+from library.errors import RunFailed, UserError
+from library.training import run as run_module
+from library.training.options import parse_options
+from library.training.trainer import Plan, Trainer, seed_everything
+
+
+# ---------------------------------------------------------------- files and their names
+
+
+def test_files_of_a_run(run):
+    result = run("--max_train_epochs=4", "--save_every_n_epochs=1", "--save_last_n_epochs=2", "--save_every_n_steps=5", "--network_dim=2")
+    assert result.code == 0
+    assert result.files() == [
+        "mine-000002.safetensors", "mine-000003.safetensors", "mine-loss.png", "mine-step00000005.safetensors",
+        "mine-step00000010.safetensors", "mine-step00000015.safetensors", "mine.safetensors",
+    ]  # fmt: skip
+    assert result.metadata("mine-000002.safetensors")["ss_epoch"] == "2"
+    assert result.metadata("mine-step00000010.safetensors")["ss_epoch"] == "2"
+    assert result.metadata()["ss_epoch"] == "4" and result.metadata()["ss_steps"] == "16"
+    assert all(t.dtype == torch.float32 for t in result.tensors().values())
+
+
+def test_step_files_older_than_save_last_n_steps_are_removed(run):
+    result = run("--max_train_steps=6", "--save_every_n_steps=1", "--save_last_n_steps=3", "--network_train_unet_only", "--cache_latents")
+    assert [name for name in result.files() if "step" in name] == [f"mine-step{n:08d}.safetensors" for n in (3, 4, 5, 6)]
+
+
+@pytest.mark.parametrize("kind", ["ckpt", "pt"])
+def test_pickled_formats_and_precision(run, kind):
+    result = run("--max_train_steps=1", f"--save_model_as={kind}", "--save_precision=fp16")
+    tensors = torch.load(result.folder / f"mine.{kind}", weights_only=True)
+    assert tensors and all(tensor.dtype == torch.float16 for tensor in tensors.values())
+
+
+def test_save_n_epoch_ratio(run):
+    result = run("--max_train_epochs=4", "--save_n_epoch_ratio=2", "--cache_latents", "--network_train_unet_only")
+    assert [name for name in result.files() if name.startswith("mine-0")] == ["mine-000002.safetensors"]
+
+
+# ---------------------------------------------------------------- which parts train
+
+
+def changed(result) -> set[str]:
+    """Parts of the network whose up weights left zero."""
+    return {key.split("_")[1] for key, tensor in result.tensors().items() if "lora_up" in key and tensor.any()}
+
+
+@pytest.mark.parametrize(
+    "words, parts",
+    [
+        ([], {"te", "unet"}),
+        (["--network_train_unet_only"], {"unet"}),
+        (["--network_train_text_encoder_only"], {"te"}),
+        (["--text_encoder_lr=0"], {"unet"}),
+        (["--unet_lr=0"], {"te"}),
+    ],
+)
+def test_only_what_is_asked_for_is_trained(run, words, parts):
+    result = run("--max_train_steps=2", *words)
+    assert changed(result) == parts
+    present = {key.split("_")[1] for key in result.tensors()}
+    assert present == (parts if "only" in "".join(words) else {"te", "unet"})
+
+
+def test_learning_rates_reach_their_groups(run, monkeypatch):
+    trainers = record_trainers(monkeypatch)
+    run("--max_train_steps=1", "--unet_lr=1e-4", "--text_encoder_lr=5e-5")
+    rates = dict(zip(trainers[0].network.group_names, (g["lr"] for g in trainers[0].optimizer.param_groups), strict=True))
+    assert rates == {"unet": 1e-4, "textencoder": 5e-5}
+
+
+def record_trainers(monkeypatch) -> list[Trainer]:
+    """Every trainer that is made from now on."""
+    made: list[Trainer] = []
+    original = run_module.prepare
+    monkeypatch.setattr(run_module, "prepare", lambda *a: made.append(original(*a)) or made[-1])
+    return made
+
+
+# ---------------------------------------------------------------- the same again
+
+
+def test_same_seed_gives_the_same_bytes_with_any_number_of_workers_and_with_previews(run, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat --s 2\n", encoding="utf-8")
+    words = ["--max_train_steps=6", "--train_batch_size=2", "--flip_aug", "--shuffle_caption", "--caption_dropout_rate=0.3"]
+    first = run(*words).tensors()
+    for more in (
+        ["--max_data_loader_n_workers=1", "--persistent_data_loader_workers"],
+        ["--max_data_loader_n_workers=4"],
+        [f"--sample_prompts={prompts}", "--sample_every_n_steps=2"],
+    ):
+        assert same(first, run(*words, *more).tensors()), more
+    assert not same(first, run(*words, "--seed=2").tensors())
+
+
+def test_gradient_checkpointing_changes_nothing_but_rounding(run):
+    plain, checkpointed = (run("--max_train_steps=2", *words).tensors() for words in ([], ["--gradient_checkpointing"]))
+    for key, tensor in plain.items():
+        torch.testing.assert_close(checkpointed[key], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_seeds_differ_by_batch_and_not_by_history():
+    seed_everything(1, 1, 0)
+    first = torch.rand(3)
+    torch.rand(100)
+    seed_everything(1, 1, 0)
+    assert torch.equal(first, torch.rand(3))
+    seed_everything(1, 1, 1)
+    assert not torch.equal(first, torch.rand(3))
+
+
+# ---------------------------------------------------------------- steps, epochs, accumulation
+
+
+def plan(batches: int, *words: str) -> Plan:
+    needed = ["--pretrained_model_name_or_path=m", "--train_data_dir=d", "--output_dir=o", "--network_module=networks.lora"]
+    return Plan.of(parse_options([*needed, *words]), batches)
+
+
+def test_plan_arithmetic():
+    assert plan(10).epochs == 160 and plan(10).max_steps == 1600
+    assert plan(10, "--max_train_epochs=3", "--gradient_accumulation_steps=4") == Plan(10, 4, 3, 9, 3)
+    last = plan(10, "--gradient_accumulation_steps=4")
+    assert [last.group_size(p) for p in (0, 3, 4, 7, 8, 9)] == [4, 4, 4, 4, 2, 2]
+    assert [p for p in range(10) if last.ends_step(p)] == [3, 7, 9]
+
+
+def test_accumulated_gradients_are_the_mean_over_the_batches_of_a_step(run, monkeypatch):
+    trainers, seen = record_trainers(monkeypatch), []
+    original = Trainer._update
+
+    def update(self):
+        seen.append([p.grad.clone() for p in self.network.parameters])
+        original(self)
+
+    monkeypatch.setattr(Trainer, "_update", update)
+    words = ["--network_train_unet_only", "--max_grad_norm=0", "--learning_rate=1e-30", "--optimizer_type=SGD"]
+    run("--max_train_steps=4", *words)
+    single, _ = list(seen), seen.clear()
+    run("--max_train_steps=1", "--gradient_accumulation_steps=4", *words)
+    assert len(trainers) == 2 and len(single) == 4 and len(seen) == 1
+    for index, accumulated in enumerate(seen[0]):
+        torch.testing.assert_close(accumulated, sum(g[index] for g in single) / 4, rtol=1e-4, atol=1e-7)
+
+
+def test_trap_5_8_warm_up_is_counted_in_optimizer_steps(run, monkeypatch):
+    trainers, rates = record_trainers(monkeypatch), []
+    original = Trainer._update
+    monkeypatch.setattr(Trainer, "_update", lambda self: rates.append(self.optimizer.param_groups[0]["lr"]) or original(self))
+    run("--max_train_steps=4", "--gradient_accumulation_steps=2", "--lr_scheduler=constant_with_warmup", "--lr_warmup_steps=2",
+        "--network_train_unet_only", "--cache_latents")  # fmt: skip
+    assert rates == pytest.approx([0, 0.5e-3, 1e-3, 1e-3])
+    assert trainers[0].step == 4
+
+
+# ---------------------------------------------------------------- learning
+
+
+@torch.no_grad()
+def held_out_loss(trainer: Trainer) -> float:
+    """Mean loss over the pictures at four fixed timesteps with noise that training never drew."""
+    from library.sd.model import predict_noise
+    from library.training import diffusion
+
+    trainer.network.module.eval()
+    generator, losses = torch.Generator().manual_seed(999), []
+    for position in range(trainer.plan.batches_per_epoch):
+        batch = trainer.dataset[(1, position)]
+        latents, context = trainer._latents(batch), trainer._context(batch)
+        for t in (200, 400, 600, 800):
+            noise, step = torch.randn(latents.shape, generator=generator), torch.full((len(latents),), t)
+            noisy = diffusion.add_noise(latents, noise, step, trainer.alphas)
+            losses.append(diffusion.loss_per_sample(predict_noise(trainer.model.unet, noisy, step, context), noise).mean())
+    return torch.stack(losses).mean().item()
+
+
+# LEARNING
+
+
+# ---------------------------------------------------------------- things that go wrong
+
+
+def test_a_loss_of_nan_stops_the_run_names_step_and_picture_and_saves_nothing(run, monkeypatch):
+    original = Trainer.loss
+    monkeypatch.setattr(Trainer, "loss", lambda self, batch: original(self, batch) * (math.nan if self.step == 2 else 1))
+    with pytest.raises(RunFailed, match=r"nan at step 3 \(pictures: .*\.png\)"):
+        run("--max_train_steps=6", "--save_every_n_steps=1")
+
+
+def test_a_loss_of_nan_can_be_skipped(run, monkeypatch):
+    original = Trainer.loss
+    monkeypatch.setattr(Trainer, "loss", lambda self, batch: original(self, batch) * (math.nan if self.step == 2 else 1))
+    result = run("--max_train_steps=4", "--on_nonfinite_loss=skip")
+    assert result.metadata()["ss_steps"] == "4"
+    assert all(torch.isfinite(tensor).all() for tensor in result.tensors().values())
+
+
+def test_nan_weights_are_never_saved(run, monkeypatch, tmp_path):
+    original = Trainer._update
+
+    def poison(self):
+        original(self)
+        with torch.no_grad():
+            self.network.parameters[0].fill_(math.nan)
+
+    monkeypatch.setattr(Trainer, "_update", poison)
+    with pytest.raises(RunFailed, match="NaN"):
+        run("--max_train_steps=1")
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(run, monkeypatch, capsys):
+    original = Trainer._update
+
+    def interrupt(self):
+        original(self)
+        if self.step == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Trainer, "_update", interrupt)
+    result = run("--max_train_steps=9")
+    assert result.code == 130
+    assert result.files() == ["mine-loss.png", "mine-step00000002.safetensors"]
+    assert result.metadata("mine-step00000002.safetensors")["ss_steps"] == "2"
+    assert "--network_weights=" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize(
+    "words, part",
+    [
+        (["--network_module=network.lora"], "networks.lora"),
+        (["--network_module=networks.low_ra"], "networks.lora"),
+        (["--network_args", "conv_dm=4"], "conv_dim"),
+        (["--network_args", "conv_dim"], "key=value"),
+        (["--mixed_precision=fp16"], "bf16 or no"),
+        (["--network_weights=missing.safetensors"], "missing.safetensors"),
+        (["--pretrained_model_name_or_path=/no/such/model.safetensors"], "model.safetensors"),
+        (["--learning_rate=0"], "learning"),
+        (["--v2"], "SD 1.x"),
+    ],
+)
+def test_wrong_input_is_one_line(run, words, part):
+    with pytest.raises(UserError, match=part) as caught:
+        run("--max_train_steps=1", *words)
+    assert "\n" not in str(caught.value)
+
+
+def test_trap_5_18_the_default_learning_rate_gets_a_warning(run, capsys):
+    run("--max_train_steps=1", "--learning_rate=2e-6", "--cache_latents", "--network_train_unet_only")
+    assert "1e-4 is usual" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- starting from files
+
+
+def test_continuing_from_a_file(run):
+    first = run("--max_train_steps=2", "--network_dim=2")
+    weights = f"--network_weights={first.folder / 'mine.safetensors'}"
+    frozen = run("--max_train_steps=1", "--network_dim=2", "--learning_rate=1e-30", weights)
+    for key, tensor in first.tensors().items():
+        torch.testing.assert_close(frozen.tensors()[key], tensor)
+    with pytest.raises(UserError, match="--dim_from_weights"):
+        run("--max_train_steps=1", "--network_dim=4", weights)
+    taken = run("--max_train_steps=1", "--dim_from_weights", weights)
+    assert {t.shape for t in taken.tensors().values()} == {t.shape for t in first.tensors().values()}
+
+
+def test_base_weights_are_merged_into_the_model(run, monkeypatch):
+    first = run("--max_train_steps=2", "--network_dim=2", "--learning_rate=1e-1")
+    trainers = record_trainers(monkeypatch)
+    run("--max_train_steps=1", "--network_dim=2")
+    run("--max_train_steps=1", "--network_dim=2", f"--base_weights={first.folder / 'mine.safetensors'}", "--base_weights_multiplier=0.5")
+    plain, merged = (t.model.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_v.weight for t in trainers)
+    name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_v"
+    tensors = first.tensors()
+    delta = tensors[f"{name}.lora_up.weight"] @ tensors[f"{name}.lora_down.weight"] * tensors[f"{name}.alpha"] / 2
+    torch.testing.assert_close(merged - plain, delta * 0.5, rtol=1e-3, atol=1e-6)
+    assert delta.abs().max() > 1e-4
+
+
+def test_scale_weight_norms_bounds_every_module(run):
+    tensors = run("--max_train_steps=3", "--learning_rate=1e-1", "--scale_weight_norms=0.01").tensors()
+    names = [key.removesuffix(".alpha") for key in tensors if key.endswith(".alpha")]
+    norms = []
+    for name in names:
+        up, down = tensors[f"{name}.lora_up.weight"].flatten(1), tensors[f"{name}.lora_down.weight"].flatten(1)
+        norms.append((up @ down).norm() * tensors[f"{name}.alpha"] / len(down))
+    assert max(norms) <= 0.01 * 1.001 and max(norms) > 0.009
+
+
+# ---------------------------------------------------------------- cached text and latents, precision
+
+
+def test_cached_texts_are_what_the_text_encoder_says(run, monkeypatch):
+    trainers = record_trainers(monkeypatch)
+    run("--max_train_steps=1", "--network_train_unet_only")
+    trainer = trainers[0]
+    assert trainer.text_cache is not None
+    batch = trainer.dataset[(1, 0)]
+    cached, trainer.text_cache = trainer._context(batch), None
+    torch.testing.assert_close(cached, trainer._context(batch), rtol=1e-4, atol=1e-5)
+
+
+def test_texts_that_change_or_are_trained_are_not_cached(run, monkeypatch):
+    trainers = record_trainers(monkeypatch)
+    run("--max_train_steps=1")
+    run("--max_train_steps=1", "--network_train_unet_only", "--shuffle_caption", "--caption_separator= ")
+    assert [t.text_cache for t in trainers] == [None, None]
+
+
+def test_cached_latents_are_the_vae_s(run, monkeypatch):
+    trainers = record_trainers(monkeypatch)
+    run("--max_train_steps=1", "--cache_latents", "--vae_batch_size=3", "--network_train_unet_only")
+    run("--max_train_steps=1", "--network_train_unet_only")
+    cached, plain = (t._latents(t.dataset[(1, 0)]) for t in trainers)
+    torch.testing.assert_close(cached, plain, rtol=0.05, atol=0.05)  # two samples of one narrow posterior
+
+
+def test_bf16_trains_on_a_cpu(run):
+    result = run("--max_train_steps=1", "--mixed_precision=bf16", "--network_train_unet_only", "--cache_latents", "--network_dim=1")
+    assert changed(result) == {"unet"}
+
+
+@pytest.mark.parametrize("words", [["--noise_offset=0.5"], ["--min_snr_gamma=1e-4"], ["--v_parameterization"], ["--clip_skip=2"],
+                                   ["--max_token_length=150"], ["--weighted_captions"]])  # fmt: skip
+def test_options_of_the_loss_and_the_text_do_something(run, monkeypatch, words, tmp_path, pictures):
+    trainers = record_trainers(monkeypatch)
+    folder = tmp_path / "weighted"
+    folder.mkdir()
+    Image.new("RGB", (64, 64), "red").save(folder / "a.png")
+    (folder / "a.txt").write_text("a (red:1.5) square " + "long " * 90, encoding="utf-8")
+    losses = []
+    for more in ([], words):
+        run("--max_train_steps=1", *more, data=f"--train_data_dir={folder}")
+        losses.append(trainers[-1].losses.values[0])
+    assert losses[0] != losses[1]
+
+
+def test_prior_loss_weight_is_for_regularisation_pictures_only(run, monkeypatch, pictures, tmp_path):
+    trainers = record_trainers(monkeypatch)
+    train_folder, reg_folder = tmp_path / "t" / "1_cat", tmp_path / "r" / "1_animal"
+    for folder, colour in ((train_folder, "red"), (reg_folder, "blue")):
+        folder.mkdir(parents=True)
+        Image.new("RGB", (64, 64), colour).save(folder / "a.png")
+    data = f"--train_data_dir={tmp_path / 't'}"
+    run("--max_train_epochs=1", f"--reg_data_dir={tmp_path / 'r'}", "--prior_loss_weight=0", data=data)
+    losses = trainers[0].losses.values
+    assert sorted(loss == 0 for loss in losses) == [False, True]
+
+
+# ---------------------------------------------------------------- metadata, previews, logs
+
+
+def test_metadata(run, base_model, pictures):
+    result = run("--max_train_steps=1", "--network_args", "conv_dim=2", "--training_comment=hello", "--optimizer_args", "weight_decay=0.1")
+    meta = result.metadata()
+    assert meta["ss_network_module"] == "networks.lora" and meta["ss_training_comment"] == "hello"
+    assert meta["ss_network_dim"] == "4", "trap 2.11: not None"
+    assert json.loads(meta["ss_network_args"]) == {"conv_dim": "2"}
+    assert meta["ss_optimizer"] == "torch.optim.adamw.AdamW(weight_decay=0.1)"
+    assert meta["ss_resolution"] == "(64, 64)" and meta["ss_num_train_images"] == "4"
+    assert meta["ss_base_model_version"] == "sd_v1" and meta["ss_v2"] == "False"
+    assert meta["ss_sd_model_name"] == base_model.name and len(meta["ss_new_sd_model_hash"]) == 64 and len(meta["ss_sd_model_hash"]) == 8
+    assert json.loads(meta["ss_dataset_dirs"]) == {pictures.name: {"n_repeats": 1, "img_count": 4}}
+    assert json.loads(meta["ss_tag_frequency"])[pictures.name]["a red square"] == 1
+    assert len(meta["sshs_model_hash"]) == 64 and len(meta["sshs_legacy_hash"]) == 8
+
+
+def test_trap_5_19_no_metadata_leaves_what_loaders_need(run):
+    meta = run("--max_train_steps=1", "--no_metadata", "--network_train_unet_only").metadata()
+    wanted = {"ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_v2", "ss_base_model_version", "sshs_model_hash", "sshs_legacy_hash"}
+    assert set(meta) == wanted
+
+
+def test_metadata_with_a_dataset_file(run, pictures, tmp_path):
+    config = tmp_path / "data.toml"
+    config.write_text(
+        f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '{pictures}'\ncaption_extension = '.txt'\nnum_repeats = 2\n",
+        encoding="utf-8",
+    )
+    meta = run("--max_train_steps=1", data=f"--dataset_config={config}").metadata()
+    (dataset,) = json.loads(meta["ss_datasets"])
+    assert dataset["resolution"] == [64, 64] and dataset["num_train_images"] == 8
+    assert dataset["subsets"][0]["num_repeats"] == 2 and "ss_resolution" not in meta
+
+
+def test_sample_pictures(run, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("# a comment\na cat --d 7 --s 2 --ss euler_a\n\na dog --w 96 --h 64 --s 2\n", encoding="utf-8")
+    result = run("--max_train_epochs=2", f"--sample_prompts={prompts}", "--sample_every_n_epochs=2", "--sample_at_first", "--sample_sampler=ddim")
+    names = sorted(path.name for path in (result.folder / "sample").iterdir())
+    starts = ["mine_e000000_00_", "mine_e000000_01_", "mine_e000002_00_", "mine_e000002_01_"]
+    assert [name[:16] for name in names] == starts and names[0].endswith("_7.png")
+    sizes = [Image.open(result.folder / "sample" / name).size for name in names]
+    assert sizes == [(64, 64), (96, 64)] * 2
+
+
+def test_trap_5_13_sampling_every_0_steps_is_off(run, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\n", encoding="utf-8")
+    result = run("--max_train_steps=1", f"--sample_prompts={prompts}", "--sample_every_n_steps=0", "--sample_every_n_epochs=0")
+    assert not (result.folder / "sample").exists()
+
+
+def test_trap_5_4_every_rate_is_logged_once_under_its_name(run, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logs = tmp_path / "logs"
+    run("--max_train_epochs=2", f"--logging_dir={logs}", "--log_prefix=try_", "--text_encoder_lr=5e-4")
+    (folder,) = logs.iterdir()
+    assert folder.name.startswith("try_")
+    events = EventAccumulator(str(folder / "network_train"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {"loss/current", "loss/average", "loss/epoch_average", "lr/unet", "lr/textencoder"}
+    assert [event.value for event in events.Scalars("lr/textencoder")] == pytest.approx([5e-4] * 8)
+    assert [event.step for event in events.Scalars("loss/epoch_average")] == [1, 2]
+
+
+def test_debug_dataset_writes_a_sheet_and_stops(run):
+    result = run("--debug_dataset", "--pretrained_model_name_or_path=/no/model")
+    assert result.code == 0 and result.files() == ["debug_dataset.png"]
+
+
+# ---------------------------------------------------------------- real loaders
+
+
+@pytest.mark.parametrize("words", [[], ["--network_args", "conv_dim=2", "conv_alpha=1"]], ids=["LierLa", "C3Lier"])
+def test_diffusers_loads_every_key_and_draws_the_same(run, base_model, words):
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    from library.sd.model import load_stable_diffusion
+    from networks.lora import create_network_from_weights
+
+    result = run("--max_train_steps=3", "--learning_rate=1e-1", *words)
+    file = result.folder / "mine.safetensors"
+    pictures = []
+    for ours in (False, True):
+        model = load_stable_diffusion(str(base_model))
+        pipe = StableDiffusionPipeline(
+            model.vae, model.text_encoder, model.tokenizer, model.unet, DDIMScheduler(), None, None, requires_safety_checker=False
+        )
+        pipe.set_progress_bar_config(disable=True)
+        if ours:
+            network, weights = create_network_from_weights(1.0, file, model.vae, model.text_encoder, model.unet)
+            network.apply_to(model.text_encoder, model.unet)
+            network.load_state_dict(weights)
+        else:
+            pipe.load_lora_weights(str(file))
+            adapters = [n for part in (pipe.unet, pipe.text_encoder) for n, _ in part.named_modules() if n.endswith("lora_A.default_0")]
+            assert len(adapters) == len([k for k in load_file(file) if k.endswith("lora_down.weight")])
+        noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+        pictures.append(pipe("a red square", latents=noise, num_inference_steps=3, height=64, width=64, output_type="latent").images)
+    torch.testing.assert_close(pictures[0], pictures[1], rtol=1e-3, atol=1e-3)
