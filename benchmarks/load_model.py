@@ -119,7 +119,6 @@ def main() -> None:
         unit = "s" if kind == "seconds" else "s of processor time"
         print(f"read the {size:.2f} GB {read:.2f} {unit}; load {load:.2f} {unit}, {load / read:.2f} x")
     peak, weights = max(run["peak"] for run in loads), loads[0]["weights"]
-    print(f"read the {reads[0]['bytes'] / 1e9:.2f} GB {read:.2f} s; load {load:.2f} s, {load / read:.2f} x")
     print(f"weights {weights / 1e9:.2f} GB; peak memory beyond the imports {peak / 1e9:.2f} GB, {peak / weights:.2f} x")
 
 

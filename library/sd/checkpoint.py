@@ -1,7 +1,8 @@
 """One file of weights, of any of the formats in use: its names and shapes first, then its tensors one at a time.
 
-A tensor is read into memory of its own. Mapping the file instead would not be faster (a mapped page is read at its first use), would
-count twice where the dtype changes, and would keep the file open: Windows could not replace it while the model is in use.
+A tensor is read into memory of its own. Mapping the file instead would not be faster (a mapped page is read at its first use),
+would count twice where the dtype changes, and would keep the file open: Windows could not replace it while the model is in use.
+Pickled files are mapped while they are read, so the system counts their pages beside the tensors until the file is closed.
 """
 
 from __future__ import annotations

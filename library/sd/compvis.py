@@ -45,7 +45,7 @@ class CompVisNames:
         self._unused_layer = f"transformer.resblocks.{open_clip_layers(names) - 1}." if self.v2 else None
 
     def place(self, name: str, value: Tensor) -> list[tuple[str, str, Tensor]]:
-        """(part, Diffusers name, tensor) of a CompVis tensor: three for OpenCLIP's joined attention, none for what SD does not use.
+        """(part, Diffusers name, tensor) of a CompVis tensor: three for OpenCLIP's joined attention, none for what is not used.
 
         Not used are: the noise schedule, averaged (EMA) weights, position_ids, and of OpenCLIP the last layer (SD 2 was trained
         on the one before), text_projection and logit_scale.
@@ -81,7 +81,9 @@ def split_compvis(tensors: Mapping[str, Tensor]) -> tuple[Parts, dict[str, Tenso
     return parts, extra
 
 
-def join_compvis(parts: Parts, *, v2: bool, extra: Mapping[str, Tensor] | None = None, old_clip_names: bool = False) -> dict[str, Tensor]:
+def join_compvis(
+    parts: Parts, *, v2: bool, extra: Mapping[str, Tensor] | None = None, old_clip_names: bool = False
+) -> dict[str, Tensor]:
     """The reverse of `split_compvis`: a CompVis state dictionary, with `extra` as it is.
 
     Without an `extra` that holds it, OpenCLIP's unused last layer becomes a copy of the one before, and text_projection and

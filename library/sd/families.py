@@ -42,7 +42,7 @@ def refuse_other_families(path: Path, names: Iterable[str]) -> None:
     if any(name.startswith(UNET_PREFIX + "input_blocks.") for name in names):
         return
     if any(name.startswith(("down_blocks.", "encoder.", "text_model.", "first_stage_model.")) for name in names):
-        raise UserError(f"{path} is one part of a model, not a whole one; give the whole file, or the folder that holds all parts")
+        raise UserError(f"{path} is one part of a model, not a whole one; give the whole file or the folder of all parts")
     raise UserError(f"{path} is no Stable Diffusion model: it holds {len(names)} tensors such as {names[0]}")
 
 
@@ -56,6 +56,6 @@ def refuse_other_inputs(source: str, channels: int) -> None:
 def check_generation(source: str, found_v2: bool, v2: bool) -> None:
     """Raise UserError if the user's `--v2` does not fit the model."""
     if found_v2 and not v2:
-        raise UserError(f"{source} is an SD 2.x model; add --v2 (and --v_parameterization if it predicts velocity, as the 768 px ones do)")
+        raise UserError(f"{source} is an SD 2.x model; add --v2 (and --v_parameterization if it is one for 768 px)")
     if v2 and not found_v2:
         raise UserError(f"{source} is an SD 1.x model; leave out --v2")

@@ -60,12 +60,12 @@ def unet_layout(names: Iterable[str]) -> UNetLayout:
     """The layout of a U-Net from its weights' names, in either naming (CompVis ones without `model.diffusion_model.`)."""
     names = set(names)
     if "conv_in.weight" in names:
-        levels = len({match.group(1) for name in names if (match := re.match(r"down_blocks\.(\d+)\.", name))})
-        layers = len({match.group(1) for name in names if (match := re.match(r"down_blocks\.0\.resnets\.(\d+)\.", name))})
+        levels = len(_numbers(names, r"down_blocks\.(\d+)\."))
+        layers = len(_numbers(names, r"down_blocks\.0\.resnets\.(\d+)\."))
         attention = tuple(f"down_blocks.{level}.attentions.0.norm.weight" in names for level in range(levels))
         return UNetLayout(levels, layers, attention)
-    samplers = sorted(int(match.group(1)) for name in names if (match := re.fullmatch(r"input_blocks\.(\d+)\.0\.op\.weight", name)))
-    blocks = 1 + max((int(match.group(1)) for name in names if (match := re.match(r"input_blocks\.(\d+)\.", name))), default=0)
+    samplers = sorted(map(int, _numbers(names, r"input_blocks\.(\d+)\.0\.op\.weight")))
+    blocks = 1 + max(map(int, _numbers(names, r"input_blocks\.(\d+)\.")), default=0)
     layers = samplers[0] - 1 if samplers else blocks - 1
     levels = len(samplers) + 1
     attention = tuple(f"input_blocks.{1 + level * (layers + 1)}.1.norm.weight" in names for level in range(levels))
@@ -124,8 +124,8 @@ def vae_table(levels: int, layers: int) -> Table:
 def vae_table_for(names: Iterable[str]) -> Table:
     """`vae_table` for a VAE with these weight names, in either naming."""
     names = list(names)
-    levels = {match.group(1) for name in names if (match := re.match(r"encoder\.down(?:_blocks)?\.(\d+)\.", name))}
-    layers = {match.group(1) for name in names if (match := re.match(r"encoder\.down(?:_blocks)?\.0\.(?:block|resnets)\.(\d+)\.", name))}
+    levels = _numbers(names, r"encoder\.down(?:_blocks)?\.(\d+)\.")
+    layers = _numbers(names, r"encoder\.down(?:_blocks)?\.0\.(?:block|resnets)\.(\d+)\.")
     return vae_table(len(levels), len(layers))
 
 
@@ -215,6 +215,11 @@ def vae_to_compvis_all(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """VAE weights under their CompVis names and shapes, without `first_stage_model.`."""
     table = reverse(vae_table_for(weights))
     return {_required(name, table): vae_to_compvis(name, value) for name, value in weights.items()}
+
+
+def _numbers(names: Iterable[str], pattern: str) -> set[str]:
+    """The different numbers that stand at the pattern's group, at the start of the names."""
+    return {match.group(1) for name in names if (match := re.match(pattern, name))}
 
 
 def _required(name: str, table: Mapping[str, str]) -> str:

@@ -82,7 +82,7 @@ def load_vae(name_or_path: str, dtype: torch.dtype = torch.float32, device: torc
         return _vae_from_hub(name_or_path, where)
     folder = path if (path / "config.json").is_file() else path / "vae"
     if not (folder / "config.json").is_file():
-        raise UserError(f"{path} holds no VAE: neither config.json nor vae/config.json is in it; give the folder of a VAE or model")
+        raise UserError(f"{path} holds no VAE: it has neither config.json nor vae/config.json; give a VAE's or model's folder")
     return _part_from_folder("vae", folder, _json(folder / "config.json"), where)
 
 
@@ -93,7 +93,7 @@ def _from_file(
         refuse_other_families(path, file.shapes)
         names = CompVisNames(file.shapes)
         if names.unknown:
-            raise UserError(f"{path} is no SD 1 or 2 model: its U-Net has the weight {names.unknown[0]}, which theirs do not have")
+            raise UserError(f"{path} is no SD 1 or 2 model: its U-Net has the foreign weight {names.unknown[0]}")
         shapes = _shapes_by_part(file, names.place)
         wanted = PARTS if with_vae else ("unet", "text_encoder")
         for part in wanted:
@@ -149,7 +149,7 @@ def _from_folder(
     folder: Path, v2: bool, v_parameterization: bool, with_vae: bool, where: dict[str, Any]
 ) -> tuple[dict[str, nn.Module], CLIPTokenizer]:
     if not (folder / "model_index.json").is_file():
-        raise UserError(f"{folder} is a folder without model_index.json, so no Diffusers model; give the model's file or such a folder")
+        raise UserError(f"{folder} is a folder without model_index.json, so no Diffusers model; give the model's file")
     pipeline = str(_json(folder / "model_index.json").get("_class_name", ""))
     if any(other in pipeline for other in ("XL", "Diffusion3", "Flux")):
         raise UserError(f"{folder} is a model of another family ({pipeline}); use an SD 1.x or 2.x model")
@@ -192,7 +192,7 @@ def _folder_tokenizer(folder: Path, text_config: Config, v2: bool) -> CLIPTokeni
     try:
         return CLIPTokenizer.from_pretrained(str(folder / "tokenizer"), local_files_only=True)
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{folder / 'tokenizer'} is needed, as the vocabulary is not CLIP's own, and cannot be read: {error}") from error
+        raise UserError(f"{folder / 'tokenizer'} is needed (the vocabulary is not CLIP's) but not readable: {error}") from error
 
 
 def _warn_of_prediction_type(folder: Path, v_parameterization: bool) -> None:
@@ -223,7 +223,7 @@ def _read_weights(file: TensorFile, place: Place, parts: tuple[str, ...], where:
     for name, shape in file.shapes.items():
         if any(part in weights for part, _, _ in place(name, torch.empty(shape, device="meta"))):
             for part, new, value in place(name, file.read(name, **where)):
-                # The thirds of OpenCLIP's joined attention get memory of their own, so that saving and training see three weights.
+                # The thirds of OpenCLIP's joined attention get memory of their own, so saving and training see three weights.
                 weights[part][new] = value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
     return weights
 
@@ -232,8 +232,8 @@ def _build(part: str, config: Config, path: Path) -> nn.Module:
     try:
         return _EMPTY[part](config)
     except Exception as error:  # whatever the libraries raise for a configuration they cannot build
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: no {part.replace('_', ' ')} of SD 1 or 2 can be built as its configuration says: {reason}") from error
+        reason, kind = (str(error) or type(error).__name__).splitlines()[0], part.replace("_", " ")
+        raise UserError(f"{path}: no {kind} of SD 1 or 2 can be built as its configuration says: {reason}") from error
 
 
 def _shapes_by_part(file: TensorFile, place: Place) -> dict[str, dict[str, tuple[int, ...]]]:

@@ -57,8 +57,9 @@ def empty_text_encoder(config: Mapping[str, Any]) -> CLIPTextModel:
 
 
 def text_weights(text_encoder: nn.Module) -> dict[str, Tensor]:
-    """The text encoder's weights under the names of the older module tree without `text_model.`, in every transformers version."""
-    return {name: value for name, value in inner_text_model(text_encoder).state_dict().items() if not name.endswith("position_ids")}
+    """The text encoder's weights without `text_model.` in their names, the same in every version of transformers."""
+    weights = inner_text_model(text_encoder).state_dict()
+    return {name: value for name, value in weights.items() if not name.endswith("position_ids")}
 
 
 def fill(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -74,7 +75,7 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
         raise UserError(f"{source} lacks {len(missing)} weights of the {kind}, the first is {missing[0]}; fetch the whole model")
     unknown = [name for name in tensors if name not in expected]
     if unknown:
-        raise UserError(f"{source} holds {len(unknown)} weights that the {kind} of SD 1 and 2 does not have, such as {unknown[0]}")
+        raise UserError(f"{source} holds {len(unknown)} weights that no {kind} of SD 1 or 2 has, such as {unknown[0]}")
     for name, value in tensors.items():
         if tuple(value.shape) != expected[name]:
             raise UserError(

@@ -62,7 +62,8 @@ def _refuse_nan(parts: Parts, path: Path) -> None:
     for part, values in parts.items():
         for name, value in values.items():
             if value.is_floating_point() and not value.isfinite().all():
-                raise UserError(f"{path} was not written: {name} of the {part.replace('_', ' ')} holds values that are not finite")
+                where = f"{name} of the {part.replace('_', ' ')}"
+                raise UserError(f"{path} was not written: {where} holds values that are not finite")
 
 
 def _source_extras(model: StableDiffusion, dtype: torch.dtype | None) -> tuple[dict[str, Tensor], dict[str, Any], bool]:

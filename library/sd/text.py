@@ -26,7 +26,8 @@ def load_tokenizer(v2: bool) -> CLIPTokenizer:
     """CLIP's tokenizer from `assets/clip-bpe`, offline. SD 2 fills chunks with "!" (id 0), SD 1 with the end token (49407)."""
     from transformers import CLIPTokenizer
 
-    return CLIPTokenizer.from_pretrained(str(CLIP_BPE), pad_token="!" if v2 else "<|endoftext|>", model_max_length=CHUNK_WITH_ENDS)
+    padding = "!" if v2 else "<|endoftext|>"
+    return CLIPTokenizer.from_pretrained(str(CLIP_BPE), pad_token=padding, model_max_length=CHUNK_WITH_ENDS)
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str], max_token_length: int | None = None) -> Tensor:
@@ -39,7 +40,9 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str], max_token_length: in
     return _to_tensors(tokenizer, filled, chunks)[0]
 
 
-def tokenize_weighted(tokenizer: CLIPTokenizer, captions: list[str], max_token_length: int | None = None) -> tuple[Tensor, Tensor]:
+def tokenize_weighted(
+    tokenizer: CLIPTokenizer, captions: list[str], max_token_length: int | None = None
+) -> tuple[Tensor, Tensor]:
     """As `tokenize`, for text with weights such as `(word:1.2)`: ids and weights, both (B, chunks, 77), weights float32."""
     return tokenize_prompts(tokenizer, captions, chunks=_chunks_of(max_token_length))
 
@@ -111,7 +114,7 @@ def _hidden_states(text_encoder: nn.Module, ids: Tensor, clip_skip: int | None) 
     inner = inner_text_model(text_encoder)
     layers = len(inner.encoder.layers)
     if not 1 <= clip_skip <= layers:
-        raise UserError(f"clip_skip {clip_skip} is out of range: this model's text encoder has {layers} layers; give 1 to {layers}")
+        raise UserError(f"clip_skip {clip_skip} is out of range: the text encoder has {layers} layers; give 1 to {layers}")
     hidden = text_encoder(ids, output_hidden_states=True).hidden_states[-clip_skip]
     norm = inner.final_layer_norm
     return norm(hidden.to(norm.weight.dtype))
