@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
 import struct
 import uuid
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,24 +67,36 @@ def read_safetensors_header(path: str | os.PathLike) -> dict[str, Any]:
     return header
 
 
-def load_pickled_tensors(path: str | os.PathLike) -> dict[str, Any]:
-    """The dictionary in a .ckpt/.pt/.bin file, memory-mapped where the format allows, never running code in it."""
+def load_pickled_tensors(path: str | os.PathLike, map_location: str = "cpu") -> dict[str, Any]:
+    """The dictionary in a .ckpt/.pt/.bin file, never running code in it.
+
+    map_location: "cpu", or "meta" for shapes and dtypes alone.
+    Raises UserError, naming file and reason, for a file that is cut off, damaged, or holds more than data.
+    """
     import torch
 
     path = Path(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, AttributeError, ImportError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
+        with open(path, "rb") as file:  # by its content: torch would choose a format by the name
+            content = torch.load(file, map_location=map_location, weights_only=True)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except Exception as error:  # a damaged pickle can raise anything
+        if _asks_for_code(str(error)):
             raise UserError(
                 f"{path} was not opened: it holds more than tensors, and code in it would have run; "
                 "get a .safetensors file of this model instead"
             ) from error
-        raise UserError(f"{path} is cut off or no checkpoint ({reason}); fetch it again") from error
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} is cut off, damaged or no checkpoint ({reason}); fetch it again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors; it is no model file")
     return content
+
+
+def _asks_for_code(message: str) -> bool:
+    """Whether torch refused a pickle for what it would call, rather than for being damaged."""
+    return any(words in message for words in ("Unsupported global", "Unsupported class", "not an allowed global", "Trying to "))
 
 
 def sha256_of_file(path: str | os.PathLike) -> str:

@@ -2,12 +2,13 @@
 
 A tensor is read into memory of its own. Mapping the file instead would not be faster (a mapped page is read at its first use),
 would count twice where the dtype changes, and would keep the file open: Windows could not replace it while the model is in use.
-Pickled files are mapped while they are read, so the system counts their pages beside the tensors until the file is closed.
 """
 
 from __future__ import annotations
 
+import io
 import math
+import zipfile
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
@@ -93,13 +94,7 @@ class SafetensorsFile(TensorFile):
         entry = self._entries[name]
         value = torch.empty(self.shapes[name], dtype=_DTYPES[entry["dtype"]])
         if value.numel():
-            space = memoryview(value.view(-1).view(torch.uint8).numpy())
-            self._file.seek(self._start + entry["data_offsets"][0])
-            while space:
-                count = self._file.readinto(space)
-                if not count:
-                    raise UserError(f"{self.path} was cut off while it was read; fetch it again")
-                space = space[count:]
+            read_into(self._file, self._start + entry["data_offsets"][0], value.view(-1).view(torch.uint8), self.path)
         return value
 
     def close(self) -> None:
@@ -111,19 +106,62 @@ class PickledFile(TensorFile):
 
     def __init__(self, path: Path):
         super().__init__(path)
-        with torch.serialization.safe_globals(_harmless_globals()):
-            content = load_pickled_tensors(path)
+        # In today's zip layout tensors lie uncompressed at known places; older files have to be read whole.
+        self._file = open(path, "rb", buffering=0) if _is_plain_zip(path) else None  # closed by close()
+        try:
+            with torch.serialization.safe_globals(_harmless_globals()):
+                content = load_pickled_tensors(path, map_location="meta" if self._file else "cpu")
+        except UserError:
+            self.close()
+            raise
         wrapped = content.get("state_dict")
         self._tensors = {str(name): value for name, value in (wrapped if isinstance(wrapped, dict) else content).items()}
         self._tensors = {name: value for name, value in self._tensors.items() if isinstance(value, Tensor)}
-        self.shapes = {name: tuple(value.shape) for name, value in self._tensors.items()}
+        self.shapes = {name: tuple(value.shape) for name, value in sorted(self._tensors.items(), key=lambda item: _place(item[1]))}
         self.numbers = {key: content[key] for key in ("epoch", "global_step") if isinstance(content.get(key), int)}
 
     def _read(self, name: str) -> Tensor:
-        return self._tensors[name].detach().clone()
+        value = self._tensors[name].detach()
+        if not value.is_meta:
+            return value.clone()
+        storage = torch.empty(value.untyped_storage().nbytes(), dtype=torch.uint8)
+        read_into(self._file, _place(value), storage, self.path)
+        whole = storage.view(value.dtype)
+        if value.is_contiguous() and value.numel() == whole.numel():
+            return whole.view(value.shape)
+        return whole.as_strided(value.shape, value.stride(), value.storage_offset()).clone()
 
     def close(self) -> None:
-        self._tensors.clear()
+        self._tensors = {}
+        if self._file:
+            self._file.close()
+
+
+def _is_plain_zip(path: Path) -> bool:
+    """Whether the file is a zip archive without compression."""
+    if not zipfile.is_zipfile(path):
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+    except zipfile.BadZipFile:
+        return False
+
+
+def _place(value: Tensor) -> int:
+    """Where in the file the numbers of a tensor on the meta device begin, in bytes; 0 for one that is in memory."""
+    return value.untyped_storage()._checkpoint_offset if value.is_meta else 0
+
+
+def read_into(file: io.RawIOBase, start: int, space: Tensor, path: Path) -> None:
+    """Fill a flat uint8 tensor with the bytes of an open file from `start` on."""
+    left = memoryview(space.numpy())
+    file.seek(start)
+    while left:
+        count = file.readinto(left)
+        if not count:
+            raise UserError(f"{path} was cut off while it was read; fetch it again")
+        left = left[count:]
 
 
 class _Inert:

@@ -189,7 +189,17 @@ def held_out_loss(trainer: Trainer) -> float:
     return torch.stack(losses).mean().item()
 
 
-# LEARNING
+def test_learning_happens_and_each_part_helps(run, monkeypatch):
+    trainers, losses = record_trainers(monkeypatch), {}
+    for name, words in {"both": [], "unet": ["--text_encoder_lr=0"], "text": ["--unet_lr=0"]}.items():
+        run("--max_train_steps=30", "--train_batch_size=4", "--cache_latents", "--network_dim=8", "--network_alpha=8", *words)
+        losses[name] = held_out_loss(trainers[-1])
+        trainers[-1].network.module.set_multiplier(0)
+        start = held_out_loss(trainers[-1])
+    assert losses["both"] < losses["unet"] < start and losses["both"] < losses["text"] < start
+    # Measured: 1.10 of 1.37; the text encoder's part is worth 0.02, the U-Net's 0.18.
+    assert losses["both"] < 0.85 * start
+    assert losses["unet"] - losses["both"] > 0.005 and losses["text"] - losses["both"] > 0.05
 
 
 # ---------------------------------------------------------------- things that go wrong
