@@ -1,0 +1,79 @@
+"""Names of a checkpoint's layers: against the key lists and against what the suite loads."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from library.sd.architecture import sd2_configs, sd15_configs
+from library.sd.compvis import join_compvis
+from library.sd.parts import empty_text_encoder, empty_unet, empty_vae
+from library.sd.text import inner_text_model
+from networks.lora import find_layers
+from networks.model_keys import Place, is_v2, lora_places
+
+DATA = Path(__file__).parents[1] / "data"
+
+
+def compvis_shapes(configs: dict, v2: bool, old_clip_names: bool = False) -> tuple[dict[str, tuple[int, ...]], dict]:
+    """The shapes of a full-size checkpoint, from modules without memory, and the layers that can have a LoRA."""
+    unet, vae, text = empty_unet(configs["unet"]), empty_vae(configs["vae"]), empty_text_encoder(configs["text_encoder"])
+    parts = {"unet": unet.state_dict(), "vae": vae.state_dict()}
+    parts["text_encoder"] = {k: v for k, v in inner_text_model(text).state_dict().items() if not k.endswith("position_ids")}
+    joined = join_compvis(parts, v2=v2, old_clip_names=old_clip_names)
+    return {name: tuple(value.shape) for name, value in joined.items()}, find_layers(text, unet, conv3x3=True)
+
+
+@pytest.fixture(scope="module", params=["v1", "v1 old names", "v2"])
+def checkpoint(request):
+    v2 = request.param == "v2"
+    return *compvis_shapes(sd2_configs() if v2 else sd15_configs(), v2, "old" in request.param), v2
+
+
+def test_every_layer_is_found_once_and_has_its_size(checkpoint):
+    shapes, layers, v2 = checkpoint
+    places = lora_places(shapes)
+    assert set(places) == set(layers)
+    for name, place in places.items():
+        rows = place.rows(shapes[place.key][0])
+        assert (rows.stop - rows.start, *shapes[place.key][1:]) == tuple(layers[name].weight.shape), name
+    assert is_v2(shapes) is v2
+
+
+def test_the_names_are_those_of_the_key_list(checkpoint):
+    shapes, _, v2 = checkpoint
+    with open(DATA / f"lora-keys-sd{2 if v2 else 15}.csv", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["key"].endswith(".alpha")]
+    assert {row["key"].removesuffix(".alpha") for row in rows} == set(lora_places(shapes))
+
+
+def test_the_names_lead_to_the_same_weights_as_the_suite_loads():
+    """Every tensor is filled with its place in the file; then the loaded model's layers must hold the same numbers."""
+    import torch
+
+    from library.sd.compvis import split_compvis
+    from library.sd.small import small_stable_diffusion
+
+    for v2 in (False, True):
+        model = small_stable_diffusion(v2=v2)
+        parts = {"unet": model.unet.state_dict(), "vae": model.vae.state_dict(), "text_encoder": inner_text_model(model.text_encoder).state_dict()}
+        parts["text_encoder"] = {k: v for k, v in parts["text_encoder"].items() if not k.endswith("position_ids")}
+        tensors = join_compvis(parts, v2=v2)
+        assert split_compvis(tensors)[0]["unet"].keys() == parts["unet"].keys()
+        layers = find_layers(model.text_encoder, model.unet, conv3x3=True)
+        places = lora_places({name: tuple(value.shape) for name, value in tensors.items()})
+        assert set(places) == set(layers)
+        for name, place in places.items():
+            tensor = tensors[place.key]
+            assert torch.equal(tensor[place.rows(len(tensor))], layers[name].weight), name
+
+
+def test_rows_of_joined_query_key_value():
+    assert Place("k", 2).rows(12) == slice(8, 12) and Place("k").rows(12) == slice(0, 12)
+
+
+def test_a_file_of_something_else_has_no_places():
+    assert lora_places({"first_stage_model.encoder.conv_in.weight": (4, 3, 3, 3)}) == {}
+    assert is_v2({"a.weight": (1,)}) is None
