@@ -1,0 +1,56 @@
+"""What the LoRA tools' commands have in common: options without abbreviations, errors of one line, exit codes.
+
+0: done; 2: the input was wrong; 130: interrupted. An error names what is wrong and what to do, and comes without a traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that raises ValueError, takes no abbreviations, and names the nearest option to an unknown one."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None) -> argparse.Namespace:
+        words = sys.argv[1:] if args is None else list(args)
+        for word in words:
+            option = word.split("=", 1)[0]
+            if option.startswith("--") and option != "--" and option not in self._option_string_actions:
+                raise ValueError(f"unknown option '{option}'; {self._cure(option)}")
+        known, rest = self.parse_known_args(words, namespace)
+        if rest:
+            raise ValueError(f"unexpected word '{rest[0]}' on the command line; put values that hold spaces in quotes")
+        return known
+
+    def _cure(self, option: str) -> str:
+        options = [name for name in self._option_string_actions if name.startswith("--")]
+        close = difflib.get_close_matches(option, options, n=1) or difflib.get_close_matches(option.lower(), options, n=1)
+        return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(sorted(options))}"
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message.removeprefix("argument "))
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Run a command's `main` and leave the process with its exit code."""
+    for stream in (sys.stdout, sys.stderr):  # Windows consoles are often not UTF-8; a file name must never end a run
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    try:
+        main()
+        code = 0
+    except (ValueError, OSError) as error:
+        sys.stdout.flush()
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code)
