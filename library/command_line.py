@@ -7,7 +7,6 @@ is a pydantic model whose fields are groups. Nothing else in the program knows h
 from __future__ import annotations
 
 import argparse
-import sys
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -19,11 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
 from library.errors import UserError, unknown
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from library.text_files import parse_toml, read_text
 
 
 class OptionGroup(BaseModel):
@@ -156,12 +151,7 @@ def read_config_file(options_class: type[BaseModel], path: Path, refused: Refuse
 
     A refused option that asks for nothing is passed over: graphical front ends write every option they know.
     """
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path} is no valid TOML: {error}; Windows paths need 'single quotes' or / in place of \\") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    content = parse_toml(read_text(path, "--config_file"), path)
     names = option_names(options_class)
     values: dict[str, Any] = {}
     for key, value in _flatten(content):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import sys
 from collections.abc import Callable, Iterable
 
@@ -50,6 +51,7 @@ def run_entry(main: Callable[[], int | None]) -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    logging.basicConfig(level=logging.WARNING, format="warning: %(message)s")
     try:
         code = main() or 0
     except UserError as error:

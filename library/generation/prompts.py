@@ -13,6 +13,7 @@ from typing import Any
 
 from library.errors import UserError, unknown
 from library.generation.samplers import check_sampler
+from library.text_files import parse_toml, read_text
 
 log = logging.getLogger(__name__)
 
@@ -94,13 +95,7 @@ def read_prompt_file(path: str | Path, defaults: PromptSpec) -> list[PromptSpec]
     understood, and for a file without prompts.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"prompt file '{path}' is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
-    except OSError as error:
-        raise UserError(f"prompt file '{path}' cannot be read: {error.strerror}; check --sample_prompts") from None
-
+    text = read_text(path, "--sample_prompts")
     ignored: list[str] = []
     readers = {".toml": _from_toml, ".json": _from_json}
     specs = readers.get(path.suffix.lower(), _from_lines)(text, defaults, str(path), ignored)
@@ -162,14 +157,7 @@ def _from_lines(text: str, defaults: PromptSpec, path: str, ignored: list[str]) 
 
 def _from_toml(text: str, defaults: PromptSpec, path: str, ignored: list[str]) -> list[PromptSpec]:
     """Table [prompt] with values common to all, and a list [[prompt.subset]] whose values win. Without the list: one prompt."""
-    try:
-        import tomllib
-    except ModuleNotFoundError:  # Python 3.10
-        import tomli as tomllib
-    try:
-        document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"prompt file '{path}' is not valid TOML: {error}") from None
+    document = parse_toml(text, Path(path))
     for key in document.keys() - {"prompt"}:
         raise unknown("table or key", key, ["prompt"], path)
     table = document.get("prompt", {})

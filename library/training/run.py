@@ -240,7 +240,7 @@ def enable_gradient_checkpointing(model: StableDiffusion, network: TrainedNetwor
     """Keep few activations and compute the others again in the backward pass."""
     model.unet.enable_gradient_checkpointing()
     if network.trains_text_encoder:
-        model.text_encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.text_encoder.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     network.module.enable_gradient_checkpointing()
 
 

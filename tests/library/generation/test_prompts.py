@@ -143,7 +143,7 @@ def test_json_objects_and_lines(written):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("p.toml", "[prompt\n", "not valid TOML.*line 1"),
+        ("p.toml", "[prompt\n", "line 1, column 8: this is no TOML"),
         ("p.toml", "prompt = 3\n", "begin it with the line"),
         ("p.toml", "[prompts]\nprompt='x'\n", "unknown table or key 'prompts'.*did you mean 'prompt'"),
         ("p.toml", "[[prompt.subset]]\nwidth = 3\n", r"\[\[prompt.subset\]\] 1: has no prompt"),
@@ -171,10 +171,10 @@ def test_bad_files_are_named(written, name, text, message):
 
 
 def test_missing_and_foreign_files(tmp_path):
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="--sample_prompts .*no such file"):
         read_prompt_file(tmp_path / "no.txt", DEFAULTS)
     (tmp_path / "latin.txt").write_bytes("Löwe".encode("latin-1"))
-    with pytest.raises(UserError, match="not UTF-8"):
+    with pytest.raises(UserError, match="no UTF-8"):
         read_prompt_file(tmp_path / "latin.txt", DEFAULTS)
 
 
