@@ -30,7 +30,7 @@ DONE = VENV / "quickstart.json"  # what is installed; written last
 UNFINISHED = VENV / "quickstart-unfinished"  # is there while pip works; left behind by an interruption
 
 OLDEST, NEWEST = (3, 10), (3, 13)
-# Measured: 1.7 GB with a CPU build of torch and 2.1 GB at the peak; about 6.5 GB and 9 GB with the CUDA build that PyPI has for Linux.
+# Measured with a CPU build of torch: 1.7 GB. Estimated for the CUDA build that PyPI has for Linux: 6.5 GB, more while it unpacks.
 NEEDED_GB, NEEDED_GB_CUDA = 3, 9
 MOST_TEST_WORKERS = 4  # each holds its own torch, about 1 GB
 HEARTBEAT_SECONDS = 30
