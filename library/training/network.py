@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import inspect
 import pkgutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -25,7 +26,6 @@ class TrainedNetwork:
     groups: list[dict[str, Any]]
     group_names: list[str]
     trains_text_encoder: bool
-    trains_unet: bool
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -94,18 +94,13 @@ def merge_base_weights(options: NetworkOptions, module: ModuleType, model: Stabl
         print(f"merged {path} into the model at strength {strength}")
 
 
-class user_errors:
+@contextmanager
+def user_errors(where: str) -> Iterator[None]:
     """Turn the one-line ValueErrors of a network module into UserErrors that name the option."""
-
-    def __init__(self, where: str) -> None:
-        self.where = where
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (ValueError, FileNotFoundError)) and not isinstance(error, UserError):
-            raise UserError(f"{self.where}: {error}") from error
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def build_network(network: NetworkOptions, optimizer: OptimizerOptions, model: StableDiffusion) -> TrainedNetwork:
@@ -126,13 +121,11 @@ def build_network(network: NetworkOptions, optimizer: OptimizerOptions, model: S
     with user_errors("learning rates"):
         groups, names = _parameter_groups(instance, optimizer)
     text_encoder_rate = optimizer.learning_rate if optimizer.text_encoder_lr is None else optimizer.text_encoder_lr
-    unet_rate = optimizer.learning_rate if optimizer.unet_lr is None else optimizer.unet_lr
     return TrainedNetwork(
         module=instance,
         groups=groups,
         group_names=names,
         trains_text_encoder=not network.network_train_unet_only and text_encoder_rate > 0,
-        trains_unet=not network.network_train_text_encoder_only and unet_rate > 0,
     )
 
 
@@ -164,9 +157,7 @@ def _attach(options: NetworkOptions, instance: torch.nn.Module, model: StableDif
 
 def _parameter_groups(instance: torch.nn.Module, options: OptimizerOptions) -> tuple[list[dict[str, Any]], list[str]]:
     """Groups and their names for logging; modules of third parties return the groups alone."""
-    arguments = [options.text_encoder_lr, options.unet_lr, options.learning_rate]
-    accepted = len(inspect.signature(instance.prepare_optimizer_params).parameters)
-    result = instance.prepare_optimizer_params(*arguments[: accepted or 3])
+    result = instance.prepare_optimizer_params(options.text_encoder_lr, options.unet_lr, options.learning_rate)
     groups, names = result if isinstance(result, tuple) else (result, [])
     groups = [{**group, "params": list(group["params"])} for group in groups]
     return groups, list(names) or [f"group{index}" for index in range(len(groups))]

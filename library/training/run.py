@@ -141,12 +141,13 @@ def check_early(options: TrainNetworkOptions) -> None:
     import_network_module(options.network.network_module)
     parse_network_args(options.network.network_args)
     optimizer_class(optimizer_name(options.optimizer))
-    if options.optimizer.learning_rate == 2e-6 and not (options.optimizer.unet_lr or options.optimizer.text_encoder_lr):
+    rates = options.optimizer
+    if rates.learning_rate == 2e-6 and not (rates.unet_lr or rates.text_encoder_lr):
         print("--learning_rate is 2e-6, far too low for a LoRA to learn anything; 1e-4 is usual")
-    for name in ("network_weights", *(options.network.base_weights or ())):
-        path = getattr(options.network, name, name)
-        if path and not Path(path).is_file():
-            option = "--network_weights" if name == "network_weights" else "--base_weights"
+    start = options.network.network_weights
+    files = [("--network_weights", start)] if start else []
+    for option, path in files + [("--base_weights", path) for path in options.network.base_weights or ()]:
+        if not Path(path).is_file():
             raise UserError(f"{option} {path}: there is no such file")
 
 
