@@ -8,7 +8,7 @@ import os
 import struct
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,9 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     The temporary name keeps the suffix, since writers choose a format by it. If the block raises, nothing is left.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
@@ -36,7 +36,8 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; check the folder, its rights and free space") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -87,8 +88,9 @@ def load_pickled_tensors(path: str | os.PathLike, map_location: str = "cpu") -> 
                 f"{path} was not opened: it holds more than tensors, and code in it would have run; "
                 "get a .safetensors file of this model instead"
             ) from error
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is cut off, damaged or no checkpoint ({reason}); fetch it again") from error
+        # torch wraps what was wrong into advice on how to switch the protection off.
+        words = str(error).partition("WeightsUnpickler error:")[2].strip() or str(error) or type(error).__name__
+        raise UserError(f"{path} is cut off, damaged or no checkpoint ({words.splitlines()[0]}); fetch it again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors; it is no model file")
     return content

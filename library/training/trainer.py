@@ -52,6 +52,10 @@ class Plan:
         start = position - position % self.accumulation
         return min(self.accumulation, self.batches_per_epoch - start)
 
+    def starts_step(self, position: int) -> bool:
+        """Whether the batch at this position is the first one of its step."""
+        return position % self.accumulation == 0
+
     def ends_step(self, position: int) -> bool:
         """Whether the weights change after the batch at this position."""
         return (position + 1) % self.accumulation == 0 or position + 1 == self.batches_per_epoch
@@ -122,6 +126,7 @@ class Trainer:
                 self._set_training_mode()
                 self.network.module.on_epoch_start(self.model.text_encoder, self.model.unet)
                 for position, batch in enumerate(self.loader.epoch(self.epoch)):
+                    self._start_step(position)
                     self._backward(batch, position)
                     if not self.plan.ends_step(position):
                         continue
@@ -144,6 +149,13 @@ class Trainer:
         checkpointing = self.options.training.gradient_checkpointing
         self.model.unet.train(checkpointing)
         self.model.text_encoder.train(checkpointing and self.network.trains_text_encoder)
+
+    def _start_step(self, position: int) -> None:
+        """Let a network that draws something for each step, as DyLoRA its rank, do so: once a step, alike in all processes."""
+        hook = getattr(self.network.module, "on_step_start", None)
+        if hook is not None and self.plan.starts_step(position):
+            seed_everything(self.seed, self.epoch, position)
+            hook(self.model.text_encoder, self.model.unet)
 
     def _backward(self, batch: Batch, position: int) -> None:
         """Forward and backward of one batch; its loss is divided by the number of batches in its step."""

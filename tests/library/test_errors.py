@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import pytest
+
+from library.errors import RunFailed, UserError, nearest, run_entry, unknown
+
+
+@pytest.mark.parametrize("name, close", [("network_dm", "network_dim"), ("Network_Dim", "network_dim"), ("xyz", None)])
+def test_nearest(name, close):
+    assert nearest(name, ["network_dim", "network_alpha"]) == close
+
+
+def test_unknown_lists_what_is_known_if_nothing_is_close():
+    assert str(unknown("key", "zzz", ["b", "a"], "file.toml")) == "unknown key 'zzz' in file.toml; known: a, b"
+
+
+@pytest.mark.parametrize(
+    "raised, code, words",
+    [(UserError("a\nb"), 2, "error: a b"), (RunFailed("nan"), 1, "error: nan"), (KeyboardInterrupt(), 130, "interrupted")],
+)
+def test_an_entry_ends_in_one_line_and_an_exit_code(capsys, raised, code, words):
+    def main():
+        raise raised
+
+    with pytest.raises(SystemExit) as ended:
+        run_entry(main)
+    assert ended.value.code == code
+    assert capsys.readouterr().err.strip() == words
+
+
+def test_an_entry_passes_its_code_on_and_lets_bugs_show():
+    with pytest.raises(SystemExit) as ended:
+        run_entry(lambda: 3)
+    assert ended.value.code == 3
+    with pytest.raises(ZeroDivisionError):
+        run_entry(lambda: 1 / 0)

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from library.errors import UserError
+from library.files import atomic_write, legacy_hash_of_file, load_pickled_tensors, read_safetensors_header, sha256_of_file, write_text
+
+
+def test_atomic_write_replaces_only_when_the_block_ends_well(tmp_path):
+    path = tmp_path / "new" / "a.txt"
+    write_text(path, "old\n")
+    with pytest.raises(ZeroDivisionError), atomic_write(path) as temporary:
+        temporary.write_text("half")
+        1 / 0
+    assert path.read_bytes() == b"old\n" and os.listdir(path.parent) == ["a.txt"]
+    write_text(path, "ü\n")
+    assert path.read_bytes() == "ü\n".encode()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="rights of another kind")
+def test_atomic_write_gives_the_usual_rights(tmp_path):
+    with atomic_write(tmp_path / "a.safetensors") as temporary:
+        save_file({"a": torch.zeros(1)}, temporary)
+    (tmp_path / "plain").write_text("")
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file"), atomic_write(tmp_path / "file" / "a.txt") as temporary:
+        temporary.write_text("x")
+
+
+@pytest.fixture
+def whole(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_file({"a": torch.arange(100.0)}, path, {"k": "v"})
+    return path
+
+
+def test_header_of_a_whole_file(whole):
+    header = read_safetensors_header(whole)
+    assert header["a"]["shape"] == [100] and header["__metadata__"] == {"k": "v"}
+
+
+@pytest.mark.parametrize("cut", [1, 350, 10_000])
+def test_a_cut_file_is_named(whole, cut):
+    whole.write_bytes(whole.read_bytes()[:-cut])
+    with pytest.raises(UserError, match="a.safetensors"):
+        read_safetensors_header(whole)
+
+
+@pytest.mark.parametrize("content", [b"", b"short", b"<html>not a model at all</html>" * 9, b"\x10" + b"\0" * 7 + b"[1,2,3]         "])
+def test_foreign_content_is_named(tmp_path, content):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="x.safetensors"):
+        read_safetensors_header(path)
+
+
+class Hostile:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return (open, (self.target, "w"))
+
+
+@pytest.mark.parametrize("write", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value, protocol=2))], ids=["zip", "pickle"])
+def test_code_in_a_pickle_never_runs(tmp_path, write):
+    path, target = tmp_path / "evil.ckpt", tmp_path / "ran"
+    write({"state_dict": Hostile(str(target))}, path)
+    with pytest.raises(UserError, match="evil.ckpt was not opened: it holds more than tensors"):
+        load_pickled_tensors(path)
+    assert not target.exists()
+
+
+def test_pickled_tensors(tmp_path):
+    torch.save({"a": torch.ones(3)}, tmp_path / "a.safetensors.ckpt")
+    assert torch.equal(load_pickled_tensors(tmp_path / "a.safetensors.ckpt")["a"], torch.ones(3))
+    torch.save([1], tmp_path / "list.pt")
+    with pytest.raises(UserError, match="list"):
+        load_pickled_tensors(tmp_path / "list.pt")
+    with pytest.raises(UserError, match="missing.pt"):
+        load_pickled_tensors(tmp_path / "missing.pt")
+    whole = (tmp_path / "a.safetensors.ckpt").read_bytes()
+    (tmp_path / "cut.ckpt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="cut.ckpt is cut off"):
+        load_pickled_tensors(tmp_path / "cut.ckpt")
+
+
+def test_hashes(tmp_path):
+    path = tmp_path / "big"
+    content = bytes(range(256)) * 4400
+    path.write_bytes(content)
+    assert sha256_of_file(path) == hashlib.sha256(content).hexdigest()
+    assert legacy_hash_of_file(path) == hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8]
