@@ -81,6 +81,15 @@ def parse_network_args(words: list[str] | None) -> dict[str, str]:
     return arguments
 
 
+def check_network_args(options: NetworkOptions) -> None:
+    """Check the module's name and --network_args without a model, as far as the module offers that (`parse_network_args`)."""
+    module = import_network_module(options.network_module)
+    arguments = parse_network_args(options.network_args)
+    if hasattr(module, "parse_network_args"):
+        with user_errors(f"--network_module {options.network_module}"):
+            module.parse_network_args(arguments, options.network_dropout)
+
+
 def merge_base_weights(options: NetworkOptions, module: ModuleType, model: StableDiffusion) -> None:
     """Merge the files of --base_weights into the model, each at its strength, before anything is trained on it."""
     strengths = options.base_weights_multiplier or []
@@ -139,7 +148,7 @@ def _create(options: NetworkOptions, module: ModuleType, model: StableDiffusion)
     if options.network_dropout is not None:
         arguments["neuron_dropout"] = options.network_dropout
     dim = 4 if options.network_dim is None else options.network_dim
-    with user_errors("--network_args"):
+    with user_errors(f"--network_module {options.network_module}"):
         return module.create_network(1.0, dim, options.network_alpha, *parts, **arguments)
 
 

@@ -152,7 +152,7 @@ class OptimizerOptions(OptionGroup):
     )
     max_grad_norm: float = Field(1.0, ge=0, description="gradients are scaled down to this norm; 0: off")
     lr_scheduler: str = Field("constant", description="constant, constant_with_warmup, linear, cosine, cosine_with_restarts, polynomial, ...")
-    lr_warmup_steps: StepsOrShare = Field(0, description="steps, share (0.1) or percentage (10%%) of rising learning rate")
+    lr_warmup_steps: StepsOrShare = Field(0, description="steps, share (0.1) or percentage (10%) of rising learning rate")
     lr_decay_steps: StepsOrShare = Field(0, description="steps or share of falling rate (warmup_stable_decay)")
     lr_scheduler_num_cycles: Count = Field(1, description="cycles of cosine_with_restarts")
     lr_scheduler_power: float = Field(1.0, description="power of polynomial")
@@ -206,7 +206,7 @@ class LogOptions(OptionGroup):
     """Logs and config file"""
 
     logging_dir: str | None = Field(None, description="folder for TensorBoard logs")
-    log_with: Literal["tensorboard"] | None = Field(None, description="tracker; unset: TensorBoard if logging_dir is given")
+    log_with: Literal["tensorboard", "wandb", "all"] | None = Field(None, description="tracker; unset: TensorBoard if logging_dir is given")
     log_prefix: str | None = Field(None, description="text before the time in the log folder's name")
     log_tracker_name: str | None = Field(None, description="name of the run's folder; unset: network_train")
     config_file: str | None = Field(None, description="TOML file with any of these options; the command line wins")
@@ -253,6 +253,7 @@ def contradictions(options: TrainNetworkOptions) -> list[str]:
         (optimizer.use_8bit_adam and optimizer.use_lion_optimizer, "--use_8bit_adam and --use_lion_optimizer exclude each other"),
         ((previews.sample_every_n_epochs or previews.sample_every_n_steps or previews.sample_at_first) and not previews.sample_prompts,
          "--sample_every_n_epochs, --sample_every_n_steps and --sample_at_first need --sample_prompts"),
+        (logs.log_with in ("wandb", "all"), f"--log_with {logs.log_with}: wandb is not built yet; use --log_with tensorboard"),
         (logs.log_with and not logs.logging_dir, "--log_with tensorboard needs --logging_dir"),
     ]  # fmt: skip
     return [message for wrong, message in checks if wrong]

@@ -22,7 +22,7 @@ from library.generation.prompts import PromptSpec, read_prompt_file
 from library.sd.model import StableDiffusion, encode_image, encode_text, load_stable_diffusion, vae_fingerprint
 from library.sd.text import load_tokenizer, tokenize, tokenize_weighted
 from library.training.metadata import RunMetadata, all_model_facts, run_facts
-from library.training.network import TrainedNetwork, build_network, import_network_module, parse_network_args
+from library.training.network import TrainedNetwork, build_network, check_network_args
 from library.training.optimizers import create_optimizer, optimizer_class, optimizer_name
 from library.training.options import TrainNetworkOptions
 from library.training.previews import Previews
@@ -83,8 +83,8 @@ def prepare(options: TrainNetworkOptions, dataset: TrainingDataset, seed: int) -
     """Everything between the pictures and the first step."""
     accelerator = make_accelerator(options)
     specs = preview_specs(options, dataset)
-    check_early(options)
     plan = Plan.of(options, dataset.num_batches)
+    check_early(options, plan)
     dataset.max_train_steps = plan.max_steps
 
     model = load_model(options, accelerator)
@@ -136,11 +136,15 @@ def make_accelerator(options: TrainNetworkOptions) -> Accelerator:
     return accelerator
 
 
-def check_early(options: TrainNetworkOptions) -> None:
-    """Find what is misspelt or not installed before anything slow is done."""
-    import_network_module(options.network.network_module)
-    parse_network_args(options.network.network_args)
+def check_early(options: TrainNetworkOptions, plan: Plan) -> None:
+    """Find what is misspelt, not installed or not writable before anything slow is done."""
+    ModelFiles(options.output).check_folder()
+    check_network_args(options.network)
     optimizer_class(optimizer_name(options.optimizer))
+    create_schedule(options.optimizer, torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]), plan.max_steps)
+    previews = options.previews
+    if previews.sample_prompts and not (previews.sample_every_n_epochs or previews.sample_every_n_steps or previews.sample_at_first):
+        print("--sample_prompts draws nothing without --sample_every_n_epochs, --sample_every_n_steps or --sample_at_first")
     rates = options.optimizer
     if rates.learning_rate == 2e-6 and not (rates.unet_lr or rates.text_encoder_lr):
         print("--learning_rate is 2e-6, far too low for a LoRA to learn anything; 1e-4 is usual")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from tqdm import tqdm
 
 from library.devices import DTYPES
-from library.errors import RunFailed
+from library.errors import RunFailed, UserError
 from library.files import atomic_write, load_pickled_tensors
 from library.training.options import OutputOptions
 
@@ -21,6 +23,14 @@ class ModelFiles:
         self.options = options
         self.folder = Path(options.output_dir)
         self.written: list[Path] = []
+
+    def check_folder(self) -> None:
+        """Find out before training that nothing could be saved after it."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.folder).close()
+        except OSError as error:
+            raise UserError(f"--output_dir {self.folder} cannot be written: {error.strerror}; choose another folder") from error
 
     def epoch_path(self, epoch: int) -> Path:
         """`name-000003.safetensors`; without --output_name: `epoch-000003.safetensors`."""
@@ -70,7 +80,7 @@ class ModelFiles:
         if path and path.exists():
             path.unlink()
             self.written = [kept for kept in self.written if kept != path]
-            print(f"removed {path}")
+            tqdm.write(f"removed {path}")
 
 
 def check_finite(file: Path, shown_as: Path) -> None:

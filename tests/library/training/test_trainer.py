@@ -262,6 +262,8 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(run, monkeypatch, 
         (["--network_weights=missing.safetensors"], "missing.safetensors"),
         (["--pretrained_model_name_or_path=/no/such/model.safetensors"], "model.safetensors"),
         (["--learning_rate=0"], "learning"),
+        ([f"--output_dir={__file__}/out"], "--output_dir .*out cannot be written"),
+        (["--lr_scheduler=cosin"], "cosine"),
         (["--v2"], "SD 1.x"),
     ],
 )
@@ -269,6 +271,19 @@ def test_wrong_input_is_one_line(run, words, part):
     with pytest.raises(UserError, match=part) as caught:
         run("--max_train_steps=1", *words)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("words", [["--network_args", "conv_dm=4"], ["--lr_scheduler=cosin"], ["--optimizer_type=AdmW"], [f"--output_dir={__file__}/out"]])
+def test_what_is_misspelt_is_found_before_the_model_is_loaded(run, monkeypatch, words):
+    monkeypatch.setattr(run_module, "load_stable_diffusion", lambda *a, **k: pytest.fail("the model was loaded"))
+    with pytest.raises(UserError):
+        run(*words)
+
+
+def test_prompts_that_are_never_drawn_are_named(run, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a cat\n", encoding="utf-8")
+    run("--max_train_steps=1", f"--sample_prompts={tmp_path / 'prompts.txt'}", "--network_train_unet_only", "--cache_latents")
+    assert "--sample_prompts draws nothing without" in capsys.readouterr().out
 
 
 def test_trap_5_18_the_default_learning_rate_gets_a_warning(run, capsys):
