@@ -131,9 +131,7 @@ class LoRAModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """multiplier * scale * up(down(x)): (B, ..., in) -> (B, ..., out), or (B, in, H, W) -> (B, out, H', W')."""
-        if not torch.is_autocast_enabled(x.device.type):
-            x = x.to(self.lora_down.weight.dtype)
-        hidden = self.lora_down(x)
+        hidden = self.lora_down(self.in_own_type(x))
         factor = self.scale * self.multiplier
         if self.training and self.dropout:
             hidden = F.dropout(hidden, self.dropout)
@@ -142,6 +140,10 @@ class LoRAModule(nn.Module):
             factor = factor / (1 - self.rank_dropout)
         # The rank is the narrowest place, so scaling costs least there.
         return self.lora_up(hidden * factor)
+
+    def in_own_type(self, x: Tensor) -> Tensor:
+        """x in the type of these weights, which may differ from the layer's; autocast sees to that itself."""
+        return x if torch.is_autocast_enabled(x.device.type) else x.to(self.lora_down.weight.dtype)
 
     def _rank_mask(self, hidden: Tensor) -> Tensor:
         """0 or 1 for each sample and rank, the same at every token or position."""
@@ -643,17 +645,25 @@ NEEDS = {
 }
 
 
-def parse_network_args(texts: Mapping[str, Any], neuron_dropout: float | None = None) -> NetworkArgs:
-    """Read and check the words of `--network_args`; neuron_dropout is `--network_dropout`. ValueError names key and cure."""
+def parse_network_args(
+    texts: Mapping[str, Any],
+    neuron_dropout: float | None = None,
+    readers: Mapping[str, Callable[[str], Any]] = READERS,
+    kind: type[NetworkArgs] = NetworkArgs,
+) -> NetworkArgs:
+    """Read and check the words of `--network_args`; neuron_dropout is `--network_dropout`. ValueError names key and cure.
+
+    readers: how each known word is read; kind: the class of the result.
+    """
     given: dict[str, Any] = {}
     for key, text in texts.items():
-        if key not in READERS:
-            close = difflib.get_close_matches(key, READERS, n=1)
-            cure = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(READERS)}"
+        if key not in readers:
+            close = difflib.get_close_matches(key, readers, n=1)
+            cure = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(readers)}"
             raise ValueError(f"unknown network_args key '{key}'; {cure}")
         if text is not None:
             try:
-                given[key] = READERS[key](str(text))
+                given[key] = readers[key](str(text))
             except ValueError as error:
                 raise ValueError(f"network_args {key}={text}: {error}") from None
     if neuron_dropout is not None and not 0 <= neuron_dropout < 1:
@@ -665,7 +675,7 @@ def parse_network_args(texts: Mapping[str, Any], neuron_dropout: float | None = 
             raise ValueError(f"network_args {key} does nothing alone; give {' or '.join(others)} too")
     if "conv_dim" in given and "conv_block_dims" in given:
         raise ValueError("network_args conv_dim and conv_block_dims both say the ranks of 3x3 convolutions; give one of them")
-    return NetworkArgs(**given)
+    return kind(**given)
 
 
 # ---------------------------------------------------------------- making a network
@@ -686,12 +696,25 @@ def create_network(
     network_args are the words of `--network_args`, as text; see `NetworkArgs`. Wrong ones raise ValueError.
     """
     args = parse_network_args(network_args, neuron_dropout)
+    return new_network(LoRANetwork, args, multiplier, network_dim, network_alpha, text_encoder, unet)
+
+
+def new_network(
+    kind: type[LoRANetwork],
+    args: NetworkArgs,
+    multiplier: float,
+    network_dim: int | None,
+    network_alpha: float | None,
+    text_encoder: nn.Module | None,
+    unet: nn.Module | None,
+) -> Any:
+    """A network of this class with the ranks and alphas that args give to the model's layers."""
     dim, alpha = 4 if network_dim is None else network_dim, 1.0 if network_alpha is None else network_alpha
     if dim < 1 or args.conv_dim == 0:
         raise ValueError(f"{'network_dim' if dim < 1 else 'conv_dim'} must be at least 1")
     layers = find_layers(text_encoder, unet, args.conv3x3)
     ranks = {name: args.rank_and_alpha(name, kernel_size(layer) > 1, dim, alpha) for name, layer in layers.items()}
-    return LoRANetwork(layers, {name: rank for name, rank in ranks.items() if rank[0]}, multiplier, args)
+    return kind(layers, {name: rank for name, rank in ranks.items() if rank[0]}, multiplier, args)
 
 
 def create_network_from_weights(
@@ -709,19 +732,32 @@ def create_network_from_weights(
 
     Ranks and alphas in network_args are not used (with a warning). for_inference is in the contract; it changes nothing.
     """
+    args = parse_network_args(network_args, neuron_dropout)
+    if args.block_dims or args.conv3x3:
+        logger.warning("ranks and alphas are those of the weights; the ones in network_args are not used")
+    return network_from_weights(LoRANetwork, args, multiplier, file, text_encoder, unet, weights_sd)
+
+
+def network_from_weights(
+    kind: type[LoRANetwork],
+    args: NetworkArgs,
+    multiplier: float,
+    file: str | os.PathLike | None,
+    text_encoder: nn.Module | None,
+    unet: nn.Module | None,
+    weights_sd: dict[str, Tensor] | None,
+) -> tuple[Any, dict[str, Tensor]]:
+    """A network of this class with the modules, ranks and alphas of weights_sd, or else of the file; and these weights."""
     if weights_sd is None:
         if file is None:
             raise ValueError("create_network_from_weights needs a file or weights_sd")
         weights_sd = load_tensors(file)
-    args = parse_network_args(network_args, neuron_dropout)
-    if args.block_dims or args.conv3x3:
-        logger.warning("ranks and alphas are those of the weights; the ones in network_args are not used")
     layers = find_layers(text_encoder, unet, conv3x3=True)
     ranks = {}
     for name in names_in_both(weights_sd, layers):
         _, down, alpha = module_weights(weights_sd, name, layers[name])
         ranks[name] = (len(down), alpha)
-    return LoRANetwork(layers, ranks, multiplier, args), weights_sd
+    return kind(layers, ranks, multiplier, args), weights_sd
 
 
 def kernel_size(layer: Layer) -> int:

@@ -147,9 +147,10 @@ def shuffle(module: LowRank, generator: torch.Generator) -> LowRank:
 
 
 def split(module: LowRank, rank: int) -> LowRank:
-    """The first ranks of a DyLoRA module, with its alpha: the scale is alpha / rank, as in training with that many ranks."""
+    """The first ranks of a DyLoRA module. Alpha shrinks with the rank, so the scale stays as it was in training."""
     rank = min(rank, module.rank)
-    return replace(module, up=module.up[:, :rank].contiguous(), down=module.down[:rank].contiguous())
+    alpha = module.alpha * rank / module.rank
+    return LowRank(module.up[:, :rank].contiguous(), module.down[:rank].contiguous(), alpha)
 
 
 def clamp(module: LowRank, quantile: float) -> LowRank:

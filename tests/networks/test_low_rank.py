@@ -107,10 +107,11 @@ def test_shuffle_keeps_the_product():
     assert not torch.equal(result.up, m.up) and relative(dense(result), dense(m)) < 1e-6
 
 
-def test_split_is_the_first_ranks_with_the_same_alpha():
+def test_trap_3_4_split_is_the_first_ranks_at_the_same_scale():
     m = module((9, 7, 3, 3), 6, 3)
     result = low_rank.split(m, 2)
-    assert torch.equal(result.up, m.up[:, :2]) and torch.equal(result.down, m.down[:2]) and result.alpha == 3
+    assert torch.equal(result.up, m.up[:, :2]) and torch.equal(result.down, m.down[:2])
+    assert result.scale == m.scale and result.alpha == 1
 
 
 def test_trap_1_7_clamping_is_by_absolute_value():

@@ -45,9 +45,9 @@ def test_trap_3_3_the_batches_of_a_step_share_one_draw(run, ranks):
 
 def test_trap_4_1_the_ranks_depend_on_the_seed_and_on_nothing_else(run, ranks):
     seen = []
-    for words in (("--seed=1",), ("--seed=1", "--gradient_checkpointing"), ("--seed=2",)):
+    for words in (("--seed=1",), ("--seed=1", "--learning_rate=1e-4"), ("--seed=2",)):
         ranks.clear()
-        run(*WORDS, "--max_train_steps=8", "--network_train_unet_only", *words)
+        run(*WORDS[:-1], "unit=1", "--max_train_steps=4", "--network_train_unet_only", *words)
         seen.append([rank for kind, rank in ranks if kind == "draw"])
     assert seen[0] == seen[1] != seen[2]
     assert len(set(seen[0])) > 1

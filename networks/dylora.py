@@ -1,0 +1,156 @@
+"""DyLoRA: one training run, and afterwards a LoRA of any rank (Valipour et al. 2022, arXiv 2210.07558).
+
+A step draws one rank b for the whole network, uniformly from unit, 2 unit, ..., R, and trains the first b ranks alone:
+
+    y = W(x) + multiplier * (alpha / R) * up[:, :b] down[:b] x
+
+So the first ranks learn to work without the others, and the others to add to them. All b ranks get gradients at such a step
+(the paper's variant without "frozen"). The scale alpha / R is the same for every b: each rank then means the same whether
+or not others follow it, so the ranks can agree. The paper divides by b instead, which asks the first ranks to be right both
+at one strength and at R / unit times that; it ends with higher losses at every rank (benchmarks/dylora.py).
+
+The file is an ordinary LoRA of rank R. Its first b ranks with alpha * b / R are a LoRA of rank b that does what the first b
+ranks did in training; extract_lora_from_dylora.py writes them. Evaluation and pictures use all ranks.
+
+The trainer calls `on_step_start` before the first batch of every step. Without these calls all ranks train, as in a LoRA.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from networks import lora
+from networks.lora import LoRAModule, LoRANetwork, NetworkArgs, kernel_size
+
+READERS = {
+    "unit": lora.read_int,
+    **{key: reader for key, reader in lora.READERS.items() if key in ("conv_dim", "conv_alpha") or key.startswith("loraplus_")},
+}
+
+
+@dataclass(frozen=True)
+class DyLoRAArgs(NetworkArgs):
+    """What `--network_args` can say to a DyLoRA. None: not given."""
+
+    unit: int | None = None
+
+
+class DyLoRAModule(LoRAModule):
+    """A LoRA module that in training uses its first `active_rank` ranks alone."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.active_rank = self.rank
+
+    def forward(self, x: Tensor) -> Tensor:
+        """multiplier * scale * up[:, :b] down[:b] x, where b is `active_rank` in training and the whole rank otherwise."""
+        if not self.training or self.active_rank == self.rank:
+            return super().forward(x)
+        down, up = self.lora_down.weight[: self.active_rank], self.lora_up.weight[:, : self.active_rank]
+        x = self.in_own_type(x)
+        factor = self.scale * self.multiplier
+        if isinstance(self.lora_down, nn.Conv2d):
+            layer = self.lora_down
+            return F.conv2d(F.conv2d(x, down, None, layer.stride, layer.padding, layer.dilation) * factor, up)
+        return F.linear(F.linear(x, down) * factor, up)
+
+
+class DyLoRANetwork(LoRANetwork):
+    """LoRA modules of one rank R, of which `unit`, 2 `unit`, ... R are trained in turn."""
+
+    module_class = DyLoRAModule
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        ranks = sorted({module.rank for module in self.loras})
+        if len(ranks) > 1:
+            raise ValueError(f"a DyLoRA has one rank, these weights have {', '.join(map(str, ranks))}; use networks.lora")
+        self.rank, self.unit = ranks[0], 1 if self.args.unit is None else self.args.unit
+        check_unit(self.unit, self.rank)
+
+    def on_step_start(self, text_encoder: nn.Module | None = None, unet: nn.Module | None = None) -> None:
+        """Draw the rank of this step from torch's CPU generator, the same for every module and until the next call."""
+        self.use_rank(self.unit * (1 + int(torch.randint(self.rank // self.unit, ()))))
+
+    def use_rank(self, rank: int) -> None:
+        """Train the first `rank` ranks from now on."""
+        for module in self.loras:
+            module.active_rank = rank
+
+
+def check_unit(unit: int, rank: int) -> None:
+    """ValueError unless the rank is a multiple of the unit."""
+    if unit < 1 or rank % unit:
+        fitting = [n for n in range(1, rank + 1) if rank % n == 0]
+        raise ValueError(f"network_args unit={unit} does not divide the rank {rank}; give one of {', '.join(map(str, fitting))}")
+
+
+def parse_network_args(texts: Mapping[str, Any], neuron_dropout: float | None = None) -> DyLoRAArgs:
+    """Read and check the words of `--network_args`; those that only networks.lora has are refused by name."""
+    for key, text in {**texts, "--network_dropout": neuron_dropout}.items():
+        if text is not None and key not in READERS and (key in lora.READERS or key.startswith("--")):
+            word = key if key.startswith("--") else f"network_args {key}"
+            raise ValueError(f"{word}: a DyLoRA has no such thing; leave it out, or use --network_module=networks.lora")
+    return lora.parse_network_args(texts, readers=READERS, kind=DyLoRAArgs)
+
+
+def create_network(
+    multiplier: float,
+    network_dim: int | None,
+    network_alpha: float | None,
+    vae: Any,
+    text_encoder: nn.Module | None,
+    unet: nn.Module | None,
+    neuron_dropout: float | None = None,
+    **network_args: Any,
+) -> DyLoRANetwork:
+    """A new DyLoRA of rank network_dim (default 4); network_args may have unit (default 1), conv_dim (which must equal the rank),
+    conv_alpha and the LoRA+ ratios. Wrong ones raise ValueError."""
+    args = parse_network_args(network_args, neuron_dropout)
+    dim = 4 if network_dim is None else network_dim
+    if args.conv_dim not in (None, dim):
+        raise ValueError(f"network_args conv_dim={args.conv_dim}: a DyLoRA has one rank, give conv_dim={dim} (= --network_dim)")
+    return lora.new_network(DyLoRANetwork, args, multiplier, dim, network_alpha, text_encoder, unet)
+
+
+def create_network_from_weights(
+    multiplier: float,
+    file: str | os.PathLike | None,
+    vae: Any,
+    text_encoder: nn.Module | None,
+    unet: nn.Module | None,
+    weights_sd: dict[str, Tensor] | None = None,
+    for_inference: bool = False,
+    neuron_dropout: float | None = None,
+    **network_args: Any,
+) -> tuple[DyLoRANetwork, dict[str, Tensor]]:
+    """A DyLoRA with the modules, rank and alphas of a LoRA file, or of weights_sd, and these weights, not yet loaded into it.
+
+    The unit is that of network_args, or else the one in the file's metadata, or else 1.
+    """
+    if "unit" not in network_args and file is not None:
+        network_args["unit"] = unit_of_file(file)
+    args = parse_network_args(network_args, neuron_dropout)
+    return lora.network_from_weights(DyLoRANetwork, args, multiplier, file, text_encoder, unet, weights_sd)
+
+
+def unit_of_file(file: str | os.PathLike) -> str | None:
+    """The unit with which a file was trained, as its metadata has it; None if that says nothing."""
+    if Path(file).suffix != ".safetensors" or not Path(file).is_file():
+        return None
+    try:
+        with safe_open(file, "pt") as content:
+            words = json.loads((content.metadata() or {}).get("ss_network_args", "{}"))
+    except (lora.SafetensorError, ValueError):
+        return None  # a damaged file is reported where it is loaded
+    return words.get("unit") if isinstance(words, dict) else None
