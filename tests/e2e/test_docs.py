@@ -330,7 +330,7 @@ ERRORS = {  # the message's beginning as the pages have it -> words that bring i
 NOTES = {
     "--learning_rate is 2e-6": ["--learning_rate=2e-6"],
     "this processor has no bf16 units": ["--mixed_precision=bf16"],
-    "--xformers: ": ["--xformers", "--network_args", "x=1"],
+    "--xformers: ": ["--xformers", "--network_weights=data.toml"],
     "no picture has a .caption file": ["--train_data_dir=pictures", "--dataset_config="],
 }
 
