@@ -12,11 +12,20 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 
+class _HelpFormatter(argparse.HelpFormatter):
+    """Names the default of each option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False, [], argparse.SUPPRESS) or not action.option_strings:
+            return action.help
+        return f"{action.help} (default: %(default)s)"
+
+
 class Parser(argparse.ArgumentParser):
     """argparse that raises ValueError, takes no abbreviations, and names the nearest option to an unknown one."""
 
     def __init__(self, description: str):
-        super().__init__(description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None) -> argparse.Namespace:
         words = sys.argv[1:] if args is None else list(args)

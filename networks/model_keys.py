@@ -47,10 +47,8 @@ class Place:
 
 def is_v2(names: Iterable[str]) -> bool | None:
     """Whether a file with these tensors is SD 2.x, told by its text encoder; None if it holds none."""
-    for name in names:
-        if name.startswith("cond_stage_model."):
-            return name.startswith(OPEN_CLIP)
-    return None
+    text = [name for name in names if name.startswith("cond_stage_model.")]
+    return any(name.startswith(OPEN_CLIP) for name in text) if text else None
 
 
 def lora_places(shapes: Shapes) -> dict[str, Place]:

@@ -1,0 +1,71 @@
+"""Split a DyLoRA file into one LoRA for each rank. `python networks/extract_lora_from_dylora.py --help` lists the options.
+
+A rank's LoRA is the first rows and columns of the factors, at the scale that they had in training (see networks/dylora.py).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if not __package__:  # run as a script: the repository, not this folder, is where modules are looked for
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tqdm import tqdm
+
+from networks.command_line import Parser, run
+from networks.lora_file import LoraFile, read_loras, write_lora
+from networks.lora_metadata import changed
+from networks.low_rank import LowRank, split
+from networks.weight_file import output_path
+
+
+def ranks_of(lora: LoraFile, unit: int) -> list[int]:
+    """unit, 2 * unit, ... and the rank of the file itself."""
+    largest = max(module.rank for module in lora.modules.values())
+    return [*range(unit, largest, unit), largest]
+
+
+def split_lora(lora: LoraFile, rank: int) -> dict[str, LowRank]:
+    """The LoRA of the first `rank` ranks; modules that have fewer keep what they have."""
+    return {name: split(module, rank) for name, module in lora.modules.items()}
+
+
+def unit_of(lora: LoraFile, given: int | None) -> int:
+    """The unit that is given, or that the file was trained with."""
+    try:
+        trained = json.loads(lora.metadata.get("ss_network_args", "{}")).get("unit")
+        unit = given if given is not None else int(trained)
+    except (ValueError, TypeError, AttributeError):
+        raise ValueError(f"--unit is missing, and {lora.path} does not say what it was trained with; give it, such as --unit 4") from None
+    if unit < 1:
+        raise ValueError(f"--unit {unit}: must be at least 1")
+    return unit
+
+
+def options() -> Parser:
+    parser = Parser(__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="DyLoRA file")
+    parser.add_argument("--save_to", required=True, help="files to write; the rank is added: split.safetensors gives split-0004.safetensors")
+    parser.add_argument("--unit", type=int, help="step from rank to rank (default: what the file says it was trained with)")
+    return parser
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    args = options().parse_args(words)
+    source = Path(args.model)
+    (lora,) = read_loras([args.model])
+    ranks = ranks_of(lora, unit_of(lora, args.unit))
+    base = Path(args.save_to)
+    targets = [output_path(base.with_name(f"{base.stem}-{rank:04}{base.suffix}"), [source]) for rank in ranks]
+    for rank, target in zip(tqdm(ranks, unit="file", desc="splitting"), targets):
+        modules = split_lora(lora, rank)
+        metadata = changed(lora, modules, f"split from DyLoRA, rank {ranks[-1]} to {rank}")
+        write_lora(target, modules, metadata, lora.dtype)
+    print(f"saved {len(targets)} files, {targets[0]} to {targets[-1]}")
+
+
+if __name__ == "__main__":
+    run(main)

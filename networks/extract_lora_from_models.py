@@ -1,0 +1,191 @@
+"""Make a LoRA of the difference of two models. `python networks/extract_lora_from_models.py --help` lists the options.
+
+Both files are read pairwise, layer by layer, and each difference becomes the best matrix of its rank, in seconds. How much of the
+difference the LoRA explains is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+if not __package__:  # run as a script: the repository, not this folder, is where modules are looked for
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from networks.command_line import Parser, run
+from networks.lora_file import precision, write_lora
+from networks.lora_metadata import modelspec, network, without_modelspec
+from networks.low_rank import LowRank, best_low_rank, clamp, rank_for_share
+from networks.merge_lora import check_model
+from networks.model_keys import Place, lora_places
+from networks.svd_merge_lora import Kept, check_at_least_one, check_device, check_quantile, named, print_kept
+from networks.weight_file import PRECISIONS, WeightFile, open_weights, output_path
+
+DIM = 4
+MOST = 128  # largest rank that --explained takes if --dim does not say otherwise
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """How to make the LoRA. dim, conv_dim: ranks (conv_dim None: attention layers only); explained: the part of each module's
+    norm to reach with the smallest rank up to those; min_diff: modules that changed less than this, relative to their norm, are
+    left out; clamp_quantile: see `clamp`; load: dtype to cast both models to first."""
+
+    dim: int = DIM
+    conv_dim: int | None = None
+    explained: float | None = None
+    min_diff: float = 1e-5
+    clamp_quantile: float | None = None
+    load: torch.dtype | None = None
+    device: str = "cpu"
+
+    def rank_limit(self, shape: Sequence[int]) -> int:
+        is_3x3 = len(shape) == 4 and shape[2] * shape[3] > 1
+        return min(self.conv_dim or self.dim if is_3x3 else self.dim, shape[0], torch.Size(shape[1:]).numel())
+
+
+def extract(original: WeightFile, tuned: WeightFile, how: Extraction) -> tuple[dict[str, LowRank], Kept, list[str]]:
+    """The modules, the squared norms of difference and LoRA, and the names of the modules left out as not changed."""
+    modules, kept, unchanged = {}, {}, []
+    pairs = _pairs(original, tuned, how)
+    with tqdm(total=sum(len(places) for places in pairs.values()), unit="module", desc="extracting") as progress:
+        for key, places in pairs.items():
+            for name, before, after in _layers(original, tuned, key, places, how):
+                difference = _difference(before, after, how.min_diff)
+                progress.update()
+                if difference is None:
+                    unchanged.append(name)
+                    continue
+                modules[name], kept[name] = named(name, _module, difference, how)
+    return modules, kept, unchanged
+
+
+def _pairs(original: WeightFile, tuned: WeightFile, how: Extraction) -> dict[str, list[tuple[str, Place, Place]]]:
+    """The modules to extract with their places in both files, by the key of the tensor in the first. Sizes are checked."""
+    first, second = lora_places(original.shapes), lora_places(tuned.shapes)
+    if odd := next(iter(first.keys() ^ second.keys()), None):
+        lacks = tuned if odd in first else original
+        raise ValueError(f"{lacks.path} has no layer {odd}, the other model has; they are not of one kind")
+    pairs: dict[str, list[tuple[str, Place, Place]]] = {}
+    for name, place in first.items():
+        shapes = original.shapes[place.key], tuned.shapes[second[name].key]
+        if torch.Size(shapes[0]).numel() != torch.Size(shapes[1]).numel():
+            raise ValueError(f"{name} is {shapes[0]} in {original.path} and {shapes[1]} in {tuned.path}; they are not of one kind")
+        if how.conv_dim is not None or "_attentions_" in name or name.startswith("lora_te_"):
+            pairs.setdefault(place.key, []).append((name, place, second[name]))
+    return pairs
+
+
+def _layers(
+    original: WeightFile, tuned: WeightFile, key: str, places: Sequence[tuple[str, Place, Place]], how: Extraction
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, weight before, weight after) of the layers in one tensor."""
+    before, after = original.read(key), tuned.read(places[0][2].key)
+    if how.load is not None:
+        before, after = before.to(how.load), after.to(how.load)
+    after = after.view(before.shape)  # SD 2 has projections as Linear or as 1x1 convolution
+    for name, place, _ in places:
+        rows = place.rows(len(before))
+        yield name, before[rows], after[rows]
+
+
+def _difference(before: Tensor, after: Tensor, min_diff: float) -> Tensor | None:
+    """after - before in float32, or None if that is nothing: relatively too small, or only the rounding of another dtype."""
+    if before.dtype != after.dtype:
+        coarse = min((before.dtype, after.dtype), key=lambda dtype: (dtype.itemsize, dtype == torch.float16))
+        if torch.equal(before.to(coarse), after.to(coarse)):
+            return None
+    before = before.float()
+    difference = after.float() - before
+    return None if difference.norm() <= min_diff * before.norm() else difference
+
+
+def _module(difference: Tensor, how: Extraction) -> tuple[LowRank, tuple[float, float]]:
+    limit = how.rank_limit(difference.shape)
+    found = best_low_rank(difference.flatten(1).to(how.device), limit, share=how.explained)
+    rank = limit if how.explained is None else min(limit, rank_for_share(found, how.explained))
+    module = found.low_rank(rank, difference.shape)
+    if how.clamp_quantile is not None:
+        module = clamp(module, how.clamp_quantile)
+    return module, (found.total**2, (found.total * found.kept(rank)) ** 2)
+
+
+def metadata_of(
+    modules: Mapping[str, LowRank], save_to: Path, original: Path, tuned: Path, v2: bool, v_parameterization: bool
+) -> dict[str, str]:
+    """What the file says of itself."""
+    facts = network(modules) | {"ss_v2": str(v2)}
+    facts["ss_base_model_version"] = ("sd_v2" if v2 else "sd_v1") + ("_v" if v_parameterization else "")
+    facts["ss_sd_model_name"] = original.name
+    facts["ss_output_name"] = save_to.stem
+    facts["ss_training_comment"] = f"extracted: {tuned.name} - {original.name}"
+    return facts | modelspec(save_to, facts, [tuned.stem, original.stem])
+
+
+def options() -> Parser:
+    parser = Parser(__doc__.splitlines()[0])
+    words = list(PRECISIONS)
+    parser.add_argument("--model_org", required=True, help="base model, .safetensors or .ckpt")
+    parser.add_argument("--model_tuned", required=True, help="tuned model")
+    parser.add_argument("--save_to", required=True, help="LoRA file to write: .safetensors, .ckpt or .pt")
+    parser.add_argument("--dim", type=int, help=f"rank (default: {DIM}); with --explained the largest one (default: {MOST})")
+    parser.add_argument("--conv_dim", type=int, help="rank for 3x3 convolutions (default: residual blocks and samplers are left out)")
+    parser.add_argument("--explained", type=float, help="choose each module's rank so that this part of its norm is kept, such as 0.9")
+    parser.add_argument("--v2", action="store_true", help="the models are Stable Diffusion 2.x")
+    parser.add_argument("--v_parameterization", action="store_true", help="metadata: the models predict v")
+    parser.add_argument("--device", default="cpu", help="where to calculate, such as cuda")
+    parser.add_argument("--load_precision", choices=words, help="cast both models to this first")
+    parser.add_argument("--save_precision", choices=words, default="float", help="dtype in the file")
+    parser.add_argument("--clamp_quantile", type=float, help="cut numbers above this quantile of sizes, such as 0.99; costs accuracy")
+    parser.add_argument("--min_diff", type=float, default=1e-5, help="leave out modules whose norm changed by less than this part")
+    parser.add_argument("--no_metadata", action="store_true", help="write only the metadata that loaders need")
+    return parser
+
+
+def _settings(args: argparse.Namespace) -> Extraction:
+    check_at_least_one("--dim", args.dim)
+    check_at_least_one("--conv_dim", args.conv_dim)
+    check_quantile(args.clamp_quantile)
+    check_device(args.device)
+    if args.explained is not None and not 0 < args.explained <= 1:
+        raise ValueError(f"--explained {args.explained:g}: must be above 0 and at most 1")
+    if not args.min_diff >= 0:
+        raise ValueError(f"--min_diff {args.min_diff:g}: must not be negative")
+    dim = args.dim or (DIM if args.explained is None else MOST)
+    load = precision(args.load_precision)
+    return Extraction(dim, args.conv_dim, args.explained, args.min_diff, args.clamp_quantile, load, args.device)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    args = options().parse_args(words)
+    how = _settings(args)
+    paths = [Path(args.model_org), Path(args.model_tuned)]
+    save_to = output_path(args.save_to, paths)
+    for option, path in zip(("--model_org", "--model_tuned"), paths):
+        if path.is_dir():
+            raise ValueError(f"{option} {path} is a folder; make one file of it with tools/convert_diffusers20_original_sd.py")
+    with open_weights(paths[0]) as original, open_weights(paths[1]) as tuned:
+        check_model(original, args.v2, [])
+        check_model(tuned, args.v2, [])
+        modules, kept, unchanged = extract(original, tuned, how)
+    if not modules:
+        raise ValueError(f"{paths[0]} and {paths[1]} do not differ in the layers that a LoRA can change; nothing was written")
+    metadata = metadata_of(modules, save_to, *paths, args.v2, args.v_parameterization)
+    write_lora(save_to, modules, without_modelspec(metadata) if args.no_metadata else metadata, PRECISIONS[args.save_precision])
+    print_kept(kept)
+    if not any(name.startswith("lora_te_") for name in modules):
+        print("the text encoders are the same, so the LoRA is for the U-Net alone")
+    elif unchanged:
+        print(f"{len(unchanged)} modules did not change and were left out, such as {unchanged[0]}")
+    print(f"saved {save_to}")
+
+
+if __name__ == "__main__":
+    run(main)

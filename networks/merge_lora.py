@@ -1,0 +1,193 @@
+"""Merge LoRA files into a model, or into one LoRA. `python networks/merge_lora.py --help` lists the options.
+
+Into a model: W + sum of ratio * alpha / rank * up @ down, tensor by tensor from file to file. Into one LoRA: exact, for any ranks and
+alphas, by putting the factors side by side; the rank is the sum of the ranks (svd_merge_lora.py makes a smaller one).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+if not __package__:  # run as a script: the repository, not this folder, is where modules are looked for
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from networks.command_line import Parser, run
+from networks.lora_file import LoraFile, all_names, check_ratios, precision, read_loras, write_lora
+from networks.lora_metadata import base_model_version, merged, merged_from, modelspec, without_modelspec
+from networks.low_rank import LowRank, delta, shuffle, stack
+from networks.model_keys import UNET, Place, is_v2, lora_places
+from networks.weight_file import PRECISIONS, WeightFile, open_weights, output_path, write_weights
+
+
+def merge_into_model(
+    model: WeightFile,
+    loras: Sequence[LoraFile],
+    ratios: Sequence[float],
+    save_to: Path,
+    *,
+    compute: torch.dtype = torch.float32,
+    save: torch.dtype | None = None,
+    v_parameterization: bool | None = None,
+    with_modelspec: bool = True,
+) -> list[str]:
+    """Write the model with the LoRAs merged in; returns the LoRA modules that the model has no layer for.
+
+    save None: every tensor keeps its dtype. Tensors that are no part of the network (the noise schedule's) keep it always.
+    """
+    places = lora_places(model.shapes)
+    if not places:
+        raise ValueError(f"{model.path} is no Stable Diffusion 1.x or 2.x checkpoint: its layers have other names")
+    changes: dict[str, list[tuple[Place, LowRank, float]]] = {}
+    for lora, ratio in zip(loras, ratios):
+        for name, module in lora.modules.items():
+            if name in places:
+                _check_size(model, lora, name, places[name])
+                changes.setdefault(places[name].key, []).append((places[name], module, ratio))
+    unused = [name for name in all_names(loras) if name not in places]
+    if not changes:
+        raise ValueError(f"{model.path} has no layer for any module of the LoRAs, such as {unused[0]}; they are for another kind of model")
+    dtypes = {name: _saved_dtype(name, dtype, save) for name, dtype in model.dtypes.items()}
+    progress = tqdm(total=len(model.shapes), unit="tensor", desc="merging")
+
+    def tensor(name: str) -> Tensor:
+        value = model.read(name)
+        if name in changes:
+            value = _merged(value.to(compute), changes[name])
+        progress.update()
+        return value.to(dtypes[name])
+
+    metadata = dict(model.metadata)
+    if with_modelspec:
+        v2 = is_v2(model.shapes)
+        facts = base_model_version(loras, v_parameterization) | ({"ss_v2": str(v2)} if v2 is not None else {})
+        titles = [metadata.get("modelspec.title") or model.path.stem, *(lora.title for lora in loras)]
+        spec = modelspec(save_to, facts, titles, metadata.get("modelspec.resolution"), lora=False)
+        metadata |= spec | {"ss_merged_from": merged_from(loras, ratios)}
+    with progress:
+        write_weights(save_to, model.shapes, dtypes, tensor, metadata, model.numbers)
+    return unused
+
+
+def _check_size(model: WeightFile, lora: LoraFile, name: str, place: Place) -> None:
+    out_size, *inside = model.shapes[place.key]
+    rows = place.rows(out_size)
+    size = (rows.stop - rows.start, torch.Size(inside).numel())
+    if lora.modules[name].matrix_shape != size:
+        found = lora.modules[name].matrix_shape
+        raise ValueError(
+            f"{lora.path} does not fit {model.path}: {name} changes a layer of {found[1]} in, {found[0]} out, "
+            f"here it has {size[1]} in, {size[0]} out; is it for another Stable Diffusion version?"
+        )
+
+
+def _saved_dtype(name: str, dtype: torch.dtype, save: torch.dtype | None) -> torch.dtype:
+    # The noise schedule (betas, ...) has names without a dot and stays float32 in half-precision files too.
+    return save if save and dtype.is_floating_point and "." in name else dtype
+
+
+def _merged(weight: Tensor, changes: Iterable[tuple[Place, LowRank, float]]) -> Tensor:
+    for place, module, ratio in changes:
+        rows = weight[place.rows(len(weight))]
+        rows += delta(module, ratio).reshape(rows.shape).to(rows.dtype)
+    return weight
+
+
+def merge_loras(loras: Sequence[LoraFile], ratios: Sequence[float], shuffled: bool = False) -> dict[str, LowRank]:
+    """The exact sum of ratio * LoRA, by module. A module that only some of the files have is the sum over those."""
+    generator = torch.Generator().manual_seed(0)
+    result = {}
+    for name in tqdm(all_names(loras), unit="module", desc="merging"):
+        parts = [(lora.modules[name], ratio) for lora, ratio in zip(loras, ratios) if name in lora.modules]
+        result[name] = shuffle(stack(parts), generator) if shuffled else stack(parts)
+    return result
+
+
+def check_model(model: WeightFile, v2: bool, loras: Sequence[LoraFile]) -> None:
+    """ValueError if the checkpoint is of another generation than said, or than the LoRAs are for."""
+    found = is_v2(model.shapes)
+    if any(name.startswith("conditioner.") for name in model.shapes):
+        raise ValueError(f"{model.path} is an SDXL checkpoint; only Stable Diffusion 1.x and 2.x can be used")
+    if found is None or not any(name.startswith(UNET) for name in model.shapes):
+        raise ValueError(f"{model.path} is no Stable Diffusion checkpoint: it lacks the U-Net or the text encoder")
+    if found != v2:
+        raise ValueError(f"{model.path} is a Stable Diffusion {'2.x' if found else '1.x'} model; {'add' if found else 'leave out'} --v2")
+    for lora in loras:
+        if lora.v2 not in (None, found):
+            raise ValueError(f"{lora.path} is for SD {'2.x' if lora.v2 else '1.x'}, {model.path} is SD {'2.x' if found else '1.x'}")
+
+
+def options() -> Parser:
+    parser = Parser(__doc__.splitlines()[0])
+    words = list(PRECISIONS)
+    parser.add_argument("--sd_model", help="checkpoint to merge into; without it the LoRAs are merged into one LoRA")
+    parser.add_argument("--save_to", required=True, help="file to write: .safetensors, .ckpt or .pt")
+    parser.add_argument("--models", nargs="*", default=[], help="LoRA files")
+    parser.add_argument("--ratios", nargs="*", type=float, default=[], help="strength of each LoRA, in the same order; may be negative")
+    parser.add_argument("--v2", action="store_true", help="the model is Stable Diffusion 2.x")
+    parser.add_argument("--v_parameterization", action="store_true", default=None, help="metadata: the model predicts v (default: as the LoRAs say)")
+    parser.add_argument("--precision", choices=words, default="float", help="dtype of the calculation; LoRA with LoRA always calculates in float")
+    parser.add_argument("--save_precision", choices=words, help="dtype in the file (default: a model's own; --precision for a LoRA)")
+    parser.add_argument("--concat", action="store_true", help="LoRA with LoRA: put the factors side by side; that is always done")
+    parser.add_argument("--shuffle", action="store_true", help="LoRA with LoRA: ranks in a random order, the result is the same")
+    parser.add_argument("--no_metadata", action="store_true", help="leave out modelspec keys; a LoRA keeps what loaders need")
+    return parser
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    args = options().parse_args(words)
+    check_ratios(args.models, args.ratios)
+    inputs = [Path(name) for name in (*args.models, *([args.sd_model] if args.sd_model else []))]
+    save_to = output_path(args.save_to, inputs)
+    if args.sd_model:
+        _into_model(args, save_to)
+    else:
+        _into_lora(args, save_to)
+
+
+def _into_model(args: argparse.Namespace, save_to: Path) -> None:
+    path = Path(args.sd_model)
+    if path.is_dir():
+        raise ValueError(f"--sd_model {path} is a Diffusers folder; make one file of it with tools/convert_diffusers20_original_sd.py")
+    if args.shuffle or args.concat:
+        raise ValueError("--concat and --shuffle are for LoRAs merged into a LoRA; leave them out with --sd_model")
+    with open_weights(path) as model:
+        loras = read_loras(args.models)
+        check_model(model, args.v2, loras)
+        unused = merge_into_model(
+            model,
+            loras,
+            args.ratios,
+            save_to,
+            compute=PRECISIONS[args.precision],
+            save=precision(args.save_precision),
+            v_parameterization=args.v_parameterization,
+            with_modelspec=not args.no_metadata,
+        )
+    if unused:
+        print(f"warning: the model has no layer for {len(unused)} of the LoRA modules, such as {unused[0]}", file=sys.stderr)
+    parts = [path.name, *(f"{ratio:g} x {Path(name).name}" for name, ratio in zip(args.models, args.ratios))]
+    print(f"saved {save_to}: {' + '.join(parts)}")
+
+
+def _into_lora(args: argparse.Namespace, save_to: Path) -> None:
+    if args.v2:
+        raise ValueError("--v2 is for merging into a model with --sd_model; leave it out")
+    loras = read_loras(args.models)
+    modules = merge_loras(loras, args.ratios, args.shuffle)
+    metadata = merged(loras, args.ratios, modules, save_to, "merged", args.v_parameterization)
+    dtype = PRECISIONS[args.save_precision or args.precision]
+    write_lora(save_to, modules, without_modelspec(metadata) if args.no_metadata else metadata, dtype)
+    ranks = sorted({module.rank for module in modules.values()})
+    text = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    print(f"saved {save_to}: the exact sum, {text}; for a smaller file of nearly the same effect use svd_merge_lora.py")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,118 @@
+"""Make a LoRA file of a lower rank. `python networks/resize_lora.py --help` lists the options.
+
+Every module becomes the best of its new rank, at the same strength. The rank is one number for all, or chosen module by module
+from the singular values.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+if not __package__:  # run as a script: the repository, not this folder, is where modules are looked for
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tqdm import tqdm
+
+from networks.command_line import Parser, run
+from networks.lora_file import LoraFile, read_loras, write_lora
+from networks.lora_metadata import changed
+from networks.low_rank import Decomposition, LowRank, decompose, smallest_rank
+from networks.svd_merge_lora import Kept, check_at_least_one, check_device, named, print_kept
+from networks.weight_file import PRECISIONS, output_path
+
+METHODS = ("sv_ratio", "sv_fro", "sv_cumulative")
+
+
+def resize(
+    lora: LoraFile,
+    new_rank: int,
+    new_conv_rank: int | None = None,
+    *,
+    method: str | None = None,
+    target: float = 0.0,
+    device: str = "cpu",
+    report: Callable[[str], None] | None = None,
+) -> tuple[dict[str, LowRank], Kept]:
+    """Every module cut to `new_rank`, or `new_conv_rank` if it is a 3x3 convolution; with `method`, to the smallest rank up to
+    that which reaches `target` (see `smallest_rank`). No rank grows. report: gets a line about every module."""
+    modules, kept = {}, {}
+    for name, module in tqdm(lora.modules.items(), unit="module", desc="resizing", disable=report is not None):
+        found = named(name, decompose, module, device)
+        limit = min(new_conv_rank or new_rank if module.is_3x3 else new_rank, module.rank)
+        rank = min(limit, smallest_rank(found.s, method, target)) if method else limit
+        modules[name] = found.low_rank(rank, module, module.scale)
+        kept[name] = (found.total**2, (found.total * found.kept(rank)) ** 2)
+        if report:
+            report(_line(name, found, modules[name]))
+    return modules, kept
+
+
+def _line(name: str, found: Decomposition, module: LowRank) -> str:
+    s, rank = found.s, min(module.rank, len(found.s))
+    share = float(s[:rank].sum() / s.sum()) if s[0] > 0 else 1.0
+    ratio = float(s[0] / s[rank - 1]) if s[rank - 1] > 0 else float("inf")
+    return f"{name:75} rank {module.rank:3} alpha {module.alpha:<8.4g} sum {share:6.1%} norm {found.kept(rank):6.1%} ratio {ratio:.1f}"
+
+
+def options() -> Parser:
+    parser = Parser(__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="LoRA file to resize")
+    parser.add_argument("--save_to", required=True, help="file to write: .safetensors, .ckpt, .pt or .pth")
+    parser.add_argument("--new_rank", type=int, default=4, help="new rank; with --dynamic_method the largest one")
+    parser.add_argument("--new_conv_rank", type=int, help="the same for 3x3 convolutions (default: --new_rank)")
+    parser.add_argument("--dynamic_method", choices=METHODS, help="choose each module's rank by its singular values")
+    target = "sv_ratio: keep those above the largest / this; sv_fro: keep this part of the norm; sv_cumulative: of their sum"
+    parser.add_argument("--dynamic_param", type=float, help=target)
+    parser.add_argument("--device", default="cpu", help="where to calculate, such as cuda")
+    parser.add_argument("--save_precision", choices=list(PRECISIONS), default="float", help="dtype in the file")
+    parser.add_argument("--verbose", action="store_true", help="print a line about every module")
+    return parser
+
+
+def _check(args: argparse.Namespace) -> None:
+    check_at_least_one("--new_rank", args.new_rank)
+    check_at_least_one("--new_conv_rank", args.new_conv_rank)
+    check_device(args.device)
+    if (args.dynamic_method is None) != (args.dynamic_param is None):
+        missing = "--dynamic_param" if args.dynamic_param is None else "--dynamic_method"
+        raise ValueError(f"{missing} is missing; --dynamic_method and --dynamic_param go together")
+    if args.dynamic_method == "sv_ratio" and not args.dynamic_param >= 1:
+        raise ValueError(f"--dynamic_param {args.dynamic_param:g}: must be at least 1 for sv_ratio")
+    if args.dynamic_method in ("sv_fro", "sv_cumulative") and not 0 < args.dynamic_param <= 1:
+        raise ValueError(f"--dynamic_param {args.dynamic_param:g}: must be above 0 and at most 1 for {args.dynamic_method}")
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    args = options().parse_args(words)
+    _check(args)
+    save_to = output_path(args.save_to, [Path(args.model)])
+    (lora,) = read_loras([args.model])
+    modules, kept = resize(
+        lora,
+        args.new_rank,
+        args.new_conv_rank,
+        method=args.dynamic_method,
+        target=args.dynamic_param or 0.0,
+        device=args.device,
+        report=print if args.verbose else None,
+    )
+    old = max(module.rank for module in lora.modules.values())
+    conv = f" (conv: {args.new_conv_rank})" if args.new_conv_rank else ""
+    comment = f"dimension is resized from {old} to {args.new_rank}{conv}"
+    facts = {}
+    if args.dynamic_method:
+        comment = f"Dynamic resize with {args.dynamic_method}: {args.dynamic_param:g} from {old}"
+        facts = {"ss_network_dim": "Dynamic", "ss_network_alpha": "Dynamic"}
+    write_lora(save_to, modules, changed(lora, modules, comment, **facts), PRECISIONS[args.save_precision])
+    print_kept(kept)
+    lower = sum(module.rank < (args.new_conv_rank or args.new_rank if module.is_3x3 else args.new_rank) for module in lora.modules.values())
+    if lower and not args.dynamic_method:
+        print(f"{lower} modules had a lower rank already and keep it")
+    print(f"saved {save_to}")
+
+
+if __name__ == "__main__":
+    run(main)
