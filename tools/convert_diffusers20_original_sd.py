@@ -1,0 +1,165 @@
+"""Convert Stable Diffusion 1.x and 2.x models between one file (.safetensors, .ckpt) and a Diffusers folder, both ways.
+
+`python tools/convert_diffusers20_original_sd.py model.safetensors model_folder`
+
+A target with a suffix becomes a file in CompVis layout, one without a Diffusers folder. The dtype stays unless one is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from library.errors import UserError, run_entry
+from networks.command_line import Parser
+
+FILE_SUFFIXES = (".safetensors", ".ckpt", ".pt")
+PRECISIONS = ("fp16", "bf16", "float")
+REASONS = {
+    "variant": "a folder's full weights are used if they are there, its fp16 ones else; leave the option out",
+    "reference_model": "scheduler and tokenizer come with this suite; leave the option out",
+}
+
+
+def options() -> Parser:
+    parser = Parser(__doc__.splitlines()[0])
+    parser.add_argument("model_to_load", help="file, Diffusers folder or hub id")
+    parser.add_argument("model_to_save", help="with a suffix (.safetensors, .ckpt): a file; without: a Diffusers folder")
+    generation = parser.add_mutually_exclusive_group()
+    generation.add_argument("--v1", action="store_true", help="the model is 1.x (default: seen from the model)")
+    generation.add_argument("--v2", action="store_true", help="the model is 2.x (default: seen from the model)")
+    parser.add_argument("--v_parameterization", action="store_true", help="the model predicts v (default: what a folder's scheduler says)")
+    dtype = parser.add_mutually_exclusive_group()
+    for name in PRECISIONS:
+        dtype.add_argument(f"--{name}", action="store_true", help=f"save as {name}")
+    dtype.add_argument("--save_precision_as", choices=PRECISIONS, help="the same as a word (default: as it was)")
+    parser.add_argument("--epoch", type=int, help="epoch to write into a .ckpt")
+    parser.add_argument("--global_step", type=int, help="step to write into a .ckpt")
+    parser.add_argument("--metadata", help='metadata for a .safetensors file, as JSON: {"modelspec.title": "mine"}')
+    parser.add_argument("--use_safetensors", action="store_true", help="Diffusers folders are always written as safetensors")
+    linear = "2.x folders always have linear projections, as their files do"
+    parser.add_argument("--unet_use_linear_projection", action="store_true", help=linear)
+    for name, reason in REASONS.items():
+        parser.add_argument(f"--{name}", help=f"not supported: {reason}")
+    return parser
+
+
+def read_metadata(text: str | None) -> dict[str, str] | None:
+    """A JSON object of texts; nothing in it is run."""
+    if text is None:
+        return None
+    try:
+        metadata = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"--metadata is no JSON ({error}); write it as in '{{\"modelspec.title\": \"mine\"}}'") from error
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise UserError("--metadata must be a JSON object whose values are texts in double quotes")
+    return metadata
+
+
+def check(args: argparse.Namespace) -> Path:
+    """The path to save to; UserError if the options do not go together."""
+    for name, reason in REASONS.items():
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name} is not supported: {reason}")
+    source, target = Path(args.model_to_load), Path(args.model_to_save)
+    suffix = target.suffix.lower()
+    # A dot may be part of a folder's name, as in `model-1.5`; a suffix of letters is meant as one.
+    if suffix[1:].isalpha() and suffix not in FILE_SUFFIXES:
+        raise UserError(f"{target}: the suffix decides the format; use {', '.join(FILE_SUFFIXES)}, or none for a Diffusers folder")
+    if source.exists() and source.resolve() == target.resolve():
+        raise UserError(f"{target} would overwrite the model that is read; give another name")
+    if (args.epoch, args.global_step) != (None, None) and suffix not in (".ckpt", ".pt"):
+        raise UserError("--epoch and --global_step have a place in a .ckpt only; leave them out")
+    if args.metadata is not None and suffix != ".safetensors":
+        raise UserError("--metadata has a place in a .safetensors file only; leave it out")
+    if args.unet_use_linear_projection and args.v1:
+        raise UserError("--unet_use_linear_projection is for 2.x models; leave it out")
+    return target
+
+
+def weights_files(source: Path) -> list[Path]:
+    """The file that tells a model's dtype: itself, or the U-Net's of a folder."""
+    return [source] if source.is_file() else sorted((source / "unet").glob("diffusion_pytorch_model*"))
+
+
+def stored_dtype(source: Path):
+    """The dtype of most tensors of the model, or None if that cannot be seen (a hub id)."""
+    from networks.weight_file import open_weights
+
+    for file in weights_files(source):
+        try:
+            with open_weights(file) as weights:
+                return Counter(dtype for dtype in weights.dtypes.values() if dtype.is_floating_point).most_common(1)[0][0]
+        except (ValueError, IndexError) as error:
+            raise UserError(f"{file}: {error}") from error
+    return None
+
+
+def is_v2(source: Path) -> bool | None:
+    """Whether the model is SD 2.x by what it holds; None if that cannot be seen."""
+    if source.is_file():
+        from library.sd.checkpoint import open_tensors
+        from library.sd.compvis import CompVisNames
+
+        with open_tensors(source) as file:
+            return CompVisNames(file.shapes).v2
+    config = source / "text_encoder" / "config.json"
+    return json.loads(config.read_text(encoding="utf-8")).get("hidden_act") == "gelu" if config.is_file() else None
+
+
+def predicts_v(source: Path) -> bool:
+    """What a Diffusers folder's scheduler says."""
+    config = source / "scheduler" / "scheduler_config.json"
+    return config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("prediction_type") == "v_prediction"
+
+
+def convert(args: argparse.Namespace, target: Path) -> None:
+    import torch
+
+    from library.sd.model import load_stable_diffusion, save_stable_diffusion
+
+    source = Path(args.model_to_load)
+    metadata = read_metadata(args.metadata)
+    v2 = args.v2 or (not args.v1 and is_v2(source))
+    if v2 is None:
+        raise UserError(f"{args.model_to_load} is not on this machine, so its generation is not known; add --v1 or --v2")
+    chosen = args.save_precision_as or next((name for name in PRECISIONS if getattr(args, name)), None)
+    dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "float": torch.float32}
+    dtype = dtypes[chosen] if chosen else stored_dtype(source) or torch.float32
+    v = args.v_parameterization or predicts_v(source)
+    model = load_stable_diffusion(args.model_to_load, v2=v2, v_parameterization=v, dtype=dtype)
+    save_stable_diffusion(model, target, dtype, metadata)
+    if (args.epoch, args.global_step) != (None, None):
+        write_counters(target, args.epoch or 0, args.global_step or 0)
+    print(f"saved {target}: SD {'2.x' if v2 else '1.x'}, {str(dtype).removeprefix('torch.')}")
+
+
+def write_counters(path: Path, epoch: int, global_step: int) -> None:
+    """Write the counters into a .ckpt."""
+    import torch
+
+    from library.files import atomic_write, load_pickled_tensors
+
+    content = load_pickled_tensors(path)
+    with atomic_write(path) as temporary:
+        torch.save({**content, "epoch": epoch, "global_step": global_step}, temporary)
+        del content  # it maps the file, which Windows could not replace
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    try:
+        args = options().parse_args(words)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    convert(args, check(args))
+
+
+if __name__ == "__main__":
+    run_entry(main)
