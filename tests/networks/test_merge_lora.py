@@ -102,6 +102,20 @@ def test_a_half_precision_ckpt_keeps_its_dtype_and_old_text_encoder_names(tmp_pa
     assert content["state_dict"][key].dtype == torch.float16 and content["epoch"] == 4 and content["global_step"] == 9
 
 
+def test_sd2_projections_may_be_linear_or_1x1_convolutions(tmp_path):
+    model = small_model(v2=True)
+    weights = lora_tensors(model, only="mid_block_attentions_0_proj_in")
+    as_conv = {key: value[:, :, None, None] if value.dim() == 2 else value for key, value in weights.items()}
+    checkpoint = save_lora(tmp_path / "m.safetensors", checkpoint_tensors(model))
+    results = []
+    for tensors in (weights, as_conv):
+        lora = save_lora(tmp_path / "a.safetensors", tensors)
+        main(["--sd_model", checkpoint, "--save_to", str(tmp_path / "o.safetensors"), "--models", lora, "--ratios", "1", "--v2"])
+        results.append(load(tmp_path / "o.safetensors"))
+    key = "model.diffusion_model.middle_block.1.proj_in.weight"
+    assert torch.equal(results[0][key], results[1][key]) and not torch.equal(results[0][key], load(checkpoint)[key])
+
+
 # ---------------------------------------------------------------- LoRA with LoRA
 
 
