@@ -24,7 +24,7 @@ from library.text_files import parse_toml, read_text
 class OptionGroup(BaseModel):
     """One theme of the command line. The first line of the docstring is its heading in --help."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 OptionsT = TypeVar("OptionsT", bound=BaseModel)
@@ -155,14 +155,23 @@ def read_config_file(options_class: type[BaseModel], path: Path, refused: Refuse
     names = option_names(options_class)
     values: dict[str, Any] = {}
     for key, value in _flatten(content):
+        if key in values or key == "config_file":
+            raise UserError(f"'{key}' in {path} " + ("stands there twice" if key in values else "cannot name another file"))
         if key in refused.reasons:
             if not refused.is_harmless(key, value):
                 raise UserError(f"'{key}' in {path} is not supported: {refused.reasons[key]}")
         elif key not in names:
             raise unknown("option", key, names, where=str(path))
         else:
+            _check_flag(key, value, is_flag(groups_of(options_class)[names[key]].model_fields[key]), path)
             values[key] = value
     return values
+
+
+def _check_flag(key: str, value: Any, wanted: bool, path: Path) -> None:
+    """TOML has true and false of its own; text or a number in their place is a mistake, and so is the reverse."""
+    if wanted != isinstance(value, bool):
+        raise UserError(f"'{key}' in {path}: expected {'true or false' if wanted else 'a value'}, got {value!r}")
 
 
 def _flatten(content: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:

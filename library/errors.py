@@ -6,6 +6,8 @@ import difflib
 import logging
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import Any, TextIO
 
 
 class UserError(Exception):
@@ -42,15 +44,33 @@ def unknown(what: str, name: str, known: Iterable[str], where: str = "") -> User
     return UserError(f"unknown {what} '{name}'{f' in {where}' if where else ''}; {cure}")
 
 
+class PatientStream:
+    """A text stream that never ends a run: not by a letter that the console lacks, nor when the program it is piped into has ended."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # Windows consoles and redirected output are often not UTF-8
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
 def run_entry(main: Callable[[], int | None]) -> None:
     """Run an entry script's `main` and leave the process with its exit code.
 
     0: done; 2: the user's input was wrong (one line on stderr); 1: the run could not go on; 130: interrupted.
     """
-    # Windows consoles and redirected output are often not UTF-8; a caption must never end a run.
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+    sys.stdout, sys.stderr = PatientStream(sys.stdout), PatientStream(sys.stderr)
     logging.basicConfig(level=logging.WARNING, format="warning: %(message)s")
     try:
         code = main() or 0

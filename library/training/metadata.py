@@ -11,13 +11,14 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from library.data.facts import DatasetFacts, SubsetFacts
 from library.files import legacy_hash_of_file, sha256_of_file
-from library.training.network import parse_network_args
-from library.training.options import ModelOptions, TrainNetworkOptions
+from library.training.network import TrainedNetwork, parse_network_args
+from library.training.options import ModelOptions, NetworkOptions, TrainNetworkOptions
 
 # What loaders need to use a file; all that --no_metadata leaves.
 MINIMUM = ("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args", "ss_v2", "ss_base_model_version")
@@ -49,6 +50,7 @@ def as_text(value: Any) -> str:
 def run_facts(
     options: TrainNetworkOptions,
     datasets: Sequence[DatasetFacts],
+    trained: TrainedNetwork,
     *,
     seed: int,
     optimizer: str,
@@ -77,8 +79,7 @@ def run_facts(
         "ss_lr_warmup_steps": rates.lr_warmup_steps,
         "ss_lr_scheduler": rates.lr_scheduler_type or rates.lr_scheduler,
         "ss_network_module": network.network_module,
-        "ss_network_dim": 4 if network.network_dim is None else network.network_dim,
-        "ss_network_alpha": network.network_alpha,
+        **network_facts(network, trained),
         "ss_network_dropout": network.network_dropout,
         "ss_scale_weight_norms": network.scale_weight_norms,
         "ss_mixed_precision": training.mixed_precision,
@@ -104,7 +105,36 @@ def run_facts(
     }
     if network.network_args:
         facts["ss_network_args"] = parse_network_args(network.network_args)
-    return facts | data_facts(options, datasets, processes)
+    return facts | data_facts(options, datasets, processes) | model_spec(options, datasets)
+
+
+def network_facts(options: NetworkOptions, trained: TrainedNetwork) -> dict[str, Any]:
+    """Rank and alpha: those asked for, or with --dim_from_weights those of the file."""
+    dim, alpha = 4 if options.network_dim is None else options.network_dim, options.network_alpha
+    if options.dim_from_weights:
+        dim, alpha = trained.rank_and_alpha
+    return {"ss_network_dim": dim, "ss_network_alpha": alpha}
+
+
+def model_spec(options: TrainNetworkOptions, datasets: Sequence[DatasetFacts]) -> dict[str, str]:
+    """The modelspec.* keys (Stability AI's model metadata standard 1.0.1), which web interfaces show."""
+    model = options.model
+    v2_size = "768-v" if model.v_parameterization else "512"
+    sizes = [dataset.config.resolution for dataset in datasets]
+    width, height = max(sizes, key=lambda size: size[0] * size[1])
+    keys = {
+        "sai_model_spec": "1.0.1",
+        "architecture": (f"stable-diffusion-v2-{v2_size}" if model.v2 else "stable-diffusion-v1") + "/lora",
+        "implementation": "diffusers",
+        "implementation_version": f"sd-lora-suite/{commit_hash()}",
+        "title": options.output.output_name or f"LoRA@{time.time():.0f}",
+        "resolution": f"{width}x{height}",
+        "date": datetime.now().isoformat(timespec="seconds"),
+        "prediction_type": "v" if model.v_parameterization else "epsilon",
+    }
+    if model.clip_skip:
+        keys["encoder_layer"] = str(model.clip_skip)
+    return {f"modelspec.{key}": value for key, value in keys.items()}
 
 
 def base_model_version(v2: bool, v_parameterization: bool) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import pkgutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +30,14 @@ class TrainedNetwork:
     trains_text_encoder: bool
 
     @property
+    def rank_and_alpha(self) -> tuple[int | str, float | str]:
+        """Rank and alpha that its modules have in common; `Dynamic` where they differ."""
+        tensors = self.module.state_dict()
+        ranks = {len(tensor) for name, tensor in tensors.items() if name.endswith("lora_down.weight")}
+        alphas = {float(tensor) for name, tensor in tensors.items() if name.endswith(".alpha")}
+        return tuple(found.pop() if len(found) == 1 else "Dynamic" for found in (ranks, alphas))
+
+    @property
     def parameters(self) -> list[torch.nn.Parameter]:
         """Everything the optimizer changes, in the order of the groups."""
         return [parameter for group in self.groups for parameter in group["params"]]
@@ -35,13 +45,15 @@ class TrainedNetwork:
 
 def import_network_module(name: str) -> ModuleType:
     """The module that --network_module names; a wrong name is answered with the nearest one that exists."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a module of one's own lies where one works
     try:
         found = importlib.util.find_spec(name) is not None
     except (ImportError, ValueError):
         found = False
     if not found:
-        close = nearest(name, _own_modules() + [name.partition(".")[0]]) if not name.startswith("lycoris") else None
-        cure = f"did you mean '{close}'?" if close and close != name else _cure_for_missing(name)
+        close = nearest(name.replace("\\", "/").replace("/", ".").removesuffix(".py"), _own_modules())
+        cure = f"did you mean '{close}'?" if close else _cure_for_missing(name)
         raise UserError(f"--network_module {name}: there is no such module; {cure}")
     try:
         module = importlib.import_module(name)
@@ -141,12 +153,12 @@ def build_network(network: NetworkOptions, optimizer: OptimizerOptions, model: S
 def _create(options: NetworkOptions, module: ModuleType, model: StableDiffusion) -> torch.nn.Module:
     arguments: dict[str, Any] = parse_network_args(options.network_args)
     parts = (model.vae, model.text_encoder, model.unet)
+    if options.network_dropout is not None:
+        arguments["neuron_dropout"] = options.network_dropout
     if options.dim_from_weights:
         with user_errors(f"--network_weights {options.network_weights}"):
             instance, _ = module.create_network_from_weights(1.0, options.network_weights, *parts, **arguments)
         return instance
-    if options.network_dropout is not None:
-        arguments["neuron_dropout"] = options.network_dropout
     dim = 4 if options.network_dim is None else options.network_dim
     with user_errors(f"--network_module {options.network_module}"):
         return module.create_network(1.0, dim, options.network_alpha, *parts, **arguments)

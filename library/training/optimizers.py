@@ -26,6 +26,8 @@ OPTIMIZERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "sgdnesterov8bit": ("bitsandbytes.optim.SGD8bit", "bitsandbytes", {"nesterov": True, "momentum": 0.9}),
 }
 
+UNUSABLE = {"SparseAdam": "it takes sparse gradients only", "LBFGS": "it computes the loss several times a step"}
+
 # They need rules of their own in the loop (own step sizes, train/eval modes): an issue of its own.
 NOT_YET = ("adafactor", "dadapt", "prodigy", "schedulefree")
 
@@ -74,6 +76,8 @@ def optimizer_class(name: str) -> tuple[type, dict[str, Any]]:
         return import_class(path, f"--optimizer_type {name}", package), arguments
     if key.startswith(NOT_YET) or key.endswith("schedulefree"):
         raise UserError(f"--optimizer_type {name} is not built yet; AdamW, AdamW8bit and Lion are")
+    if name.rpartition(".")[2] in UNUSABLE:
+        raise UserError(f"--optimizer_type {name} cannot train a network here: {UNUSABLE[name.rpartition('.')[2]]}; use AdamW")
     if "." in name:
         return import_class(name, f"--optimizer_type {name}"), {}
     if hasattr(torch.optim, name):

@@ -40,7 +40,7 @@ def steps_or_share(text: Any) -> int | float:
         number = float(words[:-1]) / 100 if words.endswith("%") else float(words)
     except ValueError:
         number = -1.0
-    if number < 0 or (number > 1 and number != int(number)) or (words.endswith("%") and number > 1):
+    if not 0 <= number < 1e12 or (number > 1 and number != int(number)) or (words.endswith("%") and number > 1):
         raise ValueError(f"expected a number of steps (100), a share below 1 (0.1) or a percentage (10%), got {text!r}")
     return number if words.endswith("%") or 0 < number < 1 else int(number)
 
@@ -173,7 +173,7 @@ class TrainingOptions(OptionGroup):
     seed: int | None = Field(None, description="seed of everything random; unset: a new one, which is recorded")
     noise_offset: float | None = Field(None, description="strength of a random shift of each channel of the noise")
     min_snr_gamma: float | None = Field(None, gt=0, description="Min-SNR loss weighting; 5 is usual")
-    on_nonfinite_loss: Literal["stop", "skip"] = Field("stop", description="what a loss of NaN or infinity does: end the run, or skip the batch")
+    on_nonfinite_loss: Literal["stop", "skip"] = Field("stop", description="what a loss of NaN or infinity does: end the run, or skip the batch (which waits for each loss)")
 
 
 class OutputOptions(OptionGroup):

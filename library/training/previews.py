@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,6 +28,7 @@ class Previews:
     ) -> None:  # fmt: skip
         self.options, self.specs, self.model, self.network = options, specs, model, network
         self.accelerator, self.tracker = accelerator, tracker
+        self.seconds = 0.0  # spent on drawing so far
         self.folder = Path(options.output.output_dir) / "sample"
 
     def at_first(self) -> None:
@@ -55,22 +55,28 @@ class Previews:
         started = time.perf_counter()
         with self._models_on_device(), self._network_evaluating():
             for number, spec in enumerate(self.specs):
-                for _, picture in self._generate(number, spec):
-                    pictures[f"sample_{number}"] = picture
+                try:
+                    picture = self._draw_one(spec)
                     with atomic_write(self._path(moment, number, spec)) as temporary:
                         picture.save(temporary)
+                except Exception as error:  # whatever it was, hours of training must not be lost for a picture
+                    tqdm.write(f"sample {number} failed: {' '.join(str(error).split())[:300] or type(error).__name__}")
+                else:
+                    pictures[f"sample_{number}"] = picture
         self.tracker.log_pictures(step, pictures)
-        tqdm.write(f"{len(pictures)} sample pictures in {self.folder} ({time.perf_counter() - started:.0f} s)")
+        seconds = time.perf_counter() - started
+        self.seconds += seconds
+        tqdm.write(f"{len(pictures)} sample pictures in {self.folder} ({seconds:.0f} s)")
 
-    def _generate(self, number: int, spec: PromptSpec) -> Iterator[tuple[PromptSpec, Image.Image]]:
-        return generate(
+    def _draw_one(self, spec: PromptSpec) -> Image.Image:
+        drawn = generate(
             self.model,
             [spec],
             clip_skip=self.options.model.clip_skip,
             max_token_length=self.options.captions.max_token_length or 225,
             autocast=self.accelerator.autocast,
-            on_error=lambda _, error: tqdm.write(f"sample {number} failed: {error}"),
         )
+        return next(iter(drawn))[1]
 
     def _path(self, moment: str, number: int, spec: PromptSpec) -> Path:
         """`{output_name_}{moment}_{number}_{time}{_seed}.png`."""

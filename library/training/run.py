@@ -19,7 +19,7 @@ from library.data.text_cache import TextCache
 from library.devices import DTYPES, check_precision, cpu_has_fast_bf16, peak_memory_bytes, use_all_cores
 from library.errors import UserError
 from library.generation.prompts import PromptSpec, read_prompt_file
-from library.sd.model import StableDiffusion, encode_image, encode_text, load_stable_diffusion, vae_fingerprint
+from library.sd.model import StableDiffusion, encode_text, load_stable_diffusion, vae_fingerprint
 from library.sd.text import load_tokenizer, tokenize, tokenize_weighted
 from library.training.metadata import RunMetadata, all_model_facts, run_facts
 from library.training.network import TrainedNetwork, build_network, check_network_args
@@ -38,7 +38,7 @@ def train(options: TrainNetworkOptions) -> int:
     dataset = open_dataset(options, seed)
     print(dataset.bucket_table())
     if options.data.debug_dataset:
-        write_debug_sheet(dataset, Path(options.output.output_dir))
+        print(f"the pictures are in {write_debug_sheet(dataset, Path(options.output.output_dir))}")
         return 0
     trainer = prepare(options, dataset, seed)
     started = time.perf_counter()
@@ -102,7 +102,7 @@ def prepare(options: TrainNetworkOptions, dataset: TrainingDataset, seed: int) -
     network.module.prepare_grad_etc(model.text_encoder, model.unet)
     tracker = Tracker(accelerator, options.logs)
     facts = run_facts(
-        options, dataset.describe(), seed=seed, optimizer=optimizer_text, batches_per_epoch=plan.batches_per_epoch,
+        options, dataset.describe(), network, seed=seed, optimizer=optimizer_text, batches_per_epoch=plan.batches_per_epoch,
         epochs=plan.epochs, max_train_steps=plan.max_steps, processes=accelerator.num_processes,
     )  # fmt: skip
     print_plan(options, plan, network, seed)
@@ -252,8 +252,8 @@ def enable_gradient_checkpointing(model: StableDiffusion, network: TrainedNetwor
 def print_plan(options: TrainNetworkOptions, plan: Plan, network: TrainedNetwork, seed: int) -> None:
     """What is about to happen."""
     count = sum(parameter.numel() for parameter in network.parameters)
-    rank = options.network.network_dim or 4
-    print(f"network: {options.network.network_module}, rank {rank}, alpha {options.network.network_alpha:g}, {count:,} trainable numbers")
+    rank, alpha = network.rank_and_alpha
+    print(f"network: {options.network.network_module}, rank {rank}, alpha {alpha}, {count:,} trainable numbers")
     print(
         f"plan: {plan.max_steps} steps of {plan.accumulation} batch{'es' if plan.accumulation > 1 else ''}, "
         f"{plan.batches_per_epoch} batches an epoch, {plan.epochs} epochs; seed {seed}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ class ModelFiles:
 
     def check_folder(self) -> None:
         """Find out before training that nothing could be saved after it."""
+        name = self.options.output_name or ""
+        if set(name) & set('/\\:*?"<>|') or len(os.fsencode(name)) > 200:
+            raise UserError(f"--output_name {name[:40]} is no file name; folders go into --output_dir, and 200 letters are enough")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.folder).close()

@@ -37,7 +37,10 @@ def create_schedule(options: OptimizerOptions, optimizer: torch.optim.Optimizer,
         raise UserError("--lr_warmup_steps has no place in --lr_scheduler constant; use constant_with_warmup")
     if warmup > total_steps:
         raise UserError(f"--lr_warmup_steps is {warmup}, more than all {total_steps} steps of the run")
-    return _makers(options, warmup, total_steps)[options.lr_scheduler](optimizer)
+    try:
+        return _makers(options, warmup, total_steps)[options.lr_scheduler](optimizer)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the arguments do not fit --lr_scheduler {options.lr_scheduler}: {error}") from error
 
 
 def _makers(options: OptimizerOptions, warmup: int, total: int) -> dict[str, Callable]:
@@ -84,6 +87,8 @@ def _custom_schedule(options: OptimizerOptions, optimizer: torch.optim.Optimizer
     if options.lr_warmup_steps:
         raise UserError("--lr_warmup_steps cannot be used with --lr_scheduler_type; give its own arguments in --lr_scheduler_args")
     cls = import_class(name if "." in name else f"torch.optim.lr_scheduler.{name}", f"--lr_scheduler_type {name}")
+    if issubclass(cls, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        raise UserError("--lr_scheduler_type ReduceLROnPlateau needs a validation loss, which is not built yet; use cosine")
     try:
         return cls(optimizer, **parse_key_values(options.lr_scheduler_args, "--lr_scheduler_args"))
     except (TypeError, ValueError) as error:

@@ -138,7 +138,12 @@ def logging_folder(options: LogOptions) -> str | None:
         return None
     if importlib.util.find_spec("tensorboard") is None:
         raise UserError("--logging_dir needs the package 'tensorboard'; run: pip install tensorboard")
-    return str(Path(options.logging_dir) / f"{options.log_prefix or ''}{time.strftime('%Y%m%d%H%M%S')}")
+    folder = Path(options.logging_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--logging_dir {folder} cannot be made: {error.strerror}; choose another folder") from error
+    return str(folder / f"{options.log_prefix or ''}{time.strftime('%Y%m%d%H%M%S')}")
 
 
 def write_loss_plot(record: LossRecord, path: Path, title: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import signal
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from library.data.dataset import Batch, TrainingDataset
 from library.data.loader import EpochLoader
 from library.data.text_cache import TextCache
-from library.errors import RunFailed
+from library.errors import RunFailed, UserError
 from library.sd.model import StableDiffusion, encode_image, predict_noise
 from library.sd.text import encode_text
 from library.training import diffusion
@@ -26,6 +26,9 @@ from library.training.options import TrainNetworkOptions
 from library.training.previews import Previews
 from library.training.saving import ModelFiles
 from library.training.tracking import LossRecord, Tracker, describe_nonfinite
+
+
+LESS_MEMORY = "use --gradient_checkpointing, --cache_latents, --network_train_unet_only, a smaller batch or --optimizer_type=AdamW8bit"
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ class Trainer:
         self.previews.at_first()
         started = time.perf_counter()
         progress = tqdm(total=self.plan.max_steps, unit="step", desc="training", smoothing=0.1)
-        with stop_on_interrupt() as asked_to_stop, progress:
+        with stop_on_interrupt() as asked_to_stop, self._rescue(), progress:
             for self.epoch in range(1, self.plan.epochs + 1):
                 self._set_training_mode()
                 self.network.module.on_epoch_start(self.model.text_encoder, self.model.unet)
@@ -139,9 +142,32 @@ class Trainer:
                     break
                 self._after_epoch()
             self.losses.flush()
-        self.seconds_per_step = (time.perf_counter() - started) / max(1, self.step)
-        self._save_last(asked_to_stop())
-        return not asked_to_stop()
+        self.seconds_per_step = (time.perf_counter() - started - self.previews.seconds) / max(1, self.step)
+        finished = self.step >= self.plan.max_steps
+        self._save_last(finished)
+        return finished
+
+    @contextmanager
+    def _rescue(self):
+        """If a picture cannot be read, memory runs out or anything else goes wrong, keep what was trained until then."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise RunFailed(f"the GPU's memory is full; {LESS_MEMORY}{self._save_what_is_good()}") from error
+        except UserError as error:
+            raise type(error)(f"{error}{self._save_what_is_good()}") from error
+        except Exception:
+            tqdm.write(self._save_what_is_good())
+            raise
+
+    def _save_what_is_good(self) -> str:
+        """Save the network as it is, unless it holds a NaN, and say where; nothing if no step was done."""
+        path = self.files.step_path(self.step)
+        with suppress(UserError):
+            if self.step and not path.exists():
+                self.files.save(path, self.network.module, self.metadata.at(self.step, self.epoch - 1))
+                return f"; what was trained until then is in {path}"
+        return ""
 
     def _set_training_mode(self) -> None:
         """The network trains; the frozen model is in training mode only where gradient checkpointing asks for it (it has no dropout)."""
@@ -243,8 +269,8 @@ class Trainer:
         self.files.save(path, self.network.module, self.metadata.at(self.step, epoch))
         tqdm.write(f"saved {path}")
 
-    def _save_last(self, interrupted: bool) -> None:
-        if interrupted and self.step == 0:
+    def _save_last(self, finished: bool) -> None:
+        if not self.step:
             raise RunFailed("stopped before the first step was done; nothing was saved")
-        path = self.files.step_path(self.step) if interrupted else self.files.final_path()
-        self._save(path, self.epoch - 1 if interrupted else self.plan.epochs)
+        path = self.files.final_path() if finished else self.files.step_path(self.step)
+        self._save(path, self.plan.epochs if finished else self.epoch - 1)

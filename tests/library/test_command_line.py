@@ -68,6 +68,8 @@ def test_words_become_typed_values():
         (["--save_model_as", "bin"], ["--save_model_as", "safetensors"]),
         (["--learning_rate", "-1"], ["--learning_rate"]),
         (["--lr_warmup_steps", "1.5"], ["--lr_warmup_steps", "1.5"]),
+        (["--lr_warmup_steps", "inf"], ["--lr_warmup_steps"]),
+        (["--network_alpha", "inf"], ["--network_alpha"]),
         (["--network_dim"], ["--network_dim", "expected one argument"]),
         (["stray word"], ["stray word"]),
         (["--use_8bit_adam", "--optimizer_type=Lion"], ["--use_8bit_adam", "--optimizer_type"]),
@@ -126,6 +128,10 @@ def test_config_file_may_be_named_without_its_suffix(tmp_path):
         ('max_train_steps = "many"', "max_train_steps"),
         ("masked_loss = true", "masked_loss"),
         ("= 3", "run.toml"),
+        ("network_dim = true", "network_dim"),
+        ('flip_aug = "yes"', "true or false"),
+        ("[a]\nseed = 1\n[b]\nseed = 2", "twice"),
+        ('config_file = "other.toml"', "config_file"),
     ],
 )
 def test_trap_5_17_config_file_is_checked(tmp_path, text, part):

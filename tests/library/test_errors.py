@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 
-from library.errors import RunFailed, UserError, nearest, run_entry, unknown
+from library.errors import PatientStream, RunFailed, UserError, nearest, run_entry, unknown
 
 
 @pytest.mark.parametrize("name, close", [("network_dm", "network_dim"), ("Network_Dim", "network_dim"), ("xyz", None)])
@@ -26,6 +28,16 @@ def test_an_entry_ends_in_one_line_and_an_exit_code(capsys, raised, code, words)
         run_entry(main)
     assert ended.value.code == code
     assert capsys.readouterr().err.strip() == words
+
+
+def test_output_into_a_closed_pipe_or_an_old_console_ends_nothing():
+    read, write = os.pipe()
+    os.close(read)
+    stream = PatientStream(open(write, "w", encoding="ascii"))
+    for _ in range(3):
+        assert stream.write("größe\n" * 10_000) == 60_000
+        stream.flush()
+    assert stream.encoding == "ascii"
 
 
 def test_an_entry_passes_its_code_on_and_lets_bugs_show():

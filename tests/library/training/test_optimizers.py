@@ -57,6 +57,7 @@ def test_any_class_by_path_and_torch_classes_by_name(name):
         ({"optimizer_type": "no_such_package.Thing"}, "pip install no_such_package"),
         ({"optimizer_type": "torch.optim.AdamWW"}, "torch.optim.AdamW"),
         ({"optimizer_type": "PagedAdamW8bit"}, "AdamW8bit"),
+        ({"optimizer_type": "torch.optim.SparseAdam"}, "sparse"),
         ({"optimizer_type": "Prodigy"}, "not built yet"),
         ({"optimizer_args": ["weight_decy=1"]}, "weight_decy"),
         ({"optimizer_args": ["weight_decay"]}, "key=value"),

@@ -91,6 +91,8 @@ def test_any_class():
         ({"lr_scheduler": "cosine", "lr_warmup_steps": 41}, "41"),
         ({"lr_scheduler": "cosine_with_min_lr"}, "lr_scheduler_min_lr_ratio"),
         ({"lr_scheduler": "piecewise_constant"}, "step_rules"),
+        ({"lr_scheduler": "piecewise_constant", "lr_scheduler_args": ["step_rules=foo"]}, "piecewise_constant"),
+        ({"lr_scheduler_type": "ReduceLROnPlateau"}, "validation"),
         ({"lr_scheduler_type": "StepLR", "lr_scheduler_args": ["stepsize=1"]}, "stepsize"),
         ({"lr_scheduler_type": "StepLRR"}, "StepLR"),
     ],

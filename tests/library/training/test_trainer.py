@@ -247,6 +247,7 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(run, monkeypatch, 
     assert result.code == 130
     assert result.files() == ["mine-loss.png", "mine-step00000002.safetensors"]
     assert result.metadata("mine-step00000002.safetensors")["ss_steps"] == "2"
+    assert result.metadata("mine-step00000002.safetensors")["ss_epoch"] == "0"
     assert "--network_weights=" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -264,6 +265,10 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(run, monkeypatch, 
         (["--learning_rate=0"], "learning"),
         ([f"--output_dir={__file__}/out"], "--output_dir .*out cannot be written"),
         (["--lr_scheduler=cosin"], "cosine"),
+        (["--output_name=../evil"], "--output_name"),
+        (["--output_name=" + "x" * 300], "--output_name"),
+        ([f"--logging_dir={__file__}/logs"], "--logging_dir"),
+        (["--network_module=networks/lora.py"], "'networks.lora'"),
         (["--v2"], "SD 1.x"),
     ],
 )
@@ -278,6 +283,55 @@ def test_what_is_misspelt_is_found_before_the_model_is_loaded(run, monkeypatch, 
     monkeypatch.setattr(run_module, "load_stable_diffusion", lambda *a, **k: pytest.fail("the model was loaded"))
     with pytest.raises(UserError):
         run(*words)
+
+
+def test_what_was_trained_is_kept_when_a_picture_cannot_be_read(run, tmp_path, monkeypatch):
+    picture = tmp_path / "data" / "a.png"
+    picture.parent.mkdir()
+    Image.new("RGB", (64, 64), "red").save(picture)
+    original = Trainer._update
+
+    def update(self):
+        original(self)
+        if self.step == 2:
+            picture.unlink()
+
+    monkeypatch.setattr(Trainer, "_update", update)
+    with pytest.raises(UserError, match=r"a\.png.*what was trained until then is in .*mine-step0000000\d\.safetensors"):
+        run("--max_train_steps=9", data=f"--train_data_dir={picture.parent}")
+    assert len(list(tmp_path.rglob("mine-step*.safetensors"))) == 1
+
+
+def test_a_bug_or_a_full_memory_keeps_what_was_trained_too(run, monkeypatch, tmp_path):
+    original = Trainer.loss
+    for error, raised, words in ((ZeroDivisionError(), ZeroDivisionError, ""), (torch.OutOfMemoryError("full"), RunFailed, "--cache_latents")):
+
+        def fail(self, batch, error=error):
+            if self.step == 1:
+                raise error
+            return original(self, batch)
+
+        monkeypatch.setattr(Trainer, "loss", fail)
+        with pytest.raises(raised, match=words):
+            run("--max_train_steps=3", "--network_train_unet_only", "--cache_latents")
+    assert len(list(tmp_path.rglob("mine-step00000001.safetensors"))) == 2
+
+
+def test_a_sample_picture_that_fails_never_ends_the_run(run, tmp_path, monkeypatch, capsys):
+    (tmp_path / "prompts.txt").write_text("a cat --s 1\na dog --s 1\n", encoding="utf-8")
+    from library.training import previews
+
+    drawn = previews.generate
+
+    def generate(model, specs, **more):
+        if specs[0].prompt == "a cat":
+            raise RuntimeError("no memory\nat all")
+        return drawn(model, specs, **more)
+
+    monkeypatch.setattr(previews, "generate", generate)
+    result = run("--max_train_steps=1", f"--sample_prompts={tmp_path / 'prompts.txt'}", "--sample_at_first", "--network_train_unet_only")
+    assert "sample 0 failed: no memory at all" in capsys.readouterr().out
+    assert len(list((result.folder / "sample").iterdir())) == 1 and "mine.safetensors" in result.files()
 
 
 def test_prompts_that_are_never_drawn_are_named(run, tmp_path, capsys):
@@ -303,6 +357,7 @@ def test_continuing_from_a_file(run):
     with pytest.raises(UserError, match="--dim_from_weights"):
         run("--max_train_steps=1", "--network_dim=4", weights)
     taken = run("--max_train_steps=1", "--dim_from_weights", weights)
+    assert taken.metadata()["ss_network_dim"] == "2" and taken.metadata()["ss_network_alpha"] == "1.0"
     assert {t.shape for t in taken.tensors().values()} == {t.shape for t in first.tensors().values()}
 
 
@@ -413,7 +468,7 @@ def test_trap_5_19_no_metadata_leaves_what_loaders_need(run):
     assert set(meta) == wanted
 
 
-def test_metadata_with_a_dataset_file(run, pictures, tmp_path):
+def test_trap_5_20_metadata_with_a_dataset_file(run, pictures, tmp_path):
     config = tmp_path / "data.toml"
     config.write_text(
         f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '{pictures}'\ncaption_extension = '.txt'\nnum_repeats = 2\n",
@@ -423,6 +478,9 @@ def test_metadata_with_a_dataset_file(run, pictures, tmp_path):
     (dataset,) = json.loads(meta["ss_datasets"])
     assert dataset["resolution"] == [64, 64] and dataset["num_train_images"] == 8
     assert dataset["subsets"][0]["num_repeats"] == 2 and "ss_resolution" not in meta
+    assert meta["modelspec.resolution"] == "64x64", "trap 5.20: from the datasets, not 512x512"
+    assert meta["modelspec.architecture"] == "stable-diffusion-v1/lora" and meta["modelspec.prediction_type"] == "epsilon"
+    assert meta["modelspec.title"] == "mine" and meta["modelspec.sai_model_spec"] == "1.0.1"
 
 
 def test_sample_pictures(run, tmp_path):
@@ -457,8 +515,9 @@ def test_trap_5_4_every_rate_is_logged_once_under_its_name(run, tmp_path):
     assert [event.step for event in events.Scalars("loss/epoch_average")] == [1, 2]
 
 
-def test_debug_dataset_writes_a_sheet_and_stops(run):
+def test_debug_dataset_writes_a_sheet_and_stops(run, capsys):
     result = run("--debug_dataset", "--pretrained_model_name_or_path=/no/model")
+    assert str(result.folder / "debug_dataset.png") in capsys.readouterr().out
     assert result.code == 0 and result.files() == ["debug_dataset.png"]
 
 
