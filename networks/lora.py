@@ -22,6 +22,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import itertools
+import json
 import logging
 import math
 import os
@@ -29,9 +30,10 @@ import pickle
 import re
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import safetensors.torch
@@ -172,6 +174,24 @@ class LoRAModule(nn.Module):
             self._hook.remove()
             self._hook = None
 
+    def file_weights(self) -> dict[str, Tensor]:
+        """What a file holds of this module: alpha, lora_down.weight and lora_up.weight."""
+        return {key: tensor.detach() for key, tensor in self.state_dict().items()}
+
+    def from_file(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights of a file, by their names in it, that are this module's, in its shapes. ValueError if the rank differs."""
+        up, down, alpha = module_weights(weights, self.lora_name, self)
+        if len(down) != self.rank:
+            option = "--network_dim " if kernel_size(self.lora_down) == 1 else "--network_args conv_dim="
+            raise ValueError(
+                f"{self.lora_name} has rank {len(down)} in the weights and {self.rank} in this network; "
+                f"use --dim_from_weights or {option}{len(down)}"
+            )
+        if f"{self.lora_name}.dora_scale" in weights and not hasattr(self, "dora_scale"):
+            raise ValueError(f"{self.lora_name} is a DoRA in the weights; use --dim_from_weights or --network_args dora=True")
+        shaped = {"lora_up.weight": up.reshape(self.lora_up.weight.shape), "lora_down.weight": down.reshape(self.lora_down.weight.shape)}
+        return {"alpha": torch.tensor(alpha), **shaped}
+
 
 # ---------------------------------------------------------------- the network
 
@@ -179,7 +199,8 @@ class LoRAModule(nn.Module):
 class LoRANetwork(nn.Module):
     """LoRA modules for the layers of a text encoder and a U-Net, as one module with one state.
 
-    layers: what `find_layers` gave; ranks: (rank, alpha) by LoRA name, for those layers that get a module.
+    layers: what `find_layers` gave; ranks: (rank, alpha) by LoRA name, for those layers that get a module; classes: of those
+    modules that are not of the network's usual class.
     """
 
     module_class = LoRAModule
@@ -190,6 +211,7 @@ class LoRANetwork(nn.Module):
         ranks: Mapping[str, tuple[int, float | None]],
         multiplier: float = 1.0,
         args: NetworkArgs | None = None,
+        classes: Mapping[str, type[LoRAModule]] | None = None,
     ):
         super().__init__()
         self.multiplier = multiplier
@@ -198,7 +220,8 @@ class LoRANetwork(nn.Module):
         self.unet_loras: list[LoRAModule] = []
         for name, layer in layers.items():
             if name in ranks:
-                module = self.module_class(name, layer, *ranks[name], multiplier, **self.args.dropouts)
+                module_class = (classes or {}).get(name, self.module_class)
+                module = module_class(name, layer, *ranks[name], multiplier, **self.args.dropouts)
                 self.add_module(name, module)
                 (self.unet_loras if name.startswith(UNET_PREFIX) else self.text_encoder_loras).append(module)
         if not self.loras:
@@ -260,15 +283,16 @@ class LoRANetwork(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        """Add the weights to the model's layers for good: W += multiplier * alpha / rank * up down, calculated in float32.
+        """Change the model's layers for good: W += multiplier * alpha / rank * up down (or DoRA's change), in float32.
 
         dtype: round the result to this first (the layers keep their own type); device: calculate there.
         """
         layers = find_layers(text_encoder, unet, conv3x3=True)
+        weights_sd = kohya_weights(weights_sd)
         for name in names_in_both(weights_sd, layers):
             weight = layers[name].weight
-            delta = weight_delta(*module_weights(weights_sd, name, layers[name]), device=device or weight.device)
-            merged = weight.to(delta) + self.multiplier * delta.view(weight.shape)
+            change = weight_change(weights_sd, name, layers[name], device or weight.device)
+            merged = weight.to(change) + self.multiplier * change
             weight.copy_(merged.to(dtype or weight.dtype))
 
     # ---- training
@@ -295,8 +319,9 @@ class LoRANetwork(nn.Module):
                 continue
             ratio = ratio or args.loraplus_lr_ratio
             if ratio:
-                groups.append({"params": [m.lora_down.weight for m in modules], "lr": lr})
-                groups.append({"params": [m.lora_up.weight for m in modules], "lr": lr * ratio})
+                ups = [m.lora_up.weight for m in modules]
+                others = [p for m in modules for p in m.parameters() if p is not m.lora_up.weight]
+                groups += [{"params": others, "lr": lr}, {"params": ups, "lr": lr * ratio}]
                 names += [name, f"{name} plus"]
             else:
                 groups.append({"params": [p for m in modules for p in m.parameters()], "lr": lr})
@@ -340,8 +365,16 @@ class LoRANetwork(nn.Module):
 
     def save_weights(self, file: str | os.PathLike, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
         """Write the file, whole or not at all; see `save_tensors`. dtype None keeps the weights' own."""
-        tensors = {key: t.detach().to("cpu", dtype or t.dtype).contiguous() for key, t in self.state_dict().items()}
+        tensors = {key: t.to("cpu", dtype or t.dtype).contiguous() for key, t in self.file_weights().items()}
+        if metadata and "ss_network_dim" in metadata and (self.args.dora or self.args.rs_lora or self.args.init == "pissa"):
+            first = self.loras[0].file_weights()
+            facts = {"ss_network_dim": len(first["lora_down.weight"]), "ss_network_alpha": first["alpha"].item()}
+            metadata = {**metadata, **{key: str(value) for key, value in facts.items()}}
         save_tensors(tensors, file, metadata)
+
+    def file_weights(self) -> dict[str, Tensor]:
+        """The tensors of the file, as any loader takes them."""
+        return {f"{name}.{key}": t for name, module in self.named_children() for key, t in module.file_weights().items()}
 
     def load_weights(self, file: str | os.PathLike) -> Any:
         """Load a file; the alphas, and so the scales, are the file's. Returns the missing and the unexpected keys."""
@@ -357,24 +390,57 @@ class LoRANetwork(nn.Module):
         return result
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
-        """As torch's, and: alpha may be missing (then it is the rank); Linear and 1x1 convolution weights fit each other."""
-        fitted = dict(state_dict)
+        """As torch's, for files of any layout: alpha may be missing (then it is the rank); Linear and 1x1 convolution fit."""
+        fitted = kohya_weights(state_dict)
         for name, module in self.named_children():
             if f"{name}.lora_down.weight" in fitted and f"{name}.lora_up.weight" in fitted:
-                up, down, alpha = module_weights(fitted, name, module)
-                if len(down) != module.rank:
-                    option = "--network_dim" if kernel_size(module.lora_down) == 1 else "--network_args conv_dim="
-                    raise ValueError(
-                        f"{name} has rank {len(down)} in the weights and {module.rank} in this network; "
-                        f"use --dim_from_weights or {option} {len(down)}".replace("= ", "=")
-                    )
-                fitted[f"{name}.lora_up.weight"] = up.reshape(module.lora_up.weight.shape)
-                fitted[f"{name}.lora_down.weight"] = down.reshape(module.lora_down.weight.shape)
-                fitted[f"{name}.alpha"] = torch.tensor(alpha)
+                fitted |= {f"{name}.{key}": tensor for key, tensor in module.from_file(fitted).items()}
         result = super().load_state_dict(fitted, strict=strict, assign=assign)
         for module in self.loras:
             module.read_scale()
         return result
+
+    # ---- in words
+
+    def summary(self, dtype: torch.dtype | None = None) -> str:
+        """Modules, ranks and trainable numbers of each part and block, and the size of the file in this dtype (None: as it is)."""
+        rows: dict[str, list[LoRAModule]] = {"text encoder": self.text_encoder_loras}
+        for module in sorted(self.unet_loras, key=lambda m: block_index(m.lora_name) or 0):
+            block = block_index(module.lora_name)
+            rows.setdefault("U-Net" if block is None else BLOCKS[block], []).append(module)
+        facts = [(name, *_row(modules, self.args), len(modules)) for name, modules in rows.items() if modules]
+        lines = []
+        for (rank, rate, count), same in itertools.groupby(facts, key=lambda fact: fact[1:]):
+            lines.append((_range([name for name, *_ in same]), f"{count} modules", f"rank {rank}", rate))
+        uniform = len({fact[1] for fact in facts if fact[0] in BLOCKS}) < 2 and self.args.lr_weights is None
+        widths = [max(len(line[i]) for line in lines) for i in range(3)]
+        chart = [_charted(line, widths, uniform) for line in lines]
+        tensors = self.file_weights().values()
+        size = sum(t.numel() * (dtype or t.dtype).itemsize for t in tensors) / 2**20
+        numbers = sum(p.numel() for p in self.parameters())
+        total = f"{len(self.loras)} LoRA modules, {numbers:,} trainable numbers; a file will have about {size:.1f} MiB"
+        return "\n".join([total, *chart])
+
+
+def _row(modules: list[LoRAModule], args: NetworkArgs) -> tuple[str, float]:
+    """The ranks with their alphas as text, and the weight of the learning rate, of a block's modules."""
+    kinds = {(kernel_size(m.lora_down) > 1, m.rank, m.alpha.item()) for m in modules}
+    texts = [f"{rank}, alpha {alpha:g}{' (3x3)' if is_3x3 else ''}" for is_3x3, rank, alpha in sorted(kinds)]
+    return "; ".join(texts), args.lr_block(modules[0].lora_name)[1]
+
+
+def _range(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]} ({len(names)} blocks)"
+
+
+def _charted(line: tuple[str, str, str, float], widths: list[int], is_uniform: bool) -> str:
+    """One line of the summary; where blocks differ, with bars for the first rank and the rate, a mark each 2 ranks and 0.1."""
+    texts = [text.ljust(width) for text, width in zip(line, widths)]
+    if is_uniform or not line[0].startswith(("IN", "MID", "OUT")):
+        return "  ".join(["", *texts]).rstrip()
+    rank = int(re.search(r"\d+", line[2])[0])
+    ranks, rates = "#" * min(32, -(-rank // 2)), "=" * min(30, round(line[3] * 10))
+    return "  ".join(["", *texts, f"{ranks:32}", f"rate x {line[3]:<5.3g} {rates}"]).rstrip()
 
 
 # ---------------------------------------------------------------- weights as tensors
@@ -386,15 +452,23 @@ def weight_delta(up: Tensor, down: Tensor, alpha: float, device: Any = None) -> 
     return (up.flatten(1) @ down.flatten(1)).mul_(alpha / down.shape[0]).view(up.shape[0], *down.shape[1:])
 
 
+def weight_change(weights: Mapping[str, Tensor], name: str, layer: Layer, device: Any = None) -> Tensor:
+    """What the module of this name adds to the weight of this layer, in float32 and the weight's shape."""
+    delta = weight_delta(*module_weights(weights, name, layer), device=device).view(layer.weight.shape)
+    if f"{name}.dora_scale" not in weights:
+        return delta
+    return variants().dora_change(layer.weight.to(delta), delta, weights[f"{name}.dora_scale"].to(delta))
+
+
 OTHER_FORMATS = {
     "lora_te1_": "a LoRA for SDXL",
     "lora_te2_": "a LoRA for SDXL",
     "lora_unet_input_blocks_": "a LoRA for SDXL",
     "hada_w1": "a LoHa (LyCORIS)",
     "lokr_w": "a LoKr (LyCORIS)",
-    ".lora_A.": "in the layout of peft or Diffusers",
+    ".lora_mid.": "a LoCon in Tucker form (LyCORIS)",
+    ".lora_A.": "a LoRA for another kind of model",
     "model.diffusion_model.": "a whole model",
-    "dora_scale": "a DoRA",
 }
 
 
@@ -413,7 +487,7 @@ def names_in_both(weights: Mapping[str, Tensor], known: Mapping[str, Any]) -> li
         name, _, tensor = key.partition(".")
         if name not in found:
             unused.append(key)
-        elif tensor not in ("alpha", "lora_down.weight", "lora_up.weight"):
+        elif tensor not in ("alpha", "lora_down.weight", "lora_up.weight", "dora_scale"):
             raise ValueError(f"{key} is not supported; " + (reason or "it is not part of a plain LoRA"))
     if unused:
         logger.warning("%d of %d tensors have no layer in this model, such as %s", len(unused), len(weights), unused[0])
@@ -439,12 +513,15 @@ def module_weights(weights: Mapping[str, Tensor], name: str, target: Layer | LoR
 
 
 def load_tensors(file: str | os.PathLike) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, or of a pickled one, in which no code is run."""
-    file = Path(file)
+    """The tensors of a .safetensors file, or of a pickled one, in which no code is run; by kohya's names."""
+    file, metadata = Path(file), {}
     try:
         if file.suffix == ".safetensors":
-            return safetensors.torch.load_file(file)
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
+            with safetensors.safe_open(file, "pt") as content:
+                metadata = content.metadata() or {}
+                tensors = {key: content.get_tensor(key) for key in content.keys()}
+        else:
+            tensors = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"there is no file {file}") from None
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
@@ -452,7 +529,7 @@ def load_tensors(file: str | os.PathLike) -> dict[str, Tensor]:
         raise ValueError(f"{file} is damaged or no weights file ({reason}); fetch or save it again") from error
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise ValueError(f"{file} is no LoRA file: it holds more than tensors by name")
-    return tensors
+    return kohya_weights(tensors, PeftConfig(file, metadata))
 
 
 def save_tensors(tensors: Mapping[str, Tensor], file: str | os.PathLike, metadata: Mapping[str, str] | None) -> None:
@@ -495,10 +572,96 @@ def with_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> d
     }
 
 
+# ---------------------------------------------------------------- files of other programs
+
+# `...to_q.lora_A.weight` (peft, Diffusers), `...to_q.lora.down.weight`, `...q_proj.lora_linear_layer.down.weight`,
+# `...attn1.processor.to_q_lora.down.weight` (older Diffusers)
+FOREIGN_KEY = re.compile(
+    r"(?P<path>.+?)(?:\.lora_(?P<side>A|B)(?:\.\w+)?|(?:\.lora|_lora|\.lora_linear_layer)\.(?P<old_side>down|up))\.weight"
+    r"|(?P<magnitude>.+?)\.lora_magnitude_vector(?:\.\w+)*|(?P<alpha>.+?)\.alpha"
+)
+SIDES = {"A": "lora_down.weight", "down": "lora_down.weight", "B": "lora_up.weight", "up": "lora_up.weight"}
+
+
+def lora_name(path: str) -> str | None:
+    """The LoRA name of a layer, given as any layout gives it, or None.
+
+    >>> lora_name("unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_out")
+    'lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_out_0'
+    """
+    if path.startswith((f"{TEXT_ENCODER_PREFIX}_", f"{UNET_PREFIX}_")):
+        return path
+    path = path.removeprefix("base_model.model.").replace(".processor.", ".")
+    part, _, inside = path.partition(".")
+    if part not in ("unet", "text_encoder"):
+        part, inside = "unet" if path.startswith(("down_blocks.", "up_blocks.", "mid_block.")) else "text_encoder", path
+    if part == "unet":
+        prefix, inside = UNET_PREFIX, re.sub(r"\.to_out$", ".to_out.0", inside)
+    else:
+        inside = inside.removeprefix("text_model.")
+        prefix, inside = f"{TEXT_ENCODER_PREFIX}_text_model", re.sub(r"self_attn\.to_(q|k|v|out)$", r"self_attn.\1_proj", inside)
+    is_known = inside.startswith(("down_blocks.", "up_blocks.", "mid_block.") if part == "unet" else "encoder.layers.")
+    return f"{prefix}_{inside.replace('.', '_')}" if is_known else None
+
+
+def kohya_weights(weights: Mapping[str, Tensor], config: PeftConfig | None = None) -> dict[str, Tensor]:
+    """The weights by the names that this module's own files have; names in no known layout stay as they are.
+
+    config: where the alphas of Diffusers' and peft's layouts are written down. Without it they are the ranks.
+    """
+    result = {}
+    for key, tensor in weights.items():
+        match = None if key.startswith((f"{TEXT_ENCODER_PREFIX}_", f"{UNET_PREFIX}_")) else FOREIGN_KEY.fullmatch(key)
+        path = match and (match["path"] or match["magnitude"] or match["alpha"])
+        name = path and lora_name(path)
+        if not name:
+            result[key] = tensor
+        elif match["path"]:
+            side = SIDES[match["side"] or match["old_side"]]
+            result[f"{name}.{side}"] = tensor
+            alpha = config.alpha(path, len(tensor)) if config and side == "lora_down.weight" else None
+            if alpha is not None:
+                result.setdefault(f"{name}.alpha", torch.tensor(alpha))
+        else:
+            result[f"{name}.alpha" if match["alpha"] else f"{name}.dora_scale"] = tensor if match["alpha"] else tensor.view(-1, 1)
+    return result
+
+
+class PeftConfig:
+    """The alphas that Diffusers and peft keep beside the tensors: in the file's metadata or in `adapter_config.json`."""
+
+    def __init__(self, file: Path, metadata: Mapping[str, str]):
+        self._parts: dict[str, dict[str, Any]] = {}
+        beside = file.parent / "adapter_config.json"
+        try:
+            if "lora_adapter_metadata" in metadata:
+                for key, value in json.loads(metadata["lora_adapter_metadata"]).items():
+                    part, _, name = key.partition(".")
+                    self._parts.setdefault(part, {})[name] = value
+            elif file.stem == "adapter_model" and beside.is_file():
+                self._parts[""] = dict(json.loads(beside.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{file}: the description of its alphas is not readable ({error})") from error
+
+    def alpha(self, path: str, rank: int) -> float | None:
+        """The alpha, as this module's files have it, of the layer at this path; None if nothing says it."""
+        path = path.removeprefix("base_model.model.")
+        part, _, inside = path.partition(".")
+        config, inside = (self._parts[part], inside) if part in self._parts else (self._parts.get("", {}), path)
+        alpha = config.get("lora_alpha")
+        for pattern, own in (config.get("alpha_pattern") or {}).items():
+            if inside == pattern or inside.endswith(f".{pattern}"):
+                alpha = own
+        if alpha is None:
+            return None
+        return alpha * math.sqrt(rank) if config.get("use_rslora") else float(alpha)
+
+
 # ---------------------------------------------------------------- network_args
 
 
 BLOCKS = [*(f"IN{i:02}" for i in range(12)), "MID", *(f"OUT{i:02}" for i in range(12))]
+INITS = ("default", "pissa", "orthogonal")
 LR_PRESETS = {
     "sine": lambda x: math.sin(math.pi / 2 * x),
     "cosine": lambda x: math.sin(math.pi / 2 * (1 - x)),
@@ -543,6 +706,18 @@ def read_share(text: str) -> float:
     return share
 
 
+def read_bool(text: str) -> bool:
+    if text.strip().lower() not in ("true", "false", "1", "0"):
+        raise ValueError("give True or False")
+    return text.strip().lower() in ("true", "1")
+
+
+def read_init(text: str) -> str:
+    if text not in INITS:
+        raise ValueError(f"give one of {', '.join(INITS)}")
+    return text
+
+
 def read_blocks(read_item: Callable[[str], Any], text: str) -> tuple:
     """25 numbers, one a block."""
     items = text.split(",")
@@ -566,10 +741,17 @@ def read_lr_weights(text: str) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class NetworkArgs:
-    """What `--network_args` can say. None: not given."""
+    """What `--network_args` can say. None: not given.
+
+    rs_lora: the scale is alpha / sqrt(rank) in place of alpha / rank (Kalajdzievski 2023, arXiv 2312.03732). The alpha that is
+    kept and stored is alpha * sqrt(rank), so that every loader computes that scale.
+    """
 
     conv_dim: int | None = None
     conv_alpha: float | None = None
+    init: str | None = None
+    rs_lora: bool | None = None
+    dora: bool | None = None
     dropout: float | None = None
     rank_dropout: float | None = None
     module_dropout: float | None = None
@@ -589,6 +771,11 @@ class NetworkArgs:
     def dropouts(self) -> dict[str, float]:
         kinds = ("dropout", "rank_dropout", "module_dropout")
         return {kind: getattr(self, kind) or 0.0 for kind in kinds}
+
+    @property
+    def variant(self) -> str | None:
+        """The key of `variants.CLASSES` that the modules need, if they are not plain."""
+        return "dora" if self.dora else self.init if self.init in ("pissa", "orthogonal") else None
 
     @property
     def conv3x3(self) -> bool:
@@ -622,12 +809,14 @@ class NetworkArgs:
             dim = ranks[block] if ranks else dim
             alpha = alphas[block] if alphas else alpha
             dim = 0 if self.lr_weights and self.lr_weights[block] == 0 else dim
-        return dim, alpha
+        return dim, (alpha or dim) * math.sqrt(dim) if self.rs_lora else alpha
 
 
 READERS: dict[str, Callable[[str], Any]] = {
     "conv_dim": read_int,
     "conv_alpha": read_float,
+    "init": read_init,
+    **dict.fromkeys(("rs_lora", "dora"), read_bool),
     **dict.fromkeys(("dropout", "rank_dropout", "module_dropout"), read_share),
     **dict.fromkeys(("block_dims", "conv_block_dims"), partial(read_blocks, read_int)),
     **dict.fromkeys(("block_alphas", "conv_block_alphas"), partial(read_blocks, read_float)),
@@ -675,6 +864,8 @@ def parse_network_args(
             raise ValueError(f"network_args {key} does nothing alone; give {' or '.join(others)} too")
     if "conv_dim" in given and "conv_block_dims" in given:
         raise ValueError("network_args conv_dim and conv_block_dims both say the ranks of 3x3 convolutions; give one of them")
+    if given.get("dora") and given.get("init") == "pissa":
+        raise ValueError("network_args dora=True and init=pissa cannot be combined; give one of them")
     return kind(**given)
 
 
@@ -714,7 +905,9 @@ def new_network(
         raise ValueError(f"{'network_dim' if dim < 1 else 'conv_dim'} must be at least 1")
     layers = find_layers(text_encoder, unet, args.conv3x3)
     ranks = {name: args.rank_and_alpha(name, kernel_size(layer) > 1, dim, alpha) for name, layer in layers.items()}
-    return kind(layers, {name: rank for name, rank in ranks.items() if rank[0]}, multiplier, args)
+    ranks = {name: rank for name, rank in ranks.items() if rank[0]}
+    classes = dict.fromkeys(ranks, variants().CLASSES[args.variant]) if args.variant else None
+    return kind(layers, ranks, multiplier, args, classes)
 
 
 def create_network_from_weights(
@@ -733,8 +926,9 @@ def create_network_from_weights(
     Ranks and alphas in network_args are not used (with a warning). for_inference is in the contract; it changes nothing.
     """
     args = parse_network_args(network_args, neuron_dropout)
-    if args.block_dims or args.conv3x3:
-        logger.warning("ranks and alphas are those of the weights; the ones in network_args are not used")
+    if args.block_dims or args.conv3x3 or args.init or args.rs_lora:
+        logger.warning("ranks, alphas and values are those of the weights; the ones in network_args are not used")
+    args = replace(args, init=None, rs_lora=None)
     return network_from_weights(LoRANetwork, args, multiplier, file, text_encoder, unet, weights_sd)
 
 
@@ -752,12 +946,25 @@ def network_from_weights(
         if file is None:
             raise ValueError("create_network_from_weights needs a file or weights_sd")
         weights_sd = load_tensors(file)
+    weights_sd = kohya_weights(weights_sd)
     layers = find_layers(text_encoder, unet, conv3x3=True)
     ranks = {}
     for name in names_in_both(weights_sd, layers):
         _, down, alpha = module_weights(weights_sd, name, layers[name])
         ranks[name] = (len(down), alpha)
-    return kind(layers, ranks, multiplier, args), weights_sd
+    classes = {name: variants().CLASSES["dora"] for name in ranks if f"{name}.dora_scale" in weights_sd}
+    return kind(layers, ranks, multiplier, args, classes), weights_sd
+
+
+def variants() -> ModuleType:
+    """networks/variants.py, the modules that are more than plain LoRAs. ValueError where this file is used alone."""
+    try:
+        from networks import variants
+    except ImportError:
+        variants = None
+    if variants is None or variants.LoRAModule is not LoRAModule:
+        raise ValueError("DoRA and the other starts need networks/variants.py of the suite; lora.py alone has plain LoRAs")
+    return variants
 
 
 def kernel_size(layer: Layer) -> int:

@@ -34,7 +34,7 @@ def by_block(network):
     "network_args, message",
     [
         ({"conv_dm": "4"}, "unknown network_args key 'conv_dm'; did you mean 'conv_dim'?"),
-        ({"zzz": "4"}, "unknown network_args key 'zzz'; known: conv_dim, conv_alpha, dropout"),
+        ({"zzz": "4"}, "unknown network_args key 'zzz'; known: conv_dim, conv_alpha, init, rs_lora, dora, dropout"),
         ({"conv_dim": "four"}, "network_args conv_dim=four: 'four' is not a whole number"),
         ({"conv_dim": "4.5"}, "network_args conv_dim=4.5: '4.5' is not a whole number"),
         ({"conv_dim": "4", "conv_alpha": "x"}, "network_args conv_alpha=x: 'x' is not a number"),

@@ -223,7 +223,8 @@ def test_weights_for_layers_that_a_model_lacks_are_counted(model, caplog):
         (["lora_te1_text_model_x.lora_down.weight", "lora_te1_text_model_x.lora_up.weight"], "SDXL"),
         (["lora_unet_mid_block_attentions_0_proj_in.hada_w1_a"], "LoHa"),
         (["lora_unet_mid_block_attentions_0_proj_in.lokr_w1"], "LoKr"),
-        (["unet.mid_block.attentions.0.proj_in.lora_A.weight"], "peft"),
+        (["transformer.blocks.0.attn.to_q.lora_A.weight"], "a LoRA for another kind of model"),
+        (["lora_unet_mid_block_attentions_0_proj_in.lora_mid.weight"], "LoCon in Tucker form"),
         (["model.diffusion_model.out.2.bias"], "whole model"),
         (["something.else"], "are they a LoRA for Stable Diffusion"),
     ],
@@ -237,14 +238,14 @@ def test_other_files_are_named(model, keys, reason):
         make_network(model).merge_to(model.text_encoder, model.unet, weights)
 
 
-def test_a_lora_of_another_width_and_a_dora_are_refused_by_key(model):
+def test_a_lora_of_another_width_and_one_with_more_tensors_are_refused_by_key(model):
     weights = make_network(model).state_dict()
     name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
     wide = weights | {f"{name}.lora_down.weight": torch.zeros(4, 1024)}
     with pytest.raises(ValueError, match=rf"{name}: the weights .*1024.*24 in.*another Stable Diffusion version"):
         from_weights(model, wide)
-    with pytest.raises(ValueError, match=rf"{name}.dora_scale is not supported; .*DoRA"):
-        from_weights(model, weights | {f"{name}.dora_scale": torch.zeros(1)})
+    with pytest.raises(ValueError, match=rf"{name}.lora_mid.weight is not supported; .*Tucker"):
+        from_weights(model, weights | {f"{name}.lora_mid.weight": torch.zeros(1)})
 
 
 class Bomb:

@@ -1,0 +1,174 @@
+"""Modules that are more than plain LoRAs: other starts (PiSSA, orthogonal) and DoRA. networks/lora.py makes them on demand.
+
+    --network_args "init=pissa"    --network_args "init=orthogonal"    --network_args "dora=True"
+
+The files of both starts are ordinary LoRAs. Those of DoRA have one more tensor a module, `dora_scale`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from networks.lora import Layer, LoRAModule, module_weights, weight_delta
+
+
+class OrthogonalModule(LoRAModule):
+    """A LoRA both of whose factors start as random numbers with the product zero.
+
+        down = (G1 Q_odd)^T / 10,    up = G2 Q_even / 10
+
+    G1 (in, rank / 2) and G2 (out, rank / 2) are normal, Q_odd and Q_even alternating rows of a random orthogonal matrix; so
+    up down = G2 Q_even Q_odd^T G1^T / 100 = 0. As in peft, after https://datta0.github.io/posts/rethink-lora-init
+    """
+
+    def __init__(self, lora_name: str, layer: Layer, *args: Any, **kwargs: Any):
+        super().__init__(lora_name, layer, *args, **kwargs)
+        if self.rank % 2:
+            raise ValueError(f"network_args init=orthogonal needs even ranks; {lora_name} has rank {self.rank}")
+        down, up = self.lora_down.weight.detach().flatten(1), self.lora_up.weight.detach().flatten(1)
+        q = torch.linalg.qr(torch.randn(self.rank, self.rank))[0]
+        down.copy_((torch.randn(down.shape[1], self.rank // 2) @ q[0::2]).T / 10)
+        up.copy_(torch.randn(self.rank // 2, len(up)).T @ q[1::2] / 10)
+
+
+class PissaModule(LoRAModule):
+    """A LoRA that starts as the principal part of its layer: PiSSA (Meng, Wang and Zhang 2024, arXiv 2404.02948).
+
+    Of W = U S V^T, the r largest singular values make scale * up0 down0 = U_r S_r V_r^T, with the root of S_r in each factor; and
+
+        y = (W - scale * up0 down0) x + scale * up down x,    up and down starting as up0 and down0.
+
+    The layer stays as it is: the start is subtracted here. The file is an ordinary LoRA of twice the rank, [up, -up0] and
+    [down; down0], with twice the alpha, for the unchanged model.
+    """
+
+    def __init__(self, lora_name: str, layer: Layer, *args: Any, **kwargs: Any):
+        super().__init__(lora_name, layer, *args, **kwargs)
+        down, up = self.lora_down.weight.detach(), self.lora_up.weight.detach()
+        matrix = layer.weight.detach().flatten(1).float()
+        count = min(self.rank, *matrix.shape)  # ranks beyond the layer's size start as in any LoRA
+        u, s, v = torch.svd_lowrank(matrix, min(count + 8, *matrix.shape), niter=16)
+        root = (s[:count] / self.scale).sqrt()
+        up.flatten(1)[:, :count] = u[:, :count] * root
+        down.flatten(1)[:count] = (v[:, :count] * root).T
+        self.register_buffer("start_down", down.clone())
+        self.register_buffer("start_up", up.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """multiplier * scale * (up down - up0 down0) x"""
+        hidden, layer = self.in_own_type(x), self.lora_down
+        if isinstance(layer, nn.Conv2d):
+            start = F.conv2d(F.conv2d(hidden, self.start_down, None, layer.stride, layer.padding, layer.dilation), self.start_up)
+        else:
+            start = F.linear(F.linear(hidden, self.start_down), self.start_up)
+        return super().forward(x) - start * (self.scale * self.multiplier)
+
+    def file_weights(self) -> dict[str, Tensor]:
+        down, up = self.lora_down.weight.detach(), self.lora_up.weight.detach()
+        return {
+            "alpha": self.alpha * 2,
+            "lora_down.weight": torch.cat([down, self.start_down]),
+            "lora_up.weight": torch.cat([up, -self.start_up], 1),
+        }
+
+    def from_file(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        up, down, alpha = module_weights(weights, self.lora_name, self)
+        if f"{self.lora_name}.start_up" in weights:  # a state of this network, not a file
+            return {key: weights[f"{self.lora_name}.{key}"] for key in self.state_dict()}
+        if len(down) != 2 * self.rank:
+            raise ValueError(f"{self.lora_name} is not from a run with init=pissa at this rank; leave init out to go on from it")
+        half = {"lora_up.weight": up[:, : self.rank], "lora_down.weight": down[: self.rank], "alpha": torch.tensor(alpha / 2)}
+        fitted = super().from_file({f"{self.lora_name}.{key}": tensor for key, tensor in half.items()})
+        starts = {"start_down": down[self.rank :], "start_up": -up[:, self.rank :]}
+        return fitted | {key: tensor.reshape(getattr(self, key).shape) for key, tensor in starts.items()}
+
+
+class DoRAModule(LoRAModule):
+    """A LoRA that learns size and direction of its layer's weight apart: DoRA (Liu et al. 2024, arXiv 2402.09353, eq. 5).
+
+        W' = m * (W + scale * up down) / ||W + scale * up down||
+
+    The norm is of each column, that is of each input channel (of a convolution, over its outputs and positions), and is taken as
+    a constant in the gradient (section 4.3). `dora_scale` is m, (1, in) or (1, in, 1, 1), and starts as ||W||. Files in which it
+    is (out, 1), with a norm for each output as peft has it, are computed so. A strength other than 1 adds that part of W' - W.
+    In files scale is 1, up being multiplied with it, because the A1111 web UI applies it to the whole of W' - W.
+    """
+
+    def __init__(self, lora_name: str, layer: Layer, *args: Any, **kwargs: Any):
+        super().__init__(lora_name, layer, *args, **kwargs)
+        self._layer = (layer,)  # in a tuple, so that it is no part of this module's state
+        self.dora_scale = nn.Parameter(dora_norm(layer.weight.detach(), axis=1))
+
+    def attach(self, layer: Layer) -> None:
+        self._layer = (layer,)
+        super().attach(layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """multiplier * (W' - W) x, without a matrix of the size of W in the graph: W' is W + scale * up down, with its columns
+        (or rows) multiplied by `gain`."""
+        layer = self._layer[0]
+        axis = dora_axis(self.dora_scale)
+        with torch.no_grad():
+            delta = weight_delta(self.lora_up.weight, self.lora_down.weight, self.scale * self.rank).view(layer.weight.shape)
+            norm = dora_norm(layer.weight + delta, axis)
+        gain = (self.dora_scale / norm).flatten()
+        gain = gain.view(1, -1, 1, 1) if isinstance(layer, nn.Conv2d) else gain
+        if axis == 1:
+            return self._base(x * (gain - 1)) * self.multiplier + super().forward(x * gain)
+        return self._base(x) * ((gain - 1) * self.multiplier) + super().forward(x) * gain
+
+    def _base(self, x: Tensor) -> Tensor:
+        """W x, without the bias."""
+        layer = self._layer[0]
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(layer.weight.dtype)
+        if isinstance(layer, nn.Conv2d):
+            return F.conv2d(x, layer.weight, None, layer.stride, layer.padding, layer.dilation)
+        return F.linear(x, layer.weight)
+
+    def file_weights(self) -> dict[str, Tensor]:
+        weights = super().file_weights()
+        up = weights["lora_up.weight"] * self.scale
+        return weights | {"lora_up.weight": up, "alpha": torch.full_like(self.alpha, self.rank)}
+
+    def from_file(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        key = f"{self.lora_name}.dora_scale"
+        if key not in weights:
+            raise ValueError(f"{self.lora_name} is no DoRA in the weights; leave out dora=True to go on from it")
+        scale = dora_shaped(weights[key], self._layer[0].weight)
+        if scale.shape != self.dora_scale.shape:
+            self.dora_scale = nn.Parameter(scale.to(self.dora_scale))
+        return super().from_file(weights) | {"dora_scale": scale}
+
+
+def dora_change(weight: Tensor, delta: Tensor, scale: Tensor) -> Tensor:
+    """W' - W of a DoRA, where delta is scale * up down in the shape of W."""
+    scale, changed = dora_shaped(scale, weight), weight + delta
+    return changed * (scale / dora_norm(changed, dora_axis(scale))) - weight
+
+
+def dora_axis(scale: Tensor) -> int:
+    """Which axis of the weight a DoRA's magnitudes are for: 0, outputs, or 1, inputs."""
+    return 0 if len(scale) > 1 else 1
+
+
+def dora_shaped(scale: Tensor, weight: Tensor) -> Tensor:
+    """Magnitudes in a shape that goes with the weight: (1, in), (out, 1) or these with two more ones. ValueError if none does."""
+    axis = dora_axis(scale)
+    if scale.numel() != weight.shape[axis]:
+        raise ValueError(f"a dora_scale has the shape {tuple(scale.shape)}, its layer's weight {tuple(weight.shape)}")
+    return scale.reshape([-1 if place == axis else 1 for place in range(weight.dim())])
+
+
+def dora_norm(weight: Tensor, axis: int) -> Tensor:
+    """The norm over all other axes, in float32, with the shape of the weight but for ones."""
+    others = [place for place in range(weight.dim()) if place != axis]
+    return torch.linalg.vector_norm(weight.float(), dim=others, keepdim=True).clamp(min=torch.finfo(torch.float32).eps)
+
+
+CLASSES = {"pissa": PissaModule, "orthogonal": OrthogonalModule, "dora": DoRAModule}
