@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,7 @@ def datasets_from_file(path: Path, defaults: DatasetDefaults) -> list[DatasetCon
     """Read `--dataset_config`. Raises UserError, naming file, table and key, for whatever is wrong in it."""
     path = Path(path)
     tables = read_config_file(path)
-    for key in tables:
-        if key not in ("general", "datasets"):
-            raise _wrong_key(key, ("general", "datasets"), f"{path}, top level")
+    _refuse_wrong_keys(tables, ("general", "datasets"), f"{path}, top level")
     general = tables.get("general", {})
     if not isinstance(general, dict):
         raise UserError(f"{path}: write {_GENERAL} once, with single brackets")
@@ -57,6 +56,7 @@ def datasets_from_file(path: Path, defaults: DatasetDefaults) -> list[DatasetCon
     datasets = []
     for number, table in enumerate(_list_of_tables(tables, "datasets", _DATASET, str(path)), start=1):
         place = f"{path}, {_DATASET} {number}"
+        _refuse_wrong_keys(table, ("subsets", *_DATASET_TABLE.model_fields), place)
         subset_tables = _list_of_tables(table, "subsets", _SUBSET, place)
         table = {key: value for key, value in table.items() if key != "subsets"}
         in_file = {**general, **_checked(_DATASET_TABLE, table, place)}
@@ -107,9 +107,7 @@ def _list_of_tables(table: dict[str, Any], key: str, brackets: str, place: str) 
 
 def _checked(model: type[BaseModel], table: dict[str, Any], place: str) -> dict[str, Any]:
     """The values of one table that are set, checked. Raises UserError for a wrong key or value."""
-    for key in table:
-        if key not in model.model_fields:
-            raise _wrong_key(key, model.model_fields, place)
+    _refuse_wrong_keys(table, model.model_fields, place)
     try:
         return model(**table).model_dump(exclude_none=True)
     except ValidationError as error:
@@ -119,7 +117,13 @@ def _checked(model: type[BaseModel], table: dict[str, Any], place: str) -> dict[
         raise UserError(f"{place}: {key} = {shown}: expected {describe_problem(problem)}") from error
 
 
-def _wrong_key(key: str, allowed: Any, place: str) -> UserError:
+def _refuse_wrong_keys(table: dict[str, Any], allowed: Collection[str], place: str) -> None:
+    for key in table:
+        if key not in allowed:
+            raise _wrong_key(key, allowed, place)
+
+
+def _wrong_key(key: str, allowed: Collection[str], place: str) -> UserError:
     if key in NOT_BUILT:
         return UserError(f"{place}: the key '{key}' is known but not built yet; take it out")
     if key in COMMAND_LINE_ONLY:
@@ -129,7 +133,7 @@ def _wrong_key(key: str, allowed: Any, place: str) -> UserError:
     if key in homes:
         return UserError(f"{place}: the key '{key}' does not belong here; it belongs in {homes[key]}")
     # A slip of the pen in a key of another level should be recognised as well.
-    return unknown("key", key, {*allowed, *homes} - {"subsets"}, place)
+    return unknown("key", key, {*allowed, *homes} - ({"subsets"} - {*allowed}), place)
 
 
 def _existing_folder(folder: Path, path: Path, where: str) -> Path:
@@ -180,7 +184,9 @@ def _complete(model: type[BaseModel], values: dict[str, Any], where: str) -> Any
     try:
         return model(**values)
     except ValidationError as error:
-        raise UserError(f"{where}: {describe_problem(error.errors()[0])}") from error
+        problem = error.errors()[0]
+        key = f"{problem['loc'][0]} = {problem['input']}: expected " if problem["loc"] else ""  # the repeats in a folder's name
+        raise UserError(f"{where}: {key}{describe_problem(problem)}") from error
 
 
 def _warn_without_effect(table: dict[str, Any], dataset: DatasetConfig, place: str) -> None:

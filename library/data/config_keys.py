@@ -14,6 +14,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from library.errors import UserError
 
 
+# Far beyond any use; a slip of the pen must not end in an overflow or fill the memory.
+MAX_COUNT = 1_000_000
+MAX_SIDE = 16_384  # pixels
+
+
 def _pair(kind: type, expected: str, value: Any) -> tuple:
     """Two numbers as a tuple. ValueErrors here say what is expected; `describe_problem` builds the sentence around it."""
     numbers = value if isinstance(value, (list, tuple)) else [value]
@@ -25,8 +30,8 @@ def _pair(kind: type, expected: str, value: Any) -> tuple:
 def _resolution(value: Any) -> Any:
     square = isinstance(value, int) and not isinstance(value, bool)
     width, height = _pair(int, "512 or [640, 448] (width, height)", [value, value] if square else value)
-    if min(width, height) < 8:
-        raise ValueError("sides of at least 8 pixels")
+    if not 8 <= min(width, height) <= max(width, height) <= MAX_SIDE:
+        raise ValueError(f"sides of 8 to {MAX_SIDE:,} pixels")
     return width, height
 
 
@@ -34,7 +39,7 @@ def _face_range(value: Any) -> Any:
     if value is None:
         return None
     low, high = _pair(float, "two numbers such as [2.0, 4.0]", value)
-    if not 0 < low <= high:
+    if not 0 < low <= high < float("inf"):
         raise ValueError("two numbers above 0, the smaller one first, such as [2.0, 4.0]")
     return low, high
 
@@ -52,14 +57,15 @@ def _extension(value: Any) -> Any:
 
 
 def _multiple_of_8(value: Any) -> Any:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 8 or value % 8:
+    if isinstance(value, bool) or not isinstance(value, int) or not 8 <= value <= MAX_SIDE or value % 8:
         raise ValueError("a multiple of 8, usually 64")
     return value
 
 
 Interpolation = Literal["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box"]
-Positive = Annotated[int, Field(ge=1)]
-NotNegative = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+NotNegative = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -88,7 +94,7 @@ class SubsetConfig(_Frozen):
     caption_dropout_every_n_epochs: NotNegative = 0
     caption_tag_dropout_rate: Share = 0.0
     token_warmup_min: NotNegative = 1
-    token_warmup_step: Annotated[float, Field(ge=0)] = 0.0
+    token_warmup_step: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     color_aug: bool = False
     flip_aug: bool = False
     random_crop: bool = False
@@ -102,8 +108,8 @@ class DatasetConfig(_Frozen):
     resolution: Annotated[tuple[int, int], BeforeValidator(_resolution)]
     batch_size: Positive = 1
     enable_bucket: bool = False
-    min_bucket_reso: Positive = 256
-    max_bucket_reso: Positive = 1024
+    min_bucket_reso: Side = 256
+    max_bucket_reso: Side = 1024
     bucket_reso_steps: Annotated[int, BeforeValidator(_multiple_of_8)] = 64
     bucket_no_upscale: bool = False
     resize_interpolation: Optional[Interpolation] = None
@@ -148,6 +154,13 @@ def optional_keys(name: str, keys: tuple[str, ...], base: type[BaseModel] = _Fro
     return create_model(name, __base__=base, __module__=__name__, **fields)
 
 
+# How the words of the checks above read on the command line.
+AS_OPTION = {
+    "[640, 448] (width, height)": "640,448 (width,height)", "[2.0, 4.0]": "2.0,4.0",
+    ", without quotes": "", " without quotes": "",
+}
+
+
 class _CommandLine(_Frozen):
     @model_validator(mode="wrap")
     @classmethod
@@ -159,8 +172,10 @@ class _CommandLine(_Frozen):
             problem = error.errors()[0]
             key = str(problem["loc"][0])
             option = {"batch_size": "train_batch_size", "num_repeats": "dataset_repeats"}.get(key, key)
-            expected = {"resolution": "512 or 640,448 (width,height)", "face_crop_aug_range": "two numbers such as 2.0,4.0"}
-            raise UserError(f"--{option}={values[key]}: expected {expected.get(key) or describe_problem(problem)}") from error
+            expected = describe_problem(problem)
+            for in_file, here in AS_OPTION.items():
+                expected = expected.replace(in_file, here)
+            raise UserError(f"--{option}={values[key]}: expected {expected}") from error
 
 
 def _pair_from_text(key: str, value: Any) -> Any:
@@ -190,7 +205,7 @@ def describe_problem(problem: dict[str, Any]) -> str:
         "string_type": "text in quotes",
         "string_too_short": "at least one character",
         "greater_than_equal": f"at least {bound.get('ge')}",
-        "less_than_equal": f"at most {bound.get('le')}",
+        "less_than_equal": f"at most {bound.get('le', 0):,}",
         "literal_error": f"one of {bound.get('expected')}",
         "value_error": str(bound.get("error")),
     }

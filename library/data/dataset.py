@@ -6,6 +6,7 @@ number of loader processes, in any order, and after a resume. Epochs count from 
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -24,6 +25,8 @@ from library.data.order import EpochOrder, EpochPlanner
 from library.data.pixels import augmented, to_tensor
 from library.data.table import build_table
 from library.data.tokens import CaptionTokenizer
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -162,6 +165,7 @@ class TrainingDataset(Dataset):
                 return None
             found.update(variants)
             if len(found) > limit:
+                log.warning("there are more than %d different captions, so the text encoder's outputs are not cached", limit)
                 return None
         return sorted(found)
 

@@ -13,8 +13,9 @@ from library.errors import UserError
 
 log = logging.getLogger(__name__)
 
+NAMED_AT_MOST = 10
 # Pictures that are left out, but never without a word.
-UNREAD_SUFFIXES = frozenset({".gif", ".tif", ".tiff", ".heic", ".heif", ".jfif", ".ppm", ".tga", ".psd", ".svg"})
+UNREAD_SUFFIXES = frozenset({".heic", ".heif", ".jfif", ".ppm", ".tga", ".psd", ".svg"})
 
 
 @lru_cache(maxsize=1)
@@ -22,7 +23,7 @@ def image_suffixes() -> tuple[str, ...]:
     """Suffixes that count as pictures, lower case; upper case counts as well. AVIF and JPEG XL if Pillow can read them."""
     from PIL import features
 
-    suffixes = [".png", ".jpg", ".jpeg", ".webp", ".bmp"]
+    suffixes = [".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"]
     if "avif" in features.get_supported_modules() or importlib.util.find_spec("pillow_avif"):
         suffixes.append(".avif")
     if importlib.util.find_spec("pillow_jxl"):
@@ -77,8 +78,9 @@ def check_pictures(folder: Path, caption_extension: str, where: str) -> None:
         raise UserError(f"{where}: no picture ({suffixes}) lies in {folder}{cure}")
     unread = [name for name in names if os.path.splitext(name)[1].lower() in UNREAD_SUFFIXES]
     if unread:
-        log.warning("%s: pictures left out: %d, such as %s; convert them to one of %s",
-                    folder, len(unread), unread[0], suffixes)
+        more = f" and {len(unread) - NAMED_AT_MOST} more" if len(unread) > NAMED_AT_MOST else ""
+        log.warning("%s: pictures left out: %s%s; convert them to one of %s",
+                    folder, ", ".join(unread[:NAMED_AT_MOST]), more, suffixes)
     _warn_of_other_captions(folder, names, images, caption_extension)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import io
+import warnings
 from pathlib import Path
 
 import cv2
@@ -20,6 +21,8 @@ cv2.setNumThreads(1)
 
 # A scan of 200 megapixels is no attack. Our own limit below replaces Pillow's, and names the picture.
 Image.MAX_IMAGE_PIXELS = None
+# Its remarks on damaged EXIF data and the like name no file; what makes a picture unusable is raised as an error anyway.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 MAX_PIXELS = 1_000_000_000
 EMPTY = "the file is empty (0 bytes)"
 # Image generators write whole workflows into PNG text chunks; Pillow refuses those over 1 MiB.
@@ -81,6 +84,8 @@ def open_picture(source: Path | io.BytesIO) -> Image.Image:
 
 def turn_of(image: Image.Image) -> Image.Transpose | None:
     """How the picture must be turned to stand upright, from the EXIF data in front of the pixels."""
+    if image.format == "TIFF":  # Pillow turns these by itself
+        return None
     try:
         # Not image.getexif(): for a PNG that would decode the pixels in search of data behind them.
         orientation = Image.Image.getexif(image).get(ORIENTATION_TAG, 1)

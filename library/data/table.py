@@ -20,6 +20,8 @@ from library.errors import UserError
 
 log = logging.getLogger(__name__)
 
+MAX_USES = 100_000_000  # of an epoch; their order takes 4 bytes each
+
 
 @dataclass(frozen=True)
 class Subset:
@@ -157,7 +159,11 @@ def _repeats(subsets: list[Subset], dataset: int) -> np.ndarray:
     own = [subset for subset in subsets if subset.dataset == dataset]
     repeats = np.concatenate([np.full(s.end - s.start, s.config.num_repeats, dtype=np.int32) for s in own])
     is_reg = np.concatenate([np.full(s.end - s.start, s.config.is_reg) for s in own])
-    total = int(repeats[~is_reg].sum())
+    total = int(repeats[~is_reg].sum(dtype=np.int64))
+    if total > MAX_USES:
+        raise UserError(
+            f"dataset {dataset + 1}: num_repeats make {total:,} uses of pictures an epoch, more than {MAX_USES:,}; lower them"
+        )
     if not total:
         raise UserError(f"dataset {dataset + 1} has no pictures to train on, only is_reg subsets or none usable; add a subset")
     if is_reg.any():
@@ -177,7 +183,7 @@ def balanced(repeats: np.ndarray, total: int) -> np.ndarray:
     >>> balanced(np.array([2, 2, 2]), 3).tolist(), balanced(np.array([2, 2, 2]), 8).tolist()
     ([2, 1, 0], [3, 3, 2])
     """
-    before = np.cumsum(repeats) - repeats
+    before = np.cumsum(repeats, dtype=np.int64) - repeats
     first = np.clip(total - before, 0, repeats)
     rounds, rest = divmod(total - int(first.sum()), len(repeats))
     return (first + rounds + (np.arange(len(repeats)) < rest)).astype(np.int32)

@@ -41,7 +41,8 @@ class CaptionTokenizer:
         long = [text for text in candidates if count_tokens(self.tokenizer, text, self.weighted) > limit]
         if long:
             tokens = count_tokens(self.tokenizer, long[0], self.weighted)
-            cure = "give --max_token_length=150 or 225" if limit < 225 else "shorten them"
+            longer = {CHUNK: "give --max_token_length=150 or 225", 2 * CHUNK: "give --max_token_length=225"}
+            cure = longer.get(limit, "the rest is not read")
             log.warning(
                 "%d captions are longer than %d tokens and are cut there, such as '%s...' with %d tokens; %s",
                 len(long), limit, long[0][:60], tokens, cure,

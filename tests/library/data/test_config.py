@@ -137,6 +137,8 @@ def test_a_byte_order_mark_is_no_syntax_error(here):
         ("[[datasets]]\nimage_dir = 'cats'\n[[datasets.subsets]]\nimage_dir='cats'", ["[[datasets]] 1", "'image_dir'"]),
         ("resolution = 512\n" + SMALL, ["top level", "'resolution'", "[general] or [[datasets]]"]),
         ("[[dataset]]\nresolution = 512", ["top level", "'dataset'", "'datasets'"]),
+        ("[[datasets]]\n[[datasets.subset]]\nimage_dir = 'cats'", ["[[datasets]] 1", "'subset'", "did you mean 'subsets'"]),
+        ("[[datasets]]\nresolution = 512\nflip_augg = true", ["[[datasets]] 1", "'flip_augg'", "'flip_aug'"]),
         ("[[subsets]]\nimage_dir = 'cats'", ["top level", "'subsets'", "[[datasets.subsets]]"]),
         (SMALL + "prior_loss_weight = 1.0", ["--prior_loss_weight"]),
         ("[general]\ncaption_extention = '.txt'\n" + SMALL, ["'caption_extention'", "'caption_extension'"]),
@@ -159,6 +161,10 @@ def test_trap_4_19_known_keys_that_are_not_built_are_refused_by_name(here, key):
         ("num_repeats = '3'", ['num_repeats = "3"', "whole number"]),
         ("num_repeats = 1.5", ["num_repeats = 1.5", "whole number"]),
         ("num_repeats = 0", ["num_repeats = 0", "at least 1"]),
+        ("num_repeats = 99999999999999999999", ["num_repeats = 99999999999999999999", "at most 1,000,000"]),
+        ("keep_tokens = 99999999999999999999", ["keep_tokens", "at most 1,000,000"]),
+        ("token_warmup_step = inf", ["token_warmup_step", "finite"]),
+        ("face_crop_aug_range = [2.0, inf]", ["face_crop_aug_range", "two numbers"]),
         ("num_repeats = true", ["num_repeats = true", "whole number"]),
         ("shuffle_caption = 1", ["shuffle_caption = 1", "true or false"]),
         ("shuffle_caption = 'yes'", ['shuffle_caption = "yes"', "true or false"]),
@@ -177,10 +183,10 @@ def test_a_wrong_value_names_key_value_and_what_is_expected(here, line, parts):
     assert all(part in message for part in ["data.toml", "[[datasets.subsets]] 1", *parts]), message
 
 
-@pytest.mark.parametrize("value", ["'512'", "'512,512'", "[512]", "[1, 2, 3]", "512.0", "true", "[512, '512']", "4"])
+@pytest.mark.parametrize("value", ["'512'", "'512,512'", "[512]", "[1, 2, 3]", "512.0", "true", "[512, '512']", "7", "99999"])
 def test_a_wrong_resolution_shows_the_right_form(here, value):
     message = error_of(f"[[datasets]]\nresolution = {value}\n[[datasets.subsets]]\nimage_dir='cats'")
-    assert "resolution = " in message and ("512 or [640, 448]" in message or "8 pixels" in message)
+    assert "resolution = " in message and ("512 or [640, 448]" in message or "sides of 8 to 16,384 pixels" in message)
 
 
 def test_syntax_error_gives_file_line_and_column_in_one_line(here):
@@ -293,9 +299,9 @@ def test_captions_of_another_extension_are_pointed_out(here, caplog):
 
 
 def test_pictures_of_unread_kinds_are_named(here, caplog):
-    (here / "cats" / "2.gif").touch()
+    (here / "cats" / "2.heic").touch()
     read(SMALL)
-    assert "pictures left out: 1, such as 2.gif" in caplog.text
+    assert "pictures left out: 2.heic; convert" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -303,6 +309,10 @@ def test_pictures_of_unread_kinds_are_named(here, caplog):
     [
         ("resolution", "wide", "--resolution=wide: expected 512 or 640,448"),
         ("resolution", "1,2,3", "--resolution=1,2,3: expected 512 or 640,448"),
+        ("resolution", "7", "--resolution=7: expected sides of 8 to 16,384 pixels"),
+        ("resolution", "512,99999", "--resolution=512,99999: expected sides of 8 to 16,384 pixels"),
+        ("face_crop_aug_range", "0,2", "expected two numbers above 0, the smaller one first, such as 2.0,4.0"),
+        ("batch_size", 10**20, "--train_batch_size=100000000000000000000: expected at most 1,000,000"),
         ("face_crop_aug_range", "2", "--face_crop_aug_range=2: expected two numbers"),
         ("batch_size", 0, "--train_batch_size=0: expected at least 1"),
         ("num_repeats", 0, "--dataset_repeats=0: expected at least 1"),

@@ -306,6 +306,45 @@ def test_interpolation_of_the_subset_beats_the_dataset(folder):
     assert (dataset.table.interpolation(0), dataset.table.interpolation(39)) == ("box", "nearest")
 
 
+def test_trap_4_1_random_choices_in_captions_depend_on_the_seed_alone(tmp_path):
+    folder = make_folder(tmp_path, 8, captions=False)
+    for path in folder.glob("*.png"):
+        path.with_suffix(".txt").write_text("{a|b|c|d}, e, f, g, h", encoding="utf-8")
+    part = subset(folder, enable_wildcard=True, shuffle_caption=True, caption_tag_dropout_rate=0.3, caption_dropout_rate=0.1)
+
+    def captions(seed, state):
+        random.seed(state)  # what the process drew before must not matter
+        dataset = TrainingDataset([config(part)], seed=seed)
+        return [dataset[(1, position)].captions for position in range(len(dataset))]
+
+    drawn = [captions(seed, 0) for seed in (1, 2, 3)]
+    assert drawn[0] != drawn[1] != drawn[2] != drawn[0]
+    assert [captions(seed, 7) for seed in (1, 2, 3)] == drawn
+
+
+def test_more_uses_than_memory_holds_are_refused(tmp_path):
+    folder = make_folder(tmp_path, 101, [(64, 64)], captions=False)
+    with pytest.raises(UserError, match="101,000,000 uses of pictures an epoch, more than 100,000,000; lower them"):
+        TrainingDataset([config(subset(folder, num_repeats=1_000_000))], seed=1)
+
+
+@pytest.mark.parametrize("limit, cure", [
+    (None, "--max_token_length=150 or 225"), (150, "give --max_token_length=225"), (225, "not read"),
+])
+def test_only_a_longer_limit_is_advised(tmp_path, tokenizer, caplog, limit, cure):
+    folder = make_folder(tmp_path, 1)
+    (folder / "000.txt").write_text("very " * 240, encoding="utf-8")
+    TrainingDataset([config(subset(folder))], seed=1, tokenizer=tokenizer, max_token_length=limit)
+    assert caplog.messages[-1].endswith(cure) and ("--max_token_length" in cure or "--max" not in caplog.text)
+
+
+def test_too_many_captions_to_cache_are_said(folder, caplog):
+    dataset = TrainingDataset([config(subset(folder))], seed=1)
+    assert len(dataset.caption_variants(limit=20)) == 20 and not caplog.text
+    assert dataset.caption_variants(limit=19) is None
+    assert "more than 19 different captions" in caplog.text
+
+
 def test_weighted_captions_and_long_ones(tmp_path, tokenizer, caplog):
     folder = make_folder(tmp_path, 2)
     (folder / "000.txt").write_text("(red:1.5) dog " + "very " * 90, encoding="utf-8")

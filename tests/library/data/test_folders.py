@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,12 @@ def test_giving_the_inner_folder_is_pointed_out(tmp_path, caplog):
     assert "give the folder above" in caplog.text
 
 
+def test_repeats_beyond_all_use_name_the_folder(tmp_path):
+    make(tmp_path, "99999999999999999999_cat/1.png")
+    with pytest.raises(UserError, match="9_cat: num_repeats = 99999999999999999999: expected at most 1,000,000"):
+        found(tmp_path)
+
+
 def test_regularisation_folders(tmp_path):
     make(tmp_path, "train/10_sks cat/1.png", "reg/1_cat/1.png", "plain/1.png")
     both = subsets(tmp_path / "train", tmp_path / "reg")
@@ -114,8 +121,47 @@ def test_no_resolution_names_the_option(tmp_path):
 
 
 def test_which_files_are_pictures(tmp_path):
-    names = ["b.png", "a.JPEG", "ü ñ.webp", "c.Bmp", "d.jpg"]
-    make(tmp_path, *names, "x.txt", "y.npz", "._b.png", ".hidden.png", "z.gif")
+    names = ["b.png", "a.JPEG", "ü ñ.webp", "c.Bmp", "d.jpg", "e.gif", "f.GIF", "g.tif", "h.Tiff"]
+    make(tmp_path, *names, "x.txt", "y.npz", "._b.png", ".hidden.png", "z.heic")
     (tmp_path / "folder.png").mkdir()
     assert [path.name for path in list_images(tmp_path)] == sorted(names)
-    assert set(image_suffixes()) >= {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+    assert set(image_suffixes()) >= {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+
+def test_a_folder_of_gif_pictures_only_is_used(tmp_path, caplog):
+    make(tmp_path, "10_cat/1.gif", "10_cat/2.GIF")
+    assert found(tmp_path) == [("10_cat", 10, "cat")] and not caplog.text
+
+
+def test_pictures_of_kinds_that_are_not_read_are_named(tmp_path, caplog):
+    make(tmp_path, "1.png", "a.heic", "b.psd", *(f"{number:02d}.svg" for number in range(11)))
+    assert found(tmp_path) == [(".", 1, None)]
+    assert "00.svg, 01.svg" in caplog.text and "and 3 more; convert them" in caplog.text
+
+
+def test_trap_4_16_folders_come_in_sorted_order_however_the_system_lists_them(tmp_path, monkeypatch):
+    make(tmp_path, "b_plain/x/1.png", "a_plain/1.png", "2_dog/1.png", "10_cat/1.png", "1_cat/b.png", "1_cat/a.png")
+    monkeypatch.setattr("library.data.folders.os.scandir", listed_backwards)
+    assert [name for name, _, _ in found(tmp_path)] == ["10_cat", "1_cat", "2_dog"]
+    assert [path.name for path in list_images(tmp_path / "1_cat")] == ["a.png", "b.png"]
+    for name in ("10_cat", "1_cat", "2_dog"):
+        (tmp_path / name).rename(tmp_path / f"{name[-3:]} {name[0]}{len(name)}")
+    assert [name for name, _, _ in found(tmp_path)] == ["a_plain", "b_plain/x", "cat 15", "cat 16", "dog 25"]
+
+
+@contextmanager
+def listed_backwards(folder):
+    yield (entry for entry in sorted(map(Entry, Path(folder).iterdir()), key=lambda e: e.name, reverse=True))
+
+
+class Entry:
+    def __init__(self, path: Path) -> None:
+        self.name, self.is_dir = path.name, path.is_dir
+
+
+def test_trap_4_16_dataset_repeats_counts_only_where_no_folder_name_says_a_number(tmp_path):
+    make(tmp_path, "train/1.png", "train/10_cat/1.png", "reg/1_cat/1.png", "plain/1.png")
+    both = subsets(tmp_path / "train", tmp_path / "reg", num_repeats=3)
+    assert [s.num_repeats for s in both] == [3, 10, 1]
+    assert [s.num_repeats for s in subsets(tmp_path / "plain", tmp_path / "reg", num_repeats=3)] == [3, 1]
+    assert [s.num_repeats for s in subsets(tmp_path / "train", tmp_path / "plain", num_repeats=3)] == [3, 10, 3]

@@ -76,7 +76,7 @@ def test_one_bit_and_grey():
     assert decode(encoded(Image.new("L", (1, 1), 77))).tolist() == [[[77, 77, 77]]]
 
 
-@pytest.mark.parametrize("kind, options", [("PNG", {}), ("WEBP", {"lossless": True}), ("GIF", {})])
+@pytest.mark.parametrize("kind, options", [("PNG", {}), ("WEBP", {"lossless": True}), ("GIF", {}), ("TIFF", {})])
 def test_of_an_animation_the_first_frame(tmp_path, kind, options):
     frames = [Image.new("RGB", (6, 5), colour) for colour in ("red", "blue", "lime")]
     content = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
@@ -87,7 +87,7 @@ def test_of_an_animation_the_first_frame(tmp_path, kind, options):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
 def test_trap_4_16_exif_rotation_is_applied(tmp_path, orientation, suffix):
     pixels = np.zeros((16, 32, 3), dtype=np.uint8)
     pixels[:8, :16] = 255  # the upper left quarter is white
