@@ -25,6 +25,7 @@ from networks.lora_metadata import modelspec, network, without_modelspec
 from networks.low_rank import LowRank, best_low_rank, clamp, rank_for_share
 from networks.merge_lora import check_model
 from networks.model_keys import Place, lora_places
+from networks.parallel import in_parallel
 from networks.svd_merge_lora import Kept, check_at_least_one, check_device, check_quantile, named, print_kept
 from networks.weight_file import PRECISIONS, WeightFile, open_weights, output_path
 
@@ -55,15 +56,19 @@ def extract(original: WeightFile, tuned: WeightFile, how: Extraction) -> tuple[d
     """The modules, the squared norms of difference and LoRA, and the names of the modules left out as not changed."""
     modules, kept, unchanged = {}, {}, []
     pairs = _pairs(original, tuned, how)
-    with tqdm(total=sum(len(places) for places in pairs.values()), unit="module", desc="extracting") as progress:
-        for key, places in pairs.items():
-            for name, before, after in _layers(original, tuned, key, places, how):
-                difference = _difference(before, after, how.min_diff)
-                progress.update()
-                if difference is None:
-                    unchanged.append(name)
-                    continue
-                modules[name], kept[name] = named(name, _module, difference, how)
+    layers = (layer for key, places in pairs.items() for layer in _layers(original, tuned, key, places, how))
+
+    def work(layer: tuple[str, Tensor, Tensor]) -> tuple[str, tuple[LowRank, tuple[float, float]] | None]:
+        name, before, after = layer
+        difference = _difference(before, after, how.min_diff)
+        return name, None if difference is None else named(name, _module, difference, how)
+
+    count = sum(len(places) for places in pairs.values())
+    for name, result in tqdm(in_parallel(layers, work, how.device), total=count, unit="module", desc="extracting"):
+        if result is None:
+            unchanged.append(name)
+        else:
+            modules[name], kept[name] = result
     return modules, kept, unchanged
 
 

@@ -20,7 +20,8 @@ from networks.command_line import Parser, run
 from networks.lora_file import LoraFile, read_loras, write_lora
 from networks.lora_metadata import changed
 from networks.low_rank import Decomposition, LowRank, decompose, smallest_rank
-from networks.svd_merge_lora import Kept, check_at_least_one, check_device, named, print_kept
+from networks.parallel import in_parallel
+from networks.svd_merge_lora import Kept, check_at_least_one, check_device, named, print_kept, split_results
 from networks.weight_file import PRECISIONS, output_path
 
 METHODS = ("sv_ratio", "sv_fro", "sv_cumulative")
@@ -38,16 +39,20 @@ def resize(
 ) -> tuple[dict[str, LowRank], Kept]:
     """Every module cut to `new_rank`, or `new_conv_rank` if it is a 3x3 convolution; with `method`, to the smallest rank up to
     that which reaches `target` (see `smallest_rank`). No rank grows. report: gets a line about every module."""
-    modules, kept = {}, {}
-    for name, module in tqdm(lora.modules.items(), unit="module", desc="resizing", disable=report is not None):
-        found = named(name, decompose, module, device)
+
+    def work(name: str) -> tuple[LowRank, tuple[float, float]]:
+        module = lora.modules[name]
         limit = min(new_conv_rank or new_rank if module.is_3x3 else new_rank, module.rank)
+        found = named(name, decompose, module, device, limit)
         rank = min(limit, smallest_rank(found.s, method, target)) if method else limit
-        modules[name] = found.low_rank(rank, module, module.scale)
-        kept[name] = (found.total**2, (found.total * found.kept(rank)) ** 2)
+        result = found.low_rank(rank, module, module.scale)
         if report:
-            report(_line(name, found, modules[name]))
-    return modules, kept
+            report(_line(name, found, result))
+        return result, (found.total**2, (found.total * found.kept(rank)) ** 2)
+
+    names = list(lora.modules)
+    results = in_parallel(names, work, device)
+    return split_results(names, tqdm(results, total=len(names), unit="module", desc="resizing", disable=report is not None))
 
 
 def _line(name: str, found: Decomposition, module: LowRank) -> str:

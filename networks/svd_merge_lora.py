@@ -7,7 +7,7 @@ alone, so it takes seconds. What could not be kept is printed.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 if not __package__:  # run as a script: the repository, not this folder, is where modules are looked for
@@ -22,6 +22,7 @@ from networks.lora import BLOCKS
 from networks.lora_file import LoraFile, all_names, check_ratios, read_loras, write_lora
 from networks.lora_metadata import merged, without_modelspec
 from networks.low_rank import Decomposition, LowRank, clamp, decompose, stack
+from networks.parallel import in_parallel
 from networks.weight_file import PRECISIONS, output_path
 
 Kept = dict[str, tuple[float, float]]  # squared norm before and after, by module
@@ -42,8 +43,8 @@ def svd_merge(
     Where the ranks of the parts are fewer together, the sum is exact and has those.
     """
     weights = block_weights or [{}] * len(loras)
-    modules, kept = {}, {}
-    for name in tqdm(all_names(loras), unit="module", desc="merging"):
+
+    def work(name: str) -> tuple[LowRank, tuple[float, float]]:
         block = block_of(name)
         parts = [
             (lora.modules[name], ratio * by_block.get(block, 1.0))
@@ -51,12 +52,22 @@ def svd_merge(
             if name in lora.modules
         ]
         total = stack(parts)
-        found = named(name, decompose, total, device)
-        rank = min(new_conv_rank or new_rank if total.is_3x3 else new_rank, len(found.s))
-        modules[name] = found.low_rank(rank, total)
-        kept[name] = (found.total**2, (found.total * found.kept(rank)) ** 2)
-        if clamp_quantile is not None:
-            modules[name] = clamp(modules[name], clamp_quantile)
+        limit = new_conv_rank or new_rank if total.is_3x3 else new_rank
+        found = named(name, decompose, total, device, limit)
+        module = found.low_rank(limit, total)
+        kept = (found.total**2, (found.total * found.kept(limit)) ** 2)
+        return (clamp(module, clamp_quantile) if clamp_quantile is not None else module), kept
+
+    names = all_names(loras)
+    results = tqdm(in_parallel(names, work, device), total=len(names), unit="module", desc="merging")
+    return split_results(names, results)
+
+
+def split_results(names: Sequence[str], results: Iterable[tuple[LowRank, tuple[float, float]]]) -> tuple[dict[str, LowRank], Kept]:
+    """Modules and norms by name, from pairs in the order of the names."""
+    modules, kept = {}, {}
+    for name, (modules[name], kept[name]) in zip(names, results):
+        pass
     return modules, kept
 
 

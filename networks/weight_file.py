@@ -11,6 +11,7 @@ import json
 import math
 import os
 import pickle
+import threading
 import uuid
 import zipfile
 from abc import ABC, abstractmethod
@@ -22,6 +23,8 @@ from typing import Any
 import safetensors
 import torch
 from torch import Tensor
+
+from networks.parallel import in_parallel
 
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 SUFFIXES = (".safetensors", *PICKLED)
@@ -37,10 +40,11 @@ REMAP_AFTER = 256 << 20  # bytes
 
 
 class WeightFile(ABC):
-    """The tensors of one open file. Use it in a `with` block, which closes the file."""
+    """The tensors of one open file. Use it in a `with` block, which closes the file. Several threads may read."""
 
     def __init__(self, path: Path):
         self.path = path
+        self._lock = threading.Lock()
         self.shapes: dict[str, tuple[int, ...]] = {}  # in the order in which reading is fastest
         self.dtypes: dict[str, torch.dtype] = {}
         self.metadata: dict[str, str] = {}
@@ -79,13 +83,14 @@ class SafetensorsFile(WeightFile):
 
     def read(self, name: str) -> Tensor:
         value = torch.empty(self.shapes[name], dtype=self.dtypes[name])
-        self._file.seek(self._start + self._begins[name])
         space = _bytes(value)
-        while space:
-            count = self._file.readinto(space)
-            if not count:
-                raise ValueError(f"{self.path} was cut off while it was read; fetch it again")
-            space = space[count:]
+        with self._lock:
+            self._file.seek(self._start + self._begins[name])
+            while space:
+                count = self._file.readinto(space)
+                if not count:
+                    raise ValueError(f"{self.path} was cut off while it was read; fetch it again")
+                space = space[count:]
         return value
 
     def close(self) -> None:
@@ -116,10 +121,11 @@ class PickledFile(WeightFile):
         return content
 
     def read(self, name: str) -> Tensor:
-        if self._is_mapped and self._since_open > REMAP_AFTER:
-            self._open()
-        value = self._tensors[name].detach().clone(memory_format=torch.contiguous_format)
-        self._since_open += value.nbytes
+        with self._lock:
+            if self._is_mapped and self._since_open > REMAP_AFTER:
+                self._open()
+            value = self._tensors[name].detach().clone(memory_format=torch.contiguous_format)
+            self._since_open += value.nbytes
         return value
 
     def close(self) -> None:
@@ -276,22 +282,25 @@ def _stream(
     """Write a .safetensors file tensor by tensor, and read it back."""
     # Large dtypes first, as safetensors itself does: so every tensor is aligned.
     names = sorted(shapes, key=lambda name: -dtypes[name].itemsize)
+
+    def prepared(name: str) -> tuple[Tensor, int]:
+        value = tensor(name).contiguous()
+        if tuple(value.shape) != tuple(shapes[name]) or value.dtype != dtypes[name]:
+            raise ValueError(f"{name}: {value.dtype} {tuple(value.shape)} does not fit the plan; this is a bug")
+        if not is_finite(value):
+            raise ValueError(f"{final} was not written: {name} holds NaN or infinity in {str(value.dtype).removeprefix('torch.')}")
+        return value, checksum(value)
+
     sums = {}
     with open(file, "wb", buffering=0) as stream:
         stream.write(_header(names, shapes, dtypes, metadata))
-        for name in names:
-            value = tensor(name).contiguous()
-            if tuple(value.shape) != tuple(shapes[name]) or value.dtype != dtypes[name]:
-                raise ValueError(f"{name}: {value.dtype} {tuple(value.shape)} does not fit the plan; this is a bug")
-            if not is_finite(value):
-                raise ValueError(f"{final} was not written: {name} holds NaN or infinity in {str(value.dtype).removeprefix('torch.')}")
-            sums[name] = checksum(value)
+        for name, (value, sums[name]) in zip(names, in_parallel(names, prepared)):
             space = _bytes(value)
             while space:
                 space = space[stream.write(space) :]
     with SafetensorsFile(file) as written:
-        for name in written.shapes:
-            if checksum(written.read(name)) != sums[name]:
+        for name, found in zip(written.shapes, in_parallel(written.shapes, lambda name: checksum(written.read(name)))):
+            if found != sums[name]:
                 raise ValueError(f"{final} was not written: {name} did not read back as it was written; check the disk")
 
 
@@ -314,7 +323,7 @@ def is_finite(value: Tensor) -> bool:
         return True
     if value.dtype.itemsize == 1:
         value = value.float()
-    return math.isfinite(value.sum(dtype=torch.float32).item()) or bool(value.isfinite().all())
+    return math.isfinite(value.sum().item()) or bool(value.isfinite().all())
 
 
 def checksum(value: Tensor) -> int:
