@@ -251,9 +251,11 @@ def enable_gradient_checkpointing(model: StableDiffusion, network: TrainedNetwor
 
 def print_plan(options: TrainNetworkOptions, plan: Plan, network: TrainedNetwork, seed: int) -> None:
     """What is about to happen."""
-    count = sum(parameter.numel() for parameter in network.parameters)
-    rank, alpha = network.rank_and_alpha
-    print(f"network: {options.network.network_module}, rank {rank}, alpha {alpha}, {count:,} trainable numbers")
+    if hasattr(network.module, "summary"):
+        precision = options.output.save_precision
+        print(f"network {options.network.network_module}: {network.module.summary(DTYPES[precision] if precision else None)}")
+    else:
+        print(f"network {options.network.network_module}: {sum(p.numel() for p in network.parameters):,} trainable numbers")
     print(
         f"plan: {plan.max_steps} steps of {plan.accumulation} batch{'es' if plan.accumulation > 1 else ''}, "
         f"{plan.batches_per_epoch} batches an epoch, {plan.epochs} epochs; seed {seed}"
