@@ -13,8 +13,8 @@ from torch import Tensor
 
 from networks.lora import with_hashes
 from networks.lora_layout import PeftConfig, find_factors
-from networks.low_rank import LowRank
-from networks.weight_file import PRECISIONS, atomic, is_finite, open_weights
+from networks.low_rank import LowRank, is_finite
+from networks.weight_file import PRECISIONS, atomic, open_weights
 
 WIDTHS = {768: False, 1024: True}  # of the text encoder: SD 1.x, SD 2.x. Others are small models, of which they tell nothing.
 

@@ -61,7 +61,7 @@ class LowRank:
         return replace(self, up=self.up.to(dtype), down=self.down.to(dtype))
 
     def is_finite(self) -> bool:
-        return math.isfinite(self.alpha) and bool(self.up.isfinite().all() and self.down.isfinite().all())
+        return math.isfinite(self.alpha) and is_finite(self.up) and is_finite(self.down)
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,15 @@ class Decomposition:
         up = self.u[:, :rank] * root * math.copysign(1, scale)
         down = root[:, None] * self.vh[:rank]
         return LowRank(*shaped(up, down, shape), rank * scale)
+
+
+def is_finite(value: Tensor) -> bool:
+    """Whether no number is NaN or infinite. Fast for the common case: the sum of finite numbers is seldom infinite."""
+    if not value.is_floating_point():
+        return True
+    if value.dtype.itemsize == 1:
+        value = value.float()
+    return math.isfinite(value.sum().item()) or bool(value.isfinite().all())
 
 
 def shaped(up: Tensor, down: Tensor, inside: Sequence[int]) -> tuple[Tensor, Tensor]:

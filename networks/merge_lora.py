@@ -21,7 +21,7 @@ from tqdm import tqdm
 from networks.command_line import Parser, run
 from networks.lora_file import LoraFile, all_names, check_ratios, precision, read_loras, write_lora
 from networks.lora_metadata import base_model_version, merged, merged_from, modelspec, without_modelspec
-from networks.low_rank import LowRank, delta, shuffle, stack
+from networks.low_rank import LowRank, shuffle, stack
 from networks.model_keys import UNET, Place, is_v2, lora_places
 from networks.weight_file import PRECISIONS, WeightFile, open_weights, output_path, write_weights
 
@@ -59,7 +59,7 @@ def merge_into_model(
     def tensor(name: str) -> Tensor:
         value = model.read(name)
         if name in changes:
-            value = _merged(value.to(compute), changes[name])
+            value = _merged(value.float(), changes[name]).to(compute)
         progress.update()
         return value.to(dtypes[name])
 
@@ -93,9 +93,10 @@ def _saved_dtype(name: str, dtype: torch.dtype, save: torch.dtype | None) -> tor
 
 
 def _merged(weight: Tensor, changes: Iterable[tuple[Place, LowRank, float]]) -> Tensor:
+    """The float32 weight with ratio * scale * up @ down added in place, without a matrix in between."""
     for place, module, ratio in changes:
-        rows = weight[place.rows(len(weight))]
-        rows += delta(module, ratio).reshape(rows.shape).to(rows.dtype)
+        up, down = module.matrices()
+        weight[place.rows(len(weight))].view(len(up), -1).addmm_(up, down, alpha=ratio * module.scale)
     return weight
 
 
@@ -132,7 +133,7 @@ def options() -> Parser:
     parser.add_argument("--ratios", nargs="*", type=float, default=[], help="strength of each LoRA, in the same order; may be negative")
     parser.add_argument("--v2", action="store_true", help="the model is Stable Diffusion 2.x")
     parser.add_argument("--v_parameterization", action="store_true", default=None, help="metadata: the model predicts v (default: as the LoRAs say)")
-    parser.add_argument("--precision", choices=words, default="float", help="dtype of the calculation; LoRA with LoRA always calculates in float")
+    parser.add_argument("--precision", choices=words, default="float", help="dtype to round sums to before --save_precision; products are always float")
     parser.add_argument("--save_precision", choices=words, help="dtype in the file (default: a model's own; --precision for a LoRA)")
     parser.add_argument("--concat", action="store_true", help="LoRA with LoRA: put the factors side by side; that is always done")
     parser.add_argument("--shuffle", action="store_true", help="LoRA with LoRA: ranks in a random order, the result is the same")

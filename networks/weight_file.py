@@ -24,6 +24,7 @@ import safetensors
 import torch
 from torch import Tensor
 
+from networks.low_rank import is_finite
 from networks.parallel import in_parallel
 
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
@@ -315,15 +316,6 @@ def _header(
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def is_finite(value: Tensor) -> bool:
-    """Whether no number is NaN or infinite. Fast for the common case: the sum of finite numbers is seldom infinite."""
-    if not value.is_floating_point():
-        return True
-    if value.dtype.itemsize == 1:
-        value = value.float()
-    return math.isfinite(value.sum().item()) or bool(value.isfinite().all())
 
 
 def checksum(value: Tensor) -> int:

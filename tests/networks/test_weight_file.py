@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from networks import weight_file
-from networks.weight_file import is_finite, open_weights, output_path, write_weights
+from networks.low_rank import is_finite
+from networks.weight_file import open_weights, output_path, write_weights
 
 TENSORS = {
     "b.weight": torch.randn(3, 5),

@@ -1,0 +1,328 @@
+"""Seconds and peak memory of the LoRA tools on full-size SD 1.5, beside straightforward ways, in one run.
+
+    python benchmarks/tools.py [--folder SOMEWHERE] [--only NAME ...]
+
+For Linux and macOS. Random weights are made on the fly (8 GB of files; in --folder they stay for the next time): a float16 model, the same with a low-rank change and noise
+in every layer, and LoRAs of rank 16 and 32 with 3x3 convolutions. Every tool runs as its own process, from start to end.
+
+The straightforward ways: the full matrix of every module and its `torch.linalg.svd` (thin, float32), and models loaded whole as
+Diffusers modules. A decomposition is timed once for each shape and counted for all modules of it; shapes that cost more than
+a 1280 x 2560 one are counted in proportion to rows^2 x columns, since the whole would take up to an hour. Writes
+benchmarks/results/tools.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch
+from torch import Tensor
+
+from networks.model_keys import lora_places
+from networks.weight_file import open_weights, write_weights
+
+GOALS = {  # times faster, seconds, times less memory, GB
+    "svd_merge_lora 16 + 32 to 16": "200 x, 5 s",
+    "resize_lora 32 to 8": "100 x, 4 s",
+    "extract_lora_from_models dim 4": "20 x, 10 s, 2 GB",
+    "merge_lora into a model": "5 x in time, 8 x in memory, 1 GB",
+    "resize_images_to_resolution": "1.8 x on 2 cores",
+}
+LARGEST = 1280**2 * 2560  # rows^2 x columns of the costliest decomposition that is run
+
+# ---------------------------------------------------------------- files
+
+
+def model_shapes() -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a full-size SD 1.5 checkpoint."""
+    from library.sd.architecture import sd15_configs
+    from library.sd.compvis import join_compvis
+    from library.sd.parts import empty_text_encoder, empty_unet, empty_vae, text_weights
+
+    configs = sd15_configs()
+    text = text_weights(empty_text_encoder(configs["text_encoder"]))
+    parts = {"unet": empty_unet(configs["unet"]).state_dict(), "vae": empty_vae(configs["vae"]).state_dict(), "text_encoder": text}
+    return {name: tuple(value.shape) for name, value in join_compvis(parts, v2=False).items()}
+
+
+def make_files(folder: Path) -> None:
+    shapes = model_shapes()
+    places = lora_places(shapes)
+    layers = {name: shapes[place.key] for name, place in places.items()}
+    keys = {place.key for place in places.values()}
+    dtypes = dict.fromkeys(shapes, torch.float16)
+
+    def tensor(name: str) -> Tensor:
+        generator = torch.Generator().manual_seed(hash_of(name))
+        return (torch.randn(shapes[name], generator=generator) * 0.02).half()
+
+    def tuned(name: str) -> Tensor:
+        value = tensor(name)
+        if name not in keys:
+            return value
+        generator = torch.Generator().manual_seed(hash_of(name) + 1)
+        rows, columns = len(value), value[0].numel()
+        change = torch.randn(rows, 8, generator=generator) @ torch.randn(8, columns, generator=generator) * 3e-4
+        change += torch.randn(rows, columns, generator=generator) * 3e-4
+        return (value.float() + change.view(value.shape)).half()
+
+    write_weights(folder / "model.safetensors", shapes, dtypes, tensor, {})
+    write_weights(folder / "tuned.safetensors", shapes, dtypes, tuned, {})
+    for rank in (16, 32):
+        write_lora(folder / f"rank{rank}.safetensors", layers, rank)
+
+
+def hash_of(name: str) -> int:
+    return sum(place * byte for place, byte in enumerate(name.encode(), 1))
+
+
+def write_lora(path: Path, layers: dict[str, tuple[int, ...]], rank: int) -> None:
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(rank)
+    tensors = {}
+    for name, shape in layers.items():
+        up = torch.randn(shape[0], rank, generator=generator) * 0.01
+        tensors[f"{name}.lora_up.weight"] = up[:, :, None, None] if len(shape) == 4 else up
+        tensors[f"{name}.lora_down.weight"] = torch.randn(rank, *shape[1:], generator=generator) * 0.01
+        tensors[f"{name}.alpha"] = torch.tensor(float(rank))
+    save_file(tensors, path)
+
+
+def make_pictures(folder: Path) -> None:
+    """48 pictures of 1600 x 1200, half JPEG and half PNG, smooth with some noise."""
+    import numpy as np
+    from PIL import Image
+
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(48):
+        smooth = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((1600, 1200), Image.Resampling.BICUBIC)
+        pixels = np.asarray(smooth).astype(np.int16) + rng.integers(-6, 7, (1200, 1600, 1))
+        image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+        image.save(folder / (f"{number}.jpg" if number % 2 else f"{number}.png"), quality=92, compress_level=1)
+
+
+# ---------------------------------------------------------------- straightforward ways, each run as a process of its own
+
+
+def plain_svd(folder: Path, shapes: Counter, work) -> float:
+    """Seconds of `work` on one module of every shape, counted for all; costly shapes in proportion."""
+    seconds, rate = 0.0, []
+    for shape, count in sorted(shapes.items(), key=lambda item: cost(item[0])):
+        if cost(shape) <= LARGEST:
+            started = time.perf_counter()
+            work(shape)
+            once = time.perf_counter() - started
+            rate.append((cost(shape), once))
+        else:
+            base, base_seconds = rate[-1]
+            once = base_seconds * cost(shape) / base
+        seconds += once * count
+    return seconds
+
+
+def cost(shape: tuple[int, int]) -> int:
+    return min(shape) ** 2 * max(shape)
+
+
+def matrix_shapes(folder: Path, with_3x3: bool) -> Counter:
+    with open_weights(folder / "model.safetensors") as file:
+        found = Counter()
+        for name, place in lora_places(file.shapes).items():
+            shape = file.shapes[place.key]
+            if with_3x3 or "_attentions_" in name or name.startswith("lora_te_"):
+                found[(shape[0], torch.Size(shape[1:]).numel())] += 1
+        return found
+
+
+def plain_svd_merge(folder: Path) -> float:
+    def work(shape: tuple[int, int]) -> None:
+        matrix = sum(torch.randn(shape[0], rank) @ torch.randn(rank, shape[1]) for rank in (16, 32))
+        keep(torch.linalg.svd(matrix, full_matrices=False), 16)
+
+    return plain_svd(folder, matrix_shapes(folder, with_3x3=True), work)
+
+
+def plain_resize(folder: Path) -> float:
+    def work(shape: tuple[int, int]) -> None:
+        keep(torch.linalg.svd(torch.randn(shape[0], 32) @ torch.randn(32, shape[1]), full_matrices=False), 8)
+
+    return plain_svd(folder, matrix_shapes(folder, with_3x3=True), work)
+
+
+def plain_extract(folder: Path) -> float:
+    from library.sd.model import load_stable_diffusion
+
+    started = time.perf_counter()
+    models = [load_stable_diffusion(str(folder / f"{name}.safetensors")) for name in ("model", "tuned")]
+    loading = time.perf_counter() - started
+    seconds = plain_svd(
+        folder,
+        matrix_shapes(folder, with_3x3=False),
+        lambda shape: keep(torch.linalg.svd(torch.randn(*shape), full_matrices=False), 4),
+    )
+    del models
+    return loading + seconds
+
+
+def keep(parts: tuple[Tensor, Tensor, Tensor], rank: int) -> tuple[Tensor, Tensor]:
+    u, s, vh = parts
+    return u[:, :rank] * s[:rank], vh[:rank].clone()
+
+
+def plain_merge(folder: Path) -> float:
+    from library.sd.model import load_stable_diffusion, save_stable_diffusion
+    from networks.lora import create_network_from_weights
+
+    started = time.perf_counter()
+    model = load_stable_diffusion(str(folder / "model.safetensors"), dtype=torch.float32)
+    for rank, ratio in ((16, 0.8), (32, 0.5)):
+        network, weights = create_network_from_weights(ratio, folder / f"rank{rank}.safetensors", None, model.text_encoder, model.unet)
+        network.merge_to(model.text_encoder, model.unet, weights)
+    save_stable_diffusion(model, folder / "plain.safetensors", torch.float16)
+    return time.perf_counter() - started
+
+
+def plain_pictures(folder: Path) -> float:
+    import cv2
+    import numpy as np
+    from PIL import Image
+
+    cv2.setNumThreads(1)
+    started = time.perf_counter()
+    target = folder / "plain"
+    target.mkdir(exist_ok=True)
+    for path in sorted((folder / "pictures").iterdir()):
+        shutil.copyfile(path, target / path.name)
+        image = Image.open(path).convert("RGB")
+        for side in (512, 384, 256):
+            factor = (side * side / (image.width * image.height)) ** 0.5
+            size = int(image.width * factor), int(image.height * factor)
+            pixels = cv2.resize(np.asarray(image), size, interpolation=cv2.INTER_AREA)
+            Image.fromarray(pixels).save(target / f"{path.stem}+{side}x{side}.jpg", quality=100)
+    return time.perf_counter() - started
+
+
+PLAIN = {
+    "svd_merge_lora 16 + 32 to 16": plain_svd_merge,
+    "resize_lora 32 to 8": plain_resize,
+    "extract_lora_from_models dim 4": plain_extract,
+    "merge_lora into a model": plain_merge,
+    "resize_images_to_resolution": plain_pictures,
+}
+
+# ---------------------------------------------------------------- measuring
+
+
+def commands(folder: Path) -> dict[str, list[str]]:
+    def path(name: str) -> str:
+        return str(folder / name)
+
+    loras = [path("rank16.safetensors"), path("rank32.safetensors")]
+    merge = ["networks/merge_lora.py", "--models", *loras, "--ratios", "0.8", "0.5"]
+    extract = ["networks/extract_lora_from_models.py", "--model_org", path("model.safetensors"), "--model_tuned", path("tuned.safetensors")]
+    pictures = ["tools/resize_images_to_resolution.py", "--max_resolution", "512x512,384x384,256x256"]
+    svd = ["networks/svd_merge_lora.py", "--models", *loras, "--ratios", "0.6", "0.4", "--new_rank", "16"]
+    resize = ["networks/resize_lora.py", "--model", loras[1], "--new_rank", "8"]
+    return {
+        "svd_merge_lora 16 + 32 to 16": [*svd, "--save_to", path("svd.safetensors")],
+        "resize_lora 32 to 8": [*resize, "--save_to", path("resized.safetensors")],
+        "extract_lora_from_models dim 4": [*extract, "--save_to", path("extracted.safetensors"), "--dim", "4"],
+        "merge_lora into a model": [*merge, "--sd_model", path("model.safetensors"), "--save_to", path("merged.safetensors")],
+        "merge_lora of LoRAs": [*merge, "--save_to", path("both.safetensors")],
+        "check_lora_weights": ["networks/check_lora_weights.py", path("rank32.safetensors")],
+        "resize_images_to_resolution": [*pictures, path("pictures"), path("small")],
+    }
+
+
+def measured(words: list[str]) -> tuple[float, float, str]:
+    """Seconds, peak memory in GB and the output of a Python process."""
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
+        started = time.perf_counter()
+        process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - started
+        output.seek(0)
+        text = output.read()
+    if status:
+        raise SystemExit(f"{' '.join(words)} failed:\n{text[-2000:]}")
+    per_gb = 2**30 if sys.platform == "darwin" else 2**20
+    return seconds, usage.ru_maxrss / per_gb, text
+
+
+def copy_seconds(folder: Path) -> float:
+    """Seconds to copy the model and flush it to disk, which no tool that writes one can beat by much."""
+    started = time.perf_counter()
+    with open(folder / "model.safetensors", "rb") as source, open(folder / "copy.safetensors", "wb") as target:
+        shutil.copyfileobj(source, target, 1 << 24)
+        os.fsync(target.fileno())
+    return time.perf_counter() - started
+
+
+def run(folder: Path, only: list[str]) -> list[str]:
+    if not (folder / "done").exists():
+        print("making files ...", flush=True)
+        make_files(folder)
+        make_pictures(folder / "pictures")
+        (folder / "done").touch()
+    import_seconds = measured(["-c", "import torch"])[0]
+    lines = [
+        f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}; "
+        f"load of the machine at the start {os.getloadavg()[0]:.1f}; `import torch` alone: {import_seconds:.1f} s; "
+        f"copying the model's 2 GB to disk: {copy_seconds(folder):.1f} s.",
+        "",
+        "| tool | seconds | peak GB | straightforward: seconds | peak GB | times faster | times less memory | goal |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, words in commands(folder).items():
+        if only and not any(part in name for part in only):
+            continue
+        seconds, peak, _ = measured(words)
+        row = f"| {name} | {seconds:.1f} | {peak:.2f} |"
+        if name in PLAIN:
+            _, plain_peak, text = measured([str(Path(__file__).resolve()), "--plain", name, "--folder", str(folder)])
+            plain_seconds = float(text.split()[-1]) + import_seconds
+            row += f" {plain_seconds:.0f} | {plain_peak:.2f} | {plain_seconds / seconds:.1f} | {plain_peak / peak:.1f} | {GOALS[name]} |"
+        else:
+            row += " - | - | - | - | - |"
+        print(row, flush=True)
+        lines.append(row)
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", help="where to make the files and keep them (default: a temporary folder)")
+    parser.add_argument("--only", nargs="*", default=[], help="parts of tools' names")
+    parser.add_argument("--plain", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.plain:
+        print(PLAIN[args.plain](Path(args.folder)))
+        return
+    if args.folder:
+        Path(args.folder).mkdir(parents=True, exist_ok=True)
+        lines = run(Path(args.folder), args.only)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            lines = run(Path(folder), args.only)
+    if not args.only:
+        intro = ["# benchmarks/tools.py", "", *__doc__.split("\n\n", 2)[2].strip().splitlines(), ""]
+        (ROOT / "benchmarks" / "results").mkdir(exist_ok=True)
+        (ROOT / "benchmarks" / "results" / "tools.md").write_text("\n".join([*intro, *lines, ""]), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
