@@ -403,44 +403,36 @@ class LoRANetwork(nn.Module):
     # ---- in words
 
     def summary(self, dtype: torch.dtype | None = None) -> str:
-        """Modules, ranks and trainable numbers of each part and block, and the size of the file in this dtype (None: as it is)."""
-        rows: dict[str, list[LoRAModule]] = {"text encoder": self.text_encoder_loras}
+        """Modules, ranks, trainable numbers, and the size of the file in this dtype (None: as it is); a chart if blocks differ."""
+        blocks: dict[str, list[LoRAModule]] = {}
         for module in sorted(self.unet_loras, key=lambda m: block_index(m.lora_name) or 0):
-            block = block_index(module.lora_name)
-            rows.setdefault("U-Net" if block is None else BLOCKS[block], []).append(module)
-        facts = [(name, *_row(modules, self.args), len(modules)) for name, modules in rows.items() if modules]
-        lines = []
-        for (rank, rate, count), same in itertools.groupby(facts, key=lambda fact: fact[1:]):
-            lines.append((_range([name for name, *_ in same]), f"{count} modules", f"rank {rank}", rate))
-        uniform = len({fact[1] for fact in facts if fact[0] in BLOCKS}) < 2 and self.args.lr_weights is None
-        widths = [max(len(line[i]) for line in lines) for i in range(3)]
-        chart = [_charted(line, widths, uniform) for line in lines]
-        tensors = self.file_weights().values()
-        size = sum(t.numel() * (dtype or t.dtype).itemsize for t in tensors) / 2**20
+            blocks.setdefault(BLOCKS[block_index(module.lora_name) or 0], []).append(module)
+        size = sum(t.numel() * (dtype or t.dtype).itemsize for t in self.file_weights().values()) / 2**20
         numbers = sum(p.numel() for p in self.parameters())
-        total = f"{len(self.loras)} LoRA modules, {numbers:,} trainable numbers; a file will have about {size:.1f} MiB"
-        return "\n".join([total, *chart])
+        lines = [f"{len(self.loras)} LoRA modules, {numbers:,} trainable numbers; a file will have about {size:.1f} MiB"]
+        parts = {"text encoder": self.text_encoder_loras, "U-Net": self.unet_loras}
+        counts = ", ".join(f"{name} {len(modules)}" for name, modules in blocks.items())
+        is_uniform = self.args.lr_weights is None and ";" not in ranks_text(self.unet_loras).replace("; 3x3", "")
+        for name, modules in parts.items():
+            ranks = f", {ranks_text(modules)}" if is_uniform or name != "U-Net" else ""
+            lines += [f"  {name}: {len(modules)} modules{ranks}"] * bool(modules)
+        if is_uniform:
+            return "\n".join(lines + [f"  modules by block: {counts}"] * bool(blocks))
+        rows = [(name, len(modules), ranks_text(modules), *self._bars(modules)) for name, modules in blocks.items()]
+        widths = [max(len(row[i]) for row in rows) for i in (2, 3)]
+        return "\n".join(lines + [f"  {n:5} {c:3} modules  {r:{widths[0]}}  {a:{widths[1]}}  {b}".rstrip() for n, c, r, a, b in rows])
+
+    def _bars(self, modules: list[LoRAModule]) -> tuple[str, str]:
+        """A block's largest rank as a bar, a mark for 2 ranks, and the weight of its learning rate as one, a mark for 0.1."""
+        weight = self.args.lr_block(modules[0].lora_name)[1]
+        ranks = "#" * min(32, -(-max(module.rank for module in modules) // 2))
+        return ranks, "" if self.args.lr_weights is None else f"rate x {weight:<5.3g} " + "=" * min(40, round(10 * weight))
 
 
-def _row(modules: list[LoRAModule], args: NetworkArgs) -> tuple[str, float]:
-    """The ranks with their alphas as text, and the weight of the learning rate, of a block's modules."""
-    kinds = {(kernel_size(m.lora_down) > 1, m.rank, m.alpha.item()) for m in modules}
-    texts = [f"{rank}, alpha {alpha:g}{' (3x3)' if is_3x3 else ''}" for is_3x3, rank, alpha in sorted(kinds)]
-    return "; ".join(texts), args.lr_block(modules[0].lora_name)[1]
-
-
-def _range(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]} ({len(names)} blocks)"
-
-
-def _charted(line: tuple[str, str, str, float], widths: list[int], is_uniform: bool) -> str:
-    """One line of the summary; where blocks differ, with bars for the first rank and the rate, a mark each 2 ranks and 0.1."""
-    texts = [text.ljust(width) for text, width in zip(line, widths)]
-    if is_uniform or not line[0].startswith(("IN", "MID", "OUT")):
-        return "  ".join(["", *texts]).rstrip()
-    rank = int(re.search(r"\d+", line[2])[0])
-    ranks, rates = "#" * min(32, -(-rank // 2)), "=" * min(30, round(line[3] * 10))
-    return "  ".join(["", *texts, f"{ranks:32}", f"rate x {line[3]:<5.3g} {rates}"]).rstrip()
+def ranks_text(modules: list[LoRAModule]) -> str:
+    """`rank 4, alpha 1; 3x3: rank 2, alpha 1`; each rank once."""
+    kinds = sorted({(kernel_size(m.lora_down) > 1, m.rank, round(m.alpha.item(), 3)) for m in modules})
+    return "; ".join(f"{'3x3: ' if is_3x3 else ''}rank {rank}, alpha {alpha:g}" for is_3x3, rank, alpha in kinds)
 
 
 # ---------------------------------------------------------------- weights as tensors
