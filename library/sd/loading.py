@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,9 +18,10 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 from library.sd.architecture import read_text_config, read_unet_config, read_vae_config
-from library.sd.checkpoint import MODEL_SUFFIXES, TensorFile, open_tensors
+from library.sd.checkpoint import TensorFile, open_tensors
 from library.sd.compvis import PARTS, CompVisNames
 from library.sd.families import check_generation, refuse_other_families, refuse_other_inputs
+from library.sd.hub import download_model, download_vae
 from library.sd.keys import VAE_PREFIX, modern_vae_name, renamed, vae_table_for, vae_to_diffusers
 from library.sd.parts import StableDiffusion, empty_text_encoder, empty_unet, empty_vae, fill, ready
 from library.sd.text import VOCABULARY, load_tokenizer
@@ -65,7 +65,7 @@ def load_stable_diffusion(
     elif path.is_file():
         modules, tokenizer = _from_file(path, v2, v_parameterization, vae is None, where)
     else:
-        modules, tokenizer = _from_folder(_download(name_or_path), v2, v_parameterization, vae is None, where)
+        modules, tokenizer = _from_folder(download_model(name_or_path), v2, v_parameterization, vae is None, where)
     if vae is not None:
         modules["vae"] = load_vae(vae, **where)
     parts = [modules[part] for part in ("text_encoder", "vae", "unet")]
@@ -79,7 +79,7 @@ def load_vae(name_or_path: str, dtype: torch.dtype = torch.float32, device: torc
     if path.is_file():
         return _vae_from_file(path, where)
     if not path.is_dir():
-        return _vae_from_hub(name_or_path, where)
+        return ready(download_vae(name_or_path, dtype).to(device))
     folder = path if (path / "config.json").is_file() else path / "vae"
     if not (folder / "config.json").is_file():
         raise UserError(f"{path} holds no VAE: it has neither config.json nor vae/config.json; give a VAE's or model's folder")
@@ -255,37 +255,3 @@ def _json(path: Path) -> Config:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object; fetch it again")
     return content
-
-
-def _download(name: str) -> Path:
-    """The local copy of a model on the hub, fetched if it is not there yet."""
-    _require_hub_id(name)
-    from diffusers import DiffusionPipeline
-
-    try:
-        return Path(DiffusionPipeline.download(name, safety_checker=None, feature_extractor=None))
-    except Exception as error:  # the hub's clients raise errors of many libraries
-        raise _unreachable(name) from error
-
-
-def _vae_from_hub(name: str, where: dict[str, Any]) -> AutoencoderKL:
-    _require_hub_id(name)
-    from diffusers import AutoencoderKL
-
-    try:
-        try:
-            vae = AutoencoderKL.from_pretrained(name, torch_dtype=where["dtype"])
-        except OSError:
-            vae = AutoencoderKL.from_pretrained(name, subfolder="vae", torch_dtype=where["dtype"])
-    except Exception as error:
-        raise _unreachable(name) from error
-    return ready(vae.to(where["device"]))
-
-
-def _require_hub_id(name: str) -> None:
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.lower().endswith(MODEL_SUFFIXES):
-        raise UserError(f"there is no file or folder {name}; check the path")
-
-
-def _unreachable(name: str) -> UserError:
-    return UserError(f"{name} is neither a file nor a folder here, and could not be had from the Hugging Face hub; give a path")

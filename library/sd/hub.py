@@ -1,0 +1,99 @@
+"""Models of the Hugging Face hub: asked for once, so that a run without network ends in seconds and not after many retries.
+
+What was fetched before is used where the hub cannot be asked. Only then are the heavy libraries imported.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from library.errors import UserError
+from library.sd.checkpoint import MODEL_SUFFIXES
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+ANSWER_WITHIN = 10.0  # seconds
+
+
+def download_model(name: str) -> Path:
+    """The local copy of a model on the hub, fetched if it is not there yet. Raises UserError if it cannot be had."""
+    only_local = not _hub_answers(name, ("model_index.json",))
+    from diffusers import DiffusionPipeline
+
+    try:
+        with _quiet():
+            folder = DiffusionPipeline.download(name, safety_checker=None, feature_extractor=None, local_files_only=only_local)
+    except Exception as error:  # the hub's clients raise errors of many libraries
+        raise _unavailable(name, error) from error
+    return Path(folder)
+
+
+def download_vae(name: str, dtype: torch.dtype) -> AutoencoderKL:
+    """The VAE of a repository on the hub: at its top, or in its folder `vae`. Raises UserError if it cannot be had."""
+    only_local = not _hub_answers(name, ("config.json", "vae/config.json"))
+    from diffusers import AutoencoderKL
+
+    options = {"torch_dtype": dtype, "local_files_only": only_local}
+    try:
+        with _quiet():
+            try:
+                return AutoencoderKL.from_pretrained(name, **options)
+            except OSError:
+                return AutoencoderKL.from_pretrained(name, subfolder="vae", **options)
+    except Exception as error:
+        raise _unavailable(name, error) from error
+
+
+def _hub_answers(name: str, files: tuple[str, ...]) -> bool:
+    """Whether the hub has this model; False if it cannot say so, but one of `files` was fetched before (HF_HUB_OFFLINE counts).
+
+    Raises UserError if neither is true, or if the name cannot be that of a model on the hub.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    wrong_path = UserError(f"there is no file or folder {name}; check the path")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.lower().endswith(MODEL_SUFFIXES):
+        raise wrong_path
+    try:
+        fetched_before = any(isinstance(try_to_load_from_cache(name, file), str) for file in files)
+    except ValueError as error:  # the hub has no such names
+        raise wrong_path from error
+    try:
+        HfApi().model_info(name, timeout=ANSWER_WITHIN)
+    except Exception as error:  # no network, HF_HUB_OFFLINE, no such model, ...
+        if not fetched_before:
+            raise _unavailable(name, error) from error
+        return False
+    return True
+
+
+def _unavailable(name: str, error: Exception) -> UserError:
+    reason = (str(error) or type(error).__name__).strip().splitlines()[0].partition(". ")[0][:200]
+    return UserError(
+        f"{name} is neither a file nor a folder here, and could not be had from the Hugging Face hub ({reason}); give a path"
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the libraries' own remarks; what goes wrong is raised, and progress bars stay."""
+    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "diffusers", "transformers")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
