@@ -79,6 +79,14 @@ def test_any_text_draws(text):
     contact_sheet([[picture(RED)]], [text], [text], title=text)
 
 
+@pytest.mark.filterwarnings("error")
+def test_without_a_font_for_it_any_text_still_draws_and_nothing_is_said(monkeypatch, caplog, capfd):
+    monkeypatch.setattr("library.sheets._fallback_fonts", lambda size: ())
+    texts = ["一只猫坐在窗台上" * 20, "日本語のキャプション", "고양이", "क्षत्रिय", "🐱"]
+    contact_sheet([[picture(RED)]] * len(texts), texts, [texts[0]], title=texts[0])
+    assert not caplog.text and capfd.readouterr() == ("", "")
+
+
 def test_cyrillic_is_not_drawn_as_boxes_where_a_font_has_it():
     text = "картина"
     font = _font(text, 16)
