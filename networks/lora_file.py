@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from networks.lora import with_hashes
-from networks.lora_layout import PeftConfig, find_factors
+from networks.lora import PeftConfig, with_hashes
+from networks.lora_layout import find_factors
 from networks.low_rank import LowRank, is_finite
 from networks.weight_file import PRECISIONS, atomic, open_weights
 
@@ -61,10 +60,7 @@ def read_lora(file: str | Path) -> LoraFile:
     factors, paths = find_factors(tensors, str(path))
     if not factors:
         raise ValueError(f"{path} holds no tensors; it is no LoRA")
-    try:
-        config = PeftConfig(path, metadata)
-    except (json.JSONDecodeError, AttributeError) as error:
-        raise ValueError(f"{path}: the description of its alphas is not readable ({error})") from error
+    config = PeftConfig(path, metadata)
     modules = {}
     for name, parts in factors.items():
         _check(name, parts, path)
@@ -95,15 +91,17 @@ def read_loras(files: Sequence[str]) -> list[LoraFile]:
         lora.require_finite()
     by_generation = {lora.v2: lora for lora in loras if lora.v2 is not None}
     if len(by_generation) > 1:
-        raise ValueError(f"{by_generation[False].path} is for SD 1.x and {by_generation[True].path} for SD 2.x; they cannot be combined")
+        raise ValueError(
+            f"{by_generation[False].path} is for SD 1.x and {by_generation[True].path} for SD 2.x; they cannot be combined"
+        )
     shapes: dict[str, tuple[LoraFile, tuple[int, int]]] = {}
     for lora in loras:
         for name, module in lora.modules.items():
             first, shape = shapes.setdefault(name, (lora, module.matrix_shape))
             if shape != module.matrix_shape:
                 raise ValueError(
-                    f"{name} changes a layer of {shape[1]} in, {shape[0]} out in {first.path} and of {module.matrix_shape[1]} in, "
-                    f"{module.matrix_shape[0]} out in {lora.path}; they are for models of different kinds"
+                    f"{name} changes a layer of {shape[1]} in, {shape[0]} out in {first.path} and of "
+                    f"{module.matrix_shape[1]} in, {module.matrix_shape[0]} out in {lora.path}; they are for models of different kinds"
                 )
     return loras
 

@@ -214,3 +214,30 @@ def test_loraplus_and_weights_of_several_ranks(model):
     other = lora.create_network(1.0, 4, 1, None, model.text_encoder, model.unet, block_dims=block_dims)
     with pytest.raises(ValueError, match="a DyLoRA has one rank, these weights have 2, 4"):
         create_network_from_weights(1.0, None, None, model.text_encoder, model.unet, other.state_dict())
+
+
+# ---------------------------------------------------------------- the extraction tool
+
+
+@pytest.mark.parametrize("metadata", [None, {"ss_network_args": '{"unit": "2"}', "ss_network_dim": "8", "ss_network_module": "networks.dylora"}])
+def test_trap_3_4_and_1_14_the_split_files_do_what_the_ranks_did_in_training(model, tmp_path, metadata):
+    from networks.extract_lora_from_dylora import main
+
+    network = make_network(model, **CONV).train()
+    network.save_weights(tmp_path / "m.safetensors", None, metadata)
+    words = ["--model", str(tmp_path / "m.safetensors"), "--save_to", str(tmp_path / "split.safetensors")]
+    main(words + ([] if metadata else ["--unit", "2"]))  # the unit is in the metadata
+    files = sorted(tmp_path.glob("split-*.safetensors"))
+    assert [file.name for file in files] == [f"split-{rank:04}.safetensors" for rank in (2, 4, 6, 8)]
+    base = outputs(model)
+    for file, rank in zip(files, (2, 4, 6, 8)):
+        network.use_rank(rank)
+        network.apply_to(model.text_encoder, model.unet)
+        in_training = outputs(model) - base
+        network.unapply()
+        extracted, weights = lora.create_network_from_weights(1.0, file, None, model.text_encoder, model.unet)
+        extracted.eval().load_state_dict(weights)
+        assert {module.rank for module in extracted.loras} == {rank} and len(extracted.loras) == len(network.loras)
+        extracted.apply_to(model.text_encoder, model.unet)
+        torch.testing.assert_close(outputs(model) - base, in_training, atol=3e-6, rtol=1e-4)
+        extracted.unapply()
