@@ -2,12 +2,13 @@
 
     python benchmarks/tools.py [--folder SOMEWHERE] [--only NAME ...]
 
-For Linux and macOS. Random weights are made on the fly (8 GB of files; in --folder they stay for the next time): a float16 model, the same with a low-rank change and noise
-in every layer, and LoRAs of rank 16 and 32 with 3x3 convolutions. Every tool runs as its own process, from start to end.
+For Linux and macOS. Random weights are made on the fly (8 GB of files; in --folder they stay for the next time): a float16
+model, the same with a low-rank change and noise in every layer, and LoRAs of rank 16 and 32 with 3x3 convolutions. Every tool
+runs as its own process, from start to end.
 
 The straightforward ways: the full matrix of every module and its `torch.linalg.svd` (thin, float32), and models loaded whole as
 Diffusers modules. A decomposition is timed once for each shape and counted for all modules of it; shapes that cost more than
-a 1280 x 2560 one are counted in proportion to rows^2 x columns, since the whole would take up to an hour. Writes
+a 1280 x 1280 one are counted in proportion to rows^2 x columns, since the whole would take up to an hour. Writes
 benchmarks/results/tools.md.
 """
 
@@ -40,7 +41,7 @@ GOALS = {  # times faster, seconds, times less memory, GB
     "merge_lora into a model": "5 x in time, 8 x in memory, 1 GB",
     "resize_images_to_resolution": "1.8 x on 2 cores",
 }
-LARGEST = 1280**2 * 2560  # rows^2 x columns of the costliest decomposition that is run
+LARGEST = 1280**3  # rows^2 x columns of the costliest decomposition that is run
 
 # ---------------------------------------------------------------- files
 
@@ -53,7 +54,11 @@ def model_shapes() -> dict[str, tuple[int, ...]]:
 
     configs = sd15_configs()
     text = text_weights(empty_text_encoder(configs["text_encoder"]))
-    parts = {"unet": empty_unet(configs["unet"]).state_dict(), "vae": empty_vae(configs["vae"]).state_dict(), "text_encoder": text}
+    parts = {
+        "unet": empty_unet(configs["unet"]).state_dict(),
+        "vae": empty_vae(configs["vae"]).state_dict(),
+        "text_encoder": text,
+    }
     return {name: tuple(value.shape) for name, value in join_compvis(parts, v2=False).items()}
 
 
@@ -190,7 +195,9 @@ def plain_merge(folder: Path) -> float:
     started = time.perf_counter()
     model = load_stable_diffusion(str(folder / "model.safetensors"), dtype=torch.float32)
     for rank, ratio in ((16, 0.8), (32, 0.5)):
-        network, weights = create_network_from_weights(ratio, folder / f"rank{rank}.safetensors", None, model.text_encoder, model.unet)
+        network, weights = create_network_from_weights(
+            ratio, folder / f"rank{rank}.safetensors", None, model.text_encoder, model.unet
+        )
         network.merge_to(model.text_encoder, model.unet, weights)
     save_stable_diffusion(model, folder / "plain.safetensors", torch.float16)
     return time.perf_counter() - started
@@ -233,7 +240,13 @@ def commands(folder: Path) -> dict[str, list[str]]:
 
     loras = [path("rank16.safetensors"), path("rank32.safetensors")]
     merge = ["networks/merge_lora.py", "--models", *loras, "--ratios", "0.8", "0.5"]
-    extract = ["networks/extract_lora_from_models.py", "--model_org", path("model.safetensors"), "--model_tuned", path("tuned.safetensors")]
+    extract = [
+        "networks/extract_lora_from_models.py",
+        "--model_org",
+        path("model.safetensors"),
+        "--model_tuned",
+        path("tuned.safetensors"),
+    ]
     pictures = ["tools/resize_images_to_resolution.py", "--max_resolution", "512x512,384x384,256x256"]
     svd = ["networks/svd_merge_lora.py", "--models", *loras, "--ratios", "0.6", "0.4", "--new_rank", "16"]
     resize = ["networks/resize_lora.py", "--model", loras[1], "--new_rank", "8"]
@@ -295,7 +308,8 @@ def run(folder: Path, only: list[str]) -> list[str]:
         if name in PLAIN:
             _, plain_peak, text = measured([str(Path(__file__).resolve()), "--plain", name, "--folder", str(folder)])
             plain_seconds = float(text.split()[-1]) + import_seconds
-            row += f" {plain_seconds:.0f} | {plain_peak:.2f} | {plain_seconds / seconds:.1f} | {plain_peak / peak:.1f} | {GOALS[name]} |"
+            row += f" {plain_seconds:.0f} | {plain_peak:.2f} |"
+            row += f" {plain_seconds / seconds:.1f} | {plain_peak / peak:.1f} | {GOALS[name]} |"
         else:
             row += " - | - | - | - | - |"
         print(row, flush=True)

@@ -39,7 +39,7 @@ PRESETS = {
 
 
 def read_block_weights(text: str) -> dict[str, float]:
-    """Strength by block name, from a preset, `1,0.5,...` or `[1, 0.5, ...]`. Blocks that are not in the list are not in the result."""
+    """Strength by block name, from a preset, `1,0.5,...` or `[1, 0.5, ...]`; of the blocks that the list names."""
     if text.upper() in PRESETS:
         return dict(zip(LISTS[17], PRESETS[text.upper()]))
     try:

@@ -1,7 +1,7 @@
 """Show what is in a LoRA file. `python networks/check_lora_weights.py --help` lists the options.
 
-A table of modules with rank, alpha and norms, sums by block, the metadata, and which program made the file. Exit code 0 also for a
-file with NaN or infinity: those are shown.
+A table of modules with rank, alpha and norms, sums by block, the metadata, and which program made the file. Exit code 0 also
+for a file with NaN or infinity: those are shown.
 """
 
 from __future__ import annotations

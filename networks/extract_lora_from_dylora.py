@@ -39,7 +39,9 @@ def unit_of(lora: LoraFile, given: int | None) -> int:
         trained = json.loads(lora.metadata.get("ss_network_args", "{}")).get("unit")
         unit = given if given is not None else int(trained)
     except (ValueError, TypeError, AttributeError):
-        raise ValueError(f"--unit is missing, and {lora.path} does not say what it was trained with; give it, such as --unit 4") from None
+        raise ValueError(
+            f"--unit is missing, and {lora.path} does not say what it was trained with; give it, such as --unit 4"
+        ) from None
     if unit < 1:
         raise ValueError(f"--unit {unit}: must be at least 1")
     return unit
@@ -48,7 +50,9 @@ def unit_of(lora: LoraFile, given: int | None) -> int:
 def options() -> Parser:
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="DyLoRA file")
-    parser.add_argument("--save_to", required=True, help="files to write; the rank is added: split.safetensors gives split-0004.safetensors")
+    parser.add_argument(
+        "--save_to", required=True, help="files to write; the rank is added: split.safetensors gives split-0004.safetensors"
+    )
     parser.add_argument("--unit", type=int, help="step from rank to rank (default: what the file says it was trained with)")
     return parser
 

@@ -82,7 +82,9 @@ def _pairs(original: WeightFile, tuned: WeightFile, how: Extraction) -> dict[str
     for name, place in first.items():
         shapes = original.shapes[place.key], tuned.shapes[second[name].key]
         if torch.Size(shapes[0]).numel() != torch.Size(shapes[1]).numel():
-            raise ValueError(f"{name} is {shapes[0]} in {original.path} and {shapes[1]} in {tuned.path}; they are not of one kind")
+            raise ValueError(
+                f"{name} is {shapes[0]} in {original.path} and {shapes[1]} in {tuned.path}; they are not of one kind"
+            )
         if how.conv_dim is not None or "_attentions_" in name or name.startswith("lora_te_"):
             pairs.setdefault(place.key, []).append((name, place, second[name]))
     return pairs
@@ -141,15 +143,23 @@ def options() -> Parser:
     parser.add_argument("--model_tuned", required=True, help="tuned model")
     parser.add_argument("--save_to", required=True, help="LoRA file to write: .safetensors, .ckpt or .pt")
     parser.add_argument("--dim", type=int, help=f"rank (default: {DIM}); with --explained the largest one (default: {MOST})")
-    parser.add_argument("--conv_dim", type=int, help="rank for 3x3 convolutions (default: residual blocks and samplers are left out)")
-    parser.add_argument("--explained", type=float, help="choose each module's rank so that this part of its norm is kept, such as 0.9")
+    parser.add_argument(
+        "--conv_dim", type=int, help="rank for 3x3 convolutions (default: residual blocks and samplers are left out)"
+    )
+    parser.add_argument(
+        "--explained", type=float, help="choose each module's rank so that this part of its norm is kept, such as 0.9"
+    )
     parser.add_argument("--v2", action="store_true", help="the models are Stable Diffusion 2.x")
     parser.add_argument("--v_parameterization", action="store_true", help="metadata: the models predict v")
     parser.add_argument("--device", default="cpu", help="where to calculate, such as cuda")
     parser.add_argument("--load_precision", choices=words, help="cast both models to this first")
     parser.add_argument("--save_precision", choices=words, default="float", help="dtype in the file")
-    parser.add_argument("--clamp_quantile", type=float, help="cut numbers above this quantile of sizes, such as 0.99; costs accuracy")
-    parser.add_argument("--min_diff", type=float, default=1e-5, help="leave out modules whose norm changed by less than this part")
+    parser.add_argument(
+        "--clamp_quantile", type=float, help="cut numbers above this quantile of sizes, such as 0.99; costs accuracy"
+    )
+    parser.add_argument(
+        "--min_diff", type=float, default=1e-5, help="leave out modules whose norm changed by less than this part"
+    )
     parser.add_argument("--no_metadata", action="store_true", help="write only the metadata that loaders need")
     return parser
 

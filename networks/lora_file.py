@@ -101,7 +101,8 @@ def read_loras(files: Sequence[str]) -> list[LoraFile]:
             if shape != module.matrix_shape:
                 raise ValueError(
                     f"{name} changes a layer of {shape[1]} in, {shape[0]} out in {first.path} and of "
-                    f"{module.matrix_shape[1]} in, {module.matrix_shape[0]} out in {lora.path}; they are for models of different kinds"
+                    f"{module.matrix_shape[1]} in, {module.matrix_shape[0]} out in {lora.path}; "
+                    "they are for models of different kinds"
                 )
     return loras
 

@@ -103,7 +103,9 @@ def _merged_json(old: str, new: str) -> str:
         return new
 
 
-def modelspec(save_to: Path, facts: Mapping[str, str], titles: Sequence[str], resolution: str | None = None, lora: bool = True) -> dict[str, str]:
+def modelspec(
+    save_to: Path, facts: Mapping[str, str], titles: Sequence[str], resolution: str | None = None, lora: bool = True
+) -> dict[str, str]:
     """The `modelspec.*` keys. Prediction type and resolution are left out where nothing says them."""
     version = facts.get("ss_base_model_version")
     v2, predicts_v = facts.get("ss_v2") == "True", bool(version and version.endswith(_V))

@@ -2,9 +2,10 @@
 
 A LoRA module adds `alpha / rank * up @ down` to a layer. Sums of such products are exact by putting the factors side by side,
 and their best approximation of a lower rank needs no full matrix: with up = Q1 R1 and down^T = Q2 R2, where Q1 and Q2 have
-orthonormal columns, the singular values of the product are those of the small core R1 R2^T. For a dense difference of two layers, `best_low_rank` uses
-subspace iteration from a random start (Halko, Martinsson and Tropp 2011, arXiv 0909.4061), shifted so that noise takes fewer
-passes (Feng, Yu and Xie 2024, arXiv 2404.09276), and measures its own error; or the full decomposition where that would not do.
+orthonormal columns, the singular values of the product are those of the small core R1 R2^T. For a dense difference of two
+layers, `best_low_rank` uses subspace iteration from a random start (Halko, Martinsson and Tropp 2011, arXiv 0909.4061), shifted
+so that noise takes fewer passes (Feng, Yu and Xie 2024, arXiv 2404.09276), and measures its own error; or the full
+decomposition where that would not do.
 
 Best means: no other matrix of that rank is closer in the Frobenius norm (Eckart and Young 1936).
 """

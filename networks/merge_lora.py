@@ -1,7 +1,7 @@
 """Merge LoRA files into a model, or into one LoRA. `python networks/merge_lora.py --help` lists the options.
 
-Into a model: W + sum of ratio * alpha / rank * up @ down, tensor by tensor from file to file. Into one LoRA: exact, for any ranks and
-alphas, by putting the factors side by side; the rank is the sum of the ranks (svd_merge_lora.py makes a smaller one).
+Into a model: W + sum of ratio * alpha / rank * up @ down, tensor by tensor from file to file. Into one LoRA: exact, for any
+ranks and alphas, by putting the factors side by side; the rank is the sum of the ranks (svd_merge_lora.py makes a smaller one).
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def merge_into_model(
                 changes.setdefault(places[name].key, []).append((places[name], module, ratio))
     unused = [name for name in all_names(loras) if name not in places]
     if not changes:
-        raise ValueError(f"{model.path} has no layer for any module of the LoRAs, such as {unused[0]}; they are for another kind of model")
+        raise ValueError(
+            f"{model.path} has no layer for any module of the LoRAs, such as {unused[0]}; they are for another kind of model"
+        )
     dtypes = {name: _saved_dtype(name, dtype, save) for name, dtype in model.dtypes.items()}
     progress = tqdm(total=len(model.shapes), unit="tensor", desc="merging")
 
@@ -118,10 +120,14 @@ def check_model(model: WeightFile, v2: bool, loras: Sequence[LoraFile]) -> None:
     if found is None or not any(name.startswith(UNET) for name in model.shapes):
         raise ValueError(f"{model.path} is no Stable Diffusion checkpoint: it lacks the U-Net or the text encoder")
     if found != v2:
-        raise ValueError(f"{model.path} is a Stable Diffusion {'2.x' if found else '1.x'} model; {'add' if found else 'leave out'} --v2")
+        raise ValueError(
+            f"{model.path} is a Stable Diffusion {'2.x' if found else '1.x'} model; {'add' if found else 'leave out'} --v2"
+        )
     for lora in loras:
         if lora.v2 not in (None, found):
-            raise ValueError(f"{lora.path} is for SD {'2.x' if lora.v2 else '1.x'}, {model.path} is SD {'2.x' if found else '1.x'}")
+            raise ValueError(
+                f"{lora.path} is for SD {'2.x' if lora.v2 else '1.x'}, {model.path} is SD {'2.x' if found else '1.x'}"
+            )
 
 
 def options() -> Parser:
@@ -130,11 +136,25 @@ def options() -> Parser:
     parser.add_argument("--sd_model", help="checkpoint to merge into; without it the LoRAs are merged into one LoRA")
     parser.add_argument("--save_to", required=True, help="file to write: .safetensors, .ckpt or .pt")
     parser.add_argument("--models", nargs="*", default=[], help="LoRA files")
-    parser.add_argument("--ratios", nargs="*", type=float, default=[], help="strength of each LoRA, in the same order; may be negative")
+    parser.add_argument(
+        "--ratios", nargs="*", type=float, default=[], help="strength of each LoRA, in the same order; may be negative"
+    )
     parser.add_argument("--v2", action="store_true", help="the model is Stable Diffusion 2.x")
-    parser.add_argument("--v_parameterization", action="store_true", default=None, help="metadata: the model predicts v (default: as the LoRAs say)")
-    parser.add_argument("--precision", choices=words, default="float", help="dtype to round sums to before --save_precision; products are always float")
-    parser.add_argument("--save_precision", choices=words, help="dtype in the file (default: a model's own; --precision for a LoRA)")
+    parser.add_argument(
+        "--v_parameterization",
+        action="store_true",
+        default=None,
+        help="metadata: the model predicts v (default: as the LoRAs say)",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=words,
+        default="float",
+        help="dtype to round sums to before --save_precision; products are always float",
+    )
+    parser.add_argument(
+        "--save_precision", choices=words, help="dtype in the file (default: a model's own; --precision for a LoRA)"
+    )
     parser.add_argument("--concat", action="store_true", help="LoRA with LoRA: put the factors side by side; that is always done")
     parser.add_argument("--shuffle", action="store_true", help="LoRA with LoRA: ranks in a random order, the result is the same")
     parser.add_argument("--no_metadata", action="store_true", help="leave out modelspec keys; a LoRA keeps what loaders need")
@@ -155,7 +175,9 @@ def main(words: Sequence[str] | None = None) -> None:
 def _into_model(args: argparse.Namespace, save_to: Path) -> None:
     path = Path(args.sd_model)
     if path.is_dir():
-        raise ValueError(f"--sd_model {path} is a Diffusers folder; make one file of it with tools/convert_diffusers20_original_sd.py")
+        raise ValueError(
+            f"--sd_model {path} is a Diffusers folder; make one file of it with tools/convert_diffusers20_original_sd.py"
+        )
     if args.shuffle or args.concat:
         raise ValueError("--concat and --shuffle are for LoRAs merged into a LoRA; leave them out with --sd_model")
     with open_weights(path) as model:

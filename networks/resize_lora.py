@@ -59,7 +59,8 @@ def _line(name: str, found: Decomposition, module: LowRank) -> str:
     s, rank = found.s, min(module.rank, len(found.s))
     share = float(s[:rank].sum() / s.sum()) if s[0] > 0 else 1.0
     ratio = float(s[0] / s[rank - 1]) if s[rank - 1] > 0 else float("inf")
-    return f"{name:75} rank {module.rank:3} alpha {module.alpha:<8.4g} sum {share:6.1%} norm {found.kept(rank):6.1%} ratio {ratio:.1f}"
+    kept = f"sum {share:6.1%} norm {found.kept(rank):6.1%} ratio {ratio:.1f}"
+    return f"{name:75} rank {module.rank:3} alpha {module.alpha:<8.4g} {kept}"
 
 
 def options() -> Parser:
@@ -113,7 +114,10 @@ def main(words: Sequence[str] | None = None) -> None:
         facts = {"ss_network_dim": "Dynamic", "ss_network_alpha": "Dynamic"}
     write_lora(save_to, modules, changed(lora, modules, comment, **facts), PRECISIONS[args.save_precision])
     print_kept(kept)
-    lower = sum(module.rank < (args.new_conv_rank or args.new_rank if module.is_3x3 else args.new_rank) for module in lora.modules.values())
+    lower = sum(
+        module.rank < (args.new_conv_rank or args.new_rank if module.is_3x3 else args.new_rank)
+        for module in lora.modules.values()
+    )
     if lower and not args.dynamic_method:
         print(f"{lower} modules had a lower rank already and keep it")
     print(f"saved {save_to}")

@@ -1,7 +1,7 @@
 """Merge LoRA files into one of a chosen rank. `python networks/svd_merge_lora.py --help` lists the options.
 
-The result is the best of that rank: no other is closer to the sum of ratio * alpha / rank * up @ down. It is found from the factors
-alone, so it takes seconds. What could not be kept is printed.
+The result is the best of that rank: no other is closer to the sum of ratio * alpha / rank * up @ down. It is found from the
+factors alone, so it takes seconds. What could not be kept is printed.
 """
 
 from __future__ import annotations
@@ -63,11 +63,13 @@ def svd_merge(
     return split_results(names, results)
 
 
-def split_results(names: Sequence[str], results: Iterable[tuple[LowRank, tuple[float, float]]]) -> tuple[dict[str, LowRank], Kept]:
+def split_results(
+    names: Sequence[str], results: Iterable[tuple[LowRank, tuple[float, float]]]
+) -> tuple[dict[str, LowRank], Kept]:
     """Modules and norms by name, from pairs in the order of the names."""
     modules, kept = {}, {}
-    for name, (modules[name], kept[name]) in zip(names, results):
-        pass
+    for name, (module, norms) in zip(names, results):
+        modules[name], kept[name] = module, norms
     return modules, kept
 
 
@@ -99,16 +101,25 @@ def options() -> Parser:
     words = list(PRECISIONS)
     parser.add_argument("--save_to", required=True, help="file to write: .safetensors, .ckpt or .pt")
     parser.add_argument("--models", nargs="*", default=[], help="LoRA files; their ranks may differ")
-    parser.add_argument("--ratios", nargs="*", type=float, default=[], help="strength of each LoRA, in the same order; may be negative")
+    parser.add_argument(
+        "--ratios", nargs="*", type=float, default=[], help="strength of each LoRA, in the same order; may be negative"
+    )
     parser.add_argument("--new_rank", type=int, default=4, help="rank of the result")
     parser.add_argument("--new_conv_rank", type=int, help="rank for 3x3 convolutions (default: --new_rank)")
     lbw = "strength by block, one for each model: a preset such as MIDD, or 12, 16, 17, 20 or 26 numbers with commas"
     parser.add_argument("--lbw", "--lbws", nargs="*", dest="lbw", help=lbw)
     parser.add_argument("--device", default="cpu", help="where to calculate, such as cuda")
-    parser.add_argument("--clamp_quantile", type=float, help="cut numbers above this quantile of sizes, such as 0.99; costs accuracy")
+    parser.add_argument(
+        "--clamp_quantile", type=float, help="cut numbers above this quantile of sizes, such as 0.99; costs accuracy"
+    )
     parser.add_argument("--precision", choices=words, default="float", help="dtype in the file if --save_precision is not given")
     parser.add_argument("--save_precision", choices=words, help="dtype in the file")
-    parser.add_argument("--v_parameterization", action="store_true", default=None, help="metadata: for a model that predicts v (default: as the LoRAs say)")
+    parser.add_argument(
+        "--v_parameterization",
+        action="store_true",
+        default=None,
+        help="metadata: for a model that predicts v (default: as the LoRAs say)",
+    )
     parser.add_argument("--no_metadata", action="store_true", help="write only the metadata that loaders need")
     return parser
 

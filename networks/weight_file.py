@@ -175,11 +175,21 @@ def _unpickle(path: Path, is_mapped: bool) -> dict[Any, Any]:
     try:
         with torch.serialization.safe_globals(_harmless()):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, AttributeError, ImportError, KeyError, TypeError) as error:
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        AttributeError,
+        ImportError,
+        KeyError,
+        TypeError,
+    ) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
             raise ValueError(
-                f"{path} was not opened: it holds more than tensors, and code in it would have run; get a .safetensors file instead"
+                f"{path} was not opened: it holds more than tensors, and code in it would have run; "
+                "get a .safetensors file instead"
             ) from error
         raise ValueError(f"{path} is cut off or no file of weights ({reason}); fetch it again") from error
     if not isinstance(content, dict):
@@ -199,9 +209,15 @@ def _harmless() -> list[Any]:
     import numpy
 
     scalar = numpy.float64(0).__reduce__()[0]
-    lightning = [f"{package}.callbacks.model_checkpoint.ModelCheckpoint" for package in ("pytorch_lightning", "lightning.pytorch")]
+    lightning = [
+        f"{package}.callbacks.model_checkpoint.ModelCheckpoint" for package in ("pytorch_lightning", "lightning.pytorch")
+    ]
     numbers = [numpy.dtype, *(type(numpy.dtype(kind)) for kind in ("float64", "float32", "int64"))]
-    return [*((_Nothing, name) for name in lightning), *((scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")), *numbers]
+    return [
+        *((_Nothing, name) for name in lightning),
+        *((scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+        *numbers,
+    ]
 
 
 def _bytes(value: Tensor) -> memoryview:
@@ -211,7 +227,9 @@ def _bytes(value: Tensor) -> memoryview:
 # ---------------------------------------------------------------- writing
 
 
-def output_path(name: str | os.PathLike, inputs: Sequence[Path], suffixes: Sequence[str] = (".safetensors", ".ckpt", ".pt", ".pth")) -> Path:
+def output_path(
+    name: str | os.PathLike, inputs: Sequence[Path], suffixes: Sequence[str] = (".safetensors", ".ckpt", ".pt", ".pth")
+) -> Path:
     """The path to write, checked: a known suffix, no folder, and none of the inputs."""
     path = Path(name)
     if path.suffix.lower() not in suffixes:
@@ -238,7 +256,9 @@ def atomic(path: Path) -> Iterator[Path]:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror or error}; check the folder, its rights and free space") from error
+        raise ValueError(
+            f"cannot write {path}: {error.strerror or error}; check the folder, its rights and free space"
+        ) from error
 
 
 def write_weights(
@@ -251,8 +271,8 @@ def write_weights(
 ) -> None:
     """Write the named tensors to `path`, asking `tensor` for one at a time; only tensors of these shapes and dtypes come.
 
-    `metadata` goes into a .safetensors file, `numbers` (epoch, global_step) into a pickled one. ValueError, naming the tensor, for
-    a number that is not finite, or if what was written does not read back the same; then no file is made.
+    `metadata` goes into a .safetensors file, `numbers` (epoch, global_step) into a pickled one. ValueError, naming the tensor,
+    for a number that is not finite, or if what was written does not read back the same; then no file is made.
     """
     if path.suffix.lower() == ".safetensors":
         with atomic(path) as temporary:
@@ -289,13 +309,16 @@ def _stream(
         if tuple(value.shape) != tuple(shapes[name]) or value.dtype != dtypes[name]:
             raise ValueError(f"{name}: {value.dtype} {tuple(value.shape)} does not fit the plan; this is a bug")
         if not is_finite(value):
-            raise ValueError(f"{final} was not written: {name} holds NaN or infinity in {str(value.dtype).removeprefix('torch.')}")
+            raise ValueError(
+                f"{final} was not written: {name} holds NaN or infinity in {str(value.dtype).removeprefix('torch.')}"
+            )
         return value, checksum(value)
 
     sums = {}
     with open(file, "wb", buffering=0) as stream:
         stream.write(_header(names, shapes, dtypes, metadata))
-        for name, (value, sums[name]) in zip(names, in_parallel(names, prepared)):
+        for name, (value, total) in zip(names, in_parallel(names, prepared)):
+            sums[name] = total
             space = _bytes(value)
             while space:
                 space = space[stream.write(space) :]

@@ -34,7 +34,9 @@ def options() -> Parser:
     generation = parser.add_mutually_exclusive_group()
     generation.add_argument("--v1", action="store_true", help="the model is 1.x (default: seen from the model)")
     generation.add_argument("--v2", action="store_true", help="the model is 2.x (default: seen from the model)")
-    parser.add_argument("--v_parameterization", action="store_true", help="the model predicts v (default: what a folder's scheduler says)")
+    parser.add_argument(
+        "--v_parameterization", action="store_true", help="the model predicts v (default: what a folder's scheduler says)"
+    )
     dtype = parser.add_mutually_exclusive_group()
     for name in PRECISIONS:
         dtype.add_argument(f"--{name}", action="store_true", help=f"save as {name}")
@@ -57,7 +59,7 @@ def read_metadata(text: str | None) -> dict[str, str] | None:
     try:
         metadata = json.loads(text)
     except ValueError as error:
-        raise UserError(f"--metadata is no JSON ({error}); write it as in '{{\"modelspec.title\": \"mine\"}}'") from error
+        raise UserError(f'--metadata is no JSON ({error}); write it as in \'{{"modelspec.title": "mine"}}\'') from error
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise UserError("--metadata must be a JSON object whose values are texts in double quotes")
     return metadata
@@ -72,7 +74,9 @@ def check(args: argparse.Namespace) -> Path:
     suffix = target.suffix.lower()
     # A dot may be part of a folder's name, as in `model-1.5`; a suffix of letters is meant as one.
     if suffix[1:].isalpha() and suffix not in FILE_SUFFIXES:
-        raise UserError(f"{target}: the suffix decides the format; use {', '.join(FILE_SUFFIXES)}, or none for a Diffusers folder")
+        raise UserError(
+            f"{target}: the suffix decides the format; use {', '.join(FILE_SUFFIXES)}, or none for a Diffusers folder"
+        )
     if source.exists() and source.resolve() == target.resolve():
         raise UserError(f"{target} would overwrite the model that is read; give another name")
     if (args.epoch, args.global_step) != (None, None) and suffix not in (".ckpt", ".pt"):

@@ -1,9 +1,10 @@
 """Make smaller copies of pictures in several resolutions, for training at more than one size.
 
-`python tools/resize_images_to_resolution.py --max_resolution 512x512,384x384,256x256 --save_as_png --copy_associated_files src dst`
+`python tools/resize_images_to_resolution.py --max_resolution 512x512,384x384 --save_as_png --copy_associated_files src dst`
 
-Each resolution W x H is a limit on the area: a picture with more pixels is shrunk to it with its shape kept, a smaller one stays as it
-is. `cat.jpg` becomes `cat+512x512.jpg`, and so on, beside a copy of the original. Subfolders are kept. All cores work.
+Each resolution W x H is a limit on the area: a picture with more pixels is shrunk to it with its shape kept, a smaller one
+stays as it is. `cat.jpg` becomes `cat+512x512.jpg`, and so on, beside a copy of the original. Subfolders are kept. All cores
+work.
 """
 
 from __future__ import annotations

@@ -15,7 +15,12 @@ from networks import check_lora_weights, extract_lora_from_dylora
 def dylora(tmp_path):
     tensors = lora_tensors(small_model(), 10, 5.0, only="mid_block")
     tensors = {key: value.half() for key, value in tensors.items()}
-    metadata = {"ss_network_module": "networks.dylora", "ss_network_dim": "10", "ss_training_comment": "x", "ss_network_args": '{"unit": "4"}'}
+    metadata = {
+        "ss_network_module": "networks.dylora",
+        "ss_network_dim": "10",
+        "ss_training_comment": "x",
+        "ss_network_args": '{"unit": "4"}',
+    }
     save_lora(tmp_path / "d.safetensors", tensors, **metadata)
     return tmp_path, tensors
 
@@ -32,7 +37,9 @@ def test_split_agrees_with_slices(dylora):
         found = load(folder / f"s-{rank:04}.safetensors")
         assert found.keys() == tensors.keys()
         for key, value in tensors.items():
-            expected = value[:rank] if "lora_down" in key else value[:, :rank] if "lora_up" in key else value * rank / 10  # the scale stays
+            expected = (
+                value[:rank] if "lora_down" in key else value[:, :rank] if "lora_up" in key else value * rank / 10
+            )  # the scale stays
             assert torch.equal(found[key], expected), key
 
 
@@ -68,7 +75,11 @@ def test_trap_1_13_modules_are_counted_and_each_is_shown_once(dylora, capsys):
 
 def test_the_table_says_what_is_in_it(tmp_path, capsys):
     name = "lora_unet_mid_block_attentions_0_proj_in"
-    tensors = {f"{name}.lora_down.weight": torch.tensor([[3.0, 4.0]]), f"{name}.lora_up.weight": torch.ones(4, 1), f"{name}.alpha": torch.tensor(0.5)}
+    tensors = {
+        f"{name}.lora_down.weight": torch.tensor([[3.0, 4.0]]),
+        f"{name}.lora_up.weight": torch.ones(4, 1),
+        f"{name}.alpha": torch.tensor(0.5),
+    }
     save_lora(tmp_path / "a.safetensors", tensors, ss_network_module="networks.lora", long="x" * 500)
     check_lora_weights.main([str(tmp_path / "a.safetensors")])
     out = capsys.readouterr().out

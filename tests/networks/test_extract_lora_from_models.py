@@ -39,7 +39,18 @@ def models(request, tmp_path_factory):
 
 def run(models, *words, name="lora.safetensors", tuned="tuned.safetensors"):
     folder, _, v2 = models
-    main(["--model_org", str(folder / "org.safetensors"), "--model_tuned", str(folder / tuned), "--save_to", str(folder / name), *v2, *words])
+    main(
+        [
+            "--model_org",
+            str(folder / "org.safetensors"),
+            "--model_tuned",
+            str(folder / tuned),
+            "--save_to",
+            str(folder / name),
+            *v2,
+            *words,
+        ]
+    )
     return load(folder / name)
 
 

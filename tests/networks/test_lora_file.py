@@ -39,7 +39,9 @@ def test_unet_names_of_all_layouts(path, name):
     assert lora_name(path) == f"lora_unet_mid_block_attentions_0_transformer_blocks_0_{name}"
 
 
-@pytest.mark.parametrize("path", [f"text_encoder.{TEXT}", TEXT, f"base_model.model.{TEXT}", f"text_encoder.{TEXT.removeprefix('text_model.')}"])
+@pytest.mark.parametrize(
+    "path", [f"text_encoder.{TEXT}", TEXT, f"base_model.model.{TEXT}", f"text_encoder.{TEXT.removeprefix('text_model.')}"]
+)
 def test_text_encoder_names_of_all_layouts(path):
     assert lora_name(path) == "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
 
@@ -57,7 +59,7 @@ def test_text_encoder_names_of_all_layouts(path):
 def test_keys_of_all_layouts(tmp_path, down, up):
     u, d = factors()
     lora = read_lora(save(tmp_path / "a.safetensors", {down.format(f"{UNET}.to_q"): d, up.format(f"{UNET}.to_q"): u}))
-    (name, module), = lora.modules.items()
+    ((name, module),) = lora.modules.items()
     assert name == "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
     torch.testing.assert_close(delta(module), u @ d)  # no alpha: the rank
 

@@ -74,7 +74,10 @@ def test_what_no_lora_touches_stays_bit_for_bit(files):
     assert all(before[name].dtype == after[name].dtype for name in before)
     metadata = metadata_of(folder / "out.safetensors")
     assert metadata["note"] == "kept"
-    assert [(part["name"], part["ratio"]) for part in json.loads(metadata["ss_merged_from"])] == [("a.safetensors", 1), ("b.safetensors", 1)]
+    assert [(part["name"], part["ratio"]) for part in json.loads(metadata["ss_merged_from"])] == [
+        ("a.safetensors", 1),
+        ("b.safetensors", 1),
+    ]
     assert metadata["modelspec.merged_from"] == "model, a, b"
 
 
@@ -125,7 +128,9 @@ def model():
 
 
 def combine(tmp_path, parts, ratios, *words, name="out.safetensors"):
-    paths = [save_lora(tmp_path / f"{i}.safetensors", tensors, ss_network_alpha="1", ss_seed="5") for i, tensors in enumerate(parts)]
+    paths = [
+        save_lora(tmp_path / f"{i}.safetensors", tensors, ss_network_alpha="1", ss_seed="5") for i, tensors in enumerate(parts)
+    ]
     main(["--save_to", str(tmp_path / name), "--models", *paths, "--ratios", *map(str, ratios), *words])
     return load(tmp_path / name)
 
@@ -266,8 +271,17 @@ def test_as_a_script_from_anywhere(model, tmp_path):
 
 
 def test_nothing_heavy_is_imported():
-    tools = ("merge_lora", "svd_merge_lora", "extract_lora_from_models", "extract_lora_from_dylora", "resize_lora", "check_lora_weights")
+    tools = (
+        "merge_lora",
+        "svd_merge_lora",
+        "extract_lora_from_models",
+        "extract_lora_from_dylora",
+        "resize_lora",
+        "check_lora_weights",
+    )
     tools = [tool for tool in tools if (ROOT / "networks" / f"{tool}.py").exists()]
-    code = f"import sys; {'; '.join(f'import networks.{tool}' for tool in tools)}; print([m for m in sys.modules if '.' not in m])"
+    code = (
+        f"import sys; {'; '.join(f'import networks.{tool}' for tool in tools)}; print([m for m in sys.modules if '.' not in m])"
+    )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert not {"diffusers", "transformers", "accelerate", "library"} & set(eval(result.stdout))

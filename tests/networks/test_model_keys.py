@@ -58,7 +58,11 @@ def test_the_names_lead_to_the_same_weights_as_the_suite_loads():
 
     for v2 in (False, True):
         model = small_stable_diffusion(v2=v2)
-        parts = {"unet": model.unet.state_dict(), "vae": model.vae.state_dict(), "text_encoder": inner_text_model(model.text_encoder).state_dict()}
+        parts = {
+            "unet": model.unet.state_dict(),
+            "vae": model.vae.state_dict(),
+            "text_encoder": inner_text_model(model.text_encoder).state_dict(),
+        }
         parts["text_encoder"] = {k: v for k, v in parts["text_encoder"].items() if not k.endswith("position_ids")}
         tensors = join_compvis(parts, v2=v2)
         assert split_compvis(tensors)[0]["unet"].keys() == parts["unet"].keys()

@@ -14,7 +14,13 @@ from networks.resize_lora import main
 def lora(tmp_path_factory):
     folder = tmp_path_factory.mktemp("resize")
     tensors = lora_tensors(small_model(), 8, 2.0, 1, only="mid_block")
-    metadata = {"ss_network_dim": "8", "ss_network_alpha": "2.0", "ss_training_comment": "mine", "ss_seed": "7", "sshs_model_hash": "old"}
+    metadata = {
+        "ss_network_dim": "8",
+        "ss_network_alpha": "2.0",
+        "ss_training_comment": "mine",
+        "ss_seed": "7",
+        "sshs_model_hash": "old",
+    }
     return folder, tensors, save_lora(folder / "a.safetensors", tensors, **metadata)
 
 
@@ -69,7 +75,19 @@ def test_no_rank_grows(lora, capsys):
 def test_verbose_and_half_precision_without_alpha(tmp_path, capsys):
     tensors = lora_tensors(small_model(), 4, None, only="mid_block_attentions_0_proj")
     torch.save({key: value.half() for key, value in tensors.items()}, tmp_path / "a.pt")
-    main(["--model", str(tmp_path / "a.pt"), "--save_to", str(tmp_path / "b.pt"), "--new_rank", "2", "--save_precision", "fp16", "--verbose"])
+    main(
+        [
+            "--model",
+            str(tmp_path / "a.pt"),
+            "--save_to",
+            str(tmp_path / "b.pt"),
+            "--new_rank",
+            "2",
+            "--save_precision",
+            "fp16",
+            "--verbose",
+        ]
+    )
     result = torch.load(tmp_path / "b.pt", weights_only=True)
     assert {value.dtype for value in result.values()} == {torch.float16}
     assert all(float(value) == 2 for key, value in result.items() if key.endswith("alpha"))  # scale 1, as without alpha

@@ -39,7 +39,9 @@ def test_the_error_is_the_optimum(parts, capsys):
         rank = 2 if down.dim() == 4 and down.shape[-1] == 3 else 4
         s = np.linalg.svd(full.numpy(), compute_uv=False)
         assert len(down) == min(rank, int((s > 1e-6 * s[0]).sum())), name
-        assert float((found[name] - full).norm()) == pytest.approx(np.sqrt((s[rank:] ** 2).sum()), rel=1e-3, abs=1e-5 * s[0]), name
+        assert float((found[name] - full).norm()) == pytest.approx(np.sqrt((s[rank:] ** 2).sum()), rel=1e-3, abs=1e-5 * s[0]), (
+            name
+        )
         lost, kept = lost + (s[rank:] ** 2).sum(), kept + (s[:rank] ** 2).sum()
     printed = [line.split()[-1] for line in capsys.readouterr().out.splitlines() if line.strip().startswith("all ")]
     assert float(printed[0].strip("%")) == pytest.approx(100 * (kept / (kept + lost)) ** 0.5, abs=0.01)
@@ -95,7 +97,11 @@ def test_block_weights(parts):
 
 def test_block_lists_name_their_blocks():
     assert all(len(names) == count == len(set(names)) for count, names in LISTS.items())
-    assert read_block_weights("[0, 1, 1,1,1,1,1,1,1,1,1,1,1,1,1,1,0.5]") | {} == {**dict.fromkeys(LISTS[17], 1.0), "BASE": 0, "OUT11": 0.5}
+    assert read_block_weights("[0, 1, 1,1,1,1,1,1,1,1,1,1,1,1,1,1,0.5]") | {} == {
+        **dict.fromkeys(LISTS[17], 1.0),
+        "BASE": 0,
+        "OUT11": 0.5,
+    }
     assert PRESETS["MIDD"] == [1, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0]
     assert PRESETS["INS"] == [1, 1, 1, 1] + [0] * 13 and PRESETS["OUTS"] == [1] + [0] * 11 + [1] * 5
     assert block_of("lora_te_text_model_encoder_layers_0_mlp_fc1") == "BASE"
