@@ -102,16 +102,34 @@ def check_network_args(options: NetworkOptions) -> None:
             module.parse_network_args(arguments, options.network_dropout)
 
 
+class WithTextModel(torch.nn.Module):
+    """A text encoder with the level `text_model` above its layers, which `CLIPTextModel` lost in transformers 5.6.
+
+    Files have that level in their names, and modules of others make names by walking through the text encoder.
+    """
+
+    def __init__(self, text_encoder: torch.nn.Module) -> None:
+        super().__init__()
+        self.text_model = text_encoder
+
+
+def named_text_encoder(module: ModuleType, text_encoder: torch.nn.Module) -> torch.nn.Module:
+    """The text encoder as a network module should see it to give its layers the names that files have; ours know them anyway."""
+    knows_names = module.__name__.startswith("networks.") or hasattr(text_encoder, "text_model")
+    return text_encoder if knows_names else WithTextModel(text_encoder)
+
+
 def merge_base_weights(options: NetworkOptions, module: ModuleType, model: StableDiffusion) -> None:
     """Merge the files of --base_weights into the model, each at its strength, before anything is trained on it."""
     strengths = options.base_weights_multiplier or []
+    text_encoder = named_text_encoder(module, model.text_encoder)
     for index, path in enumerate(options.base_weights or ()):
         strength = strengths[index] if index < len(strengths) else 1.0
         with user_errors(f"--base_weights {path}"):
             network, weights = module.create_network_from_weights(
-                strength, path, model.vae, model.text_encoder, model.unet, for_inference=True
+                strength, path, model.vae, text_encoder, model.unet, for_inference=True
             )
-            network.merge_to(model.text_encoder, model.unet, weights, model.unet.dtype, model.unet.device)
+            network.merge_to(text_encoder, model.unet, weights, model.unet.dtype, model.unet.device)
         print(f"merged {path} into the model at strength {strength}")
 
 
@@ -152,7 +170,7 @@ def build_network(network: NetworkOptions, optimizer: OptimizerOptions, model: S
 
 def _create(options: NetworkOptions, module: ModuleType, model: StableDiffusion) -> torch.nn.Module:
     arguments: dict[str, Any] = parse_network_args(options.network_args)
-    parts = (model.vae, model.text_encoder, model.unet)
+    parts = (model.vae, named_text_encoder(module, model.text_encoder), model.unet)
     if options.network_dropout is not None:
         arguments["neuron_dropout"] = options.network_dropout
     if options.dim_from_weights:
