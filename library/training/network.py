@@ -135,11 +135,14 @@ def merge_base_weights(options: NetworkOptions, module: ModuleType, model: Stabl
 
 @contextmanager
 def user_errors(where: str) -> Iterator[None]:
-    """Turn the one-line ValueErrors of a network module into UserErrors that name the option."""
+    """Turn the one-line ValueErrors of a network module, and assertions of those of others, into UserErrors that name the option."""
     try:
         yield
     except (ValueError, FileNotFoundError) as error:
         raise UserError(f"{where}: {error}") from error
+    except AssertionError as error:  # LyCORIS 4.1.3 with its usual preset on Stable Diffusion
+        hint = '; add the word "preset=attn-mlp" to --network_args' if "duplicated lora name" in str(error) else ""
+        raise UserError(f"{where}: {error or 'an assertion failed'}{hint}") from error
 
 
 def build_network(network: NetworkOptions, optimizer: OptimizerOptions, model: StableDiffusion) -> TrainedNetwork:

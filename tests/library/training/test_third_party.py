@@ -7,6 +7,7 @@ from importlib.metadata import version
 import pytest
 import torch
 
+from library.errors import UserError
 from library.training.network import import_network_module
 
 pytest.importorskip("lycoris.kohya", reason="an extra: pip install lycoris-lora")
@@ -47,3 +48,9 @@ def test_text_encoder_names_are_the_ecosystems(run):
     done = run("--network_module=lycoris.kohya", "--network_dim=2", "--network_args", "algo=loha", PRESET, "--max_train_steps=1")
     text = [key for key in done.tensors() if key.startswith("lora_te")]
     assert text and all(key.startswith("lora_te_text_model_encoder_layers_") for key in text)
+
+
+@pytest.mark.skipif(not version("lycoris-lora").startswith("4.1."), reason="of LyCORIS 4.1")
+def test_the_double_names_of_its_usual_preset_are_explained(run):
+    with pytest.raises(UserError, match="duplicated lora name: .*; add the word .preset=attn-mlp. to --network_args"):
+        run("--network_module=lycoris.kohya", "--network_dim=2", "--network_args", "algo=loha", "--max_train_steps=1", UNET_ONLY)
