@@ -20,7 +20,7 @@ from networks.lora import create_network, create_network_from_weights
 
 CONV = {"conv_dim": "2", "conv_alpha": "3"}
 RANKS = {"block_dims": ",".join("23541" * 5), "conv_block_dims": ",".join("12345" * 5)}
-KINDS = {"LierLa": {}, "C3Lier": CONV, "block ranks": RANKS, "block alphas": {**RANKS, "block_alphas": ",".join("12345" * 5)}}
+KINDS = {"LierLa": {}, "PiSSA": {"init": "pissa"}, "C3Lier": CONV, "block ranks": RANKS, "block alphas": {**RANKS, "block_alphas": ",".join("12345" * 5)}}
 
 
 def make_network(model, dim=4, alpha=2.0, **network_args):
@@ -313,11 +313,89 @@ assert not others, others
 """
 
 
-def test_the_file_works_copied_alone_into_an_empty_folder(tmp_path):
+PIPELINE = """
+import sys
+sys.path.insert(0, ".")
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+from lora import create_network_from_weights
+
+pipe = StableDiffusionPipeline.from_pretrained("pipeline", local_files_only=True)
+text_encoder, vae, unet = pipe.text_encoder, pipe.vae, pipe.unet
+ids = torch.randint(0, 90, (1, 77), generator=torch.Generator().manual_seed(1))
+before = [p.clone() for part in (text_encoder, unet) for p in part.parameters()]
+
+def generate():
+    with torch.no_grad():
+        context, empty = text_encoder(ids).last_hidden_state, text_encoder(torch.ones_like(ids)).last_hidden_state
+    generator = torch.Generator().manual_seed(2)
+    made = pipe(prompt_embeds=context, negative_prompt_embeds=empty, num_inference_steps=2, generator=generator, output_type="latent")
+    return made.images
+
+base, networks = generate(), []
+for name in ("first", "second", "third"):
+    sd = load_file(f"{name}.safetensors")
+    network, sd = create_network_from_weights(0.5, None, vae, text_encoder, unet, sd)
+    network.apply_to(text_encoder, unet)
+    network.load_state_dict(sd)
+    network.to(unet.device, dtype=unet.dtype)
+    networks.append(network)
+stacked = generate()
+networks[1].set_multiplier(0.8)
+changed = generate()
+assert not torch.equal(base, stacked) and not torch.equal(stacked, changed)
+for network in networks:
+    network.unapply()
+assert torch.equal(generate(), base)
+for name, multiplier in (("first", 0.5), ("second", 0.8), ("third", 0.5)):
+    network, sd = create_network_from_weights(multiplier, f"{name}.safetensors", vae, text_encoder, unet)
+    network.merge_to(text_encoder, unet, sd)
+torch.testing.assert_close(generate(), changed, atol=1e-3, rtol=1e-3)
+assert "networks" not in sys.modules and "library" not in sys.modules
+"""
+
+
+def small_pipeline(model):
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
+
+    return StableDiffusionPipeline(
+        vae=AutoencoderKL(norm_num_groups=8, block_out_channels=(8,)),
+        text_encoder=model.text_encoder,
+        tokenizer=None,
+        unet=model.unet,
+        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+@pytest.mark.parametrize("program", [ALONE, PIPELINE], ids=["without Diffusers", "in a pipeline"])
+def test_the_file_works_copied_alone_into_an_empty_folder(program, model, tmp_path):
     shutil.copy(networks.lora.__file__, tmp_path / "lora.py")
+    if program is PIPELINE:
+        small_pipeline(model).save_pretrained(tmp_path / "pipeline")
+        for dim, name in ((2, "first"), (3, "second"), (4, "third")):
+            make_network(model, dim=dim, **CONV).save_weights(tmp_path / f"{name}.safetensors", None, {})
     # -I: neither the repository nor PYTHONPATH is on the path.
-    done = subprocess.run([sys.executable, "-I", "-c", ALONE], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-I", "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+def dylora_split(model, folder):
+    """The network of a file that the extraction tool wrote: rank 2 of a C3Lier DyLoRA of rank 4."""
+    from networks import dylora
+    from networks.extract_lora_from_dylora import main
+
+    network = dylora.create_network(1.0, 4, 2.0, None, model.text_encoder, model.unet, unit="2", conv_dim="4", conv_alpha="3")
+    for module in network.loras:
+        nn.init.normal_(module.lora_up.weight, std=0.3)
+    network.save_weights(folder / "whole.safetensors", None, {"ss_network_args": '{"unit": "2"}'})
+    main(["--model", str(folder / "whole.safetensors"), "--save_to", str(folder / "split.safetensors")])
+    split, weights = create_network_from_weights(1.0, folder / "split-0002.safetensors", None, model.text_encoder, model.unet)
+    split.eval().load_state_dict(weights)
+    return split
 
 
 # Diffusers 0.42.1 names the alphas of U-Net attention layers `...attn1.processor.to_k_lora.down.weight`, which is no module
@@ -332,30 +410,21 @@ WRONG_ALPHAS = pytest.mark.xfail(reason="Diffusers 0.42 mixes up alphas that dif
         ("model", "C3Lier"),
         ("linear_model", "C3Lier"),
         ("linear_model", "block ranks"),
+        ("model", "DyLoRA split"),
+        ("linear_model", "PiSSA"),
         pytest.param("model", "block alphas", marks=WRONG_ALPHAS),
     ],
 )
 def test_diffusers_loads_every_module_and_draws_the_same(fixture, kind, request, tmp_path):
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
-
     model = request.getfixturevalue(fixture)
     base = outputs(model)
-    network = make_network(model, **KINDS[kind])
+    network = dylora_split(model, tmp_path) if kind == "DyLoRA split" else make_network(model, **KINDS[kind])
     network.apply_to(model.text_encoder, model.unet)
     ours = outputs(model)
     network.unapply()
     network.save_weights(tmp_path / "mine.safetensors", None, {"ss_network_dim": "4"})
 
-    pipe = StableDiffusionPipeline(
-        vae=AutoencoderKL(norm_num_groups=8, block_out_channels=(8,)),
-        text_encoder=model.text_encoder,
-        tokenizer=None,
-        unet=model.unet,
-        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    pipe = small_pipeline(model)
     pipe.load_lora_weights(tmp_path / "mine.safetensors")
     for part, loras in ((pipe.text_encoder, network.text_encoder_loras), (pipe.unet, network.unet_loras)):
         tensors = [tensor for name, tensor in part.named_parameters() if ".lora_A." in name or ".lora_B." in name]

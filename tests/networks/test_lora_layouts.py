@@ -138,7 +138,7 @@ def test_the_file_that_diffusers_itself_writes_loads(model, tmp_path):
         tmp_path, layers["unet"], layers["text_encoder"],
         unet_lora_adapter_metadata=configs["unet"].to_dict(), text_encoder_lora_adapter_metadata=configs["text_encoder"].to_dict(),
     )  # fmt: skip
-    from conftest import make_tiny_model
+    from tiny_models import make_tiny_model
 
     fresh = make_tiny_model()
     found, _ = applied(fresh, tmp_path / "pytorch_lora_weights.safetensors")
@@ -157,7 +157,7 @@ def test_the_folder_that_peft_itself_writes_loads(linear_model, use_dora, tmp_pa
     wrapped = peft.get_peft_model(linear_model.unet, config)
     theirs = outputs(linear_model)
     wrapped.save_pretrained(tmp_path)
-    from conftest import make_tiny_model
+    from tiny_models import make_tiny_model
 
     found, _ = applied(make_tiny_model(linear_projection=True), tmp_path / "adapter_model.safetensors")
     assert (theirs - base).abs().max() > 0.01

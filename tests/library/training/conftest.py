@@ -74,8 +74,3 @@ def run(base_model, pictures, tmp_path) -> Callable[..., Run]:
         return Run(train(parse_options([*needed, *words])), folder)
 
     return start
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    """Whether two files hold the same names and the same bits."""
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)

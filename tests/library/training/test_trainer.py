@@ -8,7 +8,6 @@ import signal
 
 import pytest
 import torch
-from conftest import same
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -92,6 +91,11 @@ def record_trainers(monkeypatch) -> list[Trainer]:
 
 
 # ---------------------------------------------------------------- the same again
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Whether two files hold the same names and the same bits."""
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_same_seed_gives_the_same_bytes_with_any_number_of_workers_and_with_previews(run, tmp_path):
