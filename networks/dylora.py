@@ -7,7 +7,8 @@ A step draws one rank b for the whole network, uniformly from unit, 2 unit, ...,
 So the first ranks learn to work without the others, and the others to add to them. All b ranks get gradients at such a step
 (the paper's variant without "frozen"). The scale alpha / R is the same for every b: each rank then means the same whether
 or not others follow it, so the ranks can agree. The paper divides by b instead, which asks the first ranks to be right both
-at one strength and at R / unit times that; it ends with higher losses at every rank (benchmarks/dylora.py).
+at one strength and at R / unit times that: on the small model the losses ended 2 % (rank 4) to 20 % (rank 16) higher, and with
+"frozen" 27 % and more (150 steps on the random base, one seed).
 
 The file is an ordinary LoRA of rank R. Its first b ranks with alpha * b / R are a LoRA of rank b that does what the first b
 ranks did in training; extract_lora_from_dylora.py writes them. Evaluation and pictures use all ranks.
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from networks import lora
-from networks.lora import LoRAModule, LoRANetwork, NetworkArgs, kernel_size
+from networks.lora import LoRAModule, LoRANetwork, NetworkArgs
 
 READERS = {
     "unit": lora.read_int,

@@ -189,7 +189,10 @@ class LoRAModule(nn.Module):
             )
         if f"{self.lora_name}.dora_scale" in weights and not hasattr(self, "dora_scale"):
             raise ValueError(f"{self.lora_name} is a DoRA in the weights; use --dim_from_weights or --network_args dora=True")
-        shaped = {"lora_up.weight": up.reshape(self.lora_up.weight.shape), "lora_down.weight": down.reshape(self.lora_down.weight.shape)}
+        shaped = {
+            "lora_up.weight": up.reshape(self.lora_up.weight.shape),
+            "lora_down.weight": down.reshape(self.lora_down.weight.shape),
+        }
         return {"alpha": torch.tensor(alpha), **shaped}
 
 
@@ -349,6 +352,8 @@ class LoRANetwork(nn.Module):
         Returns how many were shrunk, and the mean and the largest norm afterwards, as tensors: reading them is left to the
         caller, since it waits for the GPU.
         """
+        if self.args.init == "pissa":
+            raise ValueError("it would shrink the model's own part, from which init=pissa starts; leave one of them out")
         ratios, norms = [], []
         for module in self.loras:
             up, down = module.lora_up.weight, module.lora_down.weight
@@ -403,7 +408,7 @@ class LoRANetwork(nn.Module):
     # ---- in words
 
     def summary(self, dtype: torch.dtype | None = None) -> str:
-        """Modules, ranks, trainable numbers, and the size of the file in this dtype (None: as it is); a chart if blocks differ."""
+        """Modules, ranks, trainable numbers, the size of the file in this dtype (None: as it is); a chart if blocks differ."""
         blocks: dict[str, list[LoRAModule]] = {}
         for module in sorted(self.unet_loras, key=lambda m: block_index(m.lora_name) or 0):
             blocks.setdefault(BLOCKS[block_index(module.lora_name) or 0], []).append(module)
@@ -420,7 +425,9 @@ class LoRANetwork(nn.Module):
             return "\n".join(lines + [f"  modules by block: {counts}"] * bool(blocks))
         rows = [(name, len(modules), ranks_text(modules), *self._bars(modules)) for name, modules in blocks.items()]
         widths = [max(len(row[i]) for row in rows) for i in (2, 3)]
-        return "\n".join(lines + [f"  {n:5} {c:3} modules  {r:{widths[0]}}  {a:{widths[1]}}  {b}".rstrip() for n, c, r, a, b in rows])
+        return "\n".join(
+            lines + [f"  {n:5} {c:3} modules  {r:{widths[0]}}  {a:{widths[1]}}  {b}".rstrip() for n, c, r, a, b in rows]
+        )
 
     def _bars(self, modules: list[LoRAModule]) -> tuple[str, str]:
         """A block's largest rank as a bar, a mark for 2 ranks, and the weight of its learning rate as one, a mark for 0.1."""

@@ -160,6 +160,8 @@ def build_network(network: NetworkOptions, optimizer: OptimizerOptions, model: S
             instance.load_weights(network.network_weights)
         print(f"continuing from {network.network_weights}")
     instance.requires_grad_(True)
+    if network.scale_weight_norms:
+        check_max_norm(instance, model)
     with user_errors("learning rates"):
         groups, names = _parameter_groups(instance, optimizer)
     text_encoder_rate = optimizer.learning_rate if optimizer.text_encoder_lr is None else optimizer.text_encoder_lr
@@ -169,6 +171,14 @@ def build_network(network: NetworkOptions, optimizer: OptimizerOptions, model: S
         group_names=names,
         trains_text_encoder=not network.network_train_unet_only and text_encoder_rate > 0,
     )
+
+
+def check_max_norm(instance: torch.nn.Module, model: StableDiffusion) -> None:
+    """A network that cannot shrink its modules says so now, and not after the first step."""
+    if not hasattr(instance, "apply_max_norm_regularization"):
+        raise UserError("--scale_weight_norms: this network module has no such thing; leave the option out")
+    with user_errors("--scale_weight_norms"):
+        instance.apply_max_norm_regularization(1e9, model.unet.device)  # so large that it changes nothing
 
 
 def _create(options: NetworkOptions, module: ModuleType, model: StableDiffusion) -> torch.nn.Module:

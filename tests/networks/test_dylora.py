@@ -219,7 +219,9 @@ def test_loraplus_and_weights_of_several_ranks(model):
 # ---------------------------------------------------------------- the extraction tool
 
 
-@pytest.mark.parametrize("metadata", [None, {"ss_network_args": '{"unit": "2"}', "ss_network_dim": "8", "ss_network_module": "networks.dylora"}])
+@pytest.mark.parametrize(
+    "metadata", [None, {"ss_network_args": '{"unit": "2"}', "ss_network_dim": "8", "ss_network_module": "networks.dylora"}]
+)
 def test_trap_3_4_and_1_14_the_split_files_do_what_the_ranks_did_in_training(model, tmp_path, metadata):
     from networks.extract_lora_from_dylora import main
 

@@ -107,7 +107,10 @@ def test_old_attention_processor_files_load(model, prefix, tmp_path):
     """With `unet.` as in pipelines' files, and bare as `unet.save_attn_procs` wrote them, then for the U-Net alone."""
     network = make_network(model)
     only = is_attention if prefix else lambda path: is_attention(path) and path.startswith("unet.")
-    weights = {key if prefix else key.removeprefix("unet."): t for key, t in rewritten(model, network, attention_processors, only).items()}
+    weights = {
+        key if prefix else key.removeprefix("unet."): t
+        for key, t in rewritten(model, network, attention_processors, only).items()
+    }
     assert (f"{prefix}{ATTENTION}.processor.to_out_lora.down.weight") in weights
     torch.save(weights, tmp_path / "pytorch_lora_weights.bin")
     found, count = applied(model, tmp_path / "pytorch_lora_weights.bin")
@@ -125,12 +128,18 @@ def test_the_file_that_diffusers_itself_writes_loads(model, tmp_path):
 
     base = outputs(model)
     configs = {}
-    for name, part, targets in (("unet", model.unet, ["to_q", "to_out.0", "conv1"]), ("text_encoder", model.text_encoder, ["q_proj", "fc1"])):
+    for name, part, targets in (
+        ("unet", model.unet, ["to_q", "to_out.0", "conv1"]),
+        ("text_encoder", model.text_encoder, ["q_proj", "fc1"]),
+    ):
         torch.manual_seed(1)
         configs[name] = LoraConfig(r=4, lora_alpha=6, target_modules=targets, init_lora_weights=False)
         part.add_adapter(configs[name])
     theirs = outputs(model)
-    layers = {name: convert_state_dict_to_diffusers(get_peft_model_state_dict(part)) for name, part in (("unet", model.unet), ("text_encoder", model.text_encoder))}
+    layers = {
+        name: convert_state_dict_to_diffusers(get_peft_model_state_dict(part))
+        for name, part in (("unet", model.unet), ("text_encoder", model.text_encoder))
+    }
     for part in (model.unet, model.text_encoder):
         part.disable_adapters()
     torch.testing.assert_close(outputs(model), base)
@@ -153,7 +162,9 @@ def test_the_folder_that_peft_itself_writes_loads(linear_model, use_dora, tmp_pa
 
     base = outputs(linear_model)
     torch.manual_seed(1)
-    config = peft.LoraConfig(r=4, lora_alpha=2, use_rslora=True, use_dora=use_dora, target_modules=["to_q", "conv2"], init_lora_weights=False)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=2, use_rslora=True, use_dora=use_dora, target_modules=["to_q", "conv2"], init_lora_weights=False
+    )
     wrapped = peft.get_peft_model(linear_model.unet, config)
     theirs = outputs(linear_model)
     wrapped.save_pretrained(tmp_path)

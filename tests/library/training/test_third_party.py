@@ -1,4 +1,4 @@
-"""Modules of others through the same contract: LyCORIS trains, saves, and its file loads back. An extra: pip install lycoris-lora."""
+"""Modules of others through the same contract: LyCORIS (an extra) trains, saves, and its file loads back."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ def test_lycoris_trains_saves_and_loads_back(run, base_model, algo):
     assert all(key.startswith("lora_unet_") for key in trained)
     assert done.metadata()["ss_network_module"] == "lycoris.kohya"
 
-    going_on = run(*words, "--max_train_steps=1", UNET_ONLY, f"--network_weights={done.folder / 'mine.safetensors'}", "--learning_rate=1e-12")
+    going_on = run(
+        *words, "--max_train_steps=1", UNET_ONLY, f"--network_weights={done.folder / 'mine.safetensors'}", "--learning_rate=1e-12"
+    )
     for key, tensor in going_on.tensors().items():
         torch.testing.assert_close(tensor, trained[key], atol=1e-5, rtol=1e-4)
 
@@ -38,7 +40,9 @@ def test_lycoris_trains_saves_and_loads_back(run, base_model, algo):
 
     model = load_stable_diffusion(str(base_model))
     module = import_network_module("lycoris.kohya")
-    network, _ = module.create_network_from_weights(1.0, str(done.folder / "mine.safetensors"), model.vae, model.text_encoder, model.unet)
+    network, _ = module.create_network_from_weights(
+        1.0, str(done.folder / "mine.safetensors"), model.vae, model.text_encoder, model.unet
+    )
     names = {key.split(".")[0] for key in trained}
     assert {lora.lora_name for lora in network.unet_loras + network.text_encoder_loras} == names
 
