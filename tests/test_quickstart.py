@@ -20,7 +20,8 @@ SOURCE = (ROOT / "quickstart.py").read_text(encoding="utf-8")
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 PLATFORMS = ("linux", "win32", "darwin")
 IMPORT_TO_PACKAGE = {"cv2": "opencv-python-headless", "PIL": "pillow"}
-OPTIONAL = {"xformers", "wandb", "lion_pytorch", "dadaptation", "prodigyopt", "schedulefree", "lycoris"}
+# huggingface_hub comes with diffusers and transformers, whose pins choose its version for each Python.
+OPTIONAL = {"huggingface_hub", "xformers", "wandb", "lion_pytorch", "dadaptation", "prodigyopt", "schedulefree", "lycoris"}
 
 
 @pytest.fixture
