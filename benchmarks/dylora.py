@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--rounds", type=int, default=12, help="of the speed measurement")
+    parser.add_argument("--rounds", type=int, default=40, help="of the speed measurement")
     parser.add_argument("--jobs", type=int, default=2, help="seeds at a time")
     parser.add_argument("--speed-only", action="store_true")
     parser.add_argument("--out", type=Path, help="also write the table here")
