@@ -25,11 +25,13 @@ from library.training.metadata import RunMetadata, all_model_facts, run_facts
 from library.training.network import TrainedNetwork, build_network, check_network_args
 from library.training.optimizers import create_optimizer, optimizer_class, optimizer_name
 from library.training.options import TrainNetworkOptions
+from library.training.plan import Plan
 from library.training.previews import Previews
+from library.training.randomness import seed_everything
 from library.training.saving import ModelFiles
 from library.training.schedules import create_schedule
 from library.training.tracking import Tracker, logging_folder, write_loss_plot
-from library.training.trainer import Plan, Trainer, seed_everything
+from library.training.trainer import Trainer
 
 
 def train(options: TrainNetworkOptions) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import signal
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -20,75 +18,18 @@ from library.errors import RunFailed, UserError
 from library.sd.model import StableDiffusion, encode_image, predict_noise
 from library.sd.text import encode_text
 from library.training import diffusion
+from library.training.interrupt import stop_on_interrupt
 from library.training.metadata import RunMetadata
 from library.training.network import TrainedNetwork
 from library.training.options import TrainNetworkOptions
+from library.training.plan import Plan
 from library.training.previews import Previews
+from library.training.randomness import seed_everything
 from library.training.saving import ModelFiles
 from library.training.tracking import LossRecord, Tracker, describe_nonfinite
 
 
 LESS_MEMORY = "use --gradient_checkpointing, --cache_latents, --network_train_unet_only, a smaller batch or --optimizer_type=AdamW8bit"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How long a run is. An epoch is every batch once; a step is one change of the weights."""
-
-    batches_per_epoch: int
-    accumulation: int
-    steps_per_epoch: int
-    max_steps: int
-    epochs: int
-
-    @classmethod
-    def of(cls, options: TrainNetworkOptions, batches_per_epoch: int) -> Plan:
-        """--max_train_epochs beats --max_train_steps; the last step of an epoch may hold fewer batches."""
-        accumulation = options.training.gradient_accumulation_steps
-        steps_per_epoch = -(-batches_per_epoch // accumulation)
-        epochs = options.training.max_train_epochs
-        max_steps = epochs * steps_per_epoch if epochs else options.training.max_train_steps
-        return cls(batches_per_epoch, accumulation, steps_per_epoch, max_steps, -(-max_steps // steps_per_epoch))
-
-    def group_size(self, position: int) -> int:
-        """Batches in the step to which the batch at this position of an epoch belongs."""
-        start = position - position % self.accumulation
-        return min(self.accumulation, self.batches_per_epoch - start)
-
-    def starts_step(self, position: int) -> bool:
-        """Whether the batch at this position is the first one of its step."""
-        return position % self.accumulation == 0
-
-    def ends_step(self, position: int) -> bool:
-        """Whether the weights change after the batch at this position."""
-        return (position + 1) % self.accumulation == 0 or position + 1 == self.batches_per_epoch
-
-
-def seed_everything(seed: int, *salt: int) -> None:
-    """Set torch's and Python's generators from the seed and, say, the number of a batch, so that nothing depends on history."""
-    mixed = random.Random(f"{seed}/{'/'.join(map(str, salt))}").getrandbits(63)
-    random.seed(mixed)
-    torch.manual_seed(mixed)
-
-
-@contextmanager
-def stop_on_interrupt():
-    """Gives a function that says whether Ctrl-C (or a kill signal) came; a second one ends the program at once."""
-    asked: list[int] = []
-
-    def note(number: int, frame) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-        tqdm.write("stopping after this step; press Ctrl-C again to stop at once, without saving")
-
-    handled = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) is not None]
-    before = {s: signal.signal(s, note) for s in handled}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @dataclass

@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 from library.errors import RunFailed, UserError
 from library.training import run as run_module
 from library.training.options import parse_options
-from library.training.trainer import Plan, Trainer, seed_everything
+from library.training.plan import Plan
+from library.training.randomness import seed_everything
+from library.training.trainer import Trainer
 
 
 # ---------------------------------------------------------------- files and their names

@@ -1,0 +1,53 @@
+"""Random numbers: drawn from the seed and the place in the run, and put back after detours."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def seed_everything(seed: int, *salt: int) -> None:
+    """Set torch's and Python's generators from the seed and, say, the number of a batch, so that nothing depends on history."""
+    mixed = random.Random(f"{seed}/{'/'.join(map(str, salt))}").getrandbits(63)
+    random.seed(mixed)
+    torch.manual_seed(mixed)
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The state of every generator that a run may draw from, as tensors, numbers and texts."""
+    version, numbers, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    state = {
+        "torch": torch.get_rng_state(),
+        "python": [version, list(numbers), gauss],
+        "numpy": [name, keys.tolist(), position, has_gauss, cached],
+    }
+    if device.type != "cpu":
+        state["device"] = torch.get_device_module(device).get_rng_state(device)
+    return state
+
+
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Put back what `random_state` gave."""
+    torch.set_rng_state(state["torch"])
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    if device.type != "cpu" and "device" in state:
+        torch.get_device_module(device).set_rng_state(state["device"], device)
+
+
+@contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """Whatever is drawn in this block, the generators stand afterwards as they stood before."""
+    before = random_state(device)
+    try:
+        yield
+    finally:
+        set_random_state(before, device)
