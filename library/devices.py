@@ -28,6 +28,19 @@ def cpu_has_fast_bf16() -> bool:
     return bool(query() or torch.cpu._is_amx_tile_supported())
 
 
+def use_xformers(unet: torch.nn.Module, device: torch.device) -> None:
+    """Attention by xformers where it can be had; torch's own is as exact and nearly as fast."""
+    try:
+        import xformers.ops  # noqa: F401
+
+        if device.type != "cuda":
+            raise ImportError("it needs an NVIDIA GPU")
+    except ImportError as error:
+        print(f"--xformers: {error}; using torch's attention instead")
+        return
+    unet.enable_xformers_memory_efficient_attention()
+
+
 def use_all_cores() -> int:
     """Let a CPU run under `accelerate launch` use every core; returns the number of threads.
 

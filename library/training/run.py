@@ -16,7 +16,7 @@ from library.data.dataset import TrainingDataset
 from library.data.debug import write_debug_sheet
 from library.data.loader import make_loader
 from library.data.text_cache import TextCache
-from library.devices import DTYPES, check_precision, cpu_has_fast_bf16, peak_memory_bytes, use_all_cores
+from library.devices import DTYPES, check_precision, cpu_has_fast_bf16, peak_memory_bytes, use_all_cores, use_xformers
 from library.errors import UserError
 from library.generation.prompts import PromptSpec, read_prompt_file
 from library.sd.model import StableDiffusion, encode_text, load_stable_diffusion, vae_fingerprint
@@ -176,21 +176,8 @@ def load_model(options: TrainNetworkOptions, accelerator: Accelerator) -> Stable
     if chosen.no_half_vae:
         model.vae.to(torch.float32)
     if chosen.xformers:
-        use_xformers(model, accelerator.device)
+        use_xformers(model.unet, accelerator.device)
     return model
-
-
-def use_xformers(model: StableDiffusion, device: torch.device) -> None:
-    """Attention by xformers where it can be had; torch's own is as exact and nearly as fast."""
-    try:
-        import xformers.ops  # noqa: F401
-
-        if device.type != "cuda":
-            raise ImportError("it needs an NVIDIA GPU")
-    except ImportError as error:
-        print(f"--xformers: {error}; using torch's attention instead")
-        return
-    model.unet.enable_xformers_memory_efficient_attention()
 
 
 def cache_latents(options: TrainNetworkOptions, dataset: TrainingDataset, model: StableDiffusion) -> None:

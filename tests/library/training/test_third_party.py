@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from library.errors import UserError
-from library.training.network import import_network_module
+from library.network_modules import import_network_module
 
 pytest.importorskip("lycoris.kohya", reason="an extra: pip install lycoris-lora")
 

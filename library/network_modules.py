@@ -1,0 +1,84 @@
+"""Network modules, named on the command line and imported by that name: ours, and those of others such as `lycoris.kohya`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import pkgutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+import torch
+
+from library.errors import UserError, nearest
+
+
+def import_network_module(name: str) -> ModuleType:
+    """The module that --network_module names; a wrong name is answered with the nearest one that exists."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a module of one's own lies where one works
+    try:
+        found = importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        found = False
+    if not found:
+        close = nearest(name.replace("\\", "/").replace("/", ".").removesuffix(".py"), _own_modules())
+        cure = f"did you mean '{close}'?" if close else _cure_for_missing(name)
+        raise UserError(f"--network_module {name}: there is no such module; {cure}")
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"--network_module {name} does not import: {error}; install what it needs with pip") from error
+    if not hasattr(module, "create_network"):
+        raise UserError(f"--network_module {name} is no network module: it has no create_network; try networks.lora")
+    return module
+
+
+def _own_modules() -> list[str]:
+    """Network modules of this suite: those in networks/ that can create a network."""
+    spec = importlib.util.find_spec("networks")
+    names = [f"networks.{module.name}" for module in pkgutil.iter_modules(spec.submodule_search_locations)] if spec else []
+    return [n for n in names if b"def create_network(" in _source(n)]
+
+
+def _source(module_name: str) -> bytes:
+    spec = importlib.util.find_spec(module_name)
+    return open(spec.origin, "rb").read() if spec and spec.origin else b""
+
+
+def _cure_for_missing(name: str) -> str:
+    if name.startswith("lycoris"):
+        return "run: pip install lycoris-lora"
+    return f"known: {', '.join(_own_modules())}; a module of your own must be importable from this folder"
+
+
+class WithTextModel(torch.nn.Module):
+    """A text encoder with the level `text_model` above its layers, which `CLIPTextModel` lost in transformers 5.6.
+
+    Files have that level in their names, and modules of others make names by walking through the text encoder.
+    """
+
+    def __init__(self, text_encoder: torch.nn.Module) -> None:
+        super().__init__()
+        self.text_model = text_encoder
+
+
+def named_text_encoder(module: ModuleType, text_encoder: torch.nn.Module) -> torch.nn.Module:
+    """The text encoder as a network module should see it to give its layers the names that files have; ours know them anyway."""
+    knows_names = module.__name__.startswith("networks.") or hasattr(text_encoder, "text_model")
+    return text_encoder if knows_names else WithTextModel(text_encoder)
+
+
+@contextmanager
+def user_errors(where: str) -> Iterator[None]:
+    """Turn the one-line ValueErrors of a network module, and assertions of those of others, into UserErrors that name the option."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(f"{where}: {error}") from error
+    except AssertionError as error:  # LyCORIS 4.1.3 with its usual preset on Stable Diffusion
+        hint = '; add the word "preset=attn-mlp" to --network_args' if "duplicated lora name" in str(error) else ""
+        raise UserError(f"{where}: {error or 'an assertion failed'}{hint}") from error
