@@ -60,7 +60,7 @@ class Task:
         z, noise = self.latents[chosen], torch.randn(len(chosen), *self.latents.shape[1:], generator=generator)
         t = torch.randint(0, diffusion.TRAIN_TIMESTEPS, (len(chosen),), generator=generator)
         prediction = predict_noise(self.unet, diffusion.add_noise(z, noise, t, ALPHAS), t, self.texts[chosen])
-        return diffusion.loss_per_sample(prediction, noise).mean()
+        return (prediction.float() - noise.float()).square().mean()
 
     @torch.no_grad()
     def validation_loss(self) -> float:

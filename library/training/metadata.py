@@ -18,7 +18,7 @@ from typing import Any
 from library.data.facts import DatasetFacts, SubsetFacts
 from library.files import legacy_hash_of_file, sha256_of_file
 from library.training.network import TrainedNetwork, parse_network_args
-from library.training.options import ModelOptions, NetworkOptions, TrainNetworkOptions
+from library.training.options import LossOptions, ModelOptions, NetworkOptions, TrainNetworkOptions
 
 # What loaders need to use a file; all that --no_metadata leaves.
 MINIMUM = ("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args", "ss_v2", "ss_base_model_version")
@@ -91,8 +91,7 @@ def run_facts(
         "ss_cache_latents": cache.cache_latents or cache.cache_latents_to_disk,
         "ss_seed": seed,
         "ss_lowram": False,
-        "ss_noise_offset": training.noise_offset,
-        "ss_min_snr_gamma": training.min_snr_gamma,
+        **loss_facts(options.loss),
         "ss_prior_loss_weight": options.data.prior_loss_weight,
         "ss_max_grad_norm": rates.max_grad_norm,
         "ss_optimizer": optimizer,
@@ -106,6 +105,17 @@ def run_facts(
     if network.network_args:
         facts["ss_network_args"] = parse_network_args(network.network_args)
     return facts | data_facts(options, datasets, processes) | model_spec(options, datasets)
+
+
+def loss_facts(loss: LossOptions) -> dict[str, Any]:
+    """Noise and loss, as the command line has them."""
+    names = (
+        "noise_offset", "noise_offset_random_strength", "adaptive_noise_scale", "multires_noise_iterations", "multires_noise_discount",
+        "ip_noise_gamma", "ip_noise_gamma_random_strength", "zero_terminal_snr", "min_snr_gamma", "loss_type", "huber_schedule",
+        "huber_c", "huber_scale",
+    )  # fmt: skip
+    facts = {f"ss_{name}": getattr(loss, name) for name in names}
+    return facts | {"ss_debiased_estimation": loss.debiased_estimation_loss}
 
 
 def network_facts(options: NetworkOptions, trained: TrainedNetwork) -> dict[str, Any]:

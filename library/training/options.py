@@ -171,9 +171,30 @@ class TrainingOptions(OptionGroup):
     gradient_checkpointing: bool = Field(False, description="save memory by computing activations twice")
     mixed_precision: Literal["no", "fp16", "bf16"] = Field("no", description="number format of the frozen model and of the arithmetic")
     seed: int | None = Field(None, description="seed of everything random; unset: a new one, which is recorded")
-    noise_offset: float | None = Field(None, description="strength of a random shift of each channel of the noise")
-    min_snr_gamma: float | None = Field(None, gt=0, description="Min-SNR loss weighting; 5 is usual")
     on_nonfinite_loss: Literal["stop", "skip"] = Field("stop", description="what a loss of NaN or infinity does: end the run, or skip the batch (which waits for each loss)")
+
+
+class LossOptions(OptionGroup):
+    """Noise and loss"""
+
+    noise_offset: float | None = Field(None, ge=0, description="strength of a random shift of each channel of the noise; 0.05 is usual")
+    noise_offset_random_strength: bool = Field(False, description="draw that strength anew for each batch, between 0 and noise_offset")
+    adaptive_noise_scale: float | None = Field(None, description="adds this times the mean brightness of each latent channel to noise_offset")
+    multires_noise_iterations: int | None = Field(None, ge=0, le=16, description="levels of coarser noise that are added; 6 to 10 is usual")
+    multires_noise_discount: float = Field(0.3, gt=0, description="each coarser level counts this many times the one before")
+    ip_noise_gamma: float | None = Field(None, ge=0, description="input perturbation: noise that the target does not know of; 0.1 is usual")
+    ip_noise_gamma_random_strength: bool = Field(False, description="draw that strength anew for each batch, between 0 and ip_noise_gamma")
+    zero_terminal_snr: bool = Field(False, description="noise schedule that ends in pure noise; for models that predict velocity")
+    min_timestep: int | None = Field(None, ge=0, le=999, description="lowest timestep that is trained; unset: 0")
+    max_timestep: int | None = Field(None, ge=1, le=1000, description="timesteps below this are trained; unset: 1000")
+    loss_type: Literal["l1", "l2", "huber", "smooth_l1"] = Field("l2", description="how an error counts")
+    huber_schedule: Literal["constant", "exponential", "snr"] = Field("snr", description="how the width of huber and smooth_l1 depends on the timestep")
+    huber_c: float = Field(0.1, gt=0, description="width of huber and smooth_l1: errors beyond it count linearly")
+    huber_scale: float = Field(1.0, gt=0, description="factor of that width")
+    min_snr_gamma: float | None = Field(None, ge=0, description="Min-SNR loss weighting; 5 is usual")
+    debiased_estimation_loss: bool = Field(False, description="loss weighting by one over the root of the signal-to-noise ratio")
+    scale_v_pred_loss_like_noise_pred: bool = Field(False, description="weigh the loss of a velocity model as that of a noise model")
+    v_pred_like_loss: float | None = Field(None, ge=0, description="share of a velocity-like loss that is added for a noise model")
 
 
 class OutputOptions(OptionGroup):
@@ -222,6 +243,7 @@ class TrainNetworkOptions(BaseModel):
     network: NetworkOptions
     optimizer: OptimizerOptions
     training: TrainingOptions
+    loss: LossOptions
     output: OutputOptions
     previews: PreviewOptions
     logs: LogOptions
@@ -237,7 +259,7 @@ class TrainNetworkOptions(BaseModel):
 def contradictions(options: TrainNetworkOptions) -> list[str]:
     """What is missing or does not fit together, each with its cure."""
     model, data, network = options.model, options.data, options.network
-    optimizer, output, previews, logs = options.optimizer, options.output, options.previews, options.logs
+    optimizer, loss, output, previews, logs = options.optimizer, options.loss, options.output, options.previews, options.logs
     checks = [
         (not model.pretrained_model_name_or_path, "--pretrained_model_name_or_path is missing: give the model to train on"),
         (not data.dataset_config and not data.train_data_dir, "no pictures: give --dataset_config or --train_data_dir"),
@@ -251,12 +273,29 @@ def contradictions(options: TrainNetworkOptions) -> list[str]:
         ((optimizer.use_8bit_adam or optimizer.use_lion_optimizer) and optimizer.optimizer_type,
          "--use_8bit_adam and --use_lion_optimizer cannot stand beside --optimizer_type"),
         (optimizer.use_8bit_adam and optimizer.use_lion_optimizer, "--use_8bit_adam and --use_lion_optimizer exclude each other"),
+        *loss_contradictions(loss, model.v_parameterization),
         ((previews.sample_every_n_epochs or previews.sample_every_n_steps or previews.sample_at_first) and not previews.sample_prompts,
          "--sample_every_n_epochs, --sample_every_n_steps and --sample_at_first need --sample_prompts"),
         (logs.log_with in ("wandb", "all"), f"--log_with {logs.log_with}: wandb is not built yet; use --log_with tensorboard"),
         (logs.log_with and not logs.logging_dir, "--log_with tensorboard needs --logging_dir"),
     ]  # fmt: skip
     return [message for wrong, message in checks if wrong]
+
+
+def loss_contradictions(loss: LossOptions, v: bool) -> list[tuple[bool, str]]:
+    """The same for noise and loss."""
+    low, high = loss.min_timestep or 0, 1000 if loss.max_timestep is None else loss.max_timestep
+    return [
+        (loss.noise_offset_random_strength and not loss.noise_offset, "--noise_offset_random_strength needs --noise_offset"),
+        (bool(loss.adaptive_noise_scale) and not loss.noise_offset, "--adaptive_noise_scale needs --noise_offset"),
+        (loss.ip_noise_gamma_random_strength and not loss.ip_noise_gamma, "--ip_noise_gamma_random_strength needs --ip_noise_gamma"),
+        (low >= high, f"--min_timestep {low} must be below --max_timestep {high}; for the one timestep {low} give --max_timestep {low + 1}"),
+        (loss.scale_v_pred_loss_like_noise_pred and not v, "--scale_v_pred_loss_like_noise_pred needs --v_parameterization"),
+        (bool(loss.v_pred_like_loss) and v, "--v_pred_like_loss is for models that predict noise; leave it out with --v_parameterization"),
+        (loss.zero_terminal_snr and not v and (loss.debiased_estimation_loss or bool(loss.v_pred_like_loss)),
+         "--zero_terminal_snr without --v_parameterization: the weights of --debiased_estimation_loss and --v_pred_like_loss are infinite "
+         "where nothing but noise is left; leave out --zero_terminal_snr"),
+    ]  # fmt: skip
 
 
 def parse_options(arguments: list[str]) -> TrainNetworkOptions:

@@ -75,6 +75,7 @@ class Previews:
             clip_skip=self.options.model.clip_skip,
             max_token_length=self.options.captions.max_token_length or 225,
             autocast=self.accelerator.autocast,
+            zero_terminal_snr=self.options.loss.zero_terminal_snr,
         )
         return next(iter(drawn))[1]
 

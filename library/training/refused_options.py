@@ -57,16 +57,6 @@ _REASONS: dict[str, str] = {
     **dict.fromkeys(["full_fp16", "full_bf16", "fp8_base", "fp8_base_unet", "lowram", "highvram"], _NOT_YET),
     "cpu_offload_checkpointing": "it does not exist for Stable Diffusion 1.x and 2.x; use --gradient_checkpointing",
     "fused_backward_pass": "it is for full fine-tuning; the gradients of a LoRA are small",
-    # noise and loss
-    **dict.fromkeys(
-        [
-            "noise_offset_random_strength", "multires_noise_iterations", "multires_noise_discount", "adaptive_noise_scale",
-            "ip_noise_gamma", "ip_noise_gamma_random_strength", "zero_terminal_snr", "min_timestep", "max_timestep",
-            "loss_type", "huber_schedule", "huber_c", "huber_scale", "scale_v_pred_loss_like_noise_pred",
-            "v_pred_like_loss", "debiased_estimation_loss",
-        ],
-        _NOT_YET,
-    ),
     # processes
     **dict.fromkeys(["ddp_timeout", "ddp_gradient_as_bucket_view", "ddp_static_graph"], "training in several processes is not built yet"),
     **dict.fromkeys(
@@ -81,8 +71,7 @@ _REASONS: dict[str, str] = {
 
 # Defaults of theirs, which say nothing: graphical front ends write them into every config file.
 _DEFAULTS = {
-    "multires_noise_discount": 0.3, "loss_type": "l2", "huber_schedule": "snr", "huber_c": 0.1, "huber_scale": 1.0,
-    "dynamo_backend": "no", "zero_stage": 2, "max_timestep": 1000, "huggingface_repo_visibility": "private",
+    "dynamo_backend": "no", "zero_stage": 2, "huggingface_repo_visibility": "private",
 }  # fmt: skip
 
 REFUSED = Refused(reasons=_REASONS, harmless=_DEFAULTS)

@@ -17,8 +17,8 @@ from library.data.text_cache import TextCache
 from library.errors import RunFailed, UserError
 from library.sd.model import StableDiffusion, encode_image, predict_noise
 from library.sd.text import encode_text
-from library.training import diffusion
 from library.training.interrupt import stop_on_interrupt
+from library.training.loss import Objective
 from library.training.metadata import RunMetadata
 from library.training.network import TrainedNetwork
 from library.training.options import TrainNetworkOptions
@@ -53,7 +53,7 @@ class Trainer:
     tracker: Tracker
 
     def __post_init__(self) -> None:
-        self.alphas = diffusion.alphas_cumprod().to(self.accelerator.device)
+        self.objective = Objective(self.options.loss, self.model.v_parameterization, self.accelerator.device)
         self.losses = LossRecord(window=self.plan.batches_per_epoch)
         self.step = 0
         self.epoch = 0
@@ -138,20 +138,12 @@ class Trainer:
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """The diffusion loss of a batch, a float32 scalar on the device."""
-        options, device = self.options.training, self.accelerator.device
-        latents = self._latents(batch)
-        context = self._context(batch)
-        noise = diffusion.sample_noise(latents, options.noise_offset)
-        t = diffusion.sample_timesteps(len(latents), device)
-        noisy = diffusion.add_noise(latents, noise, t, self.alphas)
+        latents, context = self._latents(batch), self._context(batch)
+        noised = self.objective.noised(latents)
         with self.accelerator.autocast():
-            prediction = predict_noise(self.model.unet, noisy, t, context)
-        v = self.model.v_parameterization
-        losses = diffusion.loss_per_sample(prediction, diffusion.target(latents, noise, t, self.alphas, v))
-        losses = losses * batch.loss_weights.to(device, non_blocking=True)
-        if options.min_snr_gamma:
-            losses = losses * diffusion.min_snr_weight(t, self.alphas, options.min_snr_gamma, v)
-        return losses.mean()
+            prediction = predict_noise(self.model.unet, noised.noisy, noised.t, context)
+        losses = self.objective.losses(prediction, noised)
+        return (losses * batch.loss_weights.to(losses.device, non_blocking=True)).mean()
 
     def _latents(self, batch: Batch) -> torch.Tensor:
         device, vae = self.accelerator.device, self.model.vae

@@ -181,17 +181,16 @@ def test_trap_5_8_warm_up_is_counted_in_optimizer_steps(run, monkeypatch):
 def held_out_loss(trainer: Trainer) -> float:
     """Mean loss over the pictures at four fixed timesteps with noise that training never drew."""
     from library.sd.model import predict_noise
-    from library.training import diffusion
-
     trainer.network.module.eval()
-    generator, losses = torch.Generator().manual_seed(999), []
+    torch.manual_seed(999)
+    losses = []
     for position in range(trainer.plan.batches_per_epoch):
         batch = trainer.dataset[(1, position)]
         latents, context = trainer._latents(batch), trainer._context(batch)
         for t in (200, 400, 600, 800):
-            noise, step = torch.randn(latents.shape, generator=generator), torch.full((len(latents),), t)
-            noisy = diffusion.add_noise(latents, noise, step, trainer.alphas)
-            losses.append(diffusion.loss_per_sample(predict_noise(trainer.model.unet, noisy, step, context), noise).mean())
+            noised = trainer.objective.noised(latents, torch.full((len(latents),), t))
+            prediction = predict_noise(trainer.model.unet, noised.noisy, noised.t, context)
+            losses.append(trainer.objective.losses(prediction, noised).mean())
     return torch.stack(losses).mean().item()
 
 

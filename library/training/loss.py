@@ -1,0 +1,116 @@
+"""The loss: what the model is shown, how wrong its answer is, and how much each sample counts.
+
+Notation as in diffusion.py. All weights are taken from the schedule that is in force, also with --zero_terminal_snr.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from library.training import diffusion
+from library.training.noise import perturbed, sample_noise
+from library.training.options import LossOptions
+
+MOST_SNR = 1000.0  # the SNR grows beyond all bounds towards t = 0; weights that divide by it stop here
+
+
+@dataclass(frozen=True)
+class Noised:
+    """Latents on their way into the model: `noisy` (B, C, H, W) at timesteps `t` (B,), and what it should answer."""
+
+    noisy: Tensor
+    t: Tensor
+    target: Tensor
+
+
+class Objective:
+    """The loss that the options describe, on one device.
+
+        noised = objective.noised(latents)
+        losses = objective.losses(predict(noised.noisy, noised.t), noised, masks)     # (B,) float32
+    """
+
+    def __init__(self, options: LossOptions, v_parameterization: bool, device: torch.device) -> None:
+        self.options, self.v = options, v_parameterization
+        alphas = diffusion.alphas_cumprod()
+        self.alphas = (diffusion.with_zero_terminal_snr(alphas) if options.zero_terminal_snr else alphas).to(device)
+        self.weights = timestep_weights(self.alphas, options, v_parameterization)
+        self.widths = huber_widths(self.alphas, options)
+
+    def noised(self, latents: Tensor, t: Tensor | None = None) -> Noised:
+        """Draw noise and, unless they are given, timesteps; latents (B, C, H, W) as the U-Net knows them."""
+        options = self.options
+        noise = sample_noise(latents, options)
+        if t is None:
+            high = diffusion.TRAIN_TIMESTEPS if options.max_timestep is None else options.max_timestep
+            t = diffusion.sample_timesteps(len(latents), latents.device, options.min_timestep or 0, high)
+        noisy = diffusion.add_noise(latents, perturbed(noise, options), t, self.alphas)
+        return Noised(noisy, t, diffusion.target(latents, noise, t, self.alphas, self.v))
+
+    def losses(self, prediction: Tensor, noised: Noised, masks: Tensor | None = None) -> Tensor:
+        """Weighted loss of each sample, (B,) float32.
+
+        `masks` (B, 1, H, W) of 0..1 multiply the error of each position; the mean is over all positions, masked ones too.
+        """
+        errors = element_loss(prediction.float() - noised.target.float(), self.options.loss_type, self.widths[noised.t])
+        if masks is not None:
+            errors = errors * masks
+        return errors.flatten(1).mean(dim=1) * self.weights[noised.t]
+
+
+def element_loss(difference: Tensor, kind: str, width: Tensor) -> Tensor:
+    """How much each number's error d counts. `width` c (B,) is the bend of the pseudo-Huber losses (Charbonnier et al. 1997):
+
+    l2: d**2, l1: |d|, huber: 2 c (sqrt(d**2 + c**2) - c), smooth_l1: 2 (sqrt(d**2 + c**2) - c).
+    """
+    if kind == "l2":
+        return difference.square()
+    if kind == "l1":
+        return difference.abs()
+    c = width.view(-1, *[1] * (difference.ndim - 1))
+    squares = difference.square()
+    bent = 2 * squares / ((squares + c.square()).sqrt() + c)  # = 2 (sqrt(d^2 + c^2) - c) without its cancellation
+    return bent * c if kind == "huber" else bent
+
+
+def huber_widths(a: Tensor, options: LossOptions) -> Tensor:
+    """c of every timestep, (T,) float32 (Khrapov et al. 2024, arXiv 2403.16728, sec. 4), each times --huber_scale:
+
+    constant: huber_c; exponential: huber_c ** (t / T), from 1 down to huber_c;
+    snr: huber_c + (1 - huber_c) / (1 + q)**2 with q = 1 / sqrt(SNR).
+    """
+    c, steps = options.huber_c, len(a)
+    if options.huber_schedule == "constant":
+        widths = torch.full_like(a, c)
+    elif options.huber_schedule == "exponential":
+        widths = c ** (torch.arange(steps, device=a.device, dtype=a.dtype) / steps)
+    else:
+        widths = c + (1 - c) / (1 + ((1 - a) / a).sqrt()).square()
+    return widths * options.huber_scale
+
+
+def timestep_weights(a: Tensor, options: LossOptions, v_parameterization: bool) -> Tensor:
+    """The factor of the loss at every timestep, (T,) float32: the product of all weightings that are asked for."""
+    snr = diffusion.signal_to_noise(a)
+    capped = snr.clamp(max=MOST_SNR)
+    weights = torch.ones_like(a)
+    if options.min_snr_gamma:
+        weights = weights * min_snr_weights(snr, options.min_snr_gamma, v_parameterization)
+    if options.scale_v_pred_loss_like_noise_pred:
+        weights = weights * capped / (capped + 1)
+    if options.v_pred_like_loss:
+        weights = weights * (1 + options.v_pred_like_loss * (capped + 1) / capped)
+    if options.debiased_estimation_loss:  # Yu et al. 2023, arXiv 2310.08442, eq. 11
+        weights = weights * (1 / (capped + 1) if v_parameterization else capped.rsqrt())
+    return weights
+
+
+def min_snr_weights(snr: Tensor, gamma: float, v_parameterization: bool) -> Tensor:
+    """Min-SNR-gamma (Hang et al. 2023, arXiv 2303.09556, sec. 3.4): min(SNR, gamma) / SNR, for velocity / (SNR + 1)."""
+    least = snr.clamp(max=gamma)
+    if v_parameterization:
+        return least / (snr + 1)
+    return torch.where(snr <= gamma, 1.0, least / snr)  # 1 also where nothing but noise is left and SNR is 0
