@@ -196,7 +196,7 @@ def draw_sheet(base: Path, lora: Path, held_out: dict[str, Path], resolution: in
 def draw(model: StableDiffusion, specs: list[PromptSpec]) -> list[Image.Image]:
     from library.generation.generator import generate
 
-    return [picture for _, picture in generate(model, specs, batch_size=len(specs))]
+    return [made.picture for made in generate(model, specs, batch_size=len(specs))]
 
 
 def add_lora(model: StableDiffusion, lora: Path) -> None:

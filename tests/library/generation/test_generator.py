@@ -12,8 +12,11 @@ import torch
 from PIL import Image
 
 from library.errors import UserError
-from library.generation import generator as module
-from library.generation.generator import encode_prompts, evaluating, generate, to_picture
+from library.generation import painter
+from library.generation.denoise import Contexts, denoise, start_noise
+from library.generation.encoding import PromptCache, chunks_needed
+from library.generation.generator import generate
+from library.generation.painter import evaluating, to_picture
 from library.generation.prompts import PromptSpec
 from library.generation.samplers import SAMPLERS, make_scheduler
 from library.sd.small import small_stable_diffusion
@@ -52,7 +55,7 @@ def latents_of(monkeypatch):
     def run(model, specs, **options):
         seen = []
         with monkeypatch.context() as patched:
-            patched.setattr(module, "decode_latents", lambda vae, latents: seen.append(latents[0].clone()) or latents[:, :3])
+            patched.setattr(painter, "decode_latents", lambda vae, latents: seen.append(latents[0].clone()) or latents[:, :3])
             list(generate(model, specs, **options))
         return seen
 
@@ -128,11 +131,10 @@ def test_trap_6_10_a_long_neighbour_does_not_change_a_picture(model, latents_of)
 
 
 def test_prompt_and_negative_prompt_are_padded_to_the_longer_of_the_two(model):
-    with torch.no_grad():
-        for batch in ([replace(CAT, negative_prompt=LONG)], [replace(CAT, prompt=LONG)]):
-            positive, negative = encode_prompts(model, batch, module._chunks_needed(model, batch[0], 225))
-            assert positive.shape == negative.shape and positive.shape[1] == 2 * 75 + 2
-    assert module._chunks_needed(model, CAT, 225) == 1
+    for texts in ([CAT.prompt, LONG], [LONG, CAT.negative_prompt]):
+        embeddings = PromptCache().encode(model, texts, chunks_needed(model, texts, 225))
+        assert embeddings.shape[:2] == (2, 2 * 75 + 2)
+    assert chunks_needed(model, [CAT.prompt, CAT.negative_prompt], 225) == 1
 
 
 def test_trap_6_3_each_picture_has_its_own_negative_prompt(model, latents_of):
@@ -168,9 +170,9 @@ def test_clip_skip_changes_the_picture(model, latents_of):
 
 
 def test_a_missing_seed_is_drawn_and_told_and_gives_the_same_again(model):
-    (first, picture), (second, other) = generate(model, [replace(CAT, seed=None, steps=2)] * 2, batch_size=2)
+    (first, picture, _), (second, other, _) = generate(model, [replace(CAT, seed=None, steps=2)] * 2, batch_size=2)
     assert isinstance(first.seed, int) and first.seed != second.seed
-    ((_, again),) = generate(model, [first])
+    ((_, again, _),) = generate(model, [first])
     assert np.abs(np.asarray(picture, dtype=int) - np.asarray(again, dtype=int)).max() <= 1
     assert picture.tobytes() != other.tobytes()
 
@@ -178,14 +180,14 @@ def test_a_missing_seed_is_drawn_and_told_and_gives_the_same_again(model):
 def test_pictures_come_in_order_with_their_specs_and_sizes(model):
     specs = [CAT, replace(DOG, width=72), CAT, DOG, replace(CAT, sampler="pndm", steps=3)]
     results = list(generate(model, [replace(spec, steps=2) for spec in specs], batch_size=2))
-    assert [(spec.prompt, spec.width) for spec, _ in results] == [(spec.prompt, spec.width) for spec in specs]
-    assert all(picture.size == (spec.width, spec.height) and picture.mode == "RGB" for spec, picture in results)
+    assert [(spec.prompt, spec.width) for spec, _, _ in results] == [(spec.prompt, spec.width) for spec in specs]
+    assert all(picture.size == (spec.width, spec.height) and picture.mode == "RGB" for spec, picture, _ in results)
 
 
 @pytest.mark.parametrize("sampler", DISTINCT)
 @pytest.mark.parametrize("steps", [1, 2])
 def test_very_few_steps_work(model, sampler, steps):
-    ((_, picture),) = generate(model, [replace(CAT, sampler=sampler, steps=steps)])
+    ((_, picture, _),) = generate(model, [replace(CAT, sampler=sampler, steps=steps)])
     assert np.asarray(picture).std() > 0
 
 
@@ -279,7 +281,7 @@ def test_autocast_is_entered(model):
 
 def test_trap_5_13_the_noise_does_not_depend_on_the_device():
     """Pictures are made wherever the models are (here: the CPU), and start noise is always drawn on the CPU."""
-    noise = module.start_noise([torch.Generator("cpu").manual_seed(3)], 4, 8, 8)
+    noise = start_noise([torch.Generator("cpu").manual_seed(3)], 4, 8, 8)
     assert noise.device.type == "cpu" and noise.dtype == torch.float32
     assert torch.equal(noise, torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(3)))
 
@@ -318,9 +320,9 @@ def test_trap_6_9_every_sampler_draws_from_the_pictures_own_generators(sampler):
         scheduler = make_scheduler(sampler)
         scheduler.set_timesteps(6)
         generators = [torch.Generator().manual_seed(seed) for seed in batch]
-        noise = module.start_noise(generators, 4, 4, 4) * scheduler.init_noise_sigma
+        noise = start_noise(generators, 4, 4, 4) * scheduler.init_noise_sigma
         context = torch.zeros(len(batch), 77, 8)
-        return module.denoise(unet, scheduler, noise, context, negative=None, scales=[1.0] * len(batch), generators=generators)
+        return denoise(unet, scheduler, noise, Contexts(context), scales=[1.0] * len(batch), generators=generators)
 
     state = torch.get_rng_state()
     torch.testing.assert_close(run([5, 6, 7])[1], run([6])[0])

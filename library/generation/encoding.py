@@ -1,0 +1,71 @@
+"""What the text encoder makes of prompts, kept for the pictures that use the same text again."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Hashable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from library.sd.text import CHUNK, count_chunks, encode_text, tokenize_prompts
+
+if TYPE_CHECKING:
+    from library.sd.model import StableDiffusion
+
+log = logging.getLogger(__name__)
+
+
+class PromptCache:
+    """Embeddings of the texts used last, for one model and one clip_skip; give it to every `generate` of a session.
+
+    A text is encoded again when it needs another number of chunks or other strengths of networks.
+    """
+
+    def __init__(self, most: int = 1000) -> None:
+        self.most = most
+        self._kept: OrderedDict[Hashable, Tensor] = OrderedDict()
+
+    @torch.no_grad()
+    def encode(
+        self, model: StableDiffusion, texts: list[str], chunks: int, clip_skip: int | None = None, state: Hashable = ()
+    ) -> Tensor:
+        """Embeddings (B, chunks * 75 + 2, width). `state` says which networks act on the text encoder now."""
+        keys = {text: (text, chunks, clip_skip, state) for text in texts}
+        new = [text for text, key in keys.items() if key not in self._kept]
+        if new:
+            self._kept.update(zip([keys[text] for text in new], encode_prompts(model, new, chunks, clip_skip)))
+        embeddings = torch.stack([self._kept[keys[text]] for text in texts])
+        for key in keys.values():
+            self._kept.move_to_end(key)
+        while len(self._kept) > self.most:
+            self._kept.popitem(last=False)
+        return embeddings
+
+
+def encode_prompts(model: StableDiffusion, texts: list[str], chunks: int, clip_skip: int | None = None) -> Tensor:
+    """Embeddings (B, chunks * 75 + 2, width) of prompts with their weights."""
+    ids, weights = tokenize_prompts(model.tokenizer, texts, chunks)
+    device = device_of(model.text_encoder)
+    weighted = bool((weights != 1).any())
+    return encode_text(model.text_encoder, ids.to(device), clip_skip, weights.to(device) if weighted else None)
+
+
+def chunks_needed(model: StableDiffusion, texts: list[str], max_token_length: int) -> int:
+    """How many chunks of 75 tokens hold each of these texts; says what is cut."""
+    most = max(1, max_token_length // CHUNK)
+    needed = [count_chunks(model.tokenizer, text) for text in texts]
+    for text, chunks in zip(texts, needed):
+        if chunks > most:
+            log.warning(f"prompt '{short(text)}' needs more than {most * CHUNK} tokens; the rest is cut")
+    return min(max(needed), most)
+
+
+def short(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

@@ -1,0 +1,94 @@
+"""Two stages: a small picture first, for its composition, then the same enlarged and painted over for its details."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from library.errors import UserError
+from library.generation.image_input import resized
+from library.network_modules import user_errors
+
+if TYPE_CHECKING:
+    from library.sd.model import StableDiffusion
+
+SIDE_STEP = 32
+
+
+@dataclass(frozen=True)
+class Highres:
+    """What --highres_fix_* say.
+
+    scale: of the first stage's sides; steps: of the first stage. strength: of the first stage where it begins from a picture (None:
+    the picture's own). save_first_stage: yield it too. latent_upscaling: enlarge latents, not pixels. upscaler: see `load_upscaler`.
+    The second stage runs the picture's own steps times its `strength`, from noise of seed + 1.
+    """
+
+    scale: float
+    steps: int = 28
+    strength: float | None = None
+    save_first_stage: bool = False
+    latent_upscaling: bool = False
+    upscaler: Any = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale <= 1:
+            raise UserError(f"--highres_fix_scale {self.scale}: give the size of the first stage as a share, above 0 and at most 1")
+        if self.steps < 1:
+            raise UserError(f"--highres_fix_steps {self.steps}: give at least 1")
+
+    def first_size(self, width: int, height: int) -> tuple[int, int]:
+        """Each side times the scale, rounded, then down to a multiple of 32."""
+        small = tuple(int(side * self.scale + 0.5) // SIDE_STEP * SIDE_STEP for side in (width, height))
+        if min(small) < SIDE_STEP:
+            raise UserError(f"--highres_fix_scale {self.scale} makes too small a first stage of {width} x {height}; give a larger one")
+        return small
+
+    @property
+    def keeps_latents(self) -> bool:
+        """Whether the first stage is enlarged as latents."""
+        return self.upscaler.support_latents() if self.upscaler is not None else self.latent_upscaling
+
+
+def load_upscaler(module_name: str, args: str | None, model: StableDiffusion) -> Any:
+    """What `create_upscaler(**args)` of the module of this name returns, on the model's device and in its dtype.
+
+    It has `support_latents()`, whether it enlarges latents, and `upscale(vae, pictures, latents, dtype, width, height, batch_size,
+    vae_batch_size)`, of which pictures or latents is None, and which returns pictures or latents of the new size.
+    """
+    words = [word.partition("=") for word in (args or "").split(";") if word.strip()]
+    if any(not sign for _, sign, _ in words):
+        raise UserError(f"--highres_fix_upscaler_args '{args}': write key=value;key=value")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UserError(f"--highres_fix_upscaler {module_name}: {error}; give a module that can be imported from this folder") from error
+    if not hasattr(module, "create_upscaler"):
+        raise UserError(f"--highres_fix_upscaler {module_name} has no create_upscaler; give another module")
+    with user_errors(f"--highres_fix_upscaler {module_name}"):
+        upscaler = module.create_upscaler(**{key.strip(): value.strip() for key, _, value in words})
+    return upscaler.to(model.unet.dtype).to(model.unet.device)
+
+
+def enlarge(
+    highres: Highres, model: StableDiffusion, pictures: list[Image.Image] | None, latents: Tensor | None, size: tuple[int, int],
+    at_once: int,
+) -> tuple[list[Image.Image] | None, Tensor | None]:  # fmt: skip
+    """The first stage, pictures or latents (B, C, h, w), in the full size (width, height) in pixels; one of the two is None."""
+    width, height = size
+    if highres.upscaler is not None:
+        count = len(pictures if latents is None else latents)
+        result = highres.upscaler.upscale(
+            model.vae, pictures, latents, model.unet.dtype, width, height, batch_size=count, vae_batch_size=at_once
+        )
+        return (None, result.float()) if isinstance(result, torch.Tensor) else (list(result), None)
+    if latents is not None:
+        downscale = 2 ** (len(model.vae.config.block_out_channels) - 1)
+        return None, F.interpolate(latents, (height // downscale, width // downscale), mode="bilinear", align_corners=False)
+    return [resized(picture, size) for picture in pictures], None

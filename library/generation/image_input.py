@@ -1,0 +1,103 @@
+"""Pictures to begin from (img2img) and masks (in-painting)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Generator, Tensor
+
+from library.data.images import BadPicture, decode, size_of
+from library.errors import UserError
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, SchedulerMixin
+
+SIDE_STEP = 32  # the sides of a picture that gives the size are rounded down to a multiple of this
+
+
+def source_size(path: Path) -> tuple[int, int]:
+    """Width and height that a picture made from this one gets: its own, each side rounded down to a multiple of 32."""
+    try:
+        width, height = size_of(path)
+    except BadPicture as error:
+        raise UserError(f"--image_path {path}: {error}") from None
+    if min(width, height) < SIDE_STEP:
+        raise UserError(f"--image_path {path}: {width} x {height} pixels are too few; use a larger picture or give --W and --H")
+    return width - width % SIDE_STEP, height - height % SIDE_STEP
+
+
+def load_picture(path: Path, size: tuple[int, int], option: str = "--image_path") -> Image.Image:
+    """An upright RGB picture, stretched to `size` (width, height) if it has another one."""
+    try:
+        picture = Image.fromarray(decode(path.read_bytes()))
+    except OSError as error:
+        raise UserError(f"{option} {path}: {error.strerror or error}") from None
+    except BadPicture as error:
+        raise UserError(f"{option} {path}: {error}") from None
+    return resized(picture, size)
+
+
+def load_mask(path: Path, size: tuple[int, int]) -> Image.Image:
+    """A grey picture (mode L) of `size`: 255 is painted anew, 0 kept."""
+    mask = load_picture(path, size, "--mask_path").convert("L")
+    if mask.getextrema()[1] == 0:
+        raise UserError(f"--mask_path {path} is black all over, so nothing would be painted; white is what changes")
+    return mask
+
+
+def resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)
+
+
+def to_pixels(pictures: list[Image.Image]) -> Tensor:
+    """(B, 3, H, W), float32 in -1..1."""
+    values = np.stack([np.asarray(picture) for picture in pictures]).astype(np.float32)
+    return torch.from_numpy(values / 127.5 - 1).permute(0, 3, 1, 2)
+
+
+def encode_pictures(vae: AutoencoderKL, pictures: list[Image.Image], generators: list[Generator], at_once: int = 1) -> Tensor:
+    """Latents (B, 4, H/8, W/8) as the U-Net knows them, float32: each a sample of the posterior drawn from its own generator."""
+    weight, latents = next(vae.parameters()), []
+    for start in range(0, len(pictures), at_once):
+        pixels = to_pixels(pictures[start : start + at_once]).to(weight.device, weight.dtype)
+        posterior = vae.encode(pixels).latent_dist
+        for mean, deviation, generator in zip(posterior.mean, posterior.std, generators[start : start + at_once]):
+            noise = torch.randn((1, *mean.shape), generator=generator).to(mean)
+            latents.append((mean + deviation * noise[0]).float() * vae.config.scaling_factor)
+    result = torch.stack(latents)
+    if not result.isfinite().all():
+        raise UserError(f"the VAE overflows in {weight.dtype} on a picture to begin from; add --no_half_vae or give another --vae")
+    return result
+
+
+def run_steps(steps: int, strength: float) -> int:
+    """How many of `steps` are run from a picture: floor(steps * strength), as Diffusers counts."""
+    return min(int(steps * strength), steps)
+
+
+def latent_masks(masks: list[Image.Image], height: int, width: int) -> Tensor:
+    """(B, 1, h, w), float32: the share of each latent's pixels that is painted anew."""
+    small = [np.asarray(mask.resize((width, height), Image.Resampling.BOX), dtype=np.float32) / 255 for mask in masks]
+    return torch.from_numpy(np.stack(small)).unsqueeze(1)
+
+
+def keep_outside(
+    scheduler: SchedulerMixin, clean: Tensor, noise: Tensor, masks: Tensor
+) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """For `denoise`: after each step, what the masks keep is the source's latents again with the noise of the next timestep."""
+
+    def after_step(latents: Tensor, following: Tensor | None) -> Tensor:
+        source = clean if following is None else scheduler.add_noise(clean, noise, following.repeat(len(clean)))
+        return (1 - masks) * source + masks * latents
+
+    return after_step
+
+
+def composite(painted: Image.Image, source: Image.Image, mask: Image.Image) -> Image.Image:
+    """The painted picture where the mask is white; where it is black the source's very pixels."""
+    return Image.composite(painted, resized(source, painted.size), mask.resize(painted.size, Image.Resampling.BILINEAR))

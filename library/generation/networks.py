@@ -1,0 +1,276 @@
+"""Networks (LoRA and its kin) on a model that makes pictures: loaded from files, set to their strengths for each picture."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from library.errors import UserError, unknown
+from library.files import read_safetensors_header
+from library.generation.prompts import PromptSpec
+from library.network_modules import import_network_module, named_text_encoder, user_errors
+
+if TYPE_CHECKING:
+    from library.sd.model import StableDiffusion
+
+log = logging.getLogger(__name__)
+
+PROMPT_LORA_MODULE = "networks.lora"  # loads what `<lora:name:0.8>` names
+SUFFIXES = (".safetensors", ".pt", ".ckpt", ".bin")
+_PROMPT_LORA = re.compile(r"<lora:([^:<>]+)(?::([^<>]*))?>", re.IGNORECASE)
+
+
+def split_loras(prompt: str) -> tuple[str, tuple[tuple[str, float], ...]]:
+    """The prompt without its `<lora:name:strength>`, and these as (name, strength); without a number the strength is 1.
+
+    >>> split_loras("a cat <lora:ink:0.8>, sitting")
+    ('a cat , sitting', (('ink', 0.8),))
+    """
+    found = []
+    for name, strength in _PROMPT_LORA.findall(prompt):
+        try:
+            found.append((name.strip(), float(strength) if strength else 1.0))
+        except ValueError:
+            raise UserError(f"<lora:{name}:{strength}>: '{strength}' is not a strength; write one number, as in 0.8") from None
+    return _PROMPT_LORA.sub("", prompt).strip() if found else prompt, tuple(found)
+
+
+@dataclass
+class LoadedNetwork:
+    """One file on the model. `weights` are those of the file, as long as they have to be merged again."""
+
+    path: Path
+    module: ModuleType
+    network: nn.Module
+    weights: dict[str, Tensor]
+
+
+class Networks:
+    """All networks of a run: those of the command line, in order, and those that prompts ask for by `<lora:name:0.8>`.
+
+    A network is read and attached once; a change of strength touches no weight, and a network of strength 0 costs nothing.
+    With `pre_calc` the weights of the model become weights + strength x network instead, once for each change of strengths, and
+    get back their own values, bit for bit, before the next one. What is merged is part of the model for good.
+    """
+
+    def __init__(self, model: StableDiffusion, *, pre_calc: bool = False, lora_dir: Path | None = None) -> None:
+        self.model, self.pre_calc, self.lora_dir = model, pre_calc, lora_dir
+        self.merged: list[tuple[Path, float]] = []
+        self.loaded: list[LoadedNetwork] = []
+        self.defaults: tuple[float, ...] = ()
+        self._from_prompts: dict[Path, LoadedNetwork] = {}
+        self._paths: dict[str, Path] | None = None
+        self._state: tuple[tuple[int, float], ...] = ()
+        self._own_weights: dict[str, Tensor] = {}  # of the model, by parameter, for pre_calc
+
+    @classmethod
+    def load(
+        cls,
+        modules: list[str] | None,
+        files: list[str] | None,
+        multipliers: list[float] | None = None,
+        args: list[str] | None = None,
+        *,
+        model: StableDiffusion,
+        merge: bool = False,
+        merge_first: int | None = None,
+        pre_calc: bool = False,
+        show_metadata: bool = False,
+        lora_dir: str | Path | None = None,
+    ) -> Networks:
+        """Load `files`, each with the module of the same place in `modules` (the last one counts for the rest).
+
+        multipliers: a strength for each file, 1.0 where missing; args: a text `key=value;key=value` for each. merge: all, or
+        with `merge_first` the first so many, become part of the model. The model must be on its device and in its dtype.
+        Raises UserError, naming the file, for one that does not fit the model.
+        """
+        files, modules, args = files or [], modules or [], args or []
+        strengths = _strengths(files, modules, multipliers or [], args)
+        if merge_first is not None and not 0 <= merge_first <= len(files):
+            raise UserError(f"--network_merge_n_models {merge_first}: give 0 to {len(files)}, the number of networks")
+        networks = cls(model, pre_calc=pre_calc, lora_dir=Path(lora_dir) if lora_dir else None)
+        if lora_dir and not Path(lora_dir).is_dir():
+            raise UserError(f"--lora_dir {lora_dir}: there is no such folder")
+        merged = len(files) if merge else merge_first or 0
+        for index, (file, strength) in enumerate(zip(files, strengths)):
+            if show_metadata:
+                show_file_metadata(Path(file))
+            module = import_network_module(modules[min(index, len(modules) - 1)])
+            loaded = networks._read(Path(file), module, args[index] if index < len(args) else "", "--network_weights")
+            if index < merged:
+                networks._merge(loaded, strength)
+                networks.merged.append((loaded.path, strength))
+            else:
+                networks._attach(loaded)
+                networks.loaded.append(loaded)
+        networks.defaults = tuple(strengths[merged:])
+        networks.set(networks.defaults)
+        return networks
+
+    # ---- what a picture uses
+
+    def multipliers(self, spec: PromptSpec) -> tuple[float, ...]:
+        """The strengths of `loaded` for this picture: those of the spec, the last one for the rest, or else the defaults."""
+        if spec.multipliers is None:
+            return self.defaults
+        if len(spec.multipliers) > len(self.loaded):
+            merged = ", and what is merged has its strength for good" if self.merged else ""
+            raise UserError(f"--am gives {len(spec.multipliers)} strengths for {len(self.loaded)} network(s){merged}")
+        return spec.multipliers + spec.multipliers[-1:] * (len(self.loaded) - len(spec.multipliers))
+
+    def used(self, spec: PromptSpec) -> list[tuple[Path, float]]:
+        """Every file that acts on this picture, with its strength; those of strength 0 are left out."""
+        own = [(loaded.path, strength) for loaded, strength in zip(self.loaded, self.multipliers(spec))]
+        asked = [(self.find(name), strength) for name, strength in split_loras(spec.prompt)[1]]
+        return [(path, strength) for path, strength in self.merged + own + asked if strength != 0]
+
+    def find(self, name: str) -> Path:
+        """The file in `lora_dir` or a folder in it that a prompt calls `name`: its name without suffix."""
+        if self.lora_dir is None:
+            raise UserError(f"the prompt asks for <lora:{name}>, but no folder to find it in is given; add --lora_dir")
+        if self._paths is None:
+            files = [path for path in self.lora_dir.rglob("*") if path.suffix in SUFFIXES]
+            self._paths = {}
+            for path in sorted(files, key=lambda path: (SUFFIXES.index(path.suffix), path)):
+                self._paths.setdefault(path.stem, path)
+        if name not in self._paths:
+            raise unknown("LoRA", name, self._paths, str(self.lora_dir))
+        return self._paths[name]
+
+    # ---- putting it into force
+
+    def set(self, multipliers: Iterable[float], prompt_loras: Iterable[tuple[str, float]] = ()) -> None:
+        """From now on `loaded` have these strengths, and the named LoRAs act too; all others do nothing."""
+        active = list(zip(self.loaded, multipliers, strict=True))
+        for name, strength in prompt_loras:
+            path = self.find(name)
+            if path not in self._from_prompts:
+                loaded = self._read(path, import_network_module(PROMPT_LORA_MODULE), "", f"<lora:{name}>")
+                self._attach(loaded)
+                self._from_prompts[path] = loaded
+            active.append((self._from_prompts[path], strength))
+        self._set_state(active)
+
+    @property
+    def state(self) -> tuple[tuple[int, float], ...]:
+        """Which networks act and how strongly: equal states change the model equally."""
+        return self._state
+
+    def close(self) -> None:
+        """The model as it was, except for what was merged."""
+        self._set_state([])
+        for loaded in [*self.loaded, *self._from_prompts.values()]:
+            if not self.pre_calc and hasattr(loaded.network, "unapply"):
+                loaded.network.unapply()
+        self.loaded, self.defaults = [], ()
+        self._from_prompts.clear()
+
+    def _set_state(self, active: list[tuple[LoadedNetwork, float]]) -> None:
+        strengths: dict[int, float] = {}
+        for loaded, strength in active:  # one that is named twice acts with the sum
+            strengths[id(loaded)] = strengths.get(id(loaded), 0.0) + strength
+        state = tuple((key, strength) for key, strength in strengths.items() if strength != 0)
+        everything = {id(loaded): loaded for loaded in [*self.loaded, *self._from_prompts.values()]}
+        if not self.pre_calc:
+            for key, loaded in everything.items():
+                loaded.network.set_multiplier(strengths.get(key, 0.0))
+        elif state != self._state:
+            self._restore_own_weights()
+            for key, strength in state:
+                self._merge(everything[key], strength)
+        self._state = state
+
+    # ---- one file
+
+    def _read(self, path: Path, module: ModuleType, args: str, where: str) -> LoadedNetwork:
+        if not path.is_file():
+            raise UserError(f"{where} {path}: there is no such file")
+        words = [word.partition("=") for word in args.split(";") if word.strip()]
+        if any(not sign or not key.strip() for key, sign, _ in words):
+            raise UserError(f"--network_args '{args}': write key=value;key=value")
+        model, arguments = self.model, {key.strip(): value.strip() for key, _, value in words}
+        with user_errors(f"{where} {path}"):
+            network, weights = module.create_network_from_weights(
+                1.0, str(path), model.vae, named_text_encoder(module, model.text_encoder), model.unet, for_inference=True,
+                **arguments,
+            )  # fmt: skip
+        return LoadedNetwork(path, module, network, weights)
+
+    def _attach(self, loaded: LoadedNetwork) -> None:
+        """Make the network act on the model, or for `pre_calc` note which weights of the model it will change."""
+        model, network = self.model, loaded.network
+        if self.pre_calc:
+            return self._note_own_weights(loaded)
+        with user_errors(str(loaded.path)):
+            network.apply_to(named_text_encoder(loaded.module, model.text_encoder), model.unet)
+            result = network.load_state_dict(loaded.weights, strict=False)
+        missing = [key for key in result.missing_keys if not key.endswith(".alpha")]
+        if missing:
+            log.warning(f"{loaded.path} lacks {len(missing)} weights of its network, such as {missing[0]}")
+        network.to(model.unet.device, model.unet.dtype).eval().requires_grad_(False)
+        loaded.weights = {}
+
+    def _merge(self, loaded: LoadedNetwork, strength: float) -> None:
+        network = loaded.network
+        if not getattr(network, "is_mergeable", lambda: True)():
+            raise UserError(f"{loaded.path}: {loaded.module.__name__} cannot be merged; leave --network_merge and --network_pre_calc out")
+        network.set_multiplier(strength)
+        model = self.model
+        with user_errors(str(loaded.path)), torch.no_grad():
+            text_encoder = named_text_encoder(loaded.module, model.text_encoder)
+            network.merge_to(text_encoder, model.unet, loaded.weights, model.unet.dtype, model.unet.device)
+
+    # ---- pre_calc
+
+    def _parameters(self) -> dict[str, Tensor]:
+        parts = {"te": self.model.text_encoder, "unet": self.model.unet}
+        return {f"{part} {name}": value for part, module in parts.items() for name, value in module.named_parameters()}
+
+    @torch.no_grad()
+    def _note_own_weights(self, loaded: LoadedNetwork) -> None:
+        """Merge on trial, and keep copies of what that touched. Torch counts the changes of a tensor in `_version`."""
+        self._set_state([])
+        before = {name: (value.detach().clone(), value._version, value.data_ptr()) for name, value in self._parameters().items()}
+        self._merge(loaded, 1.0)
+        for name, value in self._parameters().items():
+            copy, *identity = before[name]
+            if [value._version, value.data_ptr()] != identity:
+                self._own_weights.setdefault(name, copy)
+        self._restore_own_weights()
+
+    @torch.no_grad()
+    def _restore_own_weights(self) -> None:
+        parameters = self._parameters()
+        for name, value in self._own_weights.items():
+            parameters[name].copy_(value)
+
+
+def _strengths(files: list[str], modules: list[str], multipliers: list[float], args: list[str]) -> list[float]:
+    """One strength a file; UserError where the lists do not fit together."""
+    if modules and not files:
+        raise UserError("--network_module needs --network_weights: the file to load with it")
+    if files and not modules:
+        raise UserError("--network_weights needs --network_module; for a LoRA: --network_module networks.lora")
+    lists = {"--network_module": modules, "--network_mul": multipliers, "--network_args": args}
+    for option, values in lists.items():
+        if len(values) > len(files):
+            raise UserError(f"{option} has {len(values)} values for {len(files)} file(s) of --network_weights; leave the surplus out")
+    return [*multipliers, *[1.0] * (len(files) - len(multipliers))]
+
+
+def show_file_metadata(path: Path) -> None:
+    """Print what a .safetensors file says of itself."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        print(f"{path} has no metadata" if path.is_file() else f"{path}: there is no such file")
+        return
+    metadata = read_safetensors_header(path).get("__metadata__", {})
+    print(f"{path}: " + (json.dumps(metadata, indent=2, ensure_ascii=False) if metadata else "no metadata"))

@@ -1,0 +1,209 @@
+"""One batch through the models: text, latents, pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Generator, Tensor, nn
+
+from library.errors import UserError
+from library.generation.deep_shrink import shrinking
+from library.generation.denoise import Contexts, denoise, start_noise
+from library.generation.encoding import PromptCache, device_of, short
+from library.generation.image_input import composite, encode_pictures, keep_outside, latent_masks, run_steps
+from library.generation.jobs import Job
+from library.generation.networks import Networks
+from library.generation.prompts import LARGEST_SEED, PromptSpec
+from library.generation.regional import Regions
+from library.generation.samplers import make_scheduler
+from library.sd.model import decode_latents
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
+
+    from library.sd.model import StableDiffusion
+
+
+@dataclass
+class Canvas:
+    """One picture on its way: what a stage begins from, and afterwards what it made.
+
+    picture, RGB, or latents (C, h, w) in place of it: both None where the stage begins from noise alone. error: why it failed.
+    source and mask (grey, mode L): for in-painting, in full size.
+    """
+
+    job: Job
+    picture: Image.Image | None = None
+    latents: Tensor | None = None
+    source: Image.Image | None = None
+    mask: Image.Image | None = None
+    error: UserError | None = None
+
+    @property
+    def begins(self) -> bool:
+        return self.picture is not None or self.latents is not None
+
+
+class Painter:
+    """The models with everything that stays the same from batch to batch."""
+
+    def __init__(
+        self, model: StableDiffusion, *, clip_skip: int | None, zero_terminal_snr: bool, networks: Networks | None,
+        regions: Regions | None, texts: PromptCache | None, autocast: Callable[[], AbstractContextManager],
+        vae_batch_size: int | float,
+    ) -> None:  # fmt: skip
+        self.model, self.clip_skip, self.networks, self.regions = model, clip_skip, networks, regions
+        self.texts = texts or PromptCache()
+        self.autocast, self.vae_batch_size = autocast, vae_batch_size
+        # Made once a sampler, as some take a second to make; `set_timesteps` resets them for each batch.
+        self.scheduler_of: Callable[[str], SchedulerMixin] = cache(
+            partial(make_scheduler, v_parameterization=model.v_parameterization, zero_terminal_snr=zero_terminal_snr)
+        )
+        self.channels = model.vae.config.latent_channels
+        self.downscale = 2 ** (len(model.vae.config.block_out_channels) - 1)
+
+    def vae_batch(self, count: int) -> int:
+        """How many of `count` pictures the VAE gets at once."""
+        wanted = self.vae_batch_size * count if self.vae_batch_size < 1 else self.vae_batch_size
+        return max(1, int(wanted))
+
+    # ---- text
+
+    def contexts(self, jobs: list[Job]) -> Contexts:
+        """Embeddings for the batch; afterwards the networks have the strengths that the U-Net is to have."""
+        first, networks, multipliers = jobs[0], self.networks, jobs[0].multipliers
+
+        def encode(texts: list[str], strengths: tuple[float, ...]) -> Tensor:
+            if networks is not None:
+                networks.set(strengths, first.loras)
+            state = networks.state if networks is not None else ()
+            return self.texts.encode(self.model, texts, first.chunks, self.clip_skip, state).to(device_of(self.model.unet))
+
+        def only(index: int | None) -> tuple[float, ...]:
+            """With regions, a network acts on its own sub-prompt alone."""
+            if self.regions is None:
+                return multipliers
+            return tuple(strength if place == index else 0.0 for place, strength in enumerate(multipliers))
+
+        negative = empty = None
+        if first.is_guided:
+            negative = encode([job.spec.negative_prompt for job in jobs], only(None))
+            empty = None if first.spec.negative_scale is None else encode([""] * len(jobs), only(None))
+        parts = [encode([job.prompts[part] for job in jobs], only(part)) for part in range(len(first.prompts))]
+        if networks is not None:
+            networks.set(multipliers, first.loras)
+        return Contexts(torch.cat(parts), negative, empty)
+
+    # ---- latents
+
+    def paint(
+        self, canvases: list[Canvas], size: tuple[int, int], *, steps: int, strength: float, seed_shift: int = 0,
+        on_step: Callable[[float], object] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Latents (B, C, h, w), float32, of pictures of `size` (width, height): from noise, or from what the canvases begin with.
+
+        on_step: called after each step with its share of all.
+        """
+        spec, device = canvases[0].job.spec, device_of(self.model.unet)
+        generators = [Generator("cpu").manual_seed((canvas.job.spec.seed + seed_shift) % (LARGEST_SEED + 1)) for canvas in canvases]
+        scheduler = self.scheduler_of(spec.sampler)
+        scheduler.set_timesteps(steps, device=device)
+        clean = self._clean_latents(canvases, generators, device)
+        noise = start_noise(generators, self.channels, size[1] // self.downscale, size[0] // self.downscale).to(device)
+        timesteps, after_step = scheduler.timesteps, None
+        if clean is not None:
+            skipped = (steps - run_steps(steps, strength)) * scheduler.order
+            timesteps = timesteps[skipped:]
+            if hasattr(scheduler, "set_begin_index"):
+                scheduler.set_begin_index(skipped)
+        if clean is None or (canvases[0].mask is not None and strength == 1):
+            latents = noise * scheduler.init_noise_sigma
+        else:
+            latents = scheduler.add_noise(clean, noise, timesteps[:1].repeat(len(clean)))
+        if canvases[0].mask is not None:
+            masks = latent_masks([canvas.mask for canvas in canvases], *noise.shape[2:]).to(device)
+            after_step = keep_outside(scheduler, clean, noise, masks)
+        with self.autocast():
+            contexts = self.contexts([canvas.job for canvas in canvases])
+            with self._special_unet(spec, contexts, noise):
+                return denoise(
+                    self.model.unet, scheduler, latents, contexts, scales=[canvas.job.spec.scale for canvas in canvases],
+                    negative_scales=[canvas.job.spec.negative_scale or 0.0 for canvas in canvases],
+                    generators=generators, timesteps=timesteps, after_step=after_step,
+                    on_step=partial(on_step, 1 / len(timesteps)) if on_step else None,
+                )  # fmt: skip
+
+    def _clean_latents(self, canvases: list[Canvas], generators: list[Generator], device: torch.device) -> Tensor | None:
+        if not canvases[0].begins:
+            return None
+        if canvases[0].latents is not None:
+            return torch.stack([canvas.latents for canvas in canvases]).to(device)
+        pictures = [canvas.picture for canvas in canvases]
+        return encode_pictures(self.model.vae, pictures, generators, self.vae_batch(len(pictures))).to(device)
+
+    def _special_unet(self, spec: PromptSpec, contexts: Contexts, noise: Tensor) -> AbstractContextManager[Any]:
+        stack = ExitStack()
+        stack.enter_context(shrinking(self.model.unet, spec.deep_shrink))
+        if self.regions is not None:
+            batch, plain = len(noise), len(contexts.rows) - 1
+            parts = len(contexts.positive) // batch
+            stack.enter_context(self.regions.acting(self.model.unet, batch, parts, plain, *noise.shape[2:]))
+        return stack
+
+    # ---- pixels
+
+    def finish(self, canvases: list[Canvas], latents: Tensor, *, decode: bool = True) -> None:
+        """Give every canvas its latents and picture, or the error for latents and pixels that are not finite."""
+        for canvas, latent in zip(canvases, latents):
+            canvas.picture, canvas.latents = None, latent
+            if not latent.isfinite().all():
+                canvas.error = UserError(
+                    f"{_name(canvas)} gave NaN or infinite latents: the U-Net overflows or holds broken weights; "
+                    "use bf16 or full precision instead of fp16, or check the model and the network's weights and strength"
+                )
+        good = [canvas for canvas in canvases if canvas.error is None]
+        at_once = self.vae_batch(len(canvases))
+        for start in range(0, len(good) if decode else 0, at_once):
+            self._decode(good[start : start + at_once])
+
+    def _decode(self, canvases: list[Canvas]) -> None:
+        weight = next(self.model.vae.parameters())
+        latents = torch.stack([canvas.latents for canvas in canvases]).to(weight.device, weight.dtype)
+        for canvas, pixels in zip(canvases, decode_latents(self.model.vae, latents)):
+            if pixels.isfinite().all():
+                picture = to_picture(pixels)
+                canvas.picture = picture if canvas.mask is None else composite(picture, canvas.source, canvas.mask)
+            else:
+                canvas.error = UserError(
+                    f"{_name(canvas)} gave a black picture: the VAE overflows in {weight.dtype}; keep it in float32 "
+                    "(--no_half_vae) or give another --vae"
+                )
+
+
+def to_picture(pixels: Tensor) -> Image.Image:
+    """(3, H, W) in -1..1 to a picture; values outside are clipped."""
+    levels = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round()
+    return Image.fromarray(levels.to(torch.uint8).permute(1, 2, 0).cpu().numpy())
+
+
+@contextmanager
+def evaluating(*models: nn.Module):
+    """Put the models into evaluation mode; afterwards every submodule has the mode that it had."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _name(canvas: Canvas) -> str:
+    return f"prompt '{short(canvas.job.spec.prompt)}' (seed {canvas.job.spec.seed})"
