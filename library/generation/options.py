@@ -1,0 +1,211 @@
+"""Every option of gen_img_diffusers.py, in typed groups. Names, defaults and meanings are those people know from sd-scripts."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
+
+from library.command_line import OptionGroup, parse
+from library.errors import UserError
+from library.generation.prompts import LARGEST_SEED, MOST_STEPS, SIZE_STEP
+from library.generation.refused_options import REFUSED
+from library.generation.samplers import SAMPLERS
+
+Samplers = Literal[SAMPLERS]  # type: ignore[valid-type]
+
+
+def _seeds(value: Any) -> Any:
+    """`7` or `1,2,3`."""
+    try:
+        seeds = tuple(int(part) for part in str(value).split(","))
+    except ValueError:
+        seeds = ()
+    if not seeds or not all(0 <= seed <= LARGEST_SEED for seed in seeds):
+        raise ValueError(f"expected a whole number from 0 to {LARGEST_SEED}, or several with commas (1,2,3), got {value!r}")
+    return seeds
+
+
+Seeds = Annotated[tuple[int, ...], BeforeValidator(_seeds)]
+Count = Annotated[int, Field(ge=1)]
+Side = Annotated[int, Field(ge=64, multiple_of=SIZE_STEP)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class ModelOptions(OptionGroup):
+    """Model"""
+
+    ckpt: str | None = Field(None, description="checkpoint (.safetensors, .ckpt), a pattern for one file, Diffusers folder or hub id")
+    v2: bool = Field(False, description="the model is Stable Diffusion 2.x")
+    v_parameterization: bool = Field(False, description="the model predicts velocity (SD 2.x 768)")
+    zero_terminal_snr: bool = Field(False, description="the model was trained on a noise schedule that ends in pure noise")
+    vae: str | None = Field(None, description="another VAE: checkpoint, Diffusers folder or hub id")
+    clip_skip: Count | None = Field(None, description="use the text encoder's Nth layer from the end")
+    textual_inversion_embeddings: list[str] | None = Field(None, description="embedding files; the file's name is its word")
+
+
+class PromptOptions(OptionGroup):
+    """Prompts"""
+
+    prompt: str | None = Field(None, description="one prompt, with in-line options")
+    from_file: str | None = Field(None, description="text file, one prompt a line; - reads standard input")
+    interactive: bool = Field(False, description="ask for prompts, one after another")
+    no_preview: bool = Field(False, description="with --interactive: do not show the pictures")
+    max_embeddings_multiples: Count | None = Field(None, description="read prompts up to so many chunks of 75 tokens; unset: 1")
+    images_per_prompt: Count = Field(1, description="pictures of each prompt")
+    n_iter: Count = Field(1, description="how often the list of prompts is drawn")
+    shuffle_prompts: bool = Field(False, description="in another order each time")
+    seed: Seeds | None = Field(None, description="seed, or seeds 1,2,3 that are handed out from the front")
+    iter_same_seed: bool = Field(False, description="one seed for all pictures of a pass over the list")
+
+
+class PictureOptions(OptionGroup):
+    """Size and sampling"""
+
+    W: Side | None = Field(None, description="width in pixels; unset: the size the model was made for")
+    H: Side | None = Field(None, description="height in pixels; unset: the size the model was made for")
+    steps: int = Field(50, ge=1, le=MOST_STEPS, description="denoising steps")
+    sampler: Samplers = Field("ddim", description="sampling method")
+    scale: float = Field(7.5, description="guidance; 1 or less switches it off")
+    negative_scale: float | None = Field(None, description="separate guidance away from the negative prompt")
+
+
+class NetworkOptions(OptionGroup):
+    """Networks"""
+
+    network_module: list[str] | None = Field(None, description="module of each network; unset: networks.lora; one name is for all")
+    network_weights: list[str] | None = Field(None, description="file of each network")
+    network_mul: list[float] | None = Field(None, description="strength of each network; missing ones are 1.0")
+    network_args: list[str] | None = Field(None, description='per network "key=value;key=value"')
+    network_show_meta: bool = Field(False, description="print the metadata of each file")
+    network_merge: bool = Field(False, description="merge all networks into the model; --am then does nothing")
+    network_merge_n_models: Count | None = Field(None, description="merge the first N networks only")
+    network_pre_calc: bool = Field(False, description="add the networks to the weights for each batch: faster, same pictures")
+    network_regional_mask_max_color_codes: Count | None = Field(None, description="regional masks by exact colours 1 to N")
+    lora_dir: str | None = Field(None, description="folder in which <lora:name:0.8> in a prompt is found")
+
+
+class SourceOptions(OptionGroup):
+    """From pictures"""
+
+    image_path: str | None = Field(None, description="picture, or folder of pictures, to start from (img2img)")
+    mask_path: str | None = Field(None, description="white is repainted; with several sub-prompts: regions of networks")
+    strength: Share | None = Field(None, description="how much of the picture is redrawn, 0 to 1; unset: 0.8")
+
+
+class HighresOptions(OptionGroup):
+    """Two stages"""
+
+    highres_fix_scale: float | None = Field(None, gt=0, lt=1, description="draw at this share of the size first, then enlarge and redraw")
+    highres_fix_steps: int = Field(28, ge=1, le=MOST_STEPS, description="steps of the first stage")
+    highres_fix_strength: Share | None = Field(None, description="--strength of the first stage, with --image_path; unset: the same")
+    highres_fix_save_1st: bool = Field(False, description="save the pictures of the first stage too")
+    highres_fix_latents_upscaling: bool = Field(False, description="enlarge latents instead of pixels")
+
+
+class SpeedOptions(OptionGroup):
+    """Precision, memory and speed"""
+
+    fp16: bool = Field(False, description="compute in fp16")
+    bf16: bool = Field(False, description="compute in bf16")
+    no_half_vae: bool = Field(False, description="keep the VAE in float32 (cures black pictures)")
+    batch_size: Count = Field(1, description="pictures made at once where size, steps and settings agree")
+    vae_batch_size: float | None = Field(None, gt=0, description="pictures the VAE decodes at once; below 1: a share of the batch")
+    vae_slices: Count | None = Field(None, description="the VAE works through each picture in so many slices: same picture, less memory")
+    vae_tiling: bool = Field(False, description="the VAE works on tiles: far less memory, seams are blended")
+    xformers: bool = Field(False, description="attention by xformers, if it is installed and there is a GPU")
+    diffusers_xformers: bool = Field(False, description="the same as --xformers")
+    sdpa: bool = Field(False, description="attention by torch (this is the default)")
+    opt_channels_last: bool = Field(False, description="channels-last memory layout: faster on some cards")
+
+
+class OutputOptions(OptionGroup):
+    """Output"""
+
+    outdir: str = Field("outputs", description="folder for the pictures")
+    sequential_file_name: bool = Field(False, description="names im_000001.png, im_000002.png and so on")
+    use_original_file_name: bool = Field(False, description="with --image_path: the name of the source picture")
+    sheet: bool = Field(False, description="also one labelled sheet: prompts and seeds by networks and strengths")
+    sheet_strengths: list[float] | None = Field(None, description="strengths that the sheet compares; 0 is without network")
+
+
+class GenerateOptions(BaseModel):
+    """The whole command line."""
+
+    model: ModelOptions = ModelOptions()
+    prompts: PromptOptions = PromptOptions()
+    picture: PictureOptions = PictureOptions()
+    network: NetworkOptions = NetworkOptions()
+    source: SourceOptions = SourceOptions()
+    highres: HighresOptions = HighresOptions()
+    speed: SpeedOptions = SpeedOptions()
+    output: OutputOptions = OutputOptions()
+
+    @model_validator(mode="after")
+    def _options_fit_together(self) -> GenerateOptions:
+        problems = [message for wrong, message in _rules(self) if wrong]
+        if problems:
+            raise UserError("; ".join(problems))
+        return self
+
+
+def _rules(o: GenerateOptions) -> list[tuple[Any, str]]:
+    """(whether it is wrong, what is wrong and what to do)."""
+    prompts, speed, output, source = o.prompts, o.speed, o.output, o.source
+    has_prompts = prompts.prompt is not None or prompts.from_file or prompts.interactive or source.image_path
+    return [
+        (not o.model.ckpt, "--ckpt is missing: give the model to draw with"),
+        (not has_prompts, "no prompts: give --prompt, --from_file or --interactive"),
+        (prompts.prompt is not None and prompts.from_file, "--prompt and --from_file exclude each other"),
+        (prompts.interactive and prompts.from_file == "-", "--interactive and --from_file - both read standard input; choose one"),
+        (speed.fp16 and speed.bf16, "--fp16 and --bf16 exclude each other"),
+        (output.sequential_file_name and output.use_original_file_name,
+         "--sequential_file_name and --use_original_file_name exclude each other"),
+        (output.use_original_file_name and not source.image_path, "--use_original_file_name needs --image_path"),
+        (source.strength is not None and not (source.image_path or o.highres.highres_fix_scale),
+         "--strength needs --image_path or --highres_fix_scale"),
+        *_network_rules(o.network),
+        *_highres_rules(o.highres, source),
+        *_sheet_rules(o),
+    ]  # fmt: skip
+
+
+def _network_rules(network: NetworkOptions) -> list[tuple[Any, str]]:
+    files, modules = len(network.network_weights or ()), len(network.network_module or ())
+    rules = [
+        (network.network_merge and network.network_merge_n_models, "--network_merge and --network_merge_n_models exclude each other"),
+        ((network.network_merge_n_models or 0) > files,
+         f"--network_merge_n_models {network.network_merge_n_models} is more than the {files} files of --network_weights"),
+        (modules > 1 and modules != files, f"--network_module has {modules} names for {files} files of --network_weights; give one for each"),
+    ]  # fmt: skip
+    for name in ("network_mul", "network_args"):
+        given = len(getattr(network, name) or ())
+        rules.append((given > files, f"--{name} has {given} values for {files} files of --network_weights; leave the surplus out"))
+    names = ("network_module", "network_show_meta", "network_merge", "network_pre_calc", "network_regional_mask_max_color_codes")
+    rules += [(getattr(network, name) and not files, f"--{name} needs --network_weights") for name in names]
+    return rules
+
+
+def _highres_rules(highres: HighresOptions, source: SourceOptions) -> list[tuple[Any, str]]:
+    names = ("highres_fix_strength", "highres_fix_save_1st", "highres_fix_latents_upscaling")
+    rules = [(getattr(highres, name) and not highres.highres_fix_scale, f"--{name} needs --highres_fix_scale") for name in names]
+    return [*rules, (highres.highres_fix_strength is not None and not source.image_path, "--highres_fix_strength needs --image_path")]
+
+
+def _sheet_rules(o: GenerateOptions) -> list[tuple[Any, str]]:
+    network, strengths = o.network, o.output.sheet_strengths
+    return [
+        (strengths is not None and not o.output.sheet, "--sheet_strengths needs --sheet"),
+        (strengths is not None and not network.network_weights, "--sheet_strengths needs --network_weights"),
+        (strengths == [], "--sheet_strengths is empty; give strengths such as 0 0.5 1"),
+        (strengths and network.network_mul, "--sheet_strengths and --network_mul exclude each other"),
+        (o.output.sheet and (network.network_merge or network.network_merge_n_models),
+         "--sheet compares networks one by one, so they cannot be merged; leave --network_merge out"),
+        (o.output.sheet and o.prompts.interactive, "--sheet and --interactive exclude each other"),
+        (o.output.sheet and o.prompts.n_iter > 1, "--sheet draws the list once; use --images_per_prompt for several seeds"),
+    ]  # fmt: skip
+
+
+def parse_options(arguments: list[str]) -> GenerateOptions:
+    """The options of one run from the command line."""
+    return parse(GenerateOptions, arguments, "Make pictures with Stable Diffusion and any number of networks.", REFUSED)
