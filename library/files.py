@@ -7,7 +7,7 @@ import json
 import os
 import struct
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,43 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     """Write UTF-8 text atomically, with \\n line ends on every system."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_new(paths: Iterable[Path], write: Callable[[Path], object]) -> Path:
+    """Write a file under the first of `paths` that is free, and return that; it appears whole, and nothing is ever replaced.
+
+    write: called with a temporary path in the same folder. `paths` may be endless.
+    """
+    paths = iter(paths)
+    path = next(paths)
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_UMASK)
+        while not _take_name(temporary, path):
+            path = next(paths)
+        return path
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; check the folder, its rights and free space") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def _take_name(temporary: Path, path: Path) -> bool:
+    """Give the file the name `path` unless there is such a file, even if another process makes one at this moment."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without links
+        if path.exists():
+            return False
+        os.rename(temporary, path)
+    return True
 
 
 def read_safetensors_header(path: str | os.PathLike) -> dict[str, Any]:

@@ -29,6 +29,7 @@ def _seeds(value: Any) -> Any:
 Seeds = Annotated[tuple[int, ...], BeforeValidator(_seeds)]
 Count = Annotated[int, Field(ge=1)]
 Side = Annotated[int, Field(ge=64, multiple_of=SIZE_STEP)]
+Depth = Annotated[int, Field(ge=0, le=3)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -73,7 +74,7 @@ class PictureOptions(OptionGroup):
 class NetworkOptions(OptionGroup):
     """Networks"""
 
-    network_module: list[str] | None = Field(None, description="module of each network; unset: networks.lora; one name is for all")
+    network_module: list[str] | None = Field(None, description="module of each network; one name is for all; unset: networks.lora")
     network_weights: list[str] | None = Field(None, description="file of each network")
     network_mul: list[float] | None = Field(None, description="strength of each network; missing ones are 1.0")
     network_args: list[str] | None = Field(None, description='per network "key=value;key=value"')
@@ -96,11 +97,23 @@ class SourceOptions(OptionGroup):
 class HighresOptions(OptionGroup):
     """Two stages"""
 
-    highres_fix_scale: float | None = Field(None, gt=0, lt=1, description="draw at this share of the size first, then enlarge and redraw")
+    highres_fix_scale: float | None = Field(None, gt=0, le=1, description="draw at this share of the size first, then enlarge and redraw")
     highres_fix_steps: int = Field(28, ge=1, le=MOST_STEPS, description="steps of the first stage")
     highres_fix_strength: Share | None = Field(None, description="--strength of the first stage, with --image_path; unset: the same")
     highres_fix_save_1st: bool = Field(False, description="save the pictures of the first stage too")
     highres_fix_latents_upscaling: bool = Field(False, description="enlarge latents instead of pixels")
+    highres_fix_upscaler: str | None = Field(None, description="module that enlarges, such as tools.latent_upscaler")
+    highres_fix_upscaler_args: str | None = Field(None, description='"key=value;key=value" for that module')
+
+
+class DeepShrinkOptions(OptionGroup):
+    """Large pictures in one stage (Deep Shrink)"""
+
+    ds_depth_1: Depth | None = Field(None, description="shrink the features at this depth of the U-Net, 0 to 3; switches Deep Shrink on")
+    ds_timesteps_1: int = Field(650, description="until this timestep")
+    ds_depth_2: Depth | None = Field(None, description="then at this depth")
+    ds_timesteps_2: int = Field(650, description="until this timestep")
+    ds_ratio: float = Field(0.5, gt=0, le=1, description="to this share of their size")
 
 
 class SpeedOptions(OptionGroup):
@@ -138,6 +151,7 @@ class GenerateOptions(BaseModel):
     network: NetworkOptions = NetworkOptions()
     source: SourceOptions = SourceOptions()
     highres: HighresOptions = HighresOptions()
+    deep_shrink: DeepShrinkOptions = DeepShrinkOptions()
     speed: SpeedOptions = SpeedOptions()
     output: OutputOptions = OutputOptions()
 
@@ -162,6 +176,14 @@ def _rules(o: GenerateOptions) -> list[tuple[Any, str]]:
         (output.sequential_file_name and output.use_original_file_name,
          "--sequential_file_name and --use_original_file_name exclude each other"),
         (output.use_original_file_name and not source.image_path, "--use_original_file_name needs --image_path"),
+        (source.image_path and (o.picture.W is None) != (o.picture.H is None),
+         "--image_path takes the pictures' own size, or that of both --W and --H; give both or none"),
+        (source.mask_path and not source.image_path and not o.network.network_weights,
+         "--mask_path needs --image_path (to repaint) or --network_weights (regions)"),
+        (source.mask_path and o.network.network_merge and not source.image_path,
+         "--mask_path shows where networks act, and for that they cannot be merged; leave --network_merge out"),
+        (o.network.network_regional_mask_max_color_codes and not source.mask_path,
+         "--network_regional_mask_max_color_codes needs --mask_path"),
         (source.strength is not None and not (source.image_path or o.highres.highres_fix_scale),
          "--strength needs --image_path or --highres_fix_scale"),
         *_network_rules(o.network),
@@ -187,9 +209,18 @@ def _network_rules(network: NetworkOptions) -> list[tuple[Any, str]]:
 
 
 def _highres_rules(highres: HighresOptions, source: SourceOptions) -> list[tuple[Any, str]]:
-    names = ("highres_fix_strength", "highres_fix_save_1st", "highres_fix_latents_upscaling")
+    names = ("highres_fix_save_1st", "highres_fix_latents_upscaling", "highres_fix_upscaler")
     rules = [(getattr(highres, name) and not highres.highres_fix_scale, f"--{name} needs --highres_fix_scale") for name in names]
-    return [*rules, (highres.highres_fix_strength is not None and not source.image_path, "--highres_fix_strength needs --image_path")]
+    first_strength = highres.highres_fix_strength is not None
+    return [
+        *rules,
+        (first_strength and not (highres.highres_fix_scale and source.image_path),
+         "--highres_fix_strength needs --highres_fix_scale and --image_path"),
+        (highres.highres_fix_latents_upscaling and highres.highres_fix_upscaler,
+         "--highres_fix_latents_upscaling and --highres_fix_upscaler exclude each other"),
+        (highres.highres_fix_upscaler_args and not highres.highres_fix_upscaler,
+         "--highres_fix_upscaler_args needs --highres_fix_upscaler"),
+    ]  # fmt: skip
 
 
 def _sheet_rules(o: GenerateOptions) -> list[tuple[Any, str]]:

@@ -65,38 +65,41 @@ class PromptSpec:
     deep_shrink: DeepShrink | None = None
 
 
-def _integer(text: str) -> int:
+def read_integer(text: str) -> int:
+    """A whole number. As every reader of a value it raises ValueError("what it wants")."""
     if not re.fullmatch(r"[+-]?\d+", text):
         raise ValueError("a whole number")
     return int(text)
 
 
 def _size(text: str) -> int:
-    size = _integer(text)
+    size = read_integer(text)
     if size < 1:
         raise ValueError("a number of pixels")
     return max(SMALLEST_SIZE, size - size % SIZE_STEP)
 
 
 def _steps(text: str) -> int:
-    return min(max(_integer(text), 1), MOST_STEPS)
+    return min(max(read_integer(text), 1), MOST_STEPS)
 
 
-def _seed(text: str) -> int:
-    seed = _integer(text)
+def read_seed(text: str) -> int:
+    """A seed that torch accepts."""
+    seed = read_integer(text)
     if not 0 <= seed <= LARGEST_SEED:
         raise ValueError(f"a whole number from 0 to {LARGEST_SEED}")
     return seed
 
 
-def _scale(text: str) -> float:
+def read_number(text: str) -> float:
+    """A number that is neither infinite nor NaN."""
     try:
-        scale = float(text)
+        number = float(text)
     except ValueError:
-        scale = math.nan
-    if not math.isfinite(scale):
+        number = math.nan
+    if not math.isfinite(number):
         raise ValueError("a number")
-    return scale
+    return number
 
 
 # In-line option, key in .toml and .json, field of PromptSpec, reading of its value. A reader raises ValueError("what it wants").
@@ -104,8 +107,8 @@ _OPTIONS: tuple[tuple[str, str, str, Callable[[str], Any]], ...] = (
     ("n", "negative_prompt", "negative_prompt", str),
     ("w", "width", "width", _size),
     ("h", "height", "height", _size),
-    ("d", "seed", "seed", _seed),
-    ("l", "scale", "scale", _scale),
+    ("d", "seed", "seed", read_seed),
+    ("l", "scale", "scale", read_number),
     ("s", "sample_steps", "steps", _steps),
     ("ss", "sample_sampler", "sampler", check_sampler),
 )
@@ -145,27 +148,23 @@ def parse_prompt_line(line: str, defaults: PromptSpec, where: str = "prompt") ->
     return spec
 
 
-def _parse_line(line: str, defaults: PromptSpec, where: str, ignored: list[str]) -> PromptSpec:
-    # The prompt is everything before the first " --" and is never searched for options: it may well begin "w 5 ...".
+def split_line(line: str) -> tuple[str, list[tuple[str, str, int]]]:
+    """The prompt, and its options as (name in lower case, text of the value, column of the first dash from 1).
+
+    The prompt is everything before the first " --" and is never searched for options: it may well begin "w 5 ...".
+    """
     marks = list(_OPTION_MARK.finditer(line))
     starts = [mark.end() for mark in marks]
     ends = [mark.start() for mark in marks[1:]] + [len(line)]
-    values: dict[str, Any] = {"prompt": line[: marks[0].start() if marks else None].strip()}
+    options = []
     for start, end in zip(starts, ends):
-        place = f"{where}, column {start - 1}"  # of the first dash, from 1
         name, _, text = line[start:end].strip().partition(" ")
-        name, text = name.lower(), text.strip()
-        if name in _OTHER_OPTIONS:
-            ignored.append(f"--{name}")
-            continue
-        if name not in _BY_OPTION:
-            raise unknown("option", f"--{name}", [f"--{known}" for known in (*_BY_OPTION, *_OTHER_OPTIONS)], place)
-        field, read = _BY_OPTION[name]
-        values[field] = _read_value(text, read, f"--{name}", place)
-    return replace(defaults, **values)
+        options.append((name.lower(), text.strip(), start - 1))
+    return line[: marks[0].start() if marks else None].strip(), options
 
 
-def _read_value(text: str, read: Callable[[str], Any], name: str, place: str) -> Any:
+def read_value(text: str, read: Callable[[str], Any], name: str, place: str) -> Any:
+    """The value of an option. Raises `UserError` naming place and option."""
     if not text:
         raise UserError(f"{place}: option {name} has no value; write it after a space")
     try:
@@ -174,6 +173,21 @@ def _read_value(text: str, read: Callable[[str], Any], name: str, place: str) ->
         raise UserError(f"{place}: option {name} '{text}' is not {error}") from None
     except UserError as error:
         raise UserError(f"{place}: option {name}: {error}") from None
+
+
+def _parse_line(line: str, defaults: PromptSpec, where: str, ignored: list[str]) -> PromptSpec:
+    prompt, options = split_line(line)
+    values: dict[str, Any] = {"prompt": prompt}
+    for name, text, column in options:
+        place = f"{where}, column {column}"
+        if name in _OTHER_OPTIONS:
+            ignored.append(f"--{name}")
+            continue
+        if name not in _BY_OPTION:
+            raise unknown("option", f"--{name}", [f"--{known}" for known in (*_BY_OPTION, *_OTHER_OPTIONS)], place)
+        field, read = _BY_OPTION[name]
+        values[field] = read_value(text, read, f"--{name}", place)
+    return replace(defaults, **values)
 
 
 def _from_lines(text: str, defaults: PromptSpec, path: str, ignored: list[str]) -> list[PromptSpec]:
@@ -234,7 +248,7 @@ def _from_table(table: dict[str, Any], defaults: PromptSpec, where: str, ignored
         text_wanted = read in (str, check_sampler)
         if isinstance(value, bool) or not isinstance(value, str if text_wanted else (int, float)):
             raise UserError(f"{where}: key '{key}' must be {'text' if text_wanted else 'a number'}, not {value!r}")
-        values[field] = value if read is str else _read_value(str(value), read, f"'{key}'", where)
+        values[field] = value if read is str else read_value(str(value), read, f"'{key}'", where)
     return replace(defaults, **values)
 
 

@@ -7,8 +7,7 @@ from library.command_line import Refused
 
 _CONTROL_NET = "ControlNet is not built; use the A1111 web UI or Diffusers for it, which read the same LoRA files"
 _GUIDANCE = "guidance by CLIP or VGG16 is not built; say it in the prompt, or start from a picture with --image_path"
-_DEEP_SHRINK = "Deep Shrink is not built; for large pictures use --highres_fix_scale"
-_GRADUAL_LATENT = "gradual latent is not built; for large pictures use --highres_fix_scale"
+_GRADUAL_LATENT = "gradual latent is not built; for large pictures use --highres_fix_scale or --ds_depth_1"
 
 _REASONS: dict[str, str] = {
     **dict.fromkeys(["console_log_level", "console_log_file", "console_log_simple"], "redirect the output in the shell instead"),
@@ -18,15 +17,12 @@ _REASONS: dict[str, str] = {
         ["clip_guidance_scale", "clip_image_guidance_scale", "vgg16_guidance_scale", "vgg16_guidance_layer", "guide_image_path"],
         _GUIDANCE,
     ),
-    **dict.fromkeys(["highres_fix_upscaler", "highres_fix_upscaler_args"],
-                    "enlarging by a network of its own is not built; pixels are enlarged, or latents with --highres_fix_latents_upscaling"),
     **dict.fromkeys(
         [
             "highres_fix_disable_control_net", "control_net_models", "control_net_preps", "control_net_weights", "control_net_ratios",
         ],
         _CONTROL_NET,
     ),
-    **dict.fromkeys(["ds_depth_1", "ds_timesteps_1", "ds_depth_2", "ds_timesteps_2", "ds_ratio"], _DEEP_SHRINK),
     **dict.fromkeys(
         [
             "gradual_latent_timesteps", "gradual_latent_ratio", "gradual_latent_ratio_step", "gradual_latent_every_n_steps",
@@ -41,6 +37,5 @@ REFUSED = Refused(reasons=_REASONS)
 # In-line options of prompts that are not built, with the reason.
 REFUSED_INLINE: dict[str, str] = {
     "c": _GUIDANCE,
-    **dict.fromkeys(["dsd1", "dst1", "dsd2", "dst2", "dsr"], _DEEP_SHRINK),
     **dict.fromkeys(["glt", "glr", "gle", "gls", "glsn", "glus"], _GRADUAL_LATENT),
 }

@@ -1,0 +1,166 @@
+"""From prompts to the list of pictures to make: variants, seeds, source pictures, repeats. No model is needed for that."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+
+from library.errors import UserError
+from library.generation.options import GenerateOptions
+from library.generation.prompt_lines import LineRules, PromptLine, read_prompt_line
+from library.generation.prompt_sources import RawPrompt, list_pictures
+from library.generation.seeds import Seeds
+from library.generation.variants import Line, Text
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture to make. What its line leaves open is filled in when the model is known."""
+
+    line: PromptLine
+    raw: str  # the line as it was written
+    where: str
+    seed: int = 0
+    source: Path | None = None
+    mask: Path | None = None
+
+
+class Planner:
+    """Makes jobs of prompts. Seeds, random choices and source pictures go on from call to call.
+
+    `problems` collects the lines that are not understood, each once; `notes` what the user may not expect.
+    """
+
+    def __init__(self, options: GenerateOptions) -> None:
+        self.options = options
+        self.sources = list_pictures(options.source.image_path, "--image_path")
+        masks = list_pictures(options.source.mask_path, "--mask_path")
+        self.masks = masks if self.sources and not self._regional else []  # a mask without sources shows regions
+        self.problems: dict[str, str] = {}
+        self.notes: list[str] = []
+        given = options.prompts.seed
+        # Choices and order have generators of their own: a variant more does not change the seeds.
+        name = None if given is None else ",".join(map(str, given))
+        self._variants = Random(None if name is None else f"variants {name}")
+        self._order = Random(None if name is None else f"order {name}")
+        self._seeds: Seeds | None = None
+        self._made = 0
+        self._rules = LineRules(
+            networks=len(options.network.network_weights or ()) - (options.network.network_merge_n_models or 0),
+            sheet=options.output.sheet,
+            redraws=bool(self.sources or options.highres.highres_fix_scale),
+            shrinks=options.deep_shrink.ds_depth_1 is not None,
+        )
+
+    @property
+    def _regional(self) -> bool:
+        """Whether the mask says where networks act, rather than what is repainted."""
+        return bool(self.options.network.network_weights and not self.options.network.network_merge)
+
+    def plan(self, prompts: list[RawPrompt]) -> list[Job]:
+        """The pictures of these prompts, all repeats included, in the order in which they are to be made."""
+        chosen = self.options.prompts
+        repeats = 1 if chosen.interactive else chosen.n_iter
+        passes = [self._one_pass(prompts) for _ in range(repeats)]
+        jobs = [job for made in passes for job in made]
+        if self.options.output.sheet:
+            return self._with_seeds_of_a_sheet(jobs)
+        if self._seeds is None:
+            handed_out = repeats if chosen.iter_same_seed else len(jobs)
+            self._seeds = Seeds(chosen.seed, None if chosen.interactive and not chosen.iter_same_seed else handed_out)
+        seeded = [job for made in passes for job in self._with_seeds(made)]
+        if self._seeds.unused and not chosen.interactive and seeded:
+            unused = ", ".join(map(str, self._seeds.unused))
+            self.notes.append(f"--seed has more seeds than there are pictures; not used: {unused}")
+        return [self._with_source(job) for job in seeded]
+
+    def _one_pass(self, prompts: list[RawPrompt]) -> list[Job]:
+        prompts = [prompt for prompt in prompts if prompt.where not in self.problems]
+        if self.options.prompts.shuffle_prompts:
+            self._order.shuffle(prompts)
+        jobs = []
+        for prompt in prompts:
+            try:
+                jobs += self._jobs_of(prompt)
+            except UserError as error:
+                self.problems[prompt.where] = str(error)
+        return jobs
+
+    def _jobs_of(self, prompt: RawPrompt) -> list[Job]:
+        count = self._per_prompt
+        if prompt.source is not None:
+            line = PromptLine({"prompt": prompt.text, "negative_prompt": prompt.negative_prompt or ""})
+            return [Job(line, prompt.text, prompt.where, source=prompt.source)] * count
+        variants = Line(prompt.text, prompt.where)
+        texts = variants.texts(count, self._variants)
+        if variants.enumerates and self.options.output.sheet:
+            texts = [text for text in texts for _ in range(count)]  # every prompt of a sheet has all its seeds
+        return [Job(self._read(text, prompt.where), prompt.text, prompt.where) for text in texts]
+
+    @property
+    def _per_prompt(self) -> int:
+        """Pictures of each prompt; a sheet has one for each seed of the list."""
+        chosen = self.options.prompts
+        listed = len(chosen.seed or ()) if self.options.output.sheet and not chosen.iter_same_seed else 1
+        return max(chosen.images_per_prompt, listed)
+
+    def _read(self, text: Text, where: str) -> PromptLine:
+        line = read_prompt_line(text.text, where, self._rules, text.columns)
+        if self.options.network.network_merge and "multipliers" in line.values:
+            self.notes.append(f"{where}: --am does nothing, as --network_merge made the networks part of the model")
+            line.values.pop("multipliers")
+        return line
+
+    def _with_seeds(self, jobs: list[Job]) -> Iterator[Job]:
+        """The jobs of one pass; --d of a line beats all, from the front and in a circle."""
+        same = self._seeds.next() if self.options.prompts.iter_same_seed else None
+        for number, job in _numbered_by_line(jobs):
+            if job.line.seeds:
+                seed = job.line.seeds[number % len(job.line.seeds)]
+            else:
+                seed = self._seeds.next() if same is None else same
+            yield replace(job, seed=seed)
+        self._note_unused(jobs)
+
+    def _with_seeds_of_a_sheet(self, jobs: list[Job]) -> list[Job]:
+        """Every prompt has the same seeds, so that they can be compared."""
+        count = self._per_prompt
+        alike = self.options.prompts.iter_same_seed
+        seeds = Seeds(self.options.prompts.seed, 1 if alike else count).take(1 if alike else count)
+        seeded = []
+        for number, job in _numbered_by_line(jobs):
+            own = job.line.seeds or seeds
+            seeded.append(self._with_source(replace(job, seed=own[number % count % len(own)])))
+        self._note_unused(jobs)
+        return seeded
+
+    def _note_unused(self, jobs: list[Job]) -> None:
+        """Say which seeds of --d no picture gets."""
+        counts: dict[str, int] = {}
+        for job in jobs:
+            counts[job.where] = counts.get(job.where, 0) + 1
+        for job in {job.where: job for job in jobs}.values():
+            unused = (job.line.seeds or ())[counts[job.where] :]
+            note = f"{job.where}: --d has more seeds than pictures; not used: {', '.join(map(str, unused))} (see --images_per_prompt)"
+            if unused and note not in self.notes:
+                self.notes.append(note)
+
+    def _with_source(self, job: Job) -> Job:
+        """Source pictures and masks are used in turn, picture by picture."""
+        number = self._made
+        self._made += 1
+        if not self.sources:
+            return job
+        mask = self.masks[number % len(self.masks)] if self.masks else None
+        return replace(job, source=job.source or self.sources[number % len(self.sources)], mask=mask)
+
+
+def _numbered_by_line(jobs: list[Job]) -> Iterator[tuple[int, Job]]:
+    """Each job with its number among those of the same line, from 0."""
+    counts: dict[str, int] = {}
+    for job in jobs:
+        number = counts.get(job.where, 0)
+        counts[job.where] = number + 1
+        yield number, job

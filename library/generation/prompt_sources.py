@@ -1,0 +1,84 @@
+"""Where prompts come from: the command line, a file, standard input, or the text fields of source pictures."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from library.errors import UserError
+from library.generation.options import GenerateOptions
+from library.text_files import read_text
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+@dataclass(frozen=True)
+class RawPrompt:
+    """A prompt as it was written, and the words that name its place in an error."""
+
+    text: str
+    where: str
+    negative_prompt: str | None = None  # of a source picture; a line has its own --n
+    source: Path | None = None  # the picture that it was read from
+
+
+def list_pictures(path: str | None, option: str) -> list[Path]:
+    """The picture, or those of a folder in the order of their names."""
+    if path is None:
+        return []
+    place = Path(path)
+    if place.is_dir():
+        found = sorted(p for p in place.iterdir() if p.suffix.lower() in PICTURE_SUFFIXES)
+        if not found:
+            raise UserError(f"{option} {path}: the folder holds no picture ({', '.join(PICTURE_SUFFIXES)})")
+        return found
+    if not place.is_file():
+        raise UserError(f"{option} {path}: there is no such file or folder")
+    return [place]
+
+
+def read_prompts(options: GenerateOptions, sources: list[Path]) -> list[RawPrompt]:
+    """The prompts in order; none if they will be asked for."""
+    chosen = options.prompts
+    if chosen.prompt is not None:
+        return [RawPrompt(chosen.prompt, "--prompt")]
+    if chosen.from_file:
+        return _from_lines(chosen.from_file)
+    if chosen.interactive:
+        return []
+    return [_from_picture(path) for path in sources]
+
+
+def _from_lines(file: str) -> list[RawPrompt]:
+    """One prompt a line; empty lines and those that begin with # are comments."""
+    if file == "-":
+        text, name = sys.stdin.read().removeprefix("\ufeff"), "standard input"
+    else:
+        path = Path(file)
+        if path.suffix.lower() in (".toml", ".json"):
+            raise UserError(f"--from_file {file}: this is read as text with one prompt a line; write the prompts into a .txt file")
+        text, name = read_text(path, "--from_file"), file
+    prompts = [
+        RawPrompt(line, f"{name}, line {number}")
+        for number, line in enumerate(text.splitlines(), start=1)
+        if line.strip() and not line.lstrip().startswith("#")
+    ]
+    if not prompts:
+        raise UserError(f"--from_file {file}: there is no prompt in it; write one prompt a line")
+    return prompts
+
+
+def _from_picture(path: Path) -> RawPrompt:
+    """The fields `prompt` and `negative-prompt` that this script writes into its pictures."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as picture:
+            picture.load()  # a PNG may have its text after the picture
+            fields = getattr(picture, "text", {})
+    except (OSError, UnidentifiedImageError, ValueError) as error:
+        raise UserError(f"--image_path: {path} cannot be read as a picture: {error}") from error
+    if "prompt" not in fields:
+        raise UserError(f"{path} holds no prompt of this script; give --prompt or --from_file")
+    return RawPrompt(fields["prompt"], str(path), fields.get("negative-prompt", ""), path)

@@ -1,0 +1,224 @@
+"""One run of gen_img_diffusers.py: read the prompts, load the model, draw, save, say what became of it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from library.errors import UserError
+from library.files import write_new
+from library.generation.album import Album
+from library.generation.comparison import Comparison, columns_of
+from library.generation.file_names import FileNames
+from library.generation.interactive import ask_for_prompts, show
+from library.generation.options import GenerateOptions
+from library.generation.plan import Job, Planner
+from library.generation.png_text import RunFacts, text_fields, with_hashes
+from library.generation.prompt_sources import RawPrompt, read_prompts
+from library.generation.prompts import PromptSpec
+
+if TYPE_CHECKING:
+    from library.generation.generator import Made
+    from library.generation.studio import Studio
+
+MOST_CRASHES = 3  # one after another: then it is no matter of one picture
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+HISTORY = ".prompt_history"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A picture to draw: its spec, the job that it comes from and its place in the sheet, if there is one."""
+
+    spec: PromptSpec
+    job: Job
+    cell: tuple[int, int] | None = None
+
+
+def run(options: GenerateOptions) -> int:
+    """Make the pictures that the options ask for. Returns the exit code: 0; 1 if something failed; 130 after Ctrl-C."""
+    planner = Planner(options)
+    jobs = planner.plan(read_prompts(options, planner.sources))
+    if planner.problems and not jobs and not options.prompts.interactive:
+        first, *others = planner.problems.values()
+        raise UserError(f"{first}{f' (and {len(others)} more wrong lines)' if others else ''}; nothing is left to draw")
+    _check_folder(Path(options.output.outdir))
+    Session.tell(*[f"skipped: {problem}" for problem in planner.problems.values()], *planner.notes)
+    planner.notes.clear()
+    return Session(options, planner).run(jobs)
+
+
+class Session:
+    """The state of a run: what is saved, what failed, how long it takes."""
+
+    def __init__(self, options: GenerateOptions, planner: Planner) -> None:
+        from library.generation.studio import Studio  # torch and Diffusers come in here, after all that can be said without them
+
+        self.options, self.planner = options, planner
+        self.folder = Path(options.output.outdir)
+        self.studio: Studio = Studio(options)
+        self.album = Album()
+        self.names = FileNames(
+            self.folder, sequential=options.output.sequential_file_name, original=options.output.use_original_file_name,
+            stages=self.studio.highres is not None,
+        )  # fmt: skip
+        # Hashing gigabytes takes seconds, which the first picture takes too.
+        thread = ThreadPoolExecutor(1, "hashing")
+        self.facts: Future[RunFacts] = thread.submit(self.studio.facts)
+        thread.shutdown(wait=False)
+        network = options.network
+        columns = columns_of(network.network_weights or [], network.network_mul or [], options.output.sheet_strengths)
+        self.comparison = Comparison(columns) if options.output.sheet else None
+        self.finished = self.failed = self.wanted = 0
+        self.seconds = 0.0
+        self.interrupted = False
+
+    @staticmethod
+    def tell(*lines: str) -> None:
+        """Words beside the progress bar."""
+        for line in lines:
+            tqdm.write(line, file=sys.stderr)
+
+    def run(self, jobs: list[Job]) -> int:
+        """Draw, save and sum up."""
+        with self.album:
+            try:
+                self.draw(self.tasks(jobs))
+                if self.options.prompts.interactive:
+                    self.converse()
+            except KeyboardInterrupt:
+                self.interrupted = True
+            sheet = self.write_sheet()
+        self.sum_up(sheet)
+        if self.interrupted:
+            return 130
+        return 1 if self.failed or self.planner.problems else 0
+
+    def tasks(self, jobs: list[Job]) -> list[Task]:
+        """The jobs as pictures; one whose source picture cannot be read has failed."""
+        pairs = []
+        for job in jobs:
+            try:
+                pairs.append((self.studio.spec(job), job))
+            except UserError as error:
+                self.wanted += 1
+                self.fail(job.where, error)
+        if self.comparison is None:
+            return [Task(spec, job) for spec, job in pairs]
+        cells = self.comparison.plan([spec for spec, _ in pairs])
+        return [Task(spec, pairs[cell[0]][1], cell) for cell, spec in cells]
+
+    def draw(self, tasks: list[Task]) -> list[Made]:
+        """Make the pictures and give each to the album as it is finished. In an interactive run they are returned too."""
+        self.wanted += len(tasks)
+        pending, drawn, crashes, started = deque(tasks), [], 0, time.perf_counter()
+        with tqdm(total=len(tasks), unit="picture", desc="drawing", smoothing=0.1, bar_format=BAR, disable=not tasks) as bar:
+            while pending:
+                try:
+                    for made in self.studio.draw([task.spec for task in pending], bar.update, partial(self._failed, pending)):
+                        crashes = 0
+                        drawn += self._keep(made, pending)
+                        self._correct(bar, len(tasks) - len(pending))
+                    for task in pending:
+                        self.fail(task.job.where, UserError("no picture came of it"))
+                    break
+                except UserError:
+                    raise
+                except Exception as error:  # whatever it was, the others of the night must not be lost for one picture
+                    crashes += 1
+                    if crashes == MOST_CRASHES:
+                        raise
+                    self._failed(pending, pending[0].spec, error)
+        self.seconds += time.perf_counter() - started
+        return drawn
+
+    def _keep(self, made: Made, pending: deque[Task]) -> list[Made]:
+        """Hand a picture to the album; it is done with when its final stage is there."""
+        task = next(task for task in pending if task.spec == made.spec)
+        spec, stage = made.spec, made.stage if self.studio.highres else None
+        used, first_size = self.studio.used(spec), self.studio.first_size(spec)
+
+        def text() -> dict[str, str]:
+            return text_fields(spec, task.job.raw, self.facts.result(), with_hashes(used), stage, first_size)
+
+        names = self.names.candidates(made.stage, spec.seed, task.job.source)
+        self.album.add(made.picture, names, text, (lambda path: self.tell(str(path))) if self.options.prompts.interactive else None)
+        if made.stage == 0:
+            return []
+        self.names.advance()
+        pending.remove(task)
+        self.finished += 1
+        if self.comparison is not None:
+            self.comparison.add(task.cell, made.picture)
+        return [made] if self.options.prompts.interactive else []
+
+    def _failed(self, pending: deque[Task], spec: PromptSpec, error: Exception) -> None:
+        task = next(task for task in pending if task.spec == spec)
+        pending.remove(task)
+        self.fail(task.job.where, error)
+
+    def fail(self, where: str, error: Exception) -> None:
+        """Count and name a picture that failed."""
+        self.failed += 1
+        words = " ".join(str(error).split())[:500] or type(error).__name__
+        self.tell(f"failed: {words if where in words else f'{where}: {words}'}")
+
+    @staticmethod
+    def _correct(bar: tqdm, done: int) -> None:
+        """The bar counts steps; a picture that failed early has fewer of them."""
+        bar.n = max(bar.n, float(done))
+        bar.refresh()
+
+    def converse(self) -> None:
+        """Ask for prompts until there are no more; a wrong one is named and asked for again."""
+        for number, line in enumerate(ask_for_prompts(self.folder / HISTORY), start=1):
+            jobs = self.planner.plan([RawPrompt(line, f"prompt {number}")])
+            self.tell(*self.planner.problems.values(), *self.planner.notes)
+            self.planner.problems.clear()
+            self.planner.notes.clear()
+            drawn = self.draw(self.tasks(jobs))
+            self.album.wait()
+            if not self.options.prompts.no_preview:
+                for made in drawn:
+                    show(made.picture)
+
+    def write_sheet(self) -> Path | None:
+        """The contact sheet of everything that was drawn."""
+        if self.comparison is None or not len(self.comparison):
+            return None
+        first = self.comparison.rows[0]
+        title = f"{Path(self.studio.model.name).stem}: {first.sampler}, {first.steps} steps, scale {first.scale:g}"
+        sheet = self.comparison.draw(title)
+        stem = f"sheet_{time.strftime('%Y%m%d%H%M%S')}"
+        names = (self.folder / f"{stem}{'' if not copy else f'_{copy}'}.png" for copy in range(1000))
+        return write_new(names, sheet.save)
+
+    def sum_up(self, sheet: Path | None) -> None:
+        """The last lines."""
+        speed = f" ({self.seconds:.1f} s, {self.seconds / self.finished:.2f} s a picture)" if self.finished else ""
+        print(f"{'interrupted: ' if self.interrupted else ''}{self.finished} of {self.wanted} pictures saved in {self.folder}{speed}")
+        if self.failed:
+            print(f"{self.failed} failed; the reasons are above")
+        if self.planner.problems:
+            print(f"{len(self.planner.problems)} lines of prompts skipped; the reasons are above")
+        if sheet is not None:
+            print(f"sheet: {sheet}")
+
+
+def _check_folder(folder: Path) -> None:
+    """Find out now, and not after the first picture, that nothing can be written."""
+    probe = folder / ".writable"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--outdir {folder}: cannot be written: {error.strerror or error}; give another folder") from error
