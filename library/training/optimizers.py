@@ -4,32 +4,53 @@ from __future__ import annotations
 
 import ast
 import importlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from library.errors import UserError, nearest, unknown
+from library.training.optimizer_rules import fitted
 from library.training.options import OptimizerOptions
 
-# name in lower case -> (class, what to install, arguments that the name stands for)
-OPTIMIZERS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "adamw": ("torch.optim.AdamW", "torch", {}),
-    "adamw8bit": ("bitsandbytes.optim.AdamW8bit", "bitsandbytes", {}),
-    "pagedadamw": ("bitsandbytes.optim.PagedAdamW", "bitsandbytes", {}),
-    "pagedadamw8bit": ("bitsandbytes.optim.PagedAdamW8bit", "bitsandbytes", {}),
-    "pagedadamw32bit": ("bitsandbytes.optim.PagedAdamW32bit", "bitsandbytes", {}),
-    "lion": ("lion_pytorch.Lion", "lion-pytorch", {}),
-    "lion8bit": ("bitsandbytes.optim.Lion8bit", "bitsandbytes", {}),
-    "pagedlion8bit": ("bitsandbytes.optim.PagedLion8bit", "bitsandbytes", {}),
-    "sgdnesterov": ("torch.optim.SGD", "torch", {"nesterov": True, "momentum": 0.9}),
-    "sgdnesterov8bit": ("bitsandbytes.optim.SGD8bit", "bitsandbytes", {"nesterov": True, "momentum": 0.9}),
+_BNB = ("bitsandbytes", "bitsandbytes.optim.")
+_DADAPT = ("dadaptation", "dadaptation.")
+_DADAPT_EXPERIMENTAL = ("dadaptation", "dadaptation.experimental.")
+_SCHEDULE_FREE = ("schedulefree", "schedulefree.")
+_NESTEROV = {"nesterov": True, "momentum": 0.9}
+
+# name -> ((what to install, where it is), class, arguments that the name stands for)
+_BY_NAME: dict[str, tuple[tuple[str, str], str, dict[str, Any]]] = {
+    "AdamW": (("torch", "torch.optim."), "AdamW", {}),
+    "AdamW8bit": (_BNB, "AdamW8bit", {}),
+    "PagedAdamW": (_BNB, "PagedAdamW", {}),
+    "PagedAdamW8bit": (_BNB, "PagedAdamW8bit", {}),
+    "PagedAdamW32bit": (_BNB, "PagedAdamW32bit", {}),
+    "Lion": (("lion-pytorch", "lion_pytorch."), "Lion", {}),
+    "Lion8bit": (_BNB, "Lion8bit", {}),
+    "PagedLion8bit": (_BNB, "PagedLion8bit", {}),
+    "SGDNesterov": (("torch", "torch.optim."), "SGD", _NESTEROV),
+    "SGDNesterov8bit": (_BNB, "SGD8bit", _NESTEROV),
+    "AdaFactor": (("transformers", "transformers.optimization."), "Adafactor", {}),
+    # Version 0.6 of sd-scripts, which the guides describe, means DAdaptAdam by this name; later ones mean DAdaptAdamPreprint.
+    "DAdaptation": (_DADAPT, "DAdaptAdam", {}),
+    "DAdaptAdam": (_DADAPT, "DAdaptAdam", {}),
+    "DAdaptAdaGrad": (_DADAPT, "DAdaptAdaGrad", {}),
+    "DAdaptAdan": (_DADAPT, "DAdaptAdan", {}),
+    "DAdaptLion": (_DADAPT, "DAdaptLion", {}),
+    "DAdaptSGD": (_DADAPT, "DAdaptSGD", {}),
+    "DAdaptAdamPreprint": (_DADAPT_EXPERIMENTAL, "DAdaptAdamPreprint", {}),
+    "DAdaptAdanIP": (_DADAPT_EXPERIMENTAL, "DAdaptAdanIP", {}),
+    "Prodigy": (("prodigyopt", "prodigyopt."), "Prodigy", {}),
+    "AdamWScheduleFree": (_SCHEDULE_FREE, "AdamWScheduleFree", {}),
+    "RAdamScheduleFree": (_SCHEDULE_FREE, "RAdamScheduleFree", {}),
+    "SGDScheduleFree": (_SCHEDULE_FREE, "SGDScheduleFree", {}),
 }
+OPTIMIZERS = tuple(_BY_NAME)
+_ANY_CASE = {name.lower(): name for name in OPTIMIZERS}
 
 UNUSABLE = {"SparseAdam": "it takes sparse gradients only", "LBFGS": "it computes the loss several times a step"}
-
-# They need rules of their own in the loop (own step sizes, train/eval modes): an issue of its own.
-NOT_YET = ("adafactor", "dadapt", "prodigy", "schedulefree")
 
 
 def optimizer_name(options: OptimizerOptions) -> str:
@@ -70,36 +91,76 @@ def import_class(dotted: str, option: str, install: str | None = None) -> type:
 
 def optimizer_class(name: str) -> tuple[type, dict[str, Any]]:
     """The optimizer class for a name (any case) or a dotted path, and the arguments that the name stands for."""
-    key = name.lower()
-    if key in OPTIMIZERS:
-        path, package, arguments = OPTIMIZERS[key]
-        return import_class(path, f"--optimizer_type {name}", package), arguments
-    if key.startswith(NOT_YET) or key.endswith("schedulefree"):
-        raise UserError(f"--optimizer_type {name} is not built yet; AdamW, AdamW8bit and Lion are")
+    if name.lower() in _ANY_CASE:
+        (package, place), class_name, arguments = _BY_NAME[_ANY_CASE[name.lower()]]
+        return import_class(place + class_name, f"--optimizer_type {name}", package), arguments
     if name.rpartition(".")[2] in UNUSABLE:
         raise UserError(f"--optimizer_type {name} cannot train a network here: {UNUSABLE[name.rpartition('.')[2]]}; use AdamW")
     if "." in name:
-        return import_class(name, f"--optimizer_type {name}"), {}
-    if hasattr(torch.optim, name):
-        return getattr(torch.optim, name), {}
-    close = nearest(name, [path.rpartition(".")[2] for path, _, _ in OPTIMIZERS.values()])
-    raise UserError(f"--optimizer_type {name} is not known; " + (f"did you mean {close}?" if close else "give package.Class for your own"))
+        cls = import_class(name, f"--optimizer_type {name}")
+    elif hasattr(torch.optim, name):
+        cls = getattr(torch.optim, name)
+    else:
+        close = nearest(name, OPTIMIZERS)
+        raise UserError(f"--optimizer_type {name} is not known; " + (f"did you mean {close}?" if close else "give package.Class for your own"))
+    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)) or cls is torch.optim.Optimizer:
+        raise UserError(f"--optimizer_type {name} is no optimizer; give a class that is made from torch.optim.Optimizer")
+    return cls, {}
 
 
 def create_optimizer(
-    options: OptimizerOptions, groups: list[dict[str, Any]], device: torch.device
+    options: OptimizerOptions, groups: list[dict[str, Any]], device: torch.device, tell: Callable[[str], Any] = print
 ) -> tuple[torch.optim.Optimizer, str]:
-    """The optimizer over the network's parameter groups, and its full name with arguments for the metadata."""
+    """The optimizer over the network's parameter groups, and its full name with arguments for the metadata.
+
+    `tell` gets what the optimizer does otherwise than the options say. Raises UserError for arguments that do not fit.
+    """
     name = optimizer_name(options)
     cls, defaults = optimizer_class(name)
     given = parse_key_values(options.optimizer_args, "--optimizer_args")
     if name.lower().startswith("paged") and device.type != "cuda":
-        raise UserError(f"--optimizer_type {name} needs an NVIDIA GPU; use {name[5:]} here")
+        tell(f"--optimizer_type {name}: there is no GPU memory to move state out of; it does the same as {name[5:]} here")
+    fit = fitted(cls, options, groups, {**defaults, **given})
+    for note in fit.notes:
+        tell(f"--optimizer_type {name}: {note}")
     try:
-        optimizer = cls(groups, lr=options.learning_rate, **{**defaults, **given})
+        optimizer = cls(fit.groups, **fit.arguments)
     except (TypeError, ValueError) as error:
         raise UserError(f"--optimizer_args do not fit {name}: {error}") from error
+    if averages_weights(optimizer):
+        optimizer.train()
     described = f"{cls.__module__}.{cls.__name__}"
     if given:
         described += "(" + ",".join(f"{key}={value}" for key, value in given.items()) + ")"
     return optimizer, described
+
+
+def averages_weights(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it trains one set of weights and means another, their average, to be used: the schedule-free ones do."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # as accelerate wraps it
+    return callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
+
+
+@contextmanager
+def weights_to_use(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Within the block the network has the weights that are meant to be used, afterwards those that are trained, bit for bit."""
+    if not averages_weights(optimizer):
+        yield
+        return
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    trained = [p.detach().clone() for p in parameters]
+    optimizer.eval()
+    try:
+        yield
+    finally:
+        optimizer.train()  # which would give them back but for rounding
+        with torch.no_grad():
+            for parameter, value in zip(parameters, trained, strict=True):
+                parameter.copy_(value)
+
+
+def found_rates(optimizer: torch.optim.Optimizer) -> list[float] | None:
+    """d * lr of each group, the rate in force, for optimizers that find d by themselves; None for others."""
+    if not all("d" in group for group in optimizer.param_groups):
+        return None
+    return [float(group["d"]) * float(group["lr"]) for group in optimizer.param_groups]

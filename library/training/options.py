@@ -151,13 +151,14 @@ class OptimizerOptions(OptionGroup):
         None, ge=0, description="learning rate of the text encoder's LoRA; unset: learning_rate"
     )
     max_grad_norm: float = Field(1.0, ge=0, description="gradients are scaled down to this norm; 0: off")
+    fused_backward_pass: bool = Field(False, description="change each weight as soon as its gradient is there: memory for one gradient only")
     lr_scheduler: str = Field("constant", description="constant, constant_with_warmup, linear, cosine, cosine_with_restarts, polynomial, ...")
     lr_warmup_steps: StepsOrShare = Field(0, description="steps, share (0.1) or percentage (10%) of rising learning rate")
     lr_decay_steps: StepsOrShare = Field(0, description="steps or share of falling rate (warmup_stable_decay)")
     lr_scheduler_num_cycles: Count = Field(1, description="cycles of cosine_with_restarts")
     lr_scheduler_power: float = Field(1.0, description="power of polynomial")
     lr_scheduler_timescale: Count | None = Field(None, description="time scale of inverse_sqrt; unset: warm-up steps")
-    lr_scheduler_min_lr_ratio: float | None = Field(None, ge=0, le=1, description="lowest rate of cosine_with_min_lr and warmup_stable_decay, as a share")
+    lr_scheduler_min_lr_ratio: float | None = Field(None, ge=0, le=1, description="lowest rate of cosine_with_min_lr, cosine_warmup_with_min_lr, warmup_stable_decay, as a share")
     lr_scheduler_type: str = Field("", description="any class of torch.optim.lr_scheduler, or package.Class")
     lr_scheduler_args: list[str] | None = Field(None, description="key=value words for it")
 

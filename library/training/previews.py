@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -24,8 +25,9 @@ class Previews:
 
     def __init__(
         self, options: TrainNetworkOptions, specs: list[PromptSpec], model: StableDiffusion, network: torch.nn.Module,
-        accelerator: Accelerator, tracker: Tracker,
+        accelerator: Accelerator, tracker: Tracker, weights_to_use: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:  # fmt: skip
+        self.weights_to_use = weights_to_use
         self.options, self.specs, self.model, self.network = options, specs, model, network
         self.accelerator, self.tracker = accelerator, tracker
         self.seconds = 0.0  # spent on drawing so far
@@ -53,7 +55,7 @@ class Previews:
     def _draw(self, moment: str, step: int) -> None:
         pictures = {}
         started = time.perf_counter()
-        with self._models_on_device(), self._network_evaluating():
+        with self._models_on_device(), self.weights_to_use(), self._network_evaluating():
             for number, spec in enumerate(self.specs):
                 try:
                     picture = self._draw_one(spec)

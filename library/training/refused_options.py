@@ -56,7 +56,6 @@ _REASONS: dict[str, str] = {
     **dict.fromkeys(["torch_compile", "dynamo_backend"], _NOT_YET),
     **dict.fromkeys(["full_fp16", "full_bf16", "fp8_base", "fp8_base_unet", "lowram", "highvram"], _NOT_YET),
     "cpu_offload_checkpointing": "it does not exist for Stable Diffusion 1.x and 2.x; use --gradient_checkpointing",
-    "fused_backward_pass": "it is for full fine-tuning; the gradients of a LoRA are small",
     # processes
     **dict.fromkeys(["ddp_timeout", "ddp_gradient_as_bucket_view", "ddp_static_graph"], "training in several processes is not built yet"),
     **dict.fromkeys(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,15 +22,16 @@ from library.errors import UserError
 from library.generation.prompts import PromptSpec, read_prompt_file
 from library.sd.model import StableDiffusion, encode_text, load_stable_diffusion, vae_fingerprint
 from library.sd.text import load_tokenizer, tokenize, tokenize_weighted
+from library.training.fused_backward import check_fused_backward, step_in_backward
 from library.training.metadata import RunMetadata, all_model_facts, run_facts
 from library.training.network import TrainedNetwork, build_network, check_network_args
-from library.training.optimizers import create_optimizer, optimizer_class, optimizer_name
+from library.training.optimizers import create_optimizer, weights_to_use
 from library.training.options import TrainNetworkOptions
 from library.training.plan import Plan
 from library.training.previews import Previews
 from library.training.randomness import seed_everything
 from library.training.saving import ModelFiles
-from library.training.schedules import create_schedule
+from library.training.schedules import create_schedule, schedule_facts
 from library.training.tracking import Tracker, logging_folder, write_loss_plot
 from library.training.trainer import Trainer
 
@@ -86,7 +88,7 @@ def prepare(options: TrainNetworkOptions, dataset: TrainingDataset, seed: int) -
     accelerator = make_accelerator(options)
     specs = preview_specs(options, dataset)
     plan = Plan.of(options, dataset.num_batches)
-    check_early(options, plan)
+    check_early(options, plan, accelerator.num_processes)
     dataset.max_train_steps = plan.max_steps
 
     model = load_model(options, accelerator)
@@ -101,12 +103,15 @@ def prepare(options: TrainNetworkOptions, dataset: TrainingDataset, seed: int) -
 
     optimizer, optimizer_text = create_optimizer(options.optimizer, network.groups, accelerator.device)
     schedule = create_schedule(options.optimizer, optimizer, plan.max_steps)
+    if options.optimizer.fused_backward_pass:
+        step_in_backward(optimizer, options.optimizer.max_grad_norm)
+    in_use = partial(weights_to_use, optimizer)
     network.module.prepare_grad_etc(model.text_encoder, model.unet)
     tracker = Tracker(accelerator, options.logs)
     facts = run_facts(
         options, dataset.describe(), network, seed=seed, optimizer=optimizer_text, batches_per_epoch=plan.batches_per_epoch,
         epochs=plan.epochs, max_train_steps=plan.max_steps, processes=accelerator.num_processes,
-    )  # fmt: skip
+    ) | schedule_facts(options.optimizer, optimizer)  # fmt: skip
     print_plan(options, plan, network, seed)
     return Trainer(
         options=options, accelerator=accelerator, model=model, network=network, dataset=dataset,
@@ -115,8 +120,8 @@ def prepare(options: TrainNetworkOptions, dataset: TrainingDataset, seed: int) -
             persistent=options.augmentation.persistent_data_loader_workers, pin_memory=accelerator.device.type == "cuda",
         ),
         text_cache=text_cache, optimizer=accelerator.prepare(optimizer), schedule=schedule, plan=plan, seed=seed,
-        files=ModelFiles(options.output), metadata=RunMetadata(facts, lambda: all_model_facts(options.model), options.output.no_metadata),
-        previews=Previews(options, specs, model, network.module, accelerator, tracker), tracker=tracker,
+        files=ModelFiles(options.output, in_use), metadata=RunMetadata(facts, lambda: all_model_facts(options.model), options.output.no_metadata),
+        previews=Previews(options, specs, model, network.module, accelerator, tracker, in_use), tracker=tracker,
     )  # fmt: skip
 
 
@@ -138,12 +143,14 @@ def make_accelerator(options: TrainNetworkOptions) -> Accelerator:
     return accelerator
 
 
-def check_early(options: TrainNetworkOptions, plan: Plan) -> None:
+def check_early(options: TrainNetworkOptions, plan: Plan, processes: int) -> None:
     """Find what is misspelt, not installed or not writable before anything slow is done."""
     ModelFiles(options.output).check_folder()
     check_network_args(options.network)
-    optimizer_class(optimizer_name(options.optimizer))
-    create_schedule(options.optimizer, torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]), plan.max_steps)
+    trial, _ = create_optimizer(options.optimizer, [{"params": [torch.nn.Parameter(torch.zeros(2, 2))]}], torch.device("cpu"), lambda note: None)
+    create_schedule(options.optimizer, trial, plan.max_steps)
+    if options.optimizer.fused_backward_pass:
+        check_fused_backward(options, trial, processes)
     previews = options.previews
     if previews.sample_prompts and not (previews.sample_every_n_epochs or previews.sample_every_n_steps or previews.sample_at_first):
         print("--sample_prompts draws nothing without --sample_every_n_epochs, --sample_every_n_steps or --sample_at_first")

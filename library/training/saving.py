@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,13 @@ from library.training.options import OutputOptions
 
 
 class ModelFiles:
-    """Names and rotation of the network files of one run."""
+    """Names and rotation of the network files of one run.
 
-    def __init__(self, options: OutputOptions) -> None:
-        self.options = options
+    Files are written within `weights_to_use()`, where the network has the weights that are meant to be used.
+    """
+
+    def __init__(self, options: OutputOptions, weights_to_use: Callable[[], AbstractContextManager] = nullcontext) -> None:
+        self.options, self.weights_to_use = options, weights_to_use
         self.folder = Path(options.output_dir)
         self.written: list[Path] = []
 
@@ -60,7 +65,7 @@ class ModelFiles:
     def save(self, path: Path, network: torch.nn.Module, metadata: dict[str, str]) -> None:
         """Write the network under its final name only when the file is whole and holds no NaN."""
         dtype = DTYPES[self.options.save_precision] if self.options.save_precision else None
-        with atomic_write(path) as temporary:
+        with atomic_write(path) as temporary, self.weights_to_use():
             try:
                 network.save_weights(str(temporary), dtype, metadata)
             except ValueError as error:

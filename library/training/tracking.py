@@ -95,7 +95,7 @@ def describe_nonfinite(value: float, step: int, paths: list[str]) -> str:
 class Tracker:
     """TensorBoard through accelerate; does nothing without --logging_dir.
 
-    Tags: loss/current, loss/average, lr/<group> by step; loss/epoch_average by epoch; sample pictures.
+    Tags: loss/current, loss/average, lr/<group>, lr/d*lr/<group> by step; loss/epoch_average by epoch; sample pictures.
     """
 
     def __init__(self, accelerator: Accelerator, options: LogOptions) -> None:
@@ -104,11 +104,17 @@ class Tracker:
         if self.active:
             accelerator.init_trackers(options.log_tracker_name or "network_train")
 
-    def log_step(self, step: int, losses: LossRecord, rates: list[float], names: list[str]) -> None:
-        """Values after an optimizer step; the loss is that of the newest batch that was read."""
+    def log_step(
+        self, step: int, losses: LossRecord, rates: list[float], names: list[str], found_rates: list[float] | None = None
+    ) -> None:
+        """Values after an optimizer step; the loss is that of the newest batch that was read.
+
+        `found_rates`: the rates in force where the optimizer finds them by itself.
+        """
         if not self.active:
             return
         values = {f"lr/{name}": rate for name, rate in zip(names, rates, strict=True)}
+        values |= {f"lr/d*lr/{name}": rate for name, rate in zip(names, found_rates or [])}
         if losses.current is not None:
             values |= {"loss/current": losses.current, "loss/average": losses.average}
         self.accelerator.log(values, step=step)

@@ -22,6 +22,7 @@ from library.training.loss import Objective
 from library.training.metadata import RunMetadata
 from library.training.network import TrainedNetwork
 from library.training.options import TrainNetworkOptions
+from library.training.optimizers import found_rates
 from library.training.plan import Plan
 from library.training.previews import Previews
 from library.training.randomness import seed_everything
@@ -168,9 +169,10 @@ class Trainer:
         if not self.has_gradients:
             return
         self.has_gradients = False
-        if self.options.optimizer.max_grad_norm:
-            self.accelerator.clip_grad_norm_(self.network.parameters, self.options.optimizer.max_grad_norm)
-        self.optimizer.step()
+        if not self.options.optimizer.fused_backward_pass:  # else it is done already
+            if self.options.optimizer.max_grad_norm:
+                self.accelerator.clip_grad_norm_(self.network.parameters, self.options.optimizer.max_grad_norm)
+            self.optimizer.step()
         if not self.accelerator.optimizer_step_was_skipped:
             self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -181,7 +183,7 @@ class Trainer:
         self.step += 1
         if self.losses.current is not None:
             progress.set_postfix(loss=f"{self.losses.current:.4f}", average=f"{self.losses.average:.4f}", refresh=False)
-        self.tracker.log_step(self.step, self.losses, self.schedule.get_last_lr(), self.network.group_names)
+        self.tracker.log_step(self.step, self.losses, self.schedule.get_last_lr(), self.network.group_names, found_rates(self.optimizer))
         interval = self.options.output.save_every_n_steps
         if interval and self.step % interval == 0:
             self._save(self.files.step_path(self.step), self.epoch - 1)

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import inspect
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from library.errors import UserError
-from library.training.options import OptimizerOptions
+from library.training import run as run_module
+from library.training.options import OptimizerOptions, steps_or_share
 from library.training.schedules import create_schedule
 
 TOTAL = 40
@@ -73,6 +77,43 @@ def test_cosine_with_min_lr():
     assert seen[0] == 1 and min(seen) >= 0.3 and seen[-1] < 0.31
 
 
+def test_trap_5_10_every_name_works_or_says_what_to_do():
+    seen = rates(lr_scheduler="cosine_warmup_with_min_lr", lr_scheduler_min_lr_ratio=0.2, lr_warmup_steps=10)
+    assert seen[:10] == pytest.approx([(s + 1) / 10 for s in range(10)]) and seen[-1] == pytest.approx(0.2)
+    with pytest.raises(UserError, match="--lr_scheduler reduce_lr_on_plateau is not supported: .*use cosine"):
+        rates(lr_scheduler="reduce_lr_on_plateau")
+    for name in ("cosine_with_min_lr", "cosine_warmup_with_min_lr"):
+        with pytest.raises(UserError, match=f"--lr_scheduler {name} needs --lr_scheduler_min_lr_ratio"):
+            rates(lr_scheduler=name)
+    assert steps_or_share("1e3") == 1000
+    with pytest.raises(ValueError, match="a number of steps .100., a share below 1"):
+        steps_or_share("1.5")
+
+
+def test_trap_5_9_the_warm_up_does_not_depend_on_the_number_of_processes(monkeypatch):
+    """accelerate ticks a schedule that it prepares once a process; ours is not handed to it."""
+    accelerator = Accelerator()
+    monkeypatch.setattr("accelerate.scheduler.AcceleratorState", lambda: SimpleNamespace(num_processes=2))
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    options = OptimizerOptions(lr_scheduler="constant_with_warmup", lr_warmup_steps=4)
+    prepared, wanted = accelerator.prepare(optimizer), {False: [0.25, 0.5, 0.75, 1], True: [0.5, 1, 1, 1]}
+    for hand_over in wanted:
+        schedule = create_schedule(options, optimizer, TOTAL)
+        ticking, seen = accelerator.prepare(schedule) if hand_over else schedule, []
+        for _ in range(4):
+            prepared.step()
+            ticking.step()
+            seen.append(optimizer.param_groups[0]["lr"])
+        assert seen == wanted[hand_over]
+    assert "schedule=schedule" in inspect.getsource(run_module.prepare), "what ticks is the first of these"
+
+
+def test_arguments_reach_named_schedules_too():
+    plain = rates(lr_scheduler="warmup_stable_decay", lr_decay_steps="0.5")
+    linear = rates(lr_scheduler="warmup_stable_decay", lr_decay_steps="0.5", lr_scheduler_args=["decay_type=linear"])
+    assert linear[30] == pytest.approx(0.5) and plain[25] > linear[25]
+
+
 def test_piecewise_constant():
     seen = rates(lr_scheduler="piecewise_constant", lr_scheduler_args=["step_rules=1:10,0.1:20,0.01"])
     assert (seen[0], seen[15], seen[30]) == pytest.approx((1, 0.1, 0.01))
@@ -92,7 +133,9 @@ def test_any_class():
         ({"lr_scheduler": "cosine_with_min_lr"}, "lr_scheduler_min_lr_ratio"),
         ({"lr_scheduler": "piecewise_constant"}, "step_rules"),
         ({"lr_scheduler": "piecewise_constant", "lr_scheduler_args": ["step_rules=foo"]}, "piecewise_constant"),
-        ({"lr_scheduler_type": "ReduceLROnPlateau"}, "validation"),
+        ({"lr_scheduler_type": "ReduceLROnPlateau"}, "use cosine, and --validation_split"),
+        ({"lr_scheduler": "linear", "lr_scheduler_args": ["pwer=2"]}, "pwer"),
+        ({"lr_scheduler": "adafactor:0.1"}, "leave it out"),
         ({"lr_scheduler_type": "StepLR", "lr_scheduler_args": ["stepsize=1"]}, "stepsize"),
         ({"lr_scheduler_type": "StepLRR"}, "StepLR"),
     ],
