@@ -54,9 +54,9 @@ def denoise(
 ) -> Tensor:
     """Follow the scheduler from `latents` (B, C, h, w), which have the noise of its first timestep, to clean ones, float32.
 
-    scales, negative_scales: of the guidance, one a picture; see `guide`. generators: one a picture; the sampler's own noise is drawn
-    from them. timesteps: a part of the scheduler's, to begin later. after_step: gets the latents after each step and the timestep
-    that comes next (None after the last), and returns the latents to go on with.
+    scales, negative_scales: of the guidance, one a picture; see `guide`. generators: one a picture; the sampler's own noise is
+    drawn from them. timesteps: a part of the scheduler's, to begin later. after_step: gets the latents after each step and the
+    timestep that comes next (None after the last), and returns the latents to go on with.
     """
     latents = latents.float()
     dtype = next(unet.parameters()).dtype

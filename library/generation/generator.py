@@ -131,7 +131,7 @@ def _make(
         log.debug("unforeseen", exc_info=True)
         reason = RunFailed(f"prompt '{short(spec.prompt)}': {type(error).__name__}: {error}")
         results += [(canvas.job.spec, reason) for canvas in canvases]
-    return sorted(results, key=lambda result: not isinstance(result, Made))  # what is done is handed out before an error is raised
+    return sorted(results, key=lambda result: not isinstance(result, Made))  # what is done goes out before an error is raised
 
 
 def _open(job: Job) -> Canvas:
@@ -191,8 +191,11 @@ def _stage(
 
 def _enlarge(painter: Painter, canvases: list[Canvas], highres: Highres, size: tuple[int, int]) -> None:
     """Make what the first stage painted the beginning of the second."""
-    latents = torch.stack([canvas.latents for canvas in canvases]) if highres.keeps_latents and canvases[0].latents is not None else None
-    pictures = None if latents is not None else [canvas.picture for canvas in canvases]
+    pictures = latents = None
+    if highres.keeps_latents and canvases[0].latents is not None:
+        latents = torch.stack([canvas.latents for canvas in canvases])
+    else:
+        pictures = [canvas.picture for canvas in canvases]
     pictures, latents = enlarge(highres, painter.model, pictures, latents, size, painter.vae_batch(len(canvases)))
     for index, canvas in enumerate(canvases):
         canvas.picture = pictures[index] if pictures is not None else None

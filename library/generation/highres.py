@@ -25,8 +25,9 @@ SIDE_STEP = 32
 class Highres:
     """What --highres_fix_* say.
 
-    scale: of the first stage's sides; steps: of the first stage. strength: of the first stage where it begins from a picture (None:
-    the picture's own). save_first_stage: yield it too. latent_upscaling: enlarge latents, not pixels. upscaler: see `load_upscaler`.
+    scale: of the first stage's sides; steps: of the first stage. strength: of the first stage where it begins from a picture
+    (None: the picture's own). save_first_stage: yield it too. latent_upscaling: enlarge latents, not pixels. upscaler: see
+    `load_upscaler`.
     The second stage runs the picture's own steps times its `strength`, from noise of seed + 1.
     """
 
@@ -39,7 +40,7 @@ class Highres:
 
     def __post_init__(self) -> None:
         if not 0 < self.scale <= 1:
-            raise UserError(f"--highres_fix_scale {self.scale}: give the size of the first stage as a share, above 0 and at most 1")
+            raise UserError(f"--highres_fix_scale {self.scale}: give the first stage's share of the sides, above 0 and at most 1")
         if self.steps < 1:
             raise UserError(f"--highres_fix_steps {self.steps}: give at least 1")
 
@@ -47,7 +48,7 @@ class Highres:
         """Each side times the scale, rounded, then down to a multiple of 32."""
         small = tuple(int(side * self.scale + 0.5) // SIDE_STEP * SIDE_STEP for side in (width, height))
         if min(small) < SIDE_STEP:
-            raise UserError(f"--highres_fix_scale {self.scale} makes too small a first stage of {width} x {height}; give a larger one")
+            raise UserError(f"--highres_fix_scale {self.scale}: too small a first stage of {width} x {height}; give a larger one")
         return small
 
     @property
@@ -59,8 +60,8 @@ class Highres:
 def load_upscaler(module_name: str, args: str | None, model: StableDiffusion) -> Any:
     """What `create_upscaler(**args)` of the module of this name returns, on the model's device and in its dtype.
 
-    It has `support_latents()`, whether it enlarges latents, and `upscale(vae, pictures, latents, dtype, width, height, batch_size,
-    vae_batch_size)`, of which pictures or latents is None, and which returns pictures or latents of the new size.
+    It has `support_latents()`, whether it enlarges latents, and `upscale(vae, pictures, latents, dtype, width, height,
+    batch_size, vae_batch_size)`, of which pictures or latents is None, and which returns pictures or latents of the new size.
     """
     words = [word.partition("=") for word in (args or "").split(";") if word.strip()]
     if any(not sign for _, sign, _ in words):
@@ -68,7 +69,7 @@ def load_upscaler(module_name: str, args: str | None, model: StableDiffusion) ->
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise UserError(f"--highres_fix_upscaler {module_name}: {error}; give a module that can be imported from this folder") from error
+        raise UserError(f"--highres_fix_upscaler {module_name}: {error}; give a module that imports from this folder") from error
     if not hasattr(module, "create_upscaler"):
         raise UserError(f"--highres_fix_upscaler {module_name} has no create_upscaler; give another module")
     with user_errors(f"--highres_fix_upscaler {module_name}"):

@@ -71,7 +71,7 @@ def encode_pictures(vae: AutoencoderKL, pictures: list[Image.Image], generators:
             latents.append((mean + deviation * noise[0]).float() * vae.config.scaling_factor)
     result = torch.stack(latents)
     if not result.isfinite().all():
-        raise UserError(f"the VAE overflows in {weight.dtype} on a picture to begin from; add --no_half_vae or give another --vae")
+        raise UserError(f"the VAE overflows in {weight.dtype} on the picture given; add --no_half_vae or give another --vae")
     return result
 
 

@@ -67,7 +67,7 @@ def make_job(
         for name, _ in loras:
             networks.find(name)
         if split_loras(spec.negative_prompt)[1]:
-            raise UserError(f"negative prompt '{short(spec.negative_prompt)}': LoRAs are asked for in the prompt itself; move it there")
+            raise UserError(f"negative prompt '{short(spec.negative_prompt)}': <lora:...> belongs into the prompt; move it there")
     prompts = [prompt]
     if regions is not None:
         prompts = split_regions(prompt)

@@ -222,7 +222,8 @@ class Networks:
     def _merge(self, loaded: LoadedNetwork, strength: float) -> None:
         network = loaded.network
         if not getattr(network, "is_mergeable", lambda: True)():
-            raise UserError(f"{loaded.path}: {loaded.module.__name__} cannot be merged; leave --network_merge and --network_pre_calc out")
+            cure = "leave --network_merge and --network_pre_calc out"
+            raise UserError(f"{loaded.path}: this network of {loaded.module.__name__} cannot be merged; {cure}")
         network.set_multiplier(strength)
         model = self.model
         with user_errors(str(loaded.path)), torch.no_grad():
@@ -263,7 +264,7 @@ def _strengths(files: list[str], modules: list[str], multipliers: list[float], a
     lists = {"--network_module": modules, "--network_mul": multipliers, "--network_args": args}
     for option, values in lists.items():
         if len(values) > len(files):
-            raise UserError(f"{option} has {len(values)} values for {len(files)} file(s) of --network_weights; leave the surplus out")
+            raise UserError(f"{option} has {len(values)} values for {len(files)} file(s) of --network_weights; leave some out")
     return [*multipliers, *[1.0] * (len(files) - len(multipliers))]
 
 

@@ -111,7 +111,8 @@ class Painter:
         on_step: called after each step with its share of all.
         """
         spec, device = canvases[0].job.spec, device_of(self.model.unet)
-        generators = [Generator("cpu").manual_seed((canvas.job.spec.seed + seed_shift) % (LARGEST_SEED + 1)) for canvas in canvases]
+        seeds = [(canvas.job.spec.seed + seed_shift) % (LARGEST_SEED + 1) for canvas in canvases]
+        generators = [Generator("cpu").manual_seed(seed) for seed in seeds]
         scheduler = self.scheduler_of(spec.sampler)
         scheduler.set_timesteps(steps, device=device)
         clean = self._clean_latents(canvases, generators, device)

@@ -1,8 +1,8 @@
 """Regional prompts: the parts of a prompt between ` AND `, each with a network of its own, each in its part of the picture.
 
-Network i belongs to sub-prompt i. On the text encoder, and on keys and values of the cross-attention, it acts on that sub-prompt
-alone, not on the negative prompt. Elsewhere in the U-Net what it adds is multiplied by mask i, except at the timestep's embedding,
-which has no place. Outputs of the cross-attention are mixed:
+Network i belongs to sub-prompt i. On the text encoder, and on keys and values of the cross-attention, it acts on that
+sub-prompt alone, not on the negative prompt. Elsewhere in the U-Net what it adds is multiplied by mask i, except at the
+timestep's embedding, which has no place. Outputs of the cross-attention are mixed:
 
     sum_i mask_i * out_i / (sum_i mask_i + 1e-4)  +  sum_i mask_i * lora_i(out_i)
 """
@@ -74,7 +74,8 @@ class Regions:
     def check(self, prompts: list[str]) -> None:
         if len(prompts) < len(self.networks.loaded):
             raise UserError(
-                f"the prompt has {len(prompts)} part(s) for {len(self.networks.loaded)} networks; write one for each, with ' AND ' between"
+                f"the prompt has {len(prompts)} part(s) for {len(self.networks.loaded)} networks; write one for each, "
+                "with ' AND ' between"
             )
 
     def masks(self, count: int, height: int, width: int, device: torch.device) -> Tensor:
@@ -100,9 +101,10 @@ class Regions:
 
     @contextmanager
     def acting(self, unet: nn.Module, batch: int, sub_prompts: int, plain: int, height: int, width: int) -> Iterator[None]:
-        """Within: the U-Net reads (plain + sub_prompts) * batch rows of context beside (plain + 1) * batch latents (height, width).
+        """Within: the U-Net reads (plain + sub_prompts) * batch rows of context beside (plain + 1) * batch latents.
 
-        plain: how many predictions without regions, for negative and empty prompt, go before the wanted one.
+        height, width: of the latents. plain: how many predictions without regions, for negative and empty prompt, go before the
+        wanted one.
         """
         layout = _Layout(self, batch, sub_prompts, plain, height, width)
         with ExitStack() as undo:

@@ -19,6 +19,8 @@ VOCABULARY = 49408
 CHUNK = 75  # tokens of text in one chunk
 CHUNK_WITH_ENDS = CHUNK + 2  # what the text encoder reads at once: begin token, text, end token
 
+ADDED_WORDS = "words_of_several_tokens"  # attribute of a tokenizer: token id -> the ids that it stands for
+
 Chunk = list[tuple[int, float]]  # (token id, weight), at most CHUNK of them
 
 
@@ -28,6 +30,17 @@ def load_tokenizer(v2: bool) -> CLIPTokenizer:
 
     padding = "!" if v2 else "<|endoftext|>"
     return CLIPTokenizer.from_pretrained(str(CLIP_BPE), pad_token=padding, model_max_length=CHUNK_WITH_ENDS)
+
+
+def add_word(tokenizer: CLIPTokenizer, word: str, ids: list[int]) -> None:
+    """From now on `word`, where it stands alone, becomes these token ids, of which the first is new and the tokenizer's next."""
+    from transformers import AddedToken
+
+    if tokenizer.add_tokens(AddedToken(word, single_word=True)) != 1 or tokenizer.convert_tokens_to_ids(word) != ids[0]:
+        raise UserError(f"'{word}' cannot be added to the tokenizer; give its file another name")
+    # The ids behind the first belong to no word, but the next word must not get them.
+    tokenizer.add_tokens([AddedToken(f"<{word}, vector {place}>", normalized=False) for place in range(2, len(ids) + 1)])
+    setattr(tokenizer, ADDED_WORDS, {**getattr(tokenizer, ADDED_WORDS, {}), ids[0]: ids})
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str], max_token_length: int | None = None) -> Tensor:
@@ -139,7 +152,11 @@ def _token_ids(tokenizer: CLIPTokenizer, texts: list[str]) -> list[list[int]]:
     `split_special_tokens` keeps text from being taken for special tokens: with SD 2's padding token "!", an exclamation mark
     in a caption would otherwise become padding.
     """
-    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids if texts else []
+    if not texts:
+        return []
+    ids = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
+    words = getattr(tokenizer, ADDED_WORDS, None)
+    return [[part for token in text for part in words.get(token, [token])] for text in ids] if words else ids
 
 
 def _weighted_chunks(tokenizer: CLIPTokenizer, prompt: str) -> list[Chunk]:

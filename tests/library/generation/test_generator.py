@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 
 from library.errors import UserError
-from library.generation import painter
 from library.generation.denoise import Contexts, denoise, start_noise
 from library.generation.encoding import PromptCache, chunks_needed
 from library.generation.generator import generate
@@ -20,6 +19,7 @@ from library.generation.painter import evaluating, to_picture
 from library.generation.prompts import PromptSpec
 from library.generation.samplers import SAMPLERS, make_scheduler
 from library.sd.small import small_stable_diffusion
+from reference_pipelines import SMALL, pipeline_latents
 from library.sd.text import count_chunks
 
 pytestmark = [
@@ -35,45 +35,6 @@ LONG = ", ".join(["an old castle above the river at dawn"] * 12)  # more than 75
 
 
 DISTINCT = [name for name in SAMPLERS if not name.startswith("k_")]  # "k_" is another name of the same
-SMALL = {"unet_channels": (32, 32), "vae_channels": (32, 32, 32, 32)}
-
-
-@pytest.fixture(scope="module")
-def model():
-    return small_stable_diffusion(seed=0, **SMALL)
-
-
-@pytest.fixture(scope="module")
-def v_model():
-    return small_stable_diffusion(seed=1, v2=True, v_parameterization=True, **SMALL)
-
-
-@pytest.fixture
-def latents_of(monkeypatch):
-    """Run `generate` and return the latents that reach the VAE, one a picture, in order."""
-
-    def run(model, specs, **options):
-        seen = []
-        with monkeypatch.context() as patched:
-            patched.setattr(painter, "decode_latents", lambda vae, latents: seen.append(latents[0].clone()) or latents[:, :3])
-            list(generate(model, specs, **options))
-        return seen
-
-    return run
-
-
-def pipeline_latents(model, scheduler, spec: PromptSpec, **options):
-    """What Diffusers' own pipeline makes of the same models, scheduler and seed."""
-    from diffusers import StableDiffusionPipeline
-
-    logging.getLogger("diffusers").setLevel(logging.ERROR)
-    parts = (model.vae, model.text_encoder, model.tokenizer, model.unet, scheduler)
-    pipe = StableDiffusionPipeline(*parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe(
-        spec.prompt, spec.height, spec.width, spec.steps, guidance_scale=spec.scale, negative_prompt=spec.negative_prompt,
-        generator=torch.Generator("cpu").manual_seed(spec.seed), output_type="latent", **options,
-    ).images[0]  # fmt: skip
 
 
 @pytest.mark.parametrize("sampler", DISTINCT)

@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import pytest
+from reference_pipelines import SMALL
+
+from library.generation import painter
+from library.generation.generator import generate
+from library.sd.small import small_stable_diffusion
+
+
+@pytest.fixture(scope="session")
+def model():
+    """A small SD 1. Tests must not change it, or change it back."""
+    return small_stable_diffusion(seed=0, **SMALL)
+
+
+@pytest.fixture(scope="session")
+def v_model():
+    return small_stable_diffusion(seed=1, v2=True, v_parameterization=True, **SMALL)
+
+
+@pytest.fixture
+def latents_of(monkeypatch):
+    """Run `generate` and return the latents that reach the VAE, one a picture, in order."""
+
+    def run(model, specs, **options):
+        seen = []
+
+        def decode(vae, latents):
+            seen.extend(latents.clone())
+            return latents[:, :3].repeat_interleave(8, 2).repeat_interleave(8, 3)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(painter, "decode_latents", decode)
+            list(generate(model, specs, **options))
+        return seen
+
+    return run
