@@ -82,7 +82,7 @@ class Regions:
         """(count, 1, height, width), float32 in 0..1, for this many sub-prompts."""
         key = (count, height, width, device)
         if key not in self._by_size:
-            masks = [self._mask(index).resize((width, height), Image.Resampling.BILINEAR) for index in range(count)]
+            masks = [self._mask(index).resize((width, height), Image.Resampling.BOX) for index in range(count)]
             values = np.stack([np.asarray(mask, dtype=np.float32) / 255 for mask in masks])
             self._by_size[key] = torch.from_numpy(values).unsqueeze(1).to(device)
         return self._by_size[key]

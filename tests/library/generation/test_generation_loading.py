@@ -1,0 +1,78 @@
+"""library/generation/loading.py: the model for a run of pictures."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from reference_pipelines import pipeline_latents
+
+from library.errors import UserError
+from library.generation.generator import generate
+from library.generation.loading import load_model
+from library.generation.prompts import PromptSpec
+from library.generation.samplers import make_scheduler
+from library.sd.model import save_stable_diffusion
+
+CAT = PromptSpec("a cat", "blurry", width=64, height=64, seed=7, steps=2)
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # NumPy 2 about Diffusers' code, not ours
+CLOSE = {"rtol": 1e-3, "atol": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def saved(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "small-v1.safetensors"
+    save_stable_diffusion(model, path)
+    return path
+
+
+def test_pattern_precision_and_layout(saved, model, latents_of):
+    loaded = load_model(str(saved.parent / "small-v*.safetensors"), device="cpu", channels_last=True)
+    assert loaded.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    for ours, expected in zip(latents_of(loaded, [CAT]), latents_of(model, [CAT])):
+        torch.testing.assert_close(ours, expected, **CLOSE)
+    half = load_model(str(saved), device="cpu", dtype=torch.bfloat16, no_half_vae=True)
+    assert half.unet.dtype == half.text_encoder.dtype == torch.bfloat16 and half.vae.dtype == torch.float32
+
+
+def test_xformers_without_a_gpu_is_told_and_makes_the_same(saved, model, latents_of, capsys):
+    loaded = load_model(str(saved), device="cpu", xformers=True)
+    assert "--xformers" in capsys.readouterr().out  # there is no GPU here, and that is told
+    torch.testing.assert_close(latents_of(loaded, [CAT])[0], latents_of(model, [CAT])[0], **CLOSE)
+
+
+def test_tiles_of_the_vae_make_nearly_the_same_picture(saved):
+    tiled = load_model(str(saved), device="cpu", vae_tiling=True)
+    tiled.vae.tile_latent_min_size, tiled.vae.tile_sample_min_size = 8, 64  # the real ones are 64 and 512
+    spec = replace(CAT, width=128, height=128, steps=1)
+    ((_, picture, _),) = generate(tiled, [spec])
+    tiled.vae.disable_tiling()
+    ((_, whole, _),) = generate(tiled, [spec])
+    assert picture.size == (128, 128) and picture.tobytes() != whole.tobytes()
+
+
+def test_wrong_models_are_one_line(saved, tmp_path):
+    for name in ("a1", "a2"):
+        (tmp_path / name).touch()
+    for ckpt, message in ((tmp_path / "a*", "matches 2 files, such as .*a1 and .*a2"), (tmp_path / "b*", "matches no file")):
+        with pytest.raises(UserError, match=message):
+            load_model(str(ckpt))
+    with pytest.raises(UserError, match="--fp16 needs a GPU"):
+        load_model(str(saved), device="cpu", dtype=torch.float16)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler_a", "dpmsolver++"])
+def test_zero_terminal_snr_equals_diffusers_pipeline(v_model, latents_of, sampler):
+    spec = replace(CAT, sampler=sampler)
+    (ours,) = latents_of(v_model, [spec], zero_terminal_snr=True)
+    scheduler = make_scheduler(sampler, v_parameterization=True, zero_terminal_snr=True)
+    torch.testing.assert_close(ours, pipeline_latents(v_model, scheduler, spec), **CLOSE)
+    assert (latents_of(v_model, [spec])[0] - ours).abs().max() > 0.05
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_on_a_gpu(saved, dtype):
+    model = load_model(str(saved), dtype=dtype, no_half_vae=True)
+    assert len(list(generate(model, [CAT, replace(CAT, sampler="euler_a")]))) == 2
