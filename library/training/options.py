@@ -60,6 +60,7 @@ class ModelOptions(OptionGroup):
     no_half_vae: bool = Field(False, description="keep the VAE in float32 (cures black pictures and NaN latents)")
     clip_skip: Count | None = Field(None, description="use the text encoder's Nth layer from the end")
     xformers: bool = Field(False, description="attention by xformers, if it is installed and there is a GPU")
+    mem_eff_attn: bool = Field(False, description="attention that needs little memory: torch's, also where xformers is asked for")
     sdpa: bool = Field(False, description="attention by torch (this is the default)")
 
 
@@ -198,6 +199,19 @@ class LossOptions(OptionGroup):
     v_pred_like_loss: float | None = Field(None, ge=0, description="share of a velocity-like loss that is added for a noise model")
 
 
+class PrecisionOptions(OptionGroup):
+    """Precision and memory"""
+
+    full_fp16: bool = Field(False, description="the network's own weights in fp16 too (with mixed_precision=fp16)")
+    full_bf16: bool = Field(False, description="the network's own weights in bf16 too (with mixed_precision=bf16)")
+    fp8_base: bool = Field(False, description="keep the frozen U-Net and text encoder in 8 bits; they are unpacked layer by layer")
+    fp8_base_unet: bool = Field(False, description="the same for the U-Net alone")
+    lowram: bool = Field(False, description="main memory is short: nothing is moved there from the GPU")
+    highvram: bool = Field(False, description="GPU memory is plentiful: VAE and text encoder stay there, and its cache is not emptied")
+    torch_compile: bool = Field(False, description="compile the model with torch.compile; the first steps take minutes")
+    dynamo_backend: str = Field("inductor", description="back end of torch_compile")
+
+
 class OutputOptions(OptionGroup):
     """Output"""
 
@@ -245,6 +259,7 @@ class TrainNetworkOptions(BaseModel):
     optimizer: OptimizerOptions
     training: TrainingOptions
     loss: LossOptions
+    precision: PrecisionOptions
     output: OutputOptions
     previews: PreviewOptions
     logs: LogOptions
@@ -275,6 +290,10 @@ def contradictions(options: TrainNetworkOptions) -> list[str]:
          "--use_8bit_adam and --use_lion_optimizer cannot stand beside --optimizer_type"),
         (optimizer.use_8bit_adam and optimizer.use_lion_optimizer, "--use_8bit_adam and --use_lion_optimizer exclude each other"),
         *loss_contradictions(loss, model.v_parameterization),
+        *((getattr(options.precision, name) and options.training.mixed_precision != kind, f"--{name} needs --mixed_precision {kind}")
+          for name, kind in (("full_fp16", "fp16"), ("full_bf16", "bf16"))),
+        (options.precision.torch_compile and options.precision.dynamo_backend == "no",
+         "--dynamo_backend no switches off what --torch_compile asks for; take out one of them"),
         ((previews.sample_every_n_epochs or previews.sample_every_n_steps or previews.sample_at_first) and not previews.sample_prompts,
          "--sample_every_n_epochs, --sample_every_n_steps and --sample_at_first need --sample_prompts"),
         (logs.log_with in ("wandb", "all"), f"--log_with {logs.log_with}: wandb is not built yet; use --log_with tensorboard"),

@@ -52,9 +52,6 @@ _REASONS: dict[str, str] = {
         _NO_RESUME,
     ),
     # precision, memory and speed
-    "mem_eff_attn": "torch's own attention, which is used by default, needs as little memory",
-    **dict.fromkeys(["torch_compile", "dynamo_backend"], _NOT_YET),
-    **dict.fromkeys(["full_fp16", "full_bf16", "fp8_base", "fp8_base_unet", "lowram", "highvram"], _NOT_YET),
     "cpu_offload_checkpointing": "it does not exist for Stable Diffusion 1.x and 2.x; use --gradient_checkpointing",
     # processes
     **dict.fromkeys(["ddp_timeout", "ddp_gradient_as_bucket_view", "ddp_static_graph"], "training in several processes is not built yet"),
@@ -70,7 +67,7 @@ _REASONS: dict[str, str] = {
 
 # Defaults of theirs, which say nothing: graphical front ends write them into every config file.
 _DEFAULTS = {
-    "dynamo_backend": "no", "zero_stage": 2, "huggingface_repo_visibility": "private",
+    "zero_stage": 2, "huggingface_repo_visibility": "private",
 }  # fmt: skip
 
 REFUSED = Refused(reasons=_REASONS, harmless=_DEFAULTS)

@@ -22,12 +22,15 @@ from library.errors import UserError
 from library.generation.prompts import PromptSpec, read_prompt_file
 from library.sd.model import StableDiffusion, encode_text, load_stable_diffusion, vae_fingerprint
 from library.sd.text import load_tokenizer, tokenize, tokenize_weighted
+from library.training.compiling import check_backend
 from library.training.fused_backward import check_fused_backward, step_in_backward
+from library.training.memory import compile_model, free_what_rests, pack_frozen_weights
 from library.training.metadata import RunMetadata, all_model_facts, run_facts
 from library.training.network import TrainedNetwork, build_network, check_network_args
 from library.training.optimizers import create_optimizer, weights_to_use
 from library.training.options import TrainNetworkOptions
 from library.training.plan import Plan
+from library.training.precision import HalfGradScaler, check_half_weights, trained_dtype
 from library.training.previews import Previews
 from library.training.randomness import seed_everything
 from library.training.saving import ModelFiles
@@ -89,19 +92,24 @@ def prepare(options: TrainNetworkOptions, dataset: TrainingDataset, seed: int) -
     specs = preview_specs(options, dataset)
     plan = Plan.of(options, dataset.num_batches)
     check_early(options, plan, accelerator.num_processes)
+    if options.precision.torch_compile:
+        check_backend(options.precision.dynamo_backend, accelerator.device)
     dataset.max_train_steps = plan.max_steps
 
     model = load_model(options, accelerator)
     cache_latents(options, dataset, model)
     seed_everything(seed)
     network = build_network(options.network, options.optimizer, model)
-    network.module.to(accelerator.device)
+    network.module.to(accelerator.device, trained_dtype(options))
     text_cache = cache_text(options, dataset, model, network)
-    free_what_rests(options, dataset, model, text_cache)
+    free_what_rests(options, model, vae_rests=dataset.latents is not None, text_encoder_rests=text_cache is not None)
     if options.training.gradient_checkpointing:
         enable_gradient_checkpointing(model, network)
+    pack_frozen_weights(options, model)
+    compile_model(options, model, network.trains_text_encoder)
 
     optimizer, optimizer_text = create_optimizer(options.optimizer, network.groups, accelerator.device)
+    check_half_weights(optimizer, optimizer_text, trained_dtype(options))
     schedule = create_schedule(options.optimizer, optimizer, plan.max_steps)
     if options.optimizer.fused_backward_pass:
         step_in_backward(optimizer, options.optimizer.max_grad_norm)
@@ -136,6 +144,8 @@ def make_accelerator(options: TrainNetworkOptions) -> Accelerator:
     if accelerator.num_processes > 1:
         raise UserError("training in several processes is not built yet; launch with --num_processes 1")
     check_precision(options.training.mixed_precision, accelerator.device)
+    if options.precision.full_fp16:
+        accelerator.scaler = HalfGradScaler(accelerator.device.type)
     if accelerator.device.type == "cpu":
         print(f"no GPU: training on the CPU, {use_all_cores()} threads")
         if options.training.mixed_precision == "bf16" and not cpu_has_fast_bf16():
@@ -182,7 +192,7 @@ def load_model(options: TrainNetworkOptions, accelerator: Accelerator) -> Stable
     )  # fmt: skip
     if chosen.no_half_vae:
         model.vae.to(torch.float32)
-    if chosen.xformers:
+    if chosen.xformers and not chosen.mem_eff_attn:
         use_xformers(model.unet, accelerator.device)
     return model
 
@@ -223,18 +233,6 @@ def cache_text(
         return encode_text(model.text_encoder, ids.to(model.text_encoder.device), options.model.clip_skip, weights).cpu()
 
     return TextCache.build(variants, encode, batch_size=16)
-
-
-def free_what_rests(
-    options: TrainNetworkOptions, dataset: TrainingDataset, model: StableDiffusion, text_cache: TextCache | None
-) -> None:
-    """Move the parts that training does not touch off the GPU; previews fetch them when they need them."""
-    if options.augmentation.cache_latents or options.augmentation.cache_latents_to_disk:
-        model.vae.to("cpu")
-    if text_cache is not None:
-        model.text_encoder.to("cpu")
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def enable_gradient_checkpointing(model: StableDiffusion, network: TrainedNetwork) -> None:

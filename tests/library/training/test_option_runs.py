@@ -1,0 +1,117 @@
+"""Options through whole runs on the small model: each changes what it says, and nothing else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.utils import parametrize
+
+from library.sd.small import small_stable_diffusion
+from library.training import run as run_module
+from library.training.memory import free_what_rests, pack_frozen_weights
+from library.training.options import parse_options
+
+NEEDED = ["--pretrained_model_name_or_path=m", "--train_data_dir=d", "--output_dir=o", "--network_module=networks.lora"]
+QUICK = ["--max_train_steps=2", "--network_train_unet_only", "--network_dim=1"]
+
+
+@pytest.fixture
+def trainers(monkeypatch) -> list:
+    """Every trainer that is made."""
+    made: list = []
+    original = run_module.prepare
+    monkeypatch.setattr(run_module, "prepare", lambda *a: made.append(original(*a)) or made[-1])
+    return made
+
+
+def packed(module: torch.nn.Module) -> int:
+    return sum(parametrize.is_parametrized(layer) for layer in module.modules())
+
+
+def test_fused_and_packed_and_compiled_runs_do_as_the_plain_one(run, trainers, capsys, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, backend: compiled.append((type(self).__name__, backend)))
+    words = [*QUICK, "--max_grad_norm=0"]
+    plain, fused = (run(*words, *more).tensors() for more in ([], ["--fused_backward_pass"]))
+    assert all(torch.equal(plain[key], fused[key]) for key in plain)
+    assert not compiled and not packed(trainers[-1].model.unet)
+    capsys.readouterr()
+    other = run(*words, "--fp8_base", "--gradient_checkpointing", "--torch_compile", "--dynamo_backend=eager").tensors()
+    assert compiled == [("UNet2DConditionModel", "eager")]
+    assert packed(trainers[-1].model.unet) > 100 and packed(trainers[-1].model.text_encoder) > 5
+    said = capsys.readouterr().out
+    assert "MiB less" in said and "add it to save memory" not in said
+    ups = [torch.cat([t.flatten() for k, t in tensors.items() if "lora_up" in k]) for tensors in (plain, other)]
+    assert torch.cosine_similarity(*ups, dim=0) > 0.5 and not torch.equal(*ups)
+
+
+def test_fp8_base_unet_leaves_the_text_encoder(capsys):
+    model = small_stable_diffusion(unet_channels=(32, 32, 64, 64), vae_channels=(32, 32, 32, 32), text_width=32, text_layers=1)
+    pack_frozen_weights(parse_options(NEEDED), model)
+    assert not packed(model.unet) and not capsys.readouterr().out
+    pack_frozen_weights(parse_options([*NEEDED, "--fp8_base_unet"]), model)
+    assert packed(model.unet) > 100 and not packed(model.text_encoder)
+    assert "add it to save memory" in capsys.readouterr().out
+
+
+def test_full_bf16_trains_and_saves_bf16(run):
+    words = ["--max_train_steps=1", "--network_train_unet_only", "--cache_latents", "--network_dim=1", "--full_bf16"]
+    tensors = run(*words, "--mixed_precision=bf16").tensors()
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    assert any(tensor.any() for key, tensor in tensors.items() if "lora_up" in key)
+
+
+class _Part:
+    """A part of a model that notes where it is moved to."""
+
+    def __init__(self):
+        self.moved: list[str] = []
+
+    def to(self, where: str):
+        self.moved.append(where)
+
+
+@pytest.mark.parametrize("words, moved", [([], ["cpu"]), (["--lowram"], []), (["--highvram"], [])])
+def test_parts_that_rest_leave_the_gpu_unless_told_otherwise(words, moved):
+    class Model:
+        vae, text_encoder = _Part(), _Part()
+
+    free_what_rests(parse_options([*NEEDED, *words]), Model, vae_rests=True, text_encoder_rests=True)
+    assert Model.vae.moved == Model.text_encoder.moved == moved
+
+
+def test_models_go_straight_to_the_device_in_the_format_of_the_arithmetic(monkeypatch):
+    class Stop(Exception):
+        pass
+
+    seen = {}
+
+    def load(name, **more):
+        seen.update(more)
+        raise Stop
+
+    monkeypatch.setattr(run_module, "load_stable_diffusion", load)
+
+    class Accelerator:
+        device = torch.device("cuda", 0)
+
+    with pytest.raises(Stop):
+        run_module.load_model(parse_options([*NEEDED, "--lowram", "--mixed_precision=bf16"]), Accelerator)
+    assert seen["device"] == Accelerator.device and seen["dtype"] == torch.bfloat16
+
+
+@pytest.mark.parametrize("words, asked", [(["--xformers"], True), (["--xformers", "--mem_eff_attn"], False), (["--xformers", "--sdpa"], True)])
+def test_mem_eff_attn_wins_over_xformers(monkeypatch, words, asked):
+    calls = []
+    monkeypatch.setattr(run_module, "load_stable_diffusion", lambda *a, **k: type("Model", (), {"unet": None}))
+    monkeypatch.setattr(run_module, "use_xformers", lambda *a: calls.append(a))
+    run_module.load_model(parse_options([*NEEDED, *words]), type("A", (), {"device": torch.device("cpu")}))
+    assert bool(calls) == asked
+
+
+def test_attention_is_torch_s_which_keeps_no_matrix_of_all_pairs(base_model):
+    from library.sd.model import load_stable_diffusion
+
+    model = load_stable_diffusion(str(base_model))
+    processors = {type(p).__name__ for p in model.unet.attn_processors.values()}
+    assert processors == {"AttnProcessor2_0"}
