@@ -32,7 +32,8 @@ import torch
 from torch import Tensor
 
 from networks.model_keys import lora_places
-from networks.weight_file import open_weights, write_weights
+from networks.weight_file import open_weights
+from networks.weight_output import write_weights
 
 GOALS = {  # times faster, seconds, times less memory, GB
     "svd_merge_lora 16 + 32 to 16": "200 x, 5 s",

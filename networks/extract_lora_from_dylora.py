@@ -19,7 +19,7 @@ from networks.command_line import Parser, run
 from networks.lora_file import LoraFile, read_loras, write_lora
 from networks.lora_metadata import changed
 from networks.low_rank import LowRank, split
-from networks.weight_file import output_path
+from networks.weight_output import output_path
 
 
 def ranks_of(lora: LoraFile, unit: int) -> list[int]:

@@ -27,7 +27,8 @@ from networks.merge_lora import check_model
 from networks.model_keys import Place, lora_places
 from networks.parallel import in_parallel
 from networks.svd_merge_lora import Kept, check_at_least_one, check_device, check_quantile, named, print_kept
-from networks.weight_file import PRECISIONS, WeightFile, open_weights, output_path
+from networks.weight_file import PRECISIONS, WeightFile, open_weights
+from networks.weight_output import output_path
 
 DIM = 4
 MOST = 128  # largest rank that --explained takes if --dim does not say otherwise
@@ -94,7 +95,7 @@ def _layers(
     original: WeightFile, tuned: WeightFile, key: str, places: Sequence[tuple[str, Place, Place]], how: Extraction
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(name, weight before, weight after) of the layers in one tensor."""
-    before, after = original.read(key), tuned.read(places[0][2].key)
+    before, after = original.view(key), tuned.view(places[0][2].key)
     if how.load is not None:
         before, after = before.to(how.load), after.to(how.load)
     after = after.view(before.shape)  # SD 2 has projections as Linear or as 1x1 convolution

@@ -13,7 +13,8 @@ from torch import Tensor
 from networks.lora import PeftConfig, with_hashes
 from networks.lora_layout import find_factors
 from networks.low_rank import LowRank, is_finite
-from networks.weight_file import PRECISIONS, atomic, open_weights
+from networks.weight_file import PRECISIONS, open_weights
+from networks.weight_output import atomic
 
 WIDTHS = {768: False, 1024: True}  # of the text encoder: SD 1.x, SD 2.x. Others are small models, of which they tell nothing.
 
@@ -151,5 +152,5 @@ def write_lora(path: Path, modules: Mapping[str, LowRank], metadata: Mapping[str
             torch.save(tensors, temporary)
         with open_weights(temporary) as written:
             same = written.shapes.keys() == tensors.keys()
-            if not same or not all(torch.equal(written.read(key), tensor) for key, tensor in tensors.items()):
+            if not same or not all(torch.equal(written.view(key), tensor) for key, tensor in tensors.items()):
                 raise ValueError(f"{path} was not written: it did not read back as it was written; check the disk")

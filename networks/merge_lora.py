@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 if not __package__:  # run as a script: the repository, not this folder, is where modules are looked for
@@ -23,7 +23,8 @@ from networks.lora_file import LoraFile, all_names, check_ratios, precision, rea
 from networks.lora_metadata import base_model_version, merged, merged_from, modelspec, without_modelspec
 from networks.low_rank import LowRank, shuffle, stack
 from networks.model_keys import UNET, Place, is_v2, lora_places
-from networks.weight_file import PRECISIONS, WeightFile, open_weights, output_path, write_weights
+from networks.weight_file import PRECISIONS, WeightFile, open_weights
+from networks.weight_output import output_path, write_weights
 
 
 def merge_into_model(
@@ -59,7 +60,7 @@ def merge_into_model(
     progress = tqdm(total=len(model.shapes), unit="tensor", desc="merging")
 
     def tensor(name: str) -> Tensor:
-        value = model.read(name)
+        value = model.view(name)
         if name in changes:
             value = _merged(value.float(), changes[name]).to(compute)
         progress.update()
@@ -94,11 +95,13 @@ def _saved_dtype(name: str, dtype: torch.dtype, save: torch.dtype | None) -> tor
     return save if save and dtype.is_floating_point and "." in name else dtype
 
 
-def _merged(weight: Tensor, changes: Iterable[tuple[Place, LowRank, float]]) -> Tensor:
-    """The float32 weight with ratio * scale * up @ down added in place, without a matrix in between."""
-    for place, module, ratio in changes:
-        up, down = module.matrices()
-        weight[place.rows(len(weight))].view(len(up), -1).addmm_(up, down, alpha=ratio * module.scale)
+def _merged(weight: Tensor, changes: Sequence[tuple[Place, LowRank, float]]) -> Tensor:
+    """The float32 weight with ratio * scale * up @ down added in place: side by side, so each layer is gone through once."""
+    for place in {place for place, _, _ in changes}:
+        parts = [(module.scale * ratio, *module.matrices()) for where, module, ratio in changes if where == place]
+        up = torch.cat([strength * up for strength, up, _ in parts], 1)
+        down = torch.cat([down for _, _, down in parts])
+        weight[place.rows(len(weight))].view(len(up), -1).addmm_(up, down)
     return weight
 
 

@@ -22,7 +22,8 @@ from networks.lora_metadata import changed
 from networks.low_rank import Decomposition, LowRank, decompose, smallest_rank
 from networks.parallel import in_parallel
 from networks.svd_merge_lora import Kept, check_at_least_one, check_device, named, print_kept, split_results
-from networks.weight_file import PRECISIONS, output_path
+from networks.weight_file import PRECISIONS
+from networks.weight_output import output_path
 
 METHODS = ("sv_ratio", "sv_fro", "sv_cumulative")
 

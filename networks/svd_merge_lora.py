@@ -23,7 +23,8 @@ from networks.lora_file import LoraFile, all_names, check_ratios, read_loras, wr
 from networks.lora_metadata import merged, without_modelspec
 from networks.low_rank import Decomposition, LowRank, clamp, decompose, stack
 from networks.parallel import in_parallel
-from networks.weight_file import PRECISIONS, output_path
+from networks.weight_file import PRECISIONS
+from networks.weight_output import output_path
 
 Kept = dict[str, tuple[float, float]]  # squared norm before and after, by module
 

@@ -1,62 +1,80 @@
-"""Files of weights, one tensor at a time: `.safetensors`, `.ckpt`, `.pt`, `.pth` and `.bin`, read and written.
+"""Files of weights, one tensor at a time: `.safetensors`, `.ckpt`, `.pt`, `.pth` and `.bin`, read.
 
-A model of several GB passes through in the memory of its largest tensor. Tensors are read into memory of their own, not mapped:
-mapped pages count as the process's memory, and on Windows an open mapping keeps the file from being replaced. Pickled files are
-untrusted: code in them never runs. What is written appears under its name only after it was read back.
+A model of several GB passes through in little memory: a stretch of the file is mapped at a time (mapped pages count as the
+process's memory). Pickled files are untrusted: code in them never runs.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 import pickle
 import threading
-import uuid
 import zipfile
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor
-
-from networks.low_rank import is_finite
-from networks.parallel import in_parallel
 
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 SUFFIXES = (".safetensors", *PICKLED)
 PRECISIONS = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-REMAP_AFTER = 256 << 20  # bytes
+WINDOW = 64 << 20  # bytes of a file that are mapped at a time
 
 
-class WeightFile(ABC):
+class WeightFile:
     """The tensors of one open file. Use it in a `with` block, which closes the file. Several threads may read."""
 
     def __init__(self, path: Path):
         self.path = path
-        self._lock = threading.Lock()
-        self.shapes: dict[str, tuple[int, ...]] = {}  # in the order in which reading is fastest
+        self.shapes: dict[str, tuple[int, ...]] = {}  # in the order of the file's bytes
         self.dtypes: dict[str, torch.dtype] = {}
         self.metadata: dict[str, str] = {}
         self.numbers: dict[str, Any] = {}  # what a pickled checkpoint says of itself: epoch, global_step
+        self._file = open(path, "rb")  # closed by close()
+        self._size = os.fstat(self._file.fileno()).st_size
+        self._window: mmap.mmap | None = None
+        self._begin = 0
+        self._lock = threading.Lock()
 
-    @abstractmethod
+    def view(self, name: str) -> Tensor:
+        """One tensor as it is in the file, in memory that is mapped from it: let go of it soon, and before the file changes.
+
+        What is written to it does not reach the file.
+        """
+        raise NotImplementedError
+
     def read(self, name: str) -> Tensor:
         """One tensor as it is in the file, in memory of its own."""
+        return self.view(name).clone(memory_format=torch.contiguous_format)
+
+    def _bytes_at(self, begin: int, count: int) -> Tensor:
+        """`count` bytes of the file from `begin` on. One stretch of the file is mapped at a time; views keep theirs."""
+        if not count:
+            return torch.empty(0, dtype=torch.uint8)
+        with self._lock:
+            if self._window is None or begin < self._begin or begin + count > self._begin + len(self._window):
+                self._begin = begin // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+                length = min(max(WINDOW, begin + count - self._begin), self._size - self._begin)
+                self._window = mmap.mmap(self._file.fileno(), length, access=mmap.ACCESS_COPY, offset=self._begin)
+                if hasattr(mmap, "MADV_WILLNEED"):
+                    self._window.madvise(mmap.MADV_WILLNEED)  # the disk reads on while the beginning is worked on
+            return torch.frombuffer(self._window, dtype=torch.uint8, count=count, offset=begin - self._begin)
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Let go of the file. Views that are still held keep their memory."""
+        self._file.close()
+        self._window = None
 
     def __enter__(self) -> WeightFile:
         return self
@@ -66,71 +84,84 @@ class WeightFile(ABC):
 
 
 class SafetensorsFile(WeightFile):
-    """A .safetensors file, in the order of its bytes."""
+    """A .safetensors file."""
 
     def __init__(self, path: Path):
-        super().__init__(path)
         header, self._start = _read_header(path)
+        super().__init__(path)
         self.metadata = header.pop("__metadata__", None) or {}
         self._begins = {}
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            dtype, shape, (begin, end) = _DTYPES.get(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
-            if dtype is None:
-                raise ValueError(f"{path}: the tensor {name} has the unknown dtype {entry['dtype']}; get an fp16 or fp32 file")
-            if begin < 0 or any(size < 0 for size in shape) or end - begin != math.prod(shape) * dtype.itemsize:
-                raise ValueError(f"{path} is damaged: the size of the tensor {name} does not fit its shape; fetch it again")
-            self.shapes[name], self.dtypes[name], self._begins[name] = shape, dtype, begin
-        self._file = open(path, "rb", buffering=0)  # closed by close()
+        try:
+            for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+                self._add(name, DTYPES.get(entry["dtype"]), entry)
+        except ValueError:
+            self.close()
+            raise
 
-    def read(self, name: str) -> Tensor:
-        value = torch.empty(self.shapes[name], dtype=self.dtypes[name])
-        space = _bytes(value)
-        with self._lock:
-            self._file.seek(self._start + self._begins[name])
-            while space:
-                count = self._file.readinto(space)
-                if not count:
-                    raise ValueError(f"{self.path} was cut off while it was read; fetch it again")
-                space = space[count:]
-        return value
+    def _add(self, name: str, dtype: torch.dtype | None, entry: Mapping[str, Any]) -> None:
+        shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
+        if dtype is None:
+            raise ValueError(f"{self.path}: the tensor {name} has the unknown dtype {entry['dtype']}; get an fp16 or fp32 file")
+        if begin < 0 or any(size < 0 for size in shape) or end - begin != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{self.path} is damaged: the size of the tensor {name} does not fit its shape; fetch it again")
+        self.shapes[name], self.dtypes[name], self._begins[name] = shape, dtype, self._start + begin
 
-    def close(self) -> None:
-        self._file.close()
+    def view(self, name: str) -> Tensor:
+        shape, dtype = self.shapes[name], self.dtypes[name]
+        found = self._bytes_at(self._begins[name], math.prod(shape) * dtype.itemsize)
+        return typed(found, dtype).view(shape)
 
 
 class PickledFile(WeightFile):
-    """A pickled file, mapped into memory where its format allows; the map is made anew now and then, to free what was read."""
+    """A pickled file. In today's zip layout tensors lie uncompressed at known places; older files are read whole."""
 
     def __init__(self, path: Path):
         super().__init__(path)
-        self._tensors: dict[str, Tensor] = {}
-        content = self._open()
+        try:
+            content = _unpickle(path, "meta" if _is_plain_zip(path) else "cpu")
+            wrapped = content.get("state_dict")
+            tensors = wrapped if isinstance(wrapped, dict) else content
+            tensors = {str(name): value.detach() for name, value in tensors.items() if isinstance(value, Tensor)}
+            if not tensors:
+                raise ValueError(f"{path} holds no tensors; it is no model or LoRA")
+            self._tensors = dict(sorted(tensors.items(), key=lambda item: _place(item[1])))
+            if any(_place(value) + value.untyped_storage().nbytes() > self._size for value in self._tensors.values()):
+                raise ValueError(f"{path} is damaged: tensors in it lie beyond its end; fetch it again")
+        except ValueError:
+            self.close()
+            raise
         self.shapes = {name: tuple(value.shape) for name, value in self._tensors.items()}
         self.dtypes = {name: value.dtype for name, value in self._tensors.items()}
         self.numbers = {key: content[key] for key in ("epoch", "global_step") if isinstance(content.get(key), int)}
 
-    def _open(self) -> dict[Any, Any]:
-        self._tensors.clear()
-        self._since_open = 0
-        self._is_mapped = zipfile.is_zipfile(self.path)
-        content = _unpickle(self.path, self._is_mapped)
-        wrapped = content.get("state_dict")
-        tensors = wrapped if isinstance(wrapped, dict) else content
-        self._tensors = {str(name): value for name, value in tensors.items() if isinstance(value, Tensor)}
-        if not self._tensors:
-            raise ValueError(f"{self.path} holds no tensors; it is no model or LoRA")
-        return content
+    def view(self, name: str) -> Tensor:
+        value = self._tensors[name]
+        if not value.is_meta:
+            return value.clone(memory_format=torch.contiguous_format)
+        storage = value.untyped_storage().nbytes() // value.dtype.itemsize * value.dtype.itemsize
+        whole = typed(self._bytes_at(_place(value), storage), value.dtype)
+        return whole.as_strided(value.shape, value.stride(), value.storage_offset()).contiguous()
 
-    def read(self, name: str) -> Tensor:
-        with self._lock:
-            if self._is_mapped and self._since_open > REMAP_AFTER:
-                self._open()
-            value = self._tensors[name].detach().clone(memory_format=torch.contiguous_format)
-            self._since_open += value.nbytes
-        return value
 
-    def close(self) -> None:
-        self._tensors.clear()
+def typed(found: Tensor, dtype: torch.dtype) -> Tensor:
+    """Flat bytes as numbers of a dtype; copied if they do not lie at a multiple of its size."""
+    return (found if found.data_ptr() % dtype.itemsize == 0 else found.clone()).view(dtype)
+
+
+def _is_plain_zip(path: Path) -> bool:
+    """Whether the file is a zip archive without compression."""
+    if not zipfile.is_zipfile(path):
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+    except zipfile.BadZipFile:
+        return False
+
+
+def _place(value: Tensor) -> int:
+    """Where in the file the storage of a tensor begins, which was loaded to the meta device; 0 for one that is in memory."""
+    return value.untyped_storage()._checkpoint_offset if value.is_meta else 0
 
 
 def open_weights(path: Path) -> WeightFile:
@@ -171,10 +202,10 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
-def _unpickle(path: Path, is_mapped: bool) -> dict[Any, Any]:
+def _unpickle(path: Path, device: str) -> dict[Any, Any]:
     try:
         with torch.serialization.safe_globals(_harmless()):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
+            content = torch.load(path, map_location=device, weights_only=True)
     except (
         pickle.UnpicklingError,
         RuntimeError,
@@ -218,132 +249,3 @@ def _harmless() -> list[Any]:
         *((scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
         *numbers,
     ]
-
-
-def _bytes(value: Tensor) -> memoryview:
-    return memoryview(value.view(-1).view(torch.uint8).numpy()) if value.numel() else memoryview(b"")
-
-
-# ---------------------------------------------------------------- writing
-
-
-def output_path(
-    name: str | os.PathLike, inputs: Sequence[Path], suffixes: Sequence[str] = (".safetensors", ".ckpt", ".pt", ".pth")
-) -> Path:
-    """The path to write, checked: a known suffix, no folder, and none of the inputs."""
-    path = Path(name)
-    if path.suffix.lower() not in suffixes:
-        raise ValueError(f"--save_to {name}: the suffix decides the format; use one of {', '.join(suffixes)}")
-    if path.is_dir():
-        raise ValueError(f"--save_to {name} is a folder; give a file name")
-    for other in inputs:
-        if path.exists() and other.exists() and os.path.samefile(path, other):
-            raise ValueError(f"--save_to {name} would overwrite an input; give another name")
-    return path
-
-
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, with its suffix; when the block ends well it is flushed to disk and renamed to `path`."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}")
-        try:
-            yield temporary
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"cannot write {path}: {error.strerror or error}; check the folder, its rights and free space"
-        ) from error
-
-
-def write_weights(
-    path: Path,
-    shapes: Mapping[str, tuple[int, ...]],
-    dtypes: Mapping[str, torch.dtype],
-    tensor: Callable[[str], Tensor],
-    metadata: Mapping[str, str],
-    numbers: Mapping[str, Any] | None = None,
-) -> None:
-    """Write the named tensors to `path`, asking `tensor` for one at a time; only tensors of these shapes and dtypes come.
-
-    `metadata` goes into a .safetensors file, `numbers` (epoch, global_step) into a pickled one. ValueError, naming the tensor,
-    for a number that is not finite, or if what was written does not read back the same; then no file is made.
-    """
-    if path.suffix.lower() == ".safetensors":
-        with atomic(path) as temporary:
-            _stream(temporary, path, shapes, dtypes, tensor, metadata)
-        return
-    # torch.save wants all tensors at once: it gets them mapped from a file that was streamed.
-    with atomic(path) as temporary:
-        streamed = temporary.with_suffix(".safetensors")
-        try:
-            _stream(streamed, path, shapes, dtypes, tensor, {})
-            with safetensors.safe_open(streamed, "pt") as source:
-                tensors = {name: source.get_tensor(name) for name in shapes}
-                torch.save({"state_dict": tensors, **(numbers or {})}, temporary)
-                del tensors
-            _unpickle(temporary, is_mapped=True)
-        finally:
-            streamed.unlink(missing_ok=True)
-
-
-def _stream(
-    file: Path,
-    final: Path,
-    shapes: Mapping[str, tuple[int, ...]],
-    dtypes: Mapping[str, torch.dtype],
-    tensor: Callable[[str], Tensor],
-    metadata: Mapping[str, str],
-) -> None:
-    """Write a .safetensors file tensor by tensor, and read it back."""
-    # Large dtypes first, as safetensors itself does: so every tensor is aligned.
-    names = sorted(shapes, key=lambda name: -dtypes[name].itemsize)
-
-    def prepared(name: str) -> tuple[Tensor, int]:
-        value = tensor(name).contiguous()
-        if tuple(value.shape) != tuple(shapes[name]) or value.dtype != dtypes[name]:
-            raise ValueError(f"{name}: {value.dtype} {tuple(value.shape)} does not fit the plan; this is a bug")
-        if not is_finite(value):
-            raise ValueError(
-                f"{final} was not written: {name} holds NaN or infinity in {str(value.dtype).removeprefix('torch.')}"
-            )
-        return value, checksum(value)
-
-    sums = {}
-    with open(file, "wb", buffering=0) as stream:
-        stream.write(_header(names, shapes, dtypes, metadata))
-        for name, (value, total) in zip(names, in_parallel(names, prepared)):
-            sums[name] = total
-            space = _bytes(value)
-            while space:
-                space = space[stream.write(space) :]
-    with SafetensorsFile(file) as written:
-        for name, found in zip(written.shapes, in_parallel(written.shapes, lambda name: checksum(written.read(name)))):
-            if found != sums[name]:
-                raise ValueError(f"{final} was not written: {name} did not read back as it was written; check the disk")
-
-
-def _header(
-    names: Sequence[str], shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype], metadata: Mapping[str, str]
-) -> bytes:
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    end = 0
-    for name in names:
-        begin, end = end, end + math.prod(shapes[name]) * dtypes[name].itemsize
-        header[name] = {"dtype": _DTYPE_NAMES[dtypes[name]], "shape": list(shapes[name]), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def checksum(value: Tensor) -> int:
-    """A sum over the tensor's bytes, eight at a time: as fast as memory, and enough to tell a file that was cut or mangled."""
-    flat = value.view(-1).view(torch.uint8) if value.numel() else torch.zeros(0, dtype=torch.uint8)
-    whole = len(flat) // 8 * 8
-    aligned = flat[:whole].view(torch.int64) if flat.data_ptr() % 8 == 0 else flat[:whole].clone().view(torch.int64)
-    return int(aligned.sum()) * 31 + int(flat[whole:].sum(dtype=torch.int64))

@@ -13,9 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from networks import weight_file
+from networks import weight_file, weight_output
 from networks.low_rank import is_finite
-from networks.weight_file import open_weights, output_path, write_weights
+from networks.weight_file import open_weights
+from networks.weight_output import output_path, write_weights
 
 TENSORS = {
     "b.weight": torch.randn(3, 5),
@@ -59,7 +60,7 @@ def test_the_layout_is_that_of_the_library(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".pt"])
 def test_pickled_files(tmp_path, suffix, monkeypatch):
-    monkeypatch.setattr(weight_file, "REMAP_AFTER", 10)
+    monkeypatch.setattr(weight_file, "WINDOW", 10)
     path = tmp_path / f"model{suffix}"
     write(path, epoch=3, global_step=70)
     assert same(torch.load(path, weights_only=True)["state_dict"], TENSORS)
@@ -152,7 +153,7 @@ def test_nan_is_never_written_and_the_old_file_stays(tmp_path, suffix):
 
 def test_what_does_not_read_back_is_not_kept(tmp_path, monkeypatch):
     numbers = itertools.count()
-    monkeypatch.setattr(weight_file, "checksum", lambda value: next(numbers))
+    monkeypatch.setattr(weight_output, "checksum", lambda value: next(numbers))
     with pytest.raises(ValueError, match="did not read back"):
         write(tmp_path / "x.safetensors", {"x": torch.ones(3)})
     assert not list(tmp_path.iterdir())

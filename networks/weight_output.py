@@ -1,0 +1,231 @@
+"""Files of weights written one tensor at a time: `.safetensors`, `.ckpt`, `.pt` and `.pth`.
+
+What is written appears under its name only after it was flushed to the disk and read back.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import sys
+import uuid
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from networks.low_rank import is_finite
+from networks.parallel import in_parallel
+from networks.weight_file import DTYPES, open_weights
+
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_STORAGES = {
+    torch.float64: "Double", torch.float32: "Float", torch.float16: "Half", torch.bfloat16: "BFloat16",
+    torch.int64: "Long", torch.int32: "Int", torch.int16: "Short", torch.int8: "Char", torch.uint8: "Byte", torch.bool: "Bool",
+}  # fmt: skip
+FLUSH_AFTER = 64 << 20  # bytes
+ALIGNMENT = 64  # bytes, of tensors in pickled files, as torch has it
+
+Plan = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype by name
+
+
+def output_path(
+    name: str | os.PathLike, inputs: Sequence[Path], suffixes: Sequence[str] = (".safetensors", ".ckpt", ".pt", ".pth")
+) -> Path:
+    """The path to write, checked: a known suffix, no folder, and none of the inputs."""
+    path = Path(name)
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"--save_to {name}: the suffix decides the format; use one of {', '.join(suffixes)}")
+    if path.is_dir():
+        raise ValueError(f"--save_to {name} is a folder; give a file name")
+    for other in inputs:
+        if path.exists() and other.exists() and os.path.samefile(path, other):
+            raise ValueError(f"--save_to {name} would overwrite an input; give another name")
+    return path
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, with its suffix; when the block ends well it is flushed to disk and renamed to `path`."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}")
+        try:
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"cannot write {path}: {error.strerror or error}; check the folder, its rights and free space"
+        ) from error
+
+
+def write_weights(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, torch.dtype],
+    tensor: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
+    numbers: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the named tensors to `path`, asking `tensor` for one at a time; only tensors of these shapes and dtypes come.
+
+    `metadata` goes into a .safetensors file, `numbers` (epoch, global_step) into a pickled one. ValueError, naming the tensor,
+    for a number that is not finite, or if what was written does not read back the same; then no file is made.
+    """
+    plan = {name: (tuple(shapes[name]), dtypes[name]) for name in shapes}
+    is_safetensors = path.suffix.lower() == ".safetensors"
+    # Large dtypes first, as safetensors itself does: so every tensor is aligned.
+    names = sorted(plan, key=lambda name: -dtypes[name].itemsize) if is_safetensors else list(plan)
+    sums: dict[str, int] = {}
+
+    def prepared(name: str) -> tuple[Tensor, int]:
+        value = tensor(name).contiguous()
+        if (tuple(value.shape), value.dtype) != plan[name]:
+            raise ValueError(f"{name}: {value.dtype} {tuple(value.shape)} does not fit the plan; this is a bug")
+        if not is_finite(value):
+            dtype = str(value.dtype).removeprefix("torch.")
+            raise ValueError(f"{path} was not written: {name} holds NaN or infinity in {dtype}")
+        return value, checksum(value)
+
+    def contents() -> Iterator[memoryview]:
+        for name, (value, sums[name]) in zip(names, in_parallel(names, prepared)):
+            yield _bytes(value)
+
+    with atomic(path) as temporary:
+        with open(temporary, "wb") as file, _Flusher(file) as stream:
+            if is_safetensors:
+                _write_safetensors(stream, names, plan, contents(), metadata)
+            else:
+                _write_pickled(stream, names, plan, contents(), numbers or {})
+        _verify(temporary, path, sums)
+
+
+def _verify(written: Path, final: Path, sums: Mapping[str, int]) -> None:
+    """Read a file back; ValueError unless every tensor is what was to be written."""
+    with open_weights(written) as file:
+        found = dict(zip(file.shapes, in_parallel(file.shapes, lambda name: checksum(file.view(name)))))
+    for name, expected in sums.items():
+        if found.get(name) != expected:
+            raise ValueError(f"{final} was not written: {name} did not read back as it was written; check the disk")
+
+
+class _Flusher:
+    """A file that is flushed to the disk while it is written, by a thread of its own: so the disk works from the start on."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self._left, self._pool = file, FLUSH_AFTER, ThreadPoolExecutor(1)
+        self._flushing: Future | None = None
+        self.tell, self.seek, self.flush, self.seekable = file.tell, file.seek, file.flush, file.seekable
+
+    def write(self, space: bytes | memoryview) -> int:
+        count = self._file.write(space)
+        self._left -= count
+        if self._left <= 0 and (self._flushing is None or self._flushing.done()):
+            self._file.flush()
+            self._flushing, self._left = self._pool.submit(os.fsync, self._file.fileno()), FLUSH_AFTER
+        return count
+
+    def __enter__(self) -> _Flusher:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown()
+        if self._flushing is not None:
+            self._flushing.result()
+
+
+def _write_safetensors(
+    stream: _Flusher, names: Sequence[str], plan: Plan, contents: Iterator[memoryview], metadata: Mapping[str, str]
+) -> None:
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name in names:
+        shape, dtype = plan[name]
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    stream.write(len(text).to_bytes(8, "little") + text)
+    for space in contents:
+        stream.write(space)
+
+
+class _Stored:
+    """In place of a tensor in what is pickled: it becomes the tensor whose numbers are the file's record of this key."""
+
+    def __init__(self, key: str, shape: tuple[int, ...], dtype: torch.dtype):
+        self.key, self.shape, self.dtype = key, shape, dtype
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles `_Stored` as torch.save pickles tensors."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if not isinstance(value, _Stored):
+            return NotImplemented
+        stride = torch.empty(value.shape, device="meta").stride()
+        return torch._utils._rebuild_tensor_v2, (_Record(value), 0, value.shape, stride, False, OrderedDict())
+
+    def persistent_id(self, value: Any) -> Any:
+        if not isinstance(value, _Record):
+            return None
+        kind = getattr(torch, f"{_STORAGES[value.of.dtype]}Storage")
+        return "storage", kind, value.of.key, "cpu", math.prod(value.of.shape)
+
+
+class _Record:
+    """The numbers of a tensor, which lie beside the pickle."""
+
+    def __init__(self, of: _Stored):
+        self.of = of
+
+
+def _write_pickled(
+    stream: _Flusher, names: Sequence[str], plan: Plan, contents: Iterator[memoryview], numbers: Mapping[str, Any]
+) -> None:
+    """The archive that torch.save writes, of {"state_dict": tensors, **numbers}; torch.save itself wants all tensors at once."""
+    if strange := [name for name in names if plan[name][1] not in _STORAGES]:
+        raise ValueError(f"{strange[0]} is {plan[strange[0]][1]}, which .ckpt has no place for; save it as .safetensors")
+    tensors = {name: _Stored(str(index), *plan[name]) for index, name in enumerate(names)}
+    pickled = BytesIO()
+    _Pickler(pickled, protocol=2).dump({"state_dict": tensors, **numbers})
+    with zipfile.ZipFile(stream, "w") as archive:
+        for name, content in (("data.pkl", pickled.getvalue()), ("byteorder", sys.byteorder.encode()), ("version", b"3\n")):
+            _add_record(archive, stream, name, content)
+        for stored, space in zip(tensors.values(), contents):
+            _add_record(archive, stream, f"data/{stored.key}", space)
+
+
+def _add_record(archive: zipfile.ZipFile, stream: _Flusher, name: str, content: bytes | memoryview) -> None:
+    record = zipfile.ZipInfo(f"archive/{name}")
+    begin = stream.tell() + 30 + len(record.filename) + 4  # of the numbers, if nothing is filled in: after header, name and extra
+    fill = -begin % ALIGNMENT
+    record.extra = b"FB" + fill.to_bytes(2, "little") + b"Z" * fill
+    record.file_size = len(content)
+    with archive.open(record, "w") as entry:
+        entry.write(content)
+
+
+def _bytes(value: Tensor) -> memoryview:
+    return memoryview(value.view(-1).view(torch.uint8).numpy()) if value.numel() else memoryview(b"")
+
+
+def checksum(value: Tensor) -> int:
+    """A sum over the tensor's bytes, eight at a time: as fast as memory, and enough to tell a file that was cut or mangled."""
+    flat = value.view(-1).view(torch.uint8) if value.numel() else torch.zeros(0, dtype=torch.uint8)
+    whole = len(flat) // 8 * 8
+    aligned = flat[:whole].view(torch.int64) if flat.data_ptr() % 8 == 0 else flat[:whole].clone().view(torch.int64)
+    return int(aligned.sum()) * 31 + int(flat[whole:].sum(dtype=torch.int64))
