@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from functools import lru_cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,7 +34,7 @@ from torch import Tensor
 
 from networks.model_keys import lora_places
 from networks.weight_file import open_weights
-from networks.weight_output import write_weights
+from networks.weight_output import rows_in, write_weights
 
 GOALS = {  # times faster, seconds, times less memory, GB
     "svd_merge_lora 16 + 32 to 16": "200 x, 5 s",
@@ -68,12 +69,14 @@ def make_files(folder: Path) -> None:
     places = lora_places(shapes)
     layers = {name: shapes[place.key] for name, place in places.items()}
     keys = {place.key for place in places.values()}
-    dtypes = dict.fromkeys(shapes, torch.float16)
+    plan = {name: (shape, torch.float16) for name, shape in shapes.items()}
 
+    @lru_cache(4)
     def tensor(name: str) -> Tensor:
         generator = torch.Generator().manual_seed(hash_of(name))
         return (torch.randn(shapes[name], generator=generator) * 0.02).half()
 
+    @lru_cache(4)
     def tuned(name: str) -> Tensor:
         value = tensor(name)
         if name not in keys:
@@ -84,8 +87,8 @@ def make_files(folder: Path) -> None:
         change += torch.randn(rows, columns, generator=generator) * 3e-4
         return (value.float() + change.view(value.shape)).half()
 
-    write_weights(folder / "model.safetensors", shapes, dtypes, tensor, {})
-    write_weights(folder / "tuned.safetensors", shapes, dtypes, tuned, {})
+    write_weights(folder / "model.safetensors", plan, lambda name, rows: rows_in(tensor(name), rows), {})
+    write_weights(folder / "tuned.safetensors", plan, lambda name, rows: rows_in(tuned(name), rows), {})
     for rank in (16, 32):
         write_lora(folder / f"rank{rank}.safetensors", layers, rank)
 

@@ -7,8 +7,10 @@ ranks and alphas, by putting the factors side by side; the rank is the sum of th
 from __future__ import annotations
 
 import argparse
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 if not __package__:  # run as a script: the repository, not this folder, is where modules are looked for
@@ -24,7 +26,7 @@ from networks.lora_metadata import base_model_version, merged, merged_from, mode
 from networks.low_rank import LowRank, shuffle, stack
 from networks.model_keys import UNET, Place, is_v2, lora_places
 from networks.weight_file import PRECISIONS, WeightFile, open_weights
-from networks.weight_output import output_path, write_weights
+from networks.weight_output import output_path, rows_in, write_weights
 
 
 def merge_into_model(
@@ -56,15 +58,16 @@ def merge_into_model(
         raise ValueError(
             f"{model.path} has no layer for any module of the LoRAs, such as {unused[0]}; they are for another kind of model"
         )
-    dtypes = {name: _saved_dtype(name, dtype, save) for name, dtype in model.dtypes.items()}
-    progress = tqdm(total=len(model.shapes), unit="tensor", desc="merging")
+    plan = {name: (shape, _saved_dtype(name, model.dtypes[name], save)) for name, shape in model.shapes.items()}
+    sums = lru_cache(4)(lambda name: _summed(changes[name]))
+    progress = tqdm(total=sum(map(math.prod, model.shapes.values())), unit="number", unit_scale=True, desc="merging")
 
-    def tensor(name: str) -> Tensor:
-        value = model.view(name)
+    def rows_of(name: str, rows: slice) -> Tensor:
+        value = rows_in(model.view(name), rows)
         if name in changes:
-            value = _merged(value.float(), changes[name]).to(compute)
-        progress.update()
-        return value.to(dtypes[name])
+            value = _merged(value.float(), rows, len(model.view(name)), sums(name)).to(compute)
+        progress.update(value.numel())
+        return value.to(plan[name][1])
 
     metadata = dict(model.metadata)
     if with_modelspec:
@@ -74,7 +77,7 @@ def merge_into_model(
         spec = modelspec(save_to, facts, titles, metadata.get("modelspec.resolution"), lora=False)
         metadata |= spec | {"ss_merged_from": merged_from(loras, ratios)}
     with progress:
-        write_weights(save_to, model.shapes, dtypes, tensor, metadata, model.numbers)
+        write_weights(save_to, plan, rows_of, metadata, model.numbers)
     return unused
 
 
@@ -95,13 +98,23 @@ def _saved_dtype(name: str, dtype: torch.dtype, save: torch.dtype | None) -> tor
     return save if save and dtype.is_floating_point and "." in name else dtype
 
 
-def _merged(weight: Tensor, changes: Sequence[tuple[Place, LowRank, float]]) -> Tensor:
-    """The float32 weight with ratio * scale * up @ down added in place: side by side, so each layer is gone through once."""
+def _summed(changes: Sequence[tuple[Place, LowRank, float]]) -> dict[Place, tuple[Tensor, Tensor]]:
+    """The factors of the sum of ratio * scale * up @ down for each layer in a tensor: side by side, so it is one product."""
+    result = {}
     for place in {place for place, _, _ in changes}:
         parts = [(module.scale * ratio, *module.matrices()) for where, module, ratio in changes if where == place]
-        up = torch.cat([strength * up for strength, up, _ in parts], 1)
-        down = torch.cat([down for _, _, down in parts])
-        weight[place.rows(len(weight))].view(len(up), -1).addmm_(up, down)
+        result[place] = torch.cat([strength * up for strength, up, _ in parts], 1), torch.cat([down for _, _, down in parts])
+    return result
+
+
+def _merged(weight: Tensor, rows: slice, count: int, changes: Mapping[Place, tuple[Tensor, Tensor]]) -> Tensor:
+    """These float32 rows, of `count` in all, with the products of the factors added in place."""
+    for place, (up, down) in changes.items():
+        own = place.rows(count)
+        first, last = max(rows.start, own.start), min(rows.stop, own.stop)
+        if first < last:
+            part = weight[first - rows.start : last - rows.start]
+            part.view(last - first, -1).addmm_(up[first - own.start : last - own.start], down)
     return weight
 
 

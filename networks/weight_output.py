@@ -5,6 +5,7 @@ What is written appears under its name only after it was flushed to the disk and
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -18,7 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -35,7 +36,10 @@ _STORAGES = {
 FLUSH_AFTER = 64 << 20  # bytes
 ALIGNMENT = 64  # bytes, of tensors in pickled files, as torch has it
 
+PART = 1 << 20  # numbers that are worked on at a time
+
 Plan = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype by name
+Contents = Iterator[tuple[str, memoryview]]  # tensors part by part, in order
 
 
 def output_path(
@@ -74,35 +78,37 @@ def atomic(path: Path) -> Iterator[Path]:
 
 def write_weights(
     path: Path,
-    shapes: Mapping[str, tuple[int, ...]],
-    dtypes: Mapping[str, torch.dtype],
-    tensor: Callable[[str], Tensor],
+    plan: Plan,
+    rows_of: Callable[[str, slice], Tensor],
     metadata: Mapping[str, str],
     numbers: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the named tensors to `path`, asking `tensor` for one at a time; only tensors of these shapes and dtypes come.
+    """Write the tensors of the plan to `path`, asking `rows_of` for some rows of one at a time; a number is asked for by no rows.
 
-    `metadata` goes into a .safetensors file, `numbers` (epoch, global_step) into a pickled one. ValueError, naming the tensor,
-    for a number that is not finite, or if what was written does not read back the same; then no file is made.
+    Parts of a few MB stay in the processor's cache, and their memory is used again and again. `metadata` goes into a
+    .safetensors file, `numbers` (epoch, global_step) into a pickled one. ValueError, naming the tensor, for a number that is not
+    finite, or if what was written does not read back the same; then no file is made.
     """
-    plan = {name: (tuple(shapes[name]), dtypes[name]) for name in shapes}
     is_safetensors = path.suffix.lower() == ".safetensors"
     # Large dtypes first, as safetensors itself does: so every tensor is aligned.
-    names = sorted(plan, key=lambda name: -dtypes[name].itemsize) if is_safetensors else list(plan)
-    sums: dict[str, int] = {}
+    names = sorted(plan, key=lambda name: -plan[name][1].itemsize) if is_safetensors else list(plan)
+    sums: dict[tuple[str, int], int] = {}
 
-    def prepared(name: str) -> tuple[Tensor, int]:
-        value = tensor(name).contiguous()
-        if (tuple(value.shape), value.dtype) != plan[name]:
+    def prepared(part: tuple[str, slice]) -> tuple[Tensor, int]:
+        name, rows = part
+        value = rows_of(name, rows).contiguous()
+        shape, dtype = plan[name]
+        if value.dtype != dtype or tuple(value.shape) != (rows.stop - rows.start, *shape[1:])[: len(shape)]:
             raise ValueError(f"{name}: {value.dtype} {tuple(value.shape)} does not fit the plan; this is a bug")
         if not is_finite(value):
-            dtype = str(value.dtype).removeprefix("torch.")
-            raise ValueError(f"{path} was not written: {name} holds NaN or infinity in {dtype}")
+            raise ValueError(f"{path} was not written: {name} holds NaN or infinity in {str(dtype).removeprefix('torch.')}")
         return value, checksum(value)
 
-    def contents() -> Iterator[memoryview]:
-        for name, (value, sums[name]) in zip(names, in_parallel(names, prepared)):
-            yield _bytes(value)
+    def contents() -> Iterator[tuple[str, memoryview]]:
+        parts = [(name, rows) for name in names for rows in _parts(plan[name][0])]
+        for (name, rows), (value, total) in zip(parts, in_parallel(parts, prepared)):
+            sums[name, rows.start] = total
+            yield name, _bytes(value)
 
     with atomic(path) as temporary:
         with open(temporary, "wb") as file, _Flusher(file) as stream:
@@ -110,16 +116,36 @@ def write_weights(
                 _write_safetensors(stream, names, plan, contents(), metadata)
             else:
                 _write_pickled(stream, names, plan, contents(), numbers or {})
-        _verify(temporary, path, sums)
+        _verify(temporary, path, plan, sums)
 
 
-def _verify(written: Path, final: Path, sums: Mapping[str, int]) -> None:
-    """Read a file back; ValueError unless every tensor is what was to be written."""
+def _parts(shape: tuple[int, ...]) -> list[slice]:
+    """Rows of a tensor of this shape, a few MB at a time."""
+    if not math.prod(shape) or not shape:
+        return [slice(0, *shape[:1])] if shape else [slice(0, 1)]
+    count = max(1, PART // math.prod(shape[1:]))
+    return [slice(start, min(start + count, shape[0])) for start in range(0, shape[0], count)]
+
+
+def _verify(written: Path, final: Path, plan: Plan, sums: Mapping[tuple[str, int], int]) -> None:
+    """Read a file back; ValueError unless every part of every tensor is what was to be written."""
     with open_weights(written) as file:
-        found = dict(zip(file.shapes, in_parallel(file.shapes, lambda name: checksum(file.view(name)))))
-    for name, expected in sums.items():
-        if found.get(name) != expected:
-            raise ValueError(f"{final} was not written: {name} did not read back as it was written; check the disk")
+        same = all((file.shapes.get(name), file.dtypes.get(name)) == kind for name, kind in plan.items())
+
+        def found(part: tuple[str, slice]) -> bool:
+            name, rows = part
+            return checksum(rows_in(file.view(name), rows)) == sums[name, rows.start]
+
+        parts = [(name, rows) for name in file.shapes for rows in _parts(file.shapes[name])] if same else []
+        wrong = [name for (name, _), is_right in zip(parts, in_parallel(parts, found)) if not is_right]
+    if wrong or not same:
+        what = wrong[0] if wrong else "it"
+        raise ValueError(f"{final} was not written: {what} did not read back as it was written; check the disk")
+
+
+def rows_in(value: Tensor, rows: slice) -> Tensor:
+    """These rows of a tensor; all of one that is a single number."""
+    return value[rows] if value.dim() else value
 
 
 class _Flusher:
@@ -148,7 +174,7 @@ class _Flusher:
 
 
 def _write_safetensors(
-    stream: _Flusher, names: Sequence[str], plan: Plan, contents: Iterator[memoryview], metadata: Mapping[str, str]
+    stream: _Flusher, names: Sequence[str], plan: Plan, contents: Contents, metadata: Mapping[str, str]
 ) -> None:
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
@@ -159,7 +185,7 @@ def _write_safetensors(
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     stream.write(len(text).to_bytes(8, "little") + text)
-    for space in contents:
+    for _, space in contents:
         stream.write(space)
 
 
@@ -194,7 +220,7 @@ class _Record:
 
 
 def _write_pickled(
-    stream: _Flusher, names: Sequence[str], plan: Plan, contents: Iterator[memoryview], numbers: Mapping[str, Any]
+    stream: _Flusher, names: Sequence[str], plan: Plan, contents: Contents, numbers: Mapping[str, Any]
 ) -> None:
     """The archive that torch.save writes, of {"state_dict": tensors, **numbers}; torch.save itself wants all tensors at once."""
     if strange := [name for name in names if plan[name][1] not in _STORAGES]:
@@ -204,19 +230,22 @@ def _write_pickled(
     _Pickler(pickled, protocol=2).dump({"state_dict": tensors, **numbers})
     with zipfile.ZipFile(stream, "w") as archive:
         for name, content in (("data.pkl", pickled.getvalue()), ("byteorder", sys.byteorder.encode()), ("version", b"3\n")):
-            _add_record(archive, stream, name, content)
-        for stored, space in zip(tensors.values(), contents):
-            _add_record(archive, stream, f"data/{stored.key}", space)
+            with _record(archive, stream, name, len(content)) as record:
+                record.write(content)
+        for name, group in itertools.groupby(contents, key=lambda part: part[0]):
+            shape, dtype = plan[name]
+            with _record(archive, stream, f"data/{tensors[name].key}", math.prod(shape) * dtype.itemsize) as record:
+                for _, space in group:
+                    record.write(space)
 
 
-def _add_record(archive: zipfile.ZipFile, stream: _Flusher, name: str, content: bytes | memoryview) -> None:
+def _record(archive: zipfile.ZipFile, stream: _Flusher, name: str, size: int) -> IO[bytes]:
     record = zipfile.ZipInfo(f"archive/{name}")
     begin = stream.tell() + 30 + len(record.filename) + 4  # of the numbers, if nothing is filled in: after header, name and extra
     fill = -begin % ALIGNMENT
     record.extra = b"FB" + fill.to_bytes(2, "little") + b"Z" * fill
-    record.file_size = len(content)
-    with archive.open(record, "w") as entry:
-        entry.write(content)
+    record.file_size = size
+    return archive.open(record, "w")
 
 
 def _bytes(value: Tensor) -> memoryview:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from networks import weight_file, weight_output
 from networks.low_rank import is_finite
 from networks.weight_file import open_weights
-from networks.weight_output import output_path, write_weights
+from networks.weight_output import output_path, rows_in, write_weights
 
 TENSORS = {
     "b.weight": torch.randn(3, 5),
@@ -30,9 +30,8 @@ TENSORS = {
 
 
 def write(path, tensors=TENSORS, metadata=None, **numbers):
-    shapes = {name: tuple(value.shape) for name, value in tensors.items()}
-    dtypes = {name: value.dtype for name, value in tensors.items()}
-    write_weights(path, shapes, dtypes, lambda name: tensors[name], metadata or {}, numbers)
+    plan = {name: (tuple(value.shape), value.dtype) for name, value in tensors.items()}
+    write_weights(path, plan, lambda name, rows: rows_in(tensors[name], rows), metadata or {}, numbers)
 
 
 def same(a, b):
