@@ -65,7 +65,7 @@ def merge_into_model(
     def rows_of(name: str, rows: slice) -> Tensor:
         value = rows_in(model.view(name), rows)
         if name in changes:
-            value = _merged(value.float(), rows, len(model.view(name)), sums(name)).to(compute)
+            value = _merged(value.to(torch.float32, copy=True), rows, len(model.view(name)), sums(name)).to(compute)
         progress.update(value.numel())
         return value.to(plan[name][1])
 

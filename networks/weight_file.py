@@ -48,10 +48,7 @@ class WeightFile:
         self._lock = threading.Lock()
 
     def view(self, name: str) -> Tensor:
-        """One tensor as it is in the file, in memory that is mapped from it: let go of it soon, and before the file changes.
-
-        What is written to it does not reach the file.
-        """
+        """One tensor as it is in the file, in memory that is mapped from it: not to be changed, and not to be kept for long."""
         raise NotImplementedError
 
     def read(self, name: str) -> Tensor:

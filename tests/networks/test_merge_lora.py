@@ -25,6 +25,7 @@ from tool_files import (
 )
 
 from library.sd.model import load_stable_diffusion
+from networks import weight_output
 from networks.lora import create_network_from_weights
 from networks.merge_lora import main
 
@@ -47,6 +48,14 @@ def merged(files, *words, save_to="out.safetensors"):
     loras = [str(folder / "a.safetensors"), str(folder / "b.safetensors")]
     main(["--sd_model", str(folder / "model.safetensors"), "--save_to", str(folder / save_to), "--models", *loras, *v2, *words])
     return folder / save_to
+
+
+def test_parts_of_tensors_make_the_same_file(files, monkeypatch):
+    """Also where a part begins within the query, key and value of SD 2's text encoder, which are one tensor."""
+    whole = load(merged(files, "--ratios", "0.8", "-0.5", save_to="whole.safetensors"))
+    monkeypatch.setattr(weight_output, "PART", 1000)
+    parts = load(merged(files, "--ratios", "0.8", "-0.5", save_to="parts.safetensors"))
+    assert parts.keys() == whole.keys() and all(torch.allclose(parts[k].float(), whole[k].float(), atol=1e-6, rtol=2e-3) for k in whole)
 
 
 def test_merged_model_is_what_the_network_module_makes_of_it(files):

@@ -8,6 +8,7 @@ import os
 import pickle
 import sys
 import types
+import zipfile
 
 import pytest
 import torch
@@ -67,6 +68,30 @@ def test_pickled_files(tmp_path, suffix, monkeypatch):
         assert file.numbers == {"epoch": 3, "global_step": 70}
         assert same({name: file.read(name) for name in file.shapes}, TENSORS)
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+def test_pickled_files_are_archives_as_torch_writes_them(tmp_path, monkeypatch):
+    """In parts of a few numbers: checksums of the archive fit, and the numbers lie where they can be mapped."""
+    monkeypatch.setattr(weight_output, "PART", 4)
+    tensors = {name: value for name, value in TENSORS.items() if name != "empty"}
+    write(tmp_path / "x.ckpt", tensors)
+    assert same(torch.load(tmp_path / "x.ckpt", weights_only=True, mmap=True)["state_dict"], tensors)
+    with zipfile.ZipFile(tmp_path / "x.ckpt") as archive:
+        assert archive.testzip() is None
+    places = torch.load(tmp_path / "x.ckpt", weights_only=True, map_location="meta")["state_dict"].values()
+    assert all(value.untyped_storage()._checkpoint_offset % weight_output.ALIGNMENT == 0 for value in places)
+    with pytest.raises(ValueError, match="x is torch.float8_e4m3fn, which .ckpt has no place for"):
+        write(tmp_path / "y.ckpt", {"x": torch.ones(2).to(torch.float8_e4m3fn)})
+
+
+def test_tensors_that_share_memory_or_are_turned_are_read_right(tmp_path):
+    whole = torch.arange(12.0).view(3, 4)
+    torch.save({"a": whole, "b": whole.T, "c": whole[1:, 1]}, tmp_path / "x.ckpt")
+    with open_weights(tmp_path / "x.ckpt") as file:
+        assert same({name: file.read(name) for name in file.shapes}, {"a": whole, "b": whole.T, "c": whole[1:, 1]})
+        assert all(file.view(name).is_contiguous() for name in file.shapes)
+        file.read("a").zero_()  # is memory of its own
+        assert torch.equal(file.read("a"), whole)
 
 
 def test_a_file_of_the_original_kind_opens(tmp_path, monkeypatch):
