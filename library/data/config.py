@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 # The ecosystem knows these keys; they are refused until the issue that builds them takes them out here.
 NOT_BUILT = (
-    "validation_split", "validation_seed", "metadata_file", "conditioning_data_dir", "alpha_mask", "custom_attributes",
+    "metadata_file", "conditioning_data_dir", "alpha_mask", "custom_attributes",
     "network_multiplier", "cache_info",
 )  # fmt: skip
 COMMAND_LINE_ONLY = ("prior_loss_weight", "max_token_length", "debug_dataset")

@@ -113,6 +113,8 @@ class DatasetConfig(_Frozen):
     bucket_reso_steps: Annotated[int, BeforeValidator(_multiple_of_8)] = 64
     bucket_no_upscale: bool = False
     resize_interpolation: Optional[Interpolation] = None
+    validation_split: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    validation_seed: Optional[int] = None
     subsets: tuple[SubsetConfig, ...]
 
     @property
@@ -206,6 +208,7 @@ def describe_problem(problem: dict[str, Any]) -> str:
         "string_too_short": "at least one character",
         "greater_than_equal": f"at least {bound.get('ge')}",
         "less_than_equal": f"at most {bound.get('le', 0):,}",
+        "less_than": f"below {bound.get('lt')}",
         "literal_error": f"one of {bound.get('expected')}",
         "value_error": str(bound.get("error")),
     }

@@ -6,6 +6,7 @@ number of loader processes, in any order, and after a resume. Epochs count from 
 
 from __future__ import annotations
 
+import copy
 import logging
 import random
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from library.data import facts
 from library.data.cache import DiskLatents, EncodeImages, LatentCaching, MemoryLatents
 from library.data.captions import caption_variants, process_caption
 from library.data.config_keys import DatasetConfig
+from library.data.holdout import still
 from library.data.order import EpochOrder, EpochPlanner
 from library.data.pixels import augmented, to_tensor
 from library.data.table import build_table
@@ -75,7 +77,7 @@ class TrainingDataset(Dataset):
         self.max_train_steps = max_train_steps
         self.gradient_accumulation_steps = gradient_accumulation_steps
         self.world = world
-        self.table = build_table(datasets, on_bad_image)
+        self.table = build_table(datasets, on_bad_image, seed)
         self.loss_weights = np.where(self.table.is_reg(), prior_loss_weight, 1.0).astype(np.float32)
         self.planner = EpochPlanner(self.table, seed)
         self.latents: MemoryLatents | DiskLatents | None = None
@@ -84,6 +86,21 @@ class TrainingDataset(Dataset):
             self.tokenizer = CaptionTokenizer(tokenizer, max_token_length, weighted_captions)
             self.tokenizer.warn_of_long(self.table.captions)
         self._last_order: tuple[int, EpochOrder] | None = None
+
+    def validation(self) -> TrainingDataset | None:
+        """The pictures held out, as a dataset that shows them and their captions unchanged; None if there are none.
+
+        Its latents are cached apart.
+        """
+        if not self.table.held_out.any():
+            return None
+        other = copy.copy(self)
+        subsets = [replace(subset, config=still(subset.config)) for subset in self.table.subsets]
+        other.table = replace(self.table, subsets=subsets, repeats=self.table.validated().astype(np.int32))
+        other.loss_weights = np.ones_like(self.loss_weights)
+        other.planner = EpochPlanner(other.table, self.seed)
+        other.latents, other._last_order = None, None
+        return other
 
     @property
     def num_batches(self) -> int:

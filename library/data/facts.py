@@ -18,7 +18,7 @@ from library.data.table import PictureTable
 class SubsetFacts:
     config: SubsetConfig
     folder: str  # base name of image_dir
-    img_count: int  # usable pictures, without repeats
+    img_count: int  # usable pictures that are not held out, without repeats
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class DatasetFacts:
     subsets: list[SubsetFacts]
     num_train_images: int  # with repeats
     num_reg_images: int  # with repeats, before they are matched to the number of training pictures
+    num_validation_images: int  # held out, without repeats
     buckets: list[BucketCount]  # ascending; used pictures only
     bucket_info: dict | None  # value of ss_bucket_info; None with buckets off
     mean_img_ar_error: float  # over the pictures used, repeats not counted
@@ -44,19 +45,24 @@ def _describe(table: PictureTable, number: int) -> DatasetFacts:
     subsets = [subset for subset in table.subsets if subset.dataset == number]
     counts = {True: 0, False: 0}
     tags: dict[str, dict[str, int]] = {}
+    sizes: list[int] = []
     for subset in subsets:
-        counts[subset.config.is_reg] += (subset.end - subset.start) * subset.config.num_repeats
+        rows = range(subset.start, subset.end)
+        kept = [row for row in rows if not table.held_out[row]] if table.held_out.any() else rows
+        sizes.append(len(kept))
+        counts[subset.config.is_reg] += len(kept) * subset.config.num_repeats
         found = tags.setdefault(subset.config.image_dir.name, {})
-        for tag, count in count_tags(table.captions[subset.start:subset.end]).items():
+        for tag, count in count_tags(table.captions[row] for row in kept).items():
             found[tag] = found.get(tag, 0) + count
     rows = np.flatnonzero((table.dataset() == number) & (table.repeats > 0))
     buckets = count_buckets((table.bucket_size(row), int(table.repeats[row])) for row in rows.tolist())
     info = bucket_info(buckets, table.ar_error[rows].tolist())
     return DatasetFacts(
         config=table.configs[number],
-        subsets=[SubsetFacts(s.config, s.config.image_dir.name, s.end - s.start) for s in subsets],
+        subsets=[SubsetFacts(s.config, s.config.image_dir.name, size) for s, size in zip(subsets, sizes)],
         num_train_images=counts[False],
         num_reg_images=counts[True],
+        num_validation_images=int((table.validated() & (table.dataset() == number)).sum()),
         buckets=buckets,
         bucket_info=info if table.configs[number].enable_bucket else None,
         mean_img_ar_error=info["mean_img_ar_error"],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -71,27 +71,42 @@ class EpochLoader:
     ) -> None:
         self.sampler = EpochSampler(dataset, rank=rank, world=world)
         self.num_workers = min(num_workers, cores())
-        self.loader = DataLoader(
-            _Told(dataset),
-            batch_size=None,  # an item is a whole batch
-            sampler=self.sampler,
-            num_workers=self.num_workers,
-            collate_fn=_as_it_is,
-            pin_memory=pin_memory,
-            worker_init_fn=_ignore_interrupt,
-            generator=torch.Generator(),  # else each epoch would draw from the trainer's generator
-            persistent_workers=persistent and self.num_workers > 0,
-        )
+        self.loader = _data_loader(dataset, self.sampler, self.num_workers, persistent, pin_memory)
 
     def __len__(self) -> int:
         return -(-self.sampler.batches // self.sampler.world)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         self.sampler.epoch, self.sampler.start = epoch, start
-        for item in self.loader:
-            if isinstance(item, UserError):
-                raise item
-            yield item
+        yield from _batches(self.loader)
+
+
+def _data_loader(
+    dataset: TrainingDataset, keys: Iterable[tuple[int, int]], num_workers: int, persistent: bool, pin_memory: bool
+) -> DataLoader:
+    return DataLoader(
+        _Told(dataset),
+        batch_size=None,  # an item is a whole batch
+        sampler=keys,
+        num_workers=num_workers,
+        collate_fn=_as_it_is,
+        pin_memory=pin_memory,
+        worker_init_fn=_ignore_interrupt,
+        generator=torch.Generator(),  # else each epoch would draw from the trainer's generator
+        persistent_workers=persistent and num_workers > 0,
+    )
+
+
+def _batches(loader: DataLoader) -> Iterator[Batch]:
+    for item in loader:
+        if isinstance(item, UserError):
+            raise item
+        yield item
+
+
+def load_batches(dataset: TrainingDataset, keys: list[tuple[int, int]], num_workers: int, pin_memory: bool) -> Iterator[Batch]:
+    """The batches of these keys, once, with the errors of an EpochLoader."""
+    return _batches(_data_loader(dataset, keys, min(num_workers, cores(), len(keys)), False, pin_memory))
 
 
 def make_loader(

@@ -15,6 +15,7 @@ import numpy as np
 from library.data.buckets import BucketRule, Placement
 from library.data.captions import read_caption
 from library.data.config_keys import DatasetConfig, SubsetConfig
+from library.data.holdout import hold_out
 from library.data.index import NAMED_AT_MOST, Pictures, in_threads, index_folders
 from library.errors import UserError
 
@@ -56,7 +57,8 @@ class PictureTable:
     resized: np.ndarray  # (n, 2) int32
     corner: np.ndarray  # (n, 2) int32: of the cut in the middle
     ar_error: np.ndarray  # (n,) float32: bucket's ratio minus picture's
-    repeats: np.ndarray  # (n,) int32: uses an epoch
+    repeats: np.ndarray  # (n,) int32: uses an epoch; 0 for those held out
+    held_out: np.ndarray  # (n,) bool: never trained on
 
     def __len__(self) -> int:
         return len(self.names)
@@ -78,13 +80,21 @@ class PictureTable:
         """(n,) bool: regularisation pictures."""
         return np.array([subset.config.is_reg for subset in self.subsets])[self.subset]
 
+    def validated(self) -> np.ndarray:
+        """(n,) bool: the pictures held out, as pictures of the datasets that hold out."""
+        splits = np.array([config.validation_split > 0 for config in self.configs])
+        return self.held_out & ~self.is_reg() & splits[self.dataset()]
+
     def dataset(self) -> np.ndarray:
         """(n,) int: the dataset of each row."""
         return np.array([subset.dataset for subset in self.subsets])[self.subset]
 
 
-def build_table(configs: Sequence[DatasetConfig], on_bad_image: str = "refuse") -> PictureTable:
-    """Index, caption and place every picture. Raises UserError if a dataset has nothing to train on."""
+def build_table(configs: Sequence[DatasetConfig], on_bad_image: str = "refuse", seed: int = 0) -> PictureTable:
+    """Index, caption and place every picture. Raises UserError if a dataset has nothing to train on.
+
+    `seed` chooses the pictures held out for validation where validation_seed is not given.
+    """
     index = index_folders([subset.image_dir for config in configs for subset in config.subsets], on_bad_image)
     subsets: list[Subset] = []
     for number, config in enumerate(configs):
@@ -96,6 +106,13 @@ def build_table(configs: Sequence[DatasetConfig], on_bad_image: str = "refuse") 
     row_subset = np.repeat(np.arange(len(subsets), dtype=np.int32), [len(part) for part in pictures])
     names = [name for part in pictures for name in part.names]
     buckets, columns = _place(list(configs), subsets, row_subset, sizes, names)
+    held_out = hold_out(
+        configs,
+        dataset=np.array([subset.dataset for subset in subsets])[row_subset],
+        is_reg=np.array([subset.config.is_reg for subset in subsets])[row_subset],
+        path=lambda row: subsets[row_subset[row]].config.image_dir / names[row],
+        seed=seed,
+    )
     return PictureTable(
         configs=list(configs),
         subsets=subsets,
@@ -104,7 +121,8 @@ def build_table(configs: Sequence[DatasetConfig], on_bad_image: str = "refuse") 
         captions=[caption for subset, part in zip(subsets, pictures) for caption in _captions(subset.config, part)],
         subset=row_subset,
         sizes=sizes,
-        repeats=np.concatenate([_repeats(subsets, number) for number in range(len(configs))]),
+        repeats=np.concatenate([_repeats(subsets, number, held_out) for number in range(len(configs))]),
+        held_out=held_out,
         **columns,
     )
 
@@ -150,15 +168,17 @@ def _name_misfits(misfits: list[tuple[str, tuple[int, int, int], Placement]]) ->
         log.warning("%d pictures are so long or small that most is cut away or made up: %s%s", len(misfits), named, more)
 
 
-def _repeats(subsets: list[Subset], dataset: int) -> np.ndarray:
+def _repeats(subsets: list[Subset], dataset: int, held_out: np.ndarray) -> np.ndarray:
     """Uses an epoch of each row of a dataset.
 
-    Training pictures: num_repeats of their subset. Regularisation pictures are used as often as training pictures in
-    all: each with its own num_repeats until that number is reached, then one more each in turn, in order.
+    Pictures held out: none. Training pictures: num_repeats of their subset. Regularisation pictures are used as often as
+    training pictures in all: each with its own num_repeats until that number is reached, then one more each in turn, in order.
     """
     own = [subset for subset in subsets if subset.dataset == dataset]
     repeats = np.concatenate([np.full(s.end - s.start, s.config.num_repeats, dtype=np.int32) for s in own])
     is_reg = np.concatenate([np.full(s.end - s.start, s.config.is_reg) for s in own])
+    held = np.concatenate([held_out[s.start:s.end] for s in own])
+    repeats[held] = 0
     total = int(repeats[~is_reg].sum(dtype=np.int64))
     if total > MAX_USES:
         raise UserError(
@@ -166,6 +186,7 @@ def _repeats(subsets: list[Subset], dataset: int) -> np.ndarray:
         )
     if not total:
         raise UserError(f"dataset {dataset + 1} has no pictures to train on, only is_reg subsets or none usable; add a subset")
+    is_reg &= ~held
     if is_reg.any():
         repeats[is_reg] = balanced(repeats[is_reg], total)
         unused = int((repeats[is_reg] == 0).sum())

@@ -23,6 +23,8 @@ from library.training.options import LossOptions, ModelOptions, NetworkOptions, 
 # What loaders need to use a file; all that --no_metadata leaves.
 MINIMUM = ("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args", "ss_v2", "ss_base_model_version")
 
+IDENTITY = ("ss_session_id", "ss_training_started_at", "modelspec.date")
+
 
 class RunMetadata:
     """The metadata of one run; `at` gives that of a file saved at a moment of it."""
@@ -33,6 +35,14 @@ class RunMetadata:
         # Hashing a model of several GB takes seconds, which training need not wait for.
         self._executor = ThreadPoolExecutor(max_workers=1)
         self._model_facts = self._executor.submit(model_facts)
+
+    def identity(self) -> dict[str, Any]:
+        """What a run keeps when it is resumed: its number and when it began."""
+        return {key: self.facts[key] for key in IDENTITY}
+
+    def take_identity(self, identity: Mapping[str, Any]) -> None:
+        """Be that run, going on."""
+        self.facts |= {key: identity[key] for key in IDENTITY}
 
     def at(self, step: int, epoch: int) -> dict[str, str]:
         """Metadata for a file saved after `step` optimizer steps; epoch: 1-based at an epoch's end, else epochs finished."""
@@ -71,6 +81,7 @@ def run_facts(
         "ss_unet_lr": rates.unet_lr,
         "ss_num_train_images": sum(d.num_train_images for d in datasets),
         "ss_num_reg_images": sum(d.num_reg_images for d in datasets),
+        "ss_num_validation_images": sum(d.num_validation_images for d in datasets),
         "ss_num_batches_per_epoch": batches_per_epoch,
         "ss_num_epochs": epochs,
         "ss_gradient_checkpointing": training.gradient_checkpointing,
@@ -103,6 +114,10 @@ def run_facts(
         "ss_face_crop_aug_range": cache.face_crop_aug_range,
         "ss_training_comment": options.output.training_comment,
         "ss_sd_scripts_commit_hash": commit_hash(),
+    }
+    facts |= {
+        f"ss_{name}": getattr(options.validation, name)
+        for name in ("validation_seed", "validation_split", "max_validation_steps", "validate_every_n_epochs", "validate_every_n_steps")
     }
     if network.network_args:
         facts["ss_network_args"] = parse_network_args(network.network_args)

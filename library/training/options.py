@@ -212,6 +212,31 @@ class PrecisionOptions(OptionGroup):
     dynamo_backend: str = Field("inductor", description="back end of torch_compile")
 
 
+class ValidationOptions(OptionGroup):
+    """Validation, early stopping, averaged weights"""
+
+    validation_split: float = Field(0.0, ge=0, lt=1, description="share of the pictures that is held out and validated with")
+    validation_seed: int | None = Field(None, description="seed of what is held out and of the noise it is measured with; unset: seed")
+    validate_every_n_steps: Count | None = Field(None, description="validate after every Nth step")
+    validate_every_n_epochs: Count | None = Field(None, description="validate after every Nth epoch; unset: every epoch")
+    max_validation_steps: Count | None = Field(None, description="most batches of one validation")
+    early_stopping_patience: Count | None = Field(None, description="end the run after so many validations without a better one")
+    ema_decay: float | None = Field(None, gt=0, lt=1, description="average the weights over the steps, and use the average; 0.99 to 0.9999")
+
+
+class StateOptions(OptionGroup):
+    """Saving and resuming the state"""
+
+    save_state: bool = Field(False, description="save the state of the run with every file, and at the end")
+    save_state_on_train_end: bool = Field(False, description="save it at the end only")
+    save_last_n_epochs_state: int | None = Field(None, ge=0, description="keep only this many epoch states; unset: save_last_n_epochs")
+    save_last_n_steps_state: int | None = Field(None, ge=0, description="remove step states older than this; unset: save_last_n_steps")
+    resume: str | None = Field(None, description="state folder to go on from, or the folder that holds them")
+    initial_epoch: Count | None = Field(None, description="epoch to begin with, from 1")
+    initial_step: int | None = Field(None, ge=0, description="step to begin after; beats initial_epoch")
+    skip_until_initial_step: bool = Field(False, description="leave out the data before it; else its epoch begins anew")
+
+
 class OutputOptions(OptionGroup):
     """Output"""
 
@@ -260,6 +285,8 @@ class TrainNetworkOptions(BaseModel):
     training: TrainingOptions
     loss: LossOptions
     precision: PrecisionOptions
+    validation: ValidationOptions
+    state: StateOptions
     output: OutputOptions
     previews: PreviewOptions
     logs: LogOptions
@@ -296,6 +323,8 @@ def contradictions(options: TrainNetworkOptions) -> list[str]:
          "--dynamo_backend no switches off what --torch_compile asks for; take out one of them"),
         ((previews.sample_every_n_epochs or previews.sample_every_n_steps or previews.sample_at_first) and not previews.sample_prompts,
          "--sample_every_n_epochs, --sample_every_n_steps and --sample_at_first need --sample_prompts"),
+        (options.state.skip_until_initial_step and not (options.state.resume or options.state.initial_step or options.state.initial_epoch),
+         "--skip_until_initial_step needs --initial_step, --initial_epoch or --resume"),
         (logs.log_with in ("wandb", "all"), f"--log_with {logs.log_with}: wandb is not built yet; use --log_with tensorboard"),
         (logs.log_with and not logs.logging_dir, "--log_with tensorboard needs --logging_dir"),
     ]  # fmt: skip

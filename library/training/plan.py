@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from library.training.options import TrainNetworkOptions
+from library.errors import UserError
+from library.training.options import StateOptions, TrainNetworkOptions
 
 
 @dataclass(frozen=True)
@@ -38,3 +39,37 @@ class Plan:
     def ends_step(self, position: int) -> bool:
         """Whether the weights change after the batch at this position."""
         return (position + 1) % self.accumulation == 0 or position + 1 == self.batches_per_epoch
+
+    def epoch_of(self, step: int) -> int:
+        """The epoch, from 1, to which the step after `step` steps belongs."""
+        return step // self.steps_per_epoch + 1
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: after so many steps, with the batch at a position of an epoch. Everything counts from there."""
+
+    step: int = 0
+    epoch: int = 1
+    position: int = 0
+
+    @classmethod
+    def of(cls, options: StateOptions, plan: Plan, resumed: Start | None) -> Start:
+        """Where the resumed state is, else where --initial_step (or --initial_epoch) says.
+
+        These two win over a state's own place. With --skip_until_initial_step the data before the step are left out, else its
+        epoch begins anew. Raises UserError if nothing is left to do.
+        """
+        start = resumed or cls()
+        step = options.initial_step
+        if step is None and options.initial_epoch is not None:
+            step = (options.initial_epoch - 1) * plan.steps_per_epoch
+        if step is not None and step != start.step:
+            position = step % plan.steps_per_epoch * plan.accumulation if options.skip_until_initial_step else 0
+            start = cls(step, plan.epoch_of(step), position)
+        if start.step >= plan.max_steps:
+            raise UserError(
+                f"{start.step} steps are done and {plan.max_steps} are asked for in all, so nothing is left to train; "
+                "raise --max_train_steps or --max_train_epochs"
+            )
+        return start

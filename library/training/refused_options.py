@@ -6,7 +6,7 @@ They are refused by name: a run that ignored one would look fine and be wrong. R
 from library.command_line import Refused
 
 _NOT_YET = "it is not built yet; take it off the command line or out of the config file"
-_NO_RESUME = "saving and resuming the optimizer's state is not built yet; continue from a file with --network_weights"
+_NO_RESUME = "uploading is not built yet; fetch the state with `hf download` and give its folder to --resume"
 _DEEPSPEED = "DeepSpeed is not supported; a LoRA run fits one card, see --gradient_checkpointing"
 _HUB = "uploading is not built yet; upload the file from --output_dir with `hf upload`"
 _METADATA = "title, author and so on are not written yet; use --training_comment"
@@ -40,17 +40,8 @@ _REASONS: dict[str, str] = {
     "dataset_class": _NOT_YET,
     "in_json": "datasets from a metadata JSON are not built yet; put captions into text files beside the pictures",
     **dict.fromkeys(["masked_loss", "conditioning_data_dir"], _NOT_YET),
-    **dict.fromkeys(
-        ["validation_seed", "validation_split", "validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps"], _NOT_YET
-    ),
     # state
-    **dict.fromkeys(
-        [
-            "save_state", "save_state_on_train_end", "save_last_n_epochs_state", "save_last_n_steps_state", "resume",
-            "resume_from_huggingface", "skip_until_initial_step", "initial_epoch", "initial_step",
-        ],
-        _NO_RESUME,
-    ),
+    "resume_from_huggingface": _NO_RESUME,
     # precision, memory and speed
     "cpu_offload_checkpointing": "it does not exist for Stable Diffusion 1.x and 2.x; use --gradient_checkpointing",
     # processes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from functools import partial
 from pathlib import Path
@@ -23,11 +22,12 @@ from library.generation.prompts import PromptSpec, read_prompt_file
 from library.sd.model import StableDiffusion, encode_text, load_stable_diffusion, vae_fingerprint
 from library.sd.text import load_tokenizer, tokenize, tokenize_weighted
 from library.training.compiling import check_backend
+from library.training.ema import make_average, weights_in_use
 from library.training.fused_backward import check_fused_backward, step_in_backward
 from library.training.memory import compile_model, free_what_rests, pack_frozen_weights
 from library.training.metadata import RunMetadata, all_model_facts, run_facts
 from library.training.network import TrainedNetwork, build_network, check_network_args
-from library.training.optimizers import create_optimizer, weights_to_use
+from library.training.optimizers import create_optimizer
 from library.training.options import TrainNetworkOptions
 from library.training.plan import Plan
 from library.training.precision import HalfGradScaler, check_half_weights, trained_dtype
@@ -35,19 +35,23 @@ from library.training.previews import Previews
 from library.training.randomness import seed_everything
 from library.training.saving import ModelFiles
 from library.training.schedules import create_schedule, schedule_facts
+from library.training.resume import ResumedState, begin_at, check_start, chosen_seed, open_state
+from library.training.state import StateFiles
 from library.training.tracking import Tracker, logging_folder, write_loss_plot
 from library.training.trainer import Trainer
+from library.training.validation import Validation, open_validation, validation_timesteps
 
 
 def train(options: TrainNetworkOptions) -> int:
     """Train as the options say. Returns the exit code: 0, or 130 after Ctrl-C."""
-    seed = secrets.randbelow(2**32) if options.training.seed is None else options.training.seed
+    resumed = open_state(options)
+    seed = chosen_seed(options, resumed)
     dataset = open_dataset(options, seed)
     print(dataset.bucket_table())
     if options.data.debug_dataset:
         print(f"the pictures are in {write_debug_sheet(dataset, Path(options.output.output_dir))}")
         return 0
-    trainer = prepare(options, dataset, seed)
+    trainer = prepare(options, dataset, seed, resumed)
     started = time.perf_counter()
     finished = trainer.run()
     summarize(trainer, finished, time.perf_counter() - started)
@@ -79,14 +83,14 @@ def open_dataset(options: TrainNetworkOptions, seed: int) -> TrainingDataset:
 
 def dataset_defaults(options: TrainNetworkOptions) -> DatasetDefaults:
     """What the command line says about datasets, for every key that a dataset file leaves open."""
-    given = {**options.data.model_dump(), **options.captions.model_dump(), **options.augmentation.model_dump()}
+    given = {**options.data.model_dump(), **options.captions.model_dump(), **options.augmentation.model_dump(), **options.validation.model_dump()}
     given |= {"batch_size": given["train_batch_size"], "num_repeats": given["dataset_repeats"]}
     if given["caption_extention"]:
         given["caption_extension"] = given["caption_extention"]
     return DatasetDefaults(**{key: value for key, value in given.items() if key in DatasetDefaults.model_fields})
 
 
-def prepare(options: TrainNetworkOptions, dataset: TrainingDataset, seed: int) -> Trainer:
+def prepare(options: TrainNetworkOptions, dataset: TrainingDataset, seed: int, resumed: ResumedState | None = None) -> Trainer:
     """Everything between the pictures and the first step."""
     accelerator = make_accelerator(options)
     specs = preview_specs(options, dataset)
@@ -95,13 +99,16 @@ def prepare(options: TrainNetworkOptions, dataset: TrainingDataset, seed: int) -
     if options.precision.torch_compile:
         check_backend(options.precision.dynamo_backend, accelerator.device)
     dataset.max_train_steps = plan.max_steps
+    held_out = open_validation(options.validation, dataset)
+    start = check_start(options, plan, dataset, accelerator, resumed)
 
     model = load_model(options, accelerator)
-    cache_latents(options, dataset, model)
+    for part in filter(None, (dataset, held_out)):
+        cache_latents(options, part, model)
     seed_everything(seed)
     network = build_network(options.network, options.optimizer, model)
     network.module.to(accelerator.device, trained_dtype(options))
-    text_cache = cache_text(options, dataset, model, network)
+    text_cache = cache_text(options, [part for part in (dataset, held_out) if part], model, network)
     free_what_rests(options, model, vae_rests=dataset.latents is not None, text_encoder_rests=text_cache is not None)
     if options.training.gradient_checkpointing:
         enable_gradient_checkpointing(model, network)
@@ -113,7 +120,8 @@ def prepare(options: TrainNetworkOptions, dataset: TrainingDataset, seed: int) -
     schedule = create_schedule(options.optimizer, optimizer, plan.max_steps)
     if options.optimizer.fused_backward_pass:
         step_in_backward(optimizer, options.optimizer.max_grad_norm)
-    in_use = partial(weights_to_use, optimizer)
+    average = make_average(options.validation, network.parameters, optimizer)
+    in_use = partial(weights_in_use, optimizer, average)
     network.module.prepare_grad_etc(model.text_encoder, model.unet)
     tracker = Tracker(accelerator, options.logs)
     facts = run_facts(
@@ -121,16 +129,25 @@ def prepare(options: TrainNetworkOptions, dataset: TrainingDataset, seed: int) -
         epochs=plan.epochs, max_train_steps=plan.max_steps, processes=accelerator.num_processes,
     ) | schedule_facts(options.optimizer, optimizer)  # fmt: skip
     print_plan(options, plan, network, seed)
-    return Trainer(
+    files = ModelFiles(options.output, in_use)
+    trainer = Trainer(
         options=options, accelerator=accelerator, model=model, network=network, dataset=dataset,
         loader=make_loader(
             dataset, num_workers=options.augmentation.max_data_loader_n_workers,
             persistent=options.augmentation.persistent_data_loader_workers, pin_memory=accelerator.device.type == "cuda",
         ),
         text_cache=text_cache, optimizer=accelerator.prepare(optimizer), schedule=schedule, plan=plan, seed=seed,
-        files=ModelFiles(options.output, in_use), metadata=RunMetadata(facts, lambda: all_model_facts(options.model), options.output.no_metadata),
+        files=files, metadata=RunMetadata(facts, lambda: all_model_facts(options.model), options.output.no_metadata),
         previews=Previews(options, specs, model, network.module, accelerator, tracker, in_use), tracker=tracker,
+        states=StateFiles(options.state, files),
+        weights_to_use=in_use, average=average,
+        validation=Validation(
+            held_out, options.validation, accelerator, seed=seed, timesteps=validation_timesteps(options.loss.min_timestep, options.loss.max_timestep),
+            num_workers=options.augmentation.max_data_loader_n_workers,
+        ) if held_out else None,
     )  # fmt: skip
+    begin_at(trainer, start, resumed)
+    return trainer
 
 
 def make_accelerator(options: TrainNetworkOptions) -> Accelerator:
@@ -215,12 +232,13 @@ def cache_latents(options: TrainNetworkOptions, dataset: TrainingDataset, model:
 
 
 def cache_text(
-    options: TrainNetworkOptions, dataset: TrainingDataset, model: StableDiffusion, network: TrainedNetwork
+    options: TrainNetworkOptions, datasets: list[TrainingDataset], model: StableDiffusion, network: TrainedNetwork
 ) -> TextCache | None:
     """Encode all captions once, if the text encoder is not trained and the captions do not change without end."""
-    variants = None if network.trains_text_encoder else dataset.caption_variants()
-    if variants is None:
+    found = [None if network.trains_text_encoder else dataset.caption_variants() for dataset in datasets]
+    if None in found:
         return None
+    variants = [caption for captions in found for caption in captions]
     captions = options.captions
 
     @torch.no_grad()
@@ -266,15 +284,22 @@ def summarize(trainer: Trainer, finished: bool, seconds: float) -> None:
     last = files.written[-1]
     peak = peak_memory_bytes(trainer.accelerator.device)
     rows = [("LoRA" if finished else "LoRA so far", str(last)), ("loss plot", str(plot))]
+    if trainer.validations.best is not None:
+        step, loss = trainer.validations.best
+        rows.append(("best", f"{files.best_path()} (validation loss {loss:.5f} after step {step})"))
     rows += [("also saved", str(path)) for path in files.written[:-1]]
     if losses.average is not None:
         rows.append(("loss", f"{losses.average:.4f} (mean of the last epoch)"))
-    rows.append(("speed", f"{trainer.seconds_per_step:.3f} s a step, {trainer.step} steps in {seconds:.0f} s"))
+    rows.append(("speed", f"{trainer.seconds_per_step:.3f} s a step, {trainer.step - trainer.first_step} steps in {seconds:.0f} s"))
     if peak:
         rows.append(("peak memory", f"{peak / 2**30:.2f} GiB"))
     if trainer.skipped:
         rows.append(("skipped", f"{trainer.skipped} batches whose loss was not finite"))
-    if not finished:
+    if finished and trainer.step < trainer.plan.max_steps:
+        rows.append(("stopped early", f"after step {trainer.step}: {trainer.validations.without_improvement} validations were not better"))
+    if not finished and trainer.states.at_end:
+        rows.append(("to go on", f"run the same command with --resume={trainer.states.step_path(trainer.step)}"))
+    elif not finished:
         rows.append(("to go on", f"run the same command with --network_weights={last} --dim_from_weights"))
     width = max(len(name) for name, _ in rows)
     tqdm.write("")

@@ -53,6 +53,10 @@ class ModelFiles:
         """`name.safetensors`; without --output_name: `last.safetensors`."""
         return self._path(self.options.output_name or "last")
 
+    def best_path(self) -> Path:
+        """`name-best.safetensors`; without --output_name: `best.safetensors`."""
+        return self._path(f"{self.options.output_name}-best" if self.options.output_name else "best")
+
     def _path(self, stem: str) -> Path:
         return self.folder / f"{stem}.{self.options.save_model_as}"
 
@@ -71,7 +75,7 @@ class ModelFiles:
             except ValueError as error:
                 raise RunFailed(f"{path} was not written: {error}") from error
             check_finite(temporary, path)
-        self.written.append(path)
+        self.written = [other for other in self.written if other != path] + [path]
 
     def remove_old_epoch(self, epoch: int, interval: int) -> None:
         """After the save of `epoch`: keep the last --save_last_n_epochs epoch files."""

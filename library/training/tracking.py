@@ -7,6 +7,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,6 +73,18 @@ class LossRecord:
         self.steps.append(pending.step)
         self.values.append(value)
 
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """All that was read, as tensors and as data for JSON."""
+        tensors = {"steps": torch.tensor(self.steps, dtype=torch.int64), "values": torch.tensor(self.values, dtype=torch.float64)}
+        return tensors, {"sum": self._sum, "recent": len(self._recent)}
+
+    def load_state(self, tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> None:
+        """Put back what `state` gave."""
+        self.steps, self.values = tensors["steps"].tolist(), tensors["values"].tolist()
+        self._recent.clear()
+        self._recent.extend(self.values[len(self.values) - numbers["recent"] :])
+        self._sum = numbers["sum"]
+
     @property
     def current(self) -> float | None:
         """The newest loss that was read."""
@@ -123,6 +136,14 @@ class Tracker:
         """The mean loss over the epoch."""
         if self.active and losses.average is not None:
             self.accelerator.log({"loss/epoch_average": losses.average}, step=epoch)
+
+    def log_validation(self, name: str, at: int, loss: float, losses: LossRecord) -> None:
+        """A validation's loss by step or by epoch (`name`), and how far it is above that of training."""
+        if self.active:
+            tags = {f"loss/validation/{name}_average": loss}
+            if losses.average is not None:
+                tags[f"loss/validation/{name}_divergence"] = loss - losses.average
+            self.accelerator.log(tags, step=at)
 
     def log_pictures(self, step: int, pictures: dict[str, Image.Image]) -> None:
         """Sample pictures by tag."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -17,6 +20,9 @@ from library.data.text_cache import TextCache
 from library.errors import RunFailed, UserError
 from library.sd.model import StableDiffusion, encode_image, predict_noise
 from library.sd.text import encode_text
+from library.training import diffusion
+from library.training.compatible import fingerprint
+from library.training.ema import ExponentialAverage
 from library.training.interrupt import stop_on_interrupt
 from library.training.loss import Objective
 from library.training.metadata import RunMetadata
@@ -27,7 +33,10 @@ from library.training.plan import Plan
 from library.training.previews import Previews
 from library.training.randomness import seed_everything
 from library.training.saving import ModelFiles
+from library.training.snapshot import capture
+from library.training.state import StateFiles, write_state
 from library.training.tracking import LossRecord, Tracker, describe_nonfinite
+from library.training.validation import Validation, ValidationRecord, evaluating
 
 
 LESS_MEMORY = "use --gradient_checkpointing, --cache_latents, --network_train_unet_only, a smaller batch or --optimizer_type=AdamW8bit"
@@ -52,42 +61,66 @@ class Trainer:
     metadata: RunMetadata
     previews: Previews
     tracker: Tracker
+    states: StateFiles
+    weights_to_use: Callable[[], AbstractContextManager]  # in it the network holds what is validated, drawn with and saved
+    average: ExponentialAverage | None = None
+    validation: Validation | None = None
 
     def __post_init__(self) -> None:
         self.objective = Objective(self.options.loss, self.model.v_parameterization, self.accelerator.device)
         self.losses = LossRecord(window=self.plan.batches_per_epoch)
-        self.step = 0
-        self.epoch = 0
+        self.validations = ValidationRecord()
+        self.step = 0  # steps done
+        self.epoch, self.position = 1, 0  # the epoch, from 1, and how many of its batches were used
+        self.next = (1, 0)  # the same for a run that goes on from the newest step: at an epoch's end it begins the next one
         self.skipped = 0
         self.has_gradients = False
+        self.asked_to_stop = lambda: False
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """By which a state is known to be one of this run."""
+        return fingerprint(self.options, self.dataset.table, self.model, self.accelerator.num_processes)
 
     def run(self) -> bool:
         """Train to the last step. Returns False if Ctrl-C ended it early; the network is saved either way."""
-        self.previews.at_first()
-        started = time.perf_counter()
-        progress = tqdm(total=self.plan.max_steps, unit="step", desc="training", smoothing=0.1)
-        with stop_on_interrupt() as asked_to_stop, self._rescue(), progress:
-            for self.epoch in range(1, self.plan.epochs + 1):
-                self._set_training_mode()
-                self.network.module.on_epoch_start(self.model.text_encoder, self.model.unet)
-                for position, batch in enumerate(self.loader.epoch(self.epoch)):
-                    self._start_step(position)
-                    self._backward(batch, position)
-                    if not self.plan.ends_step(position):
+        if not self.step:
+            self.previews.at_first()
+        started, self.first_step = time.perf_counter(), self.step
+        progress = tqdm(total=self.plan.max_steps, initial=self.step, unit="step", desc="training", smoothing=0.1)
+        with stop_on_interrupt() as self.asked_to_stop, self._rescue(), progress:
+            for self.epoch in range(self.epoch, self.plan.epochs + 1):
+                self._start_epoch()
+                for batch in self._rest_of_epoch():
+                    self._start_step()
+                    self._backward(batch)
+                    self.position += 1
+                    if not self.plan.ends_step(self.position - 1):
                         continue
                     self._update()
                     progress.update()
                     self._after_step(progress)
-                    if asked_to_stop() or self.step >= self.plan.max_steps:
+                    if self._is_over():
                         break
-                if asked_to_stop():
+                if self.asked_to_stop() or self._stops_early():
                     break
                 self._after_epoch()
+                if self._is_over():
+                    break
+                self.position = 0
             self.losses.flush()
-        self.seconds_per_step = (time.perf_counter() - started - self.previews.seconds) / max(1, self.step)
-        finished = self.step >= self.plan.max_steps
-        self._save_last(finished)
+            aside = self.previews.seconds + (self.validation.seconds if self.validation else 0.0)
+            self.seconds_per_step = (time.perf_counter() - started - aside) / max(1, self.step - self.first_step)
+            finished = self.step >= self.plan.max_steps or self._stops_early()
+            self._save_last(finished)
         return finished
+
+    def _is_over(self) -> bool:
+        return self.step >= self.plan.max_steps or self.asked_to_stop() or self._stops_early()
+
+    def _stops_early(self) -> bool:
+        """Whether --early_stopping_patience ends the run."""
+        return self.validations.is_exhausted(self.options.validation.early_stopping_patience)
 
     @contextmanager
     def _rescue(self):
@@ -111,23 +144,29 @@ class Trainer:
                 return f"; what was trained until then is in {path}"
         return ""
 
-    def _set_training_mode(self) -> None:
+    def _start_epoch(self) -> None:
         """The network trains; the frozen model is in training mode only where gradient checkpointing asks for it (it has no dropout)."""
         self.network.module.train()
         checkpointing = self.options.training.gradient_checkpointing
         self.model.unet.train(checkpointing)
         self.model.text_encoder.train(checkpointing and self.network.trains_text_encoder)
+        seed_everything(self.seed, self.epoch)
+        self.network.module.on_epoch_start(self.model.text_encoder, self.model.unet)
 
-    def _start_step(self, position: int) -> None:
+    def _rest_of_epoch(self) -> Iterator[Batch]:
+        """The batches of this epoch from the position on: all of them, unless the run is resumed within it."""
+        return self.loader.epoch(self.epoch, self.position) if self.position < self.plan.batches_per_epoch else iter(())
+
+    def _start_step(self) -> None:
         """Let a network that draws something for each step, as DyLoRA its rank, do so: once a step, alike in all processes."""
         hook = getattr(self.network.module, "on_step_start", None)
-        if hook is not None and self.plan.starts_step(position):
-            seed_everything(self.seed, self.epoch, position)
+        if hook is not None and self.plan.starts_step(self.position):
+            seed_everything(self.seed, self.epoch, self.position)
             hook(self.model.text_encoder, self.model.unet)
 
-    def _backward(self, batch: Batch, position: int) -> None:
+    def _backward(self, batch: Batch) -> None:
         """Forward and backward of one batch; its loss is divided by the number of batches in its step."""
-        seed_everything(self.seed, self.epoch, position, self.accelerator.process_index)
+        seed_everything(self.seed, self.epoch, self.position, self.accelerator.process_index)
         loss = self.loss(batch)
         if self.options.training.on_nonfinite_loss == "skip" and not torch.isfinite(loss):
             self.skipped += 1
@@ -135,7 +174,7 @@ class Trainer:
             return
         self.losses.add(self.step + 1, loss, batch.paths)
         self.has_gradients = True
-        self.accelerator.backward(loss / self.plan.group_size(position))
+        self.accelerator.backward(loss / self.plan.group_size(self.position))
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """The diffusion loss of a batch, a float32 scalar on the device."""
@@ -145,6 +184,14 @@ class Trainer:
             prediction = predict_noise(self.model.unet, noised.noisy, noised.t, context)
         losses = self.objective.losses(prediction, noised)
         return (losses * batch.loss_weights.to(losses.device, non_blocking=True)).mean()
+
+    def _validation_losses(self, batch: Batch, noise_of: Callable[[torch.Size], torch.Tensor], t: torch.Tensor) -> torch.Tensor:
+        """Squared errors (B,) at given noise and timesteps, without any weights, so that runs can be compared."""
+        latents = self._latents(batch)
+        noise, alphas, v = noise_of(latents.shape), self.objective.alphas, self.model.v_parameterization
+        with self.accelerator.autocast():
+            prediction = predict_noise(self.model.unet, diffusion.add_noise(latents, noise, t, alphas), t, self._context(batch))
+        return (prediction.float() - diffusion.target(latents, noise, t, alphas, v).float()).square().flatten(1).mean(dim=1)
 
     def _latents(self, batch: Batch) -> torch.Tensor:
         device, vae = self.accelerator.device, self.model.vae
@@ -160,7 +207,7 @@ class Trainer:
         if self.text_cache is not None:
             return self.text_cache.lookup(batch.captions).to(device, non_blocking=True)
         weights = None if batch.token_weights is None else batch.token_weights.to(device, non_blocking=True)
-        with torch.set_grad_enabled(self.network.trains_text_encoder), self.accelerator.autocast():
+        with torch.set_grad_enabled(self.network.trains_text_encoder and torch.is_grad_enabled()), self.accelerator.autocast():
             ids = batch.input_ids.to(device, non_blocking=True)
             return encode_text(self.model.text_encoder, ids, self.options.model.clip_skip, weights)
 
@@ -178,34 +225,74 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         if self.options.network.scale_weight_norms:
             self.network.module.apply_max_norm_regularization(self.options.network.scale_weight_norms, self.accelerator.device)
+        if self.average is not None:
+            self.average.update()
 
     def _after_step(self, progress: tqdm) -> None:
         self.step += 1
+        self.next = (self.epoch, self.position)
         if self.losses.current is not None:
             progress.set_postfix(loss=f"{self.losses.current:.4f}", average=f"{self.losses.average:.4f}", refresh=False)
         self.tracker.log_step(self.step, self.losses, self.schedule.get_last_lr(), self.network.group_names, found_rates(self.optimizer))
         interval = self.options.output.save_every_n_steps
-        if interval and self.step % interval == 0:
+        saves = bool(interval) and self.step % interval == 0
+        if saves:
             self._save(self.files.step_path(self.step), self.epoch - 1)
             self.files.remove_old_step(self.step, interval)
         self.previews.after_step(self.step)
+        if self.validation is not None and self.validation.due_after_step(self.step):
+            self._validate("step", self.step)
+        if saves and self.states.at_saves:  # last: a run that goes on from here does nothing of this step again
+            self._save_state(self.states.step_path(self.step))
+            self.states.remove_old_step(self.step, interval)
 
     def _after_epoch(self) -> None:
+        is_whole = self.position == self.plan.batches_per_epoch  # else --max_train_steps ended the run within it
         self.losses.flush()
         self.tracker.log_epoch(self.epoch, self.losses)
         interval = self.files.epoch_interval(self.plan.epochs)
-        if interval and self.epoch % interval == 0 and self.epoch < self.plan.epochs:
+        saves = bool(interval) and self.epoch % interval == 0 and self.epoch < self.plan.epochs
+        if saves:
             self._save(self.files.epoch_path(self.epoch), self.epoch)
             self.files.remove_old_epoch(self.epoch, interval)
         self.previews.after_epoch(self.epoch, self.step)
+        if is_whole and self.validation is not None and self.validation.due_after_epoch(self.epoch):
+            self._validate("epoch", self.epoch)
+        if is_whole:
+            self.next = (self.epoch + 1, 0)
+        if saves and self.states.at_saves:
+            self._save_state(self.states.epoch_path(self.epoch))
+            self.states.remove_old_epoch(self.epoch, interval)
+
+    def _validate(self, kind: str, number: int) -> None:
+        """Measure the loss on the pictures held out (once for the same weights), and keep the best file."""
+        if not self.validations.is_done_at(self.step):
+            with self.weights_to_use(), evaluating(self.network.module, self.model.unet, self.model.text_encoder):
+                loss = self.validation.loss(self._validation_losses)
+            is_best = self.validations.add(self.step, loss)
+            tqdm.write(f"validation after step {self.step}: {loss:.5f}{', the best so far' if is_best else ''}")
+            if is_best:
+                self._save(self.files.best_path(), self.epoch - 1)
+        self.losses.flush()
+        self.tracker.log_validation(kind, number, self.validations.history[-1][1], self.losses)
 
     def _save(self, path: Path, epoch: int) -> None:
         self.losses.flush()
         self.files.save(path, self.network.module, self.metadata.at(self.step, epoch))
         tqdm.write(f"saved {path}")
 
+    def _save_state(self, folder: Path) -> None:
+        write_state(folder, capture(self))
+        self.states.remove_leftovers()
+        tqdm.write(f"saved {folder}")
+
     def _save_last(self, finished: bool) -> None:
+        """The state first, so that no kill leaves a file that claims more than can be resumed; then the weights, validated."""
         if not self.step:
             raise RunFailed("stopped before the first step was done; nothing was saved")
+        if self.states.at_end:
+            self._save_state(self.states.final_path() if finished else self.states.step_path(self.step))
+        if finished and self.validation is not None and not self.validations.is_done_at(self.step):
+            self._validate("step", self.step)
         path = self.files.final_path() if finished else self.files.step_path(self.step)
         self._save(path, self.plan.epochs if finished else self.epoch - 1)

@@ -311,7 +311,7 @@ BASE = [
 ERRORS = {  # the message's beginning as the pages have it -> words that bring it about
     "unknown option '--learning_rat'": ["--learning_rat=1e-4"],
     "unexpected word 'cat'": ["--train_data_dir=my", "cat"],
-    "--save_state is not supported": ["--save_state"],
+    "--cpu_offload_checkpointing is not supported": ["--cpu_offload_checkpointing"],
     "there is no file or folder": ["--pretrained_model_name_or_path=nothing.safetensors"],
     "... is no file of weights": ["--pretrained_model_name_or_path=broken.safetensors"],
     "... is a web page": ["--pretrained_model_name_or_path=page.safetensors"],
@@ -326,6 +326,8 @@ ERRORS = {  # the message's beginning as the pages have it -> words that bring i
     "... has rank 4 in the weights": ["--network_weights=out/mine.safetensors", "--network_dim=8"],
     "--sample_every_n_epochs,": ["--sample_every_n_steps=1"],
     "--sample_prompts nothing.txt": ["--sample_prompts=nothing.txt", "--sample_at_first"],
+    "--resume nowhere": ["--resume=nowhere"],
+    "--early_stopping_patience needs": ["--early_stopping_patience=1"],
     "the loss is nan at step": ["--learning_rate=1e30", "--max_train_steps=4"],
 }
 NOTES = {

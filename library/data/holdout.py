@@ -1,0 +1,66 @@
+"""Which pictures are held out for validation. It follows from their names and the seed alone, never from their order."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from library.data.config_keys import DatasetConfig, SubsetConfig
+from library.errors import UserError
+
+# What makes a picture look different at each use; a held-out one is always shown the same way.
+_STILL = {
+    "is_reg": False, "shuffle_caption": False, "caption_dropout_rate": 0.0, "caption_dropout_every_n_epochs": 0,
+    "caption_tag_dropout_rate": 0.0, "token_warmup_step": 0.0, "color_aug": False, "flip_aug": False, "random_crop": False,
+    "face_crop_aug_range": None,
+}  # fmt: skip
+
+
+def hold_out(
+    configs: Sequence[DatasetConfig], dataset: np.ndarray, is_reg: np.ndarray, path: Callable[[int], Path], seed: int
+) -> np.ndarray:
+    """(n,) bool: the pictures that are not trained on but validated with.
+
+    dataset, is_reg: (n,) dataset number of each picture, and whether it is one for regularisation; path(row) is its file.
+    Of each dataset round(validation_split * pictures) are chosen, at least one and never all, by a checksum of the file name
+    without folder and suffix. So pictures of one name (one motif in two sizes, say) stay together. A file that is held out
+    in one dataset is held out in all. `seed` stands in for a validation_seed that is not given.
+    """
+    held = np.zeros(len(dataset), dtype=bool)
+    for number, config in enumerate(configs):
+        rows = np.flatnonzero((dataset == number) & ~is_reg).tolist()
+        if config.validation_split and len(rows) > 1:
+            own_seed = seed if config.validation_seed is None else config.validation_seed
+            held[_chosen({row: path(row).stem for row in rows}, config.validation_split, own_seed)] = True
+    if held.any():
+        files = {_real(path(row)) for row in np.flatnonzero(held).tolist()}
+        held |= np.array([_real(path(row)) in files for row in range(len(held))])
+    elif any(config.validation_split for config in configs):
+        raise UserError("validation_split holds out no picture, since no dataset has two of them; leave it out, or add pictures")
+    return held
+
+
+def _chosen(stems: dict[int, str], share: float, seed: int) -> list[int]:
+    """Rows of whole names, in the order of their checksums, until the share is reached; never all rows."""
+    wanted = min(max(1, round(len(stems) * share)), len(stems) - 1)
+    by_name: dict[str, list[int]] = {}
+    for row, stem in stems.items():
+        by_name.setdefault(stem, []).append(row)
+    chosen: list[int] = []
+    for stem in sorted(by_name, key=lambda stem: hashlib.sha256(f"{seed}/held out/{stem}".encode()).digest()):
+        if len(chosen) < wanted and len(chosen) + len(by_name[stem]) < len(stems):
+            chosen += by_name[stem]
+    return chosen
+
+
+def _real(path: Path) -> str:
+    return os.path.normcase(os.path.realpath(path))
+
+
+def still(subset: SubsetConfig) -> SubsetConfig:
+    """A subset's settings without anything that changes a picture or its caption from use to use."""
+    return subset.model_copy(update=_STILL)

@@ -1,0 +1,128 @@
+"""Whether a state belongs to the run that is to go on from it: same network, data and options, or what differs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from library.data.table import PictureTable
+from library.errors import UserError
+from library.sd.model import StableDiffusion
+from library.training.options import TrainNetworkOptions
+
+# Groups of options that decide what is trained. What is in no group here (output, previews, logs, ...) may always differ.
+GROUPS = ("model", "data", "captions", "augmentation", "network", "optimizer", "training", "loss", "validation")
+# These may differ too: they change nothing that is trained, or at most the rounding, or are compared in another way below.
+FREE = {
+    "xformers", "sdpa", "mem_eff_attn", "gradient_checkpointing", "vae_batch_size", "lowram", "highvram", "torch_compile", "dynamo_backend",
+    "dataset_config", "train_data_dir", "reg_data_dir", "in_json", "on_bad_image", "debug_dataset", "caption_extention", "cache_latents_to_disk",
+    "max_data_loader_n_workers", "persistent_data_loader_workers", "max_train_steps", "max_train_epochs", "seed", "on_nonfinite_loss",
+    "validate_every_n_steps", "validate_every_n_epochs", "early_stopping_patience",
+}  # fmt: skip
+# Files may have moved: their names count, not their folders.
+FILES = {"pretrained_model_name_or_path", "vae", "network_weights", "base_weights"}
+
+START_ANEW = "to go on from its weights with other settings, give --network_weights a saved file instead of --resume"
+
+
+def fingerprint(options: TrainNetworkOptions, table: PictureTable, model: StableDiffusion, processes: int) -> dict[str, Any]:
+    """What a state remembers of its run, as data for JSON."""
+    return {**early_fingerprint(options, table, processes), "model": model_digest(model)}
+
+
+def early_fingerprint(options: TrainNetworkOptions, table: PictureTable, processes: int) -> dict[str, Any]:
+    """The part of it that is known before the model is loaded."""
+    return {"options": option_values(options), "processes": processes, "data": data_digests(table), "settings": data_settings(table)}
+
+
+def option_values(options: TrainNetworkOptions) -> dict[str, Any]:
+    """The options that must stay the same."""
+    values = {name: value for group in GROUPS for name, value in getattr(options, group).model_dump(mode="json").items()}
+    values["cache_latents"] = values["cache_latents"] or values["cache_latents_to_disk"]
+    return {name: _file_names(value) if name in FILES else value for name, value in values.items() if name not in FREE}
+
+
+def _file_names(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_file_names(one) for one in value]
+    return value if value is None else Path(value).name
+
+
+def data_digests(table: PictureTable) -> dict[str, Any]:
+    """Numbers and checksums over the pictures, their captions and their cuts; not over what the files hold."""
+    cuts = hashlib.sha256()
+    for column in (table.bucket, table.sizes, table.resized, table.corner):
+        cuts.update(column.tobytes())
+    return {
+        "number of pictures": len(table),
+        "names of the pictures": _digest(table.names),
+        "captions": _digest(table.captions),
+        "sizes of the pictures": cuts.hexdigest(),
+        "repeats, or which pictures are held out": hashlib.sha256(table.repeats.tobytes()).hexdigest(),
+    }
+
+
+def data_settings(table: PictureTable) -> dict[str, Any]:
+    """Every key of every dataset and subset; of folders the name alone, since they may have moved."""
+    settings: dict[str, Any] = {}
+    for number, config in enumerate(table.configs, start=1):
+        values = config.model_dump(mode="json")
+        for part, subset in enumerate(values.pop("subsets"), start=1):
+            for key, value in subset.items():
+                value = Path(value).name if key in ("image_dir", "metadata_file") and value else value
+                settings[f"{key} of dataset {number}, subset {part}"] = value
+        settings |= {f"{key} of dataset {number}": value for key, value in values.items()}
+    return settings
+
+
+def model_digest(model: StableDiffusion) -> str:
+    """A checksum over the first numbers of every weight of the frozen model: quick, and it tells models apart."""
+    digest = hashlib.sha256()
+    for part in (model.unet, model.text_encoder, model.vae):
+        starts = [weight.detach().flatten()[:8].float() for weight in part.parameters()]
+        digest.update(torch.cat(starts).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _digest(texts: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode() + b"\0")
+    return digest.hexdigest()
+
+
+def check_same_run(record: Mapping[str, Any], now: dict[str, Any], folder: Path) -> None:
+    """UserError that names what differs between the state's run and this one."""
+    found = differences(record["run"], now)
+    if found:
+        more = f"; and {len(found) - 6} more" if len(found) > 6 else ""
+        raise UserError(f"--resume {folder} is the state of another run: {'; '.join(found[:6])}{more}; {START_ANEW}")
+
+
+def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs, in words. `now` may lack parts that are not known yet."""
+    return list(_differences(then, now))
+
+
+def _differences(then: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    for name, value in now["options"].items():
+        if name in then["options"] and then["options"][name] != value:
+            yield f"--{name} was {_shown(then['options'][name])} and is {_shown(value)}"
+    if then["processes"] != now["processes"]:
+        yield f"it was trained in {then['processes']} processes and now in {now['processes']}"
+    settings = {key: (then["settings"].get(key), now["settings"].get(key)) for key in {**then["settings"], **now["settings"]}}
+    yield from (f"{key} was {_shown(a)} and is {_shown(b)}" for key, (a, b) in settings.items() if a != b)
+    for name, value in now["data"].items():
+        if then["data"].get(name) != value:
+            numbers = f" ({then['data'].get(name)} then, {value} now)" if isinstance(value, int) else ""
+            yield f"the {name} changed{numbers}"
+    if now.get("model") not in (None, then["model"]):
+        yield "the base model has other weights"
+
+
+def _shown(value: Any) -> str:
+    return "unset" if value is None else str(value)

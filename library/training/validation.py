@@ -1,0 +1,153 @@
+"""The loss on pictures that are not trained on, always at the same noise and timesteps, so that its curve shows learning alone."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from library.data.dataset import Batch, TrainingDataset
+from library.data.loader import load_batches
+from library.errors import UserError
+from library.training.options import ValidationOptions
+from library.training.randomness import seed_everything, undisturbed
+
+TIMESTEPS = 4  # of each picture; the inner points of an even division of their range
+EPOCH = 1  # batches of the held-out pictures are always those of this epoch
+
+# (batch, noise of a shape, timesteps (B,)) -> losses (B,) of the pictures
+LossAt = Callable[[Batch, Callable[[torch.Size], Tensor], Tensor], Tensor]
+
+
+def validation_timesteps(low: int | None = None, high: int | None = None) -> list[int]:
+    """Where between --min_timestep and --max_timestep the loss is measured.
+
+    >>> validation_timesteps()
+    [200, 400, 600, 800]
+    """
+    low, high = low or 0, 1000 if high is None else high
+    return [low + (high - low) * number // (TIMESTEPS + 1) for number in range(1, TIMESTEPS + 1)]
+
+
+def fixed_noise(seed: int, names: list[str], timestep: int, shape: torch.Size) -> Tensor:
+    """N(0, 1) of a shape (B, C, h, w) on the CPU: each picture's own, whatever batch it is in, and another at each timestep."""
+    parts = []
+    for name in names:
+        number = hashlib.sha256(f"{seed}/validation/{name}/{timestep}".encode()).digest()[:7]
+        parts.append(torch.randn(shape[1:], generator=torch.Generator().manual_seed(int.from_bytes(number, "little"))))
+    return torch.stack(parts)
+
+
+def open_validation(options: ValidationOptions, dataset: TrainingDataset) -> TrainingDataset | None:
+    """The pictures held out; options of validation without any are refused."""
+    held_out = dataset.validation()
+    if held_out is not None:
+        count = int(dataset.table.validated().sum())
+        print(f"validation: {count} of {len(dataset.table)} pictures are held out, {held_out.num_batches} batches")
+        return held_out
+    for name in ("validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps", "early_stopping_patience"):
+        if getattr(options, name):
+            raise UserError(f"--{name} needs pictures to validate with; give --validation_split 0.1, say, or the key in the dataset file")
+    return None
+
+
+class Validation:
+    """Measures the loss on the pictures held out. `seed` decides their noise."""
+
+    def __init__(
+        self, dataset: TrainingDataset, options: ValidationOptions, accelerator: Accelerator, *, seed: int,
+        timesteps: list[int], num_workers: int,
+    ) -> None:  # fmt: skip
+        self.dataset, self.accelerator, self.timesteps, self.num_workers = dataset, accelerator, timesteps, num_workers
+        self.options = options
+        self.seconds = 0.0  # spent on validating so far
+        self.seed = seed if options.validation_seed is None else options.validation_seed
+        self.batches = min(dataset.num_batches, options.max_validation_steps or dataset.num_batches)
+
+    def due_after_step(self, step: int) -> bool:
+        """Whether --validate_every_n_steps asks for it."""
+        return bool(self.options.validate_every_n_steps) and step % self.options.validate_every_n_steps == 0
+
+    def due_after_epoch(self, epoch: int) -> bool:
+        """Whether --validate_every_n_epochs (unset: 1) asks for it."""
+        return epoch % (self.options.validate_every_n_epochs or 1) == 0
+
+    @torch.no_grad()
+    def loss(self, loss_at: LossAt) -> float:
+        """Mean over pictures and timesteps. Processes share the batches; no generator is left disturbed."""
+        started = time.perf_counter()
+        device, world = self.accelerator.device, self.accelerator.num_processes
+        positions = range(self.accelerator.process_index, self.batches, world)
+        losses = [torch.zeros(0, device=device)]
+        with undisturbed(device):
+            keys = [(EPOCH, position) for position in positions]
+            for batch in load_batches(self.dataset, keys, self.num_workers, device.type == "cuda") if keys else ():
+                seed_everything(self.seed, batch.key[1])  # for what the model itself draws: latents, if they are not cached
+                losses += [self._at(loss_at, batch, timestep) for timestep in self.timesteps]
+        found = torch.cat(losses).cpu().double()
+        total = torch.stack([found.sum(), torch.tensor(float(len(found)), dtype=torch.float64)]).to(device)
+        if world > 1:
+            total = self.accelerator.reduce(total, reduction="sum")
+        self.seconds += time.perf_counter() - started
+        return (total[0] / total[1]).item()
+
+    def _at(self, loss_at: LossAt, batch: Batch, timestep: int) -> Tensor:
+        device = self.accelerator.device
+        names = [f"{path.replace(chr(92), '/').rpartition('/')[2]}/{batch.size}" for path in batch.paths]
+        steps = torch.full((len(names),), timestep, device=device)
+        return loss_at(batch, lambda shape: fixed_noise(self.seed, names, timestep, shape).to(device), steps).float()
+
+
+@dataclass
+class ValidationRecord:
+    """The validations of a run. The best is the lowest loss; an equal one later does not replace it."""
+
+    history: list[tuple[int, float]] = field(default_factory=list)  # (step, loss)
+    best: tuple[int, float] | None = None
+    without_improvement: int = 0  # validations since the best
+
+    def add(self, step: int, loss: float) -> bool:
+        """Note a validation; returns whether it is the best so far. NaN never is."""
+        self.history.append((step, loss))
+        is_best = loss == loss and (self.best is None or loss < self.best[1])
+        self.best = (step, loss) if is_best else self.best
+        self.without_improvement = 0 if is_best else self.without_improvement + 1
+        return is_best
+
+    def is_done_at(self, step: int) -> bool:
+        """Whether these weights were validated already."""
+        return bool(self.history) and self.history[-1][0] == step
+
+    def is_exhausted(self, patience: int | None) -> bool:
+        """Whether --early_stopping_patience ends the run."""
+        return patience is not None and self.without_improvement >= patience
+
+    def state(self) -> dict[str, Any]:
+        """All of it, as data for JSON."""
+        return {"history": self.history, "best": self.best, "without_improvement": self.without_improvement}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Put back what `state` gave."""
+        self.history = [(step, loss) for step, loss in state["history"]]
+        self.best = tuple(state["best"]) if state["best"] else None
+        self.without_improvement = state["without_improvement"]
+
+
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """No dropout in this block; afterwards every part of the modules is in the mode it was in."""
+    parts = [(part, part.training) for module in modules for part in module.modules()]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for part, training in parts:
+            part.training = training

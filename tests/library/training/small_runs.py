@@ -1,0 +1,83 @@
+"""Runs that take a tenth of a second: a model of two blocks that is made once and copied, and no loss plot.
+
+What a run does is all there; only the frozen model is smaller than any that could be in a file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+from safetensors import safe_open
+
+from library.sd.model import StableDiffusion
+from library.sd.small import small_stable_diffusion
+from library.training import run as run_module
+from library.training.options import parse_options
+from library.training.trainer import Trainer
+
+
+@lru_cache(maxsize=1)
+def two_blocks() -> StableDiffusion:
+    """The model: text encoder and VAE of the small one, a U-Net of two levels."""
+    from diffusers import UNet2DConditionModel
+
+    model = small_stable_diffusion(unet_channels=(32, 32, 64, 64), vae_channels=(32, 32, 32, 32), text_width=32, text_layers=1)
+    torch.manual_seed(0)
+    model.unet = UNet2DConditionModel(
+        block_out_channels=(32, 32), layers_per_block=1, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=32, attention_head_dim=4, norm_num_groups=8,
+    ).requires_grad_(False).eval()  # fmt: skip
+    return model
+
+
+def picture_folder(folder: Path, count: int = 5) -> Path:
+    """Plain pictures of 64 x 64 pixels with captions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        Image.new("RGB", (64, 64), (40 * number % 256, 90 * number % 256, 255 - 40 * number % 256)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"picture {number}, plain, square", encoding="utf-8")
+    return folder
+
+
+def words_of_a_run(pictures: Path, output: Path, *words: str) -> list[str]:
+    """The command line of a small run; later words beat earlier ones."""
+    data = [] if any(word.startswith("--dataset_config") for word in words) else [f"--train_data_dir={pictures}"]
+    return [
+        "--pretrained_model_name_or_path=two-blocks", *data, "--caption_extension=.txt", "--resolution=64", f"--output_dir={output}",
+        "--output_name=mine", "--network_module=networks.lora", "--network_dim=2", "--seed=1", "--learning_rate=1e-3",
+        "--max_data_loader_n_workers=0", *words,
+    ]  # fmt: skip
+
+
+def use_two_blocks(replace: Callable[[object, str, object], None]) -> None:
+    """Let the trainer work with that model; `replace` is monkeypatch.setattr, or setattr in a process that ends."""
+    replace(run_module, "load_stable_diffusion", lambda *args, **kwargs: copy.deepcopy(two_blocks()))
+    replace(run_module, "write_loss_plot", lambda *args: None)
+    replace(run_module, "all_model_facts", lambda options: {})
+
+
+def train(words: list[str]) -> Trainer:
+    """Train in this process and give the trainer as it was at the end."""
+    made: list[Trainer] = []
+    prepare = run_module.prepare
+    AcceleratorState._reset_state(reset_partial_state=True)  # one process, many runs
+    run_module.prepare = lambda *args: made.append(prepare(*args)) or made[-1]
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # progress bars
+            run_module.train(parse_options(words))
+    finally:
+        run_module.prepare = prepare
+    return made[0]
+
+
+def tensors_of(path: Path) -> dict[str, torch.Tensor]:
+    with safe_open(path, "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}
