@@ -33,9 +33,9 @@ from library.training.plan import Plan
 from library.training.precision import HalfGradScaler, check_half_weights, trained_dtype
 from library.training.previews import Previews
 from library.training.randomness import seed_everything
+from library.training.resume import ResumedState, begin_at, check_start, chosen_seed, open_state
 from library.training.saving import ModelFiles
 from library.training.schedules import create_schedule, schedule_facts
-from library.training.resume import ResumedState, begin_at, check_start, chosen_seed, open_state
 from library.training.state import StateFiles
 from library.training.tracking import Tracker, logging_folder, write_loss_plot
 from library.training.trainer import Trainer
@@ -142,8 +142,8 @@ def prepare(options: TrainNetworkOptions, dataset: TrainingDataset, seed: int, r
         states=StateFiles(options.state, files),
         weights_to_use=in_use, average=average,
         validation=Validation(
-            held_out, options.validation, accelerator, seed=seed, timesteps=validation_timesteps(options.loss.min_timestep, options.loss.max_timestep),
-            num_workers=options.augmentation.max_data_loader_n_workers,
+            held_out, options.validation, accelerator, seed=seed, num_workers=options.augmentation.max_data_loader_n_workers,
+            timesteps=validation_timesteps(options.loss.min_timestep, options.loss.max_timestep),
         ) if held_out else None,
     )  # fmt: skip
     begin_at(trainer, start, resumed)

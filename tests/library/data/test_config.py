@@ -95,6 +95,7 @@ def test_every_key_is_accepted_at_every_level_it_belongs_to(here):
         "secondary_separator": ";;;", "enable_wildcard": True, "caption_prefix": "a", "caption_suffix": "b",
         "caption_dropout_rate": 1, "caption_dropout_every_n_epochs": 2, "caption_tag_dropout_rate": 0.5, "token_warmup_min": 2,
         "token_warmup_step": 0.5, "color_aug": True, "flip_aug": True, "random_crop": True, "resize_interpolation": "lanczos",
+        "validation_split": 0.5, "validation_seed": 3,
     }  # fmt: skip
     assert set(values) | {"face_crop_aug_range"} == set(DATASET_KEYS + SHARED_KEYS)
     for level in ("general", "dataset", "subset"):
