@@ -16,7 +16,7 @@ from library.generation.variants import Line, Text
 
 
 @dataclass(frozen=True)
-class Job:
+class Request:
     """One picture to make. What its line leaves open is filled in when the model is known."""
 
     line: PromptLine
@@ -28,7 +28,7 @@ class Job:
 
 
 class Planner:
-    """Makes jobs of prompts. Seeds, random choices and source pictures go on from call to call.
+    """Makes requests of prompts. Seeds, random choices and source pictures go on from call to call.
 
     `problems` collects the lines that are not understood, each once; `notes` what the user may not expect.
     """
@@ -59,45 +59,45 @@ class Planner:
         """Whether the mask says where networks act, rather than what is repainted."""
         return bool(self.options.network.network_weights and not self.options.network.network_merge)
 
-    def plan(self, prompts: list[RawPrompt]) -> list[Job]:
+    def plan(self, prompts: list[RawPrompt]) -> list[Request]:
         """The pictures of these prompts, all repeats included, in the order in which they are to be made."""
         chosen = self.options.prompts
         repeats = 1 if chosen.interactive else chosen.n_iter
         passes = [self._one_pass(prompts) for _ in range(repeats)]
-        jobs = [job for made in passes for job in made]
+        requests = [request for made in passes for request in made]
         if self.options.output.sheet:
-            return self._with_seeds_of_a_sheet(jobs)
+            return self._with_seeds_of_a_sheet(requests)
         if self._seeds is None:
-            handed_out = repeats if chosen.iter_same_seed else len(jobs)
+            handed_out = repeats if chosen.iter_same_seed else len(requests)
             self._seeds = Seeds(chosen.seed, None if chosen.interactive and not chosen.iter_same_seed else handed_out)
-        seeded = [job for made in passes for job in self._with_seeds(made)]
+        seeded = [request for made in passes for request in self._with_seeds(made)]
         if self._seeds.unused and not chosen.interactive and seeded:
             unused = ", ".join(map(str, self._seeds.unused))
             self.notes.append(f"--seed has more seeds than there are pictures; not used: {unused}")
-        return [self._with_source(job) for job in seeded]
+        return [self._with_source(request) for request in seeded]
 
-    def _one_pass(self, prompts: list[RawPrompt]) -> list[Job]:
+    def _one_pass(self, prompts: list[RawPrompt]) -> list[Request]:
         prompts = [prompt for prompt in prompts if prompt.where not in self.problems]
         if self.options.prompts.shuffle_prompts:
             self._order.shuffle(prompts)
-        jobs = []
+        requests = []
         for prompt in prompts:
             try:
-                jobs += self._jobs_of(prompt)
+                requests += self._requests_of(prompt)
             except UserError as error:
                 self.problems[prompt.where] = str(error)
-        return jobs
+        return requests
 
-    def _jobs_of(self, prompt: RawPrompt) -> list[Job]:
+    def _requests_of(self, prompt: RawPrompt) -> list[Request]:
         count = self._per_prompt
         if prompt.source is not None:
             line = PromptLine({"prompt": prompt.text, "negative_prompt": prompt.negative_prompt or ""})
-            return [Job(line, prompt.text, prompt.where, source=prompt.source)] * count
+            return [Request(line, prompt.text, prompt.where, source=prompt.source)] * count
         variants = Line(prompt.text, prompt.where)
         texts = variants.texts(count, self._variants)
         if variants.enumerates and self.options.output.sheet:
             texts = [text for text in texts for _ in range(count)]  # every prompt of a sheet has all its seeds
-        return [Job(self._read(text, prompt.where), prompt.text, prompt.where) for text in texts]
+        return [Request(self._read(text, prompt.where), prompt.text, prompt.where) for text in texts]
 
     @property
     def _per_prompt(self) -> int:
@@ -113,54 +113,54 @@ class Planner:
             line.values.pop("multipliers")
         return line
 
-    def _with_seeds(self, jobs: list[Job]) -> Iterator[Job]:
-        """The jobs of one pass; --d of a line beats all, from the front and in a circle."""
+    def _with_seeds(self, requests: list[Request]) -> Iterator[Request]:
+        """The requests of one pass; --d of a line beats all, from the front and in a circle."""
         same = self._seeds.next() if self.options.prompts.iter_same_seed else None
-        for number, job in _numbered_by_line(jobs):
-            if job.line.seeds:
-                seed = job.line.seeds[number % len(job.line.seeds)]
+        for number, request in _numbered_by_line(requests):
+            if request.line.seeds:
+                seed = request.line.seeds[number % len(request.line.seeds)]
             else:
                 seed = self._seeds.next() if same is None else same
-            yield replace(job, seed=seed)
-        self._note_unused(jobs)
+            yield replace(request, seed=seed)
+        self._note_unused(requests)
 
-    def _with_seeds_of_a_sheet(self, jobs: list[Job]) -> list[Job]:
+    def _with_seeds_of_a_sheet(self, requests: list[Request]) -> list[Request]:
         """Every prompt has the same seeds, so that they can be compared."""
         count = self._per_prompt
         alike = self.options.prompts.iter_same_seed
         seeds = Seeds(self.options.prompts.seed, 1 if alike else count).take(1 if alike else count)
         seeded = []
-        for number, job in _numbered_by_line(jobs):
-            own = job.line.seeds or seeds
-            seeded.append(self._with_source(replace(job, seed=own[number % count % len(own)])))
-        self._note_unused(jobs)
+        for number, request in _numbered_by_line(requests):
+            own = request.line.seeds or seeds
+            seeded.append(self._with_source(replace(request, seed=own[number % count % len(own)])))
+        self._note_unused(requests)
         return seeded
 
-    def _note_unused(self, jobs: list[Job]) -> None:
+    def _note_unused(self, requests: list[Request]) -> None:
         """Say which seeds of --d no picture gets."""
         counts: dict[str, int] = {}
-        for job in jobs:
-            counts[job.where] = counts.get(job.where, 0) + 1
-        for job in {job.where: job for job in jobs}.values():
-            unused = (job.line.seeds or ())[counts[job.where] :]
-            note = f"{job.where}: --d has more seeds than pictures; not used: {', '.join(map(str, unused))} (see --images_per_prompt)"
+        for request in requests:
+            counts[request.where] = counts.get(request.where, 0) + 1
+        for request in {request.where: request for request in requests}.values():
+            unused = (request.line.seeds or ())[counts[request.where] :]
+            note = f"{request.where}: --d has more seeds than pictures; not used: {', '.join(map(str, unused))} (see --images_per_prompt)"
             if unused and note not in self.notes:
                 self.notes.append(note)
 
-    def _with_source(self, job: Job) -> Job:
+    def _with_source(self, request: Request) -> Request:
         """Source pictures and masks are used in turn, picture by picture."""
         number = self._made
         self._made += 1
         if not self.sources:
-            return job
+            return request
         mask = self.masks[number % len(self.masks)] if self.masks else None
-        return replace(job, source=job.source or self.sources[number % len(self.sources)], mask=mask)
+        return replace(request, source=request.source or self.sources[number % len(self.sources)], mask=mask)
 
 
-def _numbered_by_line(jobs: list[Job]) -> Iterator[tuple[int, Job]]:
-    """Each job with its number among those of the same line, from 0."""
+def _numbered_by_line(requests: list[Request]) -> Iterator[tuple[int, Request]]:
+    """Each request with its number among those of the same line, from 0."""
     counts: dict[str, int] = {}
-    for job in jobs:
-        number = counts.get(job.where, 0)
-        counts[job.where] = number + 1
-        yield number, job
+    for request in requests:
+        number = counts.get(request.where, 0)
+        counts[request.where] = number + 1
+        yield number, request

@@ -20,7 +20,7 @@ from library.generation.comparison import Comparison, columns_of
 from library.generation.file_names import FileNames
 from library.generation.interactive import ask_for_prompts, show
 from library.generation.options import GenerateOptions
-from library.generation.plan import Job, Planner
+from library.generation.plan import Request, Planner
 from library.generation.png_text import RunFacts, text_fields, with_hashes
 from library.generation.prompt_sources import RawPrompt, read_prompts
 from library.generation.prompts import PromptSpec
@@ -36,24 +36,24 @@ HISTORY = ".prompt_history"
 
 @dataclass(frozen=True)
 class Task:
-    """A picture to draw: its spec, the job that it comes from and its place in the sheet, if there is one."""
+    """A picture to draw: its spec, the request that it comes from and its place in the sheet, if there is one."""
 
     spec: PromptSpec
-    job: Job
+    request: Request
     cell: tuple[int, int] | None = None
 
 
 def run(options: GenerateOptions) -> int:
     """Make the pictures that the options ask for. Returns the exit code: 0; 1 if something failed; 130 after Ctrl-C."""
     planner = Planner(options)
-    jobs = planner.plan(read_prompts(options, planner.sources))
-    if planner.problems and not jobs and not options.prompts.interactive:
+    requests = planner.plan(read_prompts(options, planner.sources))
+    if planner.problems and not requests and not options.prompts.interactive:
         first, *others = planner.problems.values()
         raise UserError(f"{first}{f' (and {len(others)} more wrong lines)' if others else ''}; nothing is left to draw")
     _check_folder(Path(options.output.outdir))
     Session.tell(*[f"skipped: {problem}" for problem in planner.problems.values()], *planner.notes)
     planner.notes.clear()
-    return Session(options, planner).run(jobs)
+    return Session(options, planner).run(requests)
 
 
 class Session:
@@ -87,11 +87,11 @@ class Session:
         for line in lines:
             tqdm.write(line, file=sys.stderr)
 
-    def run(self, jobs: list[Job]) -> int:
+    def run(self, requests: list[Request]) -> int:
         """Draw, save and sum up."""
         with self.album:
             try:
-                self.draw(self.tasks(jobs))
+                self.draw(self.tasks(requests))
                 if self.options.prompts.interactive:
                     self.converse()
             except KeyboardInterrupt:
@@ -102,17 +102,17 @@ class Session:
             return 130
         return 1 if self.failed or self.planner.problems else 0
 
-    def tasks(self, jobs: list[Job]) -> list[Task]:
-        """The jobs as pictures; one whose source picture cannot be read has failed."""
+    def tasks(self, requests: list[Request]) -> list[Task]:
+        """The requests as pictures; one whose source picture cannot be read has failed."""
         pairs = []
-        for job in jobs:
+        for request in requests:
             try:
-                pairs.append((self.studio.spec(job), job))
+                pairs.append((self.studio.spec(request), request))
             except UserError as error:
                 self.wanted += 1
-                self.fail(job.where, error)
+                self.fail(request.where, error)
         if self.comparison is None:
-            return [Task(spec, job) for spec, job in pairs]
+            return [Task(spec, request) for spec, request in pairs]
         cells = self.comparison.plan([spec for spec, _ in pairs])
         return [Task(spec, pairs[cell[0]][1], cell) for cell, spec in cells]
 
@@ -128,7 +128,7 @@ class Session:
                         drawn += self._keep(made, pending)
                         self._correct(bar, len(tasks) - len(pending))
                     for task in pending:
-                        self.fail(task.job.where, UserError("no picture came of it"))
+                        self.fail(task.request.where, UserError("no picture came of it"))
                     break
                 except UserError:
                     raise
@@ -147,9 +147,9 @@ class Session:
         used, first_size = self.studio.used(spec), self.studio.first_size(spec)
 
         def text() -> dict[str, str]:
-            return text_fields(spec, task.job.raw, self.facts.result(), with_hashes(used), stage, first_size)
+            return text_fields(spec, task.request.raw, self.facts.result(), with_hashes(used), stage, first_size)
 
-        names = self.names.candidates(made.stage, spec.seed, task.job.source)
+        names = self.names.candidates(made.stage, spec.seed, task.request.source)
         self.album.add(made.picture, names, text, (lambda path: self.tell(str(path))) if self.options.prompts.interactive else None)
         if made.stage == 0:
             return []
@@ -163,7 +163,7 @@ class Session:
     def _failed(self, pending: deque[Task], spec: PromptSpec, error: Exception) -> None:
         task = next(task for task in pending if task.spec == spec)
         pending.remove(task)
-        self.fail(task.job.where, error)
+        self.fail(task.request.where, error)
 
     def fail(self, where: str, error: Exception) -> None:
         """Count and name a picture that failed."""
@@ -180,11 +180,11 @@ class Session:
     def converse(self) -> None:
         """Ask for prompts until there are no more; a wrong one is named and asked for again."""
         for number, line in enumerate(ask_for_prompts(self.folder / HISTORY), start=1):
-            jobs = self.planner.plan([RawPrompt(line, f"prompt {number}")])
+            requests = self.planner.plan([RawPrompt(line, f"prompt {number}")])
             self.tell(*self.planner.problems.values(), *self.planner.notes)
             self.planner.problems.clear()
             self.planner.notes.clear()
-            drawn = self.draw(self.tasks(jobs))
+            drawn = self.draw(self.tasks(requests))
             self.album.wait()
             if not self.options.prompts.no_preview:
                 for made in drawn:

@@ -10,15 +10,14 @@ import torch
 
 from library.errors import UserError
 from library.files import read_safetensors_header
-from library.generation.embeddings import add_embeddings
-from library.generation.encoding import TextCache
+from library.generation.encoding import PromptCache
 from library.generation.generator import Made, generate
 from library.generation.highres import Highres, load_upscaler
 from library.generation.image_input import source_size
 from library.generation.loading import load_model
 from library.generation.networks import Networks
 from library.generation.options import GenerateOptions
-from library.generation.plan import Job
+from library.generation.plan import Request
 from library.generation.png_text import RunFacts, model_hash
 from library.generation.prompt_sources import list_pictures
 from library.generation.prompts import PromptSpec
@@ -40,24 +39,24 @@ class Studio:
         self.highres = _highres(options, self.model)
         self.regions = _regions(options, self.networks)
         self.width, self.height = default_size(self.model)
-        self._texts = TextCache()
+        self._texts = PromptCache()
 
-    def spec(self, job: Job) -> PromptSpec:
-        """What the job's line sets, the seed, and for all else the command line, the source picture's size and the model's size."""
+    def spec(self, request: Request) -> PromptSpec:
+        """What the request's line sets, the seed, and for all else the command line, the source picture's size and the model's size."""
         picture, source = self.options.picture, self.options.source
         width, height = picture.W, picture.H
-        if job.source is not None:
-            given = {"width", "height"} & job.line.values.keys()
+        if request.source is not None:
+            given = {"width", "height"} & request.line.values.keys()
             if len(given) == 1 and width is None:
-                raise UserError(f"{job.where}: give both --w and --h, or none to take the size of {job.source}")
+                raise UserError(f"{request.where}: give both --w and --h, or none to take the size of {request.source}")
             if not given and width is None:
-                width, height = source_size(job.source)
+                width, height = source_size(request.source)
         defaults = PromptSpec(
             width=width or self.width, height=height or self.height, scale=picture.scale, steps=picture.steps,
-            sampler=picture.sampler, negative_scale=picture.negative_scale, seed=job.seed, image=job.source, mask=job.mask,
+            sampler=picture.sampler, negative_scale=picture.negative_scale, seed=request.seed, image=request.source, mask=request.mask,
             strength=0.8 if source.strength is None else source.strength,
         )  # fmt: skip
-        return job.line.spec(defaults, self._shrink_defaults())
+        return request.line.spec(defaults, self._shrink_defaults())
 
     def _shrink_defaults(self) -> dict[str, float | None]:
         chosen = self.options.deep_shrink
@@ -122,6 +121,8 @@ def _load(options: GenerateOptions) -> StableDiffusion:
     if speed.vae_slices:
         slice_vae(model.vae, speed.vae_slices)
     if chosen.textual_inversion_embeddings:
+        from library.generation.embeddings import add_embeddings
+
         words = add_embeddings(model, chosen.textual_inversion_embeddings)
         print(f"embeddings: {', '.join(words)}")
     return model

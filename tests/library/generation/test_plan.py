@@ -24,8 +24,8 @@ def lines(*texts: str) -> list[RawPrompt]:
     return [RawPrompt(text, f"line {number}") for number, text in enumerate(texts, start=1)]
 
 
-def seeds(jobs) -> list[int]:
-    return [job.seed for job in jobs]
+def seeds(requests) -> list[int]:
+    return [request.seed for request in requests]
 
 
 def drawn(seed: int, count: int) -> list[int]:
@@ -44,7 +44,7 @@ def test_one_seed_and_one_picture():
 def test_trap_6_2_seeds_are_handed_out_from_the_front():
     made = planner("--seed=5", "--images_per_prompt=2", "--n_iter=2").plan(lines("a", "b"))
     assert seeds(made) == drawn(5, 8)
-    assert [job.line.values["prompt"] for job in made] == list("aabbaabb")
+    assert [request.line.values["prompt"] for request in made] == list("aabbaabb")
     listed = planner("--seed=1,2,3", "--images_per_prompt=2").plan(lines("a", "b"))
     assert seeds(listed) == [1, 2, 3, 1]
 
@@ -85,12 +85,12 @@ def test_more_variants_do_not_change_seeds_and_a_seed_repeats_the_choices():
     with_choice = planner(*words).plan(lines("{a|b|c}"))
     assert seeds(with_choice) == seeds(planner(*words).plan(lines("a"))) == drawn(5, 8)
     again = planner(*words).plan(lines("{a|b|c}"))
-    assert [job.line for job in again] == [job.line for job in with_choice]
+    assert [request.line for request in again] == [request.line for request in with_choice]
 
 
 def test_seeds_of_a_sheet_are_the_same_for_every_prompt():
     made = planner("--sheet", "--seed=1,2").plan(lines("a", "b --d 7", "{e$$c|d}"))
-    assert [(job.line.values["prompt"], job.seed) for job in made] == [
+    assert [(request.line.values["prompt"], request.seed) for request in made] == [
         ("a", 1), ("a", 2), ("b", 7), ("b", 7), ("c", 1), ("c", 2), ("d", 1), ("d", 2),
     ]  # fmt: skip
     assert seeds(planner("--sheet", "--seed=5", "--images_per_prompt=2").plan(lines("a", "b"))) == drawn(5, 2) * 2
@@ -106,14 +106,14 @@ def test_random_seeds_are_short():
 
 def test_shuffle_prompts_draws_each_prompt_once_a_pass_in_another_order():
     made = planner("--shuffle_prompts", "--seed=3", "--n_iter=2").plan(lines(*"abcdefgh"))
-    first, second = ("".join(job.line.values["prompt"] for job in made[start : start + 8]) for start in (0, 8))
+    first, second = ("".join(request.line.values["prompt"] for request in made[start : start + 8]) for start in (0, 8))
     assert sorted(first) == sorted(second) == list("abcdefgh") and len({first, second, "abcdefgh"}) == 3
 
 
 def test_a_wrong_line_is_named_once_with_its_column_and_the_others_are_made():
     plan = planner("--n_iter=2")
     made = plan.plan(lines("a", "b --w 65", "c {x|y} --q 1"))
-    assert [job.line.values["prompt"] for job in made] == ["a", "a"]
+    assert [request.line.values["prompt"] for request in made] == ["a", "a"]
     assert list(plan.problems) == ["line 2", "line 3"]
     assert "line 2, column 3: option --w" in plan.problems["line 2"]
     assert "line 3, column 9" in plan.problems["line 3"]  # as it was written, not as it reads without braces
@@ -164,14 +164,14 @@ def sources(tmp_path):
 
 def test_pictures_are_used_in_turn_picture_by_picture(sources):
     made = planner(f"--image_path={sources}", "--images_per_prompt=3").plan(lines("a"))
-    assert [job.source.name for job in made] == ["a.png", "b.png", "a.png"]
+    assert [request.source.name for request in made] == ["a.png", "b.png", "a.png"]
 
 
 def test_prompts_are_read_from_the_pictures_if_there_are_no_others(sources):
     options = parse_options(["--ckpt=m", f"--image_path={sources}", "--images_per_prompt=2"])
     plan = Planner(options)
     made = plan.plan(read_prompts(options, plan.sources))
-    assert [(job.line.values["prompt"], job.source.name) for job in made] == [
+    assert [(request.line.values["prompt"], request.source.name) for request in made] == [
         ("a.png {x|y} --w", "a.png"), ("a.png {x|y} --w", "a.png"), ("b.png {x|y} --w", "b.png"), ("b.png {x|y} --w", "b.png"),
     ]  # fmt: skip
     assert made[0].line.values["negative_prompt"] == "blurry"

@@ -1,0 +1,71 @@
+"""A small model and LoRAs on disk, once for the whole session, and a function that runs gen_img_diffusers.py on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from library.generation.options import parse_options
+from library.generation.session import run
+
+
+@pytest.fixture(scope="session")
+def gen_files(tmp_path_factory) -> Path:
+    """model.safetensors, the Diffusers folder model, and LoRAs in out."""
+    from library.sd.model import save_stable_diffusion
+    from library.sd.small import small_stable_diffusion
+    from networks.lora import create_network
+
+    import torch
+
+    folder = tmp_path_factory.mktemp("gen")
+    model = small_stable_diffusion(unet_channels=(32, 32, 64, 64), vae_channels=(32, 32, 32, 32), text_width=32)
+    save_stable_diffusion(model, folder / "model.safetensors")
+    save_stable_diffusion(model, folder / "model")
+    for seed, name in enumerate(("mine", "style", "mine-000002", "mine-000004")):
+        lora = create_network(1.0, 2, 2.0, model.vae, model.text_encoder, model.unet)
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in lora.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
+        lora.save_weights(folder / "out" / f"{name}.safetensors", None, {"ss_seed": str(seed)})
+    return folder
+
+
+@dataclass
+class Drawn:
+    """What a run of the script left behind."""
+
+    code: int
+    folder: Path
+
+    @property
+    def files(self) -> list[Path]:
+        """Its pictures in the order of their names; sheets are not among them."""
+        return sorted(path for path in self.folder.glob("*.png") if not path.name.startswith("sheet_"))
+
+    @property
+    def texts(self) -> list[dict[str, str]]:
+        """The text fields of each."""
+        return [Image.open(path).text for path in self.files]
+
+    def pixels(self) -> list[bytes]:
+        return [Image.open(path).tobytes() for path in self.files]
+
+
+@pytest.fixture
+def draw(gen_files, tmp_path) -> Callable[..., Drawn]:
+    """`draw("--prompt=a cat")` runs the script in this process, each time into a new folder unless --outdir is given."""
+    count = iter(range(100))
+
+    def start(*words: str) -> Drawn:
+        given = [word.split("=", 1)[1] for word in words if word.startswith("--outdir=")]
+        folder = Path(given[-1]) if given else tmp_path / f"drawn{next(count)}"
+        small = ["--W=64", "--H=64"] if not any(word.startswith(("--image_path", "--W")) for word in words) else []
+        options = [f"--ckpt={gen_files / 'model.safetensors'}", "--steps=2", *small, f"--outdir={folder}", *words]
+        return Drawn(run(parse_options(options)), folder)
+
+    return start
