@@ -123,7 +123,7 @@ class Session:
         with tqdm(total=len(tasks), unit="picture", desc="drawing", smoothing=0.1, bar_format=BAR, disable=not tasks) as bar:
             while pending:
                 try:
-                    for made in self.studio.draw([task.spec for task in pending], bar.update, partial(self._failed, pending)):
+                    for made in self.studio.draw([task.spec for task in pending], partial(self._advance, bar), partial(self._failed, pending)):
                         crashes = 0
                         drawn += self._keep(made, pending)
                         self._correct(bar, len(tasks) - len(pending))
@@ -170,6 +170,11 @@ class Session:
         self.failed += 1
         words = " ".join(str(error).split())[:500] or type(error).__name__
         self.tell(f"failed: {words if where in words else f'{where}: {words}'}")
+
+    @staticmethod
+    def _advance(bar: tqdm, share: float) -> None:
+        """A picture that is tried again counts its steps again."""
+        bar.update(min(share, bar.total - bar.n))
 
     @staticmethod
     def _correct(bar: tqdm, done: int) -> None:

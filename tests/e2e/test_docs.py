@@ -23,6 +23,7 @@ from safetensors import safe_open
 from library.command_line import choices_of, groups_of, is_flag, option_names
 from library.data.config import DatasetDefaults, datasets_from_file
 from library.errors import UserError
+from library.generation.options import GenerateOptions
 from library.generation.prompts import PromptSpec, read_prompt_file
 from library.generation.samplers import SAMPLERS
 from library.sd.model import save_stable_diffusion
@@ -56,6 +57,7 @@ SMALL_TEXT = {
 NOT_RUN = (
     r"git clone \S.*", r"python3? quickstart\.py( test)?", r"python3? -m venv \S+", r"\S*pip3? install .*",
     r"tensorboard --logdir=logs",
+    r"python gen_img_diffusers\.py .*",  # tests/library/generation/script/test_gen_docs.py
 )  # fmt: skip
 PROGRAMS = ("accelerate", "python", "python3", "py", "pip", "git", "tensorboard", ".venv/bin/pip")
 
@@ -269,7 +271,7 @@ def test_every_option_that_is_mentioned_exists(name):
     of_prompts = {"n", "w", "h", "d", "l", "s", "ss"}
     misspelt = {"learning_rat", "network_al"}  # examples of errors
     mentioned = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)(?!\*|\w)", PAGES[name])) - {"sample_every_n_"}
-    known = set(option_names(TrainNetworkOptions)) | set(REFUSED.reasons)
+    known = set(option_names(TrainNetworkOptions)) | set(REFUSED.reasons) | set(option_names(GenerateOptions))
     assert mentioned - known - of_others - of_prompts - misspelt == set()
 
 

@@ -7,21 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
+from library.generation import studio
 from library.generation.options import parse_options
 from library.generation.session import run
+from library.sd.model import save_stable_diffusion
+from library.sd.small import small_stable_diffusion
+from networks.lora import create_network
 
 
 @pytest.fixture(scope="session")
 def gen_files(tmp_path_factory) -> Path:
     """model.safetensors, the Diffusers folder model, and LoRAs in out."""
-    from library.sd.model import save_stable_diffusion
-    from library.sd.small import small_stable_diffusion
-    from networks.lora import create_network
-
-    import torch
-
     folder = tmp_path_factory.mktemp("gen")
     model = small_stable_diffusion(unet_channels=(32, 32, 64, 64), vae_channels=(32, 32, 32, 32), text_width=32)
     save_stable_diffusion(model, folder / "model.safetensors")
@@ -56,10 +55,30 @@ class Drawn:
         return [Image.open(path).tobytes() for path in self.files]
 
 
+@pytest.fixture(scope="session")
+def loaded_models() -> dict:
+    """Models that were read before, by what was asked for; reading one takes half of a run's time."""
+    return {}
+
+
 @pytest.fixture
-def draw(gen_files, tmp_path) -> Callable[..., Drawn]:
-    """`draw("--prompt=a cat")` runs the script in this process, each time into a new folder unless --outdir is given."""
+def draw(gen_files, tmp_path, monkeypatch, loaded_models) -> Callable[..., Drawn]:
+    """`draw("--prompt=a cat")` runs the script in this process, each time into a new folder unless --outdir is given.
+
+    Runs without networks, which change the model, share it.
+    """
     count = iter(range(100))
+    load = studio._load
+
+    def load_once(options):
+        if options.network.network_weights or options.network.lora_dir:
+            return load(options)
+        key = (options.model, options.speed)
+        if key not in loaded_models:
+            loaded_models[key] = load(options)
+        return loaded_models[key]
+
+    monkeypatch.setattr(studio, "_load", load_once)
 
     def start(*words: str) -> Drawn:
         given = [word.split("=", 1)[1] for word in words if word.startswith("--outdir=")]

@@ -58,7 +58,7 @@ def place(gen_files, tmp_path, monkeypatch) -> Path:
     for name in ("0004", "0008"):
         shutil.copy(folder / "out" / "mine.safetensors", folder / f"split-{name}.safetensors")
     width = 32
-    save_file({"emb_params": torch.ones(2, width)}, folder / "toy.safetensors")
+    save_file({"emb_params": torch.ones(2, width)}, folder / "mytoy.safetensors")
     (folder / "photos").mkdir()
     Image.new("RGB", (70, 64), "green").save(folder / "photos" / "cat.png")
     Image.new("L", (70, 64), 255).save(folder / "mask.png")
@@ -79,7 +79,8 @@ def made_small(words: list[str]) -> list[str]:
         words = [word for word in words if word not in NEEDS_GPU]
     given = " ".join(words)
     more = ["--steps=1", "--no_preview"] if "--image_path" in given else SMALL
-    return [*words, *more, *(SMALL_HIGHRES if "--highres_fix_scale" in given else [])]
+    more += SMALL_HIGHRES if "--highres_fix_scale" in given else []
+    return [*words, *more, *(["--seed=1"] if "--sheet" in words else []), *(["--n_iter=1", "--images_per_prompt=2"] if "--n_iter" in given else [])]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=range(len(COMMANDS)))
@@ -184,11 +185,11 @@ ERRORS = {  # the message's beginning as the pages have it -> words that bring i
     "there is no file or folder": ["--ckpt=nothing.safetensors", "--prompt=a"],
     "... is an SD 1.x model": ["--v2", "--prompt=a"],
     "--network_weights ...: there is no such file": ["--network_weights", "nothing.safetensors", "--prompt=a"],
-    "... does not fit": ["--network_weights", "wide.safetensors", "--prompt=a"],
+    "--network_weights ...: the weights": ["--network_weights", "wide.safetensors", "--prompt=a"],
     "--network_mul has 2 values": ["--network_weights", "out/mine.safetensors", "--network_mul", "1", "0.5", "--prompt=a"],
     "--W: expected": ["--W=500", "--prompt=a"],
     "--steps: expected": ["--steps=0", "--prompt=a"],
-    "--prompt, column 7": ["--prompt=a cat --w wide"],
+    "--prompt, column 7": ["--prompt=a cat --w 500"],
     "--fp16 needs a GPU": ["--fp16", "--prompt=a"],
     "--outdir ...": ["--outdir=mask.png", "--prompt=a"],
 }
