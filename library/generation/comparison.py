@@ -89,4 +89,5 @@ class Comparison:
         alike = all(row == seeds[0] for row in seeds)
         labels = [prompt if alike else f"seeds {', '.join(map(str, row))}: {prompt}" for (prompt, _), row in zip(numbers, seeds)]
         heads = [f"seed {seed}" for seed in seeds[0]] if alike and len(seeds[0]) > 1 else []
-        return contact_sheet([[self._pictures.get((number, 0)) for number in row] for row in numbers.values()], labels, heads, title)
+        rows = [[self._pictures.get((number, 0)) for number in row] for row in numbers.values()]
+        return contact_sheet(rows, labels, heads, title)

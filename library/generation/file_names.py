@@ -14,8 +14,8 @@ _SEQUENTIAL = re.compile(r"im_[01]?(\d{6,})\.png")
 class FileNames:
     """Candidates for the name of each picture in `folder`, best first.
 
-    im_{time}_{stage}{n:03d}_{seed}.png, where n counts the pictures of the run from 0 and the stage is empty, or with two stages 0
-    or 1; or im_{stage}{n:06d}.png, where n goes on after the largest number in the folder; or the name of the source picture.
+    im_{time}_{stage}{n:03d}_{seed}.png, where n counts the pictures of the run from 0 and the stage is empty, or with two
+    stages 0 or 1; or im_{stage}{n:06d}.png, where n goes on after the largest number in the folder; or the source picture's name.
     """
 
     def __init__(self, folder: Path, *, sequential: bool = False, original: bool = False, stages: bool = False) -> None:

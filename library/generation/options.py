@@ -36,7 +36,9 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class ModelOptions(OptionGroup):
     """Model"""
 
-    ckpt: str | None = Field(None, description="checkpoint (.safetensors, .ckpt), a pattern for one file, Diffusers folder or hub id")
+    ckpt: str | None = Field(
+        None, description="checkpoint (.safetensors, .ckpt), a pattern for one file, Diffusers folder or hub id"
+    )
     v2: bool = Field(False, description="the model is Stable Diffusion 2.x")
     v_parameterization: bool = Field(False, description="the model predicts velocity (SD 2.x 768)")
     zero_terminal_snr: bool = Field(False, description="the model was trained on a noise schedule that ends in pure noise")
@@ -74,7 +76,9 @@ class PictureOptions(OptionGroup):
 class NetworkOptions(OptionGroup):
     """Networks"""
 
-    network_module: list[str] | None = Field(None, description="module of each network; one name is for all; unset: networks.lora")
+    network_module: list[str] | None = Field(
+        None, description="module of each network; one name is for all; unset: networks.lora"
+    )
     network_weights: list[str] | None = Field(None, description="file of each network")
     network_mul: list[float] | None = Field(None, description="strength of each network; missing ones are 1.0")
     network_args: list[str] | None = Field(None, description='per network "key=value;key=value"')
@@ -97,9 +101,13 @@ class SourceOptions(OptionGroup):
 class HighresOptions(OptionGroup):
     """Two stages"""
 
-    highres_fix_scale: float | None = Field(None, gt=0, le=1, description="draw at this share of the size first, then enlarge and redraw")
+    highres_fix_scale: float | None = Field(
+        None, gt=0, le=1, description="draw at this share of the size first, then enlarge and redraw"
+    )
     highres_fix_steps: int = Field(28, ge=1, le=MOST_STEPS, description="steps of the first stage")
-    highres_fix_strength: Share | None = Field(None, description="--strength of the first stage, with --image_path; unset: the same")
+    highres_fix_strength: Share | None = Field(
+        None, description="--strength of the first stage, with --image_path; unset: the same"
+    )
     highres_fix_save_1st: bool = Field(False, description="save the pictures of the first stage too")
     highres_fix_latents_upscaling: bool = Field(False, description="enlarge latents instead of pixels")
     highres_fix_upscaler: str | None = Field(None, description="module that enlarges, such as tools.latent_upscaler")
@@ -109,7 +117,9 @@ class HighresOptions(OptionGroup):
 class DeepShrinkOptions(OptionGroup):
     """Large pictures in one stage (Deep Shrink)"""
 
-    ds_depth_1: Depth | None = Field(None, description="shrink the features at this depth of the U-Net, 0 to 3; switches Deep Shrink on")
+    ds_depth_1: Depth | None = Field(
+        None, description="shrink the features at this depth of the U-Net, 0 to 3; switches Deep Shrink on"
+    )
     ds_timesteps_1: int = Field(650, description="until this timestep")
     ds_depth_2: Depth | None = Field(None, description="then at this depth")
     ds_timesteps_2: int = Field(650, description="until this timestep")
@@ -123,8 +133,12 @@ class SpeedOptions(OptionGroup):
     bf16: bool = Field(False, description="compute in bf16")
     no_half_vae: bool = Field(False, description="keep the VAE in float32 (cures black pictures)")
     batch_size: Count = Field(1, description="pictures made at once where size, steps and settings agree")
-    vae_batch_size: float | None = Field(None, gt=0, description="pictures the VAE decodes at once; below 1: a share of the batch")
-    vae_slices: Count | None = Field(None, description="the VAE works through each picture in so many slices: same picture, less memory")
+    vae_batch_size: float | None = Field(
+        None, gt=0, description="pictures the VAE decodes at once; below 1: a share of the batch"
+    )
+    vae_slices: Count | None = Field(
+        None, description="the VAE works through each picture in so many slices: same picture, less memory"
+    )
     vae_tiling: bool = Field(False, description="the VAE works on tiles: far less memory, seams are blended")
     xformers: bool = Field(False, description="attention by xformers, if it is installed and there is a GPU")
     diffusers_xformers: bool = Field(False, description="the same as --xformers")
@@ -171,7 +185,8 @@ def _rules(o: GenerateOptions) -> list[tuple[Any, str]]:
         (not o.model.ckpt, "--ckpt is missing: give the model to draw with"),
         (not has_prompts, "no prompts: give --prompt, --from_file or --interactive"),
         (prompts.prompt is not None and prompts.from_file, "--prompt and --from_file exclude each other"),
-        (prompts.interactive and prompts.from_file == "-", "--interactive and --from_file - both read standard input; choose one"),
+        (prompts.interactive and prompts.from_file == "-",
+         "--interactive and --from_file - both read standard input; choose one"),
         (speed.fp16 and speed.bf16, "--fp16 and --bf16 exclude each other"),
         (output.sequential_file_name and output.use_original_file_name,
          "--sequential_file_name and --use_original_file_name exclude each other"),
@@ -195,14 +210,17 @@ def _rules(o: GenerateOptions) -> list[tuple[Any, str]]:
 def _network_rules(network: NetworkOptions) -> list[tuple[Any, str]]:
     files, modules = len(network.network_weights or ()), len(network.network_module or ())
     rules = [
-        (network.network_merge and network.network_merge_n_models, "--network_merge and --network_merge_n_models exclude each other"),
+        (network.network_merge and network.network_merge_n_models,
+         "--network_merge and --network_merge_n_models exclude each other"),
         ((network.network_merge_n_models or 0) > files,
          f"--network_merge_n_models {network.network_merge_n_models} is more than the {files} files of --network_weights"),
-        (modules > 1 and modules != files, f"--network_module has {modules} names for {files} files of --network_weights; give one for each"),
+        (modules > 1 and modules != files,
+         f"--network_module has {modules} names for {files} files of --network_weights; give one for each"),
     ]  # fmt: skip
     for name in ("network_mul", "network_args"):
         given = len(getattr(network, name) or ())
-        rules.append((given > files, f"--{name} has {given} values for {files} files of --network_weights; leave the surplus out"))
+        surplus = f"--{name} has {given} values for {files} files of --network_weights; leave the surplus out"
+        rules.append((given > files, surplus))
     names = ("network_module", "network_show_meta", "network_merge", "network_pre_calc", "network_regional_mask_max_color_codes")
     rules += [(getattr(network, name) and not files, f"--{name} needs --network_weights") for name in names]
     return rules

@@ -143,7 +143,8 @@ class Planner:
             counts[request.where] = counts.get(request.where, 0) + 1
         for request in {request.where: request for request in requests}.values():
             unused = (request.line.seeds or ())[counts[request.where] :]
-            note = f"{request.where}: --d has more seeds than pictures; not used: {', '.join(map(str, unused))} (see --images_per_prompt)"
+            named = ", ".join(map(str, unused))
+            note = f"{request.where}: --d has more seeds than pictures; not used: {named} (see --images_per_prompt)"
             if unused and note not in self.notes:
                 self.notes.append(note)
 

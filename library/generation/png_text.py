@@ -89,7 +89,8 @@ def _settings(
         "Clip skip": str(facts.clip_skip) if (facts.clip_skip or 1) > 1 else "",
     }
     if stage == 1:
-        values |= {"Hires resize": f"{spec.width}x{spec.height}", "Hires steps": str(spec.steps), "Hires upscaler": facts.upscaler or ""}
+        full_size = f"{spec.width}x{spec.height}"
+        values |= {"Hires resize": full_size, "Hires steps": str(spec.steps), "Hires upscaler": facts.upscaler or ""}
     values["Lora hashes"] = ", ".join(f"{lora.name}: {lora.hash}" for lora in loras)
     values["RNG"] = "CPU"  # where the start noise is drawn
     return {key: value for key, value in values.items() if value}
@@ -116,7 +117,7 @@ def with_hashes(used: Sequence[tuple[Path, float]]) -> list[UsedLora]:
 
 @lru_cache(maxsize=None)  # a file is read once a run
 def lora_hash(path: Path) -> str:
-    """12 hex digits: of the tensors, as the file's metadata have it or counted anew; of the whole file if it is no .safetensors."""
+    """12 hex digits: of the tensors, as the file's metadata have it or counted anew; of all of a file that is no .safetensors."""
     if path.suffix.lower() != ".safetensors":
         return sha256_of_file(path)[:12]
     try:

@@ -57,7 +57,7 @@ def _from_lines(file: str) -> list[RawPrompt]:
     else:
         path = Path(file)
         if path.suffix.lower() in (".toml", ".json"):
-            raise UserError(f"--from_file {file}: this is read as text with one prompt a line; write the prompts into a .txt file")
+            raise UserError(f"--from_file {file}: give a text file (.txt) with one prompt a line")
         text, name = read_text(path, "--from_file"), file
     prompts = [
         RawPrompt(line, f"{name}, line {number}")

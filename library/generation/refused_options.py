@@ -19,7 +19,8 @@ _REASONS: dict[str, str] = {
     ),
     **dict.fromkeys(
         [
-            "highres_fix_disable_control_net", "control_net_models", "control_net_preps", "control_net_weights", "control_net_ratios",
+            "highres_fix_disable_control_net", "control_net_models", "control_net_preps", "control_net_weights",
+            "control_net_ratios",
         ],
         _CONTROL_NET,
     ),

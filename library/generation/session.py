@@ -123,7 +123,8 @@ class Session:
         with tqdm(total=len(tasks), unit="picture", desc="drawing", smoothing=0.1, bar_format=BAR, disable=not tasks) as bar:
             while pending:
                 try:
-                    for made in self.studio.draw([task.spec for task in pending], partial(self._advance, bar), partial(self._failed, pending)):
+                    specs = [task.spec for task in pending]
+                    for made in self.studio.draw(specs, partial(self._advance, bar), partial(self._failed, pending)):
                         crashes = 0
                         drawn += self._keep(made, pending)
                         self._correct(bar, len(tasks) - len(pending))
@@ -150,7 +151,8 @@ class Session:
             return text_fields(spec, task.request.raw, self.facts.result(), with_hashes(used), stage, first_size)
 
         names = self.names.candidates(made.stage, spec.seed, task.request.source)
-        self.album.add(made.picture, names, text, (lambda path: self.tell(str(path))) if self.options.prompts.interactive else None)
+        then = (lambda path: self.tell(str(path))) if self.options.prompts.interactive else None
+        self.album.add(made.picture, names, text, then)
         if made.stage == 0:
             return []
         self.names.advance()
@@ -209,7 +211,8 @@ class Session:
     def sum_up(self, sheet: Path | None) -> None:
         """The last lines."""
         speed = f" ({self.seconds:.1f} s, {self.seconds / self.finished:.2f} s a picture)" if self.finished else ""
-        print(f"{'interrupted: ' if self.interrupted else ''}{self.finished} of {self.wanted} pictures saved in {self.folder}{speed}")
+        begin = "interrupted: " if self.interrupted else ""
+        print(f"{begin}{self.finished} of {self.wanted} pictures saved in {self.folder}{speed}")
         if self.failed:
             print(f"{self.failed} failed; the reasons are above")
         if self.planner.problems:

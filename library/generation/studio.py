@@ -42,7 +42,7 @@ class Studio:
         self._texts = PromptCache()
 
     def spec(self, request: Request) -> PromptSpec:
-        """What the request's line sets, the seed, and for all else the command line, the source picture's size and the model's size."""
+        """What the request's line sets, its seed, and for all else the command line and the size of the source or the model."""
         picture, source = self.options.picture, self.options.source
         width, height = picture.W, picture.H
         if request.source is not None:
@@ -53,8 +53,8 @@ class Studio:
                 width, height = source_size(request.source)
         defaults = PromptSpec(
             width=width or self.width, height=height or self.height, scale=picture.scale, steps=picture.steps,
-            sampler=picture.sampler, negative_scale=picture.negative_scale, seed=request.seed, image=request.source, mask=request.mask,
-            strength=0.8 if source.strength is None else source.strength,
+            sampler=picture.sampler, negative_scale=picture.negative_scale, seed=request.seed, image=request.source,
+            mask=request.mask, strength=0.8 if source.strength is None else source.strength,
         )  # fmt: skip
         return request.line.spec(defaults, self._shrink_defaults())
 
@@ -81,10 +81,11 @@ class Studio:
         """What all pictures of this run have in common. Reads the whole model file, for its hash: seconds for gigabytes."""
         chosen, model = self.options.model, self.model
         name = model.path.stem if model.path is not None and model.path.is_file() else Path(model.name).name
-        upscaler = self.options.highres.highres_fix_upscaler or ("Latent" if self.highres and self.highres.keeps_latents else "Lanczos")
+        own = "Latent" if self.highres and self.highres.keeps_latents else "Lanczos"
         return RunFacts(
-            model_name=name, model_hash=model_hash(model.path), clip_skip=chosen.clip_skip, vae=chosen.vae and Path(chosen.vae).name,
-            highres_steps=self.highres and self.highres.steps, upscaler=upscaler,
+            model_name=name, model_hash=model_hash(model.path), clip_skip=chosen.clip_skip,
+            vae=chosen.vae and Path(chosen.vae).name, highres_steps=self.highres and self.highres.steps,
+            upscaler=self.options.highres.highres_fix_upscaler or own,
         )  # fmt: skip
 
     def used(self, spec: PromptSpec) -> list[tuple[Path, float]]:
@@ -97,7 +98,7 @@ class Studio:
 
 
 def default_size(model: StableDiffusion) -> tuple[int, int]:
-    """Width and height that the model was made for: what its file says, or else its architecture (512; SD 2 with velocity 768)."""
+    """Width and height that the model was made for: as its file says, or else its architecture (512; SD 2 with velocity 768)."""
     if model.path is not None and model.path.suffix.lower() == ".safetensors" and model.path.is_file():
         said = read_safetensors_header(model.path).get("__metadata__", {}).get("modelspec.resolution", "")
         sides = re.fullmatch(r"(\d+)x(\d+)", said)

@@ -13,7 +13,9 @@ def slice_vae(vae: nn.Module, slices: int) -> None:
     Convolutions are what needs the most working memory. A part also reads the rows next to it, so nothing changes but rounding.
     """
     for module in vae.modules():
-        if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3) and module.stride == (1, 1) and module.padding == (1, 1):
+        if not isinstance(module, nn.Conv2d):
+            continue
+        if (module.kernel_size, module.stride, module.padding) == ((3, 3), (1, 1), (1, 1)):
             module.forward = _Sliced(module, slices)
 
 

@@ -113,8 +113,8 @@ def _read_choice(braces: re.Match[str], where: str) -> Choice:
     rule = _RULE.match(body)
     words, start = body[rule.end() :], column + 1 + rule.end()
     if "$$" in words:
-        wrong = braces.group()
-        raise UserError(f"{where}, column {column}: {wrong} is not understood; write {{a|b}}, {{2$$a|b|c}}, {{2$$ and $$a|b}} or {{e$$a|b}}")
+        known = "{a|b}, {2$$a|b|c}, {2$$ and $$a|b} or {e$$a|b}"
+        raise UserError(f"{where}, column {column}: {braces.group()} is not understood; write {known}")
     alternatives = []
     for word in words.split("|"):
         alternatives.append(Piece(word, start))

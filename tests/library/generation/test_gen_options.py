@@ -21,11 +21,12 @@ NEEDED = ["--ckpt=m", "--prompt=a cat"]
 FIELDS = {name: field for group in groups_of(GenerateOptions).values() for name, field in group.model_fields.items()}
 # What must be given so that the option may be given at all.
 COMPANIONS = {
-    "from_file": [], "use_original_file_name": ["--image_path=p"], "strength": ["--image_path=p"], "mask_path": ["--image_path=p"],
+    "from_file": [],
+    **{name: ["--image_path=p"] for name in ("use_original_file_name", "strength", "mask_path")},
     "highres_fix_strength": ["--highres_fix_scale=0.5", "--image_path=p"],
     "highres_fix_upscaler_args": ["--highres_fix_scale=0.5", "--highres_fix_upscaler=m"],
     **{name: ["--network_weights", "a"] for name in FIELDS if name.startswith("network_")},
-    **{name: ["--highres_fix_scale=0.5"] for name in ("highres_fix_save_1st", "highres_fix_latents_upscaling", "highres_fix_upscaler")},
+    **{f"highres_fix_{name}": ["--highres_fix_scale=0.5"] for name in ("save_1st", "latents_upscaling", "upscaler")},
 }  # fmt: skip
 COMPANIONS["network_weights"] = []
 COMPANIONS["network_regional_mask_max_color_codes"] = ["--network_weights", "a", "--mask_path=m"]
@@ -95,10 +96,10 @@ def test_unknown_options_name_the_nearest_one():
         ([*NEEDED, "--scale=nan"], "--scale: expected a finite number"),
         ([*NEEDED, "--batch_size=0"], "--batch_size: expected greater than or equal to 1"),
         ([*NEEDED, "--fp16", "--bf16"], "--fp16 and --bf16 exclude each other"),
-        ([*NEEDED, "--network_weights", "a", "--network_mul", "1", "0.5"], "--network_mul has 2 values for 1 files of --network_weights"),
+        ([*NEEDED, "--network_weights", "a", "--network_mul", "1", "0.5"], "--network_mul has 2 values for 1 files"),
         ([*NEEDED, "--network_module", "m"], "--network_module needs --network_weights"),
         ([*NEEDED, "--network_weights", "a", "b", "c", "--network_module", "m", "n"], "--network_module has 2 names for 3 files"),
-        ([*NEEDED, "--network_weights", "a", "--network_merge_n_models=2"], "--network_merge_n_models 2 is more than the 1 files"),
+        ([*NEEDED, "--network_weights", "a", "--network_merge_n_models=2"], "_n_models 2 is more than the 1 files"),
         ([*NEEDED, "--strength=0.5"], "--strength needs --image_path or --highres_fix_scale"),
         ([*NEEDED, "--mask_path=m"], "--mask_path needs --image_path .* or --network_weights"),
         ([*NEEDED, "--mask_path=m", "--network_weights", "a", "--network_merge"], "--mask_path .* cannot be merged"),

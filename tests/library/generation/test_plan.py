@@ -144,7 +144,7 @@ def test_standard_input(monkeypatch):
 
 
 def test_files_without_prompts_or_of_another_kind(tmp_path):
-    for name, message in (("none.txt", "no such file"), ("empty.txt", "there is no prompt in it"), ("p.toml", "one prompt a line")):
+    for name, message in (("none.txt", "no such file"), ("empty.txt", "there is no prompt in it"), ("p.toml", "prompt a line")):
         path = tmp_path / name
         if name != "none.txt":
             path.write_text("# nothing\n", encoding="utf-8")
@@ -184,7 +184,7 @@ def test_masks_repaint_with_pictures_and_show_regions_with_networks(sources):
     assert regions[0].mask is None
 
 
-@pytest.mark.parametrize(("name", "message"), [("nothing", "there is no such file or folder"), ("empty", "the folder holds no picture")])
+@pytest.mark.parametrize(("name", "message"), [("nothing", "there is no such file"), ("empty", "the folder holds no picture")])
 def test_pictures_that_are_not_there(tmp_path, name, message):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=f"--image_path .*{name}: {message}"):

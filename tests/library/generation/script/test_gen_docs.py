@@ -27,7 +27,8 @@ from library.generation.refused_options import REFUSED, REFUSED_INLINE
 from library.generation.samplers import SAMPLERS
 
 ROOT = Path(__file__).resolve().parents[4]
-PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("docs/gen_img_README.md", "docs/gen_img_README-zh.md", "README.md")}
+FILES = ("docs/gen_img_README.md", "docs/gen_img_README-zh.md", "README.md")
+PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in FILES}
 ENGLISH, CHINESE, README = PAGES["docs/gen_img_README.md"], PAGES["docs/gen_img_README-zh.md"], PAGES["README.md"]
 BOTH = pytest.mark.parametrize("page", [ENGLISH, CHINESE], ids=["en", "zh"])
 FIELDS = {name: field for group in groups_of(GenerateOptions).values() for name, field in group.model_fields.items()}
@@ -44,7 +45,8 @@ def blocks(page: str) -> list[tuple[str, str]]:
 
 
 def commands(page: str) -> list[str]:
-    return [line for _, content in blocks(page) for line in content.splitlines() if line.startswith("python gen_img_diffusers.py")]
+    lines = (line for _, content in blocks(page) for line in content.splitlines())
+    return [line for line in lines if line.startswith("python gen_img_diffusers.py")]
 
 
 COMMANDS = list(dict.fromkeys(command for page in PAGES.values() for command in commands(page)))
@@ -78,9 +80,11 @@ def made_small(words: list[str]) -> list[str]:
     if not torch.cuda.is_available():
         words = [word for word in words if word not in NEEDS_GPU]
     given = " ".join(words)
-    more = ["--steps=1", "--no_preview"] if "--image_path" in given else SMALL
+    more = ["--steps=1", "--no_preview"] if "--image_path" in given else [*SMALL]
     more += SMALL_HIGHRES if "--highres_fix_scale" in given else []
-    return [*words, *more, *(["--seed=1"] if "--sheet" in words else []), *(["--n_iter=1", "--images_per_prompt=2"] if "--n_iter" in given else [])]
+    more += ["--seed=1"] if "--sheet" in words else []
+    more += ["--n_iter=1", "--images_per_prompt=2"] if "--n_iter" in given else []
+    return [*words, *more]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=range(len(COMMANDS)))

@@ -43,9 +43,11 @@ def test_trap_6_3_each_picture_of_a_batch_has_its_own_text_and_trap_6_5_its_own_
     assert "skipped: " in err and "line 4, column 7: option --w '65' is not a multiple of 8" in err
     assert "3 of 3 pictures saved" in out and "1 lines of prompts skipped" in out
     assert [(t["prompt"], t["negative-prompt"], t["seed"], t["raw-prompt"]) for t in made.texts] == [
-        ("a cat", "blurry", "7", "a cat --n blurry --d 7"), ("a dog", "dark", "5", "a {dog} --n dark"), ("no negative", "", "6", "no negative"),
+        ("a cat", "blurry", "7", "a cat --n blurry --d 7"), ("a dog", "dark", "5", "a {dog} --n dark"),
+        ("no negative", "", "6", "no negative"),
     ]  # fmt: skip
-    assert made.texts[0]["parameters"].startswith("a cat\nNegative prompt: blurry\nSteps: 2, Sampler: Euler a, CFG scale: 7.5, Seed: 7, ")
+    begin = "a cat\nNegative prompt: blurry\nSteps: 2, Sampler: Euler a, CFG scale: 7.5, Seed: 7, "
+    assert made.texts[0]["parameters"].startswith(begin)
     alone = draw("--prompt=a dog --n dark", "--seed=5", "--sampler=euler_a")
     assert alone.code == 0 and alike(alone.pixels()[0], made.pixels()[1])
 
@@ -54,7 +56,8 @@ def test_the_model_and_its_networks_are_in_the_text(draw, gen_files):
     from library.files import sha256_of_file
     from library.generation.png_text import lora_hash
 
-    made = draw("--prompt=a <lora:style:0.5>", *loras(gen_files, "mine"), "--network_mul", "0.8", f"--lora_dir={gen_files}", "--clip_skip=2")
+    words = (*loras(gen_files, "mine"), "--network_mul", "0.8", f"--lora_dir={gen_files}", "--clip_skip=2")
+    made = draw("--prompt=a <lora:style:0.5>", *words)
     text = made.texts[0]["parameters"]
     hashes = {name: lora_hash(gen_files / "out" / f"{name}.safetensors") for name in ("mine", "style")}
     assert text.startswith("a <lora:style:0.5> <lora:mine:0.8>\nSteps: 2, Sampler: DDIM, ")
