@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from library.data.pixels import Placed, cut, placed, read_bytes, to_tensor
+from library.data.masks import latent_mask
+from library.data.pixels import Placed, cut, mask_bytes, placed, read_bytes, to_tensor
 from library.data.table import PictureTable
 from library.errors import UserError
 from library.files import atomic_write, read_safetensors_header
@@ -37,14 +38,16 @@ VERSION = 1  # to be raised when decoding, resizing or flipping change their res
 EncodeImages = Callable[[Tensor, "list[int]"], Tensor]
 
 
-def latent_key(content: bytes, place: Placed, fingerprint: str) -> str:
-    """24 hex digits over all that decides a picture's latents."""
+def latent_key(content: bytes, place: Placed, fingerprint: str, mask: bytes | None = None) -> str:
+    """24 hex digits over all that decides a picture's latents and mask."""
     parts = {
         "version": VERSION,
         "content": hashlib.sha256(content).hexdigest(),
         "cut": [place.resized, place.corner, place.size, place.interpolation],
         "vae": fingerprint,
     }
+    if mask is not None or place.alpha_mask:
+        parts["mask"] = "alpha" if mask is None else hashlib.sha256(mask).hexdigest()
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 
@@ -79,6 +82,7 @@ class Prepared:
     place: Placed
     key: str
     pixels: np.ndarray | None
+    mask: Tensor | None = None  # (1, h, w) float32, at the size of latents
 
 
 class MemoryLatents:
@@ -89,6 +93,9 @@ class MemoryLatents:
         self.position = np.full((len(table), 2), -1, dtype=np.int32)  # within the bucket: upright, flipped
         self.stacks: dict[int, Tensor] = {}
         self._parts: dict[int, list[Tensor]] = {}
+        self._mask_parts: dict[int, list[Tensor]] = {}
+        self.masks: dict[int, Tensor] = {}  # (n, 1, h, w) by bucket, in the order of the upright latents; only if there are masks
+        self.keeps_masks = table.has_masks()
 
     def add(self, prepared: list[Prepared], latents: Tensor, flipped: bool) -> None:
         bucket = int(self.bucket[prepared[0].row])
@@ -96,13 +103,18 @@ class MemoryLatents:
         start = sum(len(part) for part in parts)
         self.position[[item.row for item in prepared], int(flipped)] = np.arange(start, start + len(prepared))
         parts.append(latents)
+        if self.keeps_masks:  # one for each place of the stack, of mirrored latents too
+            blank = torch.ones(1, *latents.shape[2:])
+            self._mask_parts.setdefault(bucket, []).extend(blank if item.mask is None else item.mask for item in prepared)
 
     def finish(self) -> None:
         self.stacks = {bucket: torch.cat(self._parts.pop(bucket)) for bucket in list(self._parts)}
+        self.masks = {bucket: torch.stack(self._mask_parts.pop(bucket)) for bucket in list(self._mask_parts)}
 
-    def get(self, row: int, flipped: bool) -> Tensor:
-        """(4, h, w) float32."""
-        return self.stacks[int(self.bucket[row])][int(self.position[row, int(flipped)])]
+    def get(self, row: int, flipped: bool) -> tuple[Tensor, Tensor | None]:
+        """Latents (4, h, w) and mask (1, h, w), both float32; the mask is upright."""
+        bucket, position = int(self.bucket[row]), int(self.position[row, int(flipped)])
+        return self.stacks[bucket][position], self.masks[bucket][position] if self.masks else None
 
 
 class DiskLatents:
@@ -111,11 +123,12 @@ class DiskLatents:
     def __init__(self, table: PictureTable, keys: dict[int, str]) -> None:
         self.table, self.keys = table, keys
 
-    def get(self, row: int, flipped: bool) -> Tensor:
-        """(4, h, w) float32. Raises UserError if the file went away or was damaged since the run began."""
+    def get(self, row: int, flipped: bool) -> tuple[Tensor, Tensor | None]:
+        """Latents (4, h, w) and upright mask (1, h, w). Raises UserError if the file went away or was damaged since the run began."""
         path = cache_path(self.table.path(row), self.keys[row])
         try:
-            return load_file(path)[tensor_name(flipped)]
+            tensors = load_file(path)
+            return tensors[tensor_name(flipped)], tensors.get("mask")
         except Exception as error:  # safetensors has errors of its own
             raise UserError(f"cached latents {path} cannot be read ({error}); start again, they are made anew") from error
 
@@ -164,13 +177,17 @@ class LatentCaching:
     def prepare(self, row: int) -> Prepared:
         place = placed(self.table, row)
         content = read_bytes(place.path)
-        key = latent_key(content, place, self.fingerprint)
+        mask = mask_bytes(place)
+        key = latent_key(content, place, self.fingerprint, mask)
         if self.to_disk and is_whole(cache_path(place.path, key), self.names(row), place.size):
             return Prepared(row, place, key, None)
-        return Prepared(row, place, key, cut(place, content))
+        pixels, values = cut(place, content, mask)
+        return Prepared(row, place, key, pixels, None if values is None else latent_mask(values))
 
     def names(self, row: int) -> list[str]:
-        return ["latents", "latents_flipped"] if self.table.config(row).flip_aug else ["latents"]
+        """Tensors that the file of a picture must hold; a mask from the alpha channel may be missing, as the channel may."""
+        names = ["latents", "latents_flipped"] if self.table.config(row).flip_aug else ["latents"]
+        return names + ["mask"] * (self.table.mask(row) is not None)
 
     def batches(self, ready: Iterable[Prepared], bar: tqdm) -> Iterator[list[Prepared]]:
         """Pictures that need encoding, at most batch_size of one bucket at a time."""
@@ -199,6 +216,8 @@ class LatentCaching:
             return
         for i, item in enumerate(batch):
             tensors = {"latents": upright[i].clone()}
+            if item.mask is not None:
+                tensors["mask"] = item.mask
             if i in turn:
                 tensors["latents_flipped"] = mirrored[turn.index(i)].clone()
             self.write(item, tensors, writers)

@@ -86,7 +86,7 @@ def process_caption(
             rng.shuffle(flexible)
         if subset.caption_tag_dropout_rate > 0:
             flexible = [piece for piece in flexible if rng.random() >= subset.caption_tag_dropout_rate]
-        caption = _joint(subset).join(head + flexible + tail)
+        caption = joint(subset).join(head + flexible + tail)
     if subset.secondary_separator:
         caption = caption.replace(subset.secondary_separator, subset.caption_separator)
     return caption
@@ -129,7 +129,7 @@ def _pieces(text: str, subset: SubsetConfig) -> list[str]:
     return [piece.strip() for piece in text.split(subset.caption_separator) if piece.strip()]
 
 
-def _joint(subset: SubsetConfig) -> str:
+def joint(subset: SubsetConfig) -> str:
     """What joins the pieces: the separator they were split at, a comma with its usual blank."""
     return ", " if subset.caption_separator == "," else subset.caption_separator
 

@@ -46,8 +46,12 @@ def _face_range(value: Any) -> Any:
 
 def _path(value: Any) -> Any:
     if not isinstance(value, (str, Path)) or not str(value).strip():
-        raise ValueError("the path of a folder in quotes")
+        raise ValueError("a path in quotes")
     return Path(value).expanduser()
+
+
+def _path_or_none(value: Any) -> Any:
+    return None if value is None else _path(value)
 
 
 def _extension(value: Any) -> Any:
@@ -75,9 +79,14 @@ class _Frozen(BaseModel):
 
 
 class SubsetConfig(_Frozen):
-    """One folder of pictures and how they are used. Field names are the keys of `[[datasets.subsets]]`."""
+    """One folder of pictures and how they are used. Field names are the keys of `[[datasets.subsets]]`.
+
+    With a `metadata_file` the pictures are those that it lists, below `image_dir`.
+    """
 
     image_dir: Annotated[Path, BeforeValidator(_path)]
+    metadata_file: Annotated[Optional[Path], BeforeValidator(_path_or_none)] = None
+    conditioning_data_dir: Annotated[Optional[Path], BeforeValidator(_path_or_none)] = None
     is_reg: bool = False
     class_tokens: Optional[str] = None
     caption_extension: Annotated[str, BeforeValidator(_extension)] = ".caption"
@@ -95,6 +104,7 @@ class SubsetConfig(_Frozen):
     caption_tag_dropout_rate: Share = 0.0
     token_warmup_min: NotNegative = 1
     token_warmup_step: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    alpha_mask: bool = False
     color_aug: bool = False
     flip_aug: bool = False
     random_crop: bool = False
@@ -140,7 +150,7 @@ class DatasetConfig(_Frozen):
         return self
 
 
-SUBSET_ONLY = ("image_dir", "is_reg")
+SUBSET_ONLY = ("image_dir", "is_reg", "metadata_file", "conditioning_data_dir")
 SHARED_KEYS = tuple(key for key in SubsetConfig.model_fields if key not in SUBSET_ONLY)  # allowed at every level
 DATASET_KEYS = tuple(key for key in DatasetConfig.model_fields if key != "subsets" and key not in SHARED_KEYS)
 

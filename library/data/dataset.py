@@ -23,6 +23,7 @@ from library.data.cache import DiskLatents, EncodeImages, LatentCaching, MemoryL
 from library.data.captions import caption_variants, process_caption
 from library.data.config_keys import DatasetConfig
 from library.data.holdout import still
+from library.data.masks import latent_mask
 from library.data.order import EpochOrder, EpochPlanner
 from library.data.pixels import augmented, to_tensor
 from library.data.table import build_table
@@ -44,6 +45,7 @@ class Batch:
     latents: Tensor | None = None  # (B, 4, H/8, W/8) float32, not scaled
     input_ids: Tensor | None = None  # (B, chunks, 77) int64; None without a tokenizer
     token_weights: Tensor | None = None  # (B, chunks, 77) float32; only with weighted_captions
+    masks: Tensor | None = None  # (B, 1, H/8, W/8) float32, 0..1: how much of the error counts; only if a picture has a mask
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory; the DataLoader calls this with pin_memory=True."""
@@ -125,11 +127,13 @@ class TrainingDataset(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> Batch:
         epoch, position = key
         rows = self.epoch_order(epoch)[position].tolist()
-        captions, pictures = [], []
+        captions, pictures, masks = [], [], []
         for slot, row in enumerate(rows):
             rng = random.Random(f"{self.seed}/picture/{epoch}/{position}/{slot}")
             captions.append(self._caption(row, rng, epoch, position))
-            pictures.append(self._picture(row, rng))
+            picture, mask = self._picture(row, rng)
+            pictures.append(picture)
+            masks.append(mask)
         batch = Batch(
             key=(epoch, position),
             size=self.table.bucket_size(rows[0]),
@@ -141,6 +145,9 @@ class TrainingDataset(Dataset):
             batch.images = to_tensor(pictures)
         else:
             batch.latents = torch.stack(pictures)
+        if any(mask is not None for mask in masks):
+            blank = torch.ones(1, batch.size[1] // 8, batch.size[0] // 8)
+            batch.masks = torch.stack([blank if mask is None else mask for mask in masks])
         if self.tokenizer is not None:
             batch.input_ids, batch.token_weights = self.tokenizer(captions)
         return batch
@@ -151,13 +158,19 @@ class TrainingDataset(Dataset):
             epoch=epoch, step=self.step_of(epoch, position), max_train_steps=self.max_train_steps,
         )
 
-    def _picture(self, row: int, rng: random.Random) -> Tensor | np.ndarray:
-        """Pixels (H, W, 3) uint8 or latents (4, h, w). The flip is drawn first: it is the same with and without a cache."""
+    def _picture(self, row: int, rng: random.Random) -> tuple[Tensor | np.ndarray, Tensor | None]:
+        """Pixels (H, W, 3) uint8 or latents (4, h, w), and mask (1, h, w).
+
+        The flip is drawn first: it is the same with and without a cache.
+        """
         flipped = self.table.config(row).flip_aug and rng.random() < 0.5
         if self.latents is not None:
-            return self.latents.get(row, flipped)
-        pixels = augmented(self.table, row, rng)
-        return pixels[:, ::-1] if flipped else pixels
+            picture, mask = self.latents.get(row, flipped)
+        else:
+            picture, values = augmented(self.table, row, rng)
+            picture = picture[:, ::-1] if flipped else picture
+            mask = None if values is None else latent_mask(values)
+        return picture, mask.flip(2) if flipped and mask is not None else mask
 
     def cache_latents(
         self, encode: EncodeImages, *, batch_size: int, to_disk: bool, fingerprint: str, workers: int | None = None

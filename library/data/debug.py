@@ -44,6 +44,8 @@ def describe_batch(batch: Batch, dataset: TrainingDataset) -> str:
     for i, (path, caption) in enumerate(zip(batch.paths, batch.captions)):
         lines.append(f"  {path} (loss weight {batch.loss_weights[i]:g})")
         lines.append(f"    caption: {caption!r}")
+        if batch.masks is not None:
+            lines.append(f"    mask: {batch.masks[i].mean():.0%} of the picture counts")
         if batch.input_ids is not None:
             tokens = dataset.tokenizer.readable(batch.input_ids[i])
             lines.append(f"    {len(tokens)} tokens: {' '.join(tokens)}")

@@ -17,7 +17,7 @@ from library.data.table import PictureTable
 @dataclass(frozen=True)
 class SubsetFacts:
     config: SubsetConfig
-    folder: str  # base name of image_dir
+    folder: str  # base name of image_dir, or of the metadata file
     img_count: int  # usable pictures that are not held out, without repeats
 
 
@@ -41,6 +41,10 @@ def describe(table: PictureTable) -> list[DatasetFacts]:
     return [_describe(table, number) for number in range(len(table.configs))]
 
 
+def _source(subset: SubsetConfig) -> str:
+    return (subset.metadata_file or subset.image_dir).name
+
+
 def _describe(table: PictureTable, number: int) -> DatasetFacts:
     subsets = [subset for subset in table.subsets if subset.dataset == number]
     counts = {True: 0, False: 0}
@@ -51,15 +55,16 @@ def _describe(table: PictureTable, number: int) -> DatasetFacts:
         kept = [row for row in rows if not table.held_out[row]] if table.held_out.any() else rows
         sizes.append(len(kept))
         counts[subset.config.is_reg] += len(kept) * subset.config.num_repeats
-        found = tags.setdefault(subset.config.image_dir.name, {})
-        for tag, count in count_tags(table.captions[row] for row in kept).items():
+        found = tags.setdefault(_source(subset.config), {})
+        counted = count_tags(table.captions[row] for row in kept) if subset.tags is None else subset.tags
+        for tag, count in counted.items():
             found[tag] = found.get(tag, 0) + count
     rows = np.flatnonzero((table.dataset() == number) & (table.repeats > 0))
     buckets = count_buckets((table.bucket_size(row), int(table.repeats[row])) for row in rows.tolist())
     info = bucket_info(buckets, table.ar_error[rows].tolist())
     return DatasetFacts(
         config=table.configs[number],
-        subsets=[SubsetFacts(s.config, s.config.image_dir.name, size) for s, size in zip(subsets, sizes)],
+        subsets=[SubsetFacts(s.config, _source(s.config), size) for s, size in zip(subsets, sizes)],
         num_train_images=counts[False],
         num_reg_images=counts[True],
         num_validation_images=int((table.validated() & (table.dataset() == number)).sum()),

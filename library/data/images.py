@@ -148,20 +148,26 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def decode(content: bytes) -> np.ndarray:
     """The upright picture in a file's bytes as (H, W, 3) uint8 RGB. Raises BadPicture."""
+    return decode_with_alpha(content)[0]
+
+
+def decode_with_alpha(content: bytes) -> tuple[np.ndarray, np.ndarray | None]:
+    """The same, and its alpha channel as (H, W) uint8; None for a picture that has no transparency."""
     if not content:
         raise BadPicture(EMPTY)
     with open_picture(io.BytesIO(content)) as image:
         turn = turn_of(image)
         try:
             image.load()
+            alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
             rgb = to_rgb(image)
         except MemoryError as error:
             raise BadPicture(f"not enough memory for its {image.width} x {image.height} pixels") from error
         except (OSError, ValueError, SyntaxError, EOFError, IndexError) as error:
             raise BadPicture(f"cut off or damaged ({error})") from error
     if turn is not None:
-        rgb = rgb.transpose(turn)
-    return np.asarray(rgb)
+        rgb, alpha = rgb.transpose(turn), None if alpha is None else alpha.transpose(turn)
+    return np.asarray(rgb), None if alpha is None else np.asarray(alpha)
 
 
 def fit(

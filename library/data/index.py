@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,9 +93,13 @@ def index_folders(folders: Sequence[Path], on_bad_image: str = "refuse") -> dict
     its header shows only when it is decoded. So "skip" decodes every picture once here, that the data cannot change
     later; "refuse" leaves it to the first use, which then raises UserError.
     """
-    folders = list(dict.fromkeys(folders))
-    paths_of = {folder: list_images(folder) for folder in folders}
-    paths = [path for folder in folders for path in paths_of[folder]]
+    return index_pictures({folder: (folder, [path.name for path in list_images(folder)]) for folder in folders}, on_bad_image)
+
+
+def index_pictures(sources: Mapping[Path, tuple[Path, list[str]]], on_bad_image: str = "refuse") -> dict[Path, Pictures]:
+    """The same for pictures that are known already: source -> (folder, names below it)."""
+    paths_of = {source: [folder / name for name in names] for source, (folder, names) in sources.items()}
+    paths = [path for source in sources for path in paths_of[source]]
     results = list(in_threads(_size_or_reason, paths, "reading picture sizes"))
     if on_bad_image == "skip":
         problems = in_threads(_decoding_problem, paths, "checking pictures", chunk=1)
@@ -103,10 +107,10 @@ def index_folders(folders: Sequence[Path], on_bad_image: str = "refuse") -> dict
     _report_bad([(path, result) for path, result in zip(paths, results) if isinstance(result, str)], on_bad_image)
 
     index, start = {}, 0
-    for folder in folders:
-        own = results[start:start + len(paths_of[folder])]
+    for source, (folder, names) in sources.items():
+        own = results[start:start + len(names)]
         start += len(own)
-        good = [(path.name, size) for path, size in zip(paths_of[folder], own) if not isinstance(size, str)]
+        good = [(name, size) for name, size in zip(names, own) if not isinstance(size, str)]
         sizes = np.array([size for _, size in good], dtype=np.int32).reshape(-1, 2)
-        index[folder] = Pictures(folder, [name for name, _ in good], sizes)
+        index[source] = Pictures(folder, [name for name, _ in good], sizes)
     return index

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from library.data.augment import face_crop, face_of, random_corner, shift_colours
-from library.data.images import BadPicture, decode, fit
+from library.data.images import BadPicture, decode_with_alpha, fit
+from library.data.masks import decode_mask
 from library.data.table import PictureTable
 from library.errors import UserError
 
@@ -26,6 +27,8 @@ class Placed:
     corner: tuple[int, int]
     size: tuple[int, int]
     interpolation: str | None
+    mask: Path | None = None
+    alpha_mask: bool = False
 
 
 def placed(table: PictureTable, row: int) -> Placed:
@@ -37,6 +40,8 @@ def placed(table: PictureTable, row: int) -> Placed:
         corner=tuple(table.corner[row].tolist()),
         size=table.bucket_size(row),
         interpolation=table.interpolation(row),
+        mask=table.mask(row),
+        alpha_mask=table.config(row).alpha_mask,
     )
 
 
@@ -47,19 +52,30 @@ def read_bytes(path: Path) -> bytes:
         raise UserError(f"{path} cannot be read ({error.strerror or error}); it was there when training began") from error
 
 
-def cut(place: Placed, content: bytes) -> np.ndarray:
-    """Pixels of a placed picture, (H, W, 3) uint8. Raises UserError, naming the file, if it cannot be decoded."""
+def cut(place: Placed, content: bytes, mask: bytes | None) -> tuple[np.ndarray, np.ndarray | None]:
+    """Pixels of a placed picture, (H, W, 3) uint8, and its mask, (H, W) uint8, cut alike; None if all of it counts.
+
+    `mask` is the content of the mask's file. Raises UserError, naming the file, if one cannot be decoded.
+    """
     try:
-        rgb = decode(content)
+        rgb, alpha = decode_with_alpha(content)
     except BadPicture as error:
         raise UserError(f"{place.path}: {error}; mend or remove it, or give --on_bad_image=skip") from error
     if rgb.shape[1::-1] != place.seen:
         raise UserError(f"{place.path} changed its size since training began; start again")
-    return fit(rgb, place.resized, place.corner, place.size, place.interpolation)
+    pixels = fit(rgb, place.resized, place.corner, place.size, place.interpolation)
+    values = decode_mask(mask, place.mask) if mask is not None else alpha if place.alpha_mask else None
+    # Averaged areas, since a filter with overshoot would draw bright rims into a mask.
+    return pixels, None if values is None else fit(values, place.resized, place.corner, place.size, "area")
 
 
-def augmented(table: PictureTable, row: int, rng: random.Random) -> np.ndarray:
-    """Pixels of a picture, (H, W, 3) uint8, with its subset's random cut and colours (not the flip)."""
+def mask_bytes(place: Placed) -> bytes | None:
+    """The content of the mask's file."""
+    return read_bytes(place.mask) if place.mask else None
+
+
+def augmented(table: PictureTable, row: int, rng: random.Random) -> tuple[np.ndarray, np.ndarray | None]:
+    """Pixels (H, W, 3) uint8 and mask (H, W) uint8 of a picture, with its subset's random cut and colours (not the flip)."""
     config, place = table.config(row), placed(table, row)
     face = face_of(place.path.stem) if config.face_crop_aug_range else None
     resized, corner = place.resized, place.corner
@@ -67,9 +83,9 @@ def augmented(table: PictureTable, row: int, rng: random.Random) -> np.ndarray:
         resized, corner = face_crop(face, place.seen, place.size, config.face_crop_aug_range, config.random_crop, rng)
     elif config.random_crop:
         corner = random_corner(resized, place.size, rng)
-    place = Placed(place.path, place.seen, resized, corner, place.size, place.interpolation)
-    pixels = cut(place, read_bytes(place.path))
-    return shift_colours(pixels, rng) if config.color_aug else pixels
+    place = replace(place, resized=resized, corner=corner)
+    pixels, mask = cut(place, read_bytes(place.path), mask_bytes(place))
+    return shift_colours(pixels, rng) if config.color_aug else pixels, mask
 
 
 def to_tensor(pixels: list[np.ndarray]) -> Tensor:

@@ -16,7 +16,9 @@ from library.data.buckets import BucketRule, Placement
 from library.data.captions import read_caption
 from library.data.config_keys import DatasetConfig, SubsetConfig
 from library.data.holdout import hold_out
-from library.data.index import NAMED_AT_MOST, Pictures, in_threads, index_folders
+from library.data.index import NAMED_AT_MOST, Pictures, in_threads, index_folders, index_pictures
+from library.data.masks import find_masks, is_masked
+from library.data.metadata_file import Metadata, read_metadata
 from library.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -32,6 +34,7 @@ class Subset:
     dataset: int
     start: int
     end: int
+    tags: dict[str, int] | None = None  # as its metadata file counts them; None without such a file
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class PictureTable:
     ar_error: np.ndarray  # (n,) float32: bucket's ratio minus picture's
     repeats: np.ndarray  # (n,) int32: uses an epoch; 0 for those held out
     held_out: np.ndarray  # (n,) bool: never trained on
+    masks: list[Path | None] | None  # mask file of each picture; None if there are none at all
 
     def __len__(self) -> int:
         return len(self.names)
@@ -68,6 +72,13 @@ class PictureTable:
 
     def path(self, row: int) -> Path:
         return self.config(row).image_dir / self.names[row]
+
+    def mask(self, row: int) -> Path | None:
+        return self.masks[row] if self.masks else None
+
+    def has_masks(self) -> bool:
+        """Whether any picture has a mask, be it a file or its alpha channel."""
+        return any(is_masked(subset.config) for subset in self.subsets)
 
     def bucket_size(self, row: int) -> tuple[int, int]:
         return self.buckets[self.bucket[row]].size
@@ -95,13 +106,18 @@ def build_table(configs: Sequence[DatasetConfig], on_bad_image: str = "refuse", 
 
     `seed` chooses the pictures held out for validation where validation_seed is not given.
     """
-    index = index_folders([subset.image_dir for config in configs for subset in config.subsets], on_bad_image)
+    every = [subset for config in configs for subset in config.subsets]
+    metadata = {subset.metadata_file: read_metadata(subset, on_bad_image) for subset in every if subset.metadata_file}
+    index = index_folders([subset.image_dir for subset in every if not subset.metadata_file], on_bad_image)
+    listed = {s.metadata_file: (s.image_dir, metadata[s.metadata_file].names) for s in every if s.metadata_file}
+    index |= index_pictures(listed, on_bad_image)
     subsets: list[Subset] = []
     for number, config in enumerate(configs):
         for subset in config.subsets:
-            start = subsets[-1].end if subsets else 0
-            subsets.append(Subset(subset, number, start, start + len(index[subset.image_dir])))
-    pictures = [index[subset.config.image_dir] for subset in subsets]
+            start, source = subsets[-1].end if subsets else 0, subset.metadata_file or subset.image_dir
+            tags = metadata[source].tags if subset.metadata_file else None
+            subsets.append(Subset(subset, number, start, start + len(index[source]), tags))
+    pictures = [index[subset.config.metadata_file or subset.config.image_dir] for subset in subsets]
     sizes = np.concatenate([part.sizes for part in pictures])
     row_subset = np.repeat(np.arange(len(subsets), dtype=np.int32), [len(part) for part in pictures])
     names = [name for part in pictures for name in part.names]
@@ -118,17 +134,29 @@ def build_table(configs: Sequence[DatasetConfig], on_bad_image: str = "refuse", 
         subsets=subsets,
         buckets=buckets,
         names=names,
-        captions=[caption for subset, part in zip(subsets, pictures) for caption in _captions(subset.config, part)],
+        captions=[text for subset, part in zip(subsets, pictures) for text in _captions(subset.config, part, metadata)],
         subset=row_subset,
         sizes=sizes,
         repeats=np.concatenate([_repeats(subsets, number, held_out) for number in range(len(configs))]),
         held_out=held_out,
+        masks=_masks(subsets, pictures),
         **columns,
     )
 
 
-def _captions(subset: SubsetConfig, pictures: Pictures) -> list[str]:
+def _masks(subsets: list[Subset], pictures: list[Pictures]) -> list[Path | None] | None:
+    if not any(subset.config.conditioning_data_dir for subset in subsets):
+        return None
+    masks: list[Path | None] = []
+    for subset, part in zip(subsets, pictures):
+        masks += find_masks(subset.config, part.names, part.sizes) if subset.config.conditioning_data_dir else [None] * len(part)
+    return masks
+
+
+def _captions(subset: SubsetConfig, pictures: Pictures, metadata: dict[Path, Metadata]) -> list[str]:
     """The raw caption of each picture; empty ones for want of a file and of class tokens are said."""
+    if subset.metadata_file:
+        return [metadata[subset.metadata_file].captions[name] for name in pictures.names]
     found = list(in_threads(lambda name: read_caption(subset.image_dir / name, subset), pictures.names, "reading captions"))
     missing = [name for name, caption in zip(pictures.names, found) if caption is None]
     if missing:

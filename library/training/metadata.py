@@ -237,7 +237,7 @@ def _free_name(name: str, taken: Mapping[str, Any]) -> str:
 def _dataset_entry(dataset: DatasetFacts) -> dict[str, Any]:
     config = dataset.config
     return {
-        "is_dreambooth": True,
+        "is_dreambooth": not any(subset.config.metadata_file for subset in dataset.subsets),
         "batch_size_per_device": config.batch_size,
         "num_train_images": dataset.num_train_images,
         "num_reg_images": dataset.num_reg_images,
@@ -255,6 +255,10 @@ def _dataset_entry(dataset: DatasetFacts) -> dict[str, Any]:
 def _subset_entry(subset: SubsetFacts) -> dict[str, Any]:
     keys = (
         "num_repeats", "color_aug", "flip_aug", "random_crop", "shuffle_caption", "keep_tokens", "keep_tokens_separator",
-        "secondary_separator", "enable_wildcard", "caption_prefix", "caption_suffix", "resize_interpolation", "class_tokens", "is_reg",
+        "secondary_separator", "enable_wildcard", "caption_prefix", "caption_suffix", "resize_interpolation",
     )  # fmt: skip
-    return {"img_count": subset.img_count, "image_dir": subset.folder, **{key: getattr(subset.config, key) for key in keys}}
+    config = subset.config
+    entry = {"img_count": subset.img_count, "image_dir": config.image_dir.name, **{key: getattr(config, key) for key in keys}}
+    if config.metadata_file:
+        return entry | {"metadata_file": config.metadata_file.name}
+    return entry | {"class_tokens": config.class_tokens, "is_reg": config.is_reg}

@@ -69,6 +69,8 @@ class DataOptions(OptionGroup):
 
     dataset_config: str | None = Field(None, description="TOML or JSON file that describes the datasets")
     train_data_dir: str | None = Field(None, description="folder of pictures, or of folders named <repeats>_<class>")
+    in_json: str | None = Field(None, description="metadata file (.json, .jsonl) that lists pictures below train_data_dir with their captions")
+    conditioning_data_dir: str | None = Field(None, description="folder of masks for masked_loss, arranged like train_data_dir")
     reg_data_dir: str | None = Field(None, description="folder of regularisation folders, named likewise")
     dataset_repeats: Count = Field(1, description="repeats of every picture where nothing else is said")
     train_batch_size: Count = Field(1, description="pictures a step")
@@ -82,6 +84,7 @@ class DataOptions(OptionGroup):
         None, description="resizing filter; unset: area to shrink, lanczos to enlarge"
     )
     on_bad_image: Literal["refuse", "skip"] = Field("refuse", description="what an unreadable picture does: end the run, or be named and skipped")
+    alpha_mask: bool = Field(False, description="a picture's alpha channel says how much of it counts")
     prior_loss_weight: float = Field(1.0, ge=0, description="weight of the loss on regularisation pictures")
     debug_dataset: bool = Field(False, description="show what the trainer would see, and stop")
 
@@ -193,6 +196,7 @@ class LossOptions(OptionGroup):
     huber_schedule: Literal["constant", "exponential", "snr"] = Field("snr", description="how the width of huber and smooth_l1 depends on the timestep")
     huber_c: float = Field(0.1, gt=0, description="width of huber and smooth_l1: errors beyond it count linearly")
     huber_scale: float = Field(1.0, gt=0, description="factor of that width")
+    masked_loss: bool = Field(False, description="masks of conditioning_data_dir say which parts of a picture count")
     min_snr_gamma: float | None = Field(None, ge=0, description="Min-SNR loss weighting; 5 is usual")
     debiased_estimation_loss: bool = Field(False, description="loss weighting by one over the root of the signal-to-noise ratio")
     scale_v_pred_loss_like_noise_pred: bool = Field(False, description="weigh the loss of a velocity model as that of a noise model")
@@ -305,7 +309,13 @@ def contradictions(options: TrainNetworkOptions) -> list[str]:
     optimizer, loss, output, previews, logs = options.optimizer, options.loss, options.output, options.previews, options.logs
     checks = [
         (not model.pretrained_model_name_or_path, "--pretrained_model_name_or_path is missing: give the model to train on"),
-        (not data.dataset_config and not data.train_data_dir, "no pictures: give --dataset_config or --train_data_dir"),
+        (not data.dataset_config and not data.train_data_dir and not data.in_json, "no pictures: give --dataset_config or --train_data_dir"),
+        (data.in_json and not data.dataset_config and bool(data.reg_data_dir),
+         "--reg_data_dir has no place beside --in_json; put both into a --dataset_config, as two [[datasets]]"),
+        (data.conditioning_data_dir and (data.dataset_config or data.in_json),
+         "--conditioning_data_dir goes with --train_data_dir; in a dataset file write conditioning_data_dir into the subset"),
+        (data.conditioning_data_dir and not loss.masked_loss,
+         "--conditioning_data_dir holds masks for --masked_loss, which is not given; ControlNets are not trained here"),
         (not network.network_module, "--network_module is missing: give --network_module=networks.lora"),
         (not output.output_dir, "--output_dir is missing: give a folder for the LoRA"),
         (network.network_train_unet_only and network.network_train_text_encoder_only,

@@ -36,10 +36,7 @@ _REASONS: dict[str, str] = {
     # data
     "cache_info": "sizes are read from picture headers at every start, which is fast; captions are always read anew",
     "skip_cache_check": "the latent cache checks contents, which is fast; there is nothing to skip",
-    "alpha_mask": _NOT_YET,
-    "dataset_class": _NOT_YET,
-    "in_json": "datasets from a metadata JSON are not built yet; put captions into text files beside the pictures",
-    **dict.fromkeys(["masked_loss", "conditioning_data_dir"], _NOT_YET),
+    "dataset_class": "a run depends on pictures, seed and position alone here, which foreign code does not promise; use --dataset_config",
     # state
     "resume_from_huggingface": _NO_RESUME,
     # precision, memory and speed

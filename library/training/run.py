@@ -11,10 +11,11 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from tqdm import tqdm
 
-from library.data.config import DatasetDefaults, datasets_from_file, datasets_from_folders
+from library.data.config import DatasetDefaults, datasets_from_file, datasets_from_folders, datasets_from_metadata
 from library.data.dataset import TrainingDataset
 from library.data.debug import write_debug_sheet
 from library.data.loader import make_loader
+from library.data.masks import check_masks
 from library.data.text_cache import TextCache
 from library.devices import DTYPES, check_precision, cpu_has_fast_bf16, peak_memory_bytes, use_all_cores, use_xformers
 from library.errors import UserError
@@ -63,12 +64,16 @@ def open_dataset(options: TrainNetworkOptions, seed: int) -> TrainingDataset:
     defaults = dataset_defaults(options)
     if options.data.dataset_config:
         configs = datasets_from_file(Path(options.data.dataset_config), defaults)
-        ignored = [name for name in ("train_data_dir", "reg_data_dir") if getattr(options.data, name)]
+        ignored = [name for name in ("train_data_dir", "reg_data_dir", "in_json") if getattr(options.data, name)]
         if ignored:
             print(f"--dataset_config is given, so --{' and --'.join(ignored)} is not used")
+    elif options.data.in_json:
+        pictures = options.data.train_data_dir
+        configs = datasets_from_metadata(Path(options.data.in_json), Path(pictures) if pictures else None, defaults)
     else:
-        reg = options.data.reg_data_dir
-        configs = datasets_from_folders(Path(options.data.train_data_dir), Path(reg) if reg else None, defaults)
+        reg, masks = (Path(folder) if folder else None for folder in (options.data.reg_data_dir, options.data.conditioning_data_dir))
+        configs = datasets_from_folders(Path(options.data.train_data_dir), reg, defaults, masks)
+    check_masks(configs, options.loss.masked_loss)
     return TrainingDataset(
         configs,
         seed=seed,

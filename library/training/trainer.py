@@ -182,7 +182,8 @@ class Trainer:
         noised = self.objective.noised(latents)
         with self.accelerator.autocast():
             prediction = predict_noise(self.model.unet, noised.noisy, noised.t, context)
-        losses = self.objective.losses(prediction, noised)
+        masks = None if batch.masks is None else batch.masks.to(latents.device, non_blocking=True)
+        losses = self.objective.losses(prediction, noised, masks)
         return (losses * batch.loss_weights.to(losses.device, non_blocking=True)).mean()
 
     def _validation_losses(self, batch: Batch, noise_of: Callable[[torch.Size], torch.Tensor], t: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from library.data.config import NOT_BUILT, DatasetDefaults, datasets_from_file
+from library.data.config import REFUSED, DatasetDefaults, datasets_from_file
 from library.data.config_keys import DATASET_KEYS, SHARED_KEYS, DatasetConfig, SubsetConfig
 from library.errors import UserError
 
@@ -95,7 +95,7 @@ def test_every_key_is_accepted_at_every_level_it_belongs_to(here):
         "secondary_separator": ";;;", "enable_wildcard": True, "caption_prefix": "a", "caption_suffix": "b",
         "caption_dropout_rate": 1, "caption_dropout_every_n_epochs": 2, "caption_tag_dropout_rate": 0.5, "token_warmup_min": 2,
         "token_warmup_step": 0.5, "color_aug": True, "flip_aug": True, "random_crop": True, "resize_interpolation": "lanczos",
-        "validation_split": 0.5, "validation_seed": 3,
+        "validation_split": 0.5, "validation_seed": 3, "alpha_mask": True,
     }  # fmt: skip
     assert set(values) | {"face_crop_aug_range"} == set(DATASET_KEYS + SHARED_KEYS)
     for level in ("general", "dataset", "subset"):
@@ -150,10 +150,14 @@ def test_a_wrong_key_names_file_place_and_the_nearest_key(here, text, parts):
     assert all(part in message for part in parts), message
 
 
-@pytest.mark.parametrize("key", NOT_BUILT)
+@pytest.mark.parametrize("key", REFUSED)
 def test_trap_4_19_known_keys_that_are_not_built_are_refused_by_name(here, key):
-    message = error_of(f"[general]\n{key} = 1.0\n" + SMALL)
-    assert f"'{key}' is known but not built yet" in message
+    message = error_of(f"[general]\n{key} = 2.0\n" + SMALL)
+    assert f"the key '{key}' is not supported: " in message
+
+
+def test_refused_keys_may_ask_for_nothing(here):
+    read("[general]\ncache_info = false\nnetwork_multiplier = 1.0\ncustom_attributes = {}\n" + SMALL)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from library.data.buckets import BucketRule
-from library.data.config import NOT_BUILT, DatasetDefaults, datasets_from_file
+from library.data.config import REFUSED, DatasetDefaults, datasets_from_file
 from library.data.config_file import read_config_file
 from library.data.config_keys import DATASET_KEYS, SHARED_KEYS, SUBSET_ONLY, DatasetConfig, SubsetConfig
 
@@ -23,9 +23,11 @@ def test_every_toml_example_loads(example, tmp_path, monkeypatch, caplog):
     Path("data.toml").write_text(example, encoding="utf-8")
     tables = read_config_file(Path("data.toml"))
     for subset in (s for d in tables["datasets"] for s in d["subsets"]):
-        folder = Path(subset["image_dir"])
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "1.png").touch()
+        for folder in (Path(subset[key]) for key in ("image_dir", "conditioning_data_dir") if key in subset):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "1.png").touch()
+        if "metadata_file" in subset:
+            Path(subset["metadata_file"]).write_text("{}", encoding="utf-8")
     datasets = datasets_from_file(Path("data.toml"), DatasetDefaults())
     assert [len(d.subsets) for d in datasets] == [len(d["subsets"]) for d in tables["datasets"]]
     assert not caplog.text
@@ -52,7 +54,7 @@ def test_every_key_is_in_the_tables_with_its_default_and_levels():
 
 
 def test_refused_keys_are_listed():
-    assert all(f"`{key}`" in GUIDE for key in NOT_BUILT)
+    assert all(f"`{key}`" in GUIDE for key in REFUSED)
 
 
 def test_the_table_of_sizes_is_true():

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from PIL import Image
 from torch.nn.utils import parametrize
 
+from library.errors import UserError
 from library.sd.small import small_stable_diffusion
 from library.training import run as run_module
 from library.training.memory import free_what_rests, pack_frozen_weights
@@ -115,3 +119,39 @@ def test_attention_is_torch_s_which_keeps_no_matrix_of_all_pairs(base_model):
     model = load_stable_diffusion(str(base_model))
     processors = {type(p).__name__ for p in model.unet.attn_processors.values()}
     assert processors == {"AttnProcessor2_0"}
+
+
+# ---------------------------------------------------------------- masks and metadata files
+
+
+def test_what_is_masked_out_makes_no_loss(run, trainers, pictures, tmp_path):
+    for picture in pictures.glob("*.png"):
+        (tmp_path / "masks").mkdir(exist_ok=True)
+        Image.new("L", (64, 64), 0).save(tmp_path / "masks" / picture.name)
+    run("--max_train_steps=1", *QUICK[1:], "--masked_loss", f"--conditioning_data_dir={tmp_path / 'masks'}")
+    assert trainers[-1].losses.values == [0.0]
+
+
+def test_in_json_trains_on_what_it_lists(run, trainers, pictures, tmp_path):
+    see_through = tmp_path / "clear.png"
+    Image.new("RGBA", (64, 64), (255, 0, 0, 0)).save(see_through)
+    path = tmp_path / "meta.json"
+    path.write_text(json.dumps({str(see_through): {"caption": "c", "tags": "t"}}), encoding="utf-8")
+    result = run("--max_train_steps=1", *QUICK[1:], f"--in_json={path}", "--alpha_mask", "--cache_latents", data="--train_batch_size=1")
+    assert trainers[-1].dataset[(1, 0)].captions == ["c, t"] and trainers[-1].losses.values == [0.0]
+    metadata = result.metadata()
+    assert json.loads(metadata["ss_dataset_dirs"]) == {"meta.json": {"n_repeats": 1, "img_count": 1}}
+    assert json.loads(metadata["ss_tag_frequency"]) == {"meta.json": {"t": 1}}
+
+
+@pytest.mark.parametrize(
+    "words, part",
+    [
+        (["--conditioning_data_dir=x"], "masks for --masked_loss"),
+        (["--conditioning_data_dir=x", "--masked_loss", "--dataset_config=y"], "write conditioning_data_dir into the subset"),
+        (["--in_json=x", "--reg_data_dir=y"], "as two"),
+    ],
+)
+def test_what_does_not_go_together_is_said(words, part):
+    with pytest.raises(UserError, match=part):
+        parse_options([*NEEDED, *words])

@@ -1,0 +1,127 @@
+"""Datasets of the fine-tuning kind: pictures and captions from a metadata file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from library.data.config import DatasetDefaults, datasets_from_file, datasets_from_metadata
+from library.data.dataset import TrainingDataset
+from library.data.facts import describe
+from library.data.table import build_table
+from library.errors import UserError
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """Pictures a.png, b.JPG and deep/c.d.webp."""
+    folder = tmp_path / "pictures"
+    (folder / "deep").mkdir(parents=True)
+    for name in ("a.png", "b.JPG", "deep/c.d.webp"):
+        Image.new("RGB", (64, 64), "red").save(folder / name)
+    return folder
+
+
+def written(folder: Path, content, name: str = "meta.json") -> Path:
+    path = folder / name
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return path
+
+
+def table(path: Path, image_dir: Path | None, on_bad_image: str = "refuse", **defaults):
+    return build_table(datasets_from_metadata(path, image_dir, DatasetDefaults(resolution=64, **defaults)), on_bad_image)
+
+
+def captions(path: Path, image_dir: Path | None, **defaults) -> dict[str, str]:
+    made = table(path, image_dir, **defaults)
+    return dict(zip(made.names, made.captions, strict=True))
+
+
+def test_trap_4_18_keys_with_or_without_suffix_below_the_folder_or_as_whole_paths(pictures, tmp_path, monkeypatch):
+    entries = {"a": {"caption": "one"}, "b.JPG": {"caption": "two"}, str(pictures / "deep" / "c.d"): {"caption": "three"}}
+    path = written(tmp_path, entries)
+    wanted = {"a.png": "one", "b.JPG": "two", "deep/c.d.webp": "three"}
+    assert captions(path, pictures) == wanted
+    monkeypatch.chdir(tmp_path)  # paths as seen from where one works, with no folder given
+    relative = written(tmp_path / "pictures", {"pictures/a": {"caption": "one"}, "deep/c.d.webp": {"caption": "three"}})
+    assert captions(relative, None) == {"a.png": "one", "deep/c.d.webp": "three"}
+    made = table(written(tmp_path, {str(pictures / "a.png"): {"tags": "x"}}, "other.json"), pictures / "deep")
+    assert made.path(0) == pictures / "a.png", "a picture outside of the folder keeps its whole path"
+
+
+def test_caption_and_tags_are_joined(pictures, tmp_path):
+    entries = {"a": {"caption": "a cat\na dog", "tags": "red, blue"}, "b": {"tags": "green"}, "deep/c.d": {"caption": None}}
+    path = written(tmp_path, entries)
+    assert captions(path, pictures) == {"a.png": "a cat, red, blue", "b.JPG": "green", "deep/c.d.webp": ""}
+    lines = captions(path, pictures, enable_wildcard=True, caption_separator=";")
+    assert lines["a.png"] == "a cat;red, blue\na dog;red, blue"
+
+
+def test_lines_of_a_jsonl_file(pictures, tmp_path):
+    lines = '{"image_path": "a.png", "caption": "one", "image_size": [64, 64]}\n\n{"image_path": "b", "tags": "t"}\n'
+    assert captions(written(tmp_path, lines, "meta.jsonl"), pictures) == {"a.png": "one", "b.JPG": "t"}
+
+
+def test_batches_use_the_captions_with_all_their_options(pictures, tmp_path):
+    path = written(tmp_path, {"a": {"caption": "x, y", "tags": "z"}})
+    defaults = DatasetDefaults(resolution=64, caption_prefix="pre", caption_suffix="suf", num_repeats=3, caption_tag_dropout_rate=1.0, keep_tokens=1)
+    dataset = TrainingDataset(datasets_from_metadata(path, pictures, defaults), seed=1)
+    assert dataset.num_batches == 3 and dataset[(1, 0)].captions == ["pre x"]
+
+
+def test_counts_stand_under_the_file_s_name_and_tags_alone_are_counted(pictures, tmp_path):
+    path = written(tmp_path, {"a": {"caption": "cat", "tags": "Red, blue"}, "b": {"caption": "cat", "tags": "red"}})
+    (facts,) = describe(table(path, pictures))
+    assert facts.tag_frequency == {"meta.json": {"red": 2, "blue": 1}}
+    assert facts.subsets[0].folder == "meta.json" and facts.num_train_images == 2
+
+
+def test_dataset_files_may_name_metadata_files(pictures, tmp_path):
+    written(tmp_path, {"a": {"caption": "one"}, "b": {"caption": "two"}})
+    config = tmp_path / "data.toml"
+    text = "[general]\nresolution = 64\ncaption_extension = '.txt'\n[[datasets]]\n"
+    subset = "[[datasets.subsets]]\nmetadata_file = 'meta.json'\nimage_dir = 'pictures'\nflip_aug = true\n"
+    folder = "[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'pictures'\n"
+    config.write_text(text + subset + folder, encoding="utf-8")
+    made = build_table(datasets_from_file(config, DatasetDefaults()))
+    assert len(made) == 4 and [subset.tags is None for subset in made.subsets] == [False, True]
+    for wrong, part in {
+        text + subset + "[[datasets.subsets]]\nimage_dir = 'pictures'\n": "make two",
+        text + subset + "is_reg = true\n": "is_reg has no place beside metadata_file",
+        text + subset.replace("meta.json", "pictures"): "metadata_file = pictures is a folder",
+        text + subset.replace("meta.json", "mate.json"): "there is no file",
+        text + subset + subset: "have the same metadata_file",
+    }.items():
+        config.write_text(wrong, encoding="utf-8")
+        with pytest.raises(UserError, match=part):
+            datasets_from_file(config, DatasetDefaults())
+
+
+@pytest.mark.parametrize(
+    "content, part",
+    [
+        ({"a": {}, "nowhere": {}}, r"1 of its pictures .*\(nowhere\).*on_bad_image=skip"),
+        ({"nowhere": {}}, "neither in"),
+        ({"a": {}, "a.png": {}}, "'a' and 'a.png' are the same picture"),
+        ({"a": {"caption": 3}}, "'a': expected"),
+        ({"a": "cat"}, "'a': expected"),
+        (["a"], "got a list"),
+        ('{"a": }', "line 1, column 7: this is no JSON"),
+    ],
+)
+def test_what_is_wrong_is_named(pictures, tmp_path, content, part):
+    with pytest.raises(UserError, match=part):
+        table(written(tmp_path, content), pictures)
+
+
+def test_missing_pictures_can_be_left_out_and_unknown_values_are_told(pictures, tmp_path, caplog):
+    path = written(tmp_path, {"a": {"caption": "x", "rating": 1, "train_resolution": [64, 64]}, "nowhere": {}})
+    assert table(path, pictures, "skip").names == ["a.png"]
+    assert "nowhere" in caplog.text and "not used: rating" in caplog.text and "train_resolution" not in caplog.text
+    with pytest.raises(UserError, match="lists no picture that is there"):
+        table(written(tmp_path, {"nowhere": {}}), pictures, "skip")
+    with pytest.raises(UserError, match="--in_json=.*no such file"):
+        table(tmp_path / "none.json", pictures)
