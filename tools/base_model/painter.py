@@ -1,0 +1,169 @@
+"""The U-Net and the text encoder, trained together from nothing on the latents of the named pictures."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from library.data.config import DatasetDefaults, datasets_from_file
+from library.data.dataset import Batch, TrainingDataset
+from library.generation.generator import generate
+from library.generation.prompts import PromptSpec
+from library.sd.architecture import text_config, unet_config
+from library.sd.model import StableDiffusion, encode_text, predict_noise, vae_fingerprint
+from library.sd.text import inner_text_model, load_tokenizer
+from library.training import diffusion
+from tools.base_model.names import NAMES, STYLES, prompt_of
+from tools.base_model.training import Average, Checkpoint, clip_and_step, rate_at
+
+UNET_CHANNELS = (64, 128, 96, 64)
+TEXT_WIDTH, TEXT_LAYERS = 128, 2
+BATCH = 32
+PEAK_RATE = 1.5e-3
+EMA_DECAY = 0.997
+GAMMA = 5.0
+REPORT_EVERY, SHEET_EVERY = 100, 400
+DRAWING = {"width": 64, "height": 64, "steps": 20, "scale": 4.0, "sampler": "ddim"}
+SHEET_NAMES = ("cat face", "penguin", "octopus", "sunflower", "banana", "pizza", "doughnut", "birthday cake")
+SHEET_NAMES += ("guitar", "key", "umbrella", "camera", "rocket", "sailboat", "castle", "rainbow")
+
+DATASET = """
+[general]
+caption_extension = ".txt"
+keep_tokens = 1                 # the prompt itself; the keywords behind it come and go
+shuffle_caption = true
+caption_tag_dropout_rate = 0.7
+caption_dropout_rate = 0.1      # empty captions, for guidance
+
+[[datasets]]
+resolution = 64
+batch_size = {batch}
+"""
+
+
+@dataclass
+class Painter:
+    """What is trained, with the parts around it."""
+
+    model: StableDiffusion
+    dataset: TrainingDataset
+    alphas: Tensor
+
+    def loss(self, batch: Batch, noise: Tensor, t: Tensor) -> Tensor:
+        """The noise's mean squared error of each sample, (B,), not weighted."""
+        latents = batch.latents * self.model.vae.config.scaling_factor
+        context = encode_text(self.model.text_encoder, batch.input_ids)
+        noisy = diffusion.add_noise(latents, noise, t, self.alphas)
+        return diffusion.loss_per_sample(predict_noise(self.model.unet, noisy, t, context), noise)
+
+
+def new_painter(vae: torch.nn.Module, named: Path, seed: int) -> Painter:
+    """A painter with random weights, and the dataset with its latents."""
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel.from_config(unet_config(UNET_CHANNELS, context_width=TEXT_WIDTH, v2=False))
+    text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(text_config(TEXT_WIDTH, TEXT_LAYERS, v2=False)))
+    tokenizer = load_tokenizer(v2=False)
+    model = StableDiffusion(tokenizer, text_encoder, vae, unet, False, False, "base model")
+    dataset = TrainingDataset(datasets_from_file(dataset_file(named), DatasetDefaults()), seed=seed, tokenizer=tokenizer)
+    dataset.cache_latents(
+        lambda images, _: vae.encode(images).latent_dist.mode(), batch_size=32, to_disk=False, fingerprint=vae_fingerprint(vae)
+    )
+    return Painter(model, dataset, diffusion.alphas_cumprod())
+
+
+def dataset_file(named: Path) -> Path:
+    """The dataset of all styles as a file of the kind that train_network.py reads."""
+    path = named / "dataset.toml"
+    subsets = "".join(f'\n  [[datasets.subsets]]\n  image_dir = "{style}"\n' for style in STYLES.values())
+    path.write_text(DATASET.format(batch=BATCH) + subsets, encoding="utf-8")
+    return path
+
+
+def loss_weights(t: Tensor, alphas: Tensor) -> Tensor:
+    """min(max(SNR, sqrt(SNR)), gamma) / SNR: Min-SNR (Hang et al. 2023), but with more weight on nearly pure noise.
+
+    There the caption alone says what to draw. Plain noise prediction hardly counts it: an error d of the picture is an error
+    sqrt(SNR) d of the noise.
+    """
+    snr = (alphas / (1 - alphas))[t]
+    return torch.maximum(snr, snr.sqrt()).clamp(max=GAMMA) / snr
+
+
+def train_painter(vae: torch.nn.Module, named: Path, work: Path, steps: int, seed: int = 1) -> StableDiffusion:
+    """The model with averaged weights after `steps` steps; goes on from the checkpoint in `work`."""
+    painter = new_painter(vae, named, seed)
+    parts = (painter.model.unet, painter.model.text_encoder)
+    parameters = [parameter for part in parts for parameter in part.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=PEAK_RATE, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    average = Average(parts, EMA_DECAY)
+    checkpoint = Checkpoint(work / "painter.pt", average, optimizer)
+    averaged = StableDiffusion(painter.model.tokenizer, average.averages[1], vae, average.averages[0], False, False, "base model")
+    first, started, total = checkpoint.load(), time.time(), 0.0
+    for part in parts:
+        part.train()
+    for step in range(first, steps):
+        epoch, position = divmod(step, painter.dataset.num_batches)
+        batch = painter.dataset[epoch + 1, position]
+        t = diffusion.sample_timesteps(len(batch.paths), torch.device("cpu"))
+        losses = painter.loss(batch, torch.randn_like(batch.latents), t)
+        (losses * loss_weights(t, painter.alphas)).mean().backward()
+        clip_and_step(optimizer, rate_at(step, steps, PEAK_RATE))
+        average.update(step)
+        total += losses.detach().mean()
+        done = step + 1
+        if done % REPORT_EVERY == 0 or done == steps:
+            speed = (done - first) * BATCH / (time.time() - started)
+            print(
+                f"{time.strftime('%H:%M:%S')} U-Net step {done}/{steps}: loss {float(total) / REPORT_EVERY:.4f}, "
+                f"validation {validation_loss(Painter(averaged, painter.dataset, painter.alphas)):.4f}, {speed:.1f} pictures/s",
+                flush=True,
+            )
+            total = 0.0
+            checkpoint.save(done)
+        if done % SHEET_EVERY == 0 or done == steps:
+            draw_sheet(averaged, work / f"sheet-{done:06d}.png")
+    zero_unused_tokens(averaged, painter.dataset)
+    return averaged
+
+
+@torch.no_grad()
+def validation_loss(painter: Painter, batches: int = 4) -> float:
+    """The loss on the same noise and timesteps every time; timesteps evenly spread."""
+    generator = torch.Generator().manual_seed(7)
+    losses = []
+    for position in range(min(batches, painter.dataset.num_batches)):
+        batch = painter.dataset[1, position]
+        noise = torch.randn(batch.latents.shape, generator=generator)
+        t = torch.linspace(20, 999, len(batch.paths)).long()
+        losses.append(painter.loss(batch, noise, t).mean())
+    return float(torch.stack(losses).mean())
+
+
+def draw_sheet(model: StableDiffusion, path: Path) -> None:
+    """Sixteen names in the three styles, one row a style."""
+    from PIL import Image
+
+    specs = [PromptSpec(prompt=prompt_of(style, name), seed=i, **DRAWING) for style in STYLES for i, name in enumerate(SHEET_NAMES)]
+    pictures = [picture for _, picture in generate(model, specs, batch_size=16)]
+    sheet = Image.new("RGB", (64 * len(SHEET_NAMES), 64 * len(STYLES)))
+    for i, picture in enumerate(pictures):
+        row, column = divmod(i, len(SHEET_NAMES))
+        sheet.paste(picture, (64 * column, 64 * row))
+    sheet.save(path)
+
+
+@torch.no_grad()
+def zero_unused_tokens(model: StableDiffusion, dataset: TrainingDataset) -> None:
+    """Clear the embeddings of tokens that no caption has, which training never touched, so that the file packs small."""
+    used = {token for ids in model.tokenizer([*dataset.table.captions, ""]).input_ids for token in ids}
+    table = inner_text_model(model.text_encoder).embeddings.token_embedding.weight
+    unused = torch.ones(len(table), dtype=torch.bool)
+    unused[list(used)] = False
+    table[unused] = 0

@@ -1,0 +1,104 @@
+"""From the tars of the emoji styles to folders of pictures with captions, one folder a style."""
+
+from __future__ import annotations
+
+import csv
+import io
+import shutil
+import tarfile
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from PIL import Image
+
+from library.errors import UserError
+from tools.base_model.names import AUTOENCODER_STYLES, NAMES, STYLES, prompt_of
+
+KEYWORDS = 3  # at most so many after the name
+
+
+@dataclass(frozen=True)
+class Emoji:
+    code: str  # code point, which names the picture's file
+    name: str
+    group: str
+    keywords: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures by style and code point in folders below `folder`, as `unpack` made them."""
+
+    source: Path  # holds captions.tsv
+    folder: Path
+
+    def files(self, style: str) -> list[Path]:
+        return sorted((self.folder / "all" / style).glob("*.webp"))
+
+    def groups(self) -> dict[str, str]:
+        """Code point -> group."""
+        return {emoji.code: emoji.group for emoji in self.emoji.values()}
+
+    @property
+    def named(self) -> Path:
+        """The folder of captioned pictures, one folder a style: those of `names.py`."""
+        return self.folder / "named"
+
+    @cached_property
+    def emoji(self) -> dict[str, Emoji]:
+        """Name -> emoji, from `captions.tsv`: code point, name, group, keywords."""
+        found = {}
+        with open(self.source / "captions.tsv", encoding="utf-8", newline="") as file:
+            for code, name, group, keywords in csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE):
+                words = (word.strip() for word in keywords.split(","))
+                plain = tuple(word for word in words if word.isascii() and word.replace(" ", "").isalpha() and word != name)
+                found[name.lower()] = Emoji(code, name.lower(), group, plain[:KEYWORDS])
+        return found
+
+
+def unpack(source: Path, folder: Path) -> Pictures:
+    """Write every picture below `folder`/all, and those of `names.py` with captions below `folder`/named.
+
+    `source` holds `captions.tsv` and one tar a style. What is there already is kept, so a second call costs nothing.
+    """
+    for name in ("captions.tsv", *(f"{style}.tar" for style in AUTOENCODER_STYLES)):
+        if not (source / name).is_file():
+            raise UserError(f"{source / name} is missing; give --pictures the folder with captions.tsv and the styles' tars")
+    pictures = Pictures(source, folder)
+    whole = folder / "whole"  # written last, so a break leaves nothing half done
+    if whole.exists():
+        return pictures
+    shutil.rmtree(folder, ignore_errors=True)
+    for style in AUTOENCODER_STYLES:
+        _unpack_tar(source / f"{style}.tar", folder / "all" / style)
+    for word, style in STYLES.items():
+        target = pictures.named / style
+        target.mkdir(parents=True)
+        for name in (name for names in NAMES.values() for name in names):
+            _write_named(pictures.emoji[name], word, folder / "all" / style, target)
+    whole.touch()
+    return pictures
+
+
+def _unpack_tar(path: Path, target: Path) -> None:
+    target.mkdir(parents=True)
+    with tarfile.open(path) as tar:
+        for member in tar:
+            if member.isfile() and member.name.endswith(".webp"):
+                (target / Path(member.name).name).write_bytes(tar.extractfile(member).read())
+
+
+def _write_named(emoji: Emoji, style: str, pictures: Path, target: Path) -> None:
+    """The picture and its caption: the prompt, then keywords, which training drops at random."""
+    stem = emoji.name.replace(" ", "-")
+    shutil.copyfile(pictures / f"{emoji.code}.webp", target / f"{stem}.webp")
+    caption = ", ".join([prompt_of(style, emoji.name), *emoji.keywords])
+    (target / f"{stem}.txt").write_text(caption + "\n", encoding="utf-8", newline="\n")
+
+
+def read_tar(source: Path, style: str, names: list[str]) -> dict[str, Image.Image]:
+    """Name -> picture of one style, straight from its tar."""
+    emoji = Pictures(source, source).emoji
+    with tarfile.open(source / f"{style}.tar") as tar:
+        return {name: Image.open(io.BytesIO(tar.extractfile(f"{style}/{emoji[name].code}.webp").read())) for name in names}

