@@ -1,0 +1,219 @@
+"""How fast pictures are made, beside Diffusers' bare `StableDiffusionPipeline` with the same model, sampler, prompts and seeds.
+
+    python benchmarks/generate.py [--size 128] [--steps 10] [--rounds 3]
+
+16 pictures in batches of 4 by each, batch by batch in turns in one process, so that a busy machine slows both; text, denoising
+and decoding to pictures count, saving does not. The prompts are two, and one negative prompt for all. With a LoRA: ours applied,
+and as --network_pre_calc does it; the pipeline's by `load_lora_weights`. Start-up: a fresh Python process until the sampler's first
+step, from a Diffusers folder of the same small model. On a GPU if there is one. Writes benchmarks/results/generate.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+PICTURES, BATCH = 16, 4
+PROMPTS = ["a photo of a cat on a sofa, morning light", "an old castle above the river at dawn, oil painting"]
+NEGATIVE = "blurry, low quality"
+
+# ---------------------------------------------------------------- pictures
+
+
+def make_specs(size: int, steps: int) -> list:
+    from library.generation.prompts import PromptSpec
+
+    return [
+        PromptSpec(PROMPTS[number // 8], NEGATIVE, width=size, height=size, seed=number, steps=steps, sampler="ddim")
+        for number in range(PICTURES)
+    ]
+
+
+def make_pipeline(model, lora: Path | None):
+    """Diffusers' pipeline; each call makes one batch of specs."""
+    import torch
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import logging
+
+    from library.generation.samplers import make_scheduler
+
+    logging.set_verbosity_error()
+    parts = (model.vae, model.text_encoder, model.tokenizer, model.unet, make_scheduler("ddim"))
+    pipe = StableDiffusionPipeline(*parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    if lora is not None:
+        pipe.load_lora_weights(lora)
+
+    def run(batch: list) -> list:
+        return pipe(
+            [spec.prompt for spec in batch], batch[0].height, batch[0].width, batch[0].steps, guidance_scale=batch[0].scale,
+            negative_prompt=[spec.negative_prompt for spec in batch],
+            generator=[torch.Generator("cpu").manual_seed(spec.seed) for spec in batch],
+        ).images  # fmt: skip
+
+    return run
+
+
+def fresh_model(device: str):
+    from library.sd.small import small_stable_diffusion
+
+    model = small_stable_diffusion(seed=0)
+    for part in (model.unet, model.vae, model.text_encoder):
+        part.to(device)
+    return model
+
+
+def write_lora(model, path: Path) -> None:
+    import torch
+
+    from networks.lora import create_network
+
+    network = create_network(1.0, 16, 16, None, model.text_encoder, model.unet, conv_dim="8", conv_alpha="8")
+    for part in network.loras:
+        torch.nn.init.normal_(part.lora_up.weight, std=0.02)
+    network.save_weights(path, torch.float32, {})
+
+
+def timed(work: Callable[[], object], device: str) -> tuple[float, float, object]:
+    """Wall-clock seconds, processor seconds and the result."""
+    import torch
+
+    started, cpu = time.perf_counter(), time.process_time()
+    result = work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started, time.process_time() - cpu, result
+
+
+def compare(way: str, device: str, folder: Path, size: int, steps: int, rounds: int) -> str:
+    """One row of the table: medians over the rounds, and the largest difference of the pictures."""
+    import numpy as np
+
+    from library.generation.generator import generate
+    from library.generation.networks import Networks
+
+    lora = folder / "lora.safetensors" if way != "without a LoRA" else None
+    if lora is not None and not lora.exists():
+        write_lora(fresh_model("cpu"), lora)
+    ours_model, specs = fresh_model(device), make_specs(size, steps)
+    files = [str(lora)] if lora is not None else []
+    networks = Networks.load(["networks.lora"][: len(files)], files, model=ours_model, pre_calc="pre_calc" in way)
+    pipeline = make_pipeline(fresh_model(device), lora)
+
+    warm_up = specs[:BATCH]
+    list(generate(ours_model, warm_up, batch_size=BATCH, networks=networks)), pipeline(warm_up)
+    totals: list[tuple[float, ...]] = []
+    difference = 0
+    for turn in range(rounds):
+        seconds = {"ours": [0.0, 0.0], "theirs": [0.0, 0.0]}
+        pictures = generate(ours_model, specs, batch_size=BATCH, networks=networks)
+        for start in range(0, PICTURES, BATCH):
+            batch = specs[start : start + BATCH]
+            jobs = {"ours": lambda: [next(pictures).picture for _ in batch], "theirs": lambda batch=batch: pipeline(batch)}
+            results = {}
+            for name in list(jobs)[:: 1 if (turn + start // BATCH) % 2 == 0 else -1]:
+                wall, cpu, results[name] = timed(jobs[name], device)
+                seconds[name][0] += wall
+                seconds[name][1] += cpu
+            for one, other in zip(results["ours"], results["theirs"]):
+                difference = max(difference, int(np.abs(np.asarray(one, int) - np.asarray(other, int)).max()))
+        totals.append((*seconds["ours"], *seconds["theirs"]))
+    ours, ours_cpu, theirs, theirs_cpu = (statistics.median(column) for column in zip(*totals))
+    return (
+        f"| {way} | {ours:.2f} | {theirs:.2f} | {theirs / ours:.2f} | {ours_cpu:.2f} | {theirs_cpu:.2f} | "
+        f"{theirs_cpu / ours_cpu:.2f} | {difference} |"
+    )
+
+
+# ---------------------------------------------------------------- start-up
+
+OURS = """
+from library.generation.generator import generate
+from library.generation.loading import load_model
+from library.generation.prompts import PromptSpec
+model = load_model({folder!r})
+spec = PromptSpec("a cat", "", width=64, height=64, seed=1, steps=1)
+def stop(_): raise SystemExit
+list(generate(model, [spec], progress=stop))
+"""
+THEIRS = """
+from diffusers import StableDiffusionPipeline
+pipe = StableDiffusionPipeline.from_pretrained({folder!r}, safety_checker=None, requires_safety_checker=False)
+pipe.to("cuda" if __import__("torch").cuda.is_available() else "cpu")
+def stop(*_): raise SystemExit
+pipe("a cat", 64, 64, 1, callback_on_step_end=stop)
+"""
+
+
+def start_up(program: str, folder: Path) -> tuple[float, float]:
+    """Wall-clock and processor seconds of a fresh process until the first step is done."""
+    before, started = os.times(), time.perf_counter()
+    code = program.format(folder=str(folder))
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, check=True, capture_output=True)
+    seconds, after = time.perf_counter() - started, os.times()
+    return seconds, after.children_user + after.children_system - before.children_user - before.children_system
+
+
+def compare_start_ups(folder: Path, rounds: int) -> str:
+    from library.sd.model import save_stable_diffusion
+
+    save_stable_diffusion(fresh_model("cpu"), folder / "model")
+    programs = {"import torch": "import torch", "ours": OURS, "theirs": THEIRS}
+    runs: dict[str, list] = {name: [] for name in programs}
+    for _ in range(rounds):
+        for name, program in programs.items():
+            runs[name].append(start_up(program, folder / "model"))
+    (torch_wall, torch_cpu), (wall, cpu), (other_wall, other_cpu) = (
+        [statistics.median(column) for column in zip(*runs[name])] for name in programs
+    )
+    return (
+        f"Start-up, imports to first step: ours {wall:.1f} s ({cpu:.1f} s of processor), pipeline {other_wall:.1f} s "
+        f"({other_cpu:.1f} s), ratio {other_wall / wall:.2f} ({other_cpu / cpu:.2f}); `import torch` alone {torch_wall:.1f} s "
+        f"({torch_cpu:.1f} s)."
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+
+    import diffusers
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    where = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} processor cores, no GPU"
+    load = f"; load of the machine {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+    lines = [
+        f"{platform.machine()}, {where}, {torch.get_num_threads()} thread(s); torch {torch.__version__}, diffusers "
+        f"{diffusers.__version__}; float32, small random model, {options.size} x {options.size}, {options.steps} steps of ddim, scale 7.5; "
+        f"medians of {options.rounds} rounds{load}.",
+        "",
+        "| 16 pictures in batches of 4 | ours, s | pipeline, s | times faster | ours, processor s | pipeline | ratio | difference of levels |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        for way in ("without a LoRA", "LoRA applied", "LoRA, pre_calc"):
+            lines.append(compare(way, device, Path(folder), options.size, options.steps, options.rounds))
+            print(lines[-1], flush=True)
+        lines += ["", compare_start_ups(Path(folder), options.rounds)]
+        print(lines[-1])
+    intro = ["# benchmarks/generate.py", "", *__doc__.split("\n\n", 2)[2].strip().splitlines(), ""]
+    (ROOT / "benchmarks" / "results" / "generate.md").write_text("\n".join([*intro, *lines, ""]), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
