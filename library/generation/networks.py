@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -52,6 +53,7 @@ class LoadedNetwork:
     module: ModuleType
     network: nn.Module
     weights: dict[str, Tensor]
+    number: int = field(default_factory=itertools.count().__next__)  # no other one of this process has it
 
 
 class Networks:
@@ -177,9 +179,9 @@ class Networks:
     def _set_state(self, active: list[tuple[LoadedNetwork, float]]) -> None:
         strengths: dict[int, float] = {}
         for loaded, strength in active:  # one that is named twice acts with the sum
-            strengths[id(loaded)] = strengths.get(id(loaded), 0.0) + strength
+            strengths[loaded.number] = strengths.get(loaded.number, 0.0) + strength
         state = tuple((key, strength) for key, strength in strengths.items() if strength != 0)
-        everything = {id(loaded): loaded for loaded in [*self.loaded, *self._from_prompts.values()]}
+        everything = {loaded.number: loaded for loaded in [*self.loaded, *self._from_prompts.values()]}
         if not self.pre_calc:
             for key, loaded in everything.items():
                 loaded.network.set_multiplier(strengths.get(key, 0.0))

@@ -15,7 +15,7 @@ from library.errors import UserError
 from library.generation.denoise import Contexts, denoise, start_noise
 from library.generation.encoding import PromptCache, chunks_needed
 from library.generation.generator import generate
-from library.generation.painter import evaluating, to_picture
+from library.generation.painter import Painter, evaluating, to_picture
 from library.generation.prompts import PromptSpec
 from library.generation.samplers import SAMPLERS, make_scheduler
 from library.sd.small import small_stable_diffusion
@@ -216,6 +216,25 @@ def test_wrong_specs_are_one_line_and_do_not_stop_the_others(model, wrong, messa
     results = list(generate(model, specs, on_error=lambda _, error: failures.append(str(error))))
     assert len(results) == 2 and len(failures) == 1
     with pytest.raises(UserError, match=message):
+        list(generate(model, specs))
+
+
+def test_what_nobody_foresaw_ends_its_pictures_and_not_the_run(model, monkeypatch):
+    paint, errors = Painter.paint, iter([RuntimeError("cuDNN error"), torch.cuda.OutOfMemoryError("no"), None])
+
+    def failing(self, *args, **options):
+        if error := next(errors):
+            raise error
+        return paint(self, *args, **options)
+
+    monkeypatch.setattr(Painter, "paint", failing)
+    failed = []
+    specs = [replace(CAT, steps=1)] * 3
+    made = list(generate(model, specs, on_error=lambda spec, error: failed.append(str(error))))
+    assert len(made) == 1 and len(failed) == 2
+    assert "RuntimeError: cuDNN error" in failed[0] and "not enough GPU memory for 1 picture(s) of 64 x 64" in failed[1]
+    errors = iter([RuntimeError("a bug")])
+    with pytest.raises(RuntimeError, match="a bug"):  # a traceback, where nobody waits for the other pictures
         list(generate(model, specs))
 
 

@@ -129,7 +129,7 @@ def test_each_network_sees_its_own_sub_prompt_alone(model, files, load, tmp_path
     options = {"clip_skip": None, "zero_terminal_snr": False, "texts": None, "autocast": None, "vae_batch_size": 1}
     job = make_job(model, SPEC, 75, networks, regions)
     contexts = Painter(model, networks=networks, regions=regions, **options).contexts([job])
-    assert networks.state == tuple((id(loaded), strength) for loaded, strength in zip(networks.loaded, (1.0, 0.5)))
+    assert networks.state == tuple((loaded.number, strength) for loaded, strength in zip(networks.loaded, (1.0, 0.5)))
     for text, strengths, rows in (
         ("a cat", (1.0, 0.0), contexts.positive[0]), ("a dog", (0.0, 0.5), contexts.positive[1]),
         ("blurry", (0.0, 0.0), contexts.negative[0]),
