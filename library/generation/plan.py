@@ -61,6 +61,8 @@ class Planner:
 
     def plan(self, prompts: list[RawPrompt]) -> list[Request]:
         """The pictures of these prompts, all repeats included, in the order in which they are to be made."""
+        if not prompts:
+            return []
         chosen = self.options.prompts
         repeats = 1 if chosen.interactive else chosen.n_iter
         passes = [self._one_pass(prompts) for _ in range(repeats)]

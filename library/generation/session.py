@@ -181,8 +181,8 @@ class Session:
     @staticmethod
     def _correct(bar: tqdm, done: int) -> None:
         """The bar counts steps; a picture that failed early has fewer of them."""
-        bar.n = max(bar.n, float(done))
-        bar.refresh()
+        if done > bar.n:
+            bar.update(done - bar.n)
 
     def converse(self) -> None:
         """Ask for prompts until there are no more; a wrong one is named and asked for again."""
@@ -216,7 +216,7 @@ class Session:
         if self.failed:
             print(f"{self.failed} failed; the reasons are above")
         if self.planner.problems:
-            print(f"{len(self.planner.problems)} lines of prompts skipped; the reasons are above")
+            print(f"{len(self.planner.problems)} line(s) of prompts skipped; the reasons are above")
         if sheet is not None:
             print(f"sheet: {sheet}")
 

@@ -51,7 +51,10 @@ def test_trap_6_2_seeds_are_handed_out_from_the_front():
 
 def test_trap_6_2_a_seed_in_an_interactive_run_goes_on_from_prompt_to_prompt():
     asking = planner("--interactive", "--seed=5", "--n_iter=3")
+    assert asking.plan([]) == []  # no list before the asking
     assert seeds(asking.plan(lines("a"))) + seeds(asking.plan(lines("b"))) == drawn(5, 2)
+    same = planner("--interactive", "--seed=5,6", "--iter_same_seed", "--images_per_prompt=2")
+    assert [seeds(same.plan(prompts)) for prompts in ([], lines("a"), lines("b"))] == [[], [5, 5], [6, 6]]
 
 
 def test_without_a_seed_every_picture_has_another():

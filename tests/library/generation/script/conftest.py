@@ -62,16 +62,13 @@ def loaded_models() -> dict:
 
 
 @pytest.fixture
-def draw(gen_files, tmp_path, monkeypatch, loaded_models) -> Callable[..., Drawn]:
-    """`draw("--prompt=a cat")` runs the script in this process, each time into a new folder unless --outdir is given.
-
-    Runs without networks, which change the model, share it.
-    """
-    count = iter(range(100))
+def shared_models(monkeypatch, loaded_models) -> None:
+    """Runs share a model that was read before, unless something is attached to it that changes it."""
     load = studio._load
 
     def load_once(options):
-        if options.network.network_weights or options.network.lora_dir:
+        network = options.network
+        if network.network_weights or network.lora_dir or options.model.textual_inversion_embeddings or options.speed.vae_slices:
             return load(options)
         key = (options.model, options.speed)
         if key not in loaded_models:
@@ -79,6 +76,12 @@ def draw(gen_files, tmp_path, monkeypatch, loaded_models) -> Callable[..., Drawn
         return loaded_models[key]
 
     monkeypatch.setattr(studio, "_load", load_once)
+
+
+@pytest.fixture
+def draw(gen_files, tmp_path, shared_models) -> Callable[..., Drawn]:
+    """`draw("--prompt=a cat")` runs the script in this process, each time into a new folder unless --outdir is given."""
+    count = iter(range(100))
 
     def start(*words: str) -> Drawn:
         given = [word.split("=", 1)[1] for word in words if word.startswith("--outdir=")]

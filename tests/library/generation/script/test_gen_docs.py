@@ -53,7 +53,7 @@ COMMANDS = list(dict.fromkeys(command for page in PAGES.values() for command in 
 
 
 @pytest.fixture
-def place(gen_files, tmp_path, monkeypatch) -> Path:
+def place(gen_files, tmp_path, monkeypatch, shared_models) -> Path:
     """A folder with every file that the page's commands name."""
     folder = tmp_path / "project"
     shutil.copytree(gen_files, folder)

@@ -41,7 +41,7 @@ def test_trap_6_3_each_picture_of_a_batch_has_its_own_text_and_trap_6_5_its_own_
     assert made.code == 1  # a line was wrong
     out, err = capsys.readouterr()
     assert "skipped: " in err and "line 4, column 7: option --w '65' is not a multiple of 8" in err
-    assert "3 of 3 pictures saved" in out and "1 lines of prompts skipped" in out
+    assert "3 of 3 pictures saved" in out and "1 line(s) of prompts skipped" in out
     assert [(t["prompt"], t["negative-prompt"], t["seed"], t["raw-prompt"]) for t in made.texts] == [
         ("a cat", "blurry", "7", "a cat --n blurry --d 7"), ("a dog", "dark", "5", "a {dog} --n dark"),
         ("no negative", "", "6", "no negative"),
