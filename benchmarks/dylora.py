@@ -114,7 +114,7 @@ def make(task: Task, kind: str, rank: int, seed: int, rate: float) -> tuple[lora
 
 def extracted(task: Task, network: dylora.DyLoRANetwork, rank: int) -> lora.LoRANetwork:
     """The LoRA of this rank that the extraction tool would write, attached."""
-    state, weights = network.state_dict(), {}
+    state, weights = network.file_weights(), {}
     for name in [module.lora_name for module in network.loras]:
         whole = LowRank(state[f"{name}.lora_up.weight"], state[f"{name}.lora_down.weight"], state[f"{name}.alpha"].item())
         part = split(whole, rank)

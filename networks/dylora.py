@@ -2,7 +2,7 @@
 
 A step draws one rank b for the whole network, uniformly from unit, 2 unit, ..., R, and trains the first b ranks alone:
 
-    y = W(x) + multiplier * (alpha / R) * up[:, :b] down[:b] x
+    y = W(x) + multiplier * (alpha / R) * up[:, :b] diag(gain[:b]) down[:b] x
 
 So the first ranks learn to work without the others, and the others to add to them. All b ranks get gradients at such a step
 (the paper's variant without "frozen"). The scale alpha / R is the same for every b: each rank then means the same whether
@@ -10,8 +10,13 @@ or not others follow it, so the ranks can agree. The paper divides by b instead,
 at one strength and at R / unit times that: on the small model the losses ended 2 % (rank 4) to 20 % (rank 16) higher, and with
 "frozen" 27 % and more (150 steps on the random base, one seed).
 
-The file is an ordinary LoRA of rank R. Its first b ranks with alpha * b / R are a LoRA of rank b that does what the first b
-ranks did in training; extract_lora_from_dylora.py writes them. Evaluation and pictures use all ranks.
+A rank that takes part in a share p of the steps learns more slowly, Adam's steps shrinking with the root of p; and the first
+ones have to serve all the others. So their products have the gain sqrt(2 / p), which is this module's own (1 if there is but
+one unit). Without it the extracted ranks ended 5 to 11 % above LoRAs of the same learning rate and number of steps, on the
+random base; see benchmarks/results/dylora-seeded.md.
+
+The file is an ordinary LoRA of rank R, up being multiplied with the gain. Its first b ranks with alpha * b / R are a LoRA of rank
+b that does what the first b ranks did in training; extract_lora_from_dylora.py writes them. Evaluation and pictures use all ranks.
 
 The trainer calls `on_step_start` before the first batch of every step. Without these calls all ranks train, as in a LoRA.
 """
@@ -31,7 +36,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from networks import lora
-from networks.lora import LoRAModule, LoRANetwork, NetworkArgs
+from networks.lora import LoRAModule, LoRANetwork, NetworkArgs, weight_delta
 
 READERS = {
     "unit": lora.read_int,
@@ -47,23 +52,42 @@ class DyLoRAArgs(NetworkArgs):
 
 
 class DyLoRAModule(LoRAModule):
-    """A LoRA module that in training uses its first `active_rank` ranks alone."""
+    """A LoRA module that in training uses its first `active_rank` ranks alone. `gain` (R,) is 1 until the network sets it."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.active_rank = self.rank
+        self.register_buffer("gain", torch.ones(self.rank))
 
     def forward(self, x: Tensor) -> Tensor:
-        """multiplier * scale * up[:, :b] down[:b] x, where b is `active_rank` in training and the whole rank otherwise."""
-        if not self.training or self.active_rank == self.rank:
-            return super().forward(x)
-        down, up = self.lora_down.weight[: self.active_rank], self.lora_up.weight[:, : self.active_rank]
+        """multiplier * scale * up[:, :b] diag(gain) down[:b] x, where b is `active_rank` in training, else the whole rank."""
+        rank = self.active_rank if self.training else self.rank
+        down, up, layer = self.lora_down.weight[:rank], self.lora_up.weight[:, :rank], self.lora_down
         x = self.in_own_type(x)
-        factor = self.scale * self.multiplier
-        if isinstance(self.lora_down, nn.Conv2d):
-            layer = self.lora_down
-            return F.conv2d(F.conv2d(x, down, None, layer.stride, layer.padding, layer.dilation) * factor, up)
-        return F.linear(F.linear(x, down) * factor, up)
+        factor = self.gain[:rank] * (self.scale * self.multiplier)
+        if isinstance(layer, nn.Conv2d):
+            hidden = F.conv2d(x, down, None, layer.stride, layer.padding, layer.dilation)
+            return F.conv2d(hidden * factor[:, None, None].to(hidden.dtype), up)
+        hidden = F.linear(x, down)
+        return F.linear(hidden * factor.to(hidden.dtype), up)
+
+    def product_norm(self) -> Tensor:
+        return weight_delta(self._with_gain(), self.lora_down.weight, self.scale * self.rank).norm()
+
+    def file_weights(self) -> dict[str, Tensor]:
+        weights = {key: tensor for key, tensor in super().file_weights().items() if key != "gain"}
+        return weights | {"lora_up.weight": self._with_gain().detach()}
+
+    def from_file(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if f"{self.lora_name}.gain" in weights:  # a state of this network, not a file
+            return {key: weights[f"{self.lora_name}.{key}"] for key in self.state_dict()}
+        fitted = super().from_file(weights)
+        up = fitted["lora_up.weight"].float()
+        return fitted | {"lora_up.weight": up / self.gain.to(up.device).view(1, -1, *[1] * (up.dim() - 2)), "gain": self.gain}
+
+    def _with_gain(self) -> Tensor:
+        up = self.lora_up.weight
+        return up * self.gain.view(1, -1, *[1] * (up.dim() - 2))
 
 
 class DyLoRANetwork(LoRANetwork):
@@ -78,6 +102,8 @@ class DyLoRANetwork(LoRANetwork):
             raise ValueError(f"a DyLoRA has one rank, these weights have {', '.join(map(str, ranks))}; use networks.lora")
         self.rank, self.unit = ranks[0], 1 if self.args.unit is None else self.args.unit
         check_unit(self.unit, self.rank)
+        for module in self.loras:
+            module.gain.copy_(gains(self.rank, self.unit))
 
     def on_step_start(self, text_encoder: nn.Module | None = None, unet: nn.Module | None = None) -> None:
         """Draw the rank of this step from torch's CPU generator, the same for every module and until the next call."""
@@ -87,6 +113,15 @@ class DyLoRANetwork(LoRANetwork):
         """Train the first `rank` ranks from now on."""
         for module in self.loras:
             module.active_rank = rank
+
+
+def gains(rank: int, unit: int) -> Tensor:
+    """The gain of each rank: sqrt(2 / the share of the steps that train it), (rank,); 1 if every step trains all."""
+    if unit == rank:
+        return torch.ones(rank)
+    units = rank // unit
+    share = (units - torch.arange(units)) / units
+    return (2 / share).sqrt().repeat_interleave(unit)
 
 
 def check_unit(unit: int, rank: int) -> None:

@@ -174,6 +174,10 @@ class LoRAModule(nn.Module):
             self._hook.remove()
             self._hook = None
 
+    def product_norm(self) -> Tensor:
+        """||scale * up down||, the Frobenius norm."""
+        return weight_delta(self.lora_up.weight, self.lora_down.weight, self.scale * self.rank).norm()
+
     def file_weights(self) -> dict[str, Tensor]:
         """What a file holds of this module: alpha, lora_down.weight and lora_up.weight."""
         return {key: tensor.detach() for key, tensor in self.state_dict().items()}
@@ -356,11 +360,10 @@ class LoRANetwork(nn.Module):
             raise ValueError("it would shrink the model's own part, from which init=pissa starts; leave one of them out")
         ratios, norms = [], []
         for module in self.loras:
-            up, down = module.lora_up.weight, module.lora_down.weight
-            norm = weight_delta(up, down, module.scale * module.rank).norm().clamp(min=max_norm / 2)
+            norm = module.product_norm().clamp(min=max_norm / 2)
             ratio = norm.clamp(max=max_norm) / norm
-            up.mul_(ratio.sqrt())
-            down.mul_(ratio.sqrt())
+            module.lora_up.weight.mul_(ratio.sqrt())
+            module.lora_down.weight.mul_(ratio.sqrt())
             ratios.append(ratio)
             norms.append(norm * ratio)
         stacked = torch.stack(norms)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from networks import lora
-from networks.dylora import DyLoRAModule, create_network, create_network_from_weights
+from networks.dylora import DyLoRAModule, create_network, create_network_from_weights, gains
 from networks.low_rank import LowRank, split
 
 CONV = {"conv_dim": "8", "conv_alpha": "2"}
@@ -31,7 +31,7 @@ def outputs(model):
 
 def split_weights(network, rank):
     """The weights of an extracted file, made by the tools' algebra."""
-    state, weights = network.state_dict(), {}
+    state, weights = network.file_weights(), {}
     for module in network.loras:
         name = module.lora_name
         whole = LowRank(state[f"{name}.lora_up.weight"], state[f"{name}.lora_down.weight"], state[f"{name}.alpha"].item())
@@ -66,15 +66,19 @@ def test_trap_3_1_the_forward_uses_the_sampled_prefix_alone(layer, shape):
 
 def test_trap_3_2_evaluation_uses_all_ranks_and_is_the_same_every_time(model):
     network = make_network(model, **CONV).eval()
-    whole = lora.create_network_from_weights(1.0, None, None, model.text_encoder, model.unet, network.state_dict())[0].eval()
-    whole.load_state_dict(network.state_dict())
+    weights = network.file_weights()
+    whole = lora.create_network_from_weights(1.0, None, None, model.text_encoder, model.unet, weights)[0].eval()
+    whole.load_state_dict(weights)
     whole.apply_to(model.text_encoder, model.unet)
     expected = outputs(model)
     whole.unapply()
     network.apply_to(model.text_encoder, model.unet)
     for _ in range(4):
         network.on_step_start()
-        assert torch.equal(outputs(model), expected)
+        torch.testing.assert_close(outputs(model), expected, atol=1e-5, rtol=1e-4)
+    first = outputs(model)
+    network.on_step_start()
+    assert torch.equal(outputs(model), first)
     network.train().use_rank(2)
     assert not torch.equal(outputs(model), expected)
 
@@ -161,7 +165,7 @@ def test_trap_3_6_a_dylora_is_mergeable_and_merged_is_applied(model):
     network.apply_to(model.text_encoder, model.unet)
     applied = outputs(model) - base
     network.unapply()
-    network.merge_to(model.text_encoder, model.unet, network.state_dict())
+    network.merge_to(model.text_encoder, model.unet, network.file_weights())
     torch.testing.assert_close(outputs(model) - base, applied, atol=2e-5, rtol=1e-3)
 
 
@@ -171,10 +175,38 @@ def test_trap_3_6_a_dylora_is_mergeable_and_merged_is_applied(model):
 def test_the_file_is_an_ordinary_lora(model):
     network = make_network(model, **CONV)
     plain = lora.create_network(1.0, 8, 4.0, None, model.text_encoder, model.unet, **CONV)
-    assert {k: t.shape for k, t in network.state_dict().items()} == {k: t.shape for k, t in plain.state_dict().items()}
-    assert {k: t for k, t in network.state_dict().items() if k.endswith("alpha")} == {
+    assert {k: t.shape for k, t in network.file_weights().items()} == {k: t.shape for k, t in plain.state_dict().items()}
+    assert {k: t for k, t in network.file_weights().items() if k.endswith("alpha")} == {
         k: t for k, t in plain.state_dict().items() if k.endswith("alpha")
     }
+
+
+def test_the_gain_makes_up_for_the_steps_that_a_rank_misses(model, tmp_path):
+    network = make_network(model, **CONV)
+    shares = torch.tensor([1, 1, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25])
+    assert all(torch.allclose(module.gain, (2 / shares).sqrt()) for module in network.loras)
+    assert torch.equal(gains(8, 8), torch.ones(8))  # a LoRA
+    parts = (None, model.text_encoder, model.unet)
+
+    again = create_network(1.0, 8, 4.0, *parts, unit="2", **CONV)
+    again.load_state_dict(network.state_dict())  # as a resumed run does: bit for bit
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), network.state_dict().values(), strict=True))
+
+    network.save_weights(tmp_path / "a.safetensors", None, None)
+    for unit in ("2", "4"):  # the product is the file's, whatever the unit
+        other = create_network(1.0, 8, 4.0, *parts, unit=unit, **CONV)
+        other.load_weights(tmp_path / "a.safetensors")
+        for key, tensor in other.file_weights().items():
+            torch.testing.assert_close(tensor, network.file_weights()[key])
+
+
+def test_scale_weight_norms_counts_the_gain(model):
+    network = make_network(model, **CONV)
+    network.apply_max_norm_regularization(0.5)
+    for module in network.loras:
+        weights = module.file_weights()
+        norm = lora.weight_delta(weights["lora_up.weight"], weights["lora_down.weight"], weights["alpha"].item()).norm()
+        assert norm < 0.5001
 
 
 def test_the_commands_of_the_document(model):
