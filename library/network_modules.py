@@ -34,7 +34,17 @@ def import_network_module(name: str) -> ModuleType:
         raise UserError(f"--network_module {name} does not import: {error}; install what it needs with pip") from error
     if not hasattr(module, "create_network"):
         raise UserError(f"--network_module {name} is no network module: it has no create_network; try networks.lora")
+    _mend_lycoris(module)
     return module
+
+
+def _mend_lycoris(module: ModuleType) -> None:
+    """LyCORIS 4.1's usual preset finds time_embedding of a Stable Diffusion U-Net twice, by its name and by its class (which is
+    meant for other models), and then stops at the double name: so it gets the name alone."""
+    preset = getattr(module, "PRESET", {}).get("full", {})
+    classes, names = preset.get("unet_target_module", ()), preset.get("unet_target_name", ())
+    if "time_embedding.linear_1" in names and "TimestepEmbedding" in classes:
+        preset["unet_target_module"] = [name for name in classes if name != "TimestepEmbedding"]
 
 
 def _own_modules() -> list[str]:
@@ -79,6 +89,5 @@ def user_errors(where: str) -> Iterator[None]:
         yield
     except (ValueError, FileNotFoundError) as error:
         raise UserError(f"{where}: {error}") from error
-    except AssertionError as error:  # LyCORIS 4.1.3 with its usual preset on Stable Diffusion
-        hint = '; add the word "preset=attn-mlp" to --network_args' if "duplicated lora name" in str(error) else ""
-        raise UserError(f"{where}: {error or 'an assertion failed'}{hint}") from error
+    except AssertionError as error:  # LyCORIS checks so
+        raise UserError(f"{where}: {error or 'an assertion failed'}") from error
