@@ -12,6 +12,11 @@ def main() -> int:
     from library.training.options import parse_options
 
     options = parse_options(sys.argv[1:])
+    if options.logs.output_config:
+        from library.training.config_output import write_config
+
+        print(f"the options are in {write_config(options, options.logs.config_file)}")
+        return 0
 
     from library.training.run import train
 

@@ -93,10 +93,11 @@ class Refused:
 
     reasons: Mapping[str, str] = field(default_factory=dict)
     harmless: Mapping[str, Any] = field(default_factory=dict)
+    of_front_ends: frozenset[str] = frozenset()  # a config file may hold them with any value: they are not the trainer's
 
     def is_harmless(self, name: str, value: Any) -> bool:
         """Whether a config file may hold this: switched off, or at the default that graphical front ends write out."""
-        return value in (False, "", 0, []) or (name in self.harmless and self.harmless[name] == value)
+        return value in (False, "", 0, []) or name in self.of_front_ends or (name in self.harmless and self.harmless[name] == value)
 
 
 def parse(options_class: type[OptionsT], arguments: list[str], description: str, refused: Refused = Refused()) -> OptionsT:
@@ -106,7 +107,7 @@ def parse(options_class: type[OptionsT], arguments: list[str], description: str,
     """
     given = parse_command_line(options_class, arguments, description, refused)
     values: dict[str, tuple[Any, str]] = {}
-    if "config_file" in given:
+    if "config_file" in given and "output_config" not in given:
         path = config_file_path(given["config_file"])
         values.update({key: (value, f"'{key}' in {path}") for key, value in read_config_file(options_class, path, refused).items()})
     values.update({key: (value, f"--{key}") for key, value in given.items()})
@@ -163,15 +164,20 @@ def read_config_file(options_class: type[BaseModel], path: Path, refused: Refuse
         elif key not in names:
             raise unknown("option", key, names, where=str(path))
         else:
-            _check_flag(key, value, is_flag(groups_of(options_class)[names[key]].model_fields[key]), path)
-            values[key] = value
+            option = groups_of(options_class)[names[key]].model_fields[key]
+            if value == "" and option.get_default() is None:
+                continue  # as front ends write what is not given
+            values[key] = _checked_flag(key, value, is_flag(option), path)
     return values
 
 
-def _check_flag(key: str, value: Any, wanted: bool, path: Path) -> None:
-    """TOML has true and false of its own; text or a number in their place is a mistake, and so is the reverse."""
+def _checked_flag(key: str, value: Any, wanted: bool, path: Path) -> Any:
+    """TOML has true and false of its own, for which 1 and 0 may stand; text in their place is a mistake, and so is the reverse."""
+    if wanted and isinstance(value, int) and value in (0, 1):
+        return bool(value)
     if wanted != isinstance(value, bool):
         raise UserError(f"'{key}' in {path}: expected {'true or false' if wanted else 'a value'}, got {value!r}")
+    return value
 
 
 def _flatten(content: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:

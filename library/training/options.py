@@ -28,9 +28,10 @@ def _first_rate(value: Any) -> Any:
     return (value[0] if value else None) if isinstance(value, list) else value
 
 
-def _whole(value: Any) -> Any:
-    """Digits as a number: the command line gives text."""
-    return int(value) if isinstance(value, str) and value.isdecimal() else value
+def _chunk_lengths(value: Any) -> Any:
+    """Digits as a number, since the command line gives text; 75 is the same as nothing."""
+    number = int(value) if isinstance(value, str) and value.isdecimal() else value
+    return None if number == 75 else number
 
 
 def steps_or_share(text: Any) -> int | float:
@@ -48,6 +49,7 @@ def steps_or_share(text: Any) -> int | float:
 Words = Annotated[str | None, BeforeValidator(_as_words)]
 StepsOrShare = Annotated[int | float, BeforeValidator(steps_or_share)]
 Count = Annotated[int, Field(ge=1)]
+CountOrOff = Annotated[Count | None, BeforeValidator(lambda value: None if value in (0, "0") else value)]  # 0 as front ends write it
 
 
 class ModelOptions(OptionGroup):
@@ -107,7 +109,7 @@ class CaptionOptions(OptionGroup):
     caption_tag_dropout_rate: float = Field(0.0, ge=0, le=1, description="chance that a piece is left out")
     token_warmup_min: int = Field(1, ge=0, description="pieces at the first step of token_warmup_step")
     token_warmup_step: float = Field(0, ge=0, description="steps (below 1: share of all) until all pieces are used")
-    max_token_length: Annotated[Literal[150, 225] | None, BeforeValidator(_whole)] = Field(None, description="tokens of a caption; unset: 75")
+    max_token_length: Annotated[Literal[150, 225] | None, BeforeValidator(_chunk_lengths)] = Field(None, description="tokens of a caption; unset: 75")
     weighted_captions: bool = Field(False, description="read (word:1.2) as a weight")
 
 
@@ -139,7 +141,7 @@ class NetworkOptions(OptionGroup):
     network_train_text_encoder_only: bool = Field(False, description="LoRA for the text encoder only")
     base_weights: list[str] | None = Field(None, description="LoRA files merged into the model before training")
     base_weights_multiplier: list[float] | None = Field(None, description="strengths of base_weights; a missing one is 1")
-    scale_weight_norms: float | None = Field(None, gt=0, description="largest norm of a LoRA module's weight")
+    scale_weight_norms: float | None = Field(None, ge=0, description="largest norm of a LoRA module's weight; 0: off")
 
 
 class OptimizerOptions(OptionGroup):
@@ -171,7 +173,7 @@ class TrainingOptions(OptionGroup):
     """Training"""
 
     max_train_steps: Count = Field(1600, description="optimizer steps")
-    max_train_epochs: Count | None = Field(None, description="passes over the data; beats max_train_steps")
+    max_train_epochs: CountOrOff = Field(None, description="passes over the data; beats max_train_steps")
     gradient_accumulation_steps: Count = Field(1, description="batches an optimizer step")
     gradient_checkpointing: bool = Field(False, description="save memory by computing activations twice")
     mixed_precision: Literal["no", "fp16", "bf16"] = Field("no", description="number format of the frozen model and of the arithmetic")
@@ -221,10 +223,10 @@ class ValidationOptions(OptionGroup):
 
     validation_split: float = Field(0.0, ge=0, lt=1, description="share of the pictures that is held out and validated with")
     validation_seed: int | None = Field(None, description="seed of what is held out and of the noise it is measured with; unset: seed")
-    validate_every_n_steps: Count | None = Field(None, description="validate after every Nth step")
-    validate_every_n_epochs: Count | None = Field(None, description="validate after every Nth epoch; unset: every epoch")
-    max_validation_steps: Count | None = Field(None, description="most batches of one validation")
-    early_stopping_patience: Count | None = Field(None, description="end the run after so many validations without a better one")
+    validate_every_n_steps: CountOrOff = Field(None, description="validate after every Nth step")
+    validate_every_n_epochs: CountOrOff = Field(None, description="validate after every Nth epoch; unset: every epoch")
+    max_validation_steps: CountOrOff = Field(None, description="most batches of one validation")
+    early_stopping_patience: CountOrOff = Field(None, description="end the run after so many validations without a better one")
     ema_decay: float | None = Field(None, gt=0, lt=1, description="average the weights over the steps, and use the average; 0.99 to 0.9999")
 
 
@@ -248,11 +250,11 @@ class OutputOptions(OptionGroup):
     output_name: str | None = Field(None, description="file name of the LoRA, without suffix")
     save_model_as: Literal["safetensors", "ckpt", "pt"] = Field("safetensors", description="file format")
     save_precision: Literal["float", "fp16", "bf16"] | None = Field(None, description="number format in the file; unset: as trained")
-    save_every_n_epochs: Count | None = Field(None, description="save after every Nth epoch")
-    save_every_n_steps: Count | None = Field(None, description="save after every Nth step")
-    save_n_epoch_ratio: Count | None = Field(None, description="save about this many times; sets save_every_n_epochs")
-    save_last_n_epochs: Count | None = Field(None, description="keep only this many epoch files")
-    save_last_n_steps: Count | None = Field(None, description="remove step files that are older than this many steps")
+    save_every_n_epochs: CountOrOff = Field(None, description="save after every Nth epoch")
+    save_every_n_steps: CountOrOff = Field(None, description="save after every Nth step")
+    save_n_epoch_ratio: CountOrOff = Field(None, description="save about this many times; sets save_every_n_epochs")
+    save_last_n_epochs: CountOrOff = Field(None, description="keep only this many epoch files")
+    save_last_n_steps: CountOrOff = Field(None, description="remove step files that are older than this many steps")
     training_comment: str | None = Field(None, description="text for the file's metadata")
     no_metadata: bool = Field(False, description="write only what loaders need into the file's metadata")
 
@@ -274,6 +276,7 @@ class LogOptions(OptionGroup):
     log_with: Literal["tensorboard", "wandb", "all"] | None = Field(None, description="tracker; unset: TensorBoard if logging_dir is given")
     log_prefix: str | None = Field(None, description="text before the time in the log folder's name")
     log_tracker_name: str | None = Field(None, description="name of the run's folder; unset: network_train")
+    output_config: bool = Field(False, description="write the options into config_file, and stop")
     config_file: str | None = Field(None, description="TOML file with any of these options; the command line wins")
 
 

@@ -5,7 +5,6 @@ They are refused by name: a run that ignored one would look fine and be wrong. R
 
 from library.command_line import Refused
 
-_NOT_YET = "it is not built yet; take it off the command line or out of the config file"
 _NO_RESUME = "uploading is not built yet; fetch the state with `hf download` and give its folder to --resume"
 _DEEPSPEED = "DeepSpeed is not supported; a LoRA run fits one card, see --gradient_checkpointing"
 _HUB = "uploading is not built yet; upload the file from --output_dir with `hf upload`"
@@ -50,7 +49,9 @@ _REASONS: dict[str, str] = {
         ],
         _DEEPSPEED,
     ),
-    "output_config": "write the options into a TOML file by hand and give it with --config_file",
+    # keys of graphical front ends
+    "epoch": "front ends make --max_train_steps of it; give --max_train_epochs",
+    "noise_offset_type": "front ends switch between --noise_offset and --multires_noise_iterations by it; give these",
 }  # fmt: skip
 
 # Defaults of theirs, which say nothing: graphical front ends write them into every config file.
@@ -58,4 +59,4 @@ _DEFAULTS = {
     "zero_stage": 2, "huggingface_repo_visibility": "private",
 }  # fmt: skip
 
-REFUSED = Refused(reasons=_REASONS, harmless=_DEFAULTS)
+REFUSED = Refused(reasons=_REASONS, harmless=_DEFAULTS, of_front_ends=frozenset({"epoch", "noise_offset_type"}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ class LossRecord:
     window: int
     steps: list[int] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
+    explain: Callable[[], str] | None = None  # why a loss is not finite
     _pending: PendingLoss | None = None
 
     def __post_init__(self) -> None:
@@ -65,7 +67,8 @@ class LossRecord:
             return
         value = pending.item()
         if value != value or value in (float("inf"), float("-inf")):
-            raise RunFailed(describe_nonfinite(value, pending.step, pending.paths))
+            why = f" ({self.explain()})" if self.explain else ""
+            raise RunFailed(describe_nonfinite(value, pending.step, pending.paths) + why)
         if len(self._recent) == self._recent.maxlen:
             self._sum -= self._recent[0]
         self._recent.append(value)

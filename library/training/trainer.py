@@ -30,6 +30,7 @@ from library.training.network import TrainedNetwork
 from library.training.options import TrainNetworkOptions
 from library.training.optimizers import found_rates
 from library.training.plan import Plan
+from library.training.precision import explain_nonfinite
 from library.training.previews import Previews
 from library.training.randomness import seed_everything
 from library.training.saving import ModelFiles
@@ -68,7 +69,9 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.objective = Objective(self.options.loss, self.model.v_parameterization, self.accelerator.device)
-        self.losses = LossRecord(window=self.plan.batches_per_epoch)
+        self.losses = LossRecord(
+            window=self.plan.batches_per_epoch, explain=lambda: explain_nonfinite(self.options, self.network.parameters)
+        )
         self.validations = ValidationRecord()
         self.step = 0  # steps done
         self.epoch, self.position = 1, 0  # the epoch, from 1, and how many of its batches were used

@@ -10,6 +10,7 @@ import pytest
 from library.command_line import option_names
 from library.errors import UserError
 from library.training.options import TrainNetworkOptions, parse_options
+from library.training.config_output import write_config
 from library.training.refused_options import REFUSED
 
 NEEDED = ["--pretrained_model_name_or_path=m", "--train_data_dir=d", "--output_dir=o", "--network_module=networks.lora"]
@@ -126,9 +127,10 @@ def test_config_file_may_be_named_without_its_suffix(tmp_path):
     [
         ("max_train_stps = 7", "max_train_steps"),
         ('max_train_steps = "many"', "max_train_steps"),
-        ("masked_loss = true", "masked_loss"),
+        ("cache_info = true", "cache_info"),
         ("= 3", "run.toml"),
         ("network_dim = true", "network_dim"),
+        ("flip_aug = 2", "true or false"),
         ('flip_aug = "yes"', "true or false"),
         ("[a]\nseed = 1\n[b]\nseed = 2", "twice"),
         ('config_file = "other.toml"', "config_file"),
@@ -146,6 +148,126 @@ def test_trap_5_17_a_number_written_as_text_is_a_number(tmp_path):
 def test_config_file_of_a_graphical_front_end_with_refused_options_at_their_defaults(tmp_path):
     file = config(tmp_path, 'masked_loss = false\nloss_type = "l2"\nhuber_c = 0.1\nmultires_noise_iterations = 0\nnetwork_args = []\n')
     assert parse_options([file, *NEEDED]).network.network_args == []
+
+
+# Keys and values as the best-known front end writes them into a file.
+FRONT_END = """
+adaptive_noise_scale = 0
+bucket_no_upscale = true
+bucket_reso_steps = 64
+cache_latents = true
+caption_dropout_every_n_epochs = 0
+caption_dropout_rate = 0
+caption_extension = ".txt"
+clip_skip = 1
+dynamo_backend = "no"
+enable_bucket = true
+epoch = 20
+gradient_accumulation_steps = 1
+huber_c = 0.1
+huber_scale = 1
+huber_schedule = "snr"
+huggingface_path_in_repo = ""
+huggingface_repo_id = ""
+huggingface_repo_type = ""
+huggingface_repo_visibility = ""
+huggingface_token = ""
+ip_noise_gamma = 0
+keep_tokens = 0
+learning_rate = 0.0001
+log_with = ""
+loss_type = "l2"
+lr_scheduler = "cosine"
+lr_scheduler_args = []
+lr_scheduler_num_cycles = 1
+lr_scheduler_power = 1
+lr_scheduler_type = ""
+lr_warmup_steps = 0.1
+max_bucket_reso = 2048
+max_data_loader_n_workers = 0
+max_grad_norm = 1
+max_timestep = 1000
+max_token_length = 75
+max_train_epochs = 0
+max_train_steps = 1600
+min_bucket_reso = 256
+min_snr_gamma = 0
+mixed_precision = "fp16"
+multires_noise_discount = 0.3
+multires_noise_iterations = 0
+network_alpha = 16
+network_args = []
+network_dim = 32
+network_dropout = 0
+network_module = "networks.lora"
+no_half_vae = false
+noise_offset = 0.05
+noise_offset_type = "Original"
+optimizer_args = []
+optimizer_type = "AdamW8bit"
+output_dir = "out"
+output_name = "last"
+persistent_data_loader_workers = 1
+pretrained_model_name_or_path = "model.safetensors"
+prior_loss_weight = 1
+resolution = "512,512"
+resume = ""
+sample_every_n_epochs = 0
+sample_every_n_steps = 0
+sample_prompts = ""
+sample_sampler = "euler_a"
+save_every_n_epochs = 1
+save_every_n_steps = 0
+save_last_n_epochs = 0
+save_last_n_steps = 0
+save_model_as = "safetensors"
+save_precision = "fp16"
+scale_weight_norms = 0
+text_encoder_lr = []
+train_batch_size = 1
+train_data_dir = "pictures"
+training_comment = ""
+unet_lr = 0.0001
+v_pred_like_loss = 0
+vae = ""
+vae_batch_size = 1
+wandb_api_key = ""
+wandb_run_name = ""
+xformers = true
+"""
+
+
+def test_a_file_of_a_graphical_front_end_runs_as_it_is(tmp_path):
+    options = parse_options([config(tmp_path, FRONT_END)])
+    assert options.model.vae is None and options.captions.max_token_length is None and options.optimizer.text_encoder_lr is None
+    assert options.training.max_train_epochs is None and options.output.save_every_n_steps is None
+    assert options.augmentation.persistent_data_loader_workers is True and options.loss.noise_offset == 0.05
+
+
+def test_output_config_writes_what_config_file_reads(tmp_path):
+    words = ["--network_dim=8", "--learning_rate=1e-4", "--flip_aug", "--network_args", "conv_dim=4", 'name="a\\b"', "--lr_warmup_steps=10%"]
+    words += ["--base_weights", "a.safetensors", "--base_weights_multiplier", "0.5", "--caption_prefix=ein Bär,\x7f", "--resolution=64,96"]
+    target = tmp_path / "new"
+    options = parse_options([*NEEDED, *words, "--output_config", f"--config_file={target}"])
+    path = write_config(options, options.logs.config_file)
+    assert path == tmp_path / "new.toml" and "config_file" not in path.read_text("utf-8") and "max_train_steps" not in path.read_text("utf-8")
+    again = parse_options([f"--config_file={target}"]).model_dump()
+    wanted = options.model_dump()
+    for dumped in (again, wanted):
+        dumped["logs"] |= {"config_file": None, "output_config": False}
+    assert again == wanted
+    with pytest.raises(UserError, match="is there already"):
+        write_config(options, options.logs.config_file)
+    with pytest.raises(UserError, match="--output_config needs --config_file"):
+        write_config(options, None)
+
+
+def test_the_trainer_writes_its_config_and_stops(tmp_path, monkeypatch, capsys):
+    import train_network
+
+    monkeypatch.setattr("sys.argv", ["train_network.py", *NEEDED, "--output_config", f"--config_file={tmp_path / 'x.toml'}"])
+    assert train_network.main() == 0 and (tmp_path / "x.toml").is_file()
+    assert "x.toml" in capsys.readouterr().out
 
 
 def test_text_encoder_lr_list_uses_the_first():
