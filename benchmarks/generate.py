@@ -4,8 +4,8 @@
 
 16 pictures in batches of 4 by each, batch by batch in turns in one process, so that a busy machine slows both; text, denoising
 and decoding to pictures count, saving does not. The prompts are two, and one negative prompt for all. With a LoRA: ours applied,
-and as --network_pre_calc does it; the pipeline's by `load_lora_weights`. Start-up: a fresh Python process until the sampler's first
-step, from a Diffusers folder of the same small model. On a GPU if there is one. Writes benchmarks/results/generate.md.
+and as --network_pre_calc does it; the pipeline's by `load_lora_weights`. Start-up: a fresh Python process until the sampler's
+first step, from a Diffusers folder of the same small model. On a GPU if there is one. Writes benchmarks/results/generate.md.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def test_trap_6_12_it_holds_for_its_own_prompt_alone(model, latents_of):
 
 @pytest.mark.parametrize(
     ("setting", "message"),
-    [(DeepShrink(2), "ds_depth_1 2.*0 to 1"), (DeepShrink(0, depth_2=7), "ds_depth_2 7"), (DeepShrink(0, ratio=0.0), "ds_ratio 0")],
+    [(DeepShrink(2), "ds_depth_1 2.*0 to 1"), (DeepShrink(0, depth_2=7), "ds_depth_2 7"), (DeepShrink(0, ratio=0), "ratio 0")],
 )
 def test_what_the_unet_lacks_is_named(model, setting, message):
     with pytest.raises(UserError, match=message):

@@ -20,7 +20,7 @@ def encoded(monkeypatch):
     """The texts that reach the text encoder, call by call."""
     calls = []
     encode = encoding.encode_prompts
-    monkeypatch.setattr(encoding, "encode_prompts", lambda model, texts, *rest: calls.append(texts) or encode(model, texts, *rest))
+    monkeypatch.setattr(encoding, "encode_prompts", lambda sd, texts, *rest: calls.append(texts) or encode(sd, texts, *rest))
     return calls
 
 

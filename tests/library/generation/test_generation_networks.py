@@ -26,7 +26,8 @@ CLOSE = {"rtol": 1e-3, "atol": 1e-3}
 def write_lora(path, model, seed=0, module=lora, **network_args):
     """A LoRA strong enough to be seen, with 3x3 convolutions."""
     torch.manual_seed(seed)
-    network = module.create_network(1.0, 4, 4, None, model.text_encoder, model.unet, **(network_args or {"conv_dim": "4", "conv_alpha": "4"}))
+    network_args = network_args or {"conv_dim": "4", "conv_alpha": "4"}
+    network = module.create_network(1.0, 4, 4, None, model.text_encoder, model.unet, **network_args)
     for part in network.loras:
         torch.nn.init.normal_(part.lora_up.weight, std=0.1)
     network.save_weights(path, torch.float32, {})

@@ -96,7 +96,7 @@ def test_trap_6_8_a_mask_keeps_its_pixels_through_both_stages(model, tmp_path):
 
 
 def test_wrong_settings_are_one_line(model):
-    for wrong, message in (({"scale": 0}, "highres_fix_scale 0"), ({"scale": 1.5}, "1.5"), ({"scale": 0.5, "steps": 0}, "steps 0")):
+    for wrong, message in (({"scale": 0}, "highres_fix_scale 0"), ({"scale": 1.5}, "1.5"), ({"scale": 1, "steps": 0}, "steps 0")):
         with pytest.raises(UserError, match=message):
             Highres(**wrong)
     with pytest.raises(UserError, match="128 x 64; give a larger one"):

@@ -91,13 +91,13 @@ def test_cross_attention_is_mixed_as_documented(model, files, load, tmp_path):
     width = attention.to_q.in_features
     torch.manual_seed(0)
     hidden, context = torch.randn(2, 64, width), torch.randn(3, 5, 64)  # negative and wanted; negative, cat and dog
+    networks.set((1.0, 0.5))
     with torch.no_grad(), regions.acting(model.unet, 1, 2, 1, 8, 8):
         negative, mixed = attention(hidden, encoder_hidden_states=context)
-
-        loras = [loaded.network.get_submodule(f"lora_unet_{name.replace('.', '_')}_to_out_0") for loaded in networks.loaded]
-        modules = {side: [loaded.network.get_submodule(f"lora_unet_{name.replace('.', '_')}_to_{side}") for loaded in networks.loaded]
-                   for side in "qkv"}  # fmt: skip
-    networks.set((1.0, 0.5))
+    modules = {}
+    for side in ("q", "k", "v", "out_0"):
+        lora_name = f"lora_unet_{name.replace('.', '_')}_to_{side}"
+        modules[side] = [loaded.network.get_submodule(lora_name) for loaded in networks.loaded]
     with torch.no_grad():
         masks = torch.zeros(2, 8, 8)
         masks[0, :, :4] = masks[1, :, 4:] = 1
@@ -117,7 +117,8 @@ def test_cross_attention_is_mixed_as_documented(model, files, load, tmp_path):
         expected = torch.zeros(1, 64, width)
         for index in range(2):
             output = attend(hidden[1:], context[index + 1 : index + 2], index)
-            expected += masks[index] * plain(attention.to_out[0], output) / (masks.sum(0) + 1e-4) + masks[index] * loras[index](output)
+            expected += masks[index] * plain(attention.to_out[0], output) / (masks.sum(0) + 1e-4)
+            expected += masks[index] * modules["out_0"][index](output)
         torch.testing.assert_close(mixed[None], expected, **CLOSE)
         unguided = plain(attention.to_out[0], attend(hidden[:1], context[:1], None))
         torch.testing.assert_close(negative[None], unguided, **CLOSE)
@@ -153,7 +154,8 @@ def test_a_batch_makes_what_each_makes_alone_and_regions_leave_nothing_behind(mo
     before = latents_of(model, [SPEC])[0]
     networks = load(files)
     regions = Regions.load(colours(tmp_path / "mask.png", RED, GREEN), networks)
-    specs = [SPEC, replace(SPEC, prompt="a bird AND a fish", seed=8), replace(SPEC, negative_scale=2.0, prompt="one AND two AND three")]
+    three = replace(SPEC, negative_scale=2.0, prompt="one AND two AND three")
+    specs = [SPEC, replace(SPEC, prompt="a bird AND a fish", seed=8), three]
     together = latents_of(model, specs, networks=networks, regions=regions, batch_size=3)
     for one, spec in zip(together, specs):
         torch.testing.assert_close(one, latents_of(model, [spec], networks=networks, regions=regions)[0], **CLOSE)
