@@ -50,7 +50,7 @@ def generate(
     specs: Iterable[PromptSpec],
     *,
     batch_size: int = 1,
-    vae_batch_size: int | float = 1,
+    vae_batch_size: int | float | None = None,
     clip_skip: int | None = None,
     max_token_length: int = 225,
     zero_terminal_snr: bool = False,
@@ -69,7 +69,7 @@ def generate(
     The models may stand in training mode and on different devices, and may hold networks. While a batch is made they are in
     evaluation mode; a network that is not a submodule of theirs is the caller's to switch, unless it is one of `networks`.
 
-    vae_batch_size: pictures that the VAE decodes at once; below 1 a share of the batch.
+    vae_batch_size: pictures that the VAE decodes at once, below 1 a share of the batch; None: all of it.
     networks: set to each picture's strengths. Without it `<lora:name:0.8>` in a prompt is ordinary text.
     texts: embeddings kept from call to call; it must have been used with this model and clip_skip alone.
     autocast: makes the context for text encoder and U-Net, such as `accelerator.autocast`; the VAE computes in its own dtype.

@@ -56,7 +56,7 @@ class Painter:
     def __init__(
         self, model: StableDiffusion, *, clip_skip: int | None, zero_terminal_snr: bool, networks: Networks | None,
         regions: Regions | None, texts: PromptCache | None, autocast: Callable[[], AbstractContextManager],
-        vae_batch_size: int | float,
+        vae_batch_size: int | float | None,
     ) -> None:  # fmt: skip
         self.model, self.clip_skip, self.networks, self.regions = model, clip_skip, networks, regions
         self.texts = texts or PromptCache()
@@ -70,8 +70,8 @@ class Painter:
 
     def vae_batch(self, count: int) -> int:
         """How many of `count` pictures the VAE gets at once."""
-        wanted = self.vae_batch_size * count if self.vae_batch_size < 1 else self.vae_batch_size
-        return max(1, int(wanted))
+        wanted = count if self.vae_batch_size is None else self.vae_batch_size
+        return max(1, int(wanted * count if wanted < 1 else wanted))
 
     # ---- text
 
@@ -171,7 +171,14 @@ class Painter:
         good = [canvas for canvas in canvases if canvas.error is None]
         at_once = self.vae_batch(len(canvases))
         for start in range(0, len(good) if decode else 0, at_once):
-            self._decode(good[start : start + at_once])
+            together = good[start : start + at_once]
+            try:
+                self._decode(together)
+            except torch.cuda.OutOfMemoryError:
+                if len(together) == 1:
+                    raise
+                for canvas in together:  # the denoising was the long part; one by one takes less memory
+                    self._decode([canvas])
 
     def _decode(self, canvases: list[Canvas]) -> None:
         weight = next(self.model.vae.parameters())

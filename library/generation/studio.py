@@ -71,7 +71,7 @@ class Studio:
         """The pictures in order; those that fail go to `on_error`."""
         prompts, speed = self.options.prompts, self.options.speed
         return generate(
-            self.model, specs, batch_size=speed.batch_size, vae_batch_size=speed.vae_batch_size or 1,
+            self.model, specs, batch_size=speed.batch_size, vae_batch_size=speed.vae_batch_size,
             clip_skip=self.options.model.clip_skip, max_token_length=CHUNK * (prompts.max_embeddings_multiples or 1),
             zero_terminal_snr=self.options.model.zero_terminal_snr, networks=self.networks, highres=self.highres,
             regions=self.regions, texts=self._texts, progress=progress, on_error=on_error,

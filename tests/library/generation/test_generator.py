@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from library.errors import UserError
+from library.generation import painter
 from library.generation.denoise import Contexts, denoise, start_noise
 from library.generation.encoding import PromptCache, chunks_needed
 from library.generation.generator import generate
@@ -236,6 +237,27 @@ def test_what_nobody_foresaw_ends_its_pictures_and_not_the_run(model, monkeypatc
     errors = iter([RuntimeError("a bug")])
     with pytest.raises(RuntimeError, match="a bug"):  # a traceback, where nobody waits for the other pictures
         list(generate(model, specs))
+
+
+def test_pictures_are_decoded_together_as_told_and_one_by_one_where_memory_is_short(model, monkeypatch):
+    sizes, decode = [], painter.decode_latents
+
+    def decoding(vae, latents, most=9):
+        sizes.append(len(latents))
+        if len(latents) > most:
+            raise torch.cuda.OutOfMemoryError("no")
+        return decode(vae, latents)
+
+    monkeypatch.setattr(painter, "decode_latents", decoding)
+    specs = [replace(CAT, steps=1, seed=seed) for seed in range(4)]
+    for wanted, expected in ((None, [4]), (3, [3, 1]), (0.5, [2, 2]), (0.1, [1, 1, 1, 1])):
+        sizes.clear()
+        assert len(list(generate(model, specs, batch_size=4, vae_batch_size=wanted))) == 4
+        assert sizes == expected
+    monkeypatch.setattr(painter, "decode_latents", lambda vae, latents: decoding(vae, latents, most=1))
+    sizes.clear()
+    assert len(list(generate(model, specs, batch_size=4))) == 4
+    assert sizes == [4, 1, 1, 1, 1]
 
 
 def test_progress_adds_up_to_the_number_of_pictures(model):
