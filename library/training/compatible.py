@@ -14,8 +14,9 @@ from library.errors import UserError
 from library.sd.model import StableDiffusion
 from library.training.options import TrainNetworkOptions
 
-# Groups of options that decide what is trained. What is in no group here (output, previews, logs, ...) may always differ.
+# Groups of options that decide what is trained, and those that never do.
 GROUPS = ("model", "data", "captions", "augmentation", "network", "optimizer", "training", "loss", "precision", "validation")
+FREE_GROUPS = {"state", "output", "previews", "logs"}
 # These may differ too: they change nothing that is trained, or at most the rounding, or are compared in another way below.
 FREE = {
     "xformers", "sdpa", "mem_eff_attn", "gradient_checkpointing", "vae_batch_size", "lowram", "highvram", "torch_compile", "dynamo_backend",

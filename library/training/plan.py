@@ -58,7 +58,8 @@ class Start:
         """Where the resumed state is, else where --initial_step (or --initial_epoch) says.
 
         These two win over a state's own place. With --skip_until_initial_step the data before the step are left out, else its
-        epoch begins anew. Raises UserError if nothing is left to do.
+        epoch begins anew. A state of the last step is fine, since the run may have been killed before its last file. Raises
+        UserError if nothing is left to do.
         """
         start = resumed or cls()
         step = options.initial_step
@@ -67,7 +68,7 @@ class Start:
         if step is not None and step != start.step:
             position = step % plan.steps_per_epoch * plan.accumulation if options.skip_until_initial_step else 0
             start = cls(step, plan.epoch_of(step), position)
-        if start.step >= plan.max_steps:
+        if start.step > plan.max_steps or (start.step == plan.max_steps and resumed is None):
             raise UserError(
                 f"{start.step} steps are done and {plan.max_steps} are asked for in all, so nothing is left to train; "
                 "raise --max_train_steps or --max_train_epochs"

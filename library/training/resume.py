@@ -60,10 +60,10 @@ def check_start(
     if record["max_steps"] != plan.max_steps:
         print(f"the run was to have {record['max_steps']} steps and now has {plan.max_steps}: schedule and warm-up follow the new number")
     patience, without = options.validation.early_stopping_patience, record["validations"]["without_improvement"]
-    if patience and without >= patience:
-        raise UserError(
-            f"--resume {resumed.folder}: {without} validations brought nothing better, so the run ends at once; raise --early_stopping_patience"
-        )
+    if start.step == plan.max_steps:
+        print("all steps are done, so only the last files are written; raise --max_train_steps or --max_train_epochs to train on")
+    elif patience and without >= patience:
+        print(f"{without} validations brought nothing better, so only the last files are written; raise --early_stopping_patience to train on")
     return start
 
 

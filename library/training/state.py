@@ -15,7 +15,7 @@ import shutil
 import time
 import uuid
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,15 +47,15 @@ class State:
 # ---------------------------------------------------------------- writing
 
 
-def write_state(folder: Path, state: State) -> None:
+def write_state(folder: Path, state: State, is_first: bool = True) -> None:
     """Write a state beside its final name, flush it to the disk, and rename it; an older one of that name goes after that.
 
-    Raises RunFailed if it cannot be written or holds something that could not be read safely.
+    Raises RunFailed if it cannot be written or, which is tried with the first state of a run, could not be read safely.
     """
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
     try:
         temporary.mkdir(parents=True)
-        files = {name: _write(temporary / name, content) for name, content in _contents(state)}
+        files = {name: _write(temporary / name, content) for name, content in _contents(state, is_first)}
         record = {**state.record, "version": VERSION, "saved_at": time.time(), "files": files}
         _write(temporary / RECORD, json.dumps(record, indent=1).encode())
         _sync_folder(temporary)
@@ -66,19 +66,27 @@ def write_state(folder: Path, state: State) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _contents(state: State):
+def _contents(state: State, is_first: bool) -> Iterator[tuple[str, bytes]]:
     """Names and bytes of the files of a state."""
     for name, tensors in state.tensors.items():
         yield f"{name}.safetensors", safetensors.torch.save({key: t.detach().cpu().contiguous() for key, t in tensors.items()})
     for name, value in state.objects.items():
         buffer = io.BytesIO()
         torch.save({"value": value}, buffer)
-        buffer.seek(0)
-        try:  # a state that cannot be read again would be found out too late
-            torch.load(buffer, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise RunFailed(f"the state of the {name} holds more than tensors, numbers and texts, so it cannot be saved; leave out --save_state") from error
+        if is_first:
+            _check_readable(buffer, name)
         yield f"{name}.pt", buffer.getvalue()
+
+
+def _check_readable(buffer: io.BytesIO, name: str) -> None:
+    """A state that cannot be read again would be found out too late: an optimizer of others may keep anything in it."""
+    buffer.seek(0)
+    try:
+        torch.load(buffer, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise RunFailed(
+            f"the state of the {name} holds more than tensors, numbers and texts, so it cannot be saved; leave out --save_state"
+        ) from error
 
 
 def _write(path: Path, content: bytes) -> list[int]:
@@ -185,6 +193,7 @@ class StateFiles:
 
     def __init__(self, options: StateOptions, files: ModelFiles) -> None:
         self.options, self.files = options, files
+        self.saved = 0
 
     @property
     def at_saves(self) -> bool:
@@ -195,6 +204,12 @@ class StateFiles:
     def at_end(self) -> bool:
         """Whether a state is saved when the run ends."""
         return self.options.save_state or self.options.save_state_on_train_end
+
+    def save(self, folder: Path, state: State) -> None:
+        """Write a state and then remove what kills of earlier runs of this name left half-done."""
+        write_state(folder, state, is_first=not self.saved)
+        self.saved += 1
+        self._remove_leftovers()
 
     def epoch_path(self, epoch: int) -> Path:
         """`name-000003-state`."""
@@ -221,8 +236,7 @@ class StateFiles:
             old = step - kept - 1
             self._remove(self.step_path(old - old % interval))
 
-    def remove_leftovers(self) -> None:
-        """After a state was saved: remove what kills of earlier runs of this name left half-done."""
+    def _remove_leftovers(self) -> None:
         name = re.escape(self.files.options.output_name or "")
         pattern = re.compile(rf"\.{name or '(epoch|at|last)'}(-\d{{6}}|-step\d{{8}})?-state\.[0-9a-f]{{8}}")
         for path in self.files.folder.glob(".*-state.*"):

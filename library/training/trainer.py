@@ -35,7 +35,7 @@ from library.training.previews import Previews
 from library.training.randomness import seed_everything
 from library.training.saving import ModelFiles
 from library.training.snapshot import capture
-from library.training.state import StateFiles, write_state
+from library.training.state import StateFiles
 from library.training.tracking import LossRecord, Tracker, describe_nonfinite
 from library.training.validation import Validation, ValidationRecord, evaluating
 
@@ -157,8 +157,12 @@ class Trainer:
         self.network.module.on_epoch_start(self.model.text_encoder, self.model.unet)
 
     def _rest_of_epoch(self) -> Iterator[Batch]:
-        """The batches of this epoch from the position on: all of them, unless the run is resumed within it."""
-        return self.loader.epoch(self.epoch, self.position) if self.position < self.plan.batches_per_epoch else iter(())
+        """The batches of this epoch from the position on: all of them, unless the run is resumed within it.
+
+        None are left if it was killed after its last step and before its last file.
+        """
+        is_used_up = self.position == self.plan.batches_per_epoch or self._is_over()
+        return iter(()) if is_used_up else self.loader.epoch(self.epoch, self.position)
 
     def _start_step(self) -> None:
         """Let a network that draws something for each step, as DyLoRA its rank, do so: once a step, alike in all processes."""
@@ -286,8 +290,7 @@ class Trainer:
         tqdm.write(f"saved {path}")
 
     def _save_state(self, folder: Path) -> None:
-        write_state(folder, capture(self))
-        self.states.remove_leftovers()
+        self.states.save(folder, capture(self))
         tqdm.write(f"saved {folder}")
 
     def _save_last(self, finished: bool) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +12,11 @@ import torch
 from safetensors import safe_open
 from small_runs import picture_folder, tensors_of, train, use_two_blocks, words_of_a_run
 
+from library.command_line import groups_of
 from library.errors import RunFailed, UserError
-from library.training.options import parse_options
+from library.training import run as run_module
+from library.training.compatible import FREE_GROUPS, GROUPS
+from library.training.options import TrainNetworkOptions, parse_options
 from library.training.plan import Plan, Start
 from library.training.trainer import Trainer
 
@@ -163,3 +164,138 @@ def test_names_of_states_and_which_are_removed(run, tmp_path):
     assert states(tmp_path / "steps") == ["at-step00000004-state", "at-step00000005-state", "at-step00000006-state", "last-state"]
     run("end", *words, "--save_state_on_train_end", "--max_train_steps=2")
     assert states(tmp_path / "end") == ["last-state"]
+
+
+# ---------------------------------------------------------------- what is not the same run
+
+
+@pytest.fixture(scope="module")
+def a_state(tmp_path_factory, pictures) -> Path:
+    """The state of a run of two steps."""
+    folder = tmp_path_factory.mktemp("first")
+    with pytest.MonkeyPatch.context() as patch:
+        use_two_blocks(patch.setattr)
+        train(words_of_a_run(pictures, folder, *UNET, "--max_train_steps=2", "--save_state"))
+    return folder / "mine-state"
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--network_dim=3"], "--network_dim was 2 and is 3"),
+        (["--learning_rate=1e-4", "--min_snr_gamma=5"], "--learning_rate was 0.001 and is 0.0001; --min_snr_gamma was unset and is 5.0"),
+        (["--optimizer_type=SGD"], "--optimizer_type was  and is SGD"),
+        (["--ema_decay=0.9"], "--ema_decay was unset and is 0.9"),
+        (["--network_args", "conv_dim=2"], "--network_args was unset"),
+        (["--shuffle_caption"], "--shuffle_caption was False and is True"),
+        (["--seed=2"], "the state's seed is 1 and --seed 2; leave out --seed"),
+        (["--max_train_steps=1"], "2 steps are done and 1 are asked for in all"),
+    ],
+)
+def test_a_state_of_another_run_is_refused_before_the_model_is_loaded(run, a_state, words, message, monkeypatch):
+    monkeypatch.setattr("library.training.run.load_stable_diffusion", lambda *args, **more: pytest.fail("the model was loaded"))
+    with pytest.raises(UserError) as caught:
+        run("out", *UNET, "--max_train_steps=4", *words, f"--resume={a_state}")
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_other_pictures_captions_and_models_are_refused(run, a_state, tmp_path, monkeypatch):
+    words = [*UNET, "--max_train_steps=4", f"--resume={a_state}"]
+    more = picture_folder(tmp_path / "more" / "pictures", 6)
+    with pytest.raises(UserError, match=r"the number of pictures changed \(5 then, 6 now\)"):
+        run("out", *words, f"--train_data_dir={more}")
+    (more / "5.png").unlink()
+    (more / "2.txt").write_text("another text", encoding="utf-8")
+    with pytest.raises(UserError, match="the captions changed; to go on from its weights"):
+        run("out", *words, f"--train_data_dir={more}")
+    picture_folder(more)
+    load = run_module.load_stable_diffusion
+
+    def other(*args, **kwargs):
+        model = load()
+        with torch.no_grad():
+            next(model.unet.parameters()).add_(1e-3)
+        return model
+
+    monkeypatch.setattr(run_module, "load_stable_diffusion", other)
+    with pytest.raises(UserError, match="the base model has other weights"):
+        run("out", *words, f"--train_data_dir={more}")
+
+
+def test_what_may_differ_and_where_things_lie(run, a_state, tmp_path):
+    """Folders moved, another output, more steps, workers: it goes on; --seed may be left out."""
+    moved = picture_folder(tmp_path / "elsewhere" / "pictures")
+    words = [word for word in words_of_a_run(moved, tmp_path / "out", *UNET, "--max_train_steps=3") if not word.startswith("--seed")]
+    trainer = train([*words, f"--resume={a_state.parent}", "--output_name=new", "--save_every_n_steps=3", "--gradient_checkpointing"])
+    assert trainer.step == 3 and trainer.seed == 1
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["new-step00000003.safetensors", "new.safetensors"]
+
+
+def test_killed_after_the_last_step_the_last_file_is_still_written(run, a_state, tmp_path, capsys):
+    run("out", *UNET, "--max_train_steps=2", f"--resume={a_state}")
+    assert same(tensors_of(tmp_path / "out" / "mine.safetensors"), tensors_of(a_state.parent / "mine.safetensors"))
+    assert "only the last files are written" in capsys.readouterr().out
+
+
+def test_a_network_that_is_nan_has_no_state(run, tmp_path, monkeypatch):
+    update = Trainer._update
+
+    def poison(self):
+        update(self)
+        with torch.no_grad():
+            self.network.parameters[0].fill_(torch.nan)
+
+    monkeypatch.setattr(Trainer, "_update", poison)
+    with pytest.raises(RunFailed, match="no state was saved: .* holds NaN"):
+        run("out", *UNET, "--max_train_steps=1", "--save_state")
+    assert states(tmp_path / "out") == []
+
+
+# ---------------------------------------------------------------- where a run begins
+
+
+def plan(batches: int, *words: str) -> tuple[Plan, Any]:
+    needed = ["--pretrained_model_name_or_path=m", "--train_data_dir=d", "--output_dir=o", "--network_module=networks.lora"]
+    options = parse_options([*needed, *words])
+    return Plan.of(options, batches), options.state
+
+
+@pytest.mark.parametrize(
+    "words, start",
+    [
+        ([], Start(0, 1, 0)),
+        (["--initial_epoch=3"], Start(6, 3, 0)),
+        (["--initial_epoch=3", "--initial_step=4"], Start(4, 2, 0)),
+        (["--initial_step=4", "--skip_until_initial_step"], Start(4, 2, 4)),
+        (["--initial_epoch=2", "--skip_until_initial_step"], Start(3, 2, 0)),
+    ],
+)
+def test_trap_5_3_the_start_is_counted_in_optimizer_steps(words, start):
+    """10 batches, 4 a step: 3 steps an epoch, of 4, 4 and 2 batches."""
+    assert Start.of(*reversed(plan(10, "--gradient_accumulation_steps=4", "--max_train_epochs=9", *words)), None) == start
+
+
+def test_a_state_s_own_place_counts_unless_another_is_asked_for():
+    place = Start(5, 2, 8)
+    for words, start in (([], place), (["--initial_step=5"], place), (["--skip_until_initial_step", "--resume=x"], place),
+                         (["--initial_step=6"], Start(6, 3, 0))):  # fmt: skip
+        assert Start.of(*reversed(plan(10, "--gradient_accumulation_steps=4", *words)), place) == start
+    with pytest.raises(UserError, match="nothing is left to train"):
+        Start.of(*reversed(plan(10, "--max_train_steps=5", "--initial_step=5")), None)
+
+
+def test_trap_5_2_an_initial_step_is_the_real_step(run, tmp_path):
+    words = [*UNET, "--max_train_steps=8", "--lr_scheduler=linear", "--save_every_n_steps=2"]
+    whole = run("whole", *words)
+    part = run("part", *words, "--initial_step=6", "--skip_until_initial_step")
+    assert sorted(path.name for path in (tmp_path / "part").glob("*-step*")) == ["mine-step00000008.safetensors"]
+    assert part.losses.steps == [7, 8] and part.schedule.get_last_lr() == whole.schedule.get_last_lr()
+    assert part.first_step == 6 and part.next == whole.next
+    anew = run("anew", *words, "--initial_step=6")
+    assert anew.next == (2, 2) and whole.next == (2, 3), "without it the data of the epoch begin anew"
+    with pytest.raises(UserError, match="--skip_until_initial_step needs"):
+        parse_options(words_of_a_run(tmp_path, tmp_path, "--skip_until_initial_step"))
+
+
+def test_every_group_of_options_is_compared_or_known_to_be_free():
+    assert set(GROUPS) | FREE_GROUPS == set(groups_of(TrainNetworkOptions)) and not set(GROUPS) & FREE_GROUPS
