@@ -6,10 +6,11 @@ For Linux and macOS. Random weights are made on the fly (8 GB of files; in --fol
 model, the same with a low-rank change and noise in every layer, and LoRAs of rank 16 and 32 with 3x3 convolutions. Every tool
 runs as its own process, from start to end.
 
-The straightforward ways: the full matrix of every module and its `torch.linalg.svd` (thin, float32), and models loaded whole as
-Diffusers modules. A decomposition is timed once for each shape and counted for all modules of it; shapes that cost more than
-a 1280 x 1280 one are counted in proportion to rows^2 x columns, since the whole would take up to an hour. Writes
-benchmarks/results/tools.md.
+The straightforward ways: the full matrix of every module and its `torch.linalg.svd` in float32, once as it is called plainly (all
+vectors, also the 11520 x 11520 of a 3x3 convolution) and once thin (`full_matrices=False`); and models loaded whole as Diffusers
+modules. A decomposition is timed once for each shape and counted for all modules of it; shapes that cost more than a
+1280 x 1280 one are counted in proportion (plain: rows x columns^2, thin: rows^2 x columns, the columns being the longer side),
+since the whole would take up to an hour. Writes benchmarks/results/tools.md.
 """
 
 from __future__ import annotations
@@ -127,6 +128,9 @@ def make_pictures(folder: Path) -> None:
 # ---------------------------------------------------------------- straightforward ways, each run as a process of its own
 
 
+THIN = False  # whether the decompositions leave out the vectors that nobody wants (`full_matrices=False`)
+
+
 def plain_svd(folder: Path, shapes: Counter, work) -> float:
     """Seconds of `work` on one module of every shape, counted for all; costly shapes in proportion."""
     seconds, rate = 0.0, []
@@ -144,7 +148,8 @@ def plain_svd(folder: Path, shapes: Counter, work) -> float:
 
 
 def cost(shape: tuple[int, int]) -> int:
-    return min(shape) ** 2 * max(shape)
+    """Of the thin decomposition min^2 max; of the plain one, which makes all vectors of the long side too, min max^2."""
+    return min(shape) ** 2 * max(shape) if THIN else min(shape) * max(shape) ** 2
 
 
 def matrix_shapes(folder: Path, with_3x3: bool) -> Counter:
@@ -160,14 +165,14 @@ def matrix_shapes(folder: Path, with_3x3: bool) -> Counter:
 def plain_svd_merge(folder: Path) -> float:
     def work(shape: tuple[int, int]) -> None:
         matrix = sum(torch.randn(shape[0], rank) @ torch.randn(rank, shape[1]) for rank in (16, 32))
-        keep(torch.linalg.svd(matrix, full_matrices=False), 16)
+        keep(torch.linalg.svd(matrix, full_matrices=not THIN), 16)
 
     return plain_svd(folder, matrix_shapes(folder, with_3x3=True), work)
 
 
 def plain_resize(folder: Path) -> float:
     def work(shape: tuple[int, int]) -> None:
-        keep(torch.linalg.svd(torch.randn(shape[0], 32) @ torch.randn(32, shape[1]), full_matrices=False), 8)
+        keep(torch.linalg.svd(torch.randn(shape[0], 32) @ torch.randn(32, shape[1]), full_matrices=not THIN), 8)
 
     return plain_svd(folder, matrix_shapes(folder, with_3x3=True), work)
 
@@ -181,7 +186,7 @@ def plain_extract(folder: Path) -> float:
     seconds = plain_svd(
         folder,
         matrix_shapes(folder, with_3x3=False),
-        lambda shape: keep(torch.linalg.svd(torch.randn(*shape), full_matrices=False), 4),
+        lambda shape: keep(torch.linalg.svd(torch.randn(*shape), full_matrices=not THIN), 4),
     )
     del models
     return loading + seconds
@@ -235,6 +240,8 @@ PLAIN = {
     "resize_images_to_resolution": plain_pictures,
 }
 
+DECOMPOSING = [name for name, way in PLAIN.items() if way in (plain_svd_merge, plain_resize, plain_extract)]
+
 # ---------------------------------------------------------------- measuring
 
 
@@ -265,19 +272,28 @@ def commands(folder: Path) -> dict[str, list[str]]:
     }
 
 
+# A process begins with the peak memory of the one that started it, which here holds torch; so a small one starts them.
+LAUNCHER = """
+import resource, subprocess, sys, time
+started = time.perf_counter()
+status = subprocess.run(sys.argv[2:]).returncode
+seconds = time.perf_counter() - started
+open(sys.argv[1], "w").write(f"{status} {seconds} {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss}")
+"""
+
+
 def measured(words: list[str]) -> tuple[float, float, str]:
     """Seconds, peak memory in GB and the output of a Python process."""
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
-        started = time.perf_counter()
-        process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - started
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+", encoding="utf-8") as output:
+        report = Path(folder) / "report"
+        command = [sys.executable, "-S", "-c", LAUNCHER, str(report), sys.executable, *words]
+        subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, check=True)
         output.seek(0)
         text = output.read()
-    if status:
+        status, seconds, peak = report.read_text(encoding="utf-8").split()
+    if int(status):
         raise SystemExit(f"{' '.join(words)} failed:\n{text[-2000:]}")
-    per_gb = 2**30 if sys.platform == "darwin" else 2**20
-    return seconds, usage.ru_maxrss / per_gb, text
+    return float(seconds), int(peak) / (2**30 if sys.platform == "darwin" else 2**20), text
 
 
 def copy_seconds(folder: Path) -> float:
@@ -309,15 +325,17 @@ def run(folder: Path, only: list[str]) -> list[str]:
             continue
         seconds, peak, _ = measured(words)
         row = f"| {name} | {seconds:.1f} | {peak:.2f} |"
-        if name in PLAIN:
-            _, plain_peak, text = measured([str(Path(__file__).resolve()), "--plain", name, "--folder", str(folder)])
+        ways = [[], ["--thin"]] if name in DECOMPOSING else [[]] if name in PLAIN else []
+        rows = [] if ways else [row + " - | - | - | - | - |"]
+        for way in ways:
+            _, plain_peak, text = measured([str(Path(__file__).resolve()), "--plain", name, "--folder", str(folder), *way])
             plain_seconds = float(text.split()[-1]) + import_seconds
-            row += f" {plain_seconds:.0f} | {plain_peak:.2f} |"
-            row += f" {plain_seconds / seconds:.1f} | {plain_peak / peak:.1f} | {GOALS[name]} |"
-        else:
-            row += " - | - | - | - | - |"
-        print(row, flush=True)
-        lines.append(row)
+            start = row if not way else f"| - beside the thin SVD | {seconds:.1f} | {peak:.2f} |"
+            goal = GOALS[name] if not way else "-"
+            times = f"{plain_seconds / seconds:.1f} | {plain_peak / peak:.1f}"
+            rows.append(f"{start} {plain_seconds:.0f} | {plain_peak:.2f} | {times} | {goal} |")
+        print("\n".join(rows), flush=True)
+        lines += rows
     return lines
 
 
@@ -326,8 +344,11 @@ def main() -> None:
     parser.add_argument("--folder", help="where to make the files and keep them (default: a temporary folder)")
     parser.add_argument("--only", nargs="*", default=[], help="parts of tools' names")
     parser.add_argument("--plain", help=argparse.SUPPRESS)
+    parser.add_argument("--thin", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.plain:
+        global THIN
+        THIN = args.thin
         print(PLAIN[args.plain](Path(args.folder)))
         return
     if args.folder:
