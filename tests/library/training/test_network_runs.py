@@ -7,6 +7,7 @@ import torch
 
 from library.errors import UserError
 from library.sd.model import load_stable_diffusion
+from library.training.network import parse_network_args
 from networks.lora import create_network_from_weights
 
 
@@ -50,3 +51,9 @@ def test_going_on_from_pissa_and_its_limits(run):
 def test_the_chart_of_blocks_is_printed(run, capsys):
     run("--network_module=networks.lora", "--max_train_steps=1", "--network_args", "down_lr_weight=sine+.5")
     assert "rate x 0.642 ======" in capsys.readouterr().out
+
+
+def test_trap_2_5_words_are_split_at_the_first_sign():
+    assert parse_network_args(["preset=a=b", " conv_dim = 4 "]) == {"preset": "a=b", "conv_dim": "4"}
+    with pytest.raises(UserError, match="expected key=value, got 'conv_dim'"):
+        parse_network_args(["conv_dim"])
