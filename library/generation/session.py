@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from library.generation.generator import Made
     from library.generation.studio import Studio
 
-MOST_CRASHES = 3  # one after another: then it is no matter of one picture
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 HISTORY = ".prompt_history"
 
@@ -119,26 +118,15 @@ class Session:
     def draw(self, tasks: list[Task]) -> list[Made]:
         """Make the pictures and give each to the album as it is finished. In an interactive run they are returned too."""
         self.wanted += len(tasks)
-        pending, drawn, crashes, started = deque(tasks), [], 0, time.perf_counter()
-        with tqdm(total=len(tasks), unit="picture", desc="drawing", smoothing=0.1, bar_format=BAR, disable=not tasks) as bar:
-            while pending:
-                try:
-                    specs = [task.spec for task in pending]
-                    for made in self.studio.draw(specs, partial(self._advance, bar), partial(self._failed, pending)):
-                        crashes = 0
-                        drawn += self._keep(made, pending)
-                        self._correct(bar, len(tasks) - len(pending))
-                    for task in pending:
-                        self.fail(task.request.where, UserError("no picture came of it"))
-                    break
-                except UserError:
-                    raise
-                except Exception as error:  # whatever it was, the others of the night must not be lost for one picture
-                    crashes += 1
-                    if crashes == MOST_CRASHES:
-                        raise
-                    self._failed(pending, pending[0].spec, error)
-        self.seconds += time.perf_counter() - started
+        pending, drawn, started = deque(tasks), [], time.perf_counter()
+        specs = [task.spec for task in tasks]
+        try:
+            with tqdm(total=len(tasks), unit="picture", desc="drawing", smoothing=0.1, bar_format=BAR, disable=not tasks) as bar:
+                for made in self.studio.draw(specs, partial(self._advance, bar), partial(self._failed, pending)):
+                    drawn += self._keep(made, pending)
+                    self._correct(bar, len(tasks) - len(pending))
+        finally:
+            self.seconds += time.perf_counter() - started
         return drawn
 
     def _keep(self, made: Made, pending: deque[Task]) -> list[Made]:
@@ -162,20 +150,20 @@ class Session:
             self.comparison.add(task.cell, made.picture)
         return [made] if self.options.prompts.interactive else []
 
-    def _failed(self, pending: deque[Task], spec: PromptSpec, error: Exception) -> None:
+    def _failed(self, pending: deque[Task], spec: PromptSpec, error: UserError) -> None:
         task = next(task for task in pending if task.spec == spec)
         pending.remove(task)
         self.fail(task.request.where, error)
 
-    def fail(self, where: str, error: Exception) -> None:
+    def fail(self, where: str, error: UserError) -> None:
         """Count and name a picture that failed."""
         self.failed += 1
-        words = " ".join(str(error).split())[:500] or type(error).__name__
+        words = " ".join(str(error).split())
         self.tell(f"failed: {words if where in words else f'{where}: {words}'}")
 
     @staticmethod
     def _advance(bar: tqdm, share: float) -> None:
-        """A picture that is tried again counts its steps again."""
+        """Sums of shares are not exact."""
         bar.update(min(share, bar.total - bar.n))
 
     @staticmethod

@@ -67,7 +67,9 @@ def new_painter(vae: torch.nn.Module, named: Path, seed: int) -> Painter:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(seed)
-    unet = UNet2DConditionModel.from_config(unet_config(UNET_CHANNELS, context_width=TEXT_WIDTH, v2=False))
+    config = unet_config(UNET_CHANNELS, context_width=TEXT_WIDTH, v2=False)
+    config["sample_size"] = 8  # latents of 64 pixels: the size that is drawn where nobody says another
+    unet = UNet2DConditionModel.from_config(config)
     text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(text_config(TEXT_WIDTH, TEXT_LAYERS, v2=False)))
     tokenizer = load_tokenizer(v2=False)
     model = StableDiffusion(tokenizer, text_encoder, vae, unet, False, False, "base model")
