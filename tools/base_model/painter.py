@@ -58,7 +58,7 @@ class Painter:
         latents = batch.latents * self.model.vae.config.scaling_factor
         context = encode_text(self.model.text_encoder, batch.input_ids)
         noisy = diffusion.add_noise(latents, noise, t, self.alphas)
-        return diffusion.loss_per_sample(predict_noise(self.model.unet, noisy, t, context), noise)
+        return (predict_noise(self.model.unet, noisy, t, context) - noise).square().flatten(1).mean(dim=1)
 
 
 def new_painter(vae: torch.nn.Module, named: Path, seed: int) -> Painter:
@@ -94,7 +94,7 @@ def loss_weights(t: Tensor, alphas: Tensor) -> Tensor:
     There the caption alone says what to draw. Plain noise prediction hardly counts it: an error d of the picture is an error
     sqrt(SNR) d of the noise.
     """
-    snr = (alphas / (1 - alphas))[t]
+    snr = diffusion.signal_to_noise(alphas)[t]
     return torch.maximum(snr, snr.sqrt()).clamp(max=GAMMA) / snr
 
 
