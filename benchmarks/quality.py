@@ -79,7 +79,7 @@ def draw(model: StableDiffusion, prompts: list[str], seed: int) -> Tensor:
         PromptSpec(prompt=prompt, width=SIZE, height=SIZE, seed=1000 * seed + number, **demo.DRAWING)
         for number, prompt in enumerate(prompts)
     ]
-    return torch.stack([as_tensor(picture) for _, picture in generate(model, specs, batch_size=16)])
+    return torch.stack([as_tensor(made.picture) for made in generate(model, specs, batch_size=16)])
 
 
 def real_pictures(source: Path, style: str, names: list[str]) -> Tensor:
