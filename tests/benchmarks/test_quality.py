@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from benchmarks import quality
 from benchmarks.perceptual import ArraysOnly, Perceptual, frechet_distance, pairwise
+from library.sd.small import small_stable_diffusion
 from tools.base_model.names import NAMES
 
 
@@ -88,3 +89,11 @@ def test_weights_with_code_in_them_are_refused(tmp_path):
         with open(tmp_path / "evil", "rb") as file:
             ArraysOnly(file).load()
     assert not (tmp_path / "made").exists()
+
+
+def test_pictures_are_drawn_as_tensors(monkeypatch):
+    monkeypatch.setitem(quality.demo.DRAWING, "steps", 1)
+    model = small_stable_diffusion(unet_channels=(32, 32, 32, 32), vae_channels=(32, 32, 32, 32), text_layers=1)
+    drawn = quality.draw(model, ["a key", "a pear"], seed=1)
+    assert drawn.shape == (2, 3, 64, 64) and -1 <= drawn.min() < drawn.max() <= 1
+    assert not torch.equal(drawn[0], drawn[1])

@@ -75,6 +75,7 @@ def weights(folder):
     }
 
 
+@pytest.mark.slow
 def test_a_run_broken_off_in_each_training_ends_with_the_same_weights(tiny, source, tmp_path, monkeypatch, capsys):
     assert run(monkeypatch, source, tmp_path / "whole") == 0
     save = training.Checkpoint.save
