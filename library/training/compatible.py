@@ -16,11 +16,12 @@ from library.training.options import TrainNetworkOptions
 
 # Groups of options that decide what is trained, and those that never do.
 GROUPS = ("model", "data", "captions", "augmentation", "network", "optimizer", "training", "loss", "precision", "validation")
-FREE_GROUPS = {"state", "output", "previews", "logs"}
+FREE_GROUPS = {"state", "output", "metadata", "hub", "previews", "logs"}
 # These may differ too: they change nothing that is trained, or at most the rounding, or are compared in another way below.
 FREE = {
     "xformers", "sdpa", "mem_eff_attn", "gradient_checkpointing", "vae_batch_size", "lowram", "highvram", "torch_compile", "dynamo_backend",
-    "dataset_config", "train_data_dir", "reg_data_dir", "in_json", "on_bad_image", "debug_dataset", "caption_extention", "cache_latents_to_disk",
+    "dataset_config", "train_data_dir", "reg_data_dir", "conditioning_data_dir", "in_json", "on_bad_image", "debug_dataset",
+    "caption_extention", "cache_latents_to_disk",
     "max_data_loader_n_workers", "persistent_data_loader_workers", "max_train_steps", "max_train_epochs", "seed", "on_nonfinite_loss",
     "validate_every_n_steps", "validate_every_n_epochs", "early_stopping_patience",
 }  # fmt: skip
@@ -74,7 +75,7 @@ def data_settings(table: PictureTable) -> dict[str, Any]:
         values = config.model_dump(mode="json")
         for part, subset in enumerate(values.pop("subsets"), start=1):
             for key, value in subset.items():
-                value = Path(value).name if key in ("image_dir", "metadata_file") and value else value
+                value = Path(value).name if key in ("image_dir", "metadata_file", "conditioning_data_dir") and value else value
                 settings[f"{key} of dataset {number}, subset {part}"] = value
         settings |= {f"{key} of dataset {number}": value for key, value in values.items()}
     return settings

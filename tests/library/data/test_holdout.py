@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +28,14 @@ def folders(tmp_path_factory) -> Path:
 
 
 def dataset(root: Path, text: str, seed: int = 1) -> TrainingDataset:
-    config = root / "data.toml"
-    config.write_text('[general]\ncaption_extension = ".txt"\n' + text.replace("ROOT", root.as_posix()), encoding="utf-8")
+    config = _written(root, '[general]\ncaption_extension = ".txt"\n' + text)
     return TrainingDataset(datasets_from_file(config, DatasetDefaults()), seed=seed)
+
+
+def _written(root: Path, text: str) -> Path:
+    path = root / "data.toml"
+    path.write_text(text.replace("ROOT", root.as_posix()), encoding="utf-8")
+    return path
 
 
 def paths(data: TrainingDataset, epoch: int = 1) -> list[str]:
@@ -100,3 +106,13 @@ def test_nothing_to_hold_out_is_said(folders, tmp_path):
     with pytest.raises(UserError, match="validation_split = 1.0: expected below 1"):
         dataset(folders, CATS.replace("0.25", "1.0"))
     assert dataset(folders, CATS.replace("0.25", "0.0")).validation() is None
+
+
+def test_trap_4_7_a_dataset_from_a_metadata_file_is_split_too(folders):
+    names = [f"{number:02d}" for number in range(20)]
+    (folders / "meta.json").write_text(json.dumps({name: {"caption": f"cat {name}"} for name in names}), encoding="utf-8")
+    from_json = CATS.replace('image_dir = "ROOT/cats"', 'image_dir = "ROOT/cats"\nmetadata_file = "ROOT/meta.json"')
+    data = TrainingDataset(datasets_from_file(_written(folders, from_json), DatasetDefaults()), seed=1)
+    held, trained = paths(data.validation()), paths(data)
+    assert len(held) == 5 and len(trained) == 15 and not set(held) & set(trained)
+    assert set(held) == set(paths(dataset(folders, CATS).validation())), "the same ones as from the folder"
