@@ -9,7 +9,7 @@ import torch
 
 from library.errors import UserError
 from library.training.fused_backward import check_fused_backward, step_in_backward
-from library.training.optimizers import OPTIMIZERS, create_optimizer, found_rates, parse_key_values, weights_to_use
+from library.training.optimizers import OPTIMIZERS, create_optimizer, found_rates, optimizer_name, parse_key_values, weights_to_use
 from library.training.options import OptimizerOptions, parse_options
 from library.training.schedules import create_schedule, schedule_facts
 
@@ -42,6 +42,10 @@ def test_adamw8bit_steps_on_a_cpu():
     optimizer.step()
     assert name == "bitsandbytes.optim.adamw.AdamW8bit"
     assert torch.isfinite(parameter).all() and (parameter != before).all()
+
+
+def test_the_old_flag_means_lion():
+    assert optimizer_name(OptimizerOptions(use_lion_optimizer=True)) == "Lion" and optimizer_name(OptimizerOptions()) == "AdamW"
 
 
 def test_sgd_nesterov_has_momentum_unless_given():

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch.nn.utils import parametrize
 
+from library.data.dataset import TrainingDataset
 from library.errors import UserError
 from library.sd.small import small_stable_diffusion
 from library.training import run as run_module
@@ -39,6 +40,7 @@ def test_fused_and_packed_and_compiled_runs_do_as_the_plain_one(run, trainers, c
     plain, fused = (run(*words, *more).tensors() for more in ([], ["--fused_backward_pass"]))
     assert all(torch.equal(plain[key], fused[key]) for key in plain)
     assert not compiled and not packed(trainers[-1].model.unet)
+    assert [bool(t.network.parameters[0]._post_accumulate_grad_hooks) for t in trainers] == [False, True]
     capsys.readouterr()
     other = run(*words, "--fp8_base", "--gradient_checkpointing", "--torch_compile", "--dynamo_backend=eager").tensors()
     assert compiled == [("UNet2DConditionModel", "eager")]
@@ -100,8 +102,8 @@ def test_models_go_straight_to_the_device_in_the_format_of_the_arithmetic(monkey
         device = torch.device("cuda", 0)
 
     with pytest.raises(Stop):
-        run_module.load_model(parse_options([*NEEDED, "--lowram", "--mixed_precision=bf16"]), Accelerator)
-    assert seen["device"] == Accelerator.device and seen["dtype"] == torch.bfloat16
+        run_module.load_model(parse_options([*NEEDED, "--lowram", "--mixed_precision=bf16", "--vae=other"]), Accelerator)
+    assert seen["vae"] == "other" and seen["device"] == Accelerator.device and seen["dtype"] == torch.bfloat16
 
 
 @pytest.mark.parametrize("words, asked", [(["--xformers"], True), (["--xformers", "--mem_eff_attn"], False), (["--xformers", "--sdpa"], True)])
@@ -132,12 +134,21 @@ def test_what_is_masked_out_makes_no_loss(run, trainers, pictures, tmp_path):
     assert trainers[-1].losses.values == [0.0]
 
 
-def test_in_json_trains_on_what_it_lists(run, trainers, pictures, tmp_path):
+def test_in_json_trains_on_what_it_lists(run, trainers, tmp_path, monkeypatch):
+    loaders, caches = [], []
+    make_loader, cache = run_module.make_loader, TrainingDataset.cache_latents
+    monkeypatch.setattr(run_module, "make_loader", lambda *a, **more: loaders.append(more) or make_loader(*a, **more))
+    monkeypatch.setattr(TrainingDataset, "cache_latents", lambda self, *a, **more: caches.append(more) or cache(self, *a, **more))
     see_through = tmp_path / "clear.png"
     Image.new("RGBA", (64, 64), (255, 0, 0, 0)).save(see_through)
     path = tmp_path / "meta.json"
-    path.write_text(json.dumps({str(see_through): {"caption": "c", "tags": "t"}}), encoding="utf-8")
-    result = run("--max_train_steps=1", *QUICK[1:], f"--in_json={path}", "--alpha_mask", "--cache_latents", data="--train_batch_size=1")
+    path.write_text(json.dumps({str(see_through): {"caption": "c", "tags": "t"}, "missing": {}}), encoding="utf-8")
+    words = [f"--in_json={path}", "--on_bad_image=skip", "--alpha_mask", "--cache_latents_to_disk", "--vae_batch_size=2", "--network_alpha=3"]
+    words += ["--persistent_data_loader_workers", "--max_data_loader_n_workers=0"]
+    result = run("--max_train_steps=1", *QUICK[1:], *words, data="--train_batch_size=1")
+    assert loaders[0]["persistent"] and loaders[0]["num_workers"] == 0
+    assert caches[0]["batch_size"] == 2 and caches[0]["to_disk"] and len(list((tmp_path / ".latents").iterdir())) == 1
+    assert {tensor.item() for key, tensor in result.tensors().items() if key.endswith(".alpha")} == {3.0}
     assert trainers[-1].dataset[(1, 0)].captions == ["c, t"] and trainers[-1].losses.values == [0.0]
     metadata = result.metadata()
     assert json.loads(metadata["ss_dataset_dirs"]) == {"meta.json": {"n_repeats": 1, "img_count": 1}}
