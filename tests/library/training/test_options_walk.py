@@ -57,7 +57,8 @@ BY_TEST: dict[str, dict[str, str]] = {
     },
     "library/test_command_line.py": {
         "test_wrong_input_is_one_line_that_names_the_option": "sample_every_n_steps",
-        "test_output_config_writes_what_config_file_reads": "output_config config_file",
+        "test_output_config_writes_what_config_file_reads": "config_file",
+        "test_the_trainer_writes_its_config_and_stops": "output_config",
     },
     "library/training/test_loss.py": {
         "test_weightings_against_the_formulas": "min_snr_gamma debiased_estimation_loss scale_v_pred_loss_like_noise_pred v_pred_like_loss",
