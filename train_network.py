@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import sys
+import time
 
-from library.errors import run_entry
+from library.console import is_main_process, quiet_unless_main, set_up_console
+from library.errors import UserError, run_entry
 
 
 def main() -> int:
     """Read the options, then import what training needs: --help and a misspelt option answer at once."""
-    from library.training.options import parse_options
+    quiet_unless_main()
+    from library.training.options import all_defaults, parse_options
 
-    options = parse_options(sys.argv[1:])
+    try:
+        options = parse_options(sys.argv[1:])
+    except UserError as error:
+        if is_main_process():
+            raise
+        time.sleep(2)  # the launcher ends all when one ends, and the main process shall have its word first
+        return error.exit_code
     if options.logs.output_config:
         from library.training.config_output import write_config
 
         print(f"the options are in {write_config(options, options.logs.config_file)}")
         return 0
+    if options.metadata.from_metadata:
+        from library.training.from_metadata import print_from_metadata
 
+        return print_from_metadata(options.metadata.from_metadata, all_defaults())
+
+    set_up_console(options.logs.console_log_level, options.logs.console_log_file, options.logs.console_log_simple)
     from library.training.run import train
 
     return train(options)

@@ -41,6 +41,12 @@ def use_xformers(unet: torch.nn.Module, device: torch.device) -> None:
     unet.enable_xformers_memory_efficient_attention()
 
 
+def cores_for_this_process() -> int:
+    """CPU cores that this process may use: those of the machine (or container), shared among the run's processes on it."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def use_all_cores() -> int:
     """Let a CPU run under `accelerate launch` use every core; returns the number of threads.
 
@@ -48,7 +54,7 @@ def use_all_cores() -> int:
     Without accelerate's launcher, OMP_NUM_THREADS keeps its meaning.
     """
     if "ACCELERATE_MIXED_PRECISION" in os.environ:
-        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+        torch.set_num_threads(cores_for_this_process())
     return torch.get_num_threads()
 
 

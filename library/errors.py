@@ -16,6 +16,14 @@ class UserError(Exception):
     exit_code = 2
 
 
+class UserErrors(UserError):
+    """Several things that are wrong at once, one line each."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems
+
+
 class RunFailed(UserError):
     """The input was right and the run still cannot go on (a loss of NaN, say)."""
 
@@ -76,7 +84,8 @@ def run_entry(main: Callable[[], int | None]) -> None:
         code = main() or 0
     except UserError as error:
         sys.stdout.flush()
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        for problem in getattr(error, "problems", [str(error)]):
+            print(f"error: {' '.join(problem.split())}", file=sys.stderr)
         code = error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

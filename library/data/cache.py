@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -111,6 +112,24 @@ class MemoryLatents:
         self.stacks = {bucket: torch.cat(self._parts.pop(bucket)) for bucket in list(self._parts)}
         self.masks = {bucket: torch.stack(self._mask_parts.pop(bucket)) for bucket in list(self._mask_parts)}
 
+    def join(self, gather: Callable[[Any], list[Any]]) -> None:
+        """Put together what several processes encoded; `gather` gives all of them the values of all.
+
+        One bucket after the other, since a part and the whole of it are in memory at once.
+        """
+        offsets = {}
+        for bucket in sorted(set().union(*gather(set(self.stacks)))):
+            parts = gather((self.stacks.get(bucket), self.masks.get(bucket)))
+            offsets[bucket] = np.cumsum([0, *(0 if stack is None else len(stack) for stack, _ in parts)])
+            self.stacks[bucket] = torch.cat([stack for stack, _ in parts if stack is not None])
+            masks = [mask for _, mask in parts if mask is not None]
+            if masks:
+                self.masks[bucket] = torch.cat(masks)
+        for rank, position in enumerate(gather(self.position)):
+            rows, side = np.nonzero(position >= 0)
+            shift = np.array([offsets[bucket][rank] for bucket in self.bucket[rows].tolist()], dtype=np.int32)
+            self.position[rows, side] = position[rows, side] + shift
+
     def get(self, row: int, flipped: bool) -> tuple[Tensor, Tensor | None]:
         """Latents (4, h, w) and mask (1, h, w), both float32; the mask is upright."""
         bucket, position = int(self.bucket[row]), int(self.position[row, int(flipped)])
@@ -122,6 +141,11 @@ class DiskLatents:
 
     def __init__(self, table: PictureTable, keys: dict[int, str]) -> None:
         self.table, self.keys = table, keys
+
+    def join(self, gather: Callable[[Any], list[Any]]) -> None:
+        """Learn the keys of the files that other processes made."""
+        for keys in gather(self.keys):
+            self.keys |= keys
 
     def get(self, row: int, flipped: bool) -> tuple[Tensor, Tensor | None]:
         """Latents (4, h, w) and upright mask (1, h, w). Raises UserError if the file went away or was damaged since the run began."""
@@ -138,14 +162,18 @@ def tensor_name(flipped: bool) -> str:
 
 
 class LatentCaching:
-    """One pass over the pictures: threads read and cut, the caller's thread encodes, threads write."""
+    """One pass over the pictures: threads read and cut, the caller's thread encodes, threads write.
+
+    share: (rank, world). Of several processes each takes every world-th picture; `join` puts the parts together.
+    """
 
     def __init__(
-        self, table: PictureTable, encode: EncodeImages, *, batch_size: int, to_disk: bool, fingerprint: str, workers: int | None
-    ) -> None:
+        self, table: PictureTable, encode: EncodeImages, *, batch_size: int, to_disk: bool, fingerprint: str, workers: int | None,
+        share: tuple[int, int] = (0, 1),
+    ) -> None:  # fmt: skip
         refuse_augmentations(table)
         self.table, self.encode, self.batch_size = table, encode, batch_size
-        self.to_disk, self.fingerprint = to_disk, fingerprint
+        self.to_disk, self.fingerprint, self.share = to_disk, fingerprint, share
         self.workers = workers or min(16, 2 * (os.cpu_count() or 1))
         self.memory = MemoryLatents(table)
         self.keys: dict[int, str] = {}
@@ -154,7 +182,8 @@ class LatentCaching:
 
     def run(self) -> MemoryLatents | DiskLatents:
         rows = np.flatnonzero(self.table.repeats)
-        rows = rows[np.argsort(self.table.bucket[rows], kind="stable")].tolist()
+        rank, world = self.share
+        rows = rows[np.argsort(self.table.bucket[rows], kind="stable")][rank::world].tolist()
         with (
             ThreadPoolExecutor(2) as writers,
             ThreadPoolExecutor(self.workers) as readers,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -118,6 +118,10 @@ class TrainingDataset(Dataset):
             self._last_order = (epoch, self.planner.order(epoch))
         return self._last_order[1]
 
+    def paths(self, epoch: int, position: int) -> list[str]:
+        """The pictures of the batch at this position."""
+        return [str(self.table.path(row)) for row in self.epoch_order(epoch)[position].tolist()]
+
     def step_of(self, epoch: int, position: int) -> int:
         """Optimizer steps done before this batch, which the warm-up of tags counts by."""
         a_process = -(-self.num_batches // self.world)
@@ -137,7 +141,7 @@ class TrainingDataset(Dataset):
         batch = Batch(
             key=(epoch, position),
             size=self.table.bucket_size(rows[0]),
-            paths=[str(self.table.path(row)) for row in rows],
+            paths=self.paths(epoch, position),
             captions=captions,
             loss_weights=torch.from_numpy(self.loss_weights[rows]),
         )
@@ -173,18 +177,22 @@ class TrainingDataset(Dataset):
         return picture, mask.flip(2) if flipped and mask is not None else mask
 
     def cache_latents(
-        self, encode: EncodeImages, *, batch_size: int, to_disk: bool, fingerprint: str, workers: int | None = None
-    ) -> None:
+        self, encode: EncodeImages, *, batch_size: int, to_disk: bool, fingerprint: str, workers: int | None = None,
+        share: tuple[int, int] = (0, 1), gather: Callable[[Any], list[Any]] = lambda value: [value],
+    ) -> None:  # fmt: skip
         """Encode every picture once; batches then hold `latents` in place of `images`.
 
         `encode(images, seeds)`: (B, 3, H, W) float32 in -1..1 on the CPU and one seed a picture -> (B, 4, H/8, W/8).
         `fingerprint` names whatever else decides the result: weights and dtype of the VAE.
+        `share`: (rank, world), if several processes share the work; `gather` then gives all of them the values of all.
         To be called before a loader is made.
         """
         caching = LatentCaching(
-            self.table, encode, batch_size=batch_size, to_disk=to_disk, fingerprint=fingerprint, workers=workers
+            self.table, encode, batch_size=batch_size, to_disk=to_disk, fingerprint=fingerprint, workers=workers, share=share
         )
         self.latents = caching.run()
+        if share[1] > 1:
+            self.latents.join(gather)
 
     def caption_variants(self, limit: int = 10_000) -> list[str] | None:
         """Every caption that a batch can hold, if there are finitely many and at most `limit`; else None."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Iterable, Iterator
 
@@ -10,19 +9,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from library.data.dataset import Batch, TrainingDataset
+from library.devices import cores_for_this_process
 from library.errors import UserError
-
-
-def cores() -> int:
-    """CPU cores that this process may use; containers often have fewer than the machine."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class EpochSampler(Sampler):
     """Keys (epoch, position) of one process's share of an epoch, from its micro-batch `start` on.
 
-    Process `rank` of `world` takes every world-th batch. So that all have equally many, the last ones begin the epoch
-    anew where they do not come out even.
+    Process `rank` of `world` takes every world-th batch. Where they do not come out even, the last ones have one batch less.
     """
 
     def __init__(self, dataset: TrainingDataset, epoch: int = 1, start: int = 0, rank: int = 0, world: int = 1) -> None:
@@ -30,12 +24,12 @@ class EpochSampler(Sampler):
         self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
-        return -(-self.batches // self.world) - self.start
+        return len(range(self.rank + self.start * self.world, self.batches, self.world))
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         epoch, start = self.epoch, self.start  # a change for the next epoch must not reach this iteration
-        for turn in range(start, -(-self.batches // self.world)):
-            yield epoch, (turn * self.world + self.rank) % self.batches
+        for position in range(self.rank + start * self.world, self.batches, self.world):
+            yield epoch, position
 
 
 class _Told(Dataset):
@@ -63,22 +57,25 @@ def _ignore_interrupt(worker: int) -> None:
 class EpochLoader:
     """`for batch in loader.epoch(epoch, start=n)`: the batches of an epoch, from micro-batch n of this process on.
 
-    len(loader) is the number of batches a whole epoch has on this process. Errors in a worker arrive as UserError.
+    len(loader) is the number of turns in an epoch, the same in all processes. In the last one a process may have no batch: it
+    gets None, since it must take part in the step of the others. Errors in a worker arrive as UserError.
     """
 
     def __init__(
         self, dataset: TrainingDataset, num_workers: int, persistent: bool, pin_memory: bool, rank: int, world: int
     ) -> None:
         self.sampler = EpochSampler(dataset, rank=rank, world=world)
-        self.num_workers = min(num_workers, cores())
+        self.num_workers = min(num_workers, cores_for_this_process())
         self.loader = _data_loader(dataset, self.sampler, self.num_workers, persistent, pin_memory)
 
     def __len__(self) -> int:
         return -(-self.sampler.batches // self.sampler.world)
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch | None]:
         self.sampler.epoch, self.sampler.start = epoch, start
         yield from _batches(self.loader)
+        if start + len(self.sampler) < len(self):
+            yield None
 
 
 def _data_loader(
@@ -106,7 +103,7 @@ def _batches(loader: DataLoader) -> Iterator[Batch]:
 
 def load_batches(dataset: TrainingDataset, keys: list[tuple[int, int]], num_workers: int, pin_memory: bool) -> Iterator[Batch]:
     """The batches of these keys, once, with the errors of an EpochLoader."""
-    return _batches(_data_loader(dataset, keys, min(num_workers, cores(), len(keys)), False, pin_memory))
+    return _batches(_data_loader(dataset, keys, min(num_workers, cores_for_this_process(), len(keys)), False, pin_memory))
 
 
 def make_loader(

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from contextlib import contextmanager
 
 from tqdm import tqdm
+
+# Under a launcher of several processes one Ctrl-C comes twice: from the terminal and, a moment later, from the launcher.
+SECOND_SIGNAL_AFTER = 5.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
 
 
 @contextmanager
 def stop_on_interrupt():
     """Gives a function that says whether Ctrl-C (or a kill signal) came; a second one ends the program at once."""
-    asked: list[int] = []
+    asked: list[float] = []
 
     def note(number: int, frame) -> None:
-        if asked:
+        if asked and time.monotonic() > asked[0] + SECOND_SIGNAL_AFTER:
             raise KeyboardInterrupt
-        asked.append(number)
+        if asked:
+            return
+        asked.append(time.monotonic())
         tqdm.write("stopping after this step; press Ctrl-C again to stop at once, without saving")
 
     handled = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) is not None]

@@ -5,7 +5,9 @@ Names and forms are those of sd-scripts. Every value is text, written the way Py
 
 from __future__ import annotations
 
+import base64
 import json
+import mimetypes
 import secrets
 import subprocess
 import time
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from library.data.facts import DatasetFacts, SubsetFacts
+from library.errors import UserError
 from library.files import legacy_hash_of_file, sha256_of_file
 from library.training.network import TrainedNetwork, parse_network_args
 from library.training.options import LossOptions, ModelOptions, NetworkOptions, TrainNetworkOptions
@@ -24,6 +27,12 @@ from library.training.options import LossOptions, ModelOptions, NetworkOptions, 
 MINIMUM = ("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args", "ss_v2", "ss_base_model_version")
 
 IDENTITY = ("ss_session_id", "ss_training_started_at", "modelspec.date")
+
+
+# modelspec.* keys that are what the option --metadata_* of that name says.
+TEXTS = (
+    "author", "description", "license", "tags", "usage_hint", "trigger_phrase", "merged_from", "preprocessor", "is_negative_embedding",
+)  # fmt: skip
 
 
 class RunMetadata:
@@ -112,7 +121,7 @@ def run_facts(
         "ss_caption_dropout_every_n_epochs": captions.caption_dropout_every_n_epochs,
         "ss_caption_tag_dropout_rate": captions.caption_tag_dropout_rate,
         "ss_face_crop_aug_range": cache.face_crop_aug_range,
-        "ss_training_comment": options.output.training_comment,
+        "ss_training_comment": options.metadata.training_comment,
         "ss_sd_scripts_commit_hash": commit_hash(),
     }
     facts |= {
@@ -154,14 +163,29 @@ def model_spec(options: TrainNetworkOptions, datasets: Sequence[DatasetFacts]) -
         "architecture": (f"stable-diffusion-v2-{v2_size}" if model.v2 else "stable-diffusion-v1") + "/lora",
         "implementation": "diffusers",
         "implementation_version": f"sd-lora-suite/{commit_hash()}",
-        "title": options.output.output_name or f"LoRA@{time.time():.0f}",
+        "title": options.metadata.metadata_title or options.output.output_name or f"LoRA@{time.time():.0f}",
         "resolution": f"{width}x{height}",
         "date": datetime.now().isoformat(timespec="seconds"),
         "prediction_type": "v" if model.v_parameterization else "epsilon",
     }
     if model.clip_skip:
         keys["encoder_layer"] = str(model.clip_skip)
+    if options.metadata.metadata_thumbnail:
+        keys["thumbnail"] = as_data_url(options.metadata.metadata_thumbnail)
+    for key in TEXTS:
+        if value := getattr(options.metadata, f"metadata_{key}"):
+            keys[key] = value
     return {f"modelspec.{key}": value for key, value in keys.items()}
+
+
+def as_data_url(picture: str) -> str:
+    """A picture file as text that holds the picture itself; such a text stays. Raises UserError if there is no such picture."""
+    if picture.startswith("data:"):
+        return picture
+    kind = mimetypes.guess_type(picture)[0] or ""
+    if not Path(picture).is_file() or not kind.startswith("image/"):
+        raise UserError(f"--metadata_thumbnail {picture}: there is no such picture file; give a .png, .jpg or .webp file")
+    return f"data:{kind};base64,{base64.b64encode(Path(picture).read_bytes()).decode('ascii')}"
 
 
 def base_model_version(v2: bool, v_parameterization: bool) -> str:

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
-from library.command_line import OptionGroup, parse
-from library.errors import UserError
+from library.command_line import OptionGroup, groups_of, parse
+from library.errors import UserErrors
 from library.training.refused_options import REFUSED
 
 Samplers = Literal[
@@ -175,6 +175,7 @@ class TrainingOptions(OptionGroup):
     max_train_steps: Count = Field(1600, description="optimizer steps")
     max_train_epochs: CountOrOff = Field(None, description="passes over the data; beats max_train_steps")
     gradient_accumulation_steps: Count = Field(1, description="batches an optimizer step")
+    ddp_timeout: Count | None = Field(None, description="minutes that a process waits for the others; unset: 180")
     gradient_checkpointing: bool = Field(False, description="save memory by computing activations twice")
     mixed_precision: Literal["no", "fp16", "bf16"] = Field("no", description="number format of the frozen model and of the arithmetic")
     seed: int | None = Field(None, description="seed of everything random; unset: a new one, which is recorded")
@@ -255,8 +256,37 @@ class OutputOptions(OptionGroup):
     save_n_epoch_ratio: CountOrOff = Field(None, description="save about this many times; sets save_every_n_epochs")
     save_last_n_epochs: CountOrOff = Field(None, description="keep only this many epoch files")
     save_last_n_steps: CountOrOff = Field(None, description="remove step files that are older than this many steps")
-    training_comment: str | None = Field(None, description="text for the file's metadata")
+
+
+class MetadataOptions(OptionGroup):
+    """What is written into the file about it"""
+
     no_metadata: bool = Field(False, description="write only what loaders need into the file's metadata")
+    training_comment: str | None = Field(None, description="text for the file's metadata")
+    metadata_title: str | None = Field(None, description="title; unset: output_name")
+    metadata_author: str | None = Field(None, description="who made it")
+    metadata_description: str | None = Field(None, description="what it is")
+    metadata_license: str | None = Field(None, description="licence of the file")
+    metadata_tags: str | None = Field(None, description="tags, with commas between them")
+    metadata_usage_hint: str | None = Field(None, description="how to use it")
+    metadata_trigger_phrase: str | None = Field(None, description="the words that call it up in a prompt")
+    metadata_thumbnail: str | None = Field(None, description="a picture for lists: a file, or a data: text")
+    metadata_merged_from: str | None = Field(None, description="what it was merged from")
+    metadata_preprocessor: str | None = Field(None, description="preprocessor that pictures need")
+    metadata_is_negative_embedding: str | None = Field(None, description="whether it is meant for the negative prompt")
+    from_metadata: str | None = Field(None, description="print the command and dataset file that made this LoRA file, and stop")
+
+
+class HubOptions(OptionGroup):
+    """Hugging Face hub"""
+
+    huggingface_repo_id: str | None = Field(None, description="repository for copies of all saved files: user/name; made if it does not exist")
+    huggingface_repo_type: Literal["model", "dataset", "space"] | None = Field(None, description="kind of that repository; unset: model")
+    huggingface_path_in_repo: str | None = Field(None, description="folder in it; unset: none")
+    huggingface_token: str | None = Field(None, description="access token; unset: that of `hf auth login`")
+    huggingface_repo_visibility: Literal["public", "private"] | None = Field(None, description="for a repository that is made; unset: private")
+    async_upload: bool = Field(False, description="upload in the background, except the last file")
+    save_state_to_huggingface: bool = Field(False, description="upload saved states too")
 
 
 class PreviewOptions(OptionGroup):
@@ -275,7 +305,16 @@ class LogOptions(OptionGroup):
     logging_dir: str | None = Field(None, description="folder for TensorBoard logs")
     log_with: Literal["tensorboard", "wandb", "all"] | None = Field(None, description="tracker; unset: TensorBoard if logging_dir is given")
     log_prefix: str | None = Field(None, description="text before the time in the log folder's name")
-    log_tracker_name: str | None = Field(None, description="name of the run's folder; unset: network_train")
+    log_tracker_name: str | None = Field(None, description="name of the run's folder, and of the wandb project; unset: network_train")
+    wandb_run_name: str | None = Field(None, description="name of the run on wandb; unset: wandb makes one up")
+    wandb_api_key: str | None = Field(None, description="key for wandb; unset: that of `wandb login`")
+    log_tracker_config: str | None = Field(None, description="TOML file with tables [tensorboard] and [wandb]: arguments for their start")
+    log_config: bool = Field(False, description="record the options with the logs, without paths and secrets")
+    console_log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] | None = Field(
+        None, description="show messages from this level on; unset: INFO"
+    )
+    console_log_file: str | None = Field(None, description="write messages into this file instead of the console")
+    console_log_simple: bool = Field(False, description="plain lines without colours and columns")
     output_config: bool = Field(False, description="write the options into config_file, and stop")
     config_file: str | None = Field(None, description="TOML file with any of these options; the command line wins")
 
@@ -295,14 +334,16 @@ class TrainNetworkOptions(BaseModel):
     validation: ValidationOptions
     state: StateOptions
     output: OutputOptions
+    metadata: MetadataOptions
+    hub: HubOptions
     previews: PreviewOptions
     logs: LogOptions
 
     @model_validator(mode="after")
     def _together(self) -> TrainNetworkOptions:
-        problems = list(contradictions(self))
+        problems = [] if self.metadata.from_metadata else list(contradictions(self))
         if problems:
-            raise UserError("; ".join(problems))
+            raise UserErrors(problems)
         return self
 
 
@@ -338,8 +379,7 @@ def contradictions(options: TrainNetworkOptions) -> list[str]:
          "--sample_every_n_epochs, --sample_every_n_steps and --sample_at_first need --sample_prompts"),
         (options.state.skip_until_initial_step and not (options.state.resume or options.state.initial_step or options.state.initial_epoch),
          "--skip_until_initial_step needs --initial_step, --initial_epoch or --resume"),
-        (logs.log_with in ("wandb", "all"), f"--log_with {logs.log_with}: wandb is not built yet; use --log_with tensorboard"),
-        (logs.log_with and not logs.logging_dir, "--log_with tensorboard needs --logging_dir"),
+        (logs.log_with in ("tensorboard", "all") and not logs.logging_dir, f"--log_with {logs.log_with} needs --logging_dir"),
     ]  # fmt: skip
     return [message for wrong, message in checks if wrong]
 
@@ -358,6 +398,11 @@ def loss_contradictions(loss: LossOptions, v: bool) -> list[tuple[bool, str]]:
          "--zero_terminal_snr without --v_parameterization: the weights of --debiased_estimation_loss and --v_pred_like_loss are infinite "
          "where nothing but noise is left; leave out --zero_terminal_snr"),
     ]  # fmt: skip
+
+
+def all_defaults() -> dict[str, Any]:
+    """The default of every option."""
+    return {name: field.get_default() for group in groups_of(TrainNetworkOptions).values() for name, field in group.model_fields.items()}
 
 
 def parse_options(arguments: list[str]) -> TrainNetworkOptions:

@@ -10,35 +10,53 @@ from library.training.options import StateOptions, TrainNetworkOptions
 
 @dataclass(frozen=True)
 class Plan:
-    """How long a run is. An epoch is every batch once; a step is one change of the weights."""
+    """How long a run is. An epoch is every batch once; a step is one change of the weights.
+
+    The batches of an epoch are dealt out to the processes; a turn is one batch for each of them. So `processes` with
+    `accumulation` turns a step do what one process with `processes * accumulation` batches a step does.
+    """
 
     batches_per_epoch: int
     accumulation: int
     steps_per_epoch: int
     max_steps: int
     epochs: int
+    processes: int = 1
 
     @classmethod
-    def of(cls, options: TrainNetworkOptions, batches_per_epoch: int) -> Plan:
+    def of(cls, options: TrainNetworkOptions, batches_per_epoch: int, processes: int = 1) -> Plan:
         """--max_train_epochs beats --max_train_steps; the last step of an epoch may hold fewer batches."""
         accumulation = options.training.gradient_accumulation_steps
-        steps_per_epoch = -(-batches_per_epoch // accumulation)
+        steps_per_epoch = -(-batches_per_epoch // (accumulation * processes))
         epochs = options.training.max_train_epochs
         max_steps = epochs * steps_per_epoch if epochs else options.training.max_train_steps
-        return cls(batches_per_epoch, accumulation, steps_per_epoch, max_steps, -(-max_steps // steps_per_epoch))
+        return cls(batches_per_epoch, accumulation, steps_per_epoch, max_steps, -(-max_steps // steps_per_epoch), processes)
 
-    def group_size(self, position: int) -> int:
-        """Batches in the step to which the batch at this position of an epoch belongs."""
-        start = position - position % self.accumulation
-        return min(self.accumulation, self.batches_per_epoch - start)
+    @property
+    def batches_per_step(self) -> int:
+        """Batches of a whole step over all processes."""
+        return self.accumulation * self.processes
 
-    def starts_step(self, position: int) -> bool:
-        """Whether the batch at this position is the first one of its step."""
-        return position % self.accumulation == 0
+    @property
+    def turns_per_epoch(self) -> int:
+        """Batches of an epoch for each process; the last one may be missing on some."""
+        return -(-self.batches_per_epoch // self.processes)
 
-    def ends_step(self, position: int) -> bool:
-        """Whether the weights change after the batch at this position."""
-        return (position + 1) % self.accumulation == 0 or position + 1 == self.batches_per_epoch
+    def first_of_step(self, turn: int) -> int:
+        """Position in the epoch of the first batch in the step to which this turn belongs."""
+        return (turn - turn % self.accumulation) * self.processes
+
+    def group_size(self, turn: int) -> int:
+        """Batches, over all processes, in the step to which this turn of an epoch belongs."""
+        return min(self.batches_per_step, self.batches_per_epoch - self.first_of_step(turn))
+
+    def starts_step(self, turn: int) -> bool:
+        """Whether a step begins with this turn."""
+        return turn % self.accumulation == 0
+
+    def ends_step(self, turn: int) -> bool:
+        """Whether the weights change after this turn."""
+        return (turn + 1) % self.accumulation == 0 or turn + 1 == self.turns_per_epoch
 
     def epoch_of(self, step: int) -> int:
         """The epoch, from 1, to which the step after `step` steps belongs."""
@@ -47,7 +65,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins: after so many steps, with the batch at a position of an epoch. Everything counts from there."""
+    """Where a run begins: after so many steps, after so many turns of an epoch. Everything counts from there."""
 
     step: int = 0
     epoch: int = 1

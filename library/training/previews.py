@@ -15,9 +15,16 @@ from tqdm import tqdm
 from library.files import atomic_write
 from library.generation.generator import generate
 from library.generation.prompts import PromptSpec
+from library.processes import Processes
 from library.sd.model import StableDiffusion
 from library.training.options import TrainNetworkOptions
-from library.training.tracking import Tracker
+from library.training.sample_grid import write_sample_grid
+from library.training.trackers import Tracker
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, short."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 class Previews:
@@ -25,11 +32,12 @@ class Previews:
 
     def __init__(
         self, options: TrainNetworkOptions, specs: list[PromptSpec], model: StableDiffusion, network: torch.nn.Module,
-        accelerator: Accelerator, tracker: Tracker, weights_to_use: Callable[[], AbstractContextManager] = nullcontext,
+        accelerator: Accelerator, tracker: Tracker, processes: Processes,
+        weights_to_use: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:  # fmt: skip
         self.weights_to_use = weights_to_use
         self.options, self.specs, self.model, self.network = options, specs, model, network
-        self.accelerator, self.tracker = accelerator, tracker
+        self.accelerator, self.tracker, self.processes = accelerator, tracker, processes
         self.seconds = 0.0  # spent on drawing so far
         self.folder = Path(options.output.output_dir) / "sample"
 
@@ -53,22 +61,54 @@ class Previews:
         return (self.options.previews.sample_every_n_epochs or 0) > 0
 
     def _draw(self, moment: str, step: int) -> None:
-        pictures = {}
         started = time.perf_counter()
-        with self._models_on_device(), self.weights_to_use(), self._network_evaluating():
-            for number, spec in enumerate(self.specs):
-                try:
-                    picture = self._draw_one(spec)
-                    with atomic_write(self._path(moment, number, spec)) as temporary:
-                        picture.save(temporary)
-                except Exception as error:  # whatever it was, hours of training must not be lost for a picture
-                    tqdm.write(f"sample {number} failed: {' '.join(str(error).split())[:300] or type(error).__name__}")
-                else:
-                    pictures[f"sample_{number}"] = picture
+        drawn: dict[int, Image.Image | str] = {}
+        for part in self.processes.gather(self._own_share()):
+            drawn |= part
+        pictures = {}
+        for number, result in sorted(drawn.items()):
+            if isinstance(result, str) or (problem := self._write(result, moment, number)):
+                tqdm.write(f"sample {number} failed: {result if isinstance(result, str) else problem}")
+            else:
+                pictures[f"sample_{number}"] = result
         self.tracker.log_pictures(step, pictures)
+        self._write_grid()
         seconds = time.perf_counter() - started
         self.seconds += seconds
         tqdm.write(f"{len(pictures)} sample pictures in {self.folder} ({seconds:.0f} s)")
+
+    def _own_share(self) -> dict[int, Image.Image | str]:
+        """The pictures that this process draws, by number; in place of one that failed, the reason."""
+        drawn: dict[int, Image.Image | str] = {}
+        with self._models_on_device(), self.weights_to_use(), self._network_evaluating():
+            for number, spec in self.processes.share(list(enumerate(self.specs))):
+                try:
+                    drawn[number] = self._draw_one(spec)
+                except Exception as error:  # whatever it was, hours of training must not be lost for a picture
+                    drawn[number] = one_line(error)
+        return drawn
+
+    def _write(self, picture: Image.Image, moment: str, number: int) -> str | None:
+        """Save a picture, on the main process; what went wrong, if anything."""
+        if not self.processes.main:
+            return None
+        try:
+            with atomic_write(self._path(moment, number, self.specs[number])) as temporary:
+                picture.save(temporary)
+        except Exception as error:
+            return one_line(error)
+        return None
+
+    def _write_grid(self) -> None:
+        """All pictures of the run so far on one sheet next to the LoRA."""
+        if not self.processes.main:
+            return
+        name = self.options.output.output_name
+        path = Path(self.options.output.output_dir) / f"{name or 'last'}-samples.png"
+        try:
+            write_sample_grid(self.folder, name, [spec.prompt for spec in self.specs], path)
+        except Exception as error:
+            tqdm.write(f"{path} was not drawn: {one_line(error)}")
 
     def _draw_one(self, spec: PromptSpec) -> Image.Image:
         drawn = generate(

@@ -7,31 +7,10 @@ from library.command_line import Refused
 
 _NO_RESUME = "uploading is not built yet; fetch the state with `hf download` and give its folder to --resume"
 _DEEPSPEED = "DeepSpeed is not supported; a LoRA run fits one card, see --gradient_checkpointing"
-_HUB = "uploading is not built yet; upload the file from --output_dir with `hf upload`"
-_METADATA = "title, author and so on are not written yet; use --training_comment"
 
 _REASONS: dict[str, str] = {
-    # logs
-    **dict.fromkeys(["console_log_level", "console_log_file", "console_log_simple"], "redirect the output in the shell instead"),
-    **dict.fromkeys(["wandb_run_name", "wandb_api_key", "log_tracker_config", "log_config"], "wandb is not built yet; use --logging_dir"),
     # model
     "tokenizer_cache_dir": "the tokenizer is part of this suite and needs no cache",
-    # metadata and hub
-    **dict.fromkeys(
-        [
-            "metadata_title", "metadata_author", "metadata_description", "metadata_license", "metadata_tags",
-            "metadata_usage_hint", "metadata_thumbnail", "metadata_merged_from", "metadata_trigger_phrase",
-            "metadata_preprocessor", "metadata_is_negative_embedding",
-        ],
-        _METADATA,
-    ),
-    **dict.fromkeys(
-        [
-            "huggingface_repo_id", "huggingface_repo_type", "huggingface_path_in_repo", "huggingface_token",
-            "huggingface_repo_visibility", "save_state_to_huggingface", "async_upload",
-        ],
-        _HUB,
-    ),
     # data
     "cache_info": "sizes are read from picture headers at every start, which is fast; captions are always read anew",
     "skip_cache_check": "the latent cache checks contents, which is fast; there is nothing to skip",
@@ -41,7 +20,7 @@ _REASONS: dict[str, str] = {
     # precision, memory and speed
     "cpu_offload_checkpointing": "it does not exist for Stable Diffusion 1.x and 2.x; use --gradient_checkpointing",
     # processes
-    **dict.fromkeys(["ddp_timeout", "ddp_gradient_as_bucket_view", "ddp_static_graph"], "training in several processes is not built yet"),
+    **dict.fromkeys(["ddp_gradient_as_bucket_view", "ddp_static_graph"], "gradients of several processes are added up in one go, without DDP"),
     **dict.fromkeys(
         [
             "deepspeed", "zero_stage", "offload_optimizer_device", "offload_optimizer_nvme_path", "offload_param_device",

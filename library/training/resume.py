@@ -79,4 +79,4 @@ def begin_at(trainer: Trainer, start: Start, resumed: ResumedState | None) -> No
     trainer.step, trainer.epoch, trainer.position = start.step, start.epoch, start.position
     trainer.next = (start.epoch, start.position)
     if start.step:
-        print(f"starting after step {start.step}: {start.position} of {trainer.plan.batches_per_epoch} batches of epoch {start.epoch} are done")
+        print(f"starting after step {start.step}: {start.position} of {trainer.plan.turns_per_epoch} batches of epoch {start.epoch} are done")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import InitProcessGroupKwargs
 from tqdm import tqdm
 
 from library.data.config import DatasetDefaults, datasets_from_file, datasets_from_folders, datasets_from_metadata
@@ -18,44 +18,73 @@ from library.data.loader import make_loader
 from library.data.masks import check_masks
 from library.data.text_cache import TextCache
 from library.devices import DTYPES, check_precision, cpu_has_fast_bf16, peak_memory_bytes, use_all_cores, use_xformers
-from library.errors import UserError
 from library.generation.prompts import PromptSpec, read_prompt_file
+from library.processes import EndedElsewhere, Processes, launched_world, timeout
 from library.sd.model import StableDiffusion, encode_text, load_stable_diffusion, vae_fingerprint
 from library.sd.text import load_tokenizer, tokenize, tokenize_weighted
 from library.training.compiling import check_backend
 from library.training.ema import make_average, weights_in_use
-from library.training.fused_backward import check_fused_backward, step_in_backward
+from library.training.fused_backward import step_in_backward
+from library.training.hub import Uploads
+from library.training.loss_plot import write_loss_plot
 from library.training.memory import compile_model, free_what_rests, pack_frozen_weights
 from library.training.metadata import RunMetadata, all_model_facts, run_facts
-from library.training.network import TrainedNetwork, build_network, check_network_args
+from library.training.network import TrainedNetwork, build_network
 from library.training.optimizers import create_optimizer
-from library.training.options import TrainNetworkOptions
+from library.training.options import TrainNetworkOptions, all_defaults
 from library.training.plan import Plan
 from library.training.precision import HalfGradScaler, check_half_weights, trained_dtype
+from library.training.preflight import check_options, check_plan
 from library.training.previews import Previews
 from library.training.randomness import seed_everything
 from library.training.resume import ResumedState, begin_at, check_start, chosen_seed, open_state
 from library.training.saving import ModelFiles
 from library.training.schedules import create_schedule, schedule_facts
 from library.training.state import StateFiles
-from library.training.tracking import Tracker, logging_folder, write_loss_plot
+from library.training.trackers import Tracker, logged_options
 from library.training.trainer import Trainer
 from library.training.validation import Validation, open_validation, validation_timesteps
 
 
 def train(options: TrainNetworkOptions) -> int:
-    """Train as the options say. Returns the exit code: 0, or 130 after Ctrl-C."""
-    resumed = open_state(options)
-    seed = chosen_seed(options, resumed)
-    dataset = open_dataset(options, seed)
+    """Train as the options say. Returns the exit code: 0, or 130 after Ctrl-C.
+
+    Of several processes all end with the same code, and the main one alone speaks.
+    """
+    accelerator = make_accelerator(options)
+    processes = Processes()
+    try:
+        with processes.ending_together():
+            return train_here(options, accelerator, processes)
+    except EndedElsewhere as error:
+        return error.exit_code
+    except KeyboardInterrupt:  # no time to wait for the others
+        processes.broken = True
+        raise
+    finally:
+        processes.close()
+
+
+def train_here(options: TrainNetworkOptions, accelerator: Accelerator, processes: Processes) -> int:
+    """Train as one of the processes of a run."""
+    check_machine(options, accelerator)
+    if not options.data.debug_dataset:
+        processes.on_main(lambda: check_options(options, dataset_defaults(options)))
+    resumed = processes.on_main(lambda: open_state(options))
+    seed = processes.on_main(lambda: chosen_seed(options, resumed))
+    dataset = processes.on_main(lambda: open_dataset(options, seed))
+    dataset.world = processes.world
     print(dataset.bucket_table())
     if options.data.debug_dataset:
-        print(f"the pictures are in {write_debug_sheet(dataset, Path(options.output.output_dir))}")
+        sheet = processes.on_main(lambda: write_debug_sheet(dataset, Path(options.output.output_dir)))
+        print(f"the pictures are in {sheet}")
         return 0
-    trainer = prepare(options, dataset, seed, resumed)
+    trainer = prepare(options, dataset, seed, accelerator, processes, resumed)
     started = time.perf_counter()
     finished = trainer.run()
-    summarize(trainer, finished, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    trainer.skipped = sum(processes.gather(trainer.skipped))
+    processes.on_main(lambda: summarize(trainer, finished, seconds))
     return 0 if finished else 130
 
 
@@ -95,12 +124,14 @@ def dataset_defaults(options: TrainNetworkOptions) -> DatasetDefaults:
     return DatasetDefaults(**{key: value for key, value in given.items() if key in DatasetDefaults.model_fields})
 
 
-def prepare(options: TrainNetworkOptions, dataset: TrainingDataset, seed: int, resumed: ResumedState | None = None) -> Trainer:
+def prepare(
+    options: TrainNetworkOptions, dataset: TrainingDataset, seed: int, accelerator: Accelerator, processes: Processes,
+    resumed: ResumedState | None = None,
+) -> Trainer:  # fmt: skip
     """Everything between the pictures and the first step."""
-    accelerator = make_accelerator(options)
     specs = preview_specs(options, dataset)
-    plan = Plan.of(options, dataset.num_batches)
-    check_early(options, plan, accelerator.num_processes)
+    plan = Plan.of(options, dataset.num_batches, processes.world)
+    processes.on_main(lambda: check_plan(options, plan, dataset, accelerator.device))
     if options.precision.torch_compile:
         check_backend(options.precision.dynamo_backend, accelerator.device)
     dataset.max_train_steps = plan.max_steps
@@ -109,10 +140,11 @@ def prepare(options: TrainNetworkOptions, dataset: TrainingDataset, seed: int, r
 
     model = load_model(options, accelerator)
     for part in filter(None, (dataset, held_out)):
-        cache_latents(options, part, model)
+        cache_latents(options, part, model, processes)
     seed_everything(seed)
     network = build_network(options.network, options.optimizer, model)
     network.module.to(accelerator.device, trained_dtype(options))
+    processes.same_weights(network.module)
     text_cache = cache_text(options, [part for part in (dataset, held_out) if part], model, network)
     free_what_rests(options, model, vae_rests=dataset.latents is not None, text_encoder_rests=text_cache is not None)
     if options.training.gradient_checkpointing:
@@ -128,22 +160,26 @@ def prepare(options: TrainNetworkOptions, dataset: TrainingDataset, seed: int, r
     average = make_average(options.validation, network.parameters, optimizer)
     in_use = partial(weights_in_use, optimizer, average)
     network.module.prepare_grad_etc(model.text_encoder, model.unet)
-    tracker = Tracker(accelerator, options.logs)
+    tracker = Tracker(options.logs, logged_options(options, all_defaults()) if options.logs.log_config else None, processes.main)
     facts = run_facts(
-        options, dataset.describe(), network, seed=seed, optimizer=optimizer_text, batches_per_epoch=plan.batches_per_epoch,
+        options, dataset.describe(), network, seed=seed, optimizer=optimizer_text, batches_per_epoch=plan.turns_per_epoch,
         epochs=plan.epochs, max_train_steps=plan.max_steps, processes=accelerator.num_processes,
     ) | schedule_facts(options.optimizer, optimizer)  # fmt: skip
     print_plan(options, plan, network, seed)
-    files = ModelFiles(options.output, in_use)
+    uploads = Uploads(options.hub, active=processes.main)
+    uploads.prepare()
+    files = ModelFiles(options.output, in_use, uploads, writes=processes.main)
     trainer = Trainer(
         options=options, accelerator=accelerator, model=model, network=network, dataset=dataset,
         loader=make_loader(
             dataset, num_workers=options.augmentation.max_data_loader_n_workers,
             persistent=options.augmentation.persistent_data_loader_workers, pin_memory=accelerator.device.type == "cuda",
+            rank=processes.rank, world=processes.world,
         ),
         text_cache=text_cache, optimizer=accelerator.prepare(optimizer), schedule=schedule, plan=plan, seed=seed,
-        files=files, metadata=RunMetadata(facts, lambda: all_model_facts(options.model), options.output.no_metadata),
-        previews=Previews(options, specs, model, network.module, accelerator, tracker, in_use), tracker=tracker,
+        files=files, metadata=RunMetadata(facts, lambda: all_model_facts(options.model), options.metadata.no_metadata),
+        previews=Previews(options, specs, model, network.module, accelerator, tracker, processes, in_use), tracker=tracker,
+        processes=processes,
         states=StateFiles(options.state, files),
         weights_to_use=in_use, average=average,
         validation=Validation(
@@ -156,15 +192,16 @@ def prepare(options: TrainNetworkOptions, dataset: TrainingDataset, seed: int, r
 
 
 def make_accelerator(options: TrainNetworkOptions) -> Accelerator:
-    """The accelerator, after checking that this machine can do what is asked."""
-    folder = logging_folder(options.logs)
-    accelerator = Accelerator(
+    """The accelerator; with several processes it connects them. Without a GPU they talk through gloo."""
+    return Accelerator(
+        cpu=launched_world() > 1 and not torch.cuda.is_available(),  # else accelerate would run them side by side, each alone
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout(options.training.ddp_timeout))],
         mixed_precision=options.training.mixed_precision,
-        log_with="tensorboard" if folder else None,
-        project_config=ProjectConfiguration(project_dir=folder, logging_dir=folder) if folder else None,
     )
-    if accelerator.num_processes > 1:
-        raise UserError("training in several processes is not built yet; launch with --num_processes 1")
+
+
+def check_machine(options: TrainNetworkOptions, accelerator: Accelerator) -> None:
+    """Whether this machine can do what is asked."""
     check_precision(options.training.mixed_precision, accelerator.device)
     if options.precision.full_fp16:
         accelerator.scaler = HalfGradScaler(accelerator.device.type)
@@ -172,28 +209,6 @@ def make_accelerator(options: TrainNetworkOptions) -> Accelerator:
         print(f"no GPU: training on the CPU, {use_all_cores()} threads")
         if options.training.mixed_precision == "bf16" and not cpu_has_fast_bf16():
             print("this processor has no bf16 units: --mixed_precision no is many times faster here")
-    return accelerator
-
-
-def check_early(options: TrainNetworkOptions, plan: Plan, processes: int) -> None:
-    """Find what is misspelt, not installed or not writable before anything slow is done."""
-    ModelFiles(options.output).check_folder()
-    check_network_args(options.network)
-    trial, _ = create_optimizer(options.optimizer, [{"params": [torch.nn.Parameter(torch.zeros(2, 2))]}], torch.device("cpu"), lambda note: None)
-    create_schedule(options.optimizer, trial, plan.max_steps)
-    if options.optimizer.fused_backward_pass:
-        check_fused_backward(options, trial, processes)
-    previews = options.previews
-    if previews.sample_prompts and not (previews.sample_every_n_epochs or previews.sample_every_n_steps or previews.sample_at_first):
-        print("--sample_prompts draws nothing without --sample_every_n_epochs, --sample_every_n_steps or --sample_at_first")
-    rates = options.optimizer
-    if rates.learning_rate == 2e-6 and not (rates.unet_lr or rates.text_encoder_lr):
-        print("--learning_rate is 2e-6, far too low for a LoRA to learn anything; 1e-4 is usual")
-    start = options.network.network_weights
-    files = [("--network_weights", start)] if start else []
-    for option, path in files + [("--base_weights", path) for path in options.network.base_weights or ()]:
-        if not Path(path).is_file():
-            raise UserError(f"{option} {path}: there is no such file")
 
 
 def preview_specs(options: TrainNetworkOptions, dataset: TrainingDataset) -> list[PromptSpec]:
@@ -219,8 +234,8 @@ def load_model(options: TrainNetworkOptions, accelerator: Accelerator) -> Stable
     return model
 
 
-def cache_latents(options: TrainNetworkOptions, dataset: TrainingDataset, model: StableDiffusion) -> None:
-    """Encode all pictures once, if --cache_latents or --cache_latents_to_disk."""
+def cache_latents(options: TrainNetworkOptions, dataset: TrainingDataset, model: StableDiffusion, processes: Processes) -> None:
+    """Encode all pictures once, if --cache_latents or --cache_latents_to_disk; several processes share the work."""
     chosen = options.augmentation
     if not (chosen.cache_latents or chosen.cache_latents_to_disk):
         return
@@ -232,8 +247,9 @@ def cache_latents(options: TrainNetworkOptions, dataset: TrainingDataset, model:
         return (posterior.mean.float() + posterior.std.float() * noise.to(posterior.mean.device)).cpu()
 
     dataset.cache_latents(
-        encode, batch_size=chosen.vae_batch_size, to_disk=chosen.cache_latents_to_disk, fingerprint=vae_fingerprint(model.vae)
-    )
+        encode, batch_size=chosen.vae_batch_size, to_disk=chosen.cache_latents_to_disk, fingerprint=vae_fingerprint(model.vae),
+        share=(processes.rank, processes.world), gather=processes.gather,
+    )  # fmt: skip
 
 
 def cache_text(
@@ -273,8 +289,9 @@ def print_plan(options: TrainNetworkOptions, plan: Plan, network: TrainedNetwork
         print(f"network {options.network.network_module}: {network.module.summary(DTYPES[precision] if precision else None)}")
     else:
         print(f"network {options.network.network_module}: {sum(p.numel() for p in network.parameters):,} trainable numbers")
+    shared = f" ({plan.accumulation} on each of {plan.processes} processes)" if plan.processes > 1 else ""
     print(
-        f"plan: {plan.max_steps} steps of {plan.accumulation} batch{'es' if plan.accumulation > 1 else ''}, "
+        f"plan: {plan.max_steps} steps of {plan.batches_per_step} batch{'es' if plan.batches_per_step > 1 else ''}{shared}, "
         f"{plan.batches_per_epoch} batches an epoch, {plan.epochs} epochs; seed {seed}"
     )
 
@@ -284,8 +301,9 @@ def summarize(trainer: Trainer, finished: bool, seconds: float) -> None:
     output, files, losses = trainer.options.output, trainer.files, trainer.losses
     plot = files.folder / f"{output.output_name or 'last'}-loss.png"
     if losses.values:
-        write_loss_plot(losses, plot, output.output_name or "loss")
+        write_loss_plot(losses, plot, output.output_name or "loss", trainer.validations.history)
     trainer.tracker.finish()
+    files.uploads.finish()
     last = files.written[-1]
     peak = peak_memory_bytes(trainer.accelerator.device)
     rows = [("LoRA" if finished else "LoRA so far", str(last)), ("loss plot", str(plot))]

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from library.devices import DTYPES
 from library.errors import RunFailed, UserError
 from library.files import atomic_write, load_pickled_tensors
+from library.training.hub import Uploads
 from library.training.options import OutputOptions
 
 
@@ -25,8 +26,13 @@ class ModelFiles:
     Files are written within `weights_to_use()`, where the network has the weights that are meant to be used.
     """
 
-    def __init__(self, options: OutputOptions, weights_to_use: Callable[[], AbstractContextManager] = nullcontext) -> None:
+    def __init__(
+        self, options: OutputOptions, weights_to_use: Callable[[], AbstractContextManager] = nullcontext,
+        uploads: Uploads | None = None, writes: bool = True,
+    ) -> None:  # fmt: skip
+        """writes: whether this process writes files; in a run of several only the main one does."""
         self.options, self.weights_to_use = options, weights_to_use
+        self.uploads, self.writes = uploads, writes
         self.folder = Path(options.output_dir)
         self.written: list[Path] = []
 
@@ -68,6 +74,8 @@ class ModelFiles:
 
     def save(self, path: Path, network: torch.nn.Module, metadata: dict[str, str]) -> None:
         """Write the network under its final name only when the file is whole and holds no NaN."""
+        if not self.writes:
+            return
         dtype = DTYPES[self.options.save_precision] if self.options.save_precision else None
         with atomic_write(path) as temporary, self.weights_to_use():
             try:
@@ -76,6 +84,8 @@ class ModelFiles:
                 raise RunFailed(f"{path} was not written: {error}") from error
             check_finite(temporary, path)
         self.written = [other for other in self.written if other != path] + [path]
+        if self.uploads:
+            self.uploads.file(path, last=path == self.final_path())
 
     def remove_old_epoch(self, epoch: int, interval: int) -> None:
         """After the save of `epoch`: keep the last --save_last_n_epochs epoch files."""
@@ -89,8 +99,10 @@ class ModelFiles:
             self._remove(old - old % interval, self.step_path)
 
     def _remove(self, number: int, name: Any) -> None:
-        path = name(number) if number >= 0 else None
+        path = name(number) if number >= 0 and self.writes else None
         if path and path.exists():
+            if self.uploads:
+                self.uploads.before_removal()
             path.unlink()
             self.written = [kept for kept in self.written if kept != path]
             tqdm.write(f"removed {path}")

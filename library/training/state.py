@@ -206,10 +206,12 @@ class StateFiles:
         return self.options.save_state or self.options.save_state_on_train_end
 
     def save(self, folder: Path, state: State) -> None:
-        """Write a state and then remove what kills of earlier runs of this name left half-done."""
+        """Write a state and then remove what kills of earlier runs of this name left half-done; upload it if that is asked for."""
         write_state(folder, state, is_first=not self.saved)
         self.saved += 1
         self._remove_leftovers()
+        if self.files.uploads:
+            self.files.uploads.state(folder)
 
     def epoch_path(self, epoch: int) -> Path:
         """`name-000003-state`."""
@@ -246,6 +248,8 @@ class StateFiles:
     def _remove(self, path: Path) -> None:
         if path.is_dir():
             # Under its name a state is whole: what is being removed must not look like one.
+            if self.files.uploads:
+                self.files.uploads.before_removal()
             hidden = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
             os.replace(path, hidden)
             (hidden / RECORD).unlink(missing_ok=True)

@@ -18,11 +18,13 @@ from library.data.dataset import Batch, TrainingDataset
 from library.data.loader import EpochLoader
 from library.data.text_cache import TextCache
 from library.errors import RunFailed, UserError
+from library.processes import Processes
 from library.sd.model import StableDiffusion, encode_image, predict_noise
 from library.sd.text import encode_text
 from library.training import diffusion
 from library.training.compatible import fingerprint
 from library.training.ema import ExponentialAverage
+from library.training.exchange import StepExchange
 from library.training.interrupt import stop_on_interrupt
 from library.training.loss import Objective
 from library.training.metadata import RunMetadata
@@ -36,7 +38,8 @@ from library.training.randomness import seed_everything
 from library.training.saving import ModelFiles
 from library.training.snapshot import capture
 from library.training.state import StateFiles
-from library.training.tracking import LossRecord, Tracker, describe_nonfinite
+from library.training.trackers import Tracker
+from library.training.tracking import LossRecord, describe_nonfinite
 from library.training.validation import Validation, ValidationRecord, evaluating
 
 
@@ -62,6 +65,7 @@ class Trainer:
     metadata: RunMetadata
     previews: Previews
     tracker: Tracker
+    processes: Processes
     states: StateFiles
     weights_to_use: Callable[[], AbstractContextManager]  # in it the network holds what is validated, drawn with and saved
     average: ExponentialAverage | None = None
@@ -72,9 +76,10 @@ class Trainer:
         self.losses = LossRecord(
             window=self.plan.batches_per_epoch, explain=lambda: explain_nonfinite(self.options, self.network.parameters)
         )
+        self.exchange = StepExchange(self.processes, self.network.parameters, self.plan.batches_per_step, self.losses)
         self.validations = ValidationRecord()
         self.step = 0  # steps done
-        self.epoch, self.position = 1, 0  # the epoch, from 1, and how many of its batches were used
+        self.epoch, self.position = 1, 0  # the epoch, from 1, and how many of its batches this process used
         self.next = (1, 0)  # the same for a run that goes on from the newest step: at an epoch's end it begins the next one
         self.skipped = 0
         self.has_gradients = False
@@ -89,6 +94,7 @@ class Trainer:
         """Train to the last step. Returns False if Ctrl-C ended it early; the network is saved either way."""
         if not self.step:
             self.previews.at_first()
+        self.processes.wait()
         started, self.first_step = time.perf_counter(), self.step
         progress = tqdm(total=self.plan.max_steps, initial=self.step, unit="step", desc="training", smoothing=0.1)
         with stop_on_interrupt() as self.asked_to_stop, self._rescue(), progress:
@@ -100,18 +106,19 @@ class Trainer:
                     self.position += 1
                     if not self.plan.ends_step(self.position - 1):
                         continue
+                    self._add_up(self.position - 1)
                     self._update()
                     progress.update()
                     self._after_step(progress)
                     if self._is_over():
                         break
-                if self.asked_to_stop() or self._stops_early():
+                if self._is_stopped() or self._stops_early():
                     break
                 self._after_epoch()
                 if self._is_over():
                     break
                 self.position = 0
-            self.losses.flush()
+            self.exchange.finish()
             aside = self.previews.seconds + (self.validation.seconds if self.validation else 0.0)
             self.seconds_per_step = (time.perf_counter() - started - aside) / max(1, self.step - self.first_step)
             finished = self.step >= self.plan.max_steps or self._stops_early()
@@ -119,7 +126,11 @@ class Trainer:
         return finished
 
     def _is_over(self) -> bool:
-        return self.step >= self.plan.max_steps or self.asked_to_stop() or self._stops_early()
+        return self.step >= self.plan.max_steps or self._is_stopped() or self._stops_early()
+
+    def _is_stopped(self) -> bool:
+        """Whether Ctrl-C ends the run; of several processes all must know first."""
+        return self.exchange.stopping(self.asked_to_stop())
 
     def _stops_early(self) -> bool:
         """Whether --early_stopping_patience ends the run."""
@@ -127,16 +138,29 @@ class Trainer:
 
     @contextmanager
     def _rescue(self):
-        """If a picture cannot be read, memory runs out or anything else goes wrong, keep what was trained until then."""
+        """If a picture cannot be read, memory runs out or anything else goes wrong, keep what was trained until then.
+
+        All processes end together; the main one says why.
+        """
         try:
-            yield
-        except torch.OutOfMemoryError as error:
-            raise RunFailed(f"the GPU's memory is full; {LESS_MEMORY}{self._save_what_is_good()}") from error
+            with self._failing_together():
+                yield
         except UserError as error:
-            raise type(error)(f"{error}{self._save_what_is_good()}") from error
+            error.args = (f"{error}{self._save_what_is_good()}",)
+            raise
         except Exception:
             tqdm.write(self._save_what_is_good())
             raise
+
+    @contextmanager
+    def _failing_together(self):
+        try:
+            yield
+        except Exception as error:
+            if not getattr(error, "told", False):
+                self.exchange.fail()
+            full = isinstance(error, torch.OutOfMemoryError)
+            self.processes.announce(RunFailed(f"the GPU's memory is full; {LESS_MEMORY}") if full else error)
 
     def _save_what_is_good(self) -> str:
         """Save the network as it is, unless it holds a NaN, and say where; nothing if no step was done."""
@@ -156,32 +180,48 @@ class Trainer:
         seed_everything(self.seed, self.epoch)
         self.network.module.on_epoch_start(self.model.text_encoder, self.model.unet)
 
-    def _rest_of_epoch(self) -> Iterator[Batch]:
+    def _rest_of_epoch(self) -> Iterator[Batch | None]:
         """The batches of this epoch from the position on: all of them, unless the run is resumed within it.
 
         None are left if it was killed after its last step and before its last file.
         """
-        is_used_up = self.position == self.plan.batches_per_epoch or self._is_over()
+        is_used_up = self.position == self.plan.turns_per_epoch or self._is_over()
         return iter(()) if is_used_up else self.loader.epoch(self.epoch, self.position)
 
     def _start_step(self) -> None:
         """Let a network that draws something for each step, as DyLoRA its rank, do so: once a step, alike in all processes."""
         hook = getattr(self.network.module, "on_step_start", None)
         if hook is not None and self.plan.starts_step(self.position):
-            seed_everything(self.seed, self.epoch, self.position)
+            seed_everything(self.seed, self.epoch, self.plan.first_of_step(self.position))
             hook(self.model.text_encoder, self.model.unet)
 
-    def _backward(self, batch: Batch) -> None:
-        """Forward and backward of one batch; its loss is divided by the number of batches in its step."""
-        seed_everything(self.seed, self.epoch, self.position, self.accelerator.process_index)
+    def _backward(self, batch: Batch | None) -> None:
+        """Forward and backward of one batch; its loss is divided by the number of batches in its step.
+
+        What is random depends on the batch's place in the epoch, not on the process. None: no batch is left for this process.
+        """
+        if batch is None:
+            return
+        seed_everything(self.seed, *batch.key, 0)
         loss = self.loss(batch)
         if self.options.training.on_nonfinite_loss == "skip" and not torch.isfinite(loss):
             self.skipped += 1
             tqdm.write(f"skipped a batch: {describe_nonfinite(loss.item(), self.step + 1, batch.paths)}")
             return
-        self.losses.add(self.step + 1, loss, batch.paths)
+        if self.exchange.active:
+            self.exchange.note_loss(batch.key[1] - self.plan.first_of_step(self.position), loss)
+        else:
+            self.losses.add(self.step + 1, loss, batch.paths)
         self.has_gradients = True
         self.accelerator.backward(loss / self.plan.group_size(self.position))
+
+    def _add_up(self, turn: int) -> None:
+        """Exchange what the processes found in the step that this turn ended; alone there is nothing to add."""
+        if self.exchange.active:
+            epoch, first = self.epoch, self.plan.first_of_step(turn)
+            self.exchange.add_up(self.step + 1, lambda slot: self.dataset.paths(epoch, first + slot), stop=self.asked_to_stop())
+            self.has_gradients = any(parameter.grad is not None for parameter in self.network.parameters)
+            seed_everything(self.seed, epoch, first, 0, 1)  # optimizers that draw numbers draw the same ones in all processes
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """The diffusion loss of a batch, a float32 scalar on the device."""
@@ -241,7 +281,9 @@ class Trainer:
         self.next = (self.epoch, self.position)
         if self.losses.current is not None:
             progress.set_postfix(loss=f"{self.losses.current:.4f}", average=f"{self.losses.average:.4f}", refresh=False)
-        self.tracker.log_step(self.step, self.losses, self.schedule.get_last_lr(), self.network.group_names, found_rates(self.optimizer))
+        rates = self.schedule.get_last_lr()
+        self.losses.add_rates(self.step, self.network.group_names, rates)
+        self.tracker.log_step(self.step, self.losses, rates, self.network.group_names, found_rates(self.optimizer))
         interval = self.options.output.save_every_n_steps
         saves = bool(interval) and self.step % interval == 0
         if saves:
@@ -252,10 +294,10 @@ class Trainer:
             self._validate("step", self.step)
         if saves and self.states.at_saves:  # last: a run that goes on from here does nothing of this step again
             self._save_state(self.states.step_path(self.step))
-            self.states.remove_old_step(self.step, interval)
+            self.processes.on_main(lambda: self.states.remove_old_step(self.step, interval))
 
     def _after_epoch(self) -> None:
-        is_whole = self.position == self.plan.batches_per_epoch  # else --max_train_steps ended the run within it
+        is_whole = self.position == self.plan.turns_per_epoch  # else --max_train_steps ended the run within it
         self.losses.flush()
         self.tracker.log_epoch(self.epoch, self.losses)
         interval = self.files.epoch_interval(self.plan.epochs)
@@ -270,13 +312,12 @@ class Trainer:
             self.next = (self.epoch + 1, 0)
         if saves and self.states.at_saves:
             self._save_state(self.states.epoch_path(self.epoch))
-            self.states.remove_old_epoch(self.epoch, interval)
+            self.processes.on_main(lambda: self.states.remove_old_epoch(self.epoch, interval))
 
     def _validate(self, kind: str, number: int) -> None:
         """Measure the loss on the pictures held out (once for the same weights), and keep the best file."""
         if not self.validations.is_done_at(self.step):
-            with self.weights_to_use(), evaluating(self.network.module, self.model.unet, self.model.text_encoder):
-                loss = self.validation.loss(self._validation_losses)
+            loss = self.processes.on_main(self._validation_loss)  # one number for all, or rounding might part them
             is_best = self.validations.add(self.step, loss)
             tqdm.write(f"validation after step {self.step}: {loss:.5f}{', the best so far' if is_best else ''}")
             if is_best:
@@ -284,13 +325,18 @@ class Trainer:
         self.losses.flush()
         self.tracker.log_validation(kind, number, self.validations.history[-1][1], self.losses)
 
+    def _validation_loss(self) -> float:
+        with self.weights_to_use(), evaluating(self.network.module, self.model.unet, self.model.text_encoder):
+            return self.validation.loss(self._validation_losses)
+
     def _save(self, path: Path, epoch: int) -> None:
         self.losses.flush()
-        self.files.save(path, self.network.module, self.metadata.at(self.step, epoch))
+        self.processes.on_main(lambda: self.files.save(path, self.network.module, self.metadata.at(self.step, epoch)))
         tqdm.write(f"saved {path}")
 
     def _save_state(self, folder: Path) -> None:
-        self.states.save(folder, capture(self))
+        state = capture(self)
+        self.processes.on_main(lambda: self.states.save(folder, state))
         tqdm.write(f"saved {folder}")
 
     def _save_last(self, finished: bool) -> None:

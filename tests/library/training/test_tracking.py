@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 from library.errors import RunFailed
-from library.training.tracking import LossRecord, write_loss_plot
+from library.training.loss_plot import write_loss_plot
+from library.training.tracking import LossRecord
 
 
 def test_a_loss_is_read_one_batch_late():

@@ -1,0 +1,112 @@
+"""What a run shows on the console, and --console_log_*."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+from library.errors import UserError
+
+
+def is_main_process() -> bool:
+    """Whether this is the first, or the only, process of a run, as the launcher says."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def quiet_unless_main() -> None:
+    """Of several processes the main one alone prints: the others' standard output goes nowhere, and they draw no progress bars.
+
+    To be called before tqdm is imported, which reads its switch then. Standard error stays open for what is unexpected.
+    """
+    if not is_main_process():
+        os.environ["TQDM_DISABLE"] = "1"
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+        logging.disable(logging.ERROR)
+
+
+class Once(logging.Filter):
+    """Lets every message through the first time, and not again: a warning about a picture need not come in every epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        new = text not in self._seen
+        self._seen.add(text)
+        return new or record.levelno < logging.WARNING
+
+
+class LoggedLines:
+    """Stands for standard output: every line that is printed becomes a message of level INFO."""
+
+    def __init__(self, log: logging.Logger) -> None:
+        self.log, self._begun = log, ""
+
+    def write(self, text: str) -> int:
+        *lines, self._begun = (self._begun + text).split("\n")
+        for line in lines:
+            if line.strip():
+                self.log.info(line.rstrip())
+        return len(text)
+
+    def flush(self) -> None:
+        pass
+
+    def isatty(self) -> bool:
+        return False
+
+
+def set_up_console(level: str | None, file: str | None, simple: bool) -> None:
+    """Messages by --console_log_level, --console_log_file and --console_log_simple.
+
+    Without a file, what is printed goes to standard output as ever, unless the level is above INFO, and warnings go to standard
+    error. With a file both go there with their time, and the console keeps the progress bar and the error that ends a run.
+    """
+    if not is_main_process():
+        return
+    threshold = getattr(logging, level or "INFO")
+    handler = file_handler(file) if file else console_handler(simple)
+    handler.addFilter(Once())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.captureWarnings(True)
+    handler.setLevel(threshold)
+    own = logging.getLogger("library")
+    own.setLevel(threshold)
+    if file:
+        sys.stdout = LoggedLines(own)
+    elif threshold > logging.INFO:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+
+
+def file_handler(file: str) -> logging.Handler:
+    """Lines with time and level. Raises UserError if the file cannot be written."""
+    path = Path(file)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(path, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--console_log_file {path} cannot be written: {error.strerror}; choose another file") from error
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    return handler
+
+
+def console_handler(simple: bool) -> logging.Handler:
+    """On a terminal coloured lines by rich, else plain ones, which other programs can read."""
+    if simple or not sys.stderr.isatty():
+        handler: logging.Handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(levelname_lower)s: %(message)s"))
+        handler.addFilter(_lower_level)
+        return handler
+    from rich.console import Console
+    from rich.logging import RichHandler
+
+    return RichHandler(console=Console(stderr=True), show_path=False, markup=False, log_time_format="%H:%M:%S")
+
+
+def _lower_level(record: logging.LogRecord) -> bool:
+    record.levelname_lower = record.levelname.lower()
+    return True

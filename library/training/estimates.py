@@ -1,0 +1,54 @@
+"""What a run will need, before it begins: size of its files, memory on the GPU. Rough numbers for full-size models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from library.data.dataset import TrainingDataset
+from library.training.network import parse_network_args
+from library.training.options import TrainNetworkOptions
+
+# Numbers of a LoRA per rank, from the shapes of SD 1.5 and 2.1 (Linear and 1x1 layers of attention; 3x3 convolutions).
+TEXT_NUMBERS = {False: 165_888, True: 423_936}
+UNET_NUMBERS = {False: 423_936, True: 432_128}
+CONV_NUMBERS = 626_880
+
+# Parameters of the frozen parts, used if the model is no single file.
+FROZEN_NUMBERS = {False: 1_066_000_000, True: 1_290_000_000}
+
+# Bytes of 16-bit activations that SD 1.5's U-Net with a LoRA keeps for each position of a latent (8 x 8 pixels) until the backward
+# pass: 237 kB, and 38 kB with gradient checkpointing. Counted on tensors without content, with attention that keeps no matrix.
+KEPT, KEPT_WITH_CHECKPOINTING = 237_000, 38_000
+WORKSPACE = 1.4  # what is computed on top of what is kept, and what the allocator cannot use
+CUDA_CONTEXT = 600 * 2**20
+
+
+def network_numbers(options: TrainNetworkOptions) -> int:
+    """Trained numbers of a LoRA; other network modules are of the same order."""
+    network, v2 = options.network, options.model.v2
+    numbers = 0 if network.network_train_unet_only else TEXT_NUMBERS[v2]
+    numbers += 0 if network.network_train_text_encoder_only else UNET_NUMBERS[v2]
+    conv = parse_network_args(network.network_args).get("conv_dim", "0")
+    return numbers * (network.network_dim or 4) + CONV_NUMBERS * (int(conv) if conv.isdecimal() else 0)
+
+
+def network_file_bytes(options: TrainNetworkOptions) -> int:
+    """Size of one saved file."""
+    return network_numbers(options) * (2 if options.output.save_precision in ("fp16", "bf16") else 4)
+
+
+def estimated_gpu_bytes(options: TrainNetworkOptions, dataset: TrainingDataset) -> int:
+    """Frozen model, activations of the largest batch, and the LoRA with gradients and two moments."""
+    half = options.training.mixed_precision != "no"
+    kept = KEPT_WITH_CHECKPOINTING if options.training.gradient_checkpointing else KEPT
+    largest = max(
+        bucket.size[0] * bucket.size[1] // 64 * dataset.table.configs[bucket.dataset].batch_size for bucket in dataset.table.buckets
+    )
+    activations = largest * kept * (1 if half else 2) * WORKSPACE
+    return int(CUDA_CONTEXT + frozen_numbers(options) * (2 if half else 4) + activations + network_numbers(options) * 16)
+
+
+def frozen_numbers(options: TrainNetworkOptions) -> int:
+    """Parameters of the model: by the size of its file, which most often holds 16-bit numbers, if that is smaller than usual."""
+    path, usual = Path(options.model.pretrained_model_name_or_path or ""), FROZEN_NUMBERS[options.model.v2]
+    return min(usual, path.stat().st_size // 2) if path.is_file() else usual

@@ -1,0 +1,128 @@
+"""One step in several processes: their gradients are added up, so that the weights change alike in all of them.
+
+P processes with A batches each do what one process with P * A batches a step does: the same batches (dealt out by turns), the
+same noise (drawn from the batch's place in the epoch), the same divisor. Only the order of additions differs, that is, rounding.
+The network is small, so its gradients travel in one buffer, together with the losses and with whether somebody asks to stop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+
+from library.processes import EndedElsewhere, Processes, lost_process
+from library.training.tracking import LossRecord, OnItsWay
+
+
+class StepResult:
+    """What all processes found in a step, on its way from the device. `read` waits for it."""
+
+    def __init__(self, tail: torch.Tensor, step: int, slots: int, paths: Callable[[int], list[str]]) -> None:
+        self.step, self.slots, self.paths = step, slots, paths
+        self._tail = OnItsWay(tail)
+        self.stop = self.failed = False
+
+    def read(self) -> Iterator[tuple[int, float, list[str]]]:
+        """(step, loss, pictures) of every batch of the step, in the order of one process."""
+        values = self._tail.values()
+        losses, seen, (stop, failed) = values[: self.slots], values[self.slots : -2], values[-2:]
+        self.stop, self.failed = stop > 0, failed > 0
+        for slot, (loss, is_there) in enumerate(zip(losses, seen, strict=True)):
+            if is_there:
+                yield self.step, loss, self.paths(slot)
+
+
+class StepExchange:
+    """Sums gradients over the processes. Alone it does nothing.
+
+    slots: batches of a step over all processes. `paths(slot)` names the pictures of one of them, for error messages.
+    """
+
+    def __init__(self, processes: Processes, parameters: Sequence[torch.nn.Parameter], slots: int, losses: LossRecord) -> None:
+        self.processes, self.parameters, self.slots, self.losses = processes, list(parameters), slots, losses
+        self.active = processes.world > 1
+        self._stop = False
+        self._last: StepResult | None = None
+        if self.active:
+            sizes = [parameter.numel() for parameter in self.parameters]
+            self._numbers, self._sizes = sum(sizes), sizes
+            length = self._numbers + len(sizes) + 2 * slots + 2
+            self._buffer = torch.zeros(length, dtype=torch.float32, device=self.parameters[0].device)
+            processes.before_exchange = self.check
+
+    def _parts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Views of the buffer: gradients, one flag for each parameter that has one, losses and flags."""
+        return self._buffer.split([self._numbers, len(self._sizes), 2 * self.slots + 2])
+
+    def note_loss(self, slot: int, loss: torch.Tensor) -> None:
+        """Keep the loss of one of this process's batches for the sum."""
+        tail = self._parts()[2]
+        tail[slot] = loss.detach()
+        tail[self.slots + slot] = 1
+
+    def add_up(self, step: int, paths: Callable[[int], list[str]], *, stop: bool) -> None:
+        """Replace the gradients by their sums over all processes, and tell them whether this one was asked to stop."""
+        if not self.active:
+            return
+        self.check()
+        self._fill(stop=stop)
+        self._all_reduce(step, paths)
+        self._take()
+        self._parts()[2].zero_()
+
+    def stopping(self, asked: bool) -> bool:
+        """Whether all stop now: alone at once; else when all know, which is a step later. asked: this process was asked to."""
+        return self._stop if self.active else asked
+
+    def finish(self) -> None:
+        """After the last step: learn whether another process failed in or behind it."""
+        if self.active:
+            self.check()
+            self._fill()
+            self._all_reduce(0, lambda slot: [])
+        self.check()
+
+    def fail(self) -> None:
+        """Take part in the step that the others are in, saying that there is an error here; unless they know already."""
+        if self.active and not (self._last and self._last.failed):
+            for parameter in self.parameters:
+                parameter.grad = None
+            self._parts()[2].zero_()
+            self._fill(failed=True)
+            self._all_reduce(0, lambda slot: [])
+            self._last.failed = True
+
+    def check(self) -> None:
+        """Read the result of the last step. Raises EndedElsewhere if another process failed in it."""
+        self.losses.flush()
+        if self._last is not None:
+            self._stop = self._last.stop
+            if self._last.failed:
+                raise EndedElsewhere("another process failed", 1)
+
+    def _fill(self, *, stop: bool = False, failed: bool = False) -> None:
+        gradients, flags, tail = self._parts()
+        gradients.zero_()
+        pairs = [(place, p.grad.reshape(-1)) for place, p in zip(gradients.split(self._sizes), self.parameters) if p.grad is not None]
+        if pairs:
+            torch._foreach_copy_(*map(list, zip(*pairs)))
+        flags.copy_(torch.tensor([float(p.grad is not None) for p in self.parameters]), non_blocking=True)
+        tail[-2:] = torch.tensor([float(stop), float(failed)])
+
+    def _all_reduce(self, step: int, paths: Callable[[int], list[str]]) -> None:
+        try:
+            dist.all_reduce(self._buffer)
+        except RuntimeError as error:
+            raise lost_process(error) from error
+        self._last = StepResult(self._parts()[2].clone(), step, self.slots, paths)
+        self.losses.expect(self._last)
+
+    def _take(self) -> None:
+        """Give each parameter its sum. One that has a gradient in no process keeps none, so that the optimizer leaves it alone."""
+        gradients, flags, _ = self._parts()
+        lacking = any(parameter.grad is None for parameter in self.parameters)
+        present = flags.tolist() if lacking else [1.0] * len(self._sizes)  # waits for the device, where something lacks here
+        for place, there, parameter in zip(gradients.split(self._sizes), present, self.parameters, strict=True):
+            parameter.grad = place.view_as(parameter).to(parameter.dtype, copy=True) if there else None

@@ -1,0 +1,203 @@
+"""`--from_metadata`: the command and the dataset file that made a LoRA, as far as its metadata tell."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from library.errors import UserError
+from library.files import read_safetensors_header
+
+# Key of the metadata -> option. Options that stand at their default are left out; `None` says that none was given.
+KEYS = {
+    "ss_network_module": "network_module", "ss_network_dim": "network_dim", "ss_network_alpha": "network_alpha",
+    "ss_network_dropout": "network_dropout", "ss_scale_weight_norms": "scale_weight_norms",
+    "ss_learning_rate": "learning_rate", "ss_unet_lr": "unet_lr", "ss_text_encoder_lr": "text_encoder_lr",
+    "ss_max_train_steps": "max_train_steps", "ss_gradient_accumulation_steps": "gradient_accumulation_steps",
+    "ss_gradient_checkpointing": "gradient_checkpointing", "ss_lr_scheduler": "lr_scheduler", "ss_lr_warmup_steps": "lr_warmup_steps",
+    "ss_max_grad_norm": "max_grad_norm", "ss_mixed_precision": "mixed_precision", "ss_full_fp16": "full_fp16", "ss_full_bf16": "full_bf16",
+    "ss_fp8_base": "fp8_base", "ss_fp8_base_unet": "fp8_base_unet", "ss_v2": "v2", "ss_clip_skip": "clip_skip",
+    "ss_max_token_length": "max_token_length", "ss_cache_latents": "cache_latents", "ss_seed": "seed", "ss_lowram": "lowram",
+    "ss_noise_offset": "noise_offset", "ss_noise_offset_random_strength": "noise_offset_random_strength",
+    "ss_adaptive_noise_scale": "adaptive_noise_scale", "ss_multires_noise_iterations": "multires_noise_iterations",
+    "ss_multires_noise_discount": "multires_noise_discount", "ss_ip_noise_gamma": "ip_noise_gamma",
+    "ss_ip_noise_gamma_random_strength": "ip_noise_gamma_random_strength", "ss_zero_terminal_snr": "zero_terminal_snr",
+    "ss_min_snr_gamma": "min_snr_gamma", "ss_debiased_estimation": "debiased_estimation_loss", "ss_loss_type": "loss_type",
+    "ss_huber_schedule": "huber_schedule", "ss_huber_c": "huber_c", "ss_huber_scale": "huber_scale",
+    "ss_prior_loss_weight": "prior_loss_weight", "ss_caption_dropout_rate": "caption_dropout_rate",
+    "ss_caption_dropout_every_n_epochs": "caption_dropout_every_n_epochs", "ss_caption_tag_dropout_rate": "caption_tag_dropout_rate",
+    "ss_face_crop_aug_range": "face_crop_aug_range", "ss_validation_seed": "validation_seed", "ss_validation_split": "validation_split",
+    "ss_max_validation_steps": "max_validation_steps", "ss_validate_every_n_epochs": "validate_every_n_epochs",
+    "ss_validate_every_n_steps": "validate_every_n_steps", "ss_output_name": "output_name", "ss_training_comment": "training_comment",
+    **{f"modelspec.{key}": f"metadata_{key}" for key in (
+        "author", "description", "license", "tags", "usage_hint", "trigger_phrase", "merged_from", "preprocessor", "is_negative_embedding",
+    )},
+}  # fmt: skip
+# Key of a dataset without a dataset file -> key of a dataset file, with the level at which it stands there.
+DATASET_KEYS = {
+    "ss_batch_size_per_device": "batch_size", "ss_enable_bucket": "enable_bucket", "ss_min_bucket_reso": "min_bucket_reso",
+    "ss_max_bucket_reso": "max_bucket_reso", "ss_bucket_no_upscale": "bucket_no_upscale",
+}  # fmt: skip
+SUBSET_KEYS = {
+    "ss_color_aug": "color_aug", "ss_flip_aug": "flip_aug", "ss_random_crop": "random_crop", "ss_shuffle_caption": "shuffle_caption",
+    "ss_keep_tokens": "keep_tokens",
+}  # fmt: skip
+NO_MODEL = "the model's folder is not recorded"
+UNKNOWN = (
+    "not recorded, and at their defaults here: what is saved and drawn on the way, loaders' processes, xformers, paths of folders, "
+    "caption_extension"
+)
+
+
+def print_from_metadata(path: str, defaults: Mapping[str, Any]) -> int:
+    """Print the command and the dataset file. defaults: those of all options. Raises UserError for a file without metadata."""
+    metadata = read_metadata(Path(path))
+    data_file = f"{metadata.get('ss_output_name') or 'dataset'}.toml"
+    sys.stdout.write("\n".join([*command_lines(metadata, data_file, defaults), "", f"# {data_file}", *dataset_lines(metadata), ""]))
+    return 0
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a network file made by this trainer or a like one."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        raise UserError(f"--from_metadata {path}: there is no such .safetensors file; other formats hold no metadata")
+    metadata = read_safetensors_header(path).get("__metadata__") or {}
+    if "ss_network_module" not in metadata:
+        raise UserError(f"--from_metadata {path}: the file does not say how it was made; it was written without metadata")
+    return {key: value for key, value in metadata.items() if value != "None"}
+
+
+def command_lines(metadata: Mapping[str, str], data_file: str, defaults: Mapping[str, Any]) -> list[str]:
+    """The command in one line, and before it comments on what is not known."""
+    words = {
+        "pretrained_model_name_or_path": metadata.get("ss_sd_model_name", "MODEL"),
+        "dataset_config": data_file,
+        "output_dir": "out",
+    }
+    words |= {"vae": metadata["ss_vae_name"]} if "ss_vae_name" in metadata else {}
+    words |= recorded_options(metadata, defaults)
+    comments = [f"# {UNKNOWN}", *doubts(metadata, words)]
+    return [*comments, "accelerate launch --num_cpu_threads_per_process 1 train_network.py " + " ".join(as_words(words))]
+
+
+def recorded_options(metadata: Mapping[str, str], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that differ from their default, as values or lists of words; True for a flag."""
+    found: dict[str, Any] = {}
+    for key, option in KEYS.items():
+        if option in defaults and key in metadata and metadata[key] != str(defaults[option]):
+            found[option] = True if metadata[key] == "True" else metadata[key]
+    title = metadata.get("modelspec.title")
+    if title and title != metadata.get("ss_output_name"):
+        found["metadata_title"] = title
+    if metadata.get("ss_base_model_version", "").endswith("_v"):
+        found["v_parameterization"] = True
+    network_args = json.loads(metadata.get("ss_network_args", "{}"))
+    if network_args:
+        found["network_args"] = [f"{key}={value}" for key, value in network_args.items() if value is not None]
+    return found | optimizer_words(metadata.get("ss_optimizer", ""))
+
+
+def optimizer_words(described: str) -> dict[str, Any]:
+    """`torch.optim.adamw.AdamW(weight_decay=0.1,betas=(0.9, 0.99))` as options."""
+    name, bracket, rest = described.partition("(")
+    if not name:
+        return {}
+    words = split_outside_brackets(rest.removesuffix(")")) if bracket else []
+    return {"optimizer_type": name} | ({"optimizer_args": words} if words else {})
+
+
+def split_outside_brackets(text: str) -> list[str]:
+    """Parts between commas that are in no bracket.
+
+    >>> split_outside_brackets("a=(1, 2),b=3")
+    ['a=(1,2)', 'b=3']
+    """
+    parts, depth = [""], 0
+    for letter in text.replace(" ", ""):
+        depth += (letter in "([") - (letter in ")]")
+        if letter == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
+
+
+def doubts(metadata: Mapping[str, str], words: Mapping[str, Any]) -> list[str]:
+    """Comments on what the metadata leave open in this case."""
+    lines = [f"# {NO_MODEL}; its SHA-256 is {metadata.get('ss_new_sd_model_hash', 'not recorded either')}"]
+    if "modelspec.thumbnail" in metadata:
+        lines.append("# --metadata_thumbnail: the picture is in the file itself")
+    if metadata.get("ss_network_dim") == "Dynamic":
+        lines.append("# the ranks of the modules differ: train from a file with --network_weights and --dim_from_weights")
+    total, batch = metadata.get("ss_total_batch_size"), metadata.get("ss_batch_size_per_device")
+    if total and batch:
+        processes = int(total) // int(batch) // int(metadata.get("ss_gradient_accumulation_steps", 1))
+        if processes > 1:
+            lines.append(f"# it was trained in {processes} processes: accelerate launch --multi_gpu --num_processes {processes} ...")
+    if words.get("optimizer_type", "").startswith("transformers.optimization.Adafactor"):
+        lines.append("# AdaFactor may have set learning rate and schedule itself")
+    return lines
+
+
+def as_words(options: Mapping[str, Any]) -> list[str]:
+    words = []
+    for name, value in options.items():
+        if value is True:
+            words.append(f"--{name}")
+        elif isinstance(value, list):
+            words += [f"--{name}", *map(shlex.quote, value)]
+        else:
+            words.append(shlex.quote(f"--{name}={value}"))
+    return words
+
+
+def dataset_lines(metadata: Mapping[str, str]) -> list[str]:
+    """The dataset file."""
+    lines = ["# image_dir: only the folder's own name is recorded"]
+    for dataset in datasets(metadata):
+        lines += ["", "[[datasets]]", *(f"{key} = {toml(value)}" for key, value in dataset["keys"].items())]
+        for subset in dataset["subsets"]:
+            lines += ["", "  [[datasets.subsets]]", *(f"  {key} = {toml(value)}" for key, value in subset.items())]
+    return lines
+
+
+def datasets(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Keys of each dataset and of its subsets, whether or not a dataset file was used."""
+    if "ss_datasets" in metadata:
+        return [from_entry(entry) for entry in json.loads(metadata["ss_datasets"])]
+    if "ss_dataset_dirs" not in metadata:
+        raise UserError("--from_metadata: the file says nothing about its pictures; it was written with --no_metadata")
+    width, height = (int(part) for part in metadata.get("ss_resolution", "(512, 512)").strip("()").split(","))
+    keys = {"resolution": [width, height]} | picked(metadata, DATASET_KEYS)
+    common = picked(metadata, SUBSET_KEYS)
+    subsets = []
+    for key, is_reg in (("ss_dataset_dirs", False), ("ss_reg_dataset_dirs", True)):
+        for folder, facts in json.loads(metadata.get(key, "{}")).items():
+            words = folder.partition("_")[2] if folder.partition("_")[0].isdecimal() else ""
+            subset = {"image_dir": folder, "num_repeats": facts["n_repeats"]} | ({"class_tokens": words} if words else {})
+            subsets.append(subset | ({"is_reg": True} if is_reg else {}) | common)
+    return [{"keys": keys, "subsets": subsets}]
+
+
+def picked(metadata: Mapping[str, str], keys: Mapping[str, str]) -> dict[str, Any]:
+    return {name: json.loads(metadata[key].lower()) for key, name in keys.items() if key in metadata}
+
+
+def from_entry(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """One dataset of `ss_datasets`."""
+    wanted = ("resolution", "enable_bucket", "min_bucket_reso", "max_bucket_reso")
+    keys = {key: entry[key] for key in wanted if entry.get(key) is not None} | {"batch_size": entry.get("batch_size_per_device", 1)}
+    leave = {"img_count", "metadata_file"}
+    subsets = [
+        {key: value for key, value in subset.items() if key not in leave and value not in (None, "", False)} for subset in entry["subsets"]
+    ]
+    return {"keys": keys, "subsets": subsets}
+
+
+def toml(value: Any) -> str:
+    """A value as TOML writes it; JSON does it the same way for these."""
+    return json.dumps(value, ensure_ascii=False)

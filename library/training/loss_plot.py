@@ -1,0 +1,55 @@
+"""`<name>-loss.png`: the losses of a run, its validation losses and its learning rates over the steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from library.files import atomic_write
+from library.training.tracking import LossRecord
+
+
+def write_loss_plot(record: LossRecord, path: Path, title: str, validation: Sequence[tuple[int, float]] = ()) -> None:
+    """validation: (step, loss). Each batch pale, the running mean over an epoch (at least 20 batches) strong, validation dotted; learning rates below."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5.4 if record.rates else 4), dpi=110)
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(2 if record.rates else 1, 1, sharex=True, squeeze=False, height_ratios=[3, 1][: 2 if record.rates else 1])
+    draw_losses(panels[0, 0], record, title, validation)
+    if record.rates:
+        draw_rates(panels[1, 0], record)
+    panels[-1, 0].set_xlabel("step")
+    figure.tight_layout()
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary)
+
+
+def draw_losses(axes, record: LossRecord, title: str, validation: Sequence[tuple[int, float]]) -> None:
+    axes.plot(record.steps, record.values, color="#9ecae1", linewidth=0.8, label="each batch")
+    width = min(len(record.values), max(20, record.window))
+    if width > 1:
+        values = torch.tensor(record.values, dtype=torch.float64)
+        sums = torch.cat([torch.zeros(1, dtype=torch.float64), values.cumsum(0)])
+        means = (sums[width:] - sums[:-width]) / width
+        axes.plot(record.steps[width - 1 :], means, color="#08519c", linewidth=1.8, label=f"mean of {width}")
+    if validation:
+        axes.plot(*zip(*validation, strict=True), color="#d94801", marker="o", markersize=4, linestyle=":", label="validation")
+    axes.set(ylabel="loss", title=title)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+
+
+def draw_rates(axes, record: LossRecord) -> None:
+    last = record.steps[-1] if record.steps else 0
+    for name, points in record.rates.items():
+        steps, rates = zip(*points, strict=True)
+        axes.step([*steps, max(last, steps[-1])], [*rates, rates[-1]], where="post", linewidth=1.2, label=name)
+    axes.set(ylabel="learning rate")
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, fontsize="small")

@@ -1,0 +1,190 @@
+"""Two processes over gloo do what one does, and end together."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from library.data.config_keys import DatasetConfig, SubsetConfig
+from library.data.dataset import TrainingDataset
+from library.sd.model import save_stable_diffusion
+from library.sd.small import small_stable_diffusion
+from library.training.options import parse_options
+from library.training.plan import Plan
+
+from two_processes import ROOT, launch  # beside this file
+
+def documented_command() -> tuple[list[str], list[str]]:
+    """The command for two cards in docs/scaling.md: words for the launcher, words for train_network.py."""
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^accelerate launch .*train_network\.py .*$", page, re.MULTILINE)
+    assert len(commands) == 1, "teach this test the other commands of the page"
+    words = shlex.split(commands[0])
+    split = words.index("train_network.py")
+    return words[2:split], words[split + 1 :]
+
+
+COMMON = ["--max_train_epochs=2", "--train_batch_size=2", "--flip_aug", "--shuffle_caption", "--network_dim=2", "--noise_offset=0.1"]
+WARM = ["--lr_scheduler=constant_with_warmup", "--lr_warmup_steps=3", "--network_args", "rank_dropout=0.2", "module_dropout=0.2"]
+
+
+@pytest.fixture(scope="module")
+def base_model(tmp_path_factory) -> Path:
+    """Smaller than the other tests' model: ten processes' worth of runs are made on it."""
+    path = tmp_path_factory.mktemp("model") / "small.safetensors"
+    model = small_stable_diffusion(unet_channels=(32, 32, 64, 64), vae_channels=(32, 32, 32, 32), text_width=32, text_layers=1)
+    save_stable_diffusion(model, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, base_model) -> Path:
+    """Five pictures: three batches of two, which two processes cannot halve; and a folder where one that process 1 reads is broken."""
+    folder = tmp_path_factory.mktemp("processes")
+    shutil.copy(base_model, folder / "model.safetensors")
+    (folder / "data.toml").write_text('[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "good"\n', encoding="utf-8")
+    for name in ("good", "bad"):
+        (folder / name).mkdir()
+        for number in range(5):
+            Image.new("RGB", (64, 64), (number * 50, 80, 200 - number * 40)).save(folder / name / f"{number}.png")
+    config = DatasetConfig(resolution=(64, 64), batch_size=2, subsets=(SubsetConfig(image_dir=folder / "bad"),))
+    victim = Path(TrainingDataset([config], seed=1).paths(1, 1)[0])  # the first epoch's second batch is that of process 1
+    victim.write_bytes(victim.read_bytes()[:-60])
+    (folder / "prompts.txt").write_text("a cat --s 1 --d 1\na dog --s 1 --d 2\na cow --s 1 --d 3\n", encoding="utf-8")
+    return folder
+
+
+def words(place: Path, base_model: Path, name: str, *more: str, data: str = "good") -> list[str]:
+    return [
+        f"--pretrained_model_name_or_path={base_model}", f"--train_data_dir={place / data}", "--resolution=64", "--learning_rate=1e-3",
+        f"--output_dir={place / name}", "--output_name=mine", "--network_module=networks.lora", "--seed=1", "--max_data_loader_n_workers=0",
+        *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def outcomes(place, base_model):
+    """All runs of the two processes; starting them costs more than the runs."""
+    launcher, page_words = documented_command()
+    small = ["--max_train_epochs=1", "--mixed_precision=no", "--max_data_loader_n_workers=0"]
+    return launch(
+        place,
+        launcher,
+        {
+            "page": [*page_words, *small],
+            "same": words(place, base_model, "same", *COMMON, *WARM),
+            "cached": words(
+                place, base_model, "cached", *COMMON, "--cache_latents", "--network_train_unet_only", f"--sample_prompts={place / 'prompts.txt'}",
+                "--sample_at_first", "--save_every_n_epochs=1", "--logging_dir", str(place / "logs"),
+            ),
+            "broken": words(place, base_model, "broken", *COMMON, data="bad"),
+            "stopped": words(place, base_model, "stopped", "--max_train_steps=50", "--interrupt_at=1,2"),
+            "wrong": words(place, base_model, "wrong", "--network_args", "conv_dm=4"),
+        },
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def alone(place, base_model):
+    """The losses and the file of one process with twice the batches a step."""
+    from accelerate.state import AcceleratorState
+
+    from library.training import run as run_module
+
+    def start(name: str, *more: str):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        made, original = [], run_module.prepare
+        run_module.prepare = lambda *a: made.append(original(*a)) or made[-1]
+        try:
+            assert run_module.train(parse_options(words(place, base_model, name, *more, "--gradient_accumulation_steps=2"))) == 0
+        finally:
+            run_module.prepare = original
+        return made[0]
+
+    return start
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    with safe_open(path, "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}
+
+
+def assert_same(place: Path, one: str, two: str) -> None:
+    a, b = tensors(place / one / "mine.safetensors"), tensors(place / two / "mine.safetensors")
+    assert a.keys() == b.keys()
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=2e-5)
+
+
+def test_two_processes_train_as_one_with_twice_the_batches_a_step(outcomes, alone, place):
+    both, one = outcomes["same"], alone("same-alone", *COMMON, *WARM)
+    assert [outcome.code for outcome in both] == [0, 0], both
+    assert len(one.losses.values) == 6 and both[0].losses == both[1].losses
+    assert both[0].losses == pytest.approx(one.losses.values, rel=1e-4)
+    assert_same(place, "same", "same-alone")
+
+
+def test_the_command_of_the_page_on_scaling(outcomes, place):
+    assert [outcome.code for outcome in outcomes["page"]] == [0, 0], outcomes["page"]
+    assert (place / "out" / "mine.safetensors").is_file()
+
+
+def test_trap_5_9_warm_up_counts_optimizer_steps_in_any_number_of_processes(outcomes):
+    assert outcomes["same"][0].losses and outcomes["same"][0].rates == [1e-3, 1e-3]  # 4 steps, 3 of them warm-up
+
+
+def test_caching_is_shared_out_and_gives_the_same(outcomes, alone, place):
+    both = outcomes["cached"]
+    assert [outcome.code for outcome in both] == [0, 0], both
+    assert both[0].losses == pytest.approx(alone("cached-alone", *COMMON, "--cache_latents", "--network_train_unet_only").losses.values, rel=1e-4)
+    assert_same(place, "cached", "cached-alone")
+
+
+def test_files_are_written_once_and_by_one_process(outcomes, place):
+    names = sorted(path.name for path in (place / "cached").iterdir() if path.suffix != ".png")
+    assert names == ["mine-000001.safetensors", "mine.safetensors", "sample"]
+    assert len(list((place / "cached" / "sample").glob("*.png"))) == 3
+    assert len(list((place / "logs").rglob("events*"))) == 1
+
+
+def test_the_main_process_alone_speaks(outcomes):
+    main, other = outcomes["same"]
+    assert other.printed == ""
+    assert main.printed.count("plan: 4 steps of 2 batches (1 on each of 2 processes), 3 batches an epoch, 2 epochs") == 1
+
+
+def test_an_error_on_one_process_ends_all_with_one_line(outcomes, place):
+    main, other = outcomes["broken"]
+    assert main.code == other.code == 2
+    assert main.error.startswith("process 1: ") and ".png: cut off or damaged" in main.error and not other.error and "Traceback" not in main.error
+
+
+def test_an_error_on_all_processes_is_told_once(outcomes):
+    main, other = outcomes["wrong"]
+    assert main.code == other.code == 2
+    assert "conv_dm" in main.error and not other.error
+
+
+def test_ctrl_c_on_one_process_stops_all_and_saves(outcomes, place):
+    main, other = outcomes["stopped"]
+    assert main.code == other.code == 130, (main, other)
+    saved = list((place / "stopped").glob("mine-step*.safetensors"))
+    assert len(saved) == 1 and "mine-step00000004" in saved[0].name  # asked after step 2, told with 3, known in 4
+
+
+@pytest.mark.parametrize("batches, processes, accumulation", [(5, 2, 1), (7, 3, 2), (4, 8, 1), (12, 2, 3)])
+def test_plan_deals_each_batch_to_one_step_once(batches, processes, accumulation):
+    needed = ["--pretrained_model_name_or_path=m", "--train_data_dir=d", "--output_dir=o", "--network_module=networks.lora"]
+    several = Plan.of(parse_options([*needed, f"--gradient_accumulation_steps={accumulation}"]), batches, processes)
+    single = Plan.of(parse_options([*needed, f"--gradient_accumulation_steps={accumulation * processes}"]), batches)
+    assert several.steps_per_epoch == single.steps_per_epoch and several.max_steps == single.max_steps
+    sizes = [several.group_size(turn) for turn in range(several.turns_per_epoch) if several.ends_step(turn)]
+    assert sum(sizes) == batches and len(sizes) == several.steps_per_epoch
+    assert sizes == [single.group_size(position) for position in range(batches) if single.ends_step(position)]
