@@ -287,6 +287,7 @@ class HubOptions(OptionGroup):
     huggingface_repo_visibility: Literal["public", "private"] | None = Field(None, description="for a repository that is made; unset: private")
     async_upload: bool = Field(False, description="upload in the background, except the last file")
     save_state_to_huggingface: bool = Field(False, description="upload saved states too")
+    resume_from_huggingface: bool = Field(False, description="resume names a state on the hub: user/repo/folder, or with :revision:type behind it")
 
 
 class PreviewOptions(OptionGroup):
@@ -352,6 +353,8 @@ def contradictions(options: TrainNetworkOptions) -> list[str]:
     model, data, network = options.model, options.data, options.network
     optimizer, loss, output, previews, logs = options.optimizer, options.loss, options.output, options.previews, options.logs
     checks = [
+        (options.hub.resume_from_huggingface and not options.state.resume, "--resume_from_huggingface needs --resume user/repo/folder"),
+        (options.hub.save_state_to_huggingface and not options.hub.huggingface_repo_id, "--save_state_to_huggingface needs --huggingface_repo_id"),
         (not model.pretrained_model_name_or_path, "--pretrained_model_name_or_path is missing: give the model to train on"),
         (not data.dataset_config and not data.train_data_dir and not data.in_json, "no pictures: give --dataset_config or --train_data_dir"),
         (data.in_json and not data.dataset_config and bool(data.reg_data_dir),

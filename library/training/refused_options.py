@@ -5,7 +5,6 @@ They are refused by name: a run that ignored one would look fine and be wrong. R
 
 from library.command_line import Refused
 
-_NO_RESUME = "uploading is not built yet; fetch the state with `hf download` and give its folder to --resume"
 _DEEPSPEED = "DeepSpeed is not supported; a LoRA run fits one card, see --gradient_checkpointing"
 
 _REASONS: dict[str, str] = {
@@ -15,8 +14,6 @@ _REASONS: dict[str, str] = {
     "cache_info": "sizes are read from picture headers at every start, which is fast; captions are always read anew",
     "skip_cache_check": "the latent cache checks contents, which is fast; there is nothing to skip",
     "dataset_class": "a run depends on pictures, seed and position alone here, which foreign code does not promise; use --dataset_config",
-    # state
-    "resume_from_huggingface": _NO_RESUME,
     # precision, memory and speed
     "cpu_offload_checkpointing": "it does not exist for Stable Diffusion 1.x and 2.x; use --gradient_checkpointing",
     # processes

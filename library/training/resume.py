@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from library.data.dataset import TrainingDataset
 from library.errors import UserError
 from library.training.compatible import check_same_run, early_fingerprint
+from library.training.hub import fetch_state
 from library.training.options import TrainNetworkOptions
 from library.training.plan import Plan, Start
 from library.training.snapshot import restore
@@ -31,7 +32,9 @@ def open_state(options: TrainNetworkOptions) -> ResumedState | None:
     """The state that --resume names, read and found whole."""
     if not options.state.resume:
         return None
-    folder = find_state(Path(options.state.resume), options.output.output_name)
+    on_hub = options.hub.resume_from_huggingface
+    path = fetch_state(options.state.resume, options.hub.huggingface_token) if on_hub else Path(options.state.resume)
+    folder = find_state(path, options.output.output_name)
     state = read_state(folder)
     print(f"resuming from {folder}, {state.record['step']} steps are done")
     return ResumedState(folder, state)
