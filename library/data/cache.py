@@ -125,7 +125,7 @@ class MemoryLatents:
             masks = [mask for _, mask in parts if mask is not None]
             if masks:
                 self.masks[bucket] = torch.cat(masks)
-        for rank, position in enumerate(gather(self.position)):
+        for rank, position in enumerate(gather(self.position.copy())):
             rows, side = np.nonzero(position >= 0)
             shift = np.array([offsets[bucket][rank] for bucket in self.bucket[rows].tolist()], dtype=np.int32)
             self.position[rows, side] = position[rows, side] + shift

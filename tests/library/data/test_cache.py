@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -231,6 +232,43 @@ def test_cached_latents_reach_spawned_workers(folder):
         for a, b in zip(loader.epoch(number), epoch(dataset, number)):
             assert a.paths == b.paths and torch.equal(a.latents, b.latents)
     assert all(stack.is_shared() for stack in dataset.latents.stacks.values())
+
+
+@pytest.mark.parametrize("to_disk", [False, True])
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_share_the_work_and_each_has_all(folder, tmp_path, world, to_disk):
+    """Threads in the place of processes; `gather` as all_gather_object."""
+    told, meet = [None] * world, threading.Barrier(world)
+
+    def gathering(rank):
+        def gather(value):
+            told[rank] = value
+            meet.wait(20)
+            values = list(told)
+            meet.wait(20)
+            return values
+
+        return gather
+
+    parts, vaes = [make_dataset(folder, flip=True) for _ in range(world)], [FakeVae() for _ in range(world)]
+
+    def work(rank):
+        parts[rank].cache_latents(
+            vaes[rank], batch_size=3, to_disk=to_disk, fingerprint="vae 1", workers=2, share=(rank, world), gather=gathering(rank)
+        )
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    alone = make_dataset(folder, flip=True)
+    vae = cache(alone, to_disk=False)
+    assert sum(v.pictures for v in vaes) == vae.pictures and all(v.pictures for v in vaes)
+    for row in range(len(alone.table)):
+        for flipped in (False, True):
+            expected = alone.latents.get(row, flipped)[0]
+            assert all(torch.equal(part.latents.get(row, flipped)[0], expected) for part in parts)
 
 
 def test_text_cache_encodes_each_caption_once():

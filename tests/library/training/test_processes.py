@@ -79,7 +79,8 @@ def outcomes(place, base_model):
         launcher,
         {
             "page": [*page_words, *small],
-            "same": words(place, base_model, "same", *COMMON, *WARM),
+            "same": words(place, base_model, "same", *COMMON, *WARM, "--save_state", "--save_every_n_steps=3"),
+            "resumed": words(place, base_model, "resumed", *COMMON, *WARM, f"--resume={place / 'same' / 'mine-step00000003-state'}"),
             "cached": words(
                 place, base_model, "cached", *COMMON, "--cache_latents", "--network_train_unet_only", f"--sample_prompts={place / 'prompts.txt'}",
                 "--sample_at_first", "--save_every_n_epochs=1", "--logging_dir", str(place / "logs"),
@@ -140,17 +141,19 @@ def test_trap_5_9_warm_up_counts_optimizer_steps_in_any_number_of_processes(outc
     assert outcomes["same"][0].losses and outcomes["same"][0].rates == [1e-3, 1e-3]  # 4 steps, 3 of them warm-up
 
 
-def test_caching_is_shared_out_and_gives_the_same(outcomes, alone, place):
-    both = outcomes["cached"]
-    assert [outcome.code for outcome in both] == [0, 0], both
-    assert both[0].losses == pytest.approx(alone("cached-alone", *COMMON, "--cache_latents", "--network_train_unet_only").losses.values, rel=1e-4)
-    assert_same(place, "cached", "cached-alone")
+def test_a_state_saved_by_two_processes_goes_on_in_two_bit_for_bit(outcomes, place):
+    assert [outcome.code for outcome in outcomes["resumed"]] == [0, 0], outcomes["resumed"]
+    whole, resumed = (tensors(place / name / "mine.safetensors") for name in ("same", "resumed"))
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
+    assert outcomes["resumed"][1].losses == outcomes["same"][0].losses
 
 
 def test_files_are_written_once_and_by_one_process(outcomes, place):
+    assert [outcome.code for outcome in outcomes["cached"]] == [0, 0], outcomes["cached"]
     names = sorted(path.name for path in (place / "cached").iterdir() if path.suffix != ".png")
     assert names == ["mine-000001.safetensors", "mine.safetensors", "sample"]
     assert len(list((place / "cached" / "sample").glob("*.png"))) == 3
+    assert (place / "cached" / "mine-samples.png").stat().st_size > 1000
     assert len(list((place / "logs").rglob("events*"))) == 1
 
 
