@@ -99,7 +99,7 @@ resolution = 128
 """
 
 CASES = {
-    "plain, in the middle of an epoch": ["--max_train_steps=7"],
+    "plain, in the middle of an epoch": [*UNET, "--max_train_steps=6"],
     "two datasets, workers, accumulation, captions that change": [
         "--max_train_steps=6", "--gradient_accumulation_steps=2", "--dataset_config=DATA", "--max_data_loader_n_workers=2",
         "--lr_scheduler=cosine", "--lr_warmup_steps=2", "--text_encoder_lr=1e-4",
