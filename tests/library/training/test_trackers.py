@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from accelerate.state import PartialState
+from PIL import Image
+
+from library.errors import UserError
+from library.training.from_metadata import split_outside_brackets
+from library.training.options import LogOptions, all_defaults, parse_options
+from library.training.sample_grid import write_sample_grid
+from library.training.trackers import Tracker, logged_options
+from library.training.tracking import LossRecord
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """A wandb that keeps what it is told."""
+    PartialState()
+    calls = []
+    run = SimpleNamespace(log=lambda values, step=None: calls.append((values, step)), finish=lambda: calls.append("finished"))
+    module = SimpleNamespace(
+        init=lambda **words: calls.append(words) or run, login=lambda key: calls.append(key), Image=lambda picture: picture,
+        config=SimpleNamespace(update=lambda values, allow_val_change: calls.append(values)), __spec__=SimpleNamespace(),
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return calls
+
+
+def test_wandb_gets_names_settings_values_and_pictures(wandb, tmp_path):
+    (tmp_path / "t.toml").write_text('[wandb]\ntags = ["cat"]\n', encoding="utf-8")
+    options = LogOptions(log_with="wandb", wandb_run_name="mine", log_tracker_name="cats", wandb_api_key="k",
+                         log_tracker_config=str(tmp_path / "t.toml"))  # fmt: skip
+    tracker = Tracker(options, {"learning_rate": 0.1})
+    tracker.log({"loss/current": 1.0}, 7)
+    tracker.log({"loss/epoch_average": 2.0}, 1, by_epoch=True)
+    tracker.finish()
+    assert wandb == [
+        "k", {"project": "cats", "name": "mine", "tags": ["cat"]}, {"learning_rate": 0.1}, ({"loss/current": 1.0}, 7),
+        ({"loss/epoch_average": 2.0, "epoch": 1}, 7), "finished",
+    ]  # fmt: skip
+
+
+def test_trap_5_4_each_rate_is_logged_once_under_its_own_name(wandb):
+    tracker = Tracker(LogOptions(log_with="wandb"))
+    tracker.log_step(1, LossRecord(window=1), [1e-4, 2e-4], ["textencoder", "unet"])
+    assert wandb[-1] == ({"lr/textencoder": 1e-4, "lr/unet": 2e-4}, 1)
+
+
+def test_a_tracker_that_fails_is_said_once_and_left_alone(wandb, capsys):
+    tracker = Tracker(LogOptions(log_with="wandb"))
+
+    def broken(values, step=None):
+        raise OSError("no network")
+
+    tracker._trackers[0].run.log = broken
+    tracker.log({"a": 1.0}, 1)
+    tracker.log({"a": 1.0}, 2)
+    assert capsys.readouterr().out.count("wandb logs no more: no network") == 1
+
+
+def test_an_unknown_table_of_tracker_settings_is_an_error(tmp_path):
+    (tmp_path / "t.toml").write_text("[wand]\na = 1\n", encoding="utf-8")
+    with pytest.raises(UserError, match="'wand' is not one of"):
+        Tracker(LogOptions(log_with="wandb", log_tracker_config=str(tmp_path / "t.toml")))
+
+
+def test_logged_options_hold_no_path_and_no_secret():
+    options = parse_options([
+        "--pretrained_model_name_or_path=/secret/m.safetensors", "--train_data_dir=d", "--output_dir=o", "--network_module=networks.lora",
+        "--huggingface_token=hf_x", "--wandb_api_key=k", "--learning_rate=1e-3", "--keep_tokens=2",
+    ])  # fmt: skip
+    logged = logged_options(options, all_defaults())
+    assert logged == {"learning_rate": 1e-3, "network_module": "networks.lora", "keep_tokens": 2}
+
+
+def test_the_grid_has_a_row_a_prompt_and_a_column_a_moment(tmp_path):
+    for moment in ("e000000", "e000001", "e000002"):
+        for number in range(2):
+            Image.new("RGB", (64, 64), "red").save(tmp_path / f"mine_{moment}_{number:02d}_20260101000000_1.png")
+    assert write_sample_grid(tmp_path, "mine", ["a cat", "a dog"], tmp_path / "grid.png")
+    width, height = Image.open(tmp_path / "grid.png").size
+    assert width > 3 * 256 and 2 * 256 < height < 3 * 256 + 100
+    assert not write_sample_grid(Path(tmp_path / "none"), "mine", [], tmp_path / "no.png") and not (tmp_path / "no.png").exists()
+
+
+def test_arguments_of_an_optimizer_are_told_apart():
+    assert split_outside_brackets("betas=(0.9, 0.99),weight_decay=0.1") == ["betas=(0.9,0.99)", "weight_decay=0.1"]
