@@ -14,10 +14,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 from library.command_line import option_names
 from library.data.config import DatasetDefaults
 from library.errors import UserError
+from library.processes import timeout
+from library.training import resume
+from library.training.metadata import model_spec
 from library.training.options import TrainNetworkOptions, parse_options
 from library.training.plan import Plan, Start
 from library.training.refused_options import REFUSED
@@ -44,6 +48,12 @@ OF_DATASETS = {
     "validation_split": ("validation_split", 0.25), "validation_seed": ("validation_seed", 7),
 }  # fmt: skip
 
+# Options that stand as modelspec.* in the file.
+OF_METADATA = (
+    "metadata_title", "metadata_author", "metadata_description", "metadata_license", "metadata_tags", "metadata_usage_hint",
+    "metadata_thumbnail", "metadata_merged_from", "metadata_trigger_phrase", "metadata_preprocessor", "metadata_is_negative_embedding",
+)  # fmt: skip
+
 # test file below tests/ -> test -> the options that it exercises
 BY_TEST: dict[str, dict[str, str]] = {
     "library/training/test_options_walk.py": {
@@ -53,7 +63,11 @@ BY_TEST: dict[str, dict[str, str]] = {
             "validate_every_n_steps validate_every_n_epochs max_validation_steps early_stopping_patience"
         ),
         "test_the_sampler_of_prompts_that_name_none": "sample_sampler",
-        "test_trackers": "log_with log_tracker_name",
+        "test_trackers": "log_with log_tracker_name log_config wandb_run_name wandb_api_key log_tracker_config huggingface_token",
+        "test_metadata_options_are_in_the_file_s_modelspec": " ".join(OF_METADATA),
+        "test_the_entry_hands_on_what_is_its_own": "console_log_level console_log_file console_log_simple from_metadata",
+        "test_a_state_on_the_hub": "resume_from_huggingface",
+        "test_how_long_processes_wait": "ddp_timeout",
     },
     "library/test_command_line.py": {
         "test_wrong_input_is_one_line_that_names_the_option": "sample_every_n_steps",
@@ -133,6 +147,13 @@ BY_TEST: dict[str, dict[str, str]] = {
     "library/training/test_dylora_runs.py": {
         "test_trap_3_3_the_batches_of_a_step_share_one_draw": "network_module",
         "test_wrong_words_name_the_option": "network_dropout network_args",
+    },
+    "library/training/test_hub.py": {
+        "test_a_file_goes_into_its_folder_of_a_private_repository": "huggingface_path_in_repo",
+        "test_public_and_without_a_folder": "huggingface_repo_type huggingface_repo_visibility",
+        "test_nothing_happens_without_a_repository_or_on_another_process": "huggingface_repo_id",
+        "test_in_the_background_all_arrive_before_the_end_and_before_a_removal": "async_upload",
+        "test_a_state_comes_back_as_it_went": "save_state_to_huggingface",
     },
     "library/training/test_ema.py": {"test_training_finds_its_weights_as_they_were_to_the_bit": "ema_decay"},
     "library/training/test_resume.py": {
@@ -230,4 +251,50 @@ def test_the_sampler_of_prompts_that_name_none(tmp_path):
 def test_trackers(tmp_path):
     with pytest.raises(UserError, match="--log_with tensorboard needs --logging_dir"):
         options("--log_with=tensorboard")
-    assert options("--log_tracker_name=mine", f"--logging_dir={tmp_path}").logs.log_tracker_name == "mine"
+    words = ["--log_tracker_name=a", "--log_config", "--wandb_run_name=b", "--wandb_api_key=c", "--log_tracker_config=d"]
+    logs = options("--log_with=wandb", f"--logging_dir={tmp_path}", *words).logs
+    assert (logs.log_tracker_name, logs.log_config, logs.wandb_run_name, logs.wandb_api_key, logs.log_tracker_config) == ("a", True, "b", "c", "d")
+    assert options("--huggingface_token=e").hub.huggingface_token == "e"
+
+
+@pytest.mark.parametrize("option", OF_METADATA)
+def test_metadata_options_are_in_the_file_s_modelspec(option, tmp_path):
+    value = "some words"
+    if option == "metadata_thumbnail":
+        value = str(tmp_path / "a.png")
+        Image.new("RGB", (8, 8)).save(value)
+    datasets = [SimpleNamespace(config=SimpleNamespace(resolution=(64, 64)))]
+    plain, given = (model_spec(options(*words), datasets) for words in ([], [f"--{option}={value}"]))
+    key = "modelspec." + option.removeprefix("metadata_")
+    assert plain.get(key) != given[key] and (given[key] == value or given[key].startswith("data:image"))
+
+
+def test_the_entry_hands_on_what_is_its_own(monkeypatch):
+    import train_network
+
+    calls = []
+    monkeypatch.setattr(train_network, "set_up_console", lambda *a: calls.append(a))
+    monkeypatch.setattr("library.training.run.train", lambda *a: 0)
+    monkeypatch.setattr("library.training.from_metadata.print_from_metadata", lambda *a: calls.append(a[:1]) or 0)
+    words = ["--console_log_level=ERROR", "--console_log_file=x.log", "--console_log_simple"]
+    for more in (words, ["--from_metadata=x.safetensors"]):
+        monkeypatch.setattr("sys.argv", ["train_network.py", *NEEDED, *more])
+        assert train_network.main() == 0
+    assert calls == [("ERROR", "x.log", True), ("x.safetensors",)]
+
+
+def test_a_state_on_the_hub(monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def fetch(text, token):
+        raise Asked(text)
+
+    monkeypatch.setattr(resume, "fetch_state", fetch)
+    with pytest.raises(Asked, match="me/repo/state"):
+        resume.open_state(options("--resume=me/repo/state", "--resume_from_huggingface"))
+
+
+def test_how_long_processes_wait():
+    assert timeout(options("--ddp_timeout=7").training.ddp_timeout).total_seconds() == 7 * 60
+    assert timeout(options().training.ddp_timeout).total_seconds() != 7 * 60
