@@ -105,7 +105,8 @@ def train_autoencoder(collection: Collection, work: Path, steps: int, seed: int 
                   flush=True)  # fmt: skip
             checkpoint.save(done)
     result = average.averages[0]
-    scale_latents(result, collection.plain(collection.favoured[:512]))
+    every = max(1, len(collection.favoured) // 512)
+    scale_latents(result, collection.plain(collection.favoured[::every]))  # of all styles
     return result
 
 
