@@ -183,7 +183,7 @@ def prepare(
         states=StateFiles(options.state, files),
         weights_to_use=in_use, average=average,
         validation=Validation(
-            held_out, options.validation, accelerator, seed=seed, num_workers=options.augmentation.max_data_loader_n_workers,
+            held_out, options.validation, accelerator.device, processes, seed=seed, num_workers=options.augmentation.max_data_loader_n_workers,
             timesteps=validation_timesteps(options.loss.min_timestep, options.loss.max_timestep),
         ) if held_out else None,
     )  # fmt: skip

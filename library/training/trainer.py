@@ -317,7 +317,7 @@ class Trainer:
     def _validate(self, kind: str, number: int) -> None:
         """Measure the loss on the pictures held out (once for the same weights), and keep the best file."""
         if not self.validations.is_done_at(self.step):
-            loss = self.processes.on_main(self._validation_loss)  # one number for all, or rounding might part them
+            loss = self._validation_loss()
             is_best = self.validations.add(self.step, loss)
             tqdm.write(f"validation after step {self.step}: {loss:.5f}{', the best so far' if is_best else ''}")
             if is_best:

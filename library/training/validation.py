@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from library.data.dataset import Batch, TrainingDataset
 from library.data.loader import load_batches
 from library.errors import UserError
+from library.processes import Processes
 from library.training.options import ValidationOptions
 from library.training.randomness import seed_everything, undisturbed
 
@@ -62,10 +62,11 @@ class Validation:
     """Measures the loss on the pictures held out. `seed` decides their noise."""
 
     def __init__(
-        self, dataset: TrainingDataset, options: ValidationOptions, accelerator: Accelerator, *, seed: int,
+        self, dataset: TrainingDataset, options: ValidationOptions, device: torch.device, processes: Processes, *, seed: int,
         timesteps: list[int], num_workers: int,
     ) -> None:  # fmt: skip
-        self.dataset, self.accelerator, self.timesteps, self.num_workers = dataset, accelerator, timesteps, num_workers
+        self.dataset, self.timesteps, self.num_workers = dataset, timesteps, num_workers
+        self.device, self.processes = device, processes
         self.options = options
         self.seconds = 0.0  # spent on validating so far
         self.seed = seed if options.validation_seed is None else options.validation_seed
@@ -79,30 +80,32 @@ class Validation:
         """Whether --validate_every_n_epochs (unset: 1) asks for it."""
         return epoch % (self.options.validate_every_n_epochs or 1) == 0
 
-    @torch.no_grad()
     def loss(self, loss_at: LossAt) -> float:
-        """Mean over pictures and timesteps. Processes share the batches; no generator is left disturbed."""
+        """Mean over pictures and timesteps, the same number in all processes, which share the batches.
+
+        No generator is left disturbed.
+        """
         started = time.perf_counter()
-        device, world = self.accelerator.device, self.accelerator.num_processes
-        positions = range(self.accelerator.process_index, self.batches, world)
-        losses = [torch.zeros(0, device=device)]
-        with undisturbed(device):
-            keys = [(EPOCH, position) for position in positions]
-            for batch in load_batches(self.dataset, keys, self.num_workers, device.type == "cuda") if keys else ():
+        own = self.processes.together(lambda: self._own_losses(loss_at))
+        parts = self.processes.gather((own.sum().item(), len(own)))
+        self.seconds += time.perf_counter() - started
+        return sum(total for total, _ in parts) / sum(count for _, count in parts)
+
+    @torch.no_grad()
+    def _own_losses(self, loss_at: LossAt) -> Tensor:
+        """Losses at the batches of this process: every world-th."""
+        losses = [torch.zeros(0, device=self.device)]
+        with undisturbed(self.device):
+            keys = [(EPOCH, position) for position in self.processes.share(range(self.batches))]
+            for batch in load_batches(self.dataset, keys, self.num_workers, self.device.type == "cuda") if keys else ():
                 seed_everything(self.seed, batch.key[1])  # for what the model itself draws: latents, if they are not cached
                 losses += [self._at(loss_at, batch, timestep) for timestep in self.timesteps]
-        found = torch.cat(losses).cpu().double()
-        total = torch.stack([found.sum(), torch.tensor(float(len(found)), dtype=torch.float64)]).to(device)
-        if world > 1:
-            total = self.accelerator.reduce(total, reduction="sum")
-        self.seconds += time.perf_counter() - started
-        return (total[0] / total[1]).item()
+        return torch.cat(losses).cpu().double()
 
     def _at(self, loss_at: LossAt, batch: Batch, timestep: int) -> Tensor:
-        device = self.accelerator.device
         names = [f"{path.replace(chr(92), '/').rpartition('/')[2]}/{batch.size}" for path in batch.paths]
-        steps = torch.full((len(names),), timestep, device=device)
-        return loss_at(batch, lambda shape: fixed_noise(self.seed, names, timestep, shape).to(device), steps).float()
+        steps = torch.full((len(names),), timestep, device=self.device)
+        return loss_at(batch, lambda shape: fixed_noise(self.seed, names, timestep, shape).to(self.device), steps).float()
 
 
 @dataclass

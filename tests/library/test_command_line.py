@@ -86,6 +86,11 @@ def test_wrong_input_is_one_line_that_names_the_option(words, parts):
     assert "\n" not in str(caught.value)
 
 
+def test_trap_5_12_cpu_offload_checkpointing_is_refused_with_what_to_use():
+    with pytest.raises(UserError, match="^--cpu_offload_checkpointing is not supported: .*use --gradient_checkpointing"):
+        parse_options(["--cpu_offload_checkpointing"])
+
+
 def test_trap_5_16_options_are_not_abbreviated():
     with pytest.raises(UserError, match="network_alpha"):
         parse_options([*NEEDED, "--network_al=8"])

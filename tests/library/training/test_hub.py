@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from small_runs import picture_folder, train, use_two_blocks, words_of_a_run
 
 from library.errors import UserError
 from library.training.hub import StatePlace, Uploads, fetch_state
@@ -155,6 +156,24 @@ def test_a_state_comes_back_as_it_went(hub, tmp_path):
     assert {path.name: path.read_bytes() for path in fetched.iterdir()} == {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(UserError, match="has no folder runs/other"):
         fetch_state("me/loras/runs/other", TOKEN)
+
+
+def test_a_run_leaves_its_files_on_the_hub_and_goes_on_from_there_and_the_token_is_nowhere(hub, monkeypatch, tmp_path, capsys):
+    use_two_blocks(monkeypatch.setattr)
+    pictures, shared = picture_folder(tmp_path / "pictures", 2), ["--huggingface_repo_id=me/loras", f"--huggingface_token={TOKEN}"]
+    train(words_of_a_run(
+        pictures, tmp_path / "first", "--max_train_steps=2", "--save_state", "--save_state_to_huggingface", "--log_config",
+        f"--logging_dir={tmp_path / 'first' / 'logs'}", *shared,
+    ))  # fmt: skip
+    assert {"mine.safetensors", "mine-state/state.json"} <= set(hub.files)
+    assert hub.files["mine.safetensors"] == (tmp_path / "first" / "mine.safetensors").read_bytes()
+    assert all(token == f"Bearer {TOKEN}" for _, token in hub.calls)
+    words = ["--max_train_steps=3", "--resume=me/loras/mine-state", "--resume_from_huggingface", *shared]
+    more = train(words_of_a_run(pictures, tmp_path / "second", *words))
+    assert (more.first_step, more.step) == (2, 3)
+    written = [path for name in ("first", "second") for path in (tmp_path / name).rglob("*") if path.is_file()]
+    assert len(written) > 5 and not any(TOKEN.encode() in path.read_bytes() for path in written)
+    assert TOKEN not in "".join(capsys.readouterr())
 
 
 def test_places_of_states():

@@ -14,13 +14,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
 from library.command_line import option_names
 from library.data.config import DatasetDefaults
 from library.errors import UserError
-from library.processes import timeout
-from library.training import resume
+from library.processes import Processes, timeout
 from library.training.metadata import model_spec
 from library.training.options import TrainNetworkOptions, parse_options
 from library.training.plan import Plan, Start
@@ -48,12 +48,6 @@ OF_DATASETS = {
     "validation_split": ("validation_split", 0.25), "validation_seed": ("validation_seed", 7),
 }  # fmt: skip
 
-# Options that stand as modelspec.* in the file.
-OF_METADATA = (
-    "metadata_title", "metadata_author", "metadata_description", "metadata_license", "metadata_tags", "metadata_usage_hint",
-    "metadata_thumbnail", "metadata_merged_from", "metadata_trigger_phrase", "metadata_preprocessor", "metadata_is_negative_embedding",
-)  # fmt: skip
-
 # test file below tests/ -> test -> the options that it exercises
 BY_TEST: dict[str, dict[str, str]] = {
     "library/training/test_options_walk.py": {
@@ -63,10 +57,8 @@ BY_TEST: dict[str, dict[str, str]] = {
             "validate_every_n_steps validate_every_n_epochs max_validation_steps early_stopping_patience"
         ),
         "test_the_sampler_of_prompts_that_name_none": "sample_sampler",
-        "test_trackers": "log_with log_tracker_name log_config wandb_run_name wandb_api_key log_tracker_config huggingface_token",
-        "test_metadata_options_are_in_the_file_s_modelspec": " ".join(OF_METADATA),
+        "test_a_thumbnail_is_kept_as_a_picture": "metadata_thumbnail",
         "test_the_entry_hands_on_what_is_its_own": "console_log_level console_log_file console_log_simple from_metadata",
-        "test_a_state_on_the_hub": "resume_from_huggingface",
         "test_how_long_processes_wait": "ddp_timeout",
     },
     "library/test_command_line.py": {
@@ -132,7 +124,10 @@ BY_TEST: dict[str, dict[str, str]] = {
         "test_scale_weight_norms_bounds_every_module": "scale_weight_norms",
         "test_cached_latents_are_the_vae_s": "cache_latents",
         "test_a_loss_of_nan_can_be_skipped": "on_nonfinite_loss",
-        "test_metadata": "training_comment",
+        "test_metadata": (
+            "training_comment metadata_title metadata_author metadata_description metadata_license metadata_tags metadata_usage_hint "
+            "metadata_trigger_phrase metadata_merged_from metadata_preprocessor metadata_is_negative_embedding"
+        ),
         "test_trap_5_19_no_metadata_leaves_what_loaders_need": "no_metadata",
         "test_trap_5_20_metadata_with_a_dataset_file": "dataset_config",
         "test_sample_pictures": "sample_prompts sample_every_n_epochs sample_at_first",
@@ -148,12 +143,17 @@ BY_TEST: dict[str, dict[str, str]] = {
         "test_trap_3_3_the_batches_of_a_step_share_one_draw": "network_module",
         "test_wrong_words_name_the_option": "network_dropout network_args",
     },
+    "library/training/test_trackers.py": {
+        "test_a_run_tells_wandb_its_settings": "log_with log_tracker_name wandb_run_name wandb_api_key log_tracker_config",
+        "test_a_run_tells_tensorboard_its_settings": "log_config",
+    },
     "library/training/test_hub.py": {
+        "test_a_run_leaves_its_files_on_the_hub_and_goes_on_from_there_and_the_token_is_nowhere": (
+            "huggingface_token resume_from_huggingface save_state_to_huggingface huggingface_repo_id"
+        ),
         "test_a_file_goes_into_its_folder_of_a_private_repository": "huggingface_path_in_repo",
         "test_public_and_without_a_folder": "huggingface_repo_type huggingface_repo_visibility",
-        "test_nothing_happens_without_a_repository_or_on_another_process": "huggingface_repo_id",
         "test_in_the_background_all_arrive_before_the_end_and_before_a_removal": "async_upload",
-        "test_a_state_comes_back_as_it_went": "save_state_to_huggingface",
     },
     "library/training/test_ema.py": {"test_training_finds_its_weights_as_they_were_to_the_bit": "ema_decay"},
     "library/training/test_resume.py": {
@@ -228,7 +228,7 @@ def test_where_a_run_begins():
 def test_when_to_validate_and_when_to_stop():
     chosen = options("--validate_every_n_steps=4", "--validate_every_n_epochs=2", "--max_validation_steps=3", "--early_stopping_patience=1")
     dataset = SimpleNamespace(num_batches=9)
-    validation = Validation(dataset, chosen.validation, SimpleNamespace(), seed=1, timesteps=[], num_workers=0)
+    validation = Validation(dataset, chosen.validation, torch.device("cpu"), Processes(), seed=1, timesteps=[], num_workers=0)
     assert [validation.due_after_step(step) for step in (3, 4, 8)] == [False, True, True]
     assert [validation.due_after_epoch(epoch) for epoch in (1, 2)] == [False, True]
     assert validation.batches == 3
@@ -248,25 +248,16 @@ def test_the_sampler_of_prompts_that_name_none(tmp_path):
     assert [(spec.sampler, spec.width, spec.height) for spec in specs] == [("euler_a", 64, 96), ("ddim", 64, 96)]
 
 
-def test_trackers(tmp_path):
+def test_a_tracker_that_needs_a_folder_says_so():
     with pytest.raises(UserError, match="--log_with tensorboard needs --logging_dir"):
         options("--log_with=tensorboard")
-    words = ["--log_tracker_name=a", "--log_config", "--wandb_run_name=b", "--wandb_api_key=c", "--log_tracker_config=d"]
-    logs = options("--log_with=wandb", f"--logging_dir={tmp_path}", *words).logs
-    assert (logs.log_tracker_name, logs.log_config, logs.wandb_run_name, logs.wandb_api_key, logs.log_tracker_config) == ("a", True, "b", "c", "d")
-    assert options("--huggingface_token=e").hub.huggingface_token == "e"
 
 
-@pytest.mark.parametrize("option", OF_METADATA)
-def test_metadata_options_are_in_the_file_s_modelspec(option, tmp_path):
-    value = "some words"
-    if option == "metadata_thumbnail":
-        value = str(tmp_path / "a.png")
-        Image.new("RGB", (8, 8)).save(value)
+def test_a_thumbnail_is_kept_as_a_picture(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     datasets = [SimpleNamespace(config=SimpleNamespace(resolution=(64, 64)))]
-    plain, given = (model_spec(options(*words), datasets) for words in ([], [f"--{option}={value}"]))
-    key = "modelspec." + option.removeprefix("metadata_")
-    assert plain.get(key) != given[key] and (given[key] == value or given[key].startswith("data:image"))
+    found = model_spec(options(f"--metadata_thumbnail={tmp_path / 'a.png'}"), datasets)
+    assert found["modelspec.thumbnail"].startswith("data:image/png;base64,iVBOR")
 
 
 def test_the_entry_hands_on_what_is_its_own(monkeypatch):
@@ -281,18 +272,6 @@ def test_the_entry_hands_on_what_is_its_own(monkeypatch):
         monkeypatch.setattr("sys.argv", ["train_network.py", *NEEDED, *more])
         assert train_network.main() == 0
     assert calls == [("ERROR", "x.log", True), ("x.safetensors",)]
-
-
-def test_a_state_on_the_hub(monkeypatch):
-    class Asked(Exception):
-        pass
-
-    def fetch(text, token):
-        raise Asked(text)
-
-    monkeypatch.setattr(resume, "fetch_state", fetch)
-    with pytest.raises(Asked, match="me/repo/state"):
-        resume.open_state(options("--resume=me/repo/state", "--resume_from_huggingface"))
 
 
 def test_how_long_processes_wait():

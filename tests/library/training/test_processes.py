@@ -32,6 +32,7 @@ def documented_command() -> tuple[list[str], list[str]]:
 
 
 COMMON = ["--max_train_epochs=2", "--train_batch_size=2", "--flip_aug", "--shuffle_caption", "--network_dim=2", "--noise_offset=0.1"]
+VALIDATED = ["--train_batch_size=1", "--max_train_steps=2", "--validation_split=0.4", "--validate_every_n_steps=1", "--network_dim=2"]
 WARM = ["--lr_scheduler=constant_with_warmup", "--lr_warmup_steps=3", "--network_args", "rank_dropout=0.2", "module_dropout=0.2"]
 
 
@@ -85,6 +86,7 @@ def outcomes(place, base_model):
                 place, base_model, "cached", *COMMON, "--cache_latents", "--network_train_unet_only", f"--sample_prompts={place / 'prompts.txt'}",
                 "--sample_at_first", "--save_every_n_epochs=1", "--logging_dir", str(place / "logs"),
             ),
+            "validated": words(place, base_model, "validated", *VALIDATED),
             "broken": words(place, base_model, "broken", *COMMON, data="bad"),
             "stopped": words(place, base_model, "stopped", "--max_train_steps=50", "--interrupt_at=1,2"),
             "wrong": words(place, base_model, "wrong", "--network_args", "conv_dm=4"),
@@ -146,6 +148,15 @@ def test_a_state_saved_by_two_processes_goes_on_in_two_bit_for_bit(outcomes, pla
     whole, resumed = (tensors(place / name / "mine.safetensors") for name in ("same", "resumed"))
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
     assert outcomes["resumed"][1].losses == outcomes["same"][0].losses
+
+
+def test_validation_is_shared_out_and_measures_the_same(outcomes, alone, place):
+    assert [outcome.code for outcome in outcomes["validated"]] == [0, 0], outcomes["validated"]
+    found = re.findall(r"^validation after step (\d+): ([\d.]+)", outcomes["validated"][0].printed, re.MULTILINE)
+    wanted = alone("validated-alone", *VALIDATED).validations.history
+    assert [int(step) for step, _ in found] == [step for step, _ in wanted] == [1, 2]
+    assert [float(loss) for _, loss in found] == pytest.approx([loss for _, loss in wanted], abs=2e-5)
+    assert (place / "validated" / "mine-best.safetensors").is_file()
 
 
 def test_files_are_written_once_and_by_one_process(outcomes, place):

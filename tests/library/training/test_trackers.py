@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 from accelerate.state import PartialState
 from PIL import Image
+from small_runs import picture_folder, train, use_two_blocks, words_of_a_run
 
 from library.errors import UserError
 from library.training.from_metadata import split_outside_brackets
@@ -75,6 +76,29 @@ def test_logged_options_hold_no_path_and_no_secret():
     ])  # fmt: skip
     logged = logged_options(options, all_defaults())
     assert logged == {"learning_rate": 1e-3, "network_module": "networks.lora", "keep_tokens": 2}
+
+
+def test_a_run_tells_wandb_its_settings(wandb, monkeypatch, tmp_path):
+    use_two_blocks(monkeypatch.setattr)
+    (tmp_path / "t.toml").write_text('[wandb]\ntags = ["cat"]\n', encoding="utf-8")
+    train(words_of_a_run(
+        picture_folder(tmp_path / "pictures", 1), tmp_path / "out", "--max_train_steps=2", "--log_with=wandb", "--log_tracker_name=cats",
+        "--wandb_run_name=mine", "--wandb_api_key=k", f"--log_tracker_config={tmp_path / 't.toml'}", "--log_config",
+    ))  # fmt: skip
+    key, start, config, *values = wandb
+    assert (key, start) == ("k", {"project": "cats", "name": "mine", "tags": ["cat"]})
+    assert config["learning_rate"] == 1e-3 and "k" not in config.values() and str(tmp_path) not in str(config)
+    assert any("loss/current" in value[0] for value in values if isinstance(value, tuple)) and values[-1] == "finished"
+
+
+def test_a_run_tells_tensorboard_its_settings(monkeypatch, tmp_path):
+    use_two_blocks(monkeypatch.setattr)
+    pictures = picture_folder(tmp_path / "pictures", 1)
+    for name, more in (("with", ["--log_config"]), ("without", [])):
+        words = ["--max_train_steps=1", f"--logging_dir={tmp_path / name}", "--log_with=tensorboard", "--log_tracker_name=cats"]
+        train(words_of_a_run(pictures, tmp_path / "out", *words, *more))
+        (folder,) = (tmp_path / name).glob("*/cats")
+        assert list(folder.glob("events*")) and [path.read_text().count("learning_rate: 0.001") for path in folder.rglob("*.yml")] == [1] * len(more)
 
 
 def test_the_grid_has_a_row_a_prompt_and_a_column_a_moment(tmp_path):

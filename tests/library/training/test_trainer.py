@@ -451,10 +451,19 @@ def test_prior_loss_weight_is_for_regularisation_pictures_only(run, monkeypatch,
 
 # ---------------------------------------------------------------- metadata, previews, logs
 
+OF_METADATA = [
+    "metadata_title", "metadata_author", "metadata_description", "metadata_license", "metadata_tags", "metadata_usage_hint",
+    "metadata_trigger_phrase", "metadata_merged_from", "metadata_preprocessor", "metadata_is_negative_embedding",
+]  # fmt: skip
+
 
 def test_metadata(run, base_model, pictures):
-    result = run("--max_train_steps=1", "--network_args", "conv_dim=2", "--training_comment=hello", "--optimizer_args", "weight_decay=0.1")
+    result = run(
+        "--max_train_steps=1", "--network_args", "conv_dim=2", "--training_comment=hello", "--optimizer_args", "weight_decay=0.1",
+        *(f"--{option}=my {option}" for option in OF_METADATA),
+    )  # fmt: skip
     meta = result.metadata()
+    assert all(meta["modelspec." + option.removeprefix("metadata_")] == f"my {option}" for option in OF_METADATA)
     assert meta["ss_network_module"] == "networks.lora" and meta["ss_training_comment"] == "hello"
     assert meta["ss_network_dim"] == "4", "trap 2.11: not None"
     assert json.loads(meta["ss_network_args"]) == {"conv_dim": "2"}

@@ -83,7 +83,7 @@ def one_run(main, words: list[str], printed: Path) -> dict:
         undo()
         sys.stdout.flush()
     return {
-        "code": code, "error": error, "printed": printed.read_text(encoding="utf-8")[start:],
+        "code": code, "error": error, "printed": printed.read_bytes()[start:].decode(),
         "losses": made[0].losses.values if made else [], "rates": made[0].schedule.get_last_lr() if made else [],
     }  # fmt: skip
 
