@@ -11,6 +11,7 @@ from typing import Any
 
 from library.errors import UserError
 from library.files import read_safetensors_header
+from library.training.schedules import SCHEDULES
 
 # Key of the metadata -> option. Options that stand at their default are left out; `None` says that none was given.
 KEYS = {
@@ -19,7 +20,7 @@ KEYS = {
     "ss_learning_rate": "learning_rate", "ss_unet_lr": "unet_lr", "ss_text_encoder_lr": "text_encoder_lr",
     "ss_max_train_steps": "max_train_steps", "ss_gradient_accumulation_steps": "gradient_accumulation_steps",
     "ss_gradient_checkpointing": "gradient_checkpointing", "ss_lr_scheduler": "lr_scheduler", "ss_lr_warmup_steps": "lr_warmup_steps",
-    "ss_max_grad_norm": "max_grad_norm", "ss_mixed_precision": "mixed_precision", "ss_full_fp16": "full_fp16", "ss_full_bf16": "full_bf16",
+    "ss_max_grad_norm": "max_grad_norm", "ss_mixed_precision": "mixed_precision", "ss_full_fp16": "full_fp16",
     "ss_fp8_base": "fp8_base", "ss_fp8_base_unet": "fp8_base_unet", "ss_v2": "v2", "ss_clip_skip": "clip_skip",
     "ss_max_token_length": "max_token_length", "ss_cache_latents": "cache_latents", "ss_seed": "seed", "ss_lowram": "lowram",
     "ss_noise_offset": "noise_offset", "ss_noise_offset_random_strength": "noise_offset_random_strength",
@@ -48,8 +49,8 @@ SUBSET_KEYS = {
 }  # fmt: skip
 NO_MODEL = "the model's folder is not recorded"
 UNKNOWN = (
-    "not recorded, and at their defaults here: what is saved and drawn on the way, loaders' processes, xformers, paths of folders, "
-    "caption_extension"
+    "not recorded, and at their defaults here: what is saved and drawn on the way, loaders' processes, and files and folders that were "
+    "given (network_weights, base_weights, masks)"
 )
 
 
@@ -90,6 +91,8 @@ def recorded_options(metadata: Mapping[str, str], defaults: Mapping[str, Any]) -
     for key, option in KEYS.items():
         if option in defaults and key in metadata and metadata[key] != str(defaults[option]):
             found[option] = True if metadata[key] == "True" else metadata[key]
+    found |= own_schedule(metadata)
+    found |= {name: value for name, value in json.loads(metadata.get("ss_other_options", "{}")).items() if name in defaults}
     title = metadata.get("modelspec.title")
     if title and title != metadata.get("ss_output_name"):
         found["metadata_title"] = title
@@ -99,6 +102,14 @@ def recorded_options(metadata: Mapping[str, str], defaults: Mapping[str, Any]) -
     if network_args:
         found["network_args"] = [f"{key}={value}" for key, value in network_args.items() if value is not None]
     return found | optimizer_words(metadata.get("ss_optimizer", ""))
+
+
+def own_schedule(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """A schedule that is no name: a class goes by --lr_scheduler_type; AdaFactor's own needs no option but its first rate."""
+    name = metadata.get("ss_lr_scheduler", "constant")
+    if name.startswith("adafactor:"):
+        return {"lr_scheduler": "constant", "learning_rate": name.partition(":")[2]}
+    return {} if name in SCHEDULES else {"lr_scheduler": "constant", "lr_scheduler_type": name}
 
 
 def optimizer_words(described: str) -> dict[str, Any]:
@@ -149,7 +160,7 @@ def as_words(options: Mapping[str, Any]) -> list[str]:
         if value is True:
             words.append(f"--{name}")
         elif isinstance(value, list):
-            words += [f"--{name}", *map(shlex.quote, value)]
+            words += [f"--{name}", *(shlex.quote(str(word)) for word in value)]
         else:
             words.append(shlex.quote(f"--{name}={value}"))
     return words

@@ -20,14 +20,25 @@ from typing import Any
 from library.data.facts import DatasetFacts, SubsetFacts
 from library.errors import UserError
 from library.files import legacy_hash_of_file, sha256_of_file
+from library.training.from_metadata import KEYS
 from library.training.network import TrainedNetwork, parse_network_args
-from library.training.options import LossOptions, ModelOptions, NetworkOptions, TrainNetworkOptions
+from library.training.options import LossOptions, ModelOptions, NetworkOptions, TrainNetworkOptions, all_defaults
+from library.training.trackers import is_private
 
 # What loaders need to use a file; all that --no_metadata leaves.
 MINIMUM = ("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args", "ss_v2", "ss_base_model_version")
 
 IDENTITY = ("ss_session_id", "ss_training_started_at", "modelspec.date")
 
+
+# Groups of options that decide what a file holds, and those of their options that stand in it in another form.
+DECISIVE = ("model", "data", "captions", "augmentation", "network", "optimizer", "training", "loss", "precision", "validation")
+OTHERWISE_RECORDED = (
+    "pretrained_model_name_or_path", "vae", "v_parameterization", "network_args", "optimizer_type", "optimizer_args", "use_8bit_adam",
+    "use_lion_optimizer", "max_train_epochs", "lr_scheduler_type", "train_batch_size", "resolution", "enable_bucket", "min_bucket_reso",
+    "max_bucket_reso", "bucket_no_upscale", "dataset_repeats", "flip_aug", "color_aug", "random_crop", "shuffle_caption", "keep_tokens",
+    "cache_latents_to_disk", "debug_dataset", "max_data_loader_n_workers", "persistent_data_loader_workers",
+)  # fmt: skip
 
 # modelspec.* keys that are what the option --metadata_* of that name says.
 TEXTS = (
@@ -130,7 +141,23 @@ def run_facts(
     }
     if network.network_args:
         facts["ss_network_args"] = parse_network_args(network.network_args)
+    other = other_options(options)
+    if other:
+        facts["ss_other_options"] = other
     return facts | data_facts(options, datasets, processes) | model_spec(options, datasets)
+
+
+def other_options(options: TrainNetworkOptions) -> dict[str, Any]:
+    """What else was given and decides what the file holds, for --from_metadata: a key of ours, since sd-scripts has none for these.
+
+    Paths and secrets are left out.
+    """
+    defaults, known = all_defaults(), {*KEYS.values(), *OTHERWISE_RECORDED}
+    values = {name: value for group in DECISIVE for name, value in getattr(options, group).model_dump(mode="json").items()}
+    return {
+        name: value for name, value in values.items()
+        if value != defaults[name] and name not in known and not is_private(name, value)
+    }  # fmt: skip
 
 
 def loss_facts(loss: LossOptions) -> dict[str, Any]:

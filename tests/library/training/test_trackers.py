@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,10 +8,12 @@ from types import SimpleNamespace
 import pytest
 from accelerate.state import PartialState
 from PIL import Image
+from safetensors import safe_open
 from small_runs import picture_folder, train, use_two_blocks, words_of_a_run
 
 from library.errors import UserError
-from library.training.from_metadata import split_outside_brackets
+from library.training.from_metadata import KEYS, print_from_metadata, split_outside_brackets
+from library.training.metadata import other_options
 from library.training.options import LogOptions, all_defaults, parse_options
 from library.training.sample_grid import write_sample_grid
 from library.training.trackers import Tracker, logged_options
@@ -109,6 +112,39 @@ def test_the_grid_has_a_row_a_prompt_and_a_column_a_moment(tmp_path):
     width, height = Image.open(tmp_path / "grid.png").size
     assert width > 3 * 256 and 2 * 256 < height < 3 * 256 + 100
     assert not write_sample_grid(Path(tmp_path / "none"), "mine", [], tmp_path / "no.png") and not (tmp_path / "no.png").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--network_train_unet_only --lr_scheduler=cosine_with_min_lr --lr_scheduler_min_lr_ratio=0.1 --min_timestep=100 --ema_decay=0.9",
+        "--lr_scheduler_type=StepLR --lr_scheduler_args step_size=2 gamma=0.5 --text_encoder_lr=1e-4 --caption_prefix=cat",
+        "--optimizer_type=AdaFactor --weighted_captions --v_pred_like_loss=0.1 --network_args conv_dim=2",
+    ],
+    ids=["min_lr", "class", "AdaFactor"],
+)
+def test_the_command_from_the_metadata_is_accepted_and_says_the_same(words, monkeypatch, tmp_path, capsys):
+    use_two_blocks(monkeypatch.setattr)
+    words = words_of_a_run(picture_folder(tmp_path / "10_cat", 1), tmp_path / "out", "--max_train_steps=1", *words.split())
+    train(words)
+    capsys.readouterr()
+    print_from_metadata(str(tmp_path / "out" / "mine.safetensors"), all_defaults())
+    with safe_open(tmp_path / "out" / "mine.safetensors", "pt") as file:
+        assert {key for key in KEYS if key.startswith("ss_")} <= file.metadata().keys(), "else an option has no key at all"
+    command = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("accelerate"))
+    again, given = parse_options(shlex.split(command)[5:]), parse_options(words)
+    for group in ("network", "optimizer", "loss", "precision", "validation", "training"):
+        then, now = getattr(given, group), getattr(again, group)
+        assert then.model_copy(update={"optimizer_type": ""}) == now.model_copy(update={"optimizer_type": ""})
+    assert again.captions == given.captions
+
+
+def test_options_without_a_key_of_their_own_are_recorded_without_paths():
+    options = parse_options([
+        "--pretrained_model_name_or_path=/secret/m.safetensors", "--train_data_dir=d", "--output_dir=o", "--network_module=networks.lora",
+        "--mixed_precision=bf16", "--full_bf16", "--network_weights=/secret/l.safetensors", "--huggingface_token=hf_x", "--lr_scheduler_power=2",
+    ])  # fmt: skip
+    assert other_options(options) == {"full_bf16": True, "lr_scheduler_power": 2.0}
 
 
 def test_arguments_of_an_optimizer_are_told_apart():
