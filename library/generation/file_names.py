@@ -29,17 +29,18 @@ class FileNames:
         found = (_SEQUENTIAL.fullmatch(path.name) for path in self.folder.iterdir())
         return max((int(match.group(1)) for match in found if match), default=0) + 1
 
-    def candidates(self, stage: int, seed: int, source: Path | None) -> Iterator[Path]:
-        """Names for a picture; the numbers of both its stages are the same."""
+    def take_number(self) -> int:
+        """The number of the next picture, for both its stages."""
+        self._next += 1
+        return self._next - 1
+
+    def candidates(self, number: int, stage: int, seed: int, source: Path | None) -> Iterator[Path]:
+        """Names for the picture of this number."""
         mark = str(stage) if self.stages else ""
         if self.original and source is not None:
             stems = (source.stem + ("" if not copy else f"_{copy:03d}") for copy in count())
             return (self.folder / f"{stem}{'_0' if mark == '0' else ''}.png" for stem in stems)
         if self.sequential:
-            return (self.folder / f"im_{mark}{number:06d}.png" for number in count(self._next))
-        stem = f"im_{time.strftime('%Y%m%d%H%M%S')}_{mark}{self._next:03d}_{seed}"
+            return (self.folder / f"im_{mark}{number:06d}.png" for number in count(number))
+        stem = f"im_{time.strftime('%Y%m%d%H%M%S')}_{mark}{number:03d}_{seed}"
         return (self.folder / f"{stem}{'' if not copy else f'_{copy}'}.png" for copy in count())
-
-    def advance(self) -> None:
-        """The picture is done with, its final stage too."""
-        self._next += 1

@@ -110,7 +110,7 @@ class HighresOptions(OptionGroup):
     )
     highres_fix_save_1st: bool = Field(False, description="save the pictures of the first stage too")
     highres_fix_latents_upscaling: bool = Field(False, description="enlarge latents instead of pixels")
-    highres_fix_upscaler: str | None = Field(None, description="module that enlarges, such as tools.latent_upscaler")
+    highres_fix_upscaler: str | None = Field(None, description="module of yours that enlarges")
     highres_fix_upscaler_args: str | None = Field(None, description='"key=value;key=value" for that module')
 
 
@@ -221,7 +221,9 @@ def _network_rules(network: NetworkOptions) -> list[tuple[Any, str]]:
         given = len(getattr(network, name) or ())
         surplus = f"--{name} has {given} values for {files} files of --network_weights; leave the surplus out"
         rules.append((given > files, surplus))
-    names = ("network_module", "network_show_meta", "network_merge", "network_pre_calc", "network_regional_mask_max_color_codes")
+    rules.append((network.network_pre_calc and not (files or network.lora_dir),
+                  "--network_pre_calc needs --network_weights or --lora_dir"))  # fmt: skip
+    names = ("network_module", "network_show_meta", "network_merge", "network_regional_mask_max_color_codes")
     rules += [(getattr(network, name) and not files, f"--{name} needs --network_weights") for name in names]
     return rules
 
@@ -229,6 +231,8 @@ def _network_rules(network: NetworkOptions) -> list[tuple[Any, str]]:
 def _highres_rules(highres: HighresOptions, source: SourceOptions) -> list[tuple[Any, str]]:
     names = ("highres_fix_save_1st", "highres_fix_latents_upscaling", "highres_fix_upscaler")
     rules = [(getattr(highres, name) and not highres.highres_fix_scale, f"--{name} needs --highres_fix_scale") for name in names]
+    if "highres_fix_steps" in highres.model_fields_set:
+        rules.append((not highres.highres_fix_scale, "--highres_fix_steps needs --highres_fix_scale"))
     first_strength = highres.highres_fix_strength is not None
     return [
         *rules,

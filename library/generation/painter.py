@@ -188,10 +188,10 @@ class Painter:
                 picture = to_picture(pixels)
                 canvas.picture = picture if canvas.mask is None else composite(picture, canvas.source, canvas.mask)
             else:
-                canvas.error = UserError(
-                    f"{_name(canvas)} gave a black picture: the VAE overflows in {weight.dtype}; keep it in float32 "
-                    "(--no_half_vae) or give another --vae"
-                )
+                reason = f"overflows in {weight.dtype}; keep it in float32 (--no_half_vae) or give another --vae"
+                if weight.dtype == torch.float32:
+                    reason = "overflows or holds broken weights; give another --vae, or check the model"
+                canvas.error = UserError(f"{_name(canvas)} gave a black picture: the VAE {reason}")
 
 
 def to_picture(pixels: Tensor) -> Image.Image:

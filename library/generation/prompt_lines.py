@@ -69,6 +69,13 @@ def _share(text: str) -> float:
     return share
 
 
+def _ratio(text: str) -> float:
+    ratio = read_number(text)
+    if not 0 < ratio <= 1:
+        raise ValueError("a number above 0 and at most 1")
+    return ratio
+
+
 def _number_or_none(text: str) -> float | None:
     return None if text.lower() == "none" else read_number(text)
 
@@ -107,7 +114,7 @@ _OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "dst1": ("shrink.timestep_1", read_integer),
     "dsd2": ("shrink.depth_2", _depth),
     "dst2": ("shrink.timestep_2", read_integer),
-    "dsr": ("shrink.ratio", read_number),
+    "dsr": ("shrink.ratio", _ratio),
 }
 INLINE_OPTIONS = tuple(_OPTIONS)
 

@@ -33,13 +33,17 @@ BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} [{elapsed}<{remaining},
 HISTORY = ".prompt_history"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Task:
-    """A picture to draw: its spec, the request that it comes from and its place in the sheet, if there is one."""
+    """A picture to draw: its spec, the request that it comes from and its place in the sheet, if there is one.
+
+    number: in the name of its file, from its first stage on.
+    """
 
     spec: PromptSpec
     request: Request
     cell: tuple[int, int] | None = None
+    number: int | None = None
 
 
 def run(options: GenerateOptions) -> int:
@@ -77,6 +81,7 @@ class Session:
         columns = columns_of(network.network_weights or [], network.network_mul or [], options.output.sheet_strengths)
         self.comparison = Comparison(columns) if options.output.sheet else None
         self.finished = self.failed = self.wanted = 0
+        self.skipped = len(planner.problems)
         self.seconds = 0.0
         self.interrupted = False
 
@@ -99,7 +104,7 @@ class Session:
         self.sum_up(sheet)
         if self.interrupted:
             return 130
-        return 1 if self.failed or self.planner.problems else 0
+        return 1 if self.failed or self.skipped else 0
 
     def tasks(self, requests: list[Request]) -> list[Task]:
         """The requests as pictures; one whose source picture cannot be read has failed."""
@@ -138,12 +143,13 @@ class Session:
         def text() -> dict[str, str]:
             return text_fields(spec, task.request.raw, self.facts.result(), with_hashes(used), stage, first_size)
 
-        names = self.names.candidates(made.stage, spec.seed, task.request.source)
+        if task.number is None:
+            task.number = self.names.take_number()
+        names = self.names.candidates(task.number, made.stage, spec.seed, task.request.source)
         then = (lambda path: self.tell(str(path))) if self.options.prompts.interactive else None
         self.album.add(made.picture, names, text, then)
         if made.stage == 0:
             return []
-        self.names.advance()
         pending.remove(task)
         self.finished += 1
         if self.comparison is not None:
@@ -174,6 +180,7 @@ class Session:
 
     def converse(self) -> None:
         """Ask for prompts until there are no more; a wrong one is named and asked for again."""
+        self.planner.problems.clear()  # those of the list were told
         for number, line in enumerate(ask_for_prompts(self.folder / HISTORY), start=1):
             requests = self.planner.plan([RawPrompt(line, f"prompt {number}")])
             self.tell(*self.planner.problems.values(), *self.planner.notes)
@@ -203,8 +210,8 @@ class Session:
         print(f"{begin}{self.finished} of {self.wanted} pictures saved in {self.folder}{speed}")
         if self.failed:
             print(f"{self.failed} failed; the reasons are above")
-        if self.planner.problems:
-            print(f"{len(self.planner.problems)} line(s) of prompts skipped; the reasons are above")
+        if self.skipped:
+            print(f"{self.skipped} line(s) of prompts skipped; the reasons are above")
         if sheet is not None:
             print(f"sheet: {sheet}")
 

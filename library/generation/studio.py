@@ -24,7 +24,7 @@ from library.generation.prompts import PromptSpec
 from library.generation.regional import Regions
 from library.generation.vae_slices import slice_vae
 from library.sd.model import StableDiffusion
-from library.sd.text import CHUNK
+from library.sd.text import CHUNK, inner_text_model
 
 DEFAULT_NETWORK_MODULE = "networks.lora"
 
@@ -119,6 +119,9 @@ def _load(options: GenerateOptions) -> StableDiffusion:
         dtype=torch.float16 if speed.fp16 else torch.bfloat16 if speed.bf16 else torch.float32, no_half_vae=speed.no_half_vae,
         xformers=speed.xformers or speed.diffusers_xformers, channels_last=speed.opt_channels_last, vae_tiling=speed.vae_tiling,
     )  # fmt: skip
+    layers = len(inner_text_model(model.text_encoder).encoder.layers)
+    if (chosen.clip_skip or 1) > layers:
+        raise UserError(f"--clip_skip {chosen.clip_skip}: the model's text encoder has {layers} layers; give 1 to {layers}")
     if speed.vae_slices:
         slice_vae(model.vae, speed.vae_slices)
     if chosen.textual_inversion_embeddings:

@@ -26,7 +26,7 @@ COMPANIONS = {
     "highres_fix_strength": ["--highres_fix_scale=0.5", "--image_path=p"],
     "highres_fix_upscaler_args": ["--highres_fix_scale=0.5", "--highres_fix_upscaler=m"],
     **{name: ["--network_weights", "a"] for name in FIELDS if name.startswith("network_")},
-    **{f"highres_fix_{name}": ["--highres_fix_scale=0.5"] for name in ("save_1st", "latents_upscaling", "upscaler")},
+    **{f"highres_fix_{name}": ["--highres_fix_scale=0.5"] for name in ("steps", "save_1st", "latents_upscaling", "upscaler")},
 }  # fmt: skip
 COMPANIONS["network_weights"] = []
 COMPANIONS["network_regional_mask_max_color_codes"] = ["--network_weights", "a", "--mask_path=m"]
@@ -108,6 +108,8 @@ def test_unknown_options_name_the_nearest_one():
         ([*NEEDED, "--sheet_strengths", "1"], "--sheet_strengths needs --sheet; --sheet_strengths needs --network_weights"),
         ([*NEEDED, "--sheet", "--n_iter=2"], "--sheet draws the list once"),
         ([*NEEDED, "--sheet", "--network_weights", "a", "--network_merge"], "--sheet compares networks one by one"),
+        ([*NEEDED, "--network_pre_calc"], "--network_pre_calc needs --network_weights or --lora_dir"),
+        ([*NEEDED, "--highres_fix_steps=20"], "--highres_fix_steps needs --highres_fix_scale"),
         ([*NEEDED, "--highres_fix_save_1st"], "--highres_fix_save_1st needs --highres_fix_scale"),
     ],
 )

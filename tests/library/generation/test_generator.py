@@ -198,7 +198,11 @@ def test_a_vae_that_overflows_is_named(model):
     with torch.no_grad():
         broken.vae.decoder.conv_out.bias.fill_(float("inf"))
         broken.vae.decoder.conv_out.weight.fill_(float("nan"))
-    with pytest.raises(UserError, match="black picture.*VAE.*--vae"):
+    with pytest.raises(UserError, match="black picture.*VAE.*--vae") as error:
+        list(generate(broken, [replace(CAT, steps=1)]))
+    assert "no_half_vae" not in str(error.value)  # it is in float32 already
+    broken.vae.to(torch.bfloat16)
+    with pytest.raises(UserError, match="black picture.*VAE overflows in torch.bfloat16.*--no_half_vae"):
         list(generate(broken, [replace(CAT, steps=1)]))
 
 

@@ -62,6 +62,7 @@ def test_trap_6_12_deep_shrink_holds_for_its_own_line_alone():
         ("a cat --am 1,2,3,4", r"column 7: option --am has 4 strengths for 3 network\(s\)"),
         ("a cat --ss eular", r"column 7: option --ss: unknown sampler 'eular'; did you mean 'euler'\?"),
         ("a cat --dsd1 4", r"option --dsd1 '4' is not a depth from 0 to 3"),
+        ("a cat --dsr 5", r"column 7: option --dsr '5' is not a number above 0 and at most 1"),
     ],
 )
 def test_what_is_not_understood_is_named_with_its_column(line, message):

@@ -34,32 +34,31 @@ def first(names) -> str:
 
 def test_names_tell_time_number_and_seed(tmp_path):
     names = FileNames(tmp_path)
-    assert re.fullmatch(r"im_\d{14}_000_7\.png", first(names.candidates(1, 7, None)))
-    names.advance()
-    assert re.fullmatch(r"im_\d{14}_001_8\.png", first(names.candidates(1, 8, None)))
-    assert re.fullmatch(r"im_\d{14}_001_8_2\.png", list(islice(names.candidates(1, 8, None), 3))[2].name)
+    assert [names.take_number(), names.take_number()] == [0, 1]
+    assert re.fullmatch(r"im_\d{14}_000_7\.png", first(names.candidates(0, 1, 7, None)))
+    assert re.fullmatch(r"im_\d{14}_001_8\.png", first(names.candidates(1, 1, 8, None)))
+    assert re.fullmatch(r"im_\d{14}_001_8_2\.png", list(islice(names.candidates(1, 1, 8, None), 3))[2].name)
 
 
 def test_trap_6_11_sequential_names_go_on_after_those_in_the_folder(tmp_path):
     for name in ("im_000002.png", "im_000007.png", "im_x.png", "other.png"):
         (tmp_path / name).touch()
     names = FileNames(tmp_path, sequential=True)
-    assert first(names.candidates(1, 5, None)) == "im_000008.png"
-    names.advance()
-    assert first(names.candidates(1, 5, None)) == "im_000009.png"
-    assert first(FileNames(tmp_path / "new", sequential=True).candidates(1, 5, None)) == "im_000001.png"
+    assert [names.take_number(), names.take_number()] == [8, 9]
+    assert first(names.candidates(8, 1, 5, None)) == "im_000008.png"
+    assert FileNames(tmp_path / "new", sequential=True).take_number() == 1
 
 
 def test_two_stages_have_a_mark_each_and_one_number(tmp_path):
     names = FileNames(tmp_path, sequential=True, stages=True)
-    assert [first(names.candidates(stage, 5, None)) for stage in (0, 1)] == ["im_0000001.png", "im_1000001.png"]
+    assert [first(names.candidates(1, stage, 5, None)) for stage in (0, 1)] == ["im_0000001.png", "im_1000001.png"]
     (tmp_path / "im_1000012.png").touch()
-    assert first(FileNames(tmp_path, sequential=True, stages=True).candidates(1, 5, None)) == "im_1000013.png"
-    assert re.fullmatch(r"im_\d{14}_0000_5\.png", first(FileNames(tmp_path, stages=True).candidates(0, 5, None)))
+    assert FileNames(tmp_path, sequential=True, stages=True).take_number() == 13
+    assert re.fullmatch(r"im_\d{14}_0000_5\.png", first(FileNames(tmp_path, stages=True).candidates(0, 0, 5, None)))
 
 
 def test_original_names(tmp_path):
-    names = FileNames(tmp_path, original=True).candidates(1, 5, Path("photos/cat.jpg"))
+    names = FileNames(tmp_path, original=True).candidates(0, 1, 5, Path("photos/cat.jpg"))
     assert [path.name for path in islice(names, 3)] == ["cat.png", "cat_001.png", "cat_002.png"]
 
 

@@ -80,6 +80,14 @@ def test_trap_6_5_both_stages_of_highres_fix_record_the_seed_that_draws_them(dra
     assert len(latents.files) == 2 and latents.pixels()[0] == made.pixels()[0] != latents.pixels()[1]
 
 
+def test_both_stages_of_a_picture_have_one_number_in_a_batch_too(draw):
+    words = ("--prompt=a", "--W=128", "--H=128", "--highres_fix_scale=0.5", "--highres_fix_steps=1", "--highres_fix_save_1st")
+    made = draw(*words, "--steps=1", "--seed=5,6", "--images_per_prompt=2", "--batch_size=2")
+    assert [path.name.split("_")[2:] for path in made.files] == [
+        ["0000", "5.png"], ["0001", "6.png"], ["1000", "5.png"], ["1001", "6.png"],
+    ]  # fmt: skip
+
+
 def test_trap_6_11_sequential_names_go_on_over_iterations_and_runs(draw, tmp_path):
     words = ("--prompt=a", "--sequential_file_name", "--n_iter=2", "--steps=1", f"--outdir={tmp_path / 'same'}")
     first = draw(*words)
@@ -236,6 +244,15 @@ def test_trap_6_11_prompts_of_a_list_are_drawn_before_others_are_asked_for(draw,
     assert len(shown) == 1 and len(made.files) == 3
 
 
+def test_a_wrong_line_of_the_list_is_told_once_and_counts_in_an_interactive_run_too(draw, monkeypatch, capsys):
+    answers = iter(["c", "d"])
+    monkeypatch.setattr(builtins, "input", lambda prompt: next(answers, None) or (_ for _ in ()).throw(EOFError))
+    made = draw("--prompt=a --w 3", "--interactive", "--no_preview", "--steps=1")
+    out, err = capsys.readouterr()
+    assert made.code == 1 and len(made.files) == 2 and "1 line(s) of prompts skipped" in out
+    assert err.count("--prompt, column 3: option --w '3'") == 1
+
+
 # ---------------------------------------------------------------- bad input
 
 
@@ -257,6 +274,7 @@ def test_a_lora_for_another_model_is_named(draw, tmp_path):
         (["--prompt=a --w 9"], "--prompt, column 3: option --w '9' .*; nothing is left to draw"),
         (["--prompt=a", "--lora_dir=nothing"], "--lora_dir nothing: there is no such folder"),
         (["--prompt=a", "--vae=nothing"], "nothing"),
+        (["--prompt=a", "--clip_skip=99"], "--clip_skip 99: the model's text encoder has 2 layers; give 1 to 2"),
     ],
 )
 def test_wrong_input_ends_in_one_line(draw, words, message):
