@@ -37,6 +37,7 @@ def check_options(options: TrainNetworkOptions, defaults: DatasetDefaults) -> No
         lambda: missing_pictures(options, defaults),
         lambda: ModelFiles(options.output).check_folder(),
         lambda: missing_networks(options),
+        lambda: missing_state(options),
         lambda: check_network_args(options.network),
         lambda: trial_optimizer(options) and None,
         lambda: check_trackers(options.logs),
@@ -99,6 +100,13 @@ def missing_networks(options: TrainNetworkOptions) -> Iterable[str]:
             yield f"--{option} {path}: there is no such file; check the path (looked in {Path.cwd()})"
 
 
+def missing_state(options: TrainNetworkOptions) -> Iterable[str]:
+    """The folder of --resume; whether it holds a whole state shows when it is read."""
+    path = options.state.resume
+    if path and not options.hub.resume_from_huggingface and not Path(path).is_dir():
+        yield f"--resume {path}: there is no such folder; give a state folder, or the folder that holds them"
+
+
 def missing_pictures(options: TrainNetworkOptions, defaults: DatasetDefaults) -> None:
     """The dataset file and its folders, without reading a picture. A data set of another kind shows when it is opened."""
     data = options.data
@@ -108,7 +116,8 @@ def missing_pictures(options: TrainNetworkOptions, defaults: DatasetDefaults) ->
         if not Path(data.in_json).is_file():
             raise UserError(f"--in_json {data.in_json}: there is no such file; check the path (looked in {Path.cwd()})")
     elif data.train_data_dir:
-        datasets_from_folders(Path(data.train_data_dir), Path(data.reg_data_dir) if data.reg_data_dir else None, defaults)
+        reg, masks = (Path(folder) if folder else None for folder in (data.reg_data_dir, data.conditioning_data_dir))
+        datasets_from_folders(Path(data.train_data_dir), reg, defaults, masks)
 
 
 def check_prompts(options: TrainNetworkOptions) -> None:

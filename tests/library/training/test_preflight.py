@@ -39,17 +39,22 @@ def test_everything_that_is_wrong_is_told_at_once_with_its_cure(folder):
     found = problems(options(
         "--pretrained_model_name_or_path=gone.safetensors", "--vae=gone.pt", "--train_data_dir=gone", "--network_weights=gone.pt",
         "--base_weights=gone2.pt", "--network_args", "conv_dm=4", "--optimizer_type=AdamV", "--sample_prompts=gone.txt", "--sample_at_first",
-        "--metadata_thumbnail=gone.png", f"--output_dir={folder / 'file' / 'out'}", f"--logging_dir={folder / 'file' / 'logs'}", folder=folder,
+        "--metadata_thumbnail=gone.png", "--resume=gone-state", f"--output_dir={folder / 'file' / 'out'}", f"--logging_dir={folder / 'file' / 'logs'}", folder=folder,
     ))  # fmt: skip
     starts = [
         "--pretrained_model_name_or_path: there is no file", "--vae: there is no file", "", "--output_dir", "--network_weights gone.pt",
-        "--base_weights gone2.pt", "--network_module networks.lora: unknown network_args key 'conv_dm'", "--optimizer_type AdamV",
+        "--base_weights gone2.pt", "--resume gone-state", "--network_module networks.lora: unknown network_args key 'conv_dm'", "--optimizer_type AdamV",
         "--logging_dir", "--sample_prompts gone.txt", "--metadata_thumbnail gone.png",
     ]  # fmt: skip
     assert len(found) == len(starts), found
     for problem, start in zip(found, starts, strict=True):
         assert problem.startswith(start) and ("; " in problem or "did you mean" in problem), problem
     assert "gone" in found[2]
+
+
+def test_missing_masks_are_told_with_the_rest(folder):
+    found = problems(options("--masked_loss", "--conditioning_data_dir=gone", "--vae=gone.pt", folder=folder))
+    assert len(found) == 2 and found[1].startswith("--conditioning_data_dir=gone: there is no folder gone")
 
 
 def test_each_problem_has_a_line_and_the_exit_code_is_2(folder, capsys):
