@@ -212,15 +212,21 @@ def test_ctrl_c_saves_what_is_drawn_and_says_how_much(draw, interrupted, tmp_pat
 def test_ctrl_c_in_the_script_itself(gen_files, tmp_path):
     words = [f"--ckpt={gen_files / 'model.safetensors'}", "--from_file=-", "--W=64", "--H=64", "--steps=4", "--n_iter=500"]
     program = [sys.executable, str(ROOT / "gen_img_diffusers.py"), *words, f"--outdir={tmp_path / 'out'}"]
-    process = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
-    process.stdin.write("a cat\na dog --q\n")
-    process.stdin.close()
-    process.stdin = None
-    deadline = time.monotonic() + 100
-    while not list(tmp_path.glob("out/*.png")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    # Whoever runs the tests in the background may have SIGINT ignored, and a child would inherit that.
+    reset = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    process = subprocess.Popen(program, **pipes, **reset, encoding="utf-8")
+    try:
+        process.stdin.write("a cat\na dog --q\n")
+        process.stdin.close()
+        process.stdin = None
+        deadline = time.monotonic() + 100
+        while not list(tmp_path.glob("out/*.png")) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130, err
     saved = len(list(tmp_path.glob("out/*.png")))
     assert f"interrupted: {saved} of 500 pictures saved" in out and 0 < saved < 500
