@@ -32,6 +32,7 @@ import torch  # noqa: E402
 from small_runs import picture_folder, tensors_of, use_two_blocks, words_of_a_run  # noqa: E402
 
 from library.errors import UserError  # noqa: E402
+from library.processes import Processes  # noqa: E402
 from library.training import run as run_module  # noqa: E402
 from library.training import state as state_module  # noqa: E402
 from library.training.options import parse_options  # noqa: E402
@@ -178,7 +179,8 @@ def prepared(base: Path) -> Trainer:
     """A trainer that is ready for its first step, with everything that the children share."""
     use_two_blocks(setattr)
     options = parse_options(words_of_a_run(picture_folder(base / "pictures", 6), base / "whole", *WORDS))
-    trainer = run_module.prepare(options, run_module.open_dataset(options, 1), 1)
+    accelerator = run_module.make_accelerator(options)
+    trainer = run_module.prepare(options, run_module.open_dataset(options, 1), 1, accelerator, Processes())
     trainer.metadata.at(0, 0)  # waits for its thread, which would not survive the fork
     return trainer
 

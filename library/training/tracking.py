@@ -93,7 +93,7 @@ class LossRecord:
 
     def add_rates(self, step: int, names: list[str], rates: list[float]) -> None:
         """The learning rates with which a step was done."""
-        for name, rate in zip(names, rates, strict=True):
+        for name, rate in zip(names, map(float, rates), strict=True):  # AdaFactor's own are tensors
             points = self.rates.setdefault(name, [])
             if not points or points[-1][1] != rate:
                 points.append((step, rate))
