@@ -19,12 +19,11 @@ os.umask(_UMASK)
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
-    """Give a temporary path beside `path`; when the block ends well, flush it to disk and rename it to `path`.
+def _written_beside(path: Path, take_name: Callable[[Path], object]) -> Iterator[Path]:
+    """Give a temporary path beside `path`; when the block ends well, flush the file to disk and let `take_name` name it.
 
     The temporary name keeps the suffix, since writers choose a format by it. If the block raises, nothing is left.
     """
-    path = Path(path)
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,12 +31,20 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_UMASK)  # some writers make files that only their owner can read
-        os.replace(temporary, path)
+        take_name(temporary)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; check the folder, its rights and free space") from error
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
+    """Give a temporary path beside `path`; when the block ends well, the file is flushed and renamed to `path`."""
+    path = Path(path)
+    with _written_beside(path, lambda temporary: os.replace(temporary, path)) as temporary:
+        yield temporary
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -52,22 +59,16 @@ def write_new(paths: Iterable[Path], write: Callable[[Path], object]) -> Path:
     write: called with a temporary path in the same folder. `paths` may be endless.
     """
     paths = iter(paths)
-    path = next(paths)
-    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_UMASK)
+    path = first = next(paths)
+
+    def take_free_name(temporary: Path) -> None:
+        nonlocal path
         while not _take_name(temporary, path):
             path = next(paths)
-        return path
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; check the folder, its rights and free space") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+
+    with _written_beside(first, take_free_name) as temporary:
+        write(temporary)
+    return path
 
 
 def _take_name(temporary: Path, path: Path) -> bool:

@@ -82,6 +82,14 @@ def named_text_encoder(module: ModuleType, text_encoder: torch.nn.Module) -> tor
     return text_encoder if knows_names else WithTextModel(text_encoder)
 
 
+def key_values(text: str, option: str) -> dict[str, str]:
+    """`key=value;key=value` as a dictionary of texts."""
+    words = [word.partition("=") for word in text.split(";") if word.strip()]
+    if any(not sign or not key.strip() for key, sign, _ in words):
+        raise UserError(f"{option} '{text}': write key=value;key=value")
+    return {key.strip(): value.strip() for key, _, value in words}
+
+
 @contextmanager
 def user_errors(where: str) -> Iterator[None]:
     """Turn the one-line ValueErrors of a network module, and assertions of those of others, into UserErrors that name the option."""

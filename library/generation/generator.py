@@ -25,9 +25,10 @@ from library.generation.highres import Highres, enlarge
 from library.generation.image_input import composite, load_mask, load_picture, resized, run_steps
 from library.generation.jobs import Job, batches, make_job
 from library.generation.networks import Networks
-from library.generation.painter import Canvas, Painter, evaluating
+from library.generation.painter import Canvas, Painter
 from library.generation.prompts import PromptSpec
 from library.generation.regional import Regions
+from library.sd.model import evaluating
 
 if TYPE_CHECKING:
     from library.sd.model import StableDiffusion

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from library.errors import UserError
 from library.generation.image_input import resized
-from library.network_modules import user_errors
+from library.network_modules import key_values, user_errors
+from library.sd.model import pixels_per_latent
 
 if TYPE_CHECKING:
     from library.sd.model import StableDiffusion
@@ -63,9 +64,7 @@ def load_upscaler(module_name: str, args: str | None, model: StableDiffusion) ->
     It has `support_latents()`, whether it enlarges latents, and `upscale(vae, pictures, latents, dtype, width, height,
     batch_size, vae_batch_size)`, of which pictures or latents is None, and which returns pictures or latents of the new size.
     """
-    words = [word.partition("=") for word in (args or "").split(";") if word.strip()]
-    if any(not sign for _, sign, _ in words):
-        raise UserError(f"--highres_fix_upscaler_args '{args}': write key=value;key=value")
+    arguments = key_values(args or "", "--highres_fix_upscaler_args")
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
@@ -73,7 +72,7 @@ def load_upscaler(module_name: str, args: str | None, model: StableDiffusion) ->
     if not hasattr(module, "create_upscaler"):
         raise UserError(f"--highres_fix_upscaler {module_name} has no create_upscaler; give another module")
     with user_errors(f"--highres_fix_upscaler {module_name}"):
-        upscaler = module.create_upscaler(**{key.strip(): value.strip() for key, _, value in words})
+        upscaler = module.create_upscaler(**arguments)
     return upscaler.to(model.unet.dtype).to(model.unet.device)
 
 
@@ -90,6 +89,6 @@ def enlarge(
         )
         return (None, result.float()) if isinstance(result, torch.Tensor) else (list(result), None)
     if latents is not None:
-        downscale = 2 ** (len(model.vae.config.block_out_channels) - 1)
+        downscale = pixels_per_latent(model.vae)
         return None, F.interpolate(latents, (height // downscale, width // downscale), mode="bilinear", align_corners=False)
     return [resized(picture, size) for picture in pictures], None

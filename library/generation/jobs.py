@@ -14,6 +14,7 @@ from library.generation.networks import Networks, split_loras
 from library.generation.prompts import MOST_STEPS, PromptSpec
 from library.generation.regional import Regions, split_regions
 from library.generation.samplers import check_sampler
+from library.sd.model import pixels_per_latent
 
 if TYPE_CHECKING:
     from library.sd.model import StableDiffusion
@@ -79,7 +80,7 @@ def make_job(
 
 
 def _check_size(model: StableDiffusion, spec: PromptSpec) -> None:
-    step = 2 ** (len(model.vae.config.block_out_channels) - 1)
+    step = pixels_per_latent(model.vae)
     if spec.width % step or spec.height % step or min(spec.width, spec.height) < step:
         size = f"{spec.width} x {spec.height}"
         raise UserError(f"prompt '{short(spec.prompt)}': size {size} is not possible; use multiples of {step}")

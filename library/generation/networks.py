@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from library.errors import UserError, unknown
 from library.files import read_safetensors_header
 from library.generation.prompts import PromptSpec
-from library.network_modules import import_network_module, named_text_encoder, user_errors
+from library.network_modules import import_network_module, key_values, named_text_encoder, user_errors
 
 if TYPE_CHECKING:
     from library.sd.model import StableDiffusion
@@ -196,10 +196,7 @@ class Networks:
     def _read(self, path: Path, module: ModuleType, args: str, where: str) -> LoadedNetwork:
         if not path.is_file():
             raise UserError(f"{where} {path}: there is no such file")
-        words = [word.partition("=") for word in args.split(";") if word.strip()]
-        if any(not sign or not key.strip() for key, sign, _ in words):
-            raise UserError(f"--network_args '{args}': write key=value;key=value")
-        model, arguments = self.model, {key.strip(): value.strip() for key, _, value in words}
+        model, arguments = self.model, key_values(args, "--network_args")
         with user_errors(f"{where} {path}"):
             network, weights = module.create_network_from_weights(
                 1.0, str(path), model.vae, named_text_encoder(module, model.text_encoder), model.unet, for_inference=True,

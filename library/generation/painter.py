@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from library.errors import UserError
 from library.generation.deep_shrink import shrinking
@@ -22,7 +22,7 @@ from library.generation.networks import Networks
 from library.generation.prompts import LARGEST_SEED, PromptSpec
 from library.generation.regional import Regions
 from library.generation.samplers import make_scheduler
-from library.sd.model import decode_latents
+from library.sd.model import decode_latents, pixels_per_latent
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -66,7 +66,7 @@ class Painter:
             partial(make_scheduler, v_parameterization=model.v_parameterization, zero_terminal_snr=zero_terminal_snr)
         )
         self.channels = model.vae.config.latent_channels
-        self.downscale = 2 ** (len(model.vae.config.block_out_channels) - 1)
+        self.downscale = pixels_per_latent(model.vae)
 
     def vae_batch(self, count: int) -> int:
         """How many of `count` pictures the VAE gets at once."""
@@ -198,19 +198,6 @@ def to_picture(pixels: Tensor) -> Image.Image:
     """(3, H, W) in -1..1 to a picture; values outside are clipped."""
     levels = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round()
     return Image.fromarray(levels.to(torch.uint8).permute(1, 2, 0).cpu().numpy())
-
-
-@contextmanager
-def evaluating(*models: nn.Module):
-    """Put the models into evaluation mode; afterwards every submodule has the mode that it had."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        for model in models:
-            model.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _name(canvas: Canvas) -> str:

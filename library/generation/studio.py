@@ -23,7 +23,7 @@ from library.generation.prompt_sources import list_pictures
 from library.generation.prompts import PromptSpec
 from library.generation.regional import Regions
 from library.generation.vae_slices import slice_vae
-from library.sd.model import StableDiffusion
+from library.sd.model import StableDiffusion, pixels_per_latent
 from library.sd.text import CHUNK, inner_text_model
 
 DEFAULT_NETWORK_MODULE = "networks.lora"
@@ -104,7 +104,7 @@ def default_size(model: StableDiffusion) -> tuple[int, int]:
         sides = re.fullmatch(r"(\d+)x(\d+)", said)
         if sides and all(int(side) >= 64 and int(side) % 8 == 0 for side in sides.groups()):
             return int(sides[1]), int(sides[2])
-    side = model.unet.config.sample_size * 2 ** (len(model.vae.config.block_out_channels) - 1)
+    side = model.unet.config.sample_size * pixels_per_latent(model.vae)
     return side, side
 
 

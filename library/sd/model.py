@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from library.sd.loading import load_stable_diffusion, load_vae
 from library.sd.parts import StableDiffusion
@@ -21,8 +23,10 @@ __all__ = [
     "decode_latents",
     "encode_image",
     "encode_text",
+    "evaluating",
     "load_stable_diffusion",
     "load_vae",
+    "pixels_per_latent",
     "predict_noise",
     "save_stable_diffusion",
     "vae_fingerprint",
@@ -45,6 +49,24 @@ def predict_noise(unet: UNet2DConditionModel, noisy: Tensor, timesteps: Tensor, 
     `timesteps` (B,) are 0..999; `context` (B, N, width) comes from `encode_text`.
     """
     return unet(noisy, timesteps, encoder_hidden_states=context).sample
+
+
+def pixels_per_latent(vae: AutoencoderKL) -> int:
+    """How many pixels a side of one latent stands for: 8 in Stable Diffusion."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Put the modules into evaluation mode, without dropout; afterwards every part of them has the mode that it had."""
+    modes = [(part, part.training) for module in modules for part in module.modules()]
+    try:
+        for module in modules:
+            module.eval()
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
 
 
 def vae_fingerprint(vae: AutoencoderKL) -> str:

@@ -16,7 +16,7 @@ from library.files import atomic_write
 from library.generation.generator import generate
 from library.generation.prompts import PromptSpec
 from library.processes import Processes
-from library.sd.model import StableDiffusion
+from library.sd.model import StableDiffusion, evaluating
 from library.training.options import TrainNetworkOptions
 from library.training.sample_grid import write_sample_grid
 from library.training.trackers import Tracker
@@ -80,7 +80,7 @@ class Previews:
     def _own_share(self) -> dict[int, Image.Image | str]:
         """The pictures that this process draws, by number; in place of one that failed, the reason."""
         drawn: dict[int, Image.Image | str] = {}
-        with self._models_on_device(), self.weights_to_use(), self._network_evaluating():
+        with self._models_on_device(), self.weights_to_use(), evaluating(self.network):
             for number, spec in self.processes.share(list(enumerate(self.specs))):
                 try:
                     drawn[number] = self._draw_one(spec)
@@ -126,16 +126,6 @@ class Previews:
         name = self.options.output.output_name
         seed = "" if spec.seed is None else f"_{spec.seed}"
         return self.folder / f"{name + '_' if name else ''}{moment}_{number:02d}_{time.strftime('%Y%m%d%H%M%S')}{seed}.png"
-
-    @contextmanager
-    def _network_evaluating(self):
-        """No dropout while drawing."""
-        training = self.network.training
-        self.network.eval()
-        try:
-            yield
-        finally:
-            self.network.train(training)
 
     @contextmanager
     def _models_on_device(self):

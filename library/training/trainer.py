@@ -19,7 +19,7 @@ from library.data.loader import EpochLoader
 from library.data.text_cache import TextCache
 from library.errors import RunFailed, UserError
 from library.processes import Processes
-from library.sd.model import StableDiffusion, encode_image, predict_noise
+from library.sd.model import StableDiffusion, encode_image, evaluating, predict_noise
 from library.sd.text import encode_text
 from library.training import diffusion
 from library.training.compatible import fingerprint
@@ -40,7 +40,7 @@ from library.training.snapshot import capture
 from library.training.state import StateFiles
 from library.training.trackers import Tracker
 from library.training.tracking import LossRecord, describe_nonfinite
-from library.training.validation import Validation, ValidationRecord, evaluating
+from library.training.validation import Validation, ValidationRecord
 
 
 LESS_MEMORY = "use --gradient_checkpointing, --cache_latents, --network_train_unet_only, a smaller batch or --optimizer_type=AdamW8bit"

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from library.data.dataset import Batch, TrainingDataset
 from library.data.loader import load_batches
@@ -141,16 +140,3 @@ class ValidationRecord:
         self.history = [(step, loss) for step, loss in state["history"]]
         self.best = tuple(state["best"]) if state["best"] else None
         self.without_improvement = state["without_improvement"]
-
-
-@contextmanager
-def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """No dropout in this block; afterwards every part of the modules is in the mode it was in."""
-    parts = [(part, part.training) for module in modules for part in module.modules()]
-    for module in modules:
-        module.eval()
-    try:
-        yield
-    finally:
-        for part, training in parts:
-            part.training = training

@@ -17,7 +17,7 @@ from library.sd.architecture import text_config, unet_config
 from library.sd.model import StableDiffusion, encode_text, predict_noise, vae_fingerprint
 from library.sd.text import inner_text_model, load_tokenizer
 from library.training import diffusion
-from tools.base_model.names import NAMES, STYLES, prompt_of
+from tools.base_model.names import STYLES, prompt_of
 from tools.base_model.training import Average, Checkpoint, clip_and_step, rate_at
 
 UNET_CHANNELS = (64, 128, 96, 64)

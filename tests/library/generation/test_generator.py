@@ -16,9 +16,10 @@ from library.generation import painter
 from library.generation.denoise import Contexts, denoise, start_noise
 from library.generation.encoding import PromptCache, chunks_needed
 from library.generation.generator import generate
-from library.generation.painter import Painter, evaluating, to_picture
+from library.generation.painter import Painter, to_picture
 from library.generation.prompts import PromptSpec
 from library.generation.samplers import SAMPLERS, make_scheduler
+from library.sd.model import evaluating
 from library.sd.small import small_stable_diffusion
 from reference_pipelines import SMALL, pipeline_latents
 from library.sd.text import count_chunks
