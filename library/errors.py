@@ -73,6 +73,11 @@ class PatientStream:
         return getattr(self.stream, name)
 
 
+def one_line(error: BaseException, most: int = 300) -> str:
+    """What an error says, in one line of at most so many letters."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 def run_entry(main: Callable[[], int | None]) -> None:
     """Run an entry script's `main` and leave the process with its exit code.
 

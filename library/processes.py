@@ -16,7 +16,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
-from library.errors import RunFailed, UserError, UserErrors
+from library.errors import RunFailed, UserError, UserErrors, one_line
 
 T = TypeVar("T")
 
@@ -157,7 +157,7 @@ class Processes:
 
 def lost_process(error: BaseException) -> RunFailed:
     """The error of a process whose partner vanished without a word."""
-    reason = " ".join(str(error).split())[:120]
+    reason = one_line(error, 120)
     return RunFailed(f"another process of this run ended without a word ({reason}); its own message, if it had one, stands above")
 
 

@@ -41,9 +41,14 @@ def early_fingerprint(options: TrainNetworkOptions, table: PictureTable, process
     return {"options": option_values(options), "processes": processes, "data": data_digests(table), "settings": data_settings(table)}
 
 
+def decisive_values(options: TrainNetworkOptions) -> dict[str, Any]:
+    """All options of the groups that decide what is trained, as data for JSON."""
+    return {name: value for group in GROUPS for name, value in getattr(options, group).model_dump(mode="json").items()}
+
+
 def option_values(options: TrainNetworkOptions) -> dict[str, Any]:
     """The options that must stay the same."""
-    values = {name: value for group in GROUPS for name, value in getattr(options, group).model_dump(mode="json").items()}
+    values = decisive_values(options)
     values["cache_latents"] = values["cache_latents"] or values["cache_latents_to_disk"]
     return {name: _file_names(value) if name in FILES else value for name, value in values.items() if name not in FREE}
 

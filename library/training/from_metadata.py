@@ -13,6 +13,10 @@ from library.errors import UserError
 from library.files import read_safetensors_header
 from library.training.schedules import SCHEDULES
 
+# modelspec.* keys that are what the option --metadata_* of that name says.
+MODELSPEC_TEXTS = (
+    "author", "description", "license", "tags", "usage_hint", "trigger_phrase", "merged_from", "preprocessor", "is_negative_embedding",
+)  # fmt: skip
 # Key of the metadata -> option. Options that stand at their default are left out; `None` says that none was given.
 KEYS = {
     "ss_network_module": "network_module", "ss_network_dim": "network_dim", "ss_network_alpha": "network_alpha",
@@ -34,9 +38,7 @@ KEYS = {
     "ss_face_crop_aug_range": "face_crop_aug_range", "ss_validation_seed": "validation_seed", "ss_validation_split": "validation_split",
     "ss_max_validation_steps": "max_validation_steps", "ss_validate_every_n_epochs": "validate_every_n_epochs",
     "ss_validate_every_n_steps": "validate_every_n_steps", "ss_output_name": "output_name", "ss_training_comment": "training_comment",
-    **{f"modelspec.{key}": f"metadata_{key}" for key in (
-        "author", "description", "license", "tags", "usage_hint", "trigger_phrase", "merged_from", "preprocessor", "is_negative_embedding",
-    )},
+    **{f"modelspec.{key}": f"metadata_{key}" for key in MODELSPEC_TEXTS},
 }  # fmt: skip
 # Key of a dataset without a dataset file -> key of a dataset file, with the level at which it stands there.
 DATASET_KEYS = {

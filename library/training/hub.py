@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from library.errors import UserError
+from library.errors import UserError, one_line
 from library.training.options import HubOptions
 
 
@@ -88,10 +88,13 @@ class Uploads:
         return hub_api(self.options.huggingface_token)
 
     def _said(self, error: Exception) -> str:
-        """An error in one line, without the token."""
-        text = " ".join(str(error).split())[:300] or type(error).__name__
-        token = self.options.huggingface_token
-        return text.replace(token, "***") if token else text
+        return said(error, self.options.huggingface_token)
+
+
+def said(error: Exception, token: str | None) -> str:
+    """An error in one line, without the token."""
+    text = one_line(error)
+    return text.replace(token, "***") if token else text
 
 
 def hub_api(token: str | None):
@@ -131,8 +134,7 @@ def fetch_state(text: str, token: str | None) -> Path:
             place.repo, repo_type=place.kind, revision=place.revision, allow_patterns=[f"{place.folder}/*"]
         )
     except Exception as error:
-        said = " ".join(str(error).split())[:300]
-        raise UserError(f"--resume {text}: it cannot be fetched ({said.replace(token, '***') if token else said})") from error
+        raise UserError(f"--resume {text}: it cannot be fetched ({said(error, token)})") from error
     folder = Path(fetched) / place.folder
     if not folder.is_dir() or not any(folder.iterdir()):
         raise UserError(f"--resume {text}: the repository {place.repo} has no folder {place.folder}; check path and revision")

@@ -20,7 +20,8 @@ from typing import Any
 from library.data.facts import DatasetFacts, SubsetFacts
 from library.errors import UserError
 from library.files import legacy_hash_of_file, sha256_of_file
-from library.training.from_metadata import KEYS
+from library.training.compatible import decisive_values
+from library.training.from_metadata import KEYS, MODELSPEC_TEXTS
 from library.training.network import TrainedNetwork, parse_network_args
 from library.training.options import LossOptions, ModelOptions, NetworkOptions, TrainNetworkOptions, all_defaults
 from library.training.trackers import is_private
@@ -31,18 +32,12 @@ MINIMUM = ("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_networ
 IDENTITY = ("ss_session_id", "ss_training_started_at", "modelspec.date")
 
 
-# Groups of options that decide what a file holds, and those of their options that stand in it in another form.
-DECISIVE = ("model", "data", "captions", "augmentation", "network", "optimizer", "training", "loss", "precision", "validation")
+# Options that decide what a file holds and stand in it in another form.
 OTHERWISE_RECORDED = (
     "pretrained_model_name_or_path", "vae", "v_parameterization", "network_args", "optimizer_type", "optimizer_args", "use_8bit_adam",
     "use_lion_optimizer", "max_train_epochs", "lr_scheduler_type", "train_batch_size", "resolution", "enable_bucket", "min_bucket_reso",
     "max_bucket_reso", "bucket_no_upscale", "dataset_repeats", "flip_aug", "color_aug", "random_crop", "shuffle_caption", "keep_tokens",
     "cache_latents_to_disk", "debug_dataset", "max_data_loader_n_workers", "persistent_data_loader_workers",
-)  # fmt: skip
-
-# modelspec.* keys that are what the option --metadata_* of that name says.
-TEXTS = (
-    "author", "description", "license", "tags", "usage_hint", "trigger_phrase", "merged_from", "preprocessor", "is_negative_embedding",
 )  # fmt: skip
 
 
@@ -153,9 +148,8 @@ def other_options(options: TrainNetworkOptions) -> dict[str, Any]:
     Paths and secrets are left out.
     """
     defaults, known = all_defaults(), {*KEYS.values(), *OTHERWISE_RECORDED}
-    values = {name: value for group in DECISIVE for name, value in getattr(options, group).model_dump(mode="json").items()}
     return {
-        name: value for name, value in values.items()
+        name: value for name, value in decisive_values(options).items()
         if value != defaults[name] and name not in known and not is_private(name, value)
     }  # fmt: skip
 
@@ -199,7 +193,7 @@ def model_spec(options: TrainNetworkOptions, datasets: Sequence[DatasetFacts]) -
         keys["encoder_layer"] = str(model.clip_skip)
     if options.metadata.metadata_thumbnail:
         keys["thumbnail"] = as_data_url(options.metadata.metadata_thumbnail)
-    for key in TEXTS:
+    for key in MODELSPEC_TEXTS:
         if value := getattr(options.metadata, f"metadata_{key}"):
             keys[key] = value
     return {f"modelspec.{key}": value for key, value in keys.items()}

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from PIL import Image
 from tqdm import tqdm
 
+from library.errors import one_line
 from library.files import atomic_write
 from library.generation.generator import generate
 from library.generation.prompts import PromptSpec
@@ -20,11 +21,6 @@ from library.sd.model import StableDiffusion, evaluating
 from library.training.options import TrainNetworkOptions
 from library.training.sample_grid import write_sample_grid
 from library.training.trackers import Tracker
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, short."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 class Previews:

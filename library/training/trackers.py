@@ -13,7 +13,7 @@ from PIL import Image
 from pydantic import BaseModel
 from tqdm import tqdm
 
-from library.errors import UserError
+from library.errors import UserError, one_line
 from library.text_files import parse_toml, read_text
 from library.training.options import LogOptions
 from library.training.tracking import LossRecord
@@ -116,7 +116,7 @@ def _started(name: str, make: Callable[[], Any]) -> Any:
         tracker = make()
         tracker.start()
     except Exception as error:
-        said = " ".join(str(error).split())[:200]
+        said = one_line(error, 200)
         cure = "; without network set the environment variable WANDB_MODE=offline" if name == "wandb" else "; check --log_tracker_config"
         raise UserError(f"--log_with {name} cannot start: {said}{cure}") from error
     return tracker
