@@ -30,7 +30,7 @@ import pickle
 import re
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
 from types import ModuleType
@@ -741,6 +741,11 @@ def read_lr_weights(text: str) -> tuple[float, ...]:
     return tuple(LR_PRESETS[preset.strip()](i / 11) + (read_float(offset) if offset else 0.0) for i in range(12))
 
 
+def _read_by(read: Callable[[str], Any]) -> Any:
+    """A word of `NetworkArgs`, and how its text becomes a value."""
+    return field(default=None, metadata={"read": read})
+
+
 @dataclass(frozen=True)
 class NetworkArgs:
     """What `--network_args` can say. None: not given.
@@ -749,25 +754,25 @@ class NetworkArgs:
     kept and stored is alpha * sqrt(rank), so that every loader computes that scale.
     """
 
-    conv_dim: int | None = None
-    conv_alpha: float | None = None
-    init: str | None = None
-    rs_lora: bool | None = None
-    dora: bool | None = None
-    dropout: float | None = None
-    rank_dropout: float | None = None
-    module_dropout: float | None = None
-    block_dims: tuple[int, ...] | None = None
-    block_alphas: tuple[float, ...] | None = None
-    conv_block_dims: tuple[int, ...] | None = None
-    conv_block_alphas: tuple[float, ...] | None = None
-    down_lr_weight: tuple[float, ...] | None = None
-    mid_lr_weight: float | None = None
-    up_lr_weight: tuple[float, ...] | None = None
-    block_lr_zero_threshold: float | None = None
-    loraplus_lr_ratio: float | None = None
-    loraplus_unet_lr_ratio: float | None = None
-    loraplus_text_encoder_lr_ratio: float | None = None
+    conv_dim: int | None = _read_by(read_int)
+    conv_alpha: float | None = _read_by(read_float)
+    init: str | None = _read_by(read_init)
+    rs_lora: bool | None = _read_by(read_bool)
+    dora: bool | None = _read_by(read_bool)
+    dropout: float | None = _read_by(read_share)
+    rank_dropout: float | None = _read_by(read_share)
+    module_dropout: float | None = _read_by(read_share)
+    block_dims: tuple[int, ...] | None = _read_by(partial(read_blocks, read_int))
+    block_alphas: tuple[float, ...] | None = _read_by(partial(read_blocks, read_float))
+    conv_block_dims: tuple[int, ...] | None = _read_by(partial(read_blocks, read_int))
+    conv_block_alphas: tuple[float, ...] | None = _read_by(partial(read_blocks, read_float))
+    down_lr_weight: tuple[float, ...] | None = _read_by(read_lr_weights)
+    mid_lr_weight: float | None = _read_by(read_float)
+    up_lr_weight: tuple[float, ...] | None = _read_by(read_lr_weights)
+    block_lr_zero_threshold: float | None = _read_by(read_float)
+    loraplus_lr_ratio: float | None = _read_by(read_float)
+    loraplus_unet_lr_ratio: float | None = _read_by(read_float)
+    loraplus_text_encoder_lr_ratio: float | None = _read_by(read_float)
 
     @property
     def dropouts(self) -> dict[str, float]:
@@ -814,18 +819,7 @@ class NetworkArgs:
         return dim, (alpha or dim) * math.sqrt(dim) if self.rs_lora else alpha
 
 
-READERS: dict[str, Callable[[str], Any]] = {
-    "conv_dim": read_int,
-    "conv_alpha": read_float,
-    "init": read_init,
-    **dict.fromkeys(("rs_lora", "dora"), read_bool),
-    **dict.fromkeys(("dropout", "rank_dropout", "module_dropout"), read_share),
-    **dict.fromkeys(("block_dims", "conv_block_dims"), partial(read_blocks, read_int)),
-    **dict.fromkeys(("block_alphas", "conv_block_alphas"), partial(read_blocks, read_float)),
-    **dict.fromkeys(("down_lr_weight", "up_lr_weight"), read_lr_weights),
-    **dict.fromkeys(("mid_lr_weight", "block_lr_zero_threshold"), read_float),
-    **dict.fromkeys(("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio"), read_float),
-}
+READERS: dict[str, Callable[[str], Any]] = {word.name: word.metadata["read"] for word in fields(NetworkArgs)}
 # An argument that would do nothing without one of these is an error.
 NEEDS = {
     "conv_alpha": ("conv_dim", "conv_block_dims"),
