@@ -1,0 +1,397 @@
+"""What a training step costs beside its floor, and what a launch costs, for Stable Diffusion 1.5 in full size with random weights.
+
+    python benchmarks/train_step.py [--sizes 256 512] [--batches 1 4] [--precisions no bf16 fp16] [--cases unet rank32 ...] [--steps 5]
+
+ours: the step of train_network.py, with its own options, data pipeline and loop; latents are cached, so that the U-Net is what counts.
+floor: the bare U-Net of Diffusers, forward and backward to its input, in the same precision, nothing attached, no autocast. Both
+compute with the same weights in the same process, by turns; the ratio is that of the medians after one step of each. With the
+text encoder trained the floor is still the U-Net alone. Peak memory is that of two more processes, from their start on; the floor's
+holds nothing but the U-Net. The launch is split in a process that first imports what a run imports. Rows are written to
+benchmarks/results/train_step.md as they are measured, and replace the same rows of earlier runs. A size of 512 in float32 wants 12 GB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import importlib
+import itertools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+RESULTS = ROOT / "benchmarks" / "results" / "train_step.md"
+CAPTIONS = ("a red kite above the sea", "two cats asleep on a sofa", "an old stone bridge", "a bowl of cherries")
+PICTURES, SAMPLER_STEPS = 8, 4
+
+UNET_ONLY = ["--network_train_unet_only"]
+CASES = {
+    "unet": ("LoRA rank 4", UNET_ONLY),
+    "rank32": ("LoRA rank 32", [*UNET_ONLY, "--network_dim=32"]),
+    "c3lier": ("C3Lier rank 4", [*UNET_ONLY, "--network_args", "conv_dim=4"]),
+    "checkpointing": ("LoRA rank 4, checkpointing", [*UNET_ONLY, "--gradient_checkpointing"]),
+    "text": ("LoRA rank 4, text encoder too", []),
+    "text_checkpointing": ("LoRA rank 4, text encoder too, checkpointing", ["--gradient_checkpointing"]),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table."""
+
+    size: int
+    batch: int
+    precision: str
+    kind: str
+
+    def words(self, folder: Path, steps: int) -> list[str]:
+        """The command line of train_network.py for it."""
+        return [
+            f"--pretrained_model_name_or_path={folder / 'model.safetensors'}", f"--train_data_dir={folder / f'{self.size}px'}",
+            "--caption_extension=.txt", f"--output_dir={folder / 'out'}", "--output_name=benchmark", "--network_module=networks.lora",
+            "--learning_rate=1e-4", "--seed=1", "--cache_latents", "--cache_latents_to_disk", "--max_data_loader_n_workers=0",
+            f"--max_train_steps={steps}", f"--resolution={self.size}", f"--train_batch_size={self.batch}",
+            f"--mixed_precision={self.precision}", *CASES[self.kind][1],
+        ]  # fmt: skip
+
+    def label(self) -> str:
+        precision = {"no": "float32"}.get(self.precision, self.precision)
+        return f"{self.size} px, batch {self.batch}, {precision}, {CASES[self.kind][0]}"
+
+
+# ---------------------------------------------------------------- files
+
+
+def make_model(folder: Path, small: bool) -> None:
+    """An fp16 checkpoint with random weights, of SD 1.5's shapes or those of the tiny model, and the U-Net's configuration."""
+    from benchmarks.load_model import make_file
+    from library.sd.architecture import sd15_configs
+    from library.sd.model import save_stable_diffusion
+    from library.sd.small import small_stable_diffusion
+
+    if small:
+        model = small_stable_diffusion()
+        save_stable_diffusion(model, folder / "model.safetensors")
+    else:
+        make_file(folder / "model.safetensors", "safetensors")
+    config = dict(model.unet.config) if small else sd15_configs()["unet"]
+    (folder / "unet.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def make_pictures(folder: Path, size: int) -> None:
+    """Noise pictures of the training size, with captions."""
+    import numpy as np
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(PICTURES):
+        pixels = np.random.default_rng(number).integers(0, 256, (size, size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(CAPTIONS[number % len(CAPTIONS)], encoding="utf-8")
+
+
+# ---------------------------------------------------------------- measuring, in a process of its own
+
+
+def train(words: list[str], after_step: Callable) -> None:
+    """Train with these options; `after_step(trainer)` is called at the end of every step."""
+    from library.training.options import parse_options
+    from library.training.run import train
+    from library.training.trainer import Trainer
+
+    own = Trainer._after_step
+
+    def both(trainer, progress) -> None:
+        own(trainer, progress)
+        after_step(trainer)
+
+    with mock.patch.object(Trainer, "_after_step", both):
+        train(parse_options(words))
+
+
+def clocked(owner: object, name: str, parts: dict[str, float], part: str):
+    """While it lasts, the seconds of every call of `owner.name` are added to parts[part]."""
+    own = getattr(owner, name)
+
+    def with_clock(*args, **kwargs):
+        started = time.perf_counter()
+        try:
+            return own(*args, **kwargs)
+        finally:
+            parts[part] = parts.get(part, 0.0) + time.perf_counter() - started
+
+    return mock.patch.object(owner, name, with_clock)
+
+
+class Clock:
+    """Wall-clock and processor seconds since it was last read, to the end of what runs on the device."""
+
+    def __init__(self) -> None:
+        self.marks = (0.0, 0.0)
+
+    def read(self) -> tuple[float, float]:
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        before, self.marks = self.marks, (time.perf_counter(), time.process_time())
+        return self.marks[0] - before[0], self.marks[1] - before[1]
+
+
+def floor_step(unet, case: Case) -> Callable[[], None]:
+    """Forward and backward of a bare U-Net to its input."""
+    import torch
+
+    settings = {"device": unet.device, "dtype": unet.dtype}
+    side = case.size // 8
+    latents = torch.randn(case.batch, unet.config.in_channels, side, side, **settings, requires_grad=True)
+    context = torch.randn(case.batch, 77, unet.config.cross_attention_dim, **settings)
+    times = torch.full((case.batch,), 500, device=unet.device)
+
+    def step() -> None:
+        unet(latents, times, context).sample.float().square().mean().backward()
+        latents.grad = None
+
+    return step
+
+
+def bare(unet):
+    """The same U-Net with the same tensors, without what is attached to it."""
+    twin = copy.deepcopy(unet, {id(tensor): tensor for tensor in (*unet.parameters(), *unet.buffers())})
+    for module in twin.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+        module.__dict__.pop("forward", None)
+    return twin
+
+
+def measure_time(case: Case, folder: Path, steps: int) -> dict[str, float]:
+    """Medians in seconds, by turns; the first step of each does not count."""
+    clock, ours, floors, floor = Clock(), [], [], []
+
+    def after_step(trainer) -> None:
+        ours.append(clock.read())
+        floor[:] = floor or [floor_step(bare(trainer.model.unet), case)]
+        clock.read()
+        floor[0]()
+        floors.append(clock.read())
+
+    train(case.words(folder, steps + 1), after_step)
+    (wall, cpu), (floor_wall, floor_cpu) = ([statistics.median(c) for c in zip(*times[1:])] for times in (ours, floors))
+    return {"ours": wall, "floor": floor_wall, "ratio": wall / floor_wall, "cpu_ratio": cpu / floor_cpu}
+
+
+def measure_ours(case: Case, folder: Path, steps: int) -> dict[str, float]:
+    """Peak bytes of a run of three steps."""
+    from library.devices import peak_memory_bytes
+
+    peaks = []
+    train(case.words(folder, 3), lambda trainer: peaks.append(peak_memory_bytes(trainer.accelerator.device) or 0))
+    return {"peak": peaks[-1]}
+
+
+def measure_floor(case: Case, folder: Path, steps: int) -> dict[str, float]:
+    """Peak bytes of a process that does three steps with a U-Net alone."""
+    import torch
+
+    from library.devices import DTYPES, peak_memory_bytes
+    from library.sd.parts import empty_unet
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    unet = empty_unet(json.loads((folder / "unet.json").read_text(encoding="utf-8"))).to(DTYPES[case.precision]).to_empty(device=device)
+    for parameter in unet.requires_grad_(False).parameters():
+        torch.nn.init.uniform_(parameter, -0.05, 0.05)
+    if "checkpointing" in case.kind:
+        unet.enable_gradient_checkpointing()
+    step = floor_step(unet.train(), case)
+    for _ in range(3):
+        step()
+    return {"peak": peak_memory_bytes(device) or 0}
+
+
+def measure_launch(case: Case, folder: Path, steps: int) -> dict[str, float]:
+    """Seconds from the start of this process to the end of the first step, by their parts.
+
+    What an earlier launch imported is imported first, so that late imports count as imports.
+    """
+    modules = folder / "modules.json"
+    for name in json.loads(modules.read_text(encoding="utf-8")) if modules.exists() else ():
+        with contextlib.suppress(Exception):  # names that are no modules of their own
+            importlib.import_module(name)
+    import library.training.run as run
+    from library.training.trainer import Trainer
+
+    started = float(os.environ["TRAIN_STEP_STARTED"])  # as the parent noted it
+    parts = {"imports": time.time() - started}
+
+    def after_step(trainer) -> None:
+        parts["to first step"] = time.perf_counter() - prepared[0]
+        parts["whole"] = time.time() - started
+
+    prepared: list[float] = []
+    own = Trainer.run
+    with contextlib.ExitStack() as stack:
+        for name, part in (("load_model", "model"), ("open_dataset", "data"), ("cache_latents", "data"), ("cache_text", "data")):
+            stack.enter_context(clocked(run, name, parts, part))
+        stack.enter_context(mock.patch.object(Trainer, "run", lambda t: (prepared.append(time.perf_counter()), own(t))[1]))
+        train(case.words(folder, 1), after_step)
+    parts["rest"] = 2 * parts["whole"] - sum(parts.values())
+    modules.write_text(json.dumps(list(sys.modules)), encoding="utf-8")
+    return parts
+
+
+def measure_aside(case: Case, folder: Path, steps: int) -> dict[str, float]:
+    """Seconds of what a run does beside its steps: caching all latents, writing a file, 100 lines of the log, a preview."""
+    import library.training.run as run
+
+    (folder / "prompts.txt").write_text(f"a red kite --w {case.size} --h {case.size} --s {SAMPLER_STEPS}\n", encoding="utf-8")
+    found: dict[str, float] = {}
+
+    def after_step(trainer) -> None:
+        facts, names = trainer.metadata.at(trainer.step, trainer.epoch), trainer.network.group_names
+        with clocked(trainer.files, "save", found, "file"):
+            trainer.files.save(trainer.files.step_path(1), trainer.network.module, facts)
+        with clocked(trainer.tracker, "log_step", found, "log"):
+            for at in range(100, 200):
+                trainer.tracker.log_step(at, trainer.losses, trainer.schedule.get_last_lr(), names)
+        with clocked(trainer.previews, "_draw", found, "preview"):
+            trainer.previews._draw("e000001", step=1)
+
+    words = [*case.words(folder, 1), f"--logging_dir={folder / 'logs'}", f"--sample_prompts={folder / 'prompts.txt'}"]
+    with clocked(run, "cache_latents", found, "caching"):
+        train([word for word in words if word != "--cache_latents_to_disk"] + ["--sample_every_n_epochs=1000"], after_step)
+    return found
+
+
+MEASURES = {"time": measure_time, "ours": measure_ours, "floor": measure_floor, "launch": measure_launch, "aside": measure_aside}
+
+
+def in_own_process(what: str, case: Case, folder: Path, steps: int = 1) -> dict[str, float]:
+    """This script again, for one measurement; its last line is the answer."""
+    words = [sys.executable, __file__, "--measure", what, json.dumps(asdict(case)), f"--folder={folder}", f"--steps={steps}"]
+    environment = {**os.environ, "TRAIN_STEP_STARTED": repr(time.time())}
+    done = subprocess.run(words, capture_output=True, encoding="utf-8", cwd=ROOT, env=environment)
+    if done.returncode:
+        raise SystemExit(f"{case.label()}: measuring {what} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+# ---------------------------------------------------------------- the tables
+
+HEAD = [
+    "| one step | ours, s | floor, s | ours / floor | of processor time | ours, GB | floor, GB | ratio | load |",
+    "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+]
+ASIDE_HEAD = [
+    "| launch and what is beside the steps | to the end of the first step, s | imports | model | data | rest | first step "
+    "| caching, pictures/s | a file, s | a log line, ms | a preview, s | load |",
+    "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+]
+
+
+def load() -> str:
+    return f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "?"
+
+
+def step_row(case: Case, folder: Path, steps: int) -> str:
+    load_before = load()
+    times = in_own_process("time", case, folder, steps)
+    ours, floor = (in_own_process(which, case, folder)["peak"] / 1e9 for which in ("ours", "floor"))
+    return (
+        f"| {case.label()} | {times['ours']:.3f} | {times['floor']:.3f} | {times['ratio']:.3f} | {times['cpu_ratio']:.3f} "
+        f"| {ours:.2f} | {floor:.2f} | {ours / floor:.2f} | {load_before} |"
+    )
+
+
+def aside_row(case: Case, folder: Path) -> str:
+    load_before = load()
+    in_own_process("launch", case, folder)  # fills the cache on disk, and tells what is imported
+    launch, aside = in_own_process("launch", case, folder), in_own_process("aside", case, folder)
+    parts = " | ".join(f"{launch[name]:.1f}" for name in ("whole", "imports", "model", "data", "rest", "to first step"))
+    return (
+        f"| launch at {case.size} px | {parts} | {PICTURES / aside['caching']:.2f} | {aside['file']:.2f} | {10 * aside['log']:.2f} "
+        f"| {aside['preview']:.1f} | {load_before} |"
+    )
+
+
+def conditions() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return f"torch {torch.__version__}, {torch.cuda.get_device_name()}"
+    return (
+        f"torch {torch.__version__}, {os.cpu_count()} cores of {platform.machine()} ({torch.backends.cpu.get_cpu_capability()}), "
+        f"{torch.get_num_threads()} threads"
+    )
+
+
+class Table:
+    """The results file: a row is written when it is measured, in place of the same one of an earlier run."""
+
+    def __init__(self, path: Path, stated: str) -> None:
+        self.path, self.stated = path, stated
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        rows = [line for line in lines if line.startswith("| ") and line not in (HEAD[0], ASIDE_HEAD[0])]
+        self.rows = {line.split(" | ")[0]: line for line in rows}
+
+    def add(self, row: str) -> None:
+        print(row, flush=True)
+        self.rows[row.split(" | ")[0]] = row
+        aside = [line for line in self.rows.values() if line.startswith("| launch at")]
+        steps = [line for line in self.rows.values() if line not in aside]
+        intro = ["# benchmarks/train_step.py", "", *__doc__.split("\n\n", 2)[2].strip().splitlines(), ""]
+        about = [f"Last run: {self.stated}. A preview has {SAMPLER_STEPS} sampler steps.", ""]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text("\n".join([*intro, *about, *HEAD, *steps, "", *ASIDE_HEAD, *aside, ""]), encoding="utf-8")
+
+
+def measure_all(arguments: argparse.Namespace, folder: Path) -> None:
+    """The launch at each size, then every case, a line of the tables after the other."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "unet.json").exists():
+        make_model(folder, arguments.small)
+    table = Table(arguments.out, conditions())
+    precisions, sizes, batches = arguments.precisions, arguments.sizes, arguments.batches
+    for size in sizes:
+        if not (folder / f"{size}px").exists():
+            make_pictures(folder / f"{size}px", size)
+        table.add(aside_row(Case(size, 1, precisions[0], "unet"), folder))
+    for case in [Case(*row) for row in itertools.product(sizes, batches, precisions, arguments.cases)]:
+        table.add(step_row(case, folder, arguments.steps))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--precisions", nargs="+", default=["no"], choices=["no", "bf16", "fp16"])
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
+    parser.add_argument("--steps", type=int, default=5, help="of each kind, by turns")
+    parser.add_argument("--folder", type=Path, help="where the model (2 GB) and the pictures are kept for the next time")
+    parser.add_argument("--small", action="store_true", help="a tiny model, to try the script out")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)  # what and case: the inner process
+    arguments = parser.parse_args()
+    if arguments.measure:
+        what, case = arguments.measure
+        print("\n" + json.dumps(MEASURES[what](Case(**json.loads(case)), arguments.folder, arguments.steps)))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        measure_all(arguments, arguments.folder or Path(temporary))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""benchmarks/train_step.py with the smallest model: every measurement gives its numbers, and the results file keeps its rows."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from accelerate.state import AcceleratorState
+
+from benchmarks import train_step
+from benchmarks.train_step import CASES, Case, Table
+from library.training.options import parse_options
+from tests.library.training.small_runs import two_blocks, use_two_blocks
+
+CASE = Case(64, 2, "no", "unet")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """What the script makes, for the model of two blocks."""
+    use_two_blocks(monkeypatch.setattr)
+    monkeypatch.setattr(train_step, "PICTURES", 4)
+    monkeypatch.setenv("TRAIN_STEP_STARTED", "0")
+    AcceleratorState._reset_state(reset_partial_state=True)  # one process, many runs
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "unet.json").write_text(json.dumps(dict(two_blocks().unet.config)), encoding="utf-8")
+    train_step.make_pictures(tmp_path / "64px", 64)
+    return tmp_path
+
+
+def test_ours_and_floor_are_the_same_weights_by_turns(folder, monkeypatch):
+    seen = []
+    bare = train_step.bare
+    monkeypatch.setattr(train_step, "bare", lambda unet: seen.append((unet, bare(unet))) or seen[-1][1])
+    found = train_step.measure_time(CASE, folder, 2)
+    assert found["ratio"] == found["ours"] / found["floor"] > 0 and found["cpu_ratio"] > 0
+    (ours, floor), = seen
+    assert all(a is b for a, b in zip(ours.parameters(), floor.parameters(), strict=True))
+    assert any(module._forward_hooks for module in ours.modules())
+    assert not any(module._forward_hooks for module in floor.modules())
+
+
+@pytest.mark.parametrize("what, parts", [
+    ("ours", {"peak"}), ("floor", {"peak"}), ("aside", {"caching", "file", "log", "preview"}),
+])  # fmt: skip
+def test_measurement_gives_its_numbers(folder, what, parts):
+    found = train_step.MEASURES[what](CASE, folder, 1)
+    assert found.keys() == parts and all(number > 0 for number in found.values())
+
+
+def test_parts_of_a_launch_add_up(folder):
+    found = train_step.measure_launch(CASE, folder, 1)
+    assert found.keys() == {"whole", "imports", "model", "data", "rest", "to first step"}
+    assert sum(found.values()) == pytest.approx(2 * found["whole"])
+    assert "torch" in json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+
+
+def test_words_of_every_case_are_options(tmp_path):
+    for kind in CASES:
+        options = parse_options(Case(256, 4, "no", kind).words(tmp_path, 7))
+        assert (options.training.max_train_steps, options.data.train_batch_size) == (7, 4)
+        assert options.training.gradient_checkpointing == ("checkpointing" in kind)
+        assert options.network.network_train_unet_only == ("text" not in kind)
+
+
+def test_rows_stay_until_they_are_measured_again(tmp_path):
+    path = tmp_path / "results.md"
+    for rows in (["| a | 1 |", "| launch at 64 px | 3 |"], ["| b | 5 |", "| a | 2 |"]):
+        table = Table(path, "a machine")
+        for row in rows:
+            table.add(row)
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    assert lines == [train_step.HEAD[0], "| a | 2 |", "| b | 5 |", train_step.ASIDE_HEAD[0], "| launch at 64 px | 3 |"]
