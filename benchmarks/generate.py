@@ -2,10 +2,12 @@
 
     python benchmarks/generate.py [--size 128] [--steps 10] [--rounds 3]
 
-16 pictures in batches of 4 by each, batch by batch in turns in one process, so that a busy machine slows both; text, denoising
-and decoding to pictures count, saving does not. The prompts are two, and one negative prompt for all. With a LoRA: ours applied,
-and as --network_pre_calc does it; the pipeline's by `load_lora_weights`. Start-up: a fresh Python process until the sampler's
-first step, from a Diffusers folder of the same small model. On a GPU if there is one. Writes benchmarks/results/generate.md.
+16 pictures in batches of 4 by each, batch by batch in turns in one process, so that a busy machine slows both, and compared
+pair by pair: "times faster" is the median of these ratios, with the quartiles. Text, denoising and decoding to pictures count;
+saving does not, which the pipeline leaves to others and gen_img_diffusers.py does beside the drawing. The prompts are two, and
+one negative prompt for all. With a LoRA: ours applied, and as --network_pre_calc does it; the pipeline's by
+`load_lora_weights`. Start-up: a fresh Python process until the sampler's first step, from a Diffusers folder of the same small
+model. On a GPU if there is one. Writes benchmarks/results/generate.md.
 """
 
 from __future__ import annotations
@@ -97,7 +99,7 @@ def timed(work: Callable[[], object], device: str) -> tuple[float, float, object
 
 
 def compare(way: str, device: str, folder: Path, size: int, steps: int, rounds: int) -> str:
-    """One row of the table: medians over the rounds, and the largest difference of the pictures."""
+    """One row of the table: medians over the rounds (ratios: over all batches), and the largest difference of the pictures."""
     import numpy as np
 
     from library.generation.generator import generate
@@ -114,6 +116,7 @@ def compare(way: str, device: str, folder: Path, size: int, steps: int, rounds: 
     warm_up = specs[:BATCH]
     list(generate(ours_model, warm_up, batch_size=BATCH, networks=networks)), pipeline(warm_up)
     totals: list[tuple[float, ...]] = []
+    ratios: list[tuple[float, float]] = []
     difference = 0
     for turn in range(rounds):
         seconds = {"ours": [0.0, 0.0], "theirs": [0.0, 0.0]}
@@ -121,18 +124,19 @@ def compare(way: str, device: str, folder: Path, size: int, steps: int, rounds: 
         for start in range(0, PICTURES, BATCH):
             batch = specs[start : start + BATCH]
             jobs = {"ours": lambda: [next(pictures).picture for _ in batch], "theirs": lambda batch=batch: pipeline(batch)}
-            results = {}
+            results, took = {}, {}
             for name in list(jobs)[:: 1 if (turn + start // BATCH) % 2 == 0 else -1]:
-                wall, cpu, results[name] = timed(jobs[name], device)
-                seconds[name][0] += wall
-                seconds[name][1] += cpu
+                *took[name], results[name] = timed(jobs[name], device)
+                seconds[name] = [sum(pair) for pair in zip(seconds[name], took[name])]
+            ratios.append(tuple(theirs / ours for ours, theirs in zip(took["ours"], took["theirs"])))
             for one, other in zip(results["ours"], results["theirs"]):
                 difference = max(difference, int(np.abs(np.asarray(one, int) - np.asarray(other, int)).max()))
         totals.append((*seconds["ours"], *seconds["theirs"]))
     ours, ours_cpu, theirs, theirs_cpu = (statistics.median(column) for column in zip(*totals))
+    faster, leaner = (statistics.quantiles(column, n=4) for column in zip(*ratios))
     return (
-        f"| {way} | {ours:.2f} | {theirs:.2f} | {theirs / ours:.2f} | {ours_cpu:.2f} | {theirs_cpu:.2f} | "
-        f"{theirs_cpu / ours_cpu:.2f} | {difference} |"
+        f"| {way} | {ours:.2f} | {theirs:.2f} | {faster[1]:.2f} ({faster[0]:.2f} to {faster[2]:.2f}) | {ours_cpu:.2f} | "
+        f"{theirs_cpu:.2f} | {leaner[1]:.2f} | {difference} |"
     )
 
 

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import os
 import pkgutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
+import safetensors.torch
 import torch
 
 from library.errors import UserError, nearest
+from library.files import read_safetensors_header
+
+if TYPE_CHECKING:
+    from library.sd.model import StableDiffusion
 
 
 def import_network_module(name: str) -> ModuleType:
@@ -78,8 +86,57 @@ class WithTextModel(torch.nn.Module):
 
 def named_text_encoder(module: ModuleType, text_encoder: torch.nn.Module) -> torch.nn.Module:
     """The text encoder as a network module should see it to give its layers the names that files have; ours know them anyway."""
-    knows_names = module.__name__.startswith("networks.") or hasattr(text_encoder, "text_model")
+    knows_names = is_ours(module) or hasattr(text_encoder, "text_model")
     return text_encoder if knows_names else WithTextModel(text_encoder)
+
+
+def is_ours(module: ModuleType) -> bool:
+    """Whether it is a network module of this suite, and not one of others such as `lycoris.kohya`."""
+    return module.__name__.startswith("networks.")
+
+
+def network_from_file(
+    module: ModuleType, file: str, strength: float, model: StableDiffusion, *, where: str, merges: bool = False, **arguments: Any
+) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """A network for the weights of this file, not yet applied or loaded, and these weights.
+
+    Where a module of others fails at a file of its own, as LyCORIS 4.1 does at ia3 and some lokr files, the network is made as the
+    file's metadata says. arguments: those of --network_args. merges: `merge_to` will be called.
+    """
+    parts = (model.vae, named_text_encoder(module, model.text_encoder), model.unet)
+    with user_errors(where):
+        try:
+            return module.create_network_from_weights(strength, str(file), *parts, **arguments)
+        except Exception as error:
+            if is_ours(module):
+                raise
+            words = None if merges else _words_of_its_making(module, file)
+            if words is None:
+                reason = f"{type(error).__name__}: {error}"
+                raise UserError(f"{where}: {module.__name__} makes no network from these weights ({reason})") from error
+        dim, alpha, made_with = words
+        network = module.create_network(strength, dim, alpha, *parts, **{**made_with, **arguments})
+        return network, safetensors.torch.load_file(file)
+
+
+def check_merge(module: ModuleType, strength: float, where: str) -> None:
+    """UserError for a merge that would come out wrong: LyCORIS merges at strength 1 whatever is asked for."""
+    if not is_ours(module) and strength != 1:
+        raise UserError(f"{where}: {module.__name__} merges at strength 1 alone, not {strength:g}; apply the network instead")
+
+
+def _words_of_its_making(module: ModuleType, file: str) -> tuple[int, float, dict[str, str]] | None:
+    """--network_dim, --network_alpha and --network_args by the metadata of a file that this module made; None without them."""
+    if Path(file).suffix != ".safetensors":
+        return None
+    metadata = read_safetensors_header(Path(file)).get("__metadata__", {})
+    if metadata.get("ss_network_module") != module.__name__:
+        return None
+    try:
+        words = json.loads(metadata.get("ss_network_args", "{}"))
+        return int(metadata["ss_network_dim"]), float(metadata["ss_network_alpha"]), dict(words)
+    except (KeyError, ValueError, TypeError):
+        return None
 
 
 def key_values(text: str, option: str) -> dict[str, str]:

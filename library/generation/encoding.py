@@ -27,6 +27,7 @@ class PromptCache:
     def __init__(self, most: int = 1000) -> None:
         self.most = most
         self._kept: OrderedDict[Hashable, Tensor] = OrderedDict()
+        self._chunks: dict[str, int] = {}  # of every text so far
 
     @torch.no_grad()
     def encode(
@@ -45,22 +46,26 @@ class PromptCache:
         return embeddings
 
 
+    def chunks_needed(self, model: StableDiffusion, texts: list[str], max_token_length: int) -> int:
+        """How many chunks of 75 tokens are read of these texts; of one that is cut it says so, once."""
+        most = max(1, max_token_length // CHUNK)
+        for text in [text for text in texts if text not in self._chunks]:
+            self._chunks[text] = needed = count_chunks(model.tokenizer, text)
+            if needed > most:
+                why = " (BREAK begins a new one)" if "BREAK" in text else ""
+                log.warning(
+                    f"prompt '{short(text)}' fills {needed} chunks of {CHUNK} tokens{why}, of which {most} can be read: the rest is "
+                    f"cut; gen_img_diffusers.py reads all with --max_embeddings_multiples={needed}"
+                )
+        return min(max(self._chunks[text] for text in texts), most)
+
+
 def encode_prompts(model: StableDiffusion, texts: list[str], chunks: int, clip_skip: int | None = None) -> Tensor:
     """Embeddings (B, chunks * 75 + 2, width) of prompts with their weights."""
     ids, weights = tokenize_prompts(model.tokenizer, texts, chunks)
     device = device_of(model.text_encoder)
     weighted = bool((weights != 1).any())
     return encode_text(model.text_encoder, ids.to(device), clip_skip, weights.to(device) if weighted else None)
-
-
-def chunks_needed(model: StableDiffusion, texts: list[str], max_token_length: int) -> int:
-    """How many chunks of 75 tokens hold each of these texts; says what is cut."""
-    most = max(1, max_token_length // CHUNK)
-    needed = [count_chunks(model.tokenizer, text) for text in texts]
-    for text, chunks in zip(texts, needed):
-        if chunks > most:
-            log.warning(f"prompt '{short(text)}' needs more than {most * CHUNK} tokens; the rest is cut")
-    return min(max(needed), most)
 
 
 def short(text: str) -> str:

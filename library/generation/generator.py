@@ -87,7 +87,7 @@ def generate(
         for spec in specs:
             spec = spec if spec.seed is not None else replace(spec, seed=secrets.randbelow(DRAWN_SEEDS))
             try:
-                yield make_job(model, spec, max_token_length, networks, regions)
+                yield make_job(model, spec, max_token_length, networks, regions, painter.texts)
             except UserError as error:
                 yield spec, error
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from library.errors import UserError
 from library.generation.deep_shrink import check_deep_shrink
-from library.generation.encoding import chunks_needed, short
+from library.generation.encoding import PromptCache, short
 from library.generation.networks import Networks, split_loras
-from library.generation.prompts import MOST_STEPS, PromptSpec
-from library.generation.regional import Regions, split_regions
+from library.generation.prompts import MOST_STEPS, PromptSpec, check_negative_scale, split_regions
+from library.generation.regional import Regions
 from library.generation.samplers import check_sampler
 from library.sd.model import pixels_per_latent
 
@@ -56,8 +56,9 @@ def batches(jobs: Iterable[Job | tuple[PromptSpec, UserError]], size: int) -> It
 
 
 def make_job(
-    model: StableDiffusion, spec: PromptSpec, max_token_length: int, networks: Networks | None, regions: Regions | None
-) -> Job:
+    model: StableDiffusion, spec: PromptSpec, max_token_length: int, networks: Networks | None, regions: Regions | None,
+    encodings: PromptCache,
+) -> Job:  # fmt: skip
     """The job for a spec. Raises UserError for one that cannot be made."""
     _check_size(model, spec)
     _check_numbers(model, spec)
@@ -76,7 +77,7 @@ def make_job(
         if spec.deep_shrink is not None:
             raise UserError("Deep Shrink and regional prompts cannot be combined: masks have no place in the shrunk layers")
     texts = [*prompts, spec.negative_prompt] if spec.scale > 1 else prompts
-    return Job(spec, tuple(prompts), chunks_needed(model, texts, max_token_length), tuple(multipliers), loras)
+    return Job(spec, tuple(prompts), encodings.chunks_needed(model, texts, max_token_length), tuple(multipliers), loras)
 
 
 def _check_size(model: StableDiffusion, spec: PromptSpec) -> None:
@@ -93,8 +94,7 @@ def _check_numbers(model: StableDiffusion, spec: PromptSpec) -> None:
         raise UserError(f"{where}: {spec.steps} steps are not possible; use 1 to {MOST_STEPS}")
     if not 0 <= spec.strength <= 1:
         raise UserError(f"{where}: strength {spec.strength} is not possible; use 0 to 1")
-    if spec.negative_scale is not None and spec.scale <= 1:
-        raise UserError(f"{where}: a negative scale needs a scale above 1, as guidance is off at {spec.scale}")
+    check_negative_scale(spec.scale, spec.negative_scale)
     if spec.mask is not None and spec.image is None:
         raise UserError(f"{where}: a mask needs a picture to begin from; give --image_path too")
     if spec.deep_shrink is not None:

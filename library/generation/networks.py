@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from library.errors import UserError, unknown
 from library.files import read_safetensors_header
 from library.generation.prompts import PromptSpec
-from library.network_modules import import_network_module, key_values, named_text_encoder, user_errors
+from library.network_modules import (
+    check_merge,
+    import_network_module,
+    key_values,
+    named_text_encoder,
+    network_from_file,
+    user_errors,
+)
 
 if TYPE_CHECKING:
     from library.sd.model import StableDiffusion
@@ -107,7 +114,8 @@ class Networks:
             if show_metadata:
                 show_file_metadata(Path(file))
             module = import_network_module(modules[min(index, len(modules) - 1)])
-            loaded = networks._read(Path(file), module, args[index] if index < len(args) else "", "--network_weights")
+            words = args[index] if index < len(args) else ""
+            loaded = networks._read(Path(file), module, words, "--network_weights", merges=index < merged)
             if index < merged:
                 networks._merge(loaded, strength)
                 networks.merged.append((loaded.path, strength))
@@ -193,15 +201,13 @@ class Networks:
 
     # ---- one file
 
-    def _read(self, path: Path, module: ModuleType, args: str, where: str) -> LoadedNetwork:
+    def _read(self, path: Path, module: ModuleType, args: str, where: str, merges: bool = False) -> LoadedNetwork:
         if not path.is_file():
             raise UserError(f"{where} {path}: there is no such file")
-        model, arguments = self.model, key_values(args, "--network_args")
-        with user_errors(f"{where} {path}"):
-            network, weights = module.create_network_from_weights(
-                1.0, str(path), model.vae, named_text_encoder(module, model.text_encoder), model.unet, for_inference=True,
-                **arguments,
-            )  # fmt: skip
+        network, weights = network_from_file(
+            module, str(path), 1.0, self.model, where=f"{where} {path}", merges=merges or self.pre_calc, for_inference=True,
+            **key_values(args, "--network_args"),
+        )  # fmt: skip
         return LoadedNetwork(path, module, network, weights)
 
     def _attach(self, loaded: LoadedNetwork) -> None:
@@ -210,7 +216,7 @@ class Networks:
         if self.pre_calc:
             return self._note_own_weights(loaded)
         with user_errors(str(loaded.path)):
-            network.apply_to(named_text_encoder(loaded.module, model.text_encoder), model.unet)
+            network.apply_to(named_text_encoder(loaded.module, model.text_encoder), model.unet, True, True)
             result = network.load_state_dict(loaded.weights, strict=False)
         missing = [key for key in result.missing_keys if not key.endswith(".alpha")]
         if missing:
@@ -223,6 +229,7 @@ class Networks:
         if not getattr(network, "is_mergeable", lambda: True)():
             cure = "leave --network_merge and --network_pre_calc out"
             raise UserError(f"{loaded.path}: this network of {loaded.module.__name__} cannot be merged; {cure}")
+        check_merge(loaded.module, strength, str(loaded.path))
         network.set_multiplier(strength)
         model = self.model
         with user_errors(str(loaded.path)), torch.no_grad():

@@ -11,6 +11,7 @@ from library.errors import UserError
 from library.generation.options import GenerateOptions
 from library.generation.prompt_lines import LineRules, PromptLine, read_prompt_line
 from library.generation.prompt_sources import RawPrompt, list_pictures
+from library.generation.prompts import check_negative_scale, check_regions, split_regions
 from library.generation.seeds import Seeds
 from library.generation.variants import Line, Text
 
@@ -52,6 +53,7 @@ class Planner:
             sheet=options.output.sheet,
             redraws=bool(self.sources or options.highres.highres_fix_scale),
             shrinks=options.deep_shrink.ds_depth_1 is not None,
+            shrinks_twice=options.deep_shrink.ds_depth_2 is not None,
         )
 
     @property
@@ -67,6 +69,7 @@ class Planner:
         repeats = 1 if chosen.interactive else chosen.n_iter
         passes = [self._one_pass(prompts) for _ in range(repeats)]
         requests = [request for made in passes for request in made]
+        self._check_deep_shrink(requests)
         if self.options.output.sheet:
             return self._with_seeds_of_a_sheet(requests)
         if self._seeds is None:
@@ -113,7 +116,31 @@ class Planner:
         if self.options.network.network_merge and "multipliers" in line.values:
             self.notes.append(f"{where}: --am does nothing, as --network_merge made the networks part of the model")
             line.values.pop("multipliers")
+        self._check_line(line, where)
         return line
+
+    def _check_line(self, line: PromptLine, where: str) -> None:
+        """UserError for a line that does not go with the command line."""
+        picture, source = self.options.picture, self.options.source
+        try:
+            negative_scale = line.values.get("negative_scale", picture.negative_scale)
+            check_negative_scale(line.values.get("scale", picture.scale), negative_scale)
+            if source.mask_path and self._regional:
+                check_regions(split_regions(line.values["prompt"]), self._rules.networks)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+
+    def _check_deep_shrink(self, requests: list[Request]) -> None:
+        """UserError for options of Deep Shrink that do nothing, as neither they nor a line gives the depth."""
+        given = self.options.deep_shrink.model_fields_set
+        needs = {"depth_1": ("ds_timesteps_1", "ds_depth_2", "ds_timesteps_2", "ds_ratio"), "depth_2": ("ds_timesteps_2",)}
+        if self.options.prompts.interactive or not requests:
+            return
+        for depth, options in needs.items():
+            idle = [f"--{name}" for name in options if name in given]
+            if idle and f"ds_{depth}" not in given and not any(depth in request.line.shrink for request in requests):
+                cure = f"give --ds_{depth}, or --dsd{depth[-1]} in a line"
+                raise UserError(f"{', '.join(idle)}: Deep Shrink does nothing without a depth; {cure}")
 
     def _with_seeds(self, requests: list[Request]) -> Iterator[Request]:
         """The requests of one pass; --d of a line beats all, from the front and in a circle."""

@@ -31,6 +31,7 @@ class LineRules:
     redraws: bool = True  # whether there is a source picture or a second stage for --t
     sheet: bool = False  # whether --sheet sets the strengths
     shrinks: bool = True  # whether Deep Shrink has a depth for --dst1, --dsd2, --dst2 and --dsr
+    shrinks_twice: bool = True  # whether it has a second one for --dst2
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,8 @@ def read_prompt_line(line: str, where: str, rules: LineRules = LineRules(), colu
     shrink = {target.removeprefix("shrink."): value for target, value in found.items() if target.startswith("shrink.")}
     if shrink and "depth_1" not in shrink and not rules.shrinks:
         raise UserError(f"{where}: Deep Shrink has no depth; give --dsd1 in the line or --ds_depth_1 on the command line")
+    if "timestep_2" in shrink and "depth_2" not in shrink and not rules.shrinks_twice:
+        raise UserError(f"{where}: Deep Shrink has no second depth; give --dsd2 in the line or --ds_depth_2 on the command line")
     values = {target: value for target, value in found.items() if "." not in target and target != "seeds"}
     return PromptLine(values, found.get("seeds"), shrink)
 

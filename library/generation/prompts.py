@@ -103,6 +103,28 @@ def read_number(text: str) -> float:
     return number
 
 
+def split_regions(prompt: str) -> list[str]:
+    """The sub-prompts of a prompt for regions.
+
+    >>> split_regions("a cat AND a dog")
+    ['a cat', 'a dog']
+    """
+    return [part.strip() for part in prompt.split(" AND ")]
+
+
+def check_regions(prompts: list[str], networks: int) -> None:
+    """UserError unless each network has a sub-prompt."""
+    if len(prompts) < networks:
+        cure = "write one for each, with ' AND ' between"
+        raise UserError(f"the prompt has {len(prompts)} part(s) for {networks} networks; {cure}")
+
+
+def check_negative_scale(scale: float, negative_scale: float | None) -> None:
+    """UserError for a scale of the negative prompt where it has no effect."""
+    if negative_scale is not None and scale <= 1:
+        raise UserError(f"a negative scale needs a scale above 1, as guidance is off at {scale:g}")
+
+
 # In-line option, key in .toml and .json, field of PromptSpec, reading of its value. A reader raises ValueError("what it wants").
 _OPTIONS: tuple[tuple[str, str, str, Callable[[str], Any]], ...] = (
     ("n", "negative_prompt", "negative_prompt", str),

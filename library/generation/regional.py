@@ -24,21 +24,12 @@ from torch.nn import functional as F
 
 from library.data.images import BadPicture, decode
 from library.errors import UserError
+from library.generation.prompts import check_regions
 
 if TYPE_CHECKING:
     from library.generation.networks import Networks
 
-SEPARATOR = " AND "
 EPSILON = 1e-4
-
-
-def split_regions(prompt: str) -> list[str]:
-    """The sub-prompts of a prompt.
-
-    >>> split_regions("a cat AND a dog")
-    ['a cat', 'a dog']
-    """
-    return [part.strip() for part in prompt.split(SEPARATOR)]
 
 
 @dataclass
@@ -72,11 +63,7 @@ class Regions:
         return cls(picture, networks, color_codes)
 
     def check(self, prompts: list[str]) -> None:
-        if len(prompts) < len(self.networks.loaded):
-            raise UserError(
-                f"the prompt has {len(prompts)} part(s) for {len(self.networks.loaded)} networks; write one for each, "
-                "with ' AND ' between"
-            )
+        check_regions(prompts, len(self.networks.loaded))
 
     def masks(self, count: int, height: int, width: int, device: torch.device) -> Tensor:
         """(count, 1, height, width), float32 in 0..1, for this many sub-prompts."""

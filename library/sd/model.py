@@ -59,14 +59,14 @@ def pixels_per_latent(vae: AutoencoderKL) -> int:
 @contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
     """Put the modules into evaluation mode, without dropout; afterwards every part of them has the mode that it had."""
-    modes = [(part, part.training) for module in modules for part in module.modules()]
+    training = [part for module in modules for part in module.modules() if part.training]
     try:
-        for module in modules:
-            module.eval()
+        for part in training:
+            part.training = False
         yield
     finally:
-        for part, training in modes:
-            part.training = training
+        for part in training:
+            part.training = True
 
 
 def vae_fingerprint(vae: AutoencoderKL) -> str:

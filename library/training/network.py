@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from library.errors import UserError
-from library.network_modules import import_network_module, named_text_encoder, user_errors
+from library.network_modules import check_merge, import_network_module, named_text_encoder, network_from_file, user_errors
 from library.sd.model import StableDiffusion
 from library.training.options import NetworkOptions, OptimizerOptions
 
@@ -63,10 +63,10 @@ def merge_base_weights(options: NetworkOptions, module: ModuleType, model: Stabl
     text_encoder = named_text_encoder(module, model.text_encoder)
     for index, path in enumerate(options.base_weights or ()):
         strength = strengths[index] if index < len(strengths) else 1.0
-        with user_errors(f"--base_weights {path}"):
-            network, weights = module.create_network_from_weights(
-                strength, path, model.vae, text_encoder, model.unet, for_inference=True
-            )
+        where = f"--base_weights {path}"
+        check_merge(module, strength, where)
+        network, weights = network_from_file(module, path, strength, model, where=where, merges=True, for_inference=True)
+        with user_errors(where):
             network.merge_to(text_encoder, model.unet, weights, model.unet.dtype, model.unet.device)
         print(f"merged {path} into the model at strength {strength}")
 
@@ -113,9 +113,8 @@ def _create(options: NetworkOptions, module: ModuleType, model: StableDiffusion)
     if options.network_dropout is not None:
         arguments["neuron_dropout"] = options.network_dropout
     if options.dim_from_weights:
-        with user_errors(f"--network_weights {options.network_weights}"):
-            instance, _ = module.create_network_from_weights(1.0, options.network_weights, *parts, **arguments)
-        return instance
+        where = f"--network_weights {options.network_weights}"
+        return network_from_file(module, options.network_weights, 1.0, model, where=where, **arguments)[0]
     dim = 4 if options.network_dim is None else options.network_dim
     with user_errors(f"--network_module {options.network_module}"):
         return module.create_network(1.0, dim, options.network_alpha, *parts, **arguments)

@@ -14,7 +14,7 @@ from library.errors import UserError
 from library.generation.generator import generate
 from library.generation.networks import Networks, split_loras
 from library.generation.prompts import PromptSpec
-from library.generation.samplers import make_scheduler
+from library.generation.samplers import SAMPLERS, make_scheduler
 from networks import dylora, lora
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -75,7 +75,7 @@ def test_loras_are_read_from_prompts():
 
 @pytest.fixture(scope="module")
 def with_ink_by_diffusers(model, files):
-    """Latents of Diffusers' pipeline with `load_lora_weights`, the LoRA at strength 1."""
+    """Diffusers' pipeline with `load_lora_weights`, the LoRA at strength 1: sampler -> latents."""
     from reference_pipelines import SMALL
 
     from library.sd.small import small_stable_diffusion
@@ -84,7 +84,11 @@ def with_ink_by_diffusers(model, files):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pipe.load_lora_weights(files[0])
-        latents = run_pipeline(pipe, CAT, height=64, width=64)
+
+    def latents(sampler):
+        pipe.scheduler = make_scheduler(sampler)
+        return run_pipeline(pipe, CAT, height=64, width=64)
+
     return latents
 
 
@@ -94,7 +98,14 @@ def test_latents_equal_those_of_diffusers_load_lora_weights(model, files, load, 
     networks = load(files[:1], merge=way == "merged", pre_calc=way == "pre_calc")
     ours = latents_of(model, [CAT], networks=networks)[0]
     assert (ours - without).abs().max() > 0.1
-    torch.testing.assert_close(ours, with_ink_by_diffusers, **CLOSE)
+    torch.testing.assert_close(ours, with_ink_by_diffusers("ddim"), **CLOSE)
+
+
+def test_latents_equal_those_of_load_lora_weights_with_every_sampler(model, files, load, latents_of, with_ink_by_diffusers):
+    names = [name for name in SAMPLERS if not name.startswith("k_")]
+    specs = [replace(CAT, sampler=name) for name in names]
+    for name, ours in zip(names, latents_of(model, specs, networks=load(files[:1])), strict=True):
+        torch.testing.assert_close(ours, with_ink_by_diffusers(name), msg=lambda text, name=name: f"{name}: {text}", **CLOSE)
 
 
 @pytest.mark.parametrize("pre_calc", [False, True])

@@ -14,7 +14,7 @@ from PIL import Image
 from library.errors import UserError
 from library.generation import painter
 from library.generation.denoise import Contexts, denoise, start_noise
-from library.generation.encoding import PromptCache, chunks_needed
+from library.generation.encoding import PromptCache
 from library.generation.generator import generate
 from library.generation.painter import Painter, to_picture
 from library.generation.prompts import PromptSpec
@@ -95,9 +95,19 @@ def test_trap_6_10_a_long_neighbour_does_not_change_a_picture(model, latents_of)
 
 def test_prompt_and_negative_prompt_are_padded_to_the_longer_of_the_two(model):
     for texts in ([CAT.prompt, LONG], [LONG, CAT.negative_prompt]):
-        embeddings = PromptCache().encode(model, texts, chunks_needed(model, texts, 225))
+        cache = PromptCache()
+        embeddings = cache.encode(model, texts, cache.chunks_needed(model, texts, 225))
         assert embeddings.shape[:2] == (2, 2 * 75 + 2)
-    assert chunks_needed(model, [CAT.prompt, CAT.negative_prompt], 225) == 1
+    assert PromptCache().chunks_needed(model, [CAT.prompt, CAT.negative_prompt], 225) == 1
+
+
+def test_what_is_cut_is_said_once_for_each_prompt_and_names_break(model, caplog):
+    cache = PromptCache()
+    for _ in range(3):
+        assert cache.chunks_needed(model, [LONG, "a BREAK b BREAK c"], 75) == 1
+    long, breaks = [record.getMessage() for record in caplog.records]
+    assert "fills 2 chunks of 75 tokens, of which 1 can be read" in long and "--max_embeddings_multiples=2" in long
+    assert "fills 3 chunks of 75 tokens (BREAK begins a new one)" in breaks
 
 
 def test_trap_6_3_each_picture_has_its_own_negative_prompt(model, latents_of):
@@ -124,7 +134,7 @@ def test_too_long_text_is_cut_with_a_message(model, caplog):
     endless = replace(CAT, prompt=", ".join([LONG] * 4), steps=1)
     with caplog.at_level(logging.WARNING):
         assert len(list(generate(model, [endless]))) == 1
-    assert "more than 225 tokens" in caplog.text
+    assert "of which 3 can be read: the rest is cut" in caplog.text
 
 
 def test_clip_skip_changes_the_picture(model, latents_of):

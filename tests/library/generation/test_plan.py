@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from random import Random
 
 import pytest
@@ -199,3 +200,32 @@ def test_a_picture_without_a_prompt_is_named(tmp_path):
     options = parse_options(["--ckpt=m", f"--image_path={tmp_path}"])
     with pytest.raises(UserError, match="plain.png holds no prompt of this script; give --prompt or --from_file"):
         read_prompts(options, Planner(options).sources)
+
+
+# ---------------------------------------------------------------- what does not go together is known before the model is loaded
+
+
+@pytest.mark.parametrize(
+    "words, text, message",
+    [
+        (["--scale=1", "--negative_scale=2"], "a", "line 1: a negative scale needs a scale above 1, as guidance is off at 1"),
+        ([], "a --l 0.5 --nl 2", "line 1: a negative scale needs a scale above 1, as guidance is off at 0.5"),
+        (["--network_weights", "a", "b", "--mask_path=MASK"], "a cat", "line 1: the prompt has 1 part.* for 2 networks"),
+    ],
+)
+def test_lines_that_do_not_go_with_the_command_line(tmp_path, words, text, message):
+    Image.new("RGB", (8, 8)).save(tmp_path / "mask.png")
+    asked = planner(*[word.replace("MASK", str(tmp_path / "mask.png")) for word in words])
+    good = "a AND b --l 7"
+    assert len(asked.plan([*lines(text), RawPrompt(good, "line 2")])) == 1
+    assert re.fullmatch(f"{message}.*", asked.problems["line 1"])
+
+
+def test_deep_shrink_without_a_depth_is_refused():
+    for word in ("--ds_ratio=0.4", "--ds_timesteps_1=500", "--ds_depth_2=1"):
+        name = word.partition("=")[0]
+        with pytest.raises(UserError, match=f"{name}: Deep Shrink does nothing without a depth; give --ds_depth_1"):
+            planner(word).plan(lines("a", "b"))
+        assert planner(word).plan(lines("a", "b --dsd1 2"))
+    with pytest.raises(UserError, match="--ds_timesteps_2: .*give --ds_depth_2, or --dsd2 in a line"):
+        planner("--ds_depth_1=2", "--ds_timesteps_2=300").plan(lines("a"))

@@ -77,6 +77,7 @@ def test_what_is_not_understood_is_named_with_its_column(line, message):
         ("a --am 1", LineRules(networks=0), "column 3: option --am needs --network_weights"),
         ("a --am 1", LineRules(networks=1, sheet=True), "column 3: option --am has no place with --sheet"),
         ("a --dsr 0.5", LineRules(shrinks=False), "here: Deep Shrink has no depth"),
+        ("a --dsd1 1 --dst2 500", LineRules(shrinks_twice=False), "here: Deep Shrink has no second depth"),
     ],
 )
 def test_what_says_nothing_in_this_run_is_named(line, rules, message):

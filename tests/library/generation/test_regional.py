@@ -16,8 +16,8 @@ from library.generation.generator import generate
 from library.generation.jobs import make_job
 from library.generation.networks import Networks
 from library.generation.painter import Painter
-from library.generation.prompts import DeepShrink, PromptSpec
-from library.generation.regional import Regions, split_regions
+from library.generation.prompts import DeepShrink, PromptSpec, split_regions
+from library.generation.regional import Regions
 from networks import lora
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -128,7 +128,7 @@ def test_each_network_sees_its_own_sub_prompt_alone(model, files, load, tmp_path
     networks = load(files, 1.0, 0.5)
     regions = Regions.load(colours(tmp_path / "mask.png", RED, GREEN), networks)
     options = {"clip_skip": None, "zero_terminal_snr": False, "texts": None, "autocast": None, "vae_batch_size": 1}
-    job = make_job(model, SPEC, 75, networks, regions)
+    job = make_job(model, SPEC, 75, networks, regions, PromptCache())
     contexts = Painter(model, networks=networks, regions=regions, **options).contexts([job])
     assert networks.state == tuple((loaded.number, strength) for loaded, strength in zip(networks.loaded, (1.0, 0.5)))
     for text, strengths, rows in (

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from importlib.metadata import version
 
 import pytest
 import torch
 
-from library.network_modules import import_network_module
+from library.errors import UserError
+from library.generation.networks import Networks
+from library.network_modules import import_network_module, named_text_encoder
+from library.sd.model import load_stable_diffusion, predict_noise
 
 pytest.importorskip("lycoris.kohya", reason="an extra: pip install lycoris-lora")
 
@@ -31,17 +35,40 @@ def test_lycoris_trains_saves_and_loads_back(run, base_model, algo):
     for key, tensor in going_on.tensors().items():
         torch.testing.assert_close(tensor, trained[key], atol=1e-5, rtol=1e-4)
 
-    if algo in ("ia3", "lokr"):
-        return  # LyCORIS 4.1.3 itself cannot make these from weights: other arguments (ia3), and its shapes for conv_in (lokr)
-    from library.sd.model import load_stable_diffusion
+    file = f"--network_weights={done.folder / 'mine.safetensors'}"
+    again = run(words[0], "--max_train_steps=1", UNET_ONLY, "--dim_from_weights", file)
+    assert {key: t.shape for key, t in again.tensors().items()} == {key: t.shape for key, t in trained.items()}
 
-    model = load_stable_diffusion(str(base_model))
-    module = import_network_module("lycoris.kohya")
-    network, _ = module.create_network_from_weights(
-        1.0, str(done.folder / "mine.safetensors"), model.vae, model.text_encoder, model.unet
-    )
-    names = {key.split(".")[0] for key in trained}
-    assert {lora.lora_name for lora in network.unet_loras + network.text_encoder_loras} == names
+
+@pytest.mark.parametrize("algo", ["loha", "lokr", "locon", "ia3"])
+def test_files_of_lycoris_do_in_pictures_what_they_did_in_training(base_model, tmp_path, algo):
+    """LyCORIS 4.1.3 itself makes nothing of ia3 files and of lokr's small ones; then the file's metadata says how."""
+    if algo == "ia3" and version("lycoris-lora").startswith("3."):
+        pytest.skip("LyCORIS 3 has no ia3 for this interface")
+    model, again = (load_stable_diffusion(str(base_model)) for _ in range(2))
+    module, file = import_network_module("lycoris.kohya"), tmp_path / "mine.safetensors"
+    text_encoder = named_text_encoder(module, model.text_encoder)
+    network = module.create_network(1.0, 2, 1.0, model.vae, text_encoder, model.unet, algo=algo)
+    network.apply_to(text_encoder, model.unet, True, True)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    words = {"ss_network_module": "lycoris.kohya", "ss_network_dim": "2", "ss_network_alpha": "1.0"}
+    network.save_weights(str(file), None, {**words, "ss_network_args": json.dumps({"algo": algo})})
+
+    tokens, noisy = torch.arange(77)[None], torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    @torch.no_grad()
+    def predicted(of):
+        return predict_noise(of.unet, noisy, torch.tensor([500]), of.text_encoder(tokens).last_hidden_state)
+
+    base = predicted(again)
+    networks = Networks.load(["lycoris.kohya"], [str(file)], model=again)
+    torch.testing.assert_close(predicted(again), predicted(model), atol=1e-5, rtol=1e-4)
+    networks.set([0.0])
+    torch.testing.assert_close(predicted(again), base, atol=1e-5, rtol=1e-4)
+    assert (predicted(model) - base).abs().max() > 1e-3
+    with pytest.raises(UserError, match="merges at strength 1 alone, not 0.5|makes no network from these weights"):
+        Networks.load(["lycoris.kohya"], [str(file)], [0.5], model=again, merge=True)
 
 
 def test_text_encoder_names_are_the_ecosystems(run):
