@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,11 +115,13 @@ def all_names(loras: Sequence[LoraFile]) -> list[str]:
 
 
 def check_ratios(models: Sequence[str], ratios: Sequence[float]) -> None:
-    """ValueError unless there is one ratio a model."""
+    """ValueError unless there is one ratio a model, each a number."""
     if not models:
         raise ValueError("--models: give at least one LoRA file")
     if len(models) != len(ratios):
         raise ValueError(f"--ratios: {len(ratios)} given for {len(models)} models; give one for each, in the same order")
+    if wrong := [ratio for ratio in ratios if not math.isfinite(ratio)]:
+        raise ValueError(f"--ratios: {wrong[0]} is no strength; give numbers such as 0.8")
 
 
 def precision(name: str | None) -> torch.dtype | None:

@@ -51,8 +51,9 @@ def output_path(
         raise ValueError(f"--save_to {name}: the suffix decides the format; use one of {', '.join(suffixes)}")
     if path.is_dir():
         raise ValueError(f"--save_to {name} is a folder; give a file name")
+    found = path if path.exists() else Path(os.path.abspath(path))  # `new/../a`, where `new` is yet to be made
     for other in inputs:
-        if path.exists() and other.exists() and os.path.samefile(path, other):
+        if found.exists() and other.exists() and os.path.samefile(found, other):
             raise ValueError(f"--save_to {name} would overwrite an input; give another name")
     return path
 

@@ -100,9 +100,12 @@ def stored_dtype(source: Path):
     for file in weights_files(source):
         try:
             with open_weights(file) as weights:
-                return Counter(dtype for dtype in weights.dtypes.values() if dtype.is_floating_point).most_common(1)[0][0]
-        except (ValueError, IndexError) as error:
+                counts = Counter(dtype for dtype in weights.dtypes.values() if dtype.is_floating_point)
+        except ValueError as error:
             raise UserError(f"{file}: {error}") from error
+        if not counts:
+            raise UserError(f"{file} holds no weights; it is no Stable Diffusion model")
+        return counts.most_common(1)[0][0]
     return None
 
 

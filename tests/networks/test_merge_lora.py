@@ -229,6 +229,7 @@ def test_wrong_input_is_named_before_any_work(model, tmp_path):
     out = str(tmp_path / "o.safetensors")
     assert "2 given for 1 models" in error("--save_to", out, "--models", a, "--ratios", "1", "2")
     assert "at least one LoRA" in error("--save_to", out)
+    assert "nan is no strength" in error("--save_to", out, "--models", a, "--ratios", "nan")
     assert "overwrite an input" in error("--save_to", a, "--models", a, "--ratios", "1")
     assert "did you mean '--ratios'" in error("--save_to", out, "--models", a, "--ratio", "1")
     assert "--v2 is for merging into a model" in error("--save_to", out, "--models", a, "--ratios", "1", "--v2")

@@ -193,6 +193,8 @@ def test_output_names(tmp_path):
     save_file({"x": torch.ones(1)}, source)
     with pytest.raises(ValueError, match="overwrite an input"):
         output_path(tmp_path / "." / "a.safetensors", [source])
+    with pytest.raises(ValueError, match="overwrite an input"):
+        output_path(tmp_path / "to be made" / ".." / "a.safetensors", [source])
     with pytest.raises(ValueError, match="suffix decides"):
         output_path(tmp_path / "a.zip", [])
     (tmp_path / "d.safetensors").mkdir()
