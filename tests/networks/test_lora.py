@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -77,6 +78,39 @@ def test_forward_is_the_formula_in_float64(layer, shape):
         full = np.einsum("ok,kiyx->oiyx", up[:, :, 0, 0], down)
         expected = numpy_conv(x64, weight + 0.7 * 2 / 3 * full, layer.stride[0], layer.padding[0]) + bias[:, None, None]
     np.testing.assert_allclose(layer(x).detach().numpy(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 6), (2, 6), (6,)])
+@pytest.mark.parametrize("network_dropout", [0.0, 0.5])
+def test_sum_in_one_product_has_the_losses_and_gradients_of_the_plain_formula(shape, network_dropout):
+    """What `attach` computes beside base + module(x), in float32 without dropout and with the same draws of it."""
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 5).requires_grad_(False)
+    module = LoRAModule("lora", layer, rank=3, alpha=2.0, multiplier=0.7, dropout=network_dropout, rank_dropout=network_dropout)
+    nn.init.normal_(module.lora_up.weight)
+    bare, x = copy.deepcopy(layer), torch.randn(shape)
+    module.attach(layer)
+    if len(shape) == 1:
+        module.rank_dropout = 0.0  # is by samples, and here is none
+    results = []
+    for formula in (layer, lambda x: bare(x) + module(x)):
+        torch.manual_seed(1)
+        leaf = x.clone().requires_grad_()
+        loss = formula(leaf).square().mean()
+        results.append((loss, *torch.autograd.grad(loss, [leaf, *module.parameters()])))
+    for fast, plain in zip(*results, strict=True):
+        torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_hook_on_a_module_sees_what_it_adds():
+    layer = nn.Linear(6, 5)
+    module = LoRAModule("lora", layer, rank=3, alpha=2.0)
+    nn.init.normal_(module.lora_up.weight)
+    x = torch.randn(2, 6)
+    bare = layer(x)
+    module.attach(layer)
+    module.register_forward_hook(lambda module, inputs, added: torch.zeros_like(added))  # as regions of a picture do
+    assert torch.equal(layer(x), bare)
 
 
 @pytest.mark.parametrize("layer, fan_in", [(nn.Linear(300, 5), 300), (nn.Conv2d(40, 5, 3), 360), (nn.Conv2d(400, 5, 1), 400)])
