@@ -34,6 +34,24 @@ def test_arguments_reach_the_optimizer_and_its_name():
     assert name.endswith("(weight_decay=0.2,betas=(0.8, 0.9))")
 
 
+def test_adamw_in_one_call_is_the_plain_formula_in_float32():
+    """Loshchilov and Hutter 2019, algorithm 2, with the gradients of a loss; and another way of torch's can be chosen."""
+    options = OptimizerOptions(learning_rate=0.1)
+    optimizer, _ = create_optimizer(options, groups(), CPU)
+    assert optimizer.param_groups[0]["fused"]
+    parameter = optimizer.param_groups[0]["params"][0]
+    weight, mean, square = parameter.detach().double().clone(), 0.0, 0.0
+    for step in range(1, 6):
+        gradient = torch.randn(64, 64, generator=torch.Generator().manual_seed(step))
+        parameter.grad = gradient.clone()
+        optimizer.step()
+        mean, square = 0.9 * mean + 0.1 * gradient.double(), 0.999 * square + 0.001 * gradient.double() ** 2
+        weight = weight * (1 - 0.5 * 0.01) - 0.5 * (mean / (1 - 0.9**step)) / ((square / (1 - 0.999**step)).sqrt() + 1e-8)
+    torch.testing.assert_close(parameter.detach().double(), weight, rtol=1e-5, atol=1e-5)
+    chosen, _ = create_optimizer(OptimizerOptions(optimizer_args=["foreach=True"]), groups(), CPU)
+    assert chosen.param_groups[0]["foreach"] and not chosen.param_groups[0]["fused"]
+
+
 def test_adamw8bit_steps_on_a_cpu():
     optimizer, name = create_optimizer(OptimizerOptions(use_8bit_adam=True), groups(), CPU)
     parameter = optimizer.param_groups[0]["params"][0]
