@@ -37,6 +37,7 @@ from library.training import run as run_module  # noqa: E402
 from library.training import state as state_module  # noqa: E402
 from library.training.options import parse_options  # noqa: E402
 from library.training.plan import Start  # noqa: E402
+from library.training.preflight import preflight  # noqa: E402
 from library.training.resume import ResumedState, begin_at  # noqa: E402
 from library.training.state import find_state, read_state  # noqa: E402
 from library.training.trainer import Trainer  # noqa: E402
@@ -180,7 +181,7 @@ def prepared(base: Path) -> Trainer:
     use_two_blocks(setattr)
     options = parse_options(words_of_a_run(picture_folder(base / "pictures", 6), base / "whole", *WORDS))
     accelerator = run_module.make_accelerator(options)
-    trainer = run_module.prepare(options, run_module.open_dataset(options, 1), 1, accelerator, Processes())
+    trainer = run_module.prepare(options, preflight(options, accelerator.device, 1), accelerator, Processes())
     trainer.metadata.at(0, 0)  # waits for its thread, which would not survive the fork
     return trainer
 

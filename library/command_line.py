@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
-from library.errors import UserError, unknown
+from library.errors import Problems, UserError, UserErrors, unknown
 from library.text_files import parse_toml, read_text
 
 
@@ -105,31 +105,37 @@ def parse(options_class: type[OptionsT], arguments: list[str], description: str,
 
     Raises UserError for an unknown or refused name (with the nearest known one) and for a value of the wrong kind.
     """
-    given = parse_command_line(options_class, arguments, description, refused)
+    problems = Problems()
+    given = parse_command_line(options_class, arguments, description, refused, problems)
     values: dict[str, tuple[Any, str]] = {}
     if "config_file" in given and "output_config" not in given:
         path = config_file_path(given["config_file"])
-        values.update({key: (value, f"'{key}' in {path}") for key, value in read_config_file(options_class, path, refused).items()})
+        in_file = read_config_file(options_class, path, refused, problems)
+        values.update({key: (value, f"'{key}' in {path}") for key, value in in_file.items()})
     values.update({key: (value, f"--{key}") for key, value in given.items()})
-    return build(options_class, values)
+    options = problems.of(lambda: build(options_class, values))
+    problems.tell()
+    return options
 
 
 def parse_command_line(
-    options_class: type[BaseModel], arguments: list[str], description: str, refused: Refused
+    options_class: type[BaseModel], arguments: list[str], description: str, refused: Refused, problems: Problems
 ) -> dict[str, Any]:
-    """The options that stand on the command line, by name, as words."""
+    """The options that stand on the command line, by name, as words. Wrong names go to `problems`; other errors are raised."""
     names = option_names(options_class)
+    wrong = []
     for word in arguments:
         if word.startswith("--") and word not in ("--help", "--"):
             name = word[2:].split("=", 1)[0]
             if name in refused.reasons:
-                raise UserError(f"--{name} is not supported: {refused.reasons[name]}")
-            if name not in names:
-                raise unknown("option", f"--{name}", [f"--{known}" for known in names])
+                wrong.append(f"--{name} is not supported: {refused.reasons[name]}")
+            elif name not in names:
+                wrong.append(str(unknown("option", f"--{name}", [f"--{known}" for known in names])))
+    problems.found += wrong
     parser = build_parser(options_class, description)
     parser.error = _raise_user_error  # type: ignore[method-assign]
     known, rest = parser.parse_known_args(arguments)
-    if rest:
+    if rest and not wrong:  # else they are the words of a wrong name
         raise UserError(f"unexpected word '{rest[0]}' on the command line; put values that hold spaces in quotes")
     return vars(known)
 
@@ -147,8 +153,8 @@ def config_file_path(name: str) -> Path:
     raise UserError(f"--config_file {name}: there is no such file")
 
 
-def read_config_file(options_class: type[BaseModel], path: Path, refused: Refused) -> dict[str, Any]:
-    """Option values of a TOML file. Tables are flattened; their names do not matter.
+def read_config_file(options_class: type[BaseModel], path: Path, refused: Refused, problems: Problems) -> dict[str, Any]:
+    """Option values of a TOML file. Tables are flattened; their names do not matter. What is wrong goes to `problems`.
 
     A refused option that asks for nothing is passed over: graphical front ends write every option they know.
     """
@@ -157,17 +163,18 @@ def read_config_file(options_class: type[BaseModel], path: Path, refused: Refuse
     values: dict[str, Any] = {}
     for key, value in _flatten(content):
         if key in values or key == "config_file":
-            raise UserError(f"'{key}' in {path} " + ("stands there twice" if key in values else "cannot name another file"))
-        if key in refused.reasons:
+            problems.found.append(f"'{key}' in {path} " + ("stands there twice" if key in values else "cannot name another file"))
+        elif key in refused.reasons:
             if not refused.is_harmless(key, value):
-                raise UserError(f"'{key}' in {path} is not supported: {refused.reasons[key]}")
+                problems.found.append(f"'{key}' in {path} is not supported: {refused.reasons[key]}")
         elif key not in names:
-            raise unknown("option", key, names, where=str(path))
+            problems.found.append(str(unknown("option", key, names, where=str(path))))
         else:
             option = groups_of(options_class)[names[key]].model_fields[key]
             if value == "" and option.get_default() is None:
                 continue  # as front ends write what is not given
-            values[key] = _checked_flag(key, value, is_flag(option), path)
+            checked = problems.of(lambda: _checked_flag(key, value, is_flag(option), path))
+            values |= {} if checked is None else {key: checked}
     return values
 
 
@@ -197,7 +204,7 @@ def build(options_class: type[OptionsT], values: Mapping[str, tuple[Any, str]]) 
     try:
         return options_class(**raw)
     except ValidationError as error:
-        raise UserError("; ".join(_describe(problem, values) for problem in error.errors())) from error
+        raise UserErrors([_describe(problem, values) for problem in error.errors()]) from error
 
 
 def _describe(problem: Mapping[str, Any], values: Mapping[str, tuple[Any, str]]) -> str:

@@ -7,7 +7,9 @@ import logging
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
+
+T = TypeVar("T")
 
 
 class UserError(Exception):
@@ -22,6 +24,26 @@ class UserErrors(UserError):
     def __init__(self, problems: list[str]) -> None:
         super().__init__("; ".join(problems))
         self.problems = problems
+
+
+class Problems:
+    """Collects what is wrong, so that it can be told all at once."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    def of(self, work: Callable[[], T]) -> T | None:
+        """What `work` gives; None if it raises a UserError, whose words are kept."""
+        try:
+            return work()
+        except UserError as error:
+            self.found += getattr(error, "problems", [str(error)])
+            return None
+
+    def tell(self) -> None:
+        """Raise UserErrors with all that was found, each thing once; nothing happens if all is well."""
+        if self.found:
+            raise UserErrors(list(dict.fromkeys(self.found)))
 
 
 class RunFailed(UserError):

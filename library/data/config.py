@@ -26,7 +26,7 @@ from library.data.config_keys import (
     optional_keys,
 )
 from library.data.folders import check_pictures, picture_subsets
-from library.errors import UserError, unknown
+from library.errors import Problems, UserError, UserErrors, unknown
 
 __all__ = ["DatasetConfig", "DatasetDefaults", "SubsetConfig", "datasets_from_file", "datasets_from_folders", "datasets_from_metadata"]
 
@@ -49,27 +49,43 @@ _GENERAL, _DATASET, _SUBSET = "[general]", "[[datasets]]", "[[datasets.subsets]]
 
 
 def datasets_from_file(path: Path, defaults: DatasetDefaults) -> list[DatasetConfig]:
-    """Read `--dataset_config`. Raises UserError, naming file, table and key, for whatever is wrong in it."""
+    """Read `--dataset_config`. Raises UserErrors, naming file, table and key, with whatever is wrong in it."""
     path = Path(path)
     tables = read_config_file(path)
-    _refuse_wrong_keys(tables, ("general", "datasets"), f"{path}, top level")
+    problems = Problems()
+    problems.of(lambda: _refuse_wrong_keys(tables, ("general", "datasets"), f"{path}, top level"))
     general = tables.get("general", {})
     if not isinstance(general, dict):
         raise UserError(f"{path}: write {_GENERAL} once, with single brackets")
-    general = _checked(_DATASET_TABLE, general, f"{path}, {_GENERAL}")
-    datasets = []
-    for number, table in enumerate(_list_of_tables(tables, "datasets", _DATASET, str(path)), start=1):
-        place = f"{path}, {_DATASET} {number}"
-        _refuse_wrong_keys(table, ("subsets", *_DATASET_TABLE.model_fields), place)
-        subset_tables = _list_of_tables(table, "subsets", _SUBSET, place)
-        table = {key: value for key, value in table.items() if key != "subsets"}
-        _refuse_mixture(subset_tables, place)
-        in_file = {**general, **_checked(_DATASET_TABLE, table, place)}
-        values = {**defaults.model_dump(exclude_none=True), **in_file}
-        subsets = _subsets_from_tables(subset_tables, values, path, place)
-        datasets.append(_dataset(values, subsets, place))
-        _warn_without_effect(in_file, datasets[-1], place)
+    shared = problems.of(lambda: _checked(_DATASET_TABLE, general, f"{path}, {_GENERAL}"))
+    entries = problems.of(lambda: _list_of_tables(tables, "datasets", _DATASET, str(path))) or []
+    datasets = [
+        problems.of(lambda: _dataset_from_table(table, shared, defaults, path, f"{path}, {_DATASET} {number}"))
+        for number, table in enumerate(entries, start=1)
+    ]
+    problems.tell()
     return datasets
+
+
+def _dataset_from_table(
+    table: dict[str, Any], general: dict[str, Any] | None, defaults: DatasetDefaults, path: Path, place: str
+) -> DatasetConfig:
+    """One of `[[datasets]]`; `general` is None if that table is wrong. Raises UserErrors with all that is wrong in it."""
+    problems = Problems()
+    problems.of(lambda: _refuse_wrong_keys(table, ("subsets", *_DATASET_TABLE.model_fields), place))
+    own = {key: value for key, value in table.items() if key != "subsets" and key in _DATASET_TABLE.model_fields}
+    checked = problems.of(lambda: _checked(_DATASET_TABLE, own, place))
+    in_file = {**(general or {}), **(checked or {})}
+    values = {**defaults.model_dump(exclude_none=True), **in_file}
+    subset_tables = problems.of(lambda: _list_of_tables(table, "subsets", _SUBSET, place)) or []
+    problems.of(lambda: _refuse_mixture(subset_tables, place))
+    subsets = problems.of(lambda: _subsets_from_tables(subset_tables, values, path, place))
+    if None not in (general, checked):  # else it may be the wrong value of a table above that is missing here
+        problems.of(lambda: _require_resolution(values, place))
+    problems.tell()
+    dataset = _dataset(values, subsets, place)
+    _warn_without_effect(in_file, dataset, place)
+    return dataset
 
 
 def datasets_from_folders(
@@ -80,53 +96,70 @@ def datasets_from_folders(
     `masks` (`--conditioning_data_dir`) holds the same folders as `train_data_dir` again, with the masks of the pictures.
     """
     values = defaults.model_dump(exclude_none=True)
-    subsets = []
+    where, subsets, problems = f"--train_data_dir={train_data_dir}", [], Problems()
     for option, parent, is_reg in (("--train_data_dir", train_data_dir, False), ("--reg_data_dir", reg_data_dir, True)):
-        for found in picture_subsets(Path(parent), option) if parent else ():
-            own = {"num_repeats": found.num_repeats, "class_tokens": found.class_tokens}
+        for found in (problems.of(lambda: picture_subsets(Path(parent), option)) or ()) if parent else ():
+            place = masks / found.image_dir.relative_to(parent) if masks and not is_reg else None
+            own = {"num_repeats": found.num_repeats, "class_tokens": found.class_tokens, "conditioning_data_dir": place}
             own = {key: value for key, value in own.items() if value is not None}
-            if masks and not is_reg:
-                own["conditioning_data_dir"] = masks / found.image_dir.relative_to(parent)
-                if not own["conditioning_data_dir"].is_dir():
-                    raise UserError(f"--conditioning_data_dir={masks}: there is no folder {own['conditioning_data_dir']} for {found.image_dir}")
-            subset = _subset({**values, **own, "image_dir": found.image_dir, "is_reg": is_reg}, str(found.image_dir))
-            check_pictures(subset.image_dir, subset.caption_extension, option)
-            subsets.append(subset)
-    return [_dataset(values, subsets, f"--train_data_dir={train_data_dir}")]
+            if place and not place.is_dir():
+                problems.found.append(f"--conditioning_data_dir={masks}: there is no folder {place} for {found.image_dir}")
+            subsets.append(problems.of(lambda: _subset_of_folder({**values, **own, "is_reg": is_reg}, found.image_dir, option)))
+    problems.of(lambda: _require_resolution(values, where))
+    problems.tell()
+    return [_dataset(values, subsets, where)]
+
+
+def _subset_of_folder(values: dict[str, Any], image_dir: Path, option: str) -> SubsetConfig:
+    subset = _subset({**values, "image_dir": image_dir}, str(image_dir))
+    check_pictures(subset.image_dir, subset.caption_extension, option)
+    return subset
 
 
 def datasets_from_metadata(in_json: Path, image_dir: Path | None, defaults: DatasetDefaults) -> list[DatasetConfig]:
     """One dataset from `--in_json`, whose pictures lie in `--train_data_dir`, else where the file says or beside it."""
-    where = f"--in_json={in_json}"
+    where, problems = f"--in_json={in_json}", Problems()
     if not Path(in_json).is_file():
-        raise UserError(f"{where}: no such file; looked in {Path.cwd()}")
+        problems.found.append(f"{where}: no such file; looked in {Path.cwd()}")
     if image_dir is not None and not Path(image_dir).is_dir():
-        raise UserError(f"--train_data_dir={image_dir}: no such folder; looked in {Path.cwd()}")
+        problems.found.append(f"--train_data_dir={image_dir}: no such folder; looked in {Path.cwd()}")
     values = defaults.model_dump(exclude_none=True)
+    problems.of(lambda: _require_resolution(values, where))
+    problems.tell()
     subset = _subset({**values, "metadata_file": in_json, "image_dir": image_dir or Path(in_json).parent}, where)
     return [_dataset(values, [subset], where)]
 
 
 def _subsets_from_tables(tables: list[dict], values: dict[str, Any], path: Path, place: str) -> list[SubsetConfig]:
     """The `[[datasets.subsets]]` of one dataset; `values` are those that hold unless a subset says otherwise."""
-    subsets = []
-    for number, table in enumerate(tables, start=1):
-        where = f"{place}, {_SUBSET} {number}"
-        own = {**values, **_checked(_SUBSET_TABLE, table, where)}
-        if "metadata_file" in own:
-            _refuse_what_metadata_says(table, where)
-            own["metadata_file"] = _existing(own["metadata_file"], path, where, "metadata_file")
-            own.setdefault("image_dir", own["metadata_file"].parent)
-        if "image_dir" not in own:
-            raise UserError(f"{where}: image_dir is missing; write image_dir = 'path/of/the/pictures'")
-        for key in ("image_dir", "conditioning_data_dir"):
-            if key in own:
-                own[key] = _existing(own[key], path, where, key)
-        subsets.append(_subset(own, where))
-        if "metadata_file" not in own:
-            check_pictures(subsets[-1].image_dir, subsets[-1].caption_extension, where)
+    problems = Problems()
+    subsets = [
+        problems.of(lambda: _subset_from_table(table, values, path, f"{place}, {_SUBSET} {number}"))
+        for number, table in enumerate(tables, start=1)
+    ]
+    problems.tell()
     _refuse_twins(subsets, place)
     return subsets
+
+
+def _subset_from_table(table: dict[str, Any], values: dict[str, Any], path: Path, where: str) -> SubsetConfig:
+    """One of `[[datasets.subsets]]`. Raises UserErrors with all that is wrong in it."""
+    problems = Problems()
+    own = {**values, **_checked(_SUBSET_TABLE, table, where)}
+    if "metadata_file" in own:
+        problems.of(lambda: _refuse_what_metadata_says(table, where))
+        own["metadata_file"] = problems.of(lambda: _existing(own["metadata_file"], path, where, "metadata_file"))
+        own.setdefault("image_dir", (own["metadata_file"] or path).parent)
+    if "image_dir" not in own:
+        problems.found.append(f"{where}: image_dir is missing; write image_dir = 'path/of/the/pictures'")
+    for key in ("image_dir", "conditioning_data_dir"):
+        if key in own:
+            own[key] = problems.of(lambda: _existing(own[key], path, where, key))
+    problems.tell()
+    subset = _subset(own, where)
+    if subset.metadata_file is None:
+        check_pictures(subset.image_dir, subset.caption_extension, where)
+    return subset
 
 
 def _list_of_tables(table: dict[str, Any], key: str, brackets: str, place: str) -> list[dict[str, Any]]:
@@ -144,10 +177,13 @@ def _checked(model: type[BaseModel], table: dict[str, Any], place: str) -> dict[
     try:
         return model(**table).model_dump(exclude_none=True)
     except ValidationError as error:
-        problem = error.errors()[0]
-        key = str(problem["loc"][0])
-        shown = json.dumps(table[key], ensure_ascii=False, default=str)
-        raise UserError(f"{place}: {key} = {shown}: expected {describe_problem(problem)}") from error
+        raise UserErrors([_wrong_value(table, problem, place) for problem in error.errors()]) from error
+
+
+def _wrong_value(table: dict[str, Any], problem: Any, place: str) -> str:
+    key = str(problem["loc"][0])
+    shown = json.dumps(table[key], ensure_ascii=False, default=str)
+    return f"{place}: {key} = {shown}: expected {describe_problem(problem)}"
 
 
 def _refuse_mixture(tables: list[dict], place: str) -> None:
@@ -158,17 +194,17 @@ def _refuse_mixture(tables: list[dict], place: str) -> None:
 
 
 def _refuse_what_metadata_says(table: dict[str, Any], where: str) -> None:
-    for key in NOT_WITH_METADATA:
-        if key in table:
-            raise UserError(f"{where}: {key} has no place beside metadata_file, which says what the pictures are; take it out")
+    keys = [key for key in NOT_WITH_METADATA if key in table]
+    if keys:
+        raise UserErrors([f"{where}: {key} has no place beside metadata_file, which says what the pictures are; take it out" for key in keys])
 
 
 def _refuse_wrong_keys(table: dict[str, Any], allowed: Collection[str], place: str) -> None:
     for key in [key for key, nothing in HARMLESS.items() if key in table and table[key] == nothing]:
         del table[key]
-    for key in table:
-        if key not in allowed:
-            raise _wrong_key(key, allowed, place)
+    wrong = [str(_wrong_key(key, allowed, place)) for key in table if key not in allowed]
+    if wrong:
+        raise UserErrors(wrong)
 
 
 def _wrong_key(key: str, allowed: Collection[str], place: str) -> UserError:
@@ -215,11 +251,14 @@ def _subset(values: dict[str, Any], where: str) -> SubsetConfig:
     return _complete(SubsetConfig, {key: value for key, value in values.items() if key in SubsetConfig.model_fields}, where)
 
 
+def _require_resolution(values: dict[str, Any], where: str) -> None:
+    if "resolution" not in values:
+        raise UserError(f"{where}: resolution is missing; give --resolution=512, or write resolution = 512 in the dataset file")
+
+
 def _dataset(values: dict[str, Any], subsets: list[SubsetConfig], where: str) -> DatasetConfig:
     if all(subset.is_reg for subset in subsets):
         raise UserError(f"{where}: all subsets are regularisation pictures (is_reg); add one with the pictures to learn")
-    if "resolution" not in values:
-        raise UserError(f"{where}: resolution is missing; give --resolution=512, or write resolution = 512 in the dataset file")
     own = {key: value for key, value in values.items() if key in DatasetConfig.model_fields}
     dataset = _complete(DatasetConfig, {**own, "subsets": tuple(subsets)}, where)
     given, used = (dataset.min_bucket_reso, dataset.max_bucket_reso), dataset.bucket_bounds

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Optional
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model, model_validator
 
-from library.errors import UserError
+from library.errors import UserErrors
 
 
 # Far beyond any use; a slip of the pen must not end in an overflow or fill the memory.
@@ -173,6 +173,9 @@ AS_OPTION = {
 }
 
 
+AS_OPTION_NAMES = {"batch_size": "train_batch_size", "num_repeats": "dataset_repeats"}
+
+
 class _CommandLine(_Frozen):
     @model_validator(mode="wrap")
     @classmethod
@@ -181,13 +184,15 @@ class _CommandLine(_Frozen):
         try:
             return build({key: _pair_from_text(key, value) for key, value in values.items()})
         except ValidationError as error:
-            problem = error.errors()[0]
-            key = str(problem["loc"][0])
-            option = {"batch_size": "train_batch_size", "num_repeats": "dataset_repeats"}.get(key, key)
-            expected = describe_problem(problem)
-            for in_file, here in AS_OPTION.items():
-                expected = expected.replace(in_file, here)
-            raise UserError(f"--{option}={values[key]}: expected {expected}") from error
+            raise UserErrors([_wrong_option(values, problem) for problem in error.errors()]) from error
+
+
+def _wrong_option(values: dict[str, Any], problem: Any) -> str:
+    key = str(problem["loc"][0])
+    expected = describe_problem(problem)
+    for in_file, here in AS_OPTION.items():
+        expected = expected.replace(in_file, here)
+    return f"--{AS_OPTION_NAMES.get(key, key)}={values[key]}: expected {expected}"
 
 
 def _pair_from_text(key: str, value: Any) -> Any:

@@ -34,7 +34,16 @@ def network_numbers(options: TrainNetworkOptions) -> int:
 
 def network_file_bytes(options: TrainNetworkOptions) -> int:
     """Size of one saved file."""
-    return network_numbers(options) * (2 if options.output.save_precision in ("fp16", "bf16") else 4)
+    precision, full = options.output.save_precision, options.precision.full_fp16 or options.precision.full_bf16
+    half = precision in ("fp16", "bf16") or (precision is None and full)
+    return network_numbers(options) * (2 if half else 4)
+
+
+def state_bytes(options: TrainNetworkOptions) -> int:
+    """Size of one saved state: the weights, two numbers of the optimizer for each, and the average."""
+    name = options.optimizer.optimizer_type.lower()
+    moments = 2 if "8bit" in name or options.optimizer.use_8bit_adam else 8
+    return network_numbers(options) * (4 + moments + (4 if options.validation.ema_decay else 0))
 
 
 def estimated_gpu_bytes(options: TrainNetworkOptions, dataset: TrainingDataset) -> int:

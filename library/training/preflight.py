@@ -1,95 +1,142 @@
-"""What can be found out before any model loads: `check_options` at once, `check_plan` when the pictures are known.
+"""Everything that can be found out before a model loads, found out in one pass.
 
 All problems are told together, each with its cure, so that nobody mends one after the other.
 """
 
 from __future__ import annotations
 
-import shutil
+import re
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from library.data.config import DatasetDefaults, datasets_from_file, datasets_from_folders
 from library.data.dataset import TrainingDataset
-from library.errors import UserError, UserErrors
+from library.devices import check_precision
+from library.errors import Problems
 from library.generation.prompts import PromptSpec, read_prompt_file
-from library.training.estimates import estimated_gpu_bytes, network_file_bytes
+from library.sd.checkpoint import MODEL_SUFFIXES
+from library.training.compiling import check_backend
+from library.training.contradictions import contradictions
+from library.training.disk_space import space_needed, too_little_space
+from library.training.ema import make_average
+from library.training.estimates import estimated_gpu_bytes
 from library.training.fused_backward import check_fused_backward
+from library.training.idle_options import idle_options
 from library.training.metadata import as_data_url
 from library.training.network import check_network_args
 from library.training.optimizers import create_optimizer
 from library.training.options import TrainNetworkOptions
-from library.training.plan import Plan
+from library.training.pictures import dataset_configs, open_dataset
+from library.training.plan import Plan, Start
+from library.training.precision import check_half_weights, trained_dtype
+from library.training.resume import ResumedState, check_start, chosen_seed, open_state
 from library.training.saving import ModelFiles
-from library.training.schedules import create_schedule
+from library.training.schedules import create_schedule, waits_for_validation
 from library.training.trackers import check_trackers
 
-MODEL_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
-ENOUGH = 1.1  # times the space that the files need
+MANY = 10**9  # steps of a run whose length is not known yet
+
+Checks = list[Callable[[], Iterable[str] | None]]  # a check returns what is wrong, or raises it as a UserError
 
 
-def check_options(options: TrainNetworkOptions, defaults: DatasetDefaults) -> None:
-    """Paths, folders, names and packages. Raises UserErrors with everything that is wrong."""
-    checks: list[Callable[[], Iterable[str] | None]] = [
+@dataclass(frozen=True)
+class Ready:
+    """What was opened on the way: the pictures, the seed, and where the run begins. debug_dataset needs no plan and no start."""
+
+    dataset: TrainingDataset
+    seed: int
+    plan: Plan | None = None
+    resumed: ResumedState | None = None
+    start: Start | None = None
+
+
+def preflight(options: TrainNetworkOptions, device: torch.device, world: int) -> Ready:
+    """Check all that can be checked without a model. Raises UserErrors with everything that is wrong.
+
+    The pictures are looked at even if an option is wrong already: what is wrong with them is told in the same breath.
+    """
+    problems = Problems()
+    problems.found += contradictions(options)
+    debug = options.data.debug_dataset
+    run_checks(problems, [] if debug else checks_of_options(options, device))
+    has_pictures = options.data.dataset_config or options.data.train_data_dir or options.data.in_json
+    configs = problems.of(lambda: dataset_configs(options)) if has_pictures else None
+    resumed = None if debug else problems.of(lambda: open_state(options))
+    seed = problems.of(lambda: chosen_seed(options, resumed)) or 0
+    dataset = problems.of(lambda: open_dataset(options, configs, seed)) if configs else None
+    if dataset is None or debug:
+        problems.tell()
+        return Ready(dataset, seed)
+    dataset.world = world
+    plan = Plan.of(options, dataset.num_batches, world)
+    run_checks(problems, checks_of_plan(options, plan, dataset))
+    start = problems.of(lambda: check_start(options, plan, dataset, resumed))
+    problems.tell()
+    tell_notes(options, dataset, device)
+    return Ready(dataset, seed, plan, resumed, start)
+
+
+def run_checks(problems: Problems, checks: Checks) -> None:
+    """Do all checks, whatever they find."""
+    for check in checks:
+        problems.found += problems.of(lambda: list(check() or ())) or []
+
+
+def checks_of_options(options: TrainNetworkOptions, device: torch.device) -> Checks:
+    """Paths, folders, names and packages: what needs no look at the pictures."""
+    return [
+        lambda: check_precision(options.training.mixed_precision, device),
         lambda: missing_models(options),
-        lambda: missing_pictures(options, defaults),
-        lambda: ModelFiles(options.output).check_folder(),
+        lambda: ModelFiles(options.output).check_folder() if options.output.output_dir else None,
         lambda: missing_networks(options),
-        lambda: missing_state(options),
-        lambda: check_network_args(options.network),
-        lambda: trial_optimizer(options) and None,
+        lambda: check_network_args(options.network) if options.network.network_module else None,
+        lambda: check_optimizer(options),
+        lambda: create_schedule(options.optimizer, trial_optimizer(options)[0], MANY) and None,
         lambda: check_trackers(options.logs),
         lambda: check_prompts(options),
         lambda: as_data_url(options.metadata.metadata_thumbnail or "data:") and None,
+        lambda: check_backend(options.precision.dynamo_backend, device) if options.precision.torch_compile else None,
     ]
-    raise_together(checks)
-    for note in notes(options):
-        print(note)
 
 
-def check_plan(options: TrainNetworkOptions, plan: Plan, dataset: TrainingDataset, device: torch.device) -> None:
-    """Schedule, disk space and memory. Raises UserErrors; too little memory is a note, since the estimate is rough."""
-    trial = trial_optimizer(options)
-    raise_together(
-        [
-            lambda: create_schedule(options.optimizer, trial, plan.max_steps) and None,
-            lambda: options.optimizer.fused_backward_pass and check_fused_backward(options, trial, plan.processes),
-            lambda: too_little_space(space_needed(options, plan, dataset)),
-        ]
-    )
-    if device.type == "cuda":
-        needed, there = estimated_gpu_bytes(options, dataset), torch.cuda.get_device_properties(device).total_memory
-        much = needed > there
-        cure = "; if it does not fit: --gradient_checkpointing, --cache_latents, a smaller batch or --resolution" if much else ""
-        print(f"memory: about {needed / 2**30:.1f} GiB of the GPU's {there / 2**30:.1f} GiB will be used (a rough estimate){cure}")
+def checks_of_plan(options: TrainNetworkOptions, plan: Plan, dataset: TrainingDataset) -> Checks:
+    """What depends on the number of pictures: schedule, disk space, and whether there are any to validate with."""
+    return [
+        lambda: create_schedule(options.optimizer, trial_optimizer(options)[0], plan.max_steps) and None,
+        lambda: options.optimizer.fused_backward_pass and check_fused_backward(options, trial_optimizer(options)[0], plan.processes),
+        lambda: nothing_to_validate_with(options, dataset),
+        lambda: too_little_space(space_needed(options, plan, dataset)) if options.output.output_dir else None,
+    ]
 
 
-def trial_optimizer(options: TrainNetworkOptions) -> torch.optim.Optimizer:
+def trial_optimizer(options: TrainNetworkOptions) -> tuple[torch.optim.Optimizer, str]:
     """The optimizer that was asked for, on a parameter that is nobody's: whether it is there, and takes its arguments."""
     groups = [{"params": [torch.nn.Parameter(torch.zeros(2, 2))]}]
-    return create_optimizer(options.optimizer, groups, torch.device("cpu"), lambda note: None)[0]
+    return create_optimizer(options.optimizer, groups, torch.device("cpu"), lambda note: None)
 
 
-def raise_together(checks: Iterable[Callable[[], Iterable[str] | None]]) -> None:
-    """Do all checks; a check returns what is wrong, or raises its one UserError."""
-    problems: list[str] = []
-    for check in checks:
-        try:
-            problems += check() or ()
-        except UserError as error:
-            problems += getattr(error, "problems", [str(error)])
-    if problems:
-        raise UserErrors(list(dict.fromkeys(problems)))
+def check_optimizer(options: TrainNetworkOptions) -> None:
+    """Whether there is such an optimizer, and whether it can do what else is asked."""
+    optimizer, name = trial_optimizer(options)
+    check_half_weights(optimizer, name, trained_dtype(options))
+    make_average(options.validation, [], optimizer)
 
 
 def missing_models(options: TrainNetworkOptions) -> Iterable[str]:
-    """Models that look like files and are not there. Other names may be those of the hub."""
+    """Models that look like files or folders and are not there. Other names may be those of the hub."""
     for option in ("pretrained_model_name_or_path", "vae"):
         name = getattr(options.model, option)
-        if name and Path(name).suffix in MODEL_SUFFIXES and not Path(name).exists():
-            yield f"--{option}: there is no file or folder {name}; check the path (looked in {Path.cwd()})"
+        if name and looks_like_path(name) and not Path(name).exists():
+            cure = "~ is not understood here, write the folder out" if name.startswith("~") else "check the path"
+            yield f"--{option}: there is no file or folder {name}; {cure} (looked in {Path.cwd()})"
+
+
+def looks_like_path(name: str) -> bool:
+    """Whether a name cannot be `user/model` of the hub, or would be a strange one: its first half is a folder here."""
+    in_folder = "/" in name and Path(name).parent.is_dir()
+    return Path(name).suffix in MODEL_SUFFIXES or bool(re.match(r"[./~]|[A-Za-z]:", name)) or "\\" in name or name.count("/") > 1 or in_folder
 
 
 def missing_networks(options: TrainNetworkOptions) -> Iterable[str]:
@@ -100,24 +147,13 @@ def missing_networks(options: TrainNetworkOptions) -> Iterable[str]:
             yield f"--{option} {path}: there is no such file; check the path (looked in {Path.cwd()})"
 
 
-def missing_state(options: TrainNetworkOptions) -> Iterable[str]:
-    """The folder of --resume; whether it holds a whole state shows when it is read."""
-    path = options.state.resume
-    if path and not options.hub.resume_from_huggingface and not Path(path).is_dir():
-        yield f"--resume {path}: there is no such folder; give a state folder, or the folder that holds them"
-
-
-def missing_pictures(options: TrainNetworkOptions, defaults: DatasetDefaults) -> None:
-    """The dataset file and its folders, without reading a picture. A data set of another kind shows when it is opened."""
-    data = options.data
-    if data.dataset_config:
-        datasets_from_file(Path(data.dataset_config), defaults)
-    elif data.in_json:
-        if not Path(data.in_json).is_file():
-            raise UserError(f"--in_json {data.in_json}: there is no such file; check the path (looked in {Path.cwd()})")
-    elif data.train_data_dir:
-        reg, masks = (Path(folder) if folder else None for folder in (data.reg_data_dir, data.conditioning_data_dir))
-        datasets_from_folders(Path(data.train_data_dir), reg, defaults, masks)
+def nothing_to_validate_with(options: TrainNetworkOptions, dataset: TrainingDataset) -> Iterable[str]:
+    wanted = {
+        "early_stopping_patience": options.validation.early_stopping_patience,
+        "lr_scheduler reduce_lr_on_plateau": waits_for_validation(options.optimizer),
+    }
+    for name in [name for name, value in wanted.items() if value and not dataset.table.held_out.any()]:
+        yield f"--{name} needs pictures to validate with; give --validation_split 0.1, say, or the key in the dataset file"
 
 
 def check_prompts(options: TrainNetworkOptions) -> None:
@@ -126,58 +162,16 @@ def check_prompts(options: TrainNetworkOptions) -> None:
         read_prompt_file(Path(path), PromptSpec(sampler=options.previews.sample_sampler))
 
 
-def notes(options: TrainNetworkOptions) -> Iterable[str]:
-    """What is allowed and most likely not meant."""
-    previews, rates = options.previews, options.optimizer
-    if previews.sample_prompts and not (previews.sample_every_n_epochs or previews.sample_every_n_steps or previews.sample_at_first):
-        yield "--sample_prompts draws nothing without --sample_every_n_epochs, --sample_every_n_steps or --sample_at_first"
+def tell_notes(options: TrainNetworkOptions, dataset: TrainingDataset, device: torch.device) -> None:
+    """What is allowed and most likely not meant, and how much memory will be used."""
+    rates = options.optimizer
     if rates.learning_rate == 2e-6 and not (rates.unet_lr or rates.text_encoder_lr):
-        yield "--learning_rate is 2e-6, far too low for a LoRA to learn anything; 1e-4 is usual"
-
-
-def space_needed(options: TrainNetworkOptions, plan: Plan, dataset: TrainingDataset) -> dict[Path, int]:
-    """Bytes that the run is about to write, by folder."""
-    needed = {Path(options.output.output_dir): planned_files(options, plan) * network_file_bytes(options)}
-    if options.augmentation.cache_latents_to_disk:
-        table = dataset.table
-        for subset in table.subsets:
-            rows = range(subset.start, subset.end)
-            pixels = sum(width * height for width, height in (table.bucket_size(row) for row in rows if table.repeats[row]))
-            folder = subset.config.image_dir
-            needed[folder] = needed.get(folder, 0) + pixels // 64 * 16 * (2 if subset.config.flip_aug else 1)
-    return needed
-
-
-def planned_files(options: TrainNetworkOptions, plan: Plan) -> int:
-    """How many network files there will be at most at one time."""
-    output = options.output
-    by_epoch = ModelFiles(output).epoch_interval(plan.epochs)
-    epochs = (plan.epochs - 1) // by_epoch if by_epoch else 0
-    steps = plan.max_steps // output.save_every_n_steps if output.save_every_n_steps else 0
-    if output.save_last_n_epochs:
-        epochs = min(epochs, output.save_last_n_epochs + 1)
-    if output.save_last_n_steps:
-        steps = min(steps, output.save_last_n_steps // output.save_every_n_steps + 2) if steps else 0
-    return 1 + epochs + steps
-
-
-def too_little_space(needed: dict[Path, int]) -> Iterable[str]:
-    """Folders on whose disk there is too little room; several folders may share a disk."""
-    by_disk: dict[int, tuple[int, list[Path]]] = {}
-    for folder, size in needed.items():
-        disk = existing(folder).stat().st_dev
-        before, folders = by_disk.get(disk, (0, []))
-        by_disk[disk] = (before + size, [*folders, folder])
-    for size, folders in by_disk.values():
-        free = shutil.disk_usage(existing(folders[0])).free
-        if size * ENOUGH > free:
-            named = ", ".join(map(str, folders))
-            yield (
-                f"the disk of {named} has {free / 2**30:.2f} GiB free and the run writes about {size / 2**30:.2f} GiB; make room, keep "
-                "fewer files (--save_last_n_epochs, --save_precision=fp16) or choose another --output_dir"
-            )
-
-
-def existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
-    return next((place for place in (folder, *folder.absolute().parents) if place.exists()), Path.cwd())
+        print("--learning_rate is 2e-6, far too low for a LoRA to learn anything; 1e-4 is usual")
+    idle = idle_options(options, dataset.table.configs)
+    if idle:
+        print(f"given, but without effect: {'; '.join(idle)}")
+    if device.type == "cuda":
+        needed, there = estimated_gpu_bytes(options, dataset), torch.cuda.get_device_properties(device).total_memory
+        much = needed > there
+        cure = "; if it does not fit: --gradient_checkpointing, --cache_latents, a smaller batch or --resolution" if much else ""
+        print(f"memory: about {needed / 2**30:.1f} GiB of the GPU's {there / 2**30:.1f} GiB will be used (a rough estimate){cure}")

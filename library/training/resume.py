@@ -7,8 +7,6 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from accelerate import Accelerator
-
 from library.data.dataset import TrainingDataset
 from library.errors import UserError
 from library.training.compatible import check_same_run, early_fingerprint
@@ -51,14 +49,12 @@ def chosen_seed(options: TrainNetworkOptions, resumed: ResumedState | None) -> i
     return seed
 
 
-def check_start(
-    options: TrainNetworkOptions, plan: Plan, dataset: TrainingDataset, accelerator: Accelerator, resumed: ResumedState | None
-) -> Start:
+def check_start(options: TrainNetworkOptions, plan: Plan, dataset: TrainingDataset, resumed: ResumedState | None) -> Start:
     """Where the run begins, after checking as far as can be done without the model that the state is one of this run."""
     if resumed is None:
         return Start.of(options.state, plan, None)
     record = resumed.state.record
-    check_same_run(record, early_fingerprint(options, dataset.table, accelerator.num_processes), resumed.folder)
+    check_same_run(record, early_fingerprint(options, dataset.table, plan.processes), resumed.folder)
     start = Start.of(options.state, plan, Start(record["step"], *record["next"]))
     if record["max_steps"] != plan.max_steps:
         print(f"the run was to have {record['max_steps']} steps and now has {plan.max_steps}: schedule and warm-up follow the new number")

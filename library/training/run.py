@@ -11,18 +11,15 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from tqdm import tqdm
 
-from library.data.config import DatasetDefaults, datasets_from_file, datasets_from_folders, datasets_from_metadata
 from library.data.dataset import TrainingDataset
 from library.data.debug import write_debug_sheet
 from library.data.loader import make_loader
-from library.data.masks import check_masks
 from library.data.text_cache import TextCache
-from library.devices import DTYPES, check_precision, cpu_has_fast_bf16, peak_memory_bytes, use_all_cores, use_xformers
+from library.devices import DTYPES, cpu_has_fast_bf16, peak_memory_bytes, use_all_cores, use_xformers
 from library.generation.prompts import PromptSpec, read_prompt_file
 from library.processes import EndedElsewhere, Processes, launched_world, timeout
 from library.sd.model import StableDiffusion, encode_text, load_stable_diffusion, vae_fingerprint
-from library.sd.text import load_tokenizer, tokenize, tokenize_weighted
-from library.training.compiling import check_backend
+from library.sd.text import tokenize, tokenize_weighted
 from library.training.ema import make_average, weights_in_use
 from library.training.fused_backward import step_in_backward
 from library.training.hub import Uploads
@@ -34,10 +31,10 @@ from library.training.optimizers import create_optimizer
 from library.training.options import TrainNetworkOptions, all_defaults
 from library.training.plan import Plan
 from library.training.precision import HalfGradScaler, check_half_weights, trained_dtype
-from library.training.preflight import check_options, check_plan
+from library.training.preflight import Ready, preflight
 from library.training.previews import Previews
 from library.training.randomness import seed_everything
-from library.training.resume import ResumedState, begin_at, check_start, chosen_seed, open_state
+from library.training.resume import begin_at
 from library.training.saving import ModelFiles
 from library.training.schedules import create_schedule, schedule_facts
 from library.training.state import StateFiles
@@ -67,19 +64,14 @@ def train(options: TrainNetworkOptions) -> int:
 
 def train_here(options: TrainNetworkOptions, accelerator: Accelerator, processes: Processes) -> int:
     """Train as one of the processes of a run."""
-    check_machine(options, accelerator)
-    if not options.data.debug_dataset:
-        processes.on_main(lambda: check_options(options, dataset_defaults(options)))
-    resumed = processes.on_main(lambda: open_state(options))
-    seed = processes.on_main(lambda: chosen_seed(options, resumed))
-    dataset = processes.on_main(lambda: open_dataset(options, seed))
-    dataset.world = processes.world
-    print(dataset.bucket_table())
+    set_up_machine(options, accelerator)
+    ready = processes.on_main(lambda: preflight(options, accelerator.device, processes.world))
+    print(ready.dataset.bucket_table())
     if options.data.debug_dataset:
-        sheet = processes.on_main(lambda: write_debug_sheet(dataset, Path(options.output.output_dir)))
+        sheet = processes.on_main(lambda: write_debug_sheet(ready.dataset, Path(options.output.output_dir)))
         print(f"the pictures are in {sheet}")
         return 0
-    trainer = prepare(options, dataset, seed, accelerator, processes, resumed)
+    trainer = prepare(options, ready, accelerator, processes)
     started = time.perf_counter()
     finished = trainer.run()
     seconds = time.perf_counter() - started
@@ -88,55 +80,12 @@ def train_here(options: TrainNetworkOptions, accelerator: Accelerator, processes
     return 0 if finished else 130
 
 
-def open_dataset(options: TrainNetworkOptions, seed: int) -> TrainingDataset:
-    """Index the pictures; no model is needed for that."""
-    defaults = dataset_defaults(options)
-    if options.data.dataset_config:
-        configs = datasets_from_file(Path(options.data.dataset_config), defaults)
-        ignored = [name for name in ("train_data_dir", "reg_data_dir", "in_json") if getattr(options.data, name)]
-        if ignored:
-            print(f"--dataset_config is given, so --{' and --'.join(ignored)} is not used")
-    elif options.data.in_json:
-        pictures = options.data.train_data_dir
-        configs = datasets_from_metadata(Path(options.data.in_json), Path(pictures) if pictures else None, defaults)
-    else:
-        reg, masks = (Path(folder) if folder else None for folder in (options.data.reg_data_dir, options.data.conditioning_data_dir))
-        configs = datasets_from_folders(Path(options.data.train_data_dir), reg, defaults, masks)
-    check_masks(configs, options.loss.masked_loss)
-    return TrainingDataset(
-        configs,
-        seed=seed,
-        tokenizer=load_tokenizer(options.model.v2),
-        max_token_length=options.captions.max_token_length,
-        weighted_captions=options.captions.weighted_captions,
-        prior_loss_weight=options.data.prior_loss_weight,
-        gradient_accumulation_steps=options.training.gradient_accumulation_steps,
-        on_bad_image=options.data.on_bad_image,
-    )
-
-
-def dataset_defaults(options: TrainNetworkOptions) -> DatasetDefaults:
-    """What the command line says about datasets, for every key that a dataset file leaves open."""
-    given = {**options.data.model_dump(), **options.captions.model_dump(), **options.augmentation.model_dump(), **options.validation.model_dump()}
-    given |= {"batch_size": given["train_batch_size"], "num_repeats": given["dataset_repeats"]}
-    if given["caption_extention"]:
-        given["caption_extension"] = given["caption_extention"]
-    return DatasetDefaults(**{key: value for key, value in given.items() if key in DatasetDefaults.model_fields})
-
-
-def prepare(
-    options: TrainNetworkOptions, dataset: TrainingDataset, seed: int, accelerator: Accelerator, processes: Processes,
-    resumed: ResumedState | None = None,
-) -> Trainer:  # fmt: skip
+def prepare(options: TrainNetworkOptions, ready: Ready, accelerator: Accelerator, processes: Processes) -> Trainer:
     """Everything between the pictures and the first step."""
+    dataset, seed, plan = ready.dataset, ready.seed, ready.plan
     specs = preview_specs(options, dataset)
-    plan = Plan.of(options, dataset.num_batches, processes.world)
-    processes.on_main(lambda: check_plan(options, plan, dataset, accelerator.device))
-    if options.precision.torch_compile:
-        check_backend(options.precision.dynamo_backend, accelerator.device)
     dataset.max_train_steps = plan.max_steps
-    held_out = open_validation(options.validation, dataset)
-    start = check_start(options, plan, dataset, accelerator, resumed)
+    held_out = open_validation(dataset)
 
     model = load_model(options, accelerator)
     for part in filter(None, (dataset, held_out)):
@@ -187,7 +136,7 @@ def prepare(
             timesteps=validation_timesteps(options.loss.min_timestep, options.loss.max_timestep),
         ) if held_out else None,
     )  # fmt: skip
-    begin_at(trainer, start, resumed)
+    begin_at(trainer, ready.start, ready.resumed)
     return trainer
 
 
@@ -200,9 +149,8 @@ def make_accelerator(options: TrainNetworkOptions) -> Accelerator:
     )
 
 
-def check_machine(options: TrainNetworkOptions, accelerator: Accelerator) -> None:
-    """Whether this machine can do what is asked."""
-    check_precision(options.training.mixed_precision, accelerator.device)
+def set_up_machine(options: TrainNetworkOptions, accelerator: Accelerator) -> None:
+    """Threads and loss scaler."""
     if options.precision.full_fp16:
         accelerator.scaler = HalfGradScaler(accelerator.device.type)
     if accelerator.device.type == "cpu":

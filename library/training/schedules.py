@@ -14,9 +14,24 @@ from library.training.options import OptimizerOptions
 
 SCHEDULES = (
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt",
-    "warmup_stable_decay", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "piecewise_constant",
+    "warmup_stable_decay", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "piecewise_constant", "reduce_lr_on_plateau",
 )  # fmt: skip
-NO_PLATEAU = "it waits for a loss that stops falling, which a diffusion loss hardly shows; use cosine, and --validation_split to watch"
+
+
+class OnPlateau(torch.optim.lr_scheduler.ReduceLROnPlateau):
+    """Lowers the rates when the validation loss has stopped falling; the loss of training is too noisy to show that."""
+
+    def step(self) -> None:
+        """An optimizer step changes nothing."""
+
+    def validated(self, loss: float) -> None:
+        """Take in the loss of a validation."""
+        super().step(loss)
+
+
+def waits_for_validation(options: OptimizerOptions) -> bool:
+    """Whether the schedule needs pictures to validate with."""
+    return (options.lr_scheduler_type or options.lr_scheduler).rpartition(".")[2] in ("reduce_lr_on_plateau", "ReduceLROnPlateau")
 
 
 def steps_of(value: int | float, total: int) -> int:
@@ -37,8 +52,8 @@ def create_schedule(options: OptimizerOptions, optimizer: torch.optim.Optimizer,
         return _custom_schedule(options, optimizer)
     check_name(options.lr_scheduler)
     warmup = steps_of(options.lr_warmup_steps, total_steps)
-    if options.lr_scheduler == "constant" and warmup:
-        raise UserError("--lr_warmup_steps has no place in --lr_scheduler constant; use constant_with_warmup")
+    if options.lr_scheduler in ("constant", "reduce_lr_on_plateau") and warmup:
+        raise UserError(f"--lr_warmup_steps has no place in --lr_scheduler {options.lr_scheduler}; use constant_with_warmup")
     if warmup > total_steps:
         raise UserError(f"--lr_warmup_steps is {warmup}, more than all {total_steps} steps of the run")
     try:
@@ -49,8 +64,6 @@ def create_schedule(options: OptimizerOptions, optimizer: torch.optim.Optimizer,
 
 def check_name(name: str) -> None:
     """Refuse a schedule that does not exist or needs something else."""
-    if name == "reduce_lr_on_plateau":
-        raise UserError(f"--lr_scheduler {name} is not supported: {NO_PLATEAU}")
     if name.startswith("adafactor"):
         raise UserError(f"--lr_scheduler {name} belongs to --optimizer_type=AdaFactor, which takes it by itself; leave it out")
     if name not in SCHEDULES:
@@ -106,6 +119,7 @@ def _makers(options: OptimizerOptions, warmup: int, total: int) -> dict[str, Cal
             o, warmup, total, min_lr_rate=least(), **given
         ),
         "piecewise_constant": lambda o: _piecewise_constant(o, given),
+        "reduce_lr_on_plateau": lambda o: OnPlateau(o, **given),
     }  # fmt: skip
 
 
@@ -127,8 +141,7 @@ def _custom_schedule(options: OptimizerOptions, optimizer: torch.optim.Optimizer
     if options.lr_warmup_steps:
         raise UserError("--lr_warmup_steps cannot be used with --lr_scheduler_type; give its own arguments in --lr_scheduler_args")
     cls = import_class(name if "." in name else f"torch.optim.lr_scheduler.{name}", f"--lr_scheduler_type {name}")
-    if isinstance(cls, type) and issubclass(cls, torch.optim.lr_scheduler.ReduceLROnPlateau):
-        raise UserError(f"--lr_scheduler_type {name} is not supported: {NO_PLATEAU}")
+    cls = OnPlateau if cls is torch.optim.lr_scheduler.ReduceLROnPlateau else cls
     try:
         return cls(optimizer, **parse_key_values(options.lr_scheduler_args, "--lr_scheduler_args"))
     except (TypeError, ValueError) as error:

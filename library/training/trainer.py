@@ -36,6 +36,7 @@ from library.training.precision import explain_nonfinite
 from library.training.previews import Previews
 from library.training.randomness import seed_everything
 from library.training.saving import ModelFiles
+from library.training.schedules import OnPlateau
 from library.training.snapshot import capture
 from library.training.state import StateFiles
 from library.training.trackers import Tracker
@@ -319,6 +320,8 @@ class Trainer:
         if not self.validations.is_done_at(self.step):
             loss = self._validation_loss()
             is_best = self.validations.add(self.step, loss)
+            if isinstance(self.schedule, OnPlateau):
+                self.schedule.validated(loss)
             tqdm.write(f"validation after step {self.step}: {loss:.5f}{', the best so far' if is_best else ''}")
             if is_best:
                 self._save(self.files.best_path(), self.epoch - 1)

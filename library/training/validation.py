@@ -13,7 +13,6 @@ from torch import Tensor
 
 from library.data.dataset import Batch, TrainingDataset
 from library.data.loader import load_batches
-from library.errors import UserError
 from library.processes import Processes
 from library.training.options import ValidationOptions
 from library.training.randomness import seed_everything, undisturbed
@@ -44,17 +43,13 @@ def fixed_noise(seed: int, names: list[str], timestep: int, shape: torch.Size) -
     return torch.stack(parts)
 
 
-def open_validation(options: ValidationOptions, dataset: TrainingDataset) -> TrainingDataset | None:
-    """The pictures held out; options of validation without any are refused."""
+def open_validation(dataset: TrainingDataset) -> TrainingDataset | None:
+    """The pictures held out, if there are any."""
     held_out = dataset.validation()
     if held_out is not None:
         count = int(dataset.table.validated().sum())
         print(f"validation: {count} of {len(dataset.table)} pictures are held out, {held_out.num_batches} batches")
-        return held_out
-    for name in ("validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps", "early_stopping_patience"):
-        if getattr(options, name):
-            raise UserError(f"--{name} needs pictures to validate with; give --validation_split 0.1, say, or the key in the dataset file")
-    return None
+    return held_out
 
 
 class Validation:

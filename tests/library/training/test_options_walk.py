@@ -19,13 +19,13 @@ from PIL import Image
 
 from library.command_line import option_names
 from library.data.config import DatasetDefaults
-from library.errors import UserError
 from library.processes import Processes, timeout
 from library.training.metadata import model_spec
 from library.training.options import TrainNetworkOptions, parse_options
+from library.training.pictures import dataset_defaults
 from library.training.plan import Plan, Start
 from library.training.refused_options import REFUSED
-from library.training.run import dataset_defaults, preview_specs
+from library.training.run import preview_specs
 from library.training.validation import Validation, ValidationRecord
 
 TESTS = Path(__file__).resolve().parents[2]
@@ -62,10 +62,10 @@ BY_TEST: dict[str, dict[str, str]] = {
         "test_how_long_processes_wait": "ddp_timeout",
     },
     "library/test_command_line.py": {
-        "test_wrong_input_is_one_line_that_names_the_option": "sample_every_n_steps",
         "test_output_config_writes_what_config_file_reads": "config_file",
         "test_the_trainer_writes_its_config_and_stops": "output_config",
     },
+    "library/training/test_preflight.py": {"test_options_that_contradict_each_other_are_named": "sample_every_n_steps"},
     "library/training/test_loss.py": {
         "test_weightings_against_the_formulas": "min_snr_gamma debiased_estimation_loss scale_v_pred_loss_like_noise_pred v_pred_like_loss",
         "test_mean_square_of_noise_and_velocity": "v_parameterization zero_terminal_snr",
@@ -246,11 +246,6 @@ def test_the_sampler_of_prompts_that_name_none(tmp_path):
     words = [f"--sample_prompts={tmp_path / 'prompts.txt'}", "--sample_sampler=euler_a", "--sample_at_first"]
     specs = preview_specs(options(*words), dataset)
     assert [(spec.sampler, spec.width, spec.height) for spec in specs] == [("euler_a", 64, 96), ("ddim", 64, 96)]
-
-
-def test_a_tracker_that_needs_a_folder_says_so():
-    with pytest.raises(UserError, match="--log_with tensorboard needs --logging_dir"):
-        options("--log_with=tensorboard")
 
 
 def test_a_thumbnail_is_kept_as_a_picture(tmp_path):

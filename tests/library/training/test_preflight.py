@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from library.data.config import DatasetDefaults
 from library.data.config_keys import DatasetConfig, SubsetConfig
 from library.data.dataset import TrainingDataset
 from library.errors import UserError, run_entry
-from library.training import preflight
+from library.training import disk_space, preflight
+from library.training.contradictions import contradictions
 from library.training.estimates import estimated_gpu_bytes, network_file_bytes
 from library.training.options import parse_options
 from library.training.plan import Plan
@@ -22,34 +22,59 @@ def options(*words: str, folder: Path = Path()):
     return parse_options([*needed, *words])
 
 
+usage = namedtuple("usage", "total used free")
+
+
 @pytest.fixture
 def folder(tmp_path) -> Path:
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     return tmp_path
 
 
+CPU = preflight.torch.device("cpu")
+
+
 def problems(chosen) -> list[str]:
     with pytest.raises(UserError) as error:
-        preflight.check_options(chosen, DatasetDefaults(resolution="64"))
+        preflight.preflight(chosen, CPU, 1)
     return error.value.problems
 
 
 def test_everything_that_is_wrong_is_told_at_once_with_its_cure(folder):
     (folder / "file").write_text("x", encoding="utf-8")
     found = problems(options(
-        "--pretrained_model_name_or_path=gone.safetensors", "--vae=gone.pt", "--train_data_dir=gone", "--network_weights=gone.pt",
+        "--pretrained_model_name_or_path=gone.safetensors", "--vae=gone.pt", "--train_data_dir=gone", "--reg_data_dir=gone2", "--network_weights=gone.pt",
         "--base_weights=gone2.pt", "--network_args", "conv_dm=4", "--optimizer_type=AdamV", "--sample_prompts=gone.txt", "--sample_at_first",
-        "--metadata_thumbnail=gone.png", "--resume=gone-state", f"--output_dir={folder / 'file' / 'out'}", f"--logging_dir={folder / 'file' / 'logs'}", folder=folder,
+        "--metadata_thumbnail=gone.png", "--resume=gone-state", f"--output_dir={folder / 'file' / 'out'}", f"--logging_dir={folder / 'file' / 'logs'}",
+        "--mixed_precision=fp16", "--skip_until_initial_step", "--early_stopping_patience=1", "--full_bf16", "--torch_compile", "--dynamo_backend=eagr",
     ))  # fmt: skip
     starts = [
-        "--pretrained_model_name_or_path: there is no file", "--vae: there is no file", "", "--output_dir", "--network_weights gone.pt",
-        "--base_weights gone2.pt", "--resume gone-state", "--network_module networks.lora: unknown network_args key 'conv_dm'", "--optimizer_type AdamV",
-        "--logging_dir", "--sample_prompts gone.txt", "--metadata_thumbnail gone.png",
+        "--full_bf16 needs", "--mixed_precision fp16 needs a GPU",
+        "--pretrained_model_name_or_path: there is no file", "--vae: there is no file", "--output_dir", "--network_weights gone.pt",
+        "--base_weights gone2.pt", "--network_module networks.lora: unknown network_args key 'conv_dm'", "--optimizer_type AdamV",
+        "--logging_dir", "--sample_prompts gone.txt", "--metadata_thumbnail gone.png", "--dynamo_backend eagr",
+        "--train_data_dir=gone: no such folder", "--reg_data_dir=gone2: no such folder", "--resume gone-state",
     ]  # fmt: skip
     assert len(found) == len(starts), found
     for problem, start in zip(found, starts, strict=True):
-        assert problem.startswith(start) and ("; " in problem or "did you mean" in problem), problem
-    assert "gone" in found[2]
+        assert problem.startswith(start) and ("; " in problem or "did you mean" in problem or "needs" in problem), problem
+
+
+def test_what_the_pictures_bring_to_light_is_told_in_the_same_breath(folder, monkeypatch):
+    monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda path: usage(0, 0, 0))
+    (folder / "broken.png").write_bytes(b"no picture")
+    found = problems(options("--lr_scheduler=cosine", "--vae=gone.pt", folder=folder))
+    assert [part in text for part, text in zip(("--vae", "broken.png"), found, strict=True)] == [True, True], found
+    (folder / "broken.png").unlink()
+    words = ["--lr_scheduler=cosine", "--lr_warmup_steps=5", "--max_train_steps=4", "--early_stopping_patience=1", "--initial_step=9"]
+    found = problems(options("--vae=gone.pt", *words, folder=folder))
+    parts = ("--vae", "--lr_warmup_steps is 5", "--early_stopping_patience needs", "GiB free", "9 steps are done and 4")
+    assert [part in text for part, text in zip(parts, found, strict=True)] == [True] * 5, found
+
+
+def test_a_wrong_schedule_is_told_beside_missing_pictures(folder):
+    found = problems(options("--train_data_dir=gone", "--lr_scheduler=cosin", folder=folder))
+    assert len(found) == 2 and "did you mean 'cosine'" in found[0]
 
 
 def test_missing_masks_are_told_with_the_rest(folder):
@@ -60,46 +85,101 @@ def test_missing_masks_are_told_with_the_rest(folder):
 def test_each_problem_has_a_line_and_the_exit_code_is_2(folder, capsys):
     chosen = options("--vae=gone.pt", "--network_weights=gone.pt", folder=folder)
     with pytest.raises(SystemExit) as end:
-        run_entry(lambda: preflight.check_options(chosen, DatasetDefaults(resolution="64")))
+        run_entry(lambda: preflight.preflight(chosen, CPU, 1))
     lines = capsys.readouterr().err.splitlines()
     assert end.value.code == 2 and len(lines) == 2 and all(line.startswith("error: --") for line in lines)
 
 
-def test_contradictions_are_told_together(folder):
-    with pytest.raises(UserError) as error:
-        options("--dim_from_weights", "--sample_at_first", "--log_with=all", folder=folder)
-    assert len(error.value.problems) == 3
+CONTRADICTIONS = {
+    ("--use_8bit_adam", "--optimizer_type=Lion"): ["--use_8bit_adam", "--optimizer_type"],
+    ("--sample_every_n_steps=5",): ["--sample_every_n_steps", "--sample_prompts"],
+    ("--dim_from_weights",): ["--network_weights"],
+    ("--log_with=all",): ["--log_with all needs --logging_dir"],
+    ("--log_with=tensorboard",): ["--log_with tensorboard needs --logging_dir"],
+}
+
+
+@pytest.mark.parametrize("words", CONTRADICTIONS)
+def test_options_that_contradict_each_other_are_named(words, folder):
+    found = contradictions(options(*words, folder=folder))
+    assert len(found) == 1 and all(part in found[0] for part in CONTRADICTIONS[words])
+
+
+def test_contradictions_are_told_together_and_with_the_rest(folder):
+    found = problems(options("--dim_from_weights", "--sample_at_first", "--log_with=tensorboard", "--vae=gone.pt", folder=folder))
+    assert len(found) == 4
+
+
+def test_all_that_is_missing_is_said_at_once():
+    found = problems(parse_options([]))
+    starts = ("--pretrained_model_name_or_path is missing", "no pictures: give --dataset_config", "--network_module", "--output_dir")
+    assert [text.startswith(start) for text, start in zip(found, starts, strict=True)] == [True] * 4
 
 
 def test_nothing_wrong_passes_and_hub_names_are_left_to_the_hub(folder):
-    preflight.check_options(options(folder=folder), DatasetDefaults(resolution="64"))
+    ready = preflight.preflight(options("--max_train_steps=3", folder=folder), CPU, 1)
+    assert len(ready.dataset.table) == 1 and ready.plan.max_steps == 3 and ready.start.step == 0
 
 
-def dataset(folder: Path) -> TrainingDataset:
-    return TrainingDataset([DatasetConfig(resolution=(64, 64), subsets=(SubsetConfig(image_dir=folder, flip_aug=True),))], seed=1)
+@pytest.mark.parametrize(
+    "name, is_path",
+    [
+        ("runwayml/stable-diffusion-v1-5", False), ("some-model", False), ("./model", True), ("../model", True), ("~/model", True),
+        ("/models/mine", True), ("C:/models/mine", True), ("models\\mine", True), ("a/b/c", True), ("mine.safetensors", True),
+        ("there/model", True),
+    ],
+)  # fmt: skip
+def test_what_looks_like_a_path_is_no_name_of_the_hub(name, is_path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    assert preflight.looks_like_path(name) is is_path
+    missing = list(preflight.missing_models(options(f"--pretrained_model_name_or_path={name}", f"--vae={name}")))
+    assert len(missing) == (2 if is_path else 0)
+
+
+def dataset(folder: Path, **more) -> TrainingDataset:
+    return TrainingDataset([DatasetConfig(resolution=(64, 64), subsets=(SubsetConfig(image_dir=folder, flip_aug=True),), **more)], seed=1)
+
+
+def space(chosen, folder: Path) -> float:
+    """Bytes that are planned for the output folder, in files of the network."""
+    plan = Plan.of(chosen, 1)
+    return disk_space.space_needed(chosen, plan, dataset(folder))[folder / "out"] / network_file_bytes(chosen)
 
 
 def test_a_disk_that_is_too_small_is_told_before_the_model_loads(folder, monkeypatch):
-    chosen = options("--network_dim=128", "--max_train_epochs=10", "--save_every_n_epochs=1", "--cache_latents_to_disk", folder=folder)
-    plan, data = Plan.of(chosen, 1), dataset(folder)
-    needed = preflight.space_needed(chosen, plan, data)
-    assert needed[folder / "out"] == 10 * network_file_bytes(chosen) and 280e6 < network_file_bytes(chosen) < 320e6
+    words = ["--network_dim=128", "--max_train_epochs=10", "--save_every_n_epochs=1", "--flip_aug"]
+    chosen = options(*words, "--cache_latents_to_disk", folder=folder)
+    assert space(chosen, folder) == 10 and 280e6 < network_file_bytes(chosen) < 320e6
+    needed = disk_space.space_needed(chosen, Plan.of(chosen, 1), dataset(folder))
     assert needed[folder] == 2 * 8 * 8 * 4 * 4  # two latents of 4 x 8 x 8 float32
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage(0, 0, 10 * network_file_bytes(chosen)))
-    with pytest.raises(UserError, match="GiB free and the run writes about .*--save_last_n_epochs"):
-        preflight.check_plan(chosen, plan, data, preflight.torch.device("cpu"))
-    keep_two = options("--network_dim=128", "--max_train_epochs=10", "--save_every_n_epochs=1", "--save_last_n_epochs=2", folder=folder)
-    preflight.check_plan(keep_two, plan, data, preflight.torch.device("cpu"))
+    monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda path: usage(0, 0, 10 * network_file_bytes(chosen)))
+    found = problems(chosen)
+    assert len(found) == 1 and "GiB free and the run writes about" in found[0] and "--save_last_n_epochs" in found[0]
+    preflight.preflight(options(*words, "--save_last_n_epochs=2", folder=folder), CPU, 1)
+    assert len(problems(options(*words, "--save_last_n_epochs=2", "--save_state", folder=folder))) == 1
 
 
-def test_a_schedule_that_does_not_fit_is_told_with_the_disk(folder, monkeypatch):
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage(0, 0, 0))
-    chosen = options("--max_train_steps=4", "--lr_scheduler=cosine", "--lr_warmup_steps=5", folder=folder)
-    with pytest.raises(UserError) as error:
-        preflight.check_plan(chosen, Plan.of(chosen, 1), dataset(folder), preflight.torch.device("cpu"))
-    assert len(error.value.problems) == 2
+def test_states_and_the_best_file_are_counted(folder):
+    Image.new("RGB", (64, 64)).save(folder / "b.png")
+    words = ["--max_train_epochs=10", "--save_every_n_epochs=1"]  # a state is three times as large as a file
+    assert space(options(*words, "--save_state", folder=folder), folder) == 10 + 3 * 10
+    assert space(options(*words, "--save_state", "--ema_decay=0.9", folder=folder), folder) == 10 + 4 * 10
+    assert space(options(*words, "--save_state", "--save_last_n_epochs_state=1", folder=folder), folder) == 10 + 3 * 3
+    assert space(options(*words, "--save_state_on_train_end", folder=folder), folder) == 10 + 3
+    steps = ["--max_train_steps=100", "--save_every_n_steps=10", "--save_last_n_steps=20"]  # 3 are kept and 1 more is written
+    assert space(options(*steps, folder=folder), folder) == 1 + 4
+    assert space(options(*steps, "--save_state", "--save_last_n_steps_state=10", folder=folder), folder) == 1 + 4 + 3 * (3 + 1)
+    held_out = dataset(folder, validation_split=0.5)
+    chosen = options("--max_train_steps=1", folder=folder)
+    assert disk_space.space_needed(chosen, Plan.of(chosen, 1), held_out)[folder / "out"] == 2 * network_file_bytes(chosen)
+
+
+def test_latents_that_lie_there_already_need_no_space(folder):
+    chosen = options("--cache_latents_to_disk", folder=folder)
+    (folder / ".latents").mkdir()
+    (folder / ".latents" / "a").write_bytes(bytes(1500))
+    assert disk_space.space_needed(chosen, Plan.of(chosen, 1), dataset(folder))[folder] == 2 * 8 * 8 * 4 * 4 - 1500
 
 
 def test_memory_is_estimated_by_what_counts(folder):

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from library.errors import UserError
 from library.training import run as run_module
 from library.training.options import OptimizerOptions, steps_or_share
-from library.training.schedules import create_schedule
+from library.training.schedules import create_schedule, waits_for_validation
 
 TOTAL = 40
 
@@ -80,8 +80,8 @@ def test_cosine_with_min_lr():
 def test_trap_5_10_every_name_works_or_says_what_to_do():
     seen = rates(lr_scheduler="cosine_warmup_with_min_lr", lr_scheduler_min_lr_ratio=0.2, lr_warmup_steps=10)
     assert seen[:10] == pytest.approx([(s + 1) / 10 for s in range(10)]) and seen[-1] == pytest.approx(0.2)
-    with pytest.raises(UserError, match="--lr_scheduler reduce_lr_on_plateau is not supported: .*use cosine"):
-        rates(lr_scheduler="reduce_lr_on_plateau")
+    with pytest.raises(UserError, match="--lr_warmup_steps has no place in --lr_scheduler reduce_lr_on_plateau"):
+        rates(lr_scheduler="reduce_lr_on_plateau", lr_warmup_steps=2)
     for name in ("cosine_with_min_lr", "cosine_warmup_with_min_lr"):
         with pytest.raises(UserError, match=f"--lr_scheduler {name} needs --lr_scheduler_min_lr_ratio"):
             rates(lr_scheduler=name)
@@ -119,6 +119,24 @@ def test_piecewise_constant():
     assert (seen[0], seen[15], seen[30]) == pytest.approx((1, 0.1, 0.01))
 
 
+@pytest.mark.parametrize("name", [{"lr_scheduler": "reduce_lr_on_plateau"}, {"lr_scheduler_type": "ReduceLROnPlateau"}], ids=str)
+def test_reduce_lr_on_plateau_follows_the_validation_loss(name):
+    options = OptimizerOptions(learning_rate=1.0, lr_scheduler_args=["patience=1", "factor=0.5"], **name)
+    assert waits_for_validation(options) and not waits_for_validation(OptimizerOptions())
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule, seen = create_schedule(options, optimizer, TOTAL), []
+    for loss in (3.0, 2.0, 2.0, 2.0, 1.0, 1.0, 1.0):
+        for _ in range(5):
+            optimizer.step()
+            schedule.step()
+        schedule.validated(loss)
+        seen.append(schedule.get_last_lr()[0])
+        if len(seen) == 3:  # as after a resume
+            state, schedule = schedule.state_dict(), create_schedule(options, optimizer, TOTAL)
+            schedule.load_state_dict(state)
+    assert seen == [1, 1, 1, 0.5, 0.5, 0.5, 0.25] and optimizer.param_groups[0]["lr"] == 0.25
+
+
 def test_any_class():
     seen = rates(lr_scheduler_type="StepLR", lr_scheduler_args=["step_size=10", "gamma=0.5"])
     assert (seen[0], seen[10], seen[20]) == (1, 0.5, 0.25)
@@ -133,7 +151,7 @@ def test_any_class():
         ({"lr_scheduler": "cosine_with_min_lr"}, "lr_scheduler_min_lr_ratio"),
         ({"lr_scheduler": "piecewise_constant"}, "step_rules"),
         ({"lr_scheduler": "piecewise_constant", "lr_scheduler_args": ["step_rules=foo"]}, "piecewise_constant"),
-        ({"lr_scheduler_type": "ReduceLROnPlateau"}, "use cosine, and --validation_split"),
+        ({"lr_scheduler": "reduce_lr_on_plateau", "lr_scheduler_args": ["patince=2"]}, "patince"),
         ({"lr_scheduler": "linear", "lr_scheduler_args": ["pwer=2"]}, "pwer"),
         ({"lr_scheduler": "adafactor:0.1"}, "leave it out"),
         ({"lr_scheduler_type": "StepLR", "lr_scheduler_args": ["stepsize=1"]}, "stepsize"),

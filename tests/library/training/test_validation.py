@@ -128,9 +128,21 @@ def test_at_most_max_validation_steps_batches_and_each_the_same(run, monkeypatch
     assert len(seen) == 8 and seen[:4] == seen[4:] and len({paths for _, paths, _ in seen}) == 1
 
 
-@pytest.mark.parametrize("option", ["--validate_every_n_steps=1", "--max_validation_steps=1", "--early_stopping_patience=1"])
-def test_validating_with_nothing_is_refused(run, option):
-    with pytest.raises(UserError, match=f"{option[:-2]} needs pictures to validate with"):
+def test_rates_fall_when_the_validation_loss_does_not_and_resume_as_they_were(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(Validation, "loss", lambda self, loss_at: 3.0)
+    words = ["--validate_every_n_steps=1", "--lr_scheduler=reduce_lr_on_plateau", "--lr_scheduler_args", "patience=1", "factor=0.5", *UNET]
+    whole = run("whole", "--max_train_steps=5", *words)
+    assert whole.schedule.get_last_lr() == [0.25e-3] and whole.losses.rates["unet"][-1] == (4, 0.5e-3)
+    run("out", "--max_train_steps=2", "--save_state", *words)
+    again = run("out", "--max_train_steps=5", "--save_state", *words, f"--resume={tmp_path / 'out'}")
+    assert again.schedule.state_dict() == whole.schedule.state_dict()
+    a, b = (tensors_of(tmp_path / name / "mine.safetensors") for name in ("whole", "out"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("option", ["--lr_scheduler=reduce_lr_on_plateau", "--early_stopping_patience=1"])
+def test_waiting_for_a_validation_with_nothing_to_validate_with_is_refused(run, option):
+    with pytest.raises(UserError, match=f"{option.replace('=', ' ').removesuffix(' 1')} needs pictures to validate with"):
         run("out", "--max_train_steps=1", option)
 
 

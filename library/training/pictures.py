@@ -1,0 +1,51 @@
+"""The datasets of a run, as its options say: first their settings, then the pictures themselves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from library.data.config import DatasetConfig, DatasetDefaults, datasets_from_file, datasets_from_folders, datasets_from_metadata
+from library.data.dataset import TrainingDataset
+from library.data.masks import check_masks
+from library.sd.text import load_tokenizer
+from library.training.options import TrainNetworkOptions
+
+
+def dataset_defaults(options: TrainNetworkOptions) -> DatasetDefaults:
+    """What the command line says about datasets, for every key that a dataset file leaves open."""
+    given = {**options.data.model_dump(), **options.captions.model_dump(), **options.augmentation.model_dump(), **options.validation.model_dump()}
+    given |= {"batch_size": given["train_batch_size"], "num_repeats": given["dataset_repeats"]}
+    if given["caption_extention"]:
+        given["caption_extension"] = given["caption_extention"]
+    return DatasetDefaults(**{key: value for key, value in given.items() if key in DatasetDefaults.model_fields})
+
+
+def dataset_configs(options: TrainNetworkOptions) -> list[DatasetConfig]:
+    """The settings of all datasets; folders are looked into, no picture is read. Raises UserErrors with all that is wrong."""
+    data, defaults = options.data, dataset_defaults(options)
+    if data.dataset_config:
+        configs = datasets_from_file(Path(data.dataset_config), defaults)
+        ignored = [name for name in ("train_data_dir", "reg_data_dir", "in_json") if getattr(data, name)]
+        if ignored:
+            print(f"--dataset_config is given, so --{' and --'.join(ignored)} is not used")
+    elif data.in_json:
+        configs = datasets_from_metadata(Path(data.in_json), Path(data.train_data_dir) if data.train_data_dir else None, defaults)
+    else:
+        reg, masks = (Path(folder) if folder else None for folder in (data.reg_data_dir, data.conditioning_data_dir))
+        configs = datasets_from_folders(Path(data.train_data_dir), reg, defaults, masks)
+    check_masks(configs, options.loss.masked_loss)
+    return configs
+
+
+def open_dataset(options: TrainNetworkOptions, configs: list[DatasetConfig], seed: int) -> TrainingDataset:
+    """Index the pictures; no model is needed for that."""
+    return TrainingDataset(
+        configs,
+        seed=seed,
+        tokenizer=load_tokenizer(options.model.v2),
+        max_token_length=options.captions.max_token_length,
+        weighted_captions=options.captions.weighted_captions,
+        prior_loss_weight=options.data.prior_loss_weight,
+        gradient_accumulation_steps=options.training.gradient_accumulation_steps,
+        on_bad_image=options.data.on_bad_image,
+    )
