@@ -20,6 +20,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors import safe_open
 
+import train_network
 from library.command_line import choices_of, groups_of, is_flag, option_names
 from library.data.config import DatasetDefaults, datasets_from_file
 from library.errors import UserError
@@ -30,9 +31,10 @@ from library.sd.model import save_stable_diffusion
 from library.sd.small import small_stable_diffusion
 from library.training import run as run_module
 from library.training.optimizers import OPTIMIZERS
-from library.training.options import TrainNetworkOptions, parse_options
+from library.training.options import LogOptions, TrainNetworkOptions, parse_options
 from library.training.refused_options import REFUSED
 from library.training.schedules import SCHEDULES
+from library.training.trackers import tracker_settings
 from networks.lora import READERS, create_network
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -116,7 +118,7 @@ def prepared(tmp_path_factory) -> Path:
         (folder / name).write_text(small_text(named_block(name)), encoding="utf-8")
     (folder / "prompts.txt").write_text("sks cat --w 64 --h 64 --s 2 --d 1\n", encoding="utf-8")
     lora = create_network(1.0, 4, 4.0, model.vae, model.text_encoder, model.unet)
-    lora.save_weights(folder / "out" / "mine.safetensors", None, {"ss_seed": "1"})
+    lora.save_weights(folder / "out" / "mine.safetensors", None, {"ss_seed": "1", "ss_network_module": "networks.lora"})
     return folder
 
 
@@ -159,13 +161,18 @@ def forget_output(words: list[str], options: TrainNetworkOptions) -> Path:
 
 
 @pytest.mark.parametrize("command", RUN, ids=range(len(RUN)))
-def test_every_command_runs(command, place, capsys):
+def test_every_command_runs(command, place, capsys, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody answers there: the run goes on
     launch, words = training_words(command) or pytest.fail(f"teach this test to run: {command}")
     assert launch in (["accelerate", "launch", "--num_cpu_threads_per_process", "1"], ["python"])
     if words == ["--help"]:
         with pytest.raises(SystemExit) as end:
             parse_options(words)
         assert end.value.code == 0 and "--network_dim" in capsys.readouterr().out
+        return
+    if words[0].startswith("--from_metadata="):
+        monkeypatch.setattr("sys.argv", ["train_network.py", *words])
+        assert train_network.main() == 0 and "--network_module=networks.lora" in capsys.readouterr().out
         return
     parse_options(words)  # as it stands
     options = parse_options(made_small(words))
@@ -218,6 +225,8 @@ def test_example_files_are_read(place):
         Path(name).write_text(named_block(name), encoding="utf-8")
         specs[name] = read_prompt_file(Path(name), PromptSpec())
     assert [spec.prompt for spec in specs["prompts.txt"]] == [spec.prompt for spec in specs["prompts.toml"]]
+    Path("trackers.toml").write_text(named_block("trackers.toml"), encoding="utf-8")
+    assert tracker_settings(LogOptions(log_tracker_config="trackers.toml"))["wandb"]["entity"] == "my-team"
     assert [(s.width, s.height, s.seed, s.steps, s.sampler) for s in specs["prompts.txt"]][1] == (512, 640, 2, 28, "euler_a")
 
 
@@ -322,7 +331,7 @@ ERRORS = {  # the message's beginning as the pages have it -> words that bring i
     "unknown network_args key": ["--network_args", "conv_dm=4"],
     "--mixed_precision fp16 needs a GPU": ["--mixed_precision=fp16"],
     "--optimizer_type Lion needs": ["--optimizer_type=Lion"],
-    "--lr_scheduler reduce_lr_on_plateau is not supported": ["--lr_scheduler=reduce_lr_on_plateau"],
+    "--lr_scheduler reduce_lr_on_plateau needs": ["--lr_scheduler=reduce_lr_on_plateau"],
     "--lr_warmup_steps has no place": ["--lr_warmup_steps=1"],
     "random_crop of the subset": ["--cache_latents", "--random_crop"],
     "... has rank 4 in the weights": ["--network_weights=out/mine.safetensors", "--network_dim=8"],
@@ -334,6 +343,7 @@ ERRORS = {  # the message's beginning as the pages have it -> words that bring i
 }
 NOTES = {
     "--learning_rate is 2e-6": ["--learning_rate=2e-6"],
+    "given, but without effect: ": ["--log_prefix=a"],
     "this processor has no bf16 units": ["--mixed_precision=bf16"],
     "--xformers: ": ["--xformers"],
     "no picture has a .caption file": ["--train_data_dir=pictures", "--dataset_config="],
