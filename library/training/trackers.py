@@ -130,7 +130,8 @@ def wants(options: LogOptions, name: str) -> bool:
 def check_trackers(options: LogOptions) -> None:
     """Whether the packages are there and the settings can be read. Raises UserError."""
     for name in ("tensorboard", "wandb"):
-        if wants(options, name) and importlib.util.find_spec(name) is None:
+        spec = importlib.util.find_spec(name) if wants(options, name) else None
+        if wants(options, name) and (spec is None or spec.origin is None):  # without origin: a folder of that name, such as wandb leaves behind
             raise UserError(f"--log_with {name} needs the package '{name}'; run: pip install {name}")
     tracker_settings(options)
     logging_folder(options)

@@ -6,6 +6,7 @@ import torch
 from library.errors import UserError
 from library.sd.small import small_stable_diffusion
 from library.training.compiling import check_backend, compile_in_place
+from library.training.contradictions import contradictions
 from library.training.fp8 import FP8, store_as_fp8
 from library.training.options import parse_options
 from library.training.precision import HalfGradScaler, check_half_weights, explain_nonfinite, trained_dtype
@@ -36,8 +37,8 @@ def test_trained_weights_are_float32_unless_full():
     ],
 )
 def test_full_precision_needs_the_arithmetic_of_its_kind(words, part):
-    with pytest.raises(UserError, match=part):
-        options(*words)
+    (problem,) = contradictions(options(*words))
+    assert problem.startswith(part)
 
 
 def step(eps: float, dtype: torch.dtype) -> torch.Tensor:

@@ -16,6 +16,7 @@ from library.command_line import groups_of
 from library.errors import RunFailed, UserError
 from library.training import run as run_module
 from library.training.compatible import FREE_GROUPS, GROUPS
+from library.training.contradictions import contradictions
 from library.training.options import TrainNetworkOptions, parse_options
 from library.training.plan import Plan, Start
 from library.training.trainer import Trainer
@@ -293,8 +294,8 @@ def test_trap_5_2_an_initial_step_is_the_real_step(run, tmp_path):
     assert part.first_step == 6 and part.next == whole.next
     anew = run("anew", *words, "--initial_step=6")
     assert anew.next == (2, 2) and whole.next == (2, 3), "without it the data of the epoch begin anew"
-    with pytest.raises(UserError, match="--skip_until_initial_step needs"):
-        parse_options(words_of_a_run(tmp_path, tmp_path, "--skip_until_initial_step"))
+    (problem,) = contradictions(parse_options(words_of_a_run(tmp_path, tmp_path, "--skip_until_initial_step")))
+    assert problem.startswith("--skip_until_initial_step needs")
 
 
 def test_every_group_of_options_is_compared_or_known_to_be_free():

@@ -16,7 +16,7 @@ from library.training.from_metadata import KEYS, print_from_metadata, split_outs
 from library.training.metadata import other_options
 from library.training.options import LogOptions, all_defaults, parse_options
 from library.training.sample_grid import write_sample_grid
-from library.training.trackers import Tracker, logged_options
+from library.training.trackers import Tracker, check_trackers, logged_options
 from library.training.tracking import LossRecord
 
 
@@ -28,7 +28,7 @@ def wandb(monkeypatch):
     run = SimpleNamespace(log=lambda values, step=None: calls.append((values, step)), finish=lambda: calls.append("finished"))
     module = SimpleNamespace(
         init=lambda **words: calls.append(words) or run, login=lambda key: calls.append(key), Image=lambda picture: picture,
-        config=SimpleNamespace(update=lambda values, allow_val_change: calls.append(values)), __spec__=SimpleNamespace(),
+        config=SimpleNamespace(update=lambda values, allow_val_change: calls.append(values)), __spec__=SimpleNamespace(origin="wandb"),
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, "wandb", module)
     return calls
@@ -46,6 +46,18 @@ def test_wandb_gets_names_settings_values_and_pictures(wandb, tmp_path):
         "k", {"project": "cats", "name": "mine", "tags": ["cat"]}, {"learning_rate": 0.1}, ({"loss/current": 1.0}, 7),
         ({"loss/epoch_average": 2.0, "epoch": 1}, 7), "finished",
     ]  # fmt: skip
+
+
+def test_a_tracker_that_is_not_installed_names_what_to_install(tmp_path, monkeypatch):
+    options = LogOptions(log_with="all", logging_dir=str(tmp_path / "logs"))
+    monkeypatch.setitem(sys.modules, "tensorboard", SimpleNamespace(__spec__=SimpleNamespace(origin="tensorboard")))
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])  # where no wandb is installed
+    with pytest.raises(UserError, match="^--log_with wandb needs the package 'wandb'; run: pip install wandb$"):
+        check_trackers(options)
+    (tmp_path / "wandb" / "offline-run-1").mkdir(parents=True)  # a run without network leaves this folder, which is no package
+    with pytest.raises(UserError, match="run: pip install wandb$"):
+        check_trackers(options)
 
 
 def test_trap_5_4_each_rate_is_logged_once_under_its_own_name(wandb):

@@ -486,14 +486,14 @@ def test_trap_5_19_no_metadata_leaves_what_loaders_need(run):
 def test_trap_5_20_metadata_with_a_dataset_file(run, pictures, tmp_path):
     config = tmp_path / "data.toml"
     config.write_text(
-        f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '{pictures}'\ncaption_extension = '.txt'\nnum_repeats = 2\n",
+        f"[[datasets]]\nresolution = [96, 64]\n[[datasets.subsets]]\nimage_dir = '{pictures}'\ncaption_extension = '.txt'\nnum_repeats = 2\n",
         encoding="utf-8",
     )
     meta = run("--max_train_steps=1", data=f"--dataset_config={config}").metadata()
     (dataset,) = json.loads(meta["ss_datasets"])
-    assert dataset["resolution"] == [64, 64] and dataset["num_train_images"] == 8
+    assert dataset["resolution"] == [96, 64] and dataset["num_train_images"] == 8
     assert dataset["subsets"][0]["num_repeats"] == 2 and "ss_resolution" not in meta
-    assert meta["modelspec.resolution"] == "64x64", "trap 5.20: from the datasets, not 512x512"
+    assert meta["modelspec.resolution"] == "96x64", "trap 5.20: from the datasets, not 512x512 or the command line's"
     assert meta["modelspec.architecture"] == "stable-diffusion-v1/lora" and meta["modelspec.prediction_type"] == "epsilon"
     assert meta["modelspec.title"] == "mine" and meta["modelspec.sai_model_spec"] == "1.0.1"
 
