@@ -58,6 +58,15 @@ def use_all_cores() -> int:
     return torch.get_num_threads()
 
 
+def memory_there(device: torch.device) -> tuple[int, str]:
+    """The memory of the GPU, or that of the machine which is free now, in bytes; and whose it is, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory, "the GPU's"
+    import psutil
+
+    return psutil.virtual_memory().available, "this machine's free"
+
+
 def peak_memory_bytes(device: torch.device) -> int | None:
     """Peak memory of this process: on the GPU if there is one, else resident memory; None if the system does not tell."""
     if device.type == "cuda":

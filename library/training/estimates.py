@@ -1,4 +1,4 @@
-"""What a run will need, before it begins: size of its files, memory on the GPU. Rough numbers for full-size models."""
+"""What a run will need, before it begins: size of its files, memory. Rough numbers for full-size models."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def state_bytes(options: TrainNetworkOptions) -> int:
     return network_numbers(options) * (4 + moments + (4 if options.validation.ema_decay else 0))
 
 
-def estimated_gpu_bytes(options: TrainNetworkOptions, dataset: TrainingDataset) -> int:
+def estimated_bytes(options: TrainNetworkOptions, dataset: TrainingDataset) -> int:
     """Frozen model, activations of the largest batch, and the LoRA with gradients and two moments."""
     half = options.training.mixed_precision != "no"
     kept = KEPT_WITH_CHECKPOINTING if options.training.gradient_checkpointing else KEPT

@@ -13,15 +13,16 @@ from pathlib import Path
 import torch
 
 from library.data.dataset import TrainingDataset
-from library.devices import check_precision
+from library.devices import check_precision, memory_there
 from library.errors import Problems
 from library.generation.prompts import PromptSpec, read_prompt_file
-from library.sd.checkpoint import MODEL_SUFFIXES
+from library.sd.checkpoint import MODEL_SUFFIXES, open_tensors
+from library.sd.families import refuse_other_families
 from library.training.compiling import check_backend
 from library.training.contradictions import contradictions
 from library.training.disk_space import space_needed, too_little_space
 from library.training.ema import make_average
-from library.training.estimates import estimated_gpu_bytes
+from library.training.estimates import estimated_bytes
 from library.training.fused_backward import check_fused_backward
 from library.training.idle_options import idle_options
 from library.training.metadata import as_data_url
@@ -89,6 +90,7 @@ def checks_of_options(options: TrainNetworkOptions, device: torch.device) -> Che
     return [
         lambda: check_precision(options.training.mixed_precision, device),
         lambda: missing_models(options),
+        lambda: check_model_file(options.model.pretrained_model_name_or_path),
         lambda: ModelFiles(options.output).check_folder() if options.output.output_dir else None,
         lambda: missing_networks(options),
         lambda: check_network_args(options.network) if options.network.network_module else None,
@@ -133,6 +135,14 @@ def missing_models(options: TrainNetworkOptions) -> Iterable[str]:
             yield f"--{option}: there is no file or folder {name}; {cure} (looked in {Path.cwd()})"
 
 
+def check_model_file(name: str | None) -> None:
+    """Whether a .safetensors file is whole at its beginning, and a model of this family; others show when they are loaded."""
+    path = Path(name or "")
+    if path.suffix == ".safetensors" and path.is_file():
+        with open_tensors(path) as file:
+            refuse_other_families(path, file.shapes)
+
+
 def looks_like_path(name: str) -> bool:
     """Whether a name cannot be `user/model` of the hub, or would be a strange one: its first half is a folder here."""
     in_folder = "/" in name and Path(name).parent.is_dir()
@@ -170,8 +180,6 @@ def tell_notes(options: TrainNetworkOptions, dataset: TrainingDataset, device: t
     idle = idle_options(options, dataset.table.configs)
     if idle:
         print(f"given, but without effect: {'; '.join(idle)}")
-    if device.type == "cuda":
-        needed, there = estimated_gpu_bytes(options, dataset), torch.cuda.get_device_properties(device).total_memory
-        much = needed > there
-        cure = "; if it does not fit: --gradient_checkpointing, --cache_latents, a smaller batch or --resolution" if much else ""
-        print(f"memory: about {needed / 2**30:.1f} GiB of the GPU's {there / 2**30:.1f} GiB will be used (a rough estimate){cure}")
+    needed, (there, whose) = estimated_bytes(options, dataset), memory_there(device)
+    cure = "; if it does not fit: --gradient_checkpointing, --cache_latents, a smaller batch or --resolution" if needed > there else ""
+    print(f"memory: about {needed / 2**30:.1f} of {whose} {there / 2**30:.1f} GiB will be used (a rough estimate){cure}")

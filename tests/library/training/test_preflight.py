@@ -11,7 +11,7 @@ from library.data.dataset import TrainingDataset
 from library.errors import UserError, run_entry
 from library.training import disk_space, preflight
 from library.training.contradictions import contradictions
-from library.training.estimates import estimated_gpu_bytes, network_file_bytes
+from library.training.estimates import estimated_bytes, network_file_bytes
 from library.training.options import parse_options
 from library.training.plan import Plan
 
@@ -70,6 +70,13 @@ def test_what_the_pictures_bring_to_light_is_told_in_the_same_breath(folder, mon
     found = problems(options("--vae=gone.pt", *words, folder=folder))
     parts = ("--vae", "--lr_warmup_steps is 5", "--early_stopping_patience needs", "GiB free", "9 steps are done and 4")
     assert [part in text for part, text in zip(parts, found, strict=True)] == [True] * 5, found
+
+
+def test_a_file_that_is_no_model_is_told_with_the_rest(folder):
+    page = folder / "page.safetensors"
+    page.write_text("<!DOCTYPE html><html>not found</html>", encoding="utf-8")
+    found = problems(options(f"--pretrained_model_name_or_path={page}", "--vae=gone.pt", folder=folder))
+    assert len(found) == 2 and "is a web page" in found[1]
 
 
 def test_a_wrong_schedule_is_told_beside_missing_pictures(folder):
@@ -185,8 +192,19 @@ def test_latents_that_lie_there_already_need_no_space(folder):
 def test_memory_is_estimated_by_what_counts(folder):
     data = dataset(folder)
     plain, half, saving, large = (
-        estimated_gpu_bytes(options(*words, folder=folder), data)
+        estimated_bytes(options(*words, folder=folder), data)
         for words in ([], ["--mixed_precision=fp16"], ["--gradient_checkpointing"], ["--network_dim=128"])
     )
     assert half < plain and saving < plain < large
     assert 4e9 < plain < 6e9  # full size, float32, one tiny picture
+
+
+def test_memory_that_is_short_is_told_with_what_helps(folder, monkeypatch, capsys):
+    for there, short in ((2**33, False), (2**31, True)):
+        monkeypatch.setattr(preflight, "memory_there", lambda device: (there, "the GPU's"))
+        preflight.tell_notes(options(folder=folder), dataset(folder), CPU)
+        out = capsys.readouterr().out
+        assert f"of the GPU's {there / 2**30:.1f} GiB will be used" in out and ("--gradient_checkpointing" in out) is short
+    monkeypatch.undo()
+    preflight.tell_notes(options(folder=folder), dataset(folder), CPU)
+    assert "of this machine's free" in capsys.readouterr().out

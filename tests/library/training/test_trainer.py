@@ -340,12 +340,6 @@ def test_a_sample_picture_that_fails_never_ends_the_run(run, tmp_path, monkeypat
     assert len(list((result.folder / "sample").iterdir())) == 1 and "mine.safetensors" in result.files()
 
 
-def test_prompts_that_are_never_drawn_are_named(run, tmp_path, capsys):
-    (tmp_path / "prompts.txt").write_text("a cat\n", encoding="utf-8")
-    run("--max_train_steps=1", f"--sample_prompts={tmp_path / 'prompts.txt'}", "--network_train_unet_only", "--cache_latents")
-    assert "--sample_prompts draws nothing without" in capsys.readouterr().out
-
-
 def test_trap_5_18_the_default_learning_rate_gets_a_warning(run, capsys):
     run("--max_train_steps=1", "--learning_rate=2e-6", "--cache_latents", "--network_train_unet_only")
     assert "1e-4 is usual" in capsys.readouterr().out
