@@ -170,7 +170,7 @@ def as_words(options: Mapping[str, Any]) -> list[str]:
 
 def dataset_lines(metadata: Mapping[str, str]) -> list[str]:
     """The dataset file."""
-    lines = ["# image_dir: only the folder's own name is recorded"]
+    lines = ["# of folders and files only their own names are recorded"]
     for dataset in datasets(metadata):
         lines += ["", "[[datasets]]", *(f"{key} = {toml(value)}" for key, value in dataset["keys"].items())]
         for subset in dataset["subsets"]:
@@ -181,7 +181,9 @@ def dataset_lines(metadata: Mapping[str, str]) -> list[str]:
 def datasets(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
     """Keys of each dataset and of its subsets, whether or not a dataset file was used."""
     if "ss_datasets" in metadata:
-        return [from_entry(entry) for entry in json.loads(metadata["ss_datasets"])]
+        entries = json.loads(metadata["ss_datasets"])
+        others = json.loads(metadata.get("ss_other_dataset_keys", "[]")) or [{}] * len(entries)
+        return [from_entry(entry, dict(other)) for entry, other in zip(entries, others)]
     if "ss_dataset_dirs" not in metadata:
         raise UserError("--from_metadata: the file says nothing about its pictures; it was written with --no_metadata")
     width, height = (int(part) for part in metadata.get("ss_resolution", "(512, 512)").strip("()").split(","))
@@ -200,15 +202,15 @@ def picked(metadata: Mapping[str, str], keys: Mapping[str, str]) -> dict[str, An
     return {name: json.loads(metadata[key].lower()) for key, name in keys.items() if key in metadata}
 
 
-def from_entry(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """One dataset of `ss_datasets`."""
-    wanted = ("resolution", "enable_bucket", "min_bucket_reso", "max_bucket_reso")
+def from_entry(entry: Mapping[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """One dataset of `ss_datasets`, with what `ss_other_dataset_keys` says of it."""
+    wanted = ("resolution", "enable_bucket", "min_bucket_reso", "max_bucket_reso", "resize_interpolation")
     keys = {key: entry[key] for key in wanted if entry.get(key) is not None} | {"batch_size": entry.get("batch_size_per_device", 1)}
-    leave = {"img_count", "metadata_file"}
     subsets = [
-        {key: value for key, value in subset.items() if key not in leave and value not in (None, "", False)} for subset in entry["subsets"]
+        {key: value for key, value in subset.items() if key != "img_count" and value not in (None, "", False)} for subset in entry["subsets"]
     ]
-    return {"keys": keys, "subsets": subsets}
+    more = other.pop("subsets", None) or [{}] * len(subsets)
+    return {"keys": keys | other, "subsets": [subset | own for subset, own in zip(subsets, more)]}
 
 
 def toml(value: Any) -> str:

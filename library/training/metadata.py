@@ -17,6 +17,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
+from library.data.config import NOT_WITH_METADATA
 from library.data.facts import DatasetFacts, SubsetFacts
 from library.errors import UserError
 from library.files import legacy_hash_of_file, sha256_of_file
@@ -253,7 +256,7 @@ def data_facts(options: TrainNetworkOptions, datasets: Sequence[DatasetFacts], p
             tags.setdefault(folder, counts)
     facts = {"ss_dataset_dirs": folders[False], "ss_tag_frequency": tags}
     if options.data.dataset_config:
-        return facts | {"ss_datasets": [_dataset_entry(dataset) for dataset in datasets]}
+        return facts | {"ss_datasets": [_dataset_entry(dataset) for dataset in datasets], "ss_other_dataset_keys": other_dataset_keys(datasets)}
     config, subset = datasets[0].config, datasets[0].subsets[0].config
     return facts | {
         "ss_reg_dataset_dirs": folders[True],
@@ -295,6 +298,21 @@ def _dataset_entry(dataset: DatasetFacts) -> dict[str, Any]:
         "resize_interpolation": config.resize_interpolation,
         "subsets": [_subset_entry(subset) for subset in dataset.subsets],
     }
+
+
+def other_dataset_keys(datasets: Sequence[DatasetFacts]) -> list[dict[str, Any]]:
+    """What else the dataset file says, for --from_metadata: a key of ours, as above. Of folders the name alone."""
+
+    def other(config: BaseModel, recorded: Mapping[str, Any]) -> dict[str, Any]:
+        given = {key for key, field in type(config).model_fields.items() if getattr(config, key) != field.get_default()}
+        without = NOT_WITH_METADATA if "metadata_file" in recorded else ()
+        values = config.model_dump(mode="json", include=given - {*recorded, *without, "subsets", "batch_size"})
+        return {key: Path(value).name if key == "conditioning_data_dir" else value for key, value in values.items()}
+
+    return [
+        other(dataset.config, _dataset_entry(dataset)) | {"subsets": [other(subset.config, _subset_entry(subset)) for subset in dataset.subsets]}
+        for dataset in datasets
+    ]
 
 
 def _subset_entry(subset: SubsetFacts) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors import safe_open
 from small_runs import picture_folder, train, use_two_blocks, words_of_a_run
 
+from library.data.config import DatasetDefaults, datasets_from_file
 from library.errors import UserError
 from library.training.from_metadata import KEYS, print_from_metadata, split_outside_brackets
 from library.training.metadata import other_options
@@ -149,6 +150,50 @@ def test_the_command_from_the_metadata_is_accepted_and_says_the_same(words, monk
         then, now = getattr(given, group), getattr(again, group)
         assert then.model_copy(update={"optimizer_type": ""}) == now.model_copy(update={"optimizer_type": ""})
     assert again.captions == given.captions
+
+
+DATA = """[general]
+shuffle_caption = true
+[[datasets]]
+caption_extension = ".txt"
+resolution = [96, 64]
+batch_size = 2
+enable_bucket = true
+min_bucket_reso = 64
+bucket_reso_steps = 32
+resize_interpolation = "area"
+[[datasets.subsets]]
+image_dir = "a"
+caption_dropout_rate = 0.25
+keep_tokens = 1
+[[datasets.subsets]]
+image_dir = "b"
+is_reg = true
+class_tokens = "a cat"
+[[datasets]]
+resolution = [64, 64]
+validation_split = 0.5
+validation_seed = 3
+[[datasets.subsets]]
+image_dir = "b"
+metadata_file = "meta.json"
+conditioning_data_dir = "masks"
+token_warmup_step = 3.5
+"""
+
+
+def test_the_dataset_file_from_the_metadata_says_the_same(monkeypatch, tmp_path, capsys):
+    use_two_blocks(monkeypatch.setattr)
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b", "masks"):
+        picture_folder(tmp_path / name, 2)
+    Path("meta.json").write_text('{"0": {"caption": "x"}, "1": {"caption": "y"}}', encoding="utf-8")
+    Path("given.toml").write_text(DATA, encoding="utf-8")
+    train(words_of_a_run(tmp_path, tmp_path / "out", "--max_train_steps=1", "--masked_loss", "--dataset_config=given.toml"))
+    capsys.readouterr()
+    print_from_metadata(str(tmp_path / "out" / "mine.safetensors"), all_defaults())
+    Path("again.toml").write_text(capsys.readouterr().out.partition("# mine.toml")[2], encoding="utf-8")
+    assert datasets_from_file(Path("again.toml"), DatasetDefaults()) == datasets_from_file(Path("given.toml"), DatasetDefaults())
 
 
 def test_options_without_a_key_of_their_own_are_recorded_without_paths():
