@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from library.data.config import REFUSED, DatasetDefaults, datasets_from_file
+from library.data.config import REFUSED, DatasetDefaults, datasets_from_file, datasets_from_folders, datasets_from_metadata
 from library.data.config_keys import DATASET_KEYS, SHARED_KEYS, DatasetConfig, SubsetConfig
 from library.errors import UserError
 
@@ -192,6 +192,52 @@ def test_a_wrong_value_names_key_value_and_what_is_expected(here, line, parts):
 def test_a_wrong_resolution_shows_the_right_form(here, value):
     message = error_of(f"[[datasets]]\nresolution = {value}\n[[datasets.subsets]]\nimage_dir='cats'")
     assert "resolution = " in message and ("512 or [640, 448]" in message or "sides of 8 to 16,384 pixels" in message)
+
+
+EVERYTHING = """
+    [general]
+    flipaug = true
+    [[datasets]]
+    batch_size = 0
+    num_repeats = "2"
+    [[datasets.subsets]]
+    image_dir = "birds"
+    [[datasets.subsets]]
+    image_dir = "cats"
+    keep_tokens = -1
+    [[datasets]]
+    [[datasets.subsets]]
+    num_repeats = 2
+    [[datasets]]
+    resolution = 512
+    [[datasets.subsets]]
+    image_dir = "none"
+"""
+
+
+def test_all_that_is_wrong_in_a_file_is_told_at_once(here):
+    (here / "none").mkdir()
+    with pytest.raises(UserError) as caught:
+        read(EVERYTHING)
+    wanted = [
+        "unknown key 'flipaug'", "[[datasets]] 1: batch_size = 0", '[[datasets]] 1: num_repeats = "2"',
+        "1, [[datasets.subsets]] 1: image_dir = birds: there is no folder", "1, [[datasets.subsets]] 2: keep_tokens = -1",
+        "2, [[datasets.subsets]] 1: image_dir is missing", "3, [[datasets.subsets]] 1: no picture",
+    ]  # fmt: skip
+    found = caught.value.problems
+    assert [part in text for part, text in zip(wanted, found, strict=True)] == [True] * len(wanted), found
+    with pytest.raises(UserError) as caught:
+        read("[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'birds'\n")
+    assert ["birds" in text or "resolution is missing" in text for text in caught.value.problems] == [True, True]
+
+
+def test_all_folders_without_pictures_are_told_at_once(here):
+    with pytest.raises(UserError) as caught:
+        datasets_from_folders(here / "birds", here / "fish", DatasetDefaults())
+    assert [part in text for part, text in zip(("birds", "fish", "resolution"), caught.value.problems, strict=True)] == [True] * 3
+    with pytest.raises(UserError) as caught:
+        datasets_from_metadata(here / "a.json", here / "birds", DatasetDefaults())
+    assert [part in text for part, text in zip(("a.json", "birds", "resolution"), caught.value.problems, strict=True)] == [True] * 3
 
 
 def test_syntax_error_gives_file_line_and_column_in_one_line(here):
