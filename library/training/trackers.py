@@ -118,6 +118,7 @@ def _started(name: str, make: Callable[[], Any]) -> Any:
     except Exception as error:
         said = one_line(error, 200)
         cure = "; without network set the environment variable WANDB_MODE=offline" if name == "wandb" else "; check --log_tracker_config"
+        cure = f"; run: pip install --upgrade {name}" if isinstance(error, ImportError) else cure  # something that it needs is missing
         raise UserError(f"--log_with {name} cannot start: {said}{cure}") from error
     return tracker
 

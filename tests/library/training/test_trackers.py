@@ -61,6 +61,15 @@ def test_a_tracker_that_is_not_installed_names_what_to_install(tmp_path, monkeyp
         check_trackers(options)
 
 
+def test_a_tracker_that_lacks_something_names_what_to_install(wandb, monkeypatch):
+    def broken(**words):
+        raise ModuleNotFoundError("No module named 'platformdirs'")
+
+    monkeypatch.setattr(sys.modules["wandb"], "init", broken)
+    with pytest.raises(UserError, match="No module named 'platformdirs'; run: pip install --upgrade wandb$"):
+        Tracker(LogOptions(log_with="wandb"))
+
+
 def test_trap_5_4_each_rate_is_logged_once_under_its_own_name(wandb):
     tracker = Tracker(LogOptions(log_with="wandb"))
     tracker.log_step(1, LossRecord(window=1), [1e-4, 2e-4], ["textencoder", "unet"])
