@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from library.errors import UserError
 from library.generation.deep_shrink import check_deep_shrink
 from library.generation.encoding import PromptCache, short
-from library.generation.networks import Networks, split_loras
+from library.generation.networks import Networks
+from library.generation.prompt_loras import split_loras
 from library.generation.prompts import MOST_STEPS, PromptSpec, check_negative_scale, split_regions
 from library.generation.regional import Regions
 from library.generation.samplers import check_sampler

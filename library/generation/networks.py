@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from library.errors import UserError, unknown
+from library.errors import UserError
 from library.files import read_safetensors_header
+from library.generation.prompt_loras import PromptLoras, split_loras
 from library.generation.prompts import PromptSpec
 from library.network_modules import (
     check_merge,
@@ -33,23 +33,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PROMPT_LORA_MODULE = "networks.lora"  # loads what `<lora:name:0.8>` names
-SUFFIXES = (".safetensors", ".pt", ".ckpt", ".bin")
-_PROMPT_LORA = re.compile(r"<lora:([^:<>]+)(?::([^<>]*))?>", re.IGNORECASE)
-
-
-def split_loras(prompt: str) -> tuple[str, tuple[tuple[str, float], ...]]:
-    """The prompt without its `<lora:name:strength>`, and these as (name, strength); without a number the strength is 1.
-
-    >>> split_loras("a cat <lora:ink:0.8>, sitting")
-    ('a cat , sitting', (('ink', 0.8),))
-    """
-    found = []
-    for name, strength in _PROMPT_LORA.findall(prompt):
-        try:
-            found.append((name.strip(), float(strength) if strength else 1.0))
-        except ValueError:
-            raise UserError(f"<lora:{name}:{strength}>: '{strength}' is not a strength; write one number, as in 0.8") from None
-    return _PROMPT_LORA.sub("", prompt).strip() if found else prompt, tuple(found)
 
 
 @dataclass
@@ -72,12 +55,12 @@ class Networks:
     """
 
     def __init__(self, model: StableDiffusion, *, pre_calc: bool = False, lora_dir: Path | None = None) -> None:
-        self.model, self.pre_calc, self.lora_dir = model, pre_calc, lora_dir
+        self.model, self.pre_calc = model, pre_calc
+        self._named = PromptLoras(lora_dir)
         self.merged: list[tuple[Path, float]] = []
         self.loaded: list[LoadedNetwork] = []
         self.defaults: tuple[float, ...] = ()
         self._from_prompts: dict[Path, LoadedNetwork] = {}
-        self._paths: dict[str, Path] | None = None
         self._state: tuple[tuple[int, float], ...] = ()
         self._own_weights: dict[str, Tensor] = {}  # of the model, by parameter, for pre_calc
 
@@ -107,8 +90,6 @@ class Networks:
         if merge_first is not None and not 0 <= merge_first <= len(files):
             raise UserError(f"--network_merge_n_models {merge_first}: give 0 to {len(files)}, the number of networks")
         networks = cls(model, pre_calc=pre_calc, lora_dir=Path(lora_dir) if lora_dir else None)
-        if lora_dir and not Path(lora_dir).is_dir():
-            raise UserError(f"--lora_dir {lora_dir}: there is no such folder")
         merged = len(files) if merge else merge_first or 0
         for index, (file, strength) in enumerate(zip(files, strengths)):
             if show_metadata:
@@ -144,17 +125,8 @@ class Networks:
         return [(path, strength) for path, strength in self.merged + own + asked if strength != 0]
 
     def find(self, name: str) -> Path:
-        """The file in `lora_dir` or a folder in it that a prompt calls `name`: its name without suffix."""
-        if self.lora_dir is None:
-            raise UserError(f"the prompt asks for <lora:{name}>, but no folder to find it in is given; add --lora_dir")
-        if self._paths is None:
-            files = [path for path in self.lora_dir.rglob("*") if path.suffix in SUFFIXES]
-            self._paths = {}
-            for path in sorted(files, key=lambda path: (SUFFIXES.index(path.suffix), path)):
-                self._paths.setdefault(path.stem, path)
-        if name not in self._paths:
-            raise unknown("LoRA", name, self._paths, str(self.lora_dir))
-        return self._paths[name]
+        """The file that a prompt calls `name`."""
+        return self._named.find(name)
 
     # ---- putting it into force
 

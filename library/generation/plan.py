@@ -10,6 +10,7 @@ from random import Random
 from library.errors import UserError
 from library.generation.options import GenerateOptions
 from library.generation.prompt_lines import LineRules, PromptLine, read_prompt_line
+from library.generation.prompt_loras import PromptLoras, split_loras
 from library.generation.prompt_sources import RawPrompt, list_pictures
 from library.generation.prompts import check_negative_scale, check_regions, split_regions
 from library.generation.seeds import Seeds
@@ -39,6 +40,7 @@ class Planner:
         self.sources = list_pictures(options.source.image_path, "--image_path")
         masks = list_pictures(options.source.mask_path, "--mask_path")
         self.masks = masks if self.sources and not self._regional else []  # a mask without sources shows regions
+        self._loras = PromptLoras(Path(options.network.lora_dir) if options.network.lora_dir else None)
         self.problems: dict[str, str] = {}
         self.notes: list[str] = []
         given = options.prompts.seed
@@ -123,6 +125,8 @@ class Planner:
         """UserError for a line that does not go with the command line."""
         picture, source = self.options.picture, self.options.source
         try:
+            for name, _ in split_loras(line.values["prompt"])[1]:
+                self._loras.find(name)
             negative_scale = line.values.get("negative_scale", picture.negative_scale)
             check_negative_scale(line.values.get("scale", picture.scale), negative_scale)
             if source.mask_path and self._regional:

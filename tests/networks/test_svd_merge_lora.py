@@ -53,7 +53,9 @@ def test_a_rank_that_is_enough_gives_the_exact_sum(parts):
 
 
 def test_trap_1_7_nothing_is_clamped_unless_asked_for(parts):
+    _, a, b, _ = parts
     plain = merge(parts, "--new_rank", "9")
+    assert_close(products(plain), total(products(a, 0.6), products(b, -0.4)), 1e-4)
     clamped = merge(parts, "--new_rank", "9", "--clamp_quantile", "0.9")
     name = next(key.removesuffix(".lora_down.weight") for key in plain if key.endswith("lora_down.weight"))
     values = torch.cat([plain[f"{name}.lora_{side}.weight"].flatten().abs() for side in ("up", "down")])

@@ -12,7 +12,8 @@ from reference_pipelines import make_pipeline, run_pipeline
 
 from library.errors import UserError
 from library.generation.generator import generate
-from library.generation.networks import Networks, split_loras
+from library.generation.networks import Networks
+from library.generation.prompt_loras import split_loras
 from library.generation.prompts import PromptSpec
 from library.generation.samplers import SAMPLERS, make_scheduler
 from networks import dylora, lora

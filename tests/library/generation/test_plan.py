@@ -210,12 +210,15 @@ def test_a_picture_without_a_prompt_is_named(tmp_path):
     [
         (["--scale=1", "--negative_scale=2"], "a", "line 1: a negative scale needs a scale above 1, as guidance is off at 1"),
         ([], "a --l 0.5 --nl 2", "line 1: a negative scale needs a scale above 1, as guidance is off at 0.5"),
+        ([], "a <lora:ink:0.5>", "line 1: the prompt asks for <lora:ink>, .*add --lora_dir"),
+        (["--lora_dir=FOLDER"], "a <lora:inc>", "line 1: unknown LoRA 'inc' in .*; did you mean 'ink'"),
         (["--network_weights", "a", "b", "--mask_path=MASK"], "a cat", "line 1: the prompt has 1 part.* for 2 networks"),
     ],
 )
 def test_lines_that_do_not_go_with_the_command_line(tmp_path, words, text, message):
     Image.new("RGB", (8, 8)).save(tmp_path / "mask.png")
-    asked = planner(*[word.replace("MASK", str(tmp_path / "mask.png")) for word in words])
+    (tmp_path / "ink.safetensors").touch()
+    asked = planner(*[word.replace("MASK", str(tmp_path / "mask.png")).replace("FOLDER", str(tmp_path)) for word in words])
     good = "a AND b --l 7"
     assert len(asked.plan([*lines(text), RawPrompt(good, "line 2")])) == 1
     assert re.fullmatch(f"{message}.*", asked.problems["line 1"])

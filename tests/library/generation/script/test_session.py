@@ -152,14 +152,16 @@ def test_without_sizes_a_picture_has_the_model_s_own(gen_files, tmp_path):
 # ---------------------------------------------------------------- failing and stopping
 
 
-def test_a_picture_that_fails_is_named_and_the_others_are_made(draw, gen_files, tmp_path, capsys):
+def test_a_picture_that_fails_is_named_and_the_others_are_made(draw, tmp_path, capsys):
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a\nb <lora:stile:1>\nc\n", encoding="utf-8")
-    made = draw(f"--from_file={prompts}", f"--lora_dir={gen_files / 'out'}", "--batch_size=3", "--sequential_file_name")
+    prompts.write_text("a\nb <lora:broken:1>\nc\nd <lora:brokn:1>\n", encoding="utf-8")
+    (tmp_path / "broken.safetensors").write_bytes(b"x")
+    made = draw(f"--from_file={prompts}", f"--lora_dir={tmp_path}", "--batch_size=3", "--sequential_file_name")
     assert made.code == 1 and [text["prompt"] for text in made.texts] == ["a", "c"]
     out, err = capsys.readouterr()
-    assert "failed: " in err and "line 2" in err and "did you mean 'style'?" in err
-    assert "2 of 3 pictures saved" in out and "1 failed" in out
+    assert re.search("failed: .*line 2.*broken.safetensors", err)
+    assert re.search("skipped: .*line 4: unknown LoRA 'brokn' .*did you mean 'broken'", err)
+    assert "2 of 3 pictures saved" in out and "1 failed" in out and "1 line(s) of prompts skipped" in out
 
 
 @pytest.fixture
