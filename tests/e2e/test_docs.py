@@ -39,7 +39,7 @@ from networks.lora import READERS, create_network
 
 ROOT = Path(__file__).resolve().parents[2]
 # The pages of the tools have tests of their own (tests/networks/test_documented_commands.py).
-FILES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("train_*.md")))
+FILES = (ROOT / "README.md", ROOT / "docs" / "speed.md", *sorted((ROOT / "docs").glob("train_*.md")))
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in FILES}
 ENGLISH, CHINESE = PAGES["docs/train_network_README.md"], PAGES["docs/train_network_README-zh.md"]
 BOTH = pytest.mark.parametrize("page", [ENGLISH, CHINESE], ids=["en", "zh"])

@@ -1,0 +1,33 @@
+"""docs/speed.md: its estimates are those that a run prints."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from library.training.estimates import estimated_gpu_bytes
+from library.training.options import parse_options
+
+PAGE = (Path(__file__).resolve().parents[3] / "docs" / "speed.md").read_text(encoding="utf-8")
+ROWS = re.findall(r"^\| (\d+) GB \| (\d+), (\d+) \| (yes|no) \| ([\d.]+) GiB \|$", PAGE, re.MULTILINE)
+WORDS = [
+    "--pretrained_model_name_or_path=m", "--train_data_dir=d", "--output_dir=o", "--network_module=networks.lora", "--network_dim=4",
+    "--mixed_precision=fp16", "--network_train_unet_only",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("card, size, batch, checkpointing, estimate", ROWS)
+def test_estimate_is_the_programs_and_fits_the_card(card, size, batch, checkpointing, estimate):
+    options = parse_options([*WORDS, *["--gradient_checkpointing"] * (checkpointing == "yes")])
+    bucket, config = SimpleNamespace(dataset=0, size=(int(size), int(size))), SimpleNamespace(batch_size=int(batch))
+    dataset = SimpleNamespace(table=SimpleNamespace(buckets=[bucket], configs=[config]))
+    needed = estimated_gpu_bytes(options, dataset)
+    assert f"{needed / 2**30:.1f}" == estimate
+    assert needed < 0.9 * int(card) * 10**9
+
+
+def test_every_size_of_card_is_there():
+    assert [row[0] for row in ROWS] == ["4", "8", "8", "12", "24", "24"]
