@@ -96,8 +96,9 @@ def is_ours(module: ModuleType) -> bool:
 
 
 def network_from_file(
-    module: ModuleType, file: str, strength: float, model: StableDiffusion, *, where: str, merges: bool = False, **arguments: Any
-) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    module: ModuleType, file: str, strength: float, model: StableDiffusion, *, where: str, merges: bool = False,
+    **arguments: Any,
+) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:  # fmt: skip
     """A network for the weights of this file, not yet applied or loaded, and these weights.
 
     Where a module of others fails at a file of its own, as LyCORIS 4.1 does at ia3 and some lokr files, the network is made as the

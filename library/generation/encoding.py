@@ -54,8 +54,8 @@ class PromptCache:
             if needed > most:
                 why = " (BREAK begins a new one)" if "BREAK" in text else ""
                 log.warning(
-                    f"prompt '{short(text)}' fills {needed} chunks of {CHUNK} tokens{why}, of which {most} can be read: the rest is "
-                    f"cut; gen_img_diffusers.py reads all with --max_embeddings_multiples={needed}"
+                    f"prompt '{short(text)}' fills {needed} chunks of {CHUNK} tokens{why}, of which {most} can be read: the rest "
+                    f"is cut; gen_img_diffusers.py reads all with --max_embeddings_multiples={needed}"
                 )
         return min(max(self._chunks[text] for text in texts), most)
 
