@@ -118,12 +118,15 @@ def test_public_and_without_a_folder(hub, lora):
     assert list(hub.files) == ["mine.safetensors"]
 
 
-def test_in_the_background_all_arrive_before_the_end_and_before_a_removal(hub, tmp_path):
-    copies = uploads(async_upload=True)
+def test_in_the_background_all_arrive_before_the_end_and_before_a_removal(hub, tmp_path, monkeypatch):
+    copies, may_go = uploads(async_upload=True), threading.Event()
+    upload = copies._upload_file
+    monkeypatch.setattr(copies, "_upload_file", lambda path: may_go.wait(1) and upload(path))
     paths = [tmp_path / f"mine-{number}.safetensors" for number in range(3)]
     for path in paths:
         path.write_bytes(path.name.encode())
         copies.file(path)
+    may_go.set()  # who waited for an upload until here has seen it end without having begun
     copies.before_removal()
     assert sorted(hub.files) == [path.name for path in paths]
 

@@ -408,7 +408,9 @@ def test_cached_latents_are_the_vae_s(run, monkeypatch):
     trainers = record_trainers(monkeypatch)
     run("--max_train_steps=1", "--cache_latents", "--vae_batch_size=3", "--network_train_unet_only")
     run("--max_train_steps=1", "--network_train_unet_only")
-    cached, plain = (t._latents(t.dataset[(1, 0)]) for t in trainers)
+    batches = [trainer.dataset[(1, 0)] for trainer in trainers]
+    assert [batch.latents is not None for batch in batches] == [True, False]
+    cached, plain = (trainer._latents(batch) for trainer, batch in zip(trainers, batches))
     torch.testing.assert_close(cached, plain, rtol=0.05, atol=0.05)  # two samples of one narrow posterior
 
 
