@@ -138,6 +138,7 @@ def test_trap_5_1_and_5_2_resumed_twice_is_as_never_stopped(run, interrupt_after
     assert middle.step == total - 2 and middle.losses.steps[0] == 1, "trap 5.2: the counter goes on"
     interrupt_after(None)
     part = run("parts", *words, "--save_state", f"--resume={parts}")
+    assert (middle.first_step, part.first_step) == (2, total - 2), "each went on and did not begin anew"
     assert same(everything(whole), everything(part))
     assert len(part.losses.values) == len(whole.losses.values) >= total
     ours, theirs = tmp_path / "whole" / "mine.safetensors", parts / "mine.safetensors"
