@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import sys
@@ -58,11 +59,12 @@ def tiny(monkeypatch):
     monkeypatch.setattr(painter, "BATCH", 4)
     monkeypatch.setattr(painter, "SHEET_NAMES", ("key",))
     monkeypatch.setattr(painter, "REPORT_EVERY", 1)
+    monkeypatch.setattr(painter, "READING_STEPS", 2)
 
 
 def run(monkeypatch, source, folder, *options):
     command = ["make_base_model.py", "--pictures", str(source), "--work", str(folder), "--output", str(folder / "base")]
-    monkeypatch.setattr(sys, "argv", [*command, "--vae_steps", "3", "--unet_steps", "3", *options])
+    monkeypatch.setattr(sys, "argv", [*command, "--vae_steps", "3", "--decoder_steps", "3", "--unet_steps", "3", *options])
     return make_base_model.main()
 
 
@@ -87,7 +89,7 @@ def test_a_run_broken_off_in_each_training_ends_with_the_same_weights(tiny, sour
 
     with monkeypatch.context() as broken:
         broken.setattr(training.Checkpoint, "save", save_and_break)
-        for _ in range(2):  # once in the VAE's training, once in the U-Net's
+        for _ in range(3):  # in the VAE's training, the decoder's, the U-Net's
             with pytest.raises(KeyboardInterrupt):
                 run(broken, source, tmp_path / "broken")
     assert run(monkeypatch, source, tmp_path / "broken") == 0
@@ -96,7 +98,7 @@ def test_a_run_broken_off_in_each_training_ends_with_the_same_weights(tiny, sour
     assert whole.keys() == resumed.keys() and len(whole) > 500
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
     printed = capsys.readouterr().out
-    assert "VAE step 3/3: held-out PSNR" in printed and "U-Net step 3/3" in printed and "validation" in printed
+    assert "VAE step 3/3: held-out PSNR" in printed and "decoder step 3/3: held-out PSNR" in printed and "U-Net step 3/3" in printed and "validation" in printed
     check_model(tmp_path / "whole")
 
 
@@ -110,6 +112,27 @@ def check_model(folder):
     assert used[ids].all() and used.sum() < 30
     with Image.open(folder / "sheet-000003.png") as sheet:
         assert sheet.size == (64, 3 * 64)
+
+
+def test_the_polished_decoder_draws_better_from_the_same_latents(tiny, source, tmp_path, monkeypatch):
+    monkeypatch.setattr(autoencoder, "REPORT_EVERY", 100)
+    collection = autoencoder.Collection.read(pictures.unpack(source, tmp_path / "pictures"))
+    vae = autoencoder.new_autoencoder(seed=0).eval().requires_grad_(False)
+    before = copy.deepcopy(vae.state_dict())
+    torch.manual_seed(0)
+    polished = autoencoder.polish_decoder(vae, collection, tmp_path, steps=5)
+
+    assert all(torch.equal(value, before[name]) for name, value in vae.state_dict().items())
+    shown = collection.plain(collection.held_out)
+    assert torch.equal(polished.encode(shown).latent_dist.mode(), vae.encode(shown).latent_dist.mode())
+    assert autoencoder.psnr(polished, shown) > autoencoder.psnr(vae, shown) + 0.1
+
+
+def test_the_text_encoder_learns_to_tell_captions_apart(tiny, source, tmp_path):
+    named = pictures.unpack(source, tmp_path / "pictures").named
+    made = painter.new_painter(autoencoder.new_autoencoder(seed=0).eval().requires_grad_(False), named, seed=0)
+    short, longer = painter.teach_reading(made, steps=5), painter.teach_reading(made, steps=60)
+    assert longer < 0.8 * short
 
 
 def test_missing_pictures_are_named(tmp_path):

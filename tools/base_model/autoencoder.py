@@ -6,6 +6,7 @@ channel's mean, and with it the colours (tried: after 11,000 pictures everything
 
 from __future__ import annotations
 
+import copy
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from tools.base_model.training import Average, Checkpoint, clip_and_step, rate_a
 CHANNELS, LAYERS = (64, 32, 64, 128), 1
 BATCH = 4
 PEAK_RATE = 1.2e-3
+POLISHING_RATE = 6e-4
 EMA_DECAY = 0.997
 KL_WEIGHT = 1e-4
 HELD_OUT = 64
@@ -97,13 +99,7 @@ def train_autoencoder(collection: Collection, work: Path, steps: int, seed: int 
         loss.backward()
         clip_and_step(optimizer, rate_at(step, steps, PEAK_RATE))
         average.update(step)
-        done = step + 1
-        if done % REPORT_EVERY == 0 or done == steps:
-            speed = (done - first) * BATCH / (time.time() - started)
-            held_out = psnr(average.averages[0], collection.plain(collection.held_out))
-            print(f"{time.strftime('%H:%M:%S')} VAE step {done}/{steps}: held-out PSNR {held_out:.2f} dB, {speed:.1f} pictures/s",
-                  flush=True)  # fmt: skip
-            checkpoint.save(done)
+        _report("VAE", step + 1, steps, first, started, average.averages[0], collection, checkpoint)
     result = average.averages[0]
     every = max(1, len(collection.favoured) // 512)
     scale_latents(result, collection.plain(collection.favoured[::every]))  # of all styles
@@ -113,11 +109,51 @@ def train_autoencoder(collection: Collection, work: Path, steps: int, seed: int 
 def _loss(vae: nn.Module, colour_reader: nn.Module, pictures: Tensor, colour_weight: float) -> Tensor:
     posterior = vae.encode(pictures).latent_dist
     latents = posterior.sample()
-    drawn = vae.decode(latents).sample
-    drawn = drawn.clamp(-1, 1) + 0.1 * (drawn - drawn.clamp(-1, 1))  # beyond white and black is hardly wrong: it is clipped
+    drawn = softly_clipped(vae.decode(latents).sample)
     colours = (colour_reader(latents) - F.avg_pool2d(pictures, 8)).abs().mean()
     kl = posterior.kl().mean() / latents[0].numel()
     return difference(drawn, pictures) + KL_WEIGHT * kl + colour_weight * colours
+
+
+def polish_decoder(vae: nn.Module, collection: Collection, work: Path, steps: int) -> nn.Module:
+    """The VAE with a decoder trained further on its own, averaged: sharper pictures from the very same latents.
+
+    The U-Net learns the latents only, so this may run beside its training. Goes on from the checkpoint in `work`.
+    """
+    parts = (copy.deepcopy(vae.decoder).requires_grad_(True), copy.deepcopy(vae.post_quant_conv).requires_grad_(True))
+    decoder, post_quant_conv = parts
+    parameters = [parameter for part in parts for parameter in part.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=POLISHING_RATE, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
+    average = Average(parts, EMA_DECAY)
+    checkpoint = Checkpoint(work / "decoder.pt", average, optimizer)
+    polished = copy.copy(vae)
+    polished._modules = {**vae._modules, "decoder": average.averages[0], "post_quant_conv": average.averages[1]}
+    first, started = checkpoint.load(), time.time()
+    for step in range(first, steps):
+        pictures = collection.batch(BATCH)
+        with torch.no_grad():
+            latents = vae.encode(pictures).latent_dist.sample()
+        difference(softly_clipped(decoder(post_quant_conv(latents))), pictures).backward()
+        clip_and_step(optimizer, rate_at(step, steps, POLISHING_RATE))
+        average.update(step)
+        _report("decoder", step + 1, steps, first, started, polished, collection, checkpoint)
+    return polished
+
+
+def softly_clipped(drawn: Tensor) -> Tensor:
+    """Beyond white and black is hardly wrong: it is clipped when it is shown."""
+    return drawn.clamp(-1, 1) + 0.1 * (drawn - drawn.clamp(-1, 1))
+
+
+def _report(what: str, done: int, steps: int, first: int, started: float, vae: nn.Module, collection: Collection,
+            checkpoint: Checkpoint) -> None:  # fmt: skip
+    """Every so often a line with the held-out PSNR, and a checkpoint."""
+    if done % REPORT_EVERY and done != steps:
+        return
+    speed = (done - first) * BATCH / (time.time() - started)
+    held_out = psnr(vae, collection.plain(collection.held_out))
+    print(f"{time.strftime('%H:%M:%S')} {what} step {done}/{steps}: held-out PSNR {held_out:.2f} dB, {speed:.1f} pictures/s", flush=True)
+    checkpoint.save(done)
 
 
 @torch.no_grad()
