@@ -26,7 +26,7 @@ BATCH = 32
 PEAK_RATE = 1.5e-3
 EMA_DECAY = 0.998
 READING_STEPS, READING_RATE = 700, 1e-3
-GAMMA = 5.0
+LEAST, GAMMA = 0.5, 5.0
 REPORT_EVERY, SHEET_EVERY = 100, 400
 DRAWING = {"width": 64, "height": 64, "steps": 20, "scale": 4.0, "sampler": "ddim"}
 SHEET_NAMES = ("cat face", "penguin", "octopus", "sunflower", "banana", "pizza", "doughnut", "birthday cake")
@@ -114,13 +114,13 @@ def teach_reading(painter: Painter, steps: int) -> float:
 
 
 def loss_weights(t: Tensor, alphas: Tensor) -> Tensor:
-    """min(max(SNR, sqrt(SNR)), gamma) / SNR: Min-SNR (Hang et al. 2023), but with more weight on nearly pure noise.
+    """SNR within LEAST..GAMMA, over SNR: Min-SNR (Hang et al. 2023), but with more weight on nearly pure noise.
 
     There the caption alone says what to draw. Plain noise prediction hardly counts it: an error d of the picture is an error
     sqrt(SNR) d of the noise.
     """
     snr = diffusion.signal_to_noise(alphas)[t]
-    return torch.maximum(snr, snr.sqrt()).clamp(max=GAMMA) / snr
+    return snr.clamp(LEAST, GAMMA) / snr
 
 
 def train_painter(vae: torch.nn.Module, named: Path, work: Path, steps: int, seed: int = 1) -> StableDiffusion:
