@@ -118,7 +118,7 @@ def save_sheet(setting: Setting, path: Path) -> None:
     pictures = ((setting.draw([prompt_of("3d", name) for name in forty_names()], 1) + 1) * 127.5).round().byte()
     cells = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pictures]
     rows = [cells[start : start + 10] for start in range(0, len(cells), 10)]
-    contact_sheet(rows, row_labels=list(NAMES), column_labels=[""] * 10, cell=SIZE).save(path)
+    contact_sheet(rows, row_labels=list(NAMES), column_labels=[], cell=SIZE).save(path)
 
 
 def hits(distances: Tensor) -> float:
