@@ -28,7 +28,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=ROOT / "assets" / "base-model", help="Diffusers folder to write")
     parser.add_argument("--vae_steps", type=int, default=7500, help="steps of 4 pictures")
     parser.add_argument("--decoder_steps", type=int, default=4000, help="steps of 4 pictures for the decoder alone, after the VAE")
-    parser.add_argument("--unet_steps", type=int, default=9000, help="steps of 32 pictures, of which there are 483")
+    parser.add_argument("--unet_steps", type=int, default=4500, help="steps of 32 pictures, of which there are 483")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's own choice)")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
