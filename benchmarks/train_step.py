@@ -231,6 +231,7 @@ def measure_launch(case: Case, folder: Path, steps: int) -> dict[str, float]:
     for name in json.loads(modules.read_text(encoding="utf-8")) if modules.exists() else ():
         with contextlib.suppress(Exception):  # names that are no modules of their own
             importlib.import_module(name)
+    import library.training.preflight as preflight
     import library.training.run as run
     from library.training.trainer import Trainer
 
@@ -244,7 +245,8 @@ def measure_launch(case: Case, folder: Path, steps: int) -> dict[str, float]:
     prepared: list[float] = []
     own = Trainer.run
     with contextlib.ExitStack() as stack:
-        for name, part in (("load_model", "model"), ("open_dataset", "data"), ("cache_latents", "data"), ("cache_text", "data")):
+        stack.enter_context(clocked(preflight, "open_dataset", parts, "data"))
+        for name, part in (("load_model", "model"), ("cache_latents", "data"), ("cache_text", "data")):
             stack.enter_context(clocked(run, name, parts, part))
         stack.enter_context(mock.patch.object(Trainer, "run", lambda t: (prepared.append(time.perf_counter()), own(t))[1]))
         train(case.words(folder, 1), after_step)
