@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from library.training.estimates import estimated_gpu_bytes
+from library.training.estimates import estimated_bytes
 from library.training.options import parse_options
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "speed.md").read_text(encoding="utf-8")
@@ -24,7 +24,7 @@ def test_estimate_is_the_programs_and_fits_the_card(card, size, batch, checkpoin
     options = parse_options([*WORDS, *["--gradient_checkpointing"] * (checkpointing == "yes")])
     bucket, config = SimpleNamespace(dataset=0, size=(int(size), int(size))), SimpleNamespace(batch_size=int(batch))
     dataset = SimpleNamespace(table=SimpleNamespace(buckets=[bucket], configs=[config]))
-    needed = estimated_gpu_bytes(options, dataset)
+    needed = estimated_bytes(options, dataset)
     assert f"{needed / 2**30:.1f}" == estimate
     assert needed < 0.9 * int(card) * 10**9
 
