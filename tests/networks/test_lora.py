@@ -82,7 +82,7 @@ def test_forward_is_the_formula_in_float64(layer, shape):
 
 @pytest.mark.parametrize("shape", [(2, 3, 6), (2, 6), (6,)])
 @pytest.mark.parametrize("network_dropout", [0.0, 0.5])
-def test_sum_in_one_product_has_the_losses_and_gradients_of_the_plain_formula(shape, network_dropout):
+def test_attached_layer_has_the_losses_and_gradients_of_the_plain_formula(shape, network_dropout):
     """What `attach` computes beside base + module(x), in float32 without dropout and with the same draws of it."""
     torch.manual_seed(0)
     layer = nn.Linear(6, 5).requires_grad_(False)

@@ -67,6 +67,24 @@ class Collection:
         return F.avg_pool2d(change(pictures), 2) * 2 - 1
 
 
+class Progress:
+    """Goes on from the checkpoint; every so often a line with the held-out PSNR of `vae`, and a new checkpoint."""
+
+    def __init__(self, what: str, steps: int, vae: nn.Module, collection: Collection, checkpoint: Checkpoint) -> None:
+        self.what, self.steps, self.vae, self.collection, self.checkpoint = what, steps, vae, collection, checkpoint
+        self.first, self.started = checkpoint.load(), time.time()
+
+    def after(self, step: int) -> None:
+        done = step + 1
+        if done % REPORT_EVERY and done != self.steps:
+            return
+        speed = (done - self.first) * BATCH / (time.time() - self.started)
+        held_out = psnr(self.vae, self.collection.plain(self.collection.held_out))
+        moment = f"{time.strftime('%H:%M:%S')} {self.what} step {done}/{self.steps}"
+        print(f"{moment}: held-out PSNR {held_out:.2f} dB, {speed:.1f} pictures/s", flush=True)
+        self.checkpoint.save(done)
+
+
 def new_autoencoder(seed: int) -> nn.Module:
     from diffusers import AutoencoderKL
 
@@ -92,14 +110,14 @@ def train_autoencoder(collection: Collection, work: Path, steps: int, seed: int 
     optimizer = torch.optim.AdamW(parameters, lr=PEAK_RATE, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
     average = Average((vae, colour_reader), EMA_DECAY)
     checkpoint = Checkpoint(work / "autoencoder.pt", average, optimizer)
-    first, started = checkpoint.load(), time.time()
-    for step in range(first, steps):
+    progress = Progress("VAE", steps, average.averages[0], collection, checkpoint)
+    for step in range(progress.first, steps):
         pictures = collection.batch(BATCH)
         loss = _loss(vae, colour_reader, pictures, colour_weight=2 * max(0.0, 0.5 - step / steps))
         loss.backward()
         clip_and_step(optimizer, rate_at(step, steps, PEAK_RATE))
         average.update(step)
-        _report("VAE", step + 1, steps, first, started, average.averages[0], collection, checkpoint)
+        progress.after(step)
     result = average.averages[0]
     every = max(1, len(collection.favoured) // 512)
     scale_latents(result, collection.plain(collection.favoured[::every]))  # of all styles
@@ -128,32 +146,21 @@ def polish_decoder(vae: nn.Module, collection: Collection, work: Path, steps: in
     checkpoint = Checkpoint(work / "decoder.pt", average, optimizer)
     polished = copy.copy(vae)
     polished._modules = {**vae._modules, "decoder": average.averages[0], "post_quant_conv": average.averages[1]}
-    first, started = checkpoint.load(), time.time()
-    for step in range(first, steps):
+    progress = Progress("decoder", steps, polished, collection, checkpoint)
+    for step in range(progress.first, steps):
         pictures = collection.batch(BATCH)
         with torch.no_grad():
             latents = vae.encode(pictures).latent_dist.sample()
         difference(softly_clipped(decoder(post_quant_conv(latents))), pictures).backward()
         clip_and_step(optimizer, rate_at(step, steps, POLISHING_RATE))
         average.update(step)
-        _report("decoder", step + 1, steps, first, started, polished, collection, checkpoint)
+        progress.after(step)
     return polished
 
 
 def softly_clipped(drawn: Tensor) -> Tensor:
     """Beyond white and black is hardly wrong: it is clipped when it is shown."""
     return drawn.clamp(-1, 1) + 0.1 * (drawn - drawn.clamp(-1, 1))
-
-
-def _report(what: str, done: int, steps: int, first: int, started: float, vae: nn.Module, collection: Collection,
-            checkpoint: Checkpoint) -> None:  # fmt: skip
-    """Every so often a line with the held-out PSNR, and a checkpoint."""
-    if done % REPORT_EVERY and done != steps:
-        return
-    speed = (done - first) * BATCH / (time.time() - started)
-    held_out = psnr(vae, collection.plain(collection.held_out))
-    print(f"{time.strftime('%H:%M:%S')} {what} step {done}/{steps}: held-out PSNR {held_out:.2f} dB, {speed:.1f} pictures/s", flush=True)
-    checkpoint.save(done)
 
 
 @torch.no_grad()
