@@ -7,6 +7,7 @@ import time
 
 from library.console import is_main_process, quiet_unless_main, set_up_console
 from library.errors import UserError, run_entry
+from library.imports import collector_resting
 
 
 def main() -> int:
@@ -32,7 +33,8 @@ def main() -> int:
         return print_from_metadata(options.metadata.from_metadata, all_defaults())
 
     set_up_console(options.logs.console_log_level, options.logs.console_log_file, options.logs.console_log_simple)
-    from library.training.run import train
+    with collector_resting():
+        from library.training.run import train
 
     return train(options)
 

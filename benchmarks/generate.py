@@ -6,13 +6,15 @@
 pair by pair: "times faster" is the median of these ratios, with the quartiles. Text, denoising and decoding to pictures count;
 saving does not, which the pipeline leaves to others and gen_img_diffusers.py does beside the drawing. The prompts are two, and
 one negative prompt for all. With a LoRA: ours applied, and as --network_pre_calc does it; the pipeline's by
-`load_lora_weights`. Start-up: a fresh Python process until the sampler's first step, from a Diffusers folder of the same small
-model. On a GPU if there is one. Writes benchmarks/results/generate.md.
+`load_lora_weights`. Start-up: a fresh Python process until the sampler's first step, by its parts, from a Diffusers folder of
+the same small model; --start_up measures that alone, and writes nothing. On a GPU if there is one. Writes
+benchmarks/results/generate.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import statistics
@@ -142,50 +144,61 @@ def compare(way: str, device: str, folder: Path, size: int, steps: int, rounds: 
 
 # ---------------------------------------------------------------- start-up
 
+# Each prints what the clocks say, wall and processor, after the imports, with the model there, and after the first step.
+MARK = """
+import json, sys, time
+marks = []
+def mark(*_): marks.append((time.time(), time.process_time()))
+def stop(*_):
+    mark()
+    print(json.dumps(marks), flush=True)
+    raise SystemExit
+"""
 OURS = """
-from library.generation.generator import generate
-from library.generation.loading import load_model
-from library.generation.prompts import PromptSpec
+from library.imports import collector_resting, import_model_libraries
+with collector_resting():
+    from library.generation.generator import generate
+    from library.generation.loading import load_model
+    from library.generation.prompts import PromptSpec
+import_model_libraries()
+mark()
 model = load_model({folder!r})
-spec = PromptSpec("a cat", "", width=64, height=64, seed=1, steps=1)
-def stop(_): raise SystemExit
-list(generate(model, [spec], progress=stop))
+mark()
+list(generate(model, [PromptSpec("a cat", "", width=64, height=64, seed=1, steps=1)], progress=stop))
 """
 THEIRS = """
 from diffusers import StableDiffusionPipeline
+mark()
 pipe = StableDiffusionPipeline.from_pretrained({folder!r}, safety_checker=None, requires_safety_checker=False)
 pipe.to("cuda" if __import__("torch").cuda.is_available() else "cpu")
-def stop(*_): raise SystemExit
+mark()
 pipe("a cat", 64, 64, 1, callback_on_step_end=stop)
 """
 
 
-def start_up(program: str, folder: Path) -> tuple[float, float]:
-    """Wall-clock and processor seconds of a fresh process until the first step is done."""
-    before, started = os.times(), time.perf_counter()
-    code = program.format(folder=str(folder))
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, check=True, capture_output=True)
-    seconds, after = time.perf_counter() - started, os.times()
-    return seconds, after.children_user + after.children_system - before.children_user - before.children_system
+def start_up(program: str, folder: Path) -> list[float]:
+    """Of a fresh process: wall-clock seconds of imports, model and first step, then of all, then processor seconds of all."""
+    started = time.time()
+    code = [sys.executable, "-W", "ignore", "-c", MARK + program.format(folder=str(folder))]
+    done = subprocess.run(code, cwd=ROOT, check=True, capture_output=True, text=True)
+    (imports, _), (model, _), (step, processor) = json.loads(done.stdout.splitlines()[-1])
+    return [imports - started, model - imports, step - model, step - started, processor]
 
 
-def compare_start_ups(folder: Path, rounds: int) -> str:
+def compare_start_ups(folder: Path, rounds: int) -> list[str]:
+    """A table with a row for each, medians of rounds in which they take turns."""
     from library.sd.model import save_stable_diffusion
 
     save_stable_diffusion(fresh_model("cpu"), folder / "model")
-    programs = {"import torch": "import torch", "ours": OURS, "theirs": THEIRS}
-    runs: dict[str, list] = {name: [] for name in programs}
-    for _ in range(rounds):
-        for name, program in programs.items():
-            runs[name].append(start_up(program, folder / "model"))
-    (torch_wall, torch_cpu), (wall, cpu), (other_wall, other_cpu) = (
-        [statistics.median(column) for column in zip(*runs[name])] for name in programs
-    )
-    return (
-        f"Start-up, imports to first step: ours {wall:.1f} s ({cpu:.1f} s of processor), pipeline {other_wall:.1f} s "
-        f"({other_cpu:.1f} s), ratio {other_wall / wall:.2f} ({other_cpu / cpu:.2f}); `import torch` alone {torch_wall:.1f} s "
-        f"({torch_cpu:.1f} s)."
-    )
+    programs = {"ours": OURS, "pipeline": THEIRS}
+    runs: dict[str, list[list[float]]] = {name: [] for name in programs}
+    for turn in range(rounds):
+        for name in list(programs)[:: 1 if turn % 2 == 0 else -1]:
+            runs[name].append(start_up(programs[name], folder / "model"))
+    rows = {name: [statistics.median(column) for column in zip(*measured)] for name, measured in runs.items()}
+    rows["pipeline / ours"] = [theirs / ours for ours, theirs in zip(rows["ours"], rows["pipeline"])]
+    head = ["| start-up | imports, s | model, s | first step, s | in all, s | processor, s |", "|---|---|---|---|---|---|"]
+    return head + [f"| {name} | {' | '.join(f'{value:.2f}' for value in row)} |" for name, row in rows.items()]
 
 
 def main() -> None:
@@ -193,7 +206,12 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--start_up", action="store_true")
     options = parser.parse_args()
+    if options.start_up:
+        with tempfile.TemporaryDirectory() as folder:
+            print("\n".join(compare_start_ups(Path(folder), options.rounds)))
+        return
 
     import diffusers
     import torch
@@ -214,8 +232,9 @@ def main() -> None:
         for way in ("without a LoRA", "LoRA applied", "LoRA, pre_calc"):
             lines.append(compare(way, device, Path(folder), options.size, options.steps, options.rounds))
             print(lines[-1], flush=True)
-        lines += ["", compare_start_ups(Path(folder), options.rounds)]
-        print(lines[-1])
+        start_ups = compare_start_ups(Path(folder), options.rounds)
+    print(*start_ups, sep="\n")
+    lines += ["", *start_ups]
     intro = ["# benchmarks/generate.py", "", *__doc__.split("\n\n", 2)[2].strip().splitlines(), ""]
     (ROOT / "benchmarks" / "results" / "generate.md").write_text("\n".join([*intro, *lines, ""]), encoding="utf-8")
 

@@ -227,13 +227,18 @@ def measure_launch(case: Case, folder: Path, steps: int) -> dict[str, float]:
 
     What an earlier launch imported is imported first, so that late imports count as imports.
     """
+    from library.imports import collector_resting, import_model_libraries
+
     modules = folder / "modules.json"
-    for name in json.loads(modules.read_text(encoding="utf-8")) if modules.exists() else ():
-        with contextlib.suppress(Exception):  # names that are no modules of their own
-            importlib.import_module(name)
-    import library.training.preflight as preflight
-    import library.training.run as run
-    from library.training.trainer import Trainer
+    with collector_resting():
+        import library.training.preflight as preflight
+        import library.training.run as run
+        from library.training.trainer import Trainer
+
+        import_model_libraries()
+        for name in json.loads(modules.read_text(encoding="utf-8")) if modules.exists() else ():
+            with contextlib.suppress(Exception):  # names that are no modules of their own
+                importlib.import_module(name)
 
     started = float(os.environ["TRAIN_STEP_STARTED"])  # as the parent noted it
     parts = {"imports": time.time() - started}

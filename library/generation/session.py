@@ -24,6 +24,7 @@ from library.generation.plan import Request, Planner
 from library.generation.png_text import RunFacts, text_fields, with_hashes
 from library.generation.prompt_sources import RawPrompt, read_prompts
 from library.generation.prompts import PromptSpec
+from library.imports import collector_resting
 
 if TYPE_CHECKING:
     from library.generation.generator import Made
@@ -63,7 +64,8 @@ class Session:
     """The state of a run: what is saved, what failed, how long it takes."""
 
     def __init__(self, options: GenerateOptions, planner: Planner) -> None:
-        from library.generation.studio import Studio  # torch and Diffusers come in here, after all that can be said without them
+        with collector_resting():
+            from library.generation.studio import Studio  # torch comes in here, after all that can be said without it
 
         self.options, self.planner = options, planner
         self.folder = Path(options.output.outdir)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from library.errors import UserError
+from library.imports import import_model_libraries
 from library.sd.checkpoint import MODEL_SUFFIXES
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ ANSWER_WITHIN = 10.0  # seconds
 def download_model(name: str) -> Path:
     """The local copy of a model on the hub, fetched if it is not there yet. Raises UserError if it cannot be had."""
     only_local = not _hub_answers(name, ("model_index.json",))
+    import_model_libraries()
     from diffusers import DiffusionPipeline
 
     try:
@@ -40,6 +42,7 @@ def download_model(name: str) -> Path:
 def download_vae(name: str, dtype: torch.dtype) -> AutoencoderKL:
     """The VAE of a repository on the hub: at its top, or in its folder `vae`. Raises UserError if it cannot be had."""
     only_local = not _hub_answers(name, ("config.json", "vae/config.json"))
+    import_model_libraries()
     from diffusers import AutoencoderKL
 
     options = {"torch_dtype": dtype, "local_files_only": only_local}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
+from library.imports import import_model_libraries
 from library.sd.text import inner_text_model
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class StableDiffusion:
 
 def empty_unet(config: Mapping[str, Any]) -> UNet2DConditionModel:
     """A U-Net of this Diffusers configuration on the meta device: shapes only, no memory, no random numbers."""
+    import_model_libraries()
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
@@ -42,6 +44,7 @@ def empty_unet(config: Mapping[str, Any]) -> UNet2DConditionModel:
 
 def empty_vae(config: Mapping[str, Any]) -> AutoencoderKL:
     """A VAE of this Diffusers configuration on the meta device."""
+    import_model_libraries()
     from diffusers import AutoencoderKL
 
     with torch.device("meta"):
@@ -50,6 +53,7 @@ def empty_vae(config: Mapping[str, Any]) -> AutoencoderKL:
 
 def empty_text_encoder(config: Mapping[str, Any]) -> CLIPTextModel:
     """A CLIP text encoder of this transformers configuration on the meta device."""
+    import_model_libraries()
     from transformers import CLIPTextConfig, CLIPTextModel
 
     with torch.device("meta"):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
+from library.imports import import_model_libraries
 from library.sd.prompt_weights import parse_weights, split_at_breaks
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ Chunk = list[tuple[int, float]]  # (token id, weight), at most CHUNK of them
 
 def load_tokenizer(v2: bool) -> CLIPTokenizer:
     """CLIP's tokenizer from `assets/clip-bpe`, offline. SD 2 fills chunks with "!" (id 0), SD 1 with the end token (49407)."""
+    import_model_libraries()
     from transformers import CLIPTokenizer
 
     padding = "!" if v2 else "<|endoftext|>"
