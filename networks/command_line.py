@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import NoReturn
 
 
@@ -60,10 +62,21 @@ def run(main: Callable[[], None]) -> NoReturn:
         main()
         code = 0
     except (ValueError, OSError) as error:
-        sys.stdout.flush()
+        with suppress(OSError):
+            sys.stdout.flush()
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
-    sys.exit(code)
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process at once: Python would take torch and all else apart piece by piece first, which costs half a second."""
+    try:
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
+    except OSError:  # whoever was to read it is gone, or the disk is full
+        code = code or 120  # what Python itself says then
+    os._exit(code)

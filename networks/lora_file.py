@@ -57,9 +57,9 @@ def read_lora(file: str | Path) -> LoraFile:
     """
     path = Path(file)
     with open_weights(path) as weights:
-        tensors = {name: weights.read(name) for name in sorted(weights.shapes)}
+        found = {name: weights.view(name) for name in weights.shapes}  # mapped memory, which outlives the open file
         metadata = dict(weights.metadata)
-    factors, paths = find_factors(tensors, str(path))
+    factors, paths = find_factors(dict(sorted(found.items())), str(path))
     if not factors:
         raise ValueError(f"{path} holds no tensors; it is no LoRA")
     config = PeftConfig(path, metadata)

@@ -33,7 +33,7 @@ WINDOW = 64 << 20  # bytes of a file that are mapped at a time
 
 
 class WeightFile:
-    """The tensors of one open file. Use it in a `with` block, which closes the file. Several threads may read."""
+    """The tensors of one open file. Use it in a `with` block, which closes the file. Several threads may view."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -48,12 +48,9 @@ class WeightFile:
         self._lock = threading.Lock()
 
     def view(self, name: str) -> Tensor:
-        """One tensor as it is in the file, in memory that is mapped from it: not to be changed, and not to be kept for long."""
+        """One tensor as it is in the file. Its memory is mapped: who keeps it keeps WINDOW bytes of the file, also after close().
+        What is changed in it does not reach the file."""
         raise NotImplementedError
-
-    def read(self, name: str) -> Tensor:
-        """One tensor as it is in the file, in memory of its own."""
-        return self.view(name).clone(memory_format=torch.contiguous_format)
 
     def _bytes_at(self, begin: int, count: int) -> Tensor:
         """`count` bytes of the file from `begin` on. One stretch of the file is mapped at a time; views keep theirs."""

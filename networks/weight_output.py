@@ -117,7 +117,8 @@ def write_weights(
                 _write_safetensors(stream, names, plan, contents(), metadata)
             else:
                 _write_pickled(stream, names, plan, contents(), numbers or {})
-        _verify(temporary, path, plan, sums)
+            stream.flush_rest()  # the disk works on while the file is read back
+            _verify(temporary, path, plan, sums)
 
 
 def _parts(shape: tuple[int, ...]) -> list[slice]:
@@ -161,9 +162,14 @@ class _Flusher:
         count = self._file.write(space)
         self._left -= count
         if self._left <= 0 and (self._flushing is None or self._flushing.done()):
-            self._file.flush()
-            self._flushing, self._left = self._pool.submit(os.fsync, self._file.fileno()), FLUSH_AFTER
+            self.flush_rest()
         return count
+
+    def flush_rest(self) -> None:
+        """Begin to flush all that was written so far."""
+        before, self._left = self._flushing, FLUSH_AFTER
+        self._file.flush()
+        self._flushing = self._pool.submit(_flush_after, before, self._file.fileno())
 
     def __enter__(self) -> _Flusher:
         return self
@@ -172,6 +178,12 @@ class _Flusher:
         self._pool.shutdown()
         if self._flushing is not None:
             self._flushing.result()
+
+
+def _flush_after(before: Future | None, descriptor: int) -> None:
+    if before is not None:
+        before.result()  # systems tell of a failure only once, so it must not be forgotten
+    os.fsync(descriptor)
 
 
 def _write_safetensors(

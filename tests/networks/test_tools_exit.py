@@ -1,0 +1,53 @@
+"""How the LoRA tools' processes end. test_merge_lora.py has one that runs as people run it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from io import StringIO
+
+import pytest
+
+from networks.command_line import run
+
+
+class Left(BaseException):
+    """In place of the end of the process."""
+
+
+class Gone(StringIO):
+    """A stream whose reader is gone."""
+
+    def flush(self) -> None:
+        raise BrokenPipeError
+
+
+def exit_code(main, monkeypatch) -> int:
+    def leave(code: int) -> None:
+        raise Left(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(Left) as left:
+        run(main)
+    return left.value.args[0]
+
+
+def raising(error: BaseException):
+    def main() -> None:
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize("error, code, line", [
+    (ValueError("a file\nis wrong"), 2, "error: a file is wrong\n"), (KeyboardInterrupt(), 130, "interrupted\n"),
+])  # fmt: skip
+def test_exit_codes(error, code, line, monkeypatch, capsys):
+    assert exit_code(raising(error), monkeypatch) == code
+    assert capsys.readouterr().err == line
+
+
+def test_what_nobody_could_read_is_no_success(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Gone())
+    assert exit_code(lambda: print("saved"), monkeypatch) == 120
+    assert exit_code(raising(ValueError("wrong")), monkeypatch) == 2
