@@ -33,6 +33,9 @@ def contradictions(options: TrainNetworkOptions) -> list[str]:
         *loss_contradictions(loss, model.v_parameterization),
         *((getattr(options.precision, name) and options.training.mixed_precision != kind, f"--{name} needs --mixed_precision {kind}")
           for name, kind in (("full_fp16", "fp16"), ("full_bf16", "bf16"))),
+        *((getattr(options.precision, name) and options.precision.base_dtype not in (None, "fp8"),
+           f"--{name} and --base_dtype {options.precision.base_dtype} name two formats for the same weights; leave out one of them")
+          for name in ("fp8_base", "fp8_base_unet")),
         (options.precision.torch_compile and options.precision.dynamo_backend == "no",
          "--dynamo_backend no switches off what --torch_compile asks for; take out one of them"),
         ((previews.sample_every_n_epochs or previews.sample_every_n_steps or previews.sample_at_first) and not previews.sample_prompts,

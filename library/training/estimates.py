@@ -7,6 +7,7 @@ from pathlib import Path
 from library.data.dataset import TrainingDataset
 from library.training.network import parse_network_args
 from library.training.options import TrainNetworkOptions
+from library.training.packing import FORMATS
 
 # Numbers of a LoRA per rank, from the shapes of SD 1.5 and 2.1 (Linear and 1x1 layers of attention; 3x3 convolutions).
 TEXT_NUMBERS = {False: 165_888, True: 423_936}
@@ -15,6 +16,9 @@ CONV_NUMBERS = 626_880
 
 # Parameters of the frozen parts, used if the model is no single file.
 FROZEN_NUMBERS = {False: 1_066_000_000, True: 1_290_000_000}
+
+# Those of them that --base_dtype packs.
+PACKED_NUMBERS = {"unet": {False: 859_077_120, True: 865_466_880}, "text_encoder": {False: 84_934_656, True: 289_406_976}}
 
 # Bytes of 16-bit activations that SD 1.5's U-Net with a LoRA keeps for each position of a latent (8 x 8 pixels) until the backward
 # pass: 237 kB, and 38 kB with gradient checkpointing. Counted on tensors without content, with attention that keeps no matrix.
@@ -47,14 +51,51 @@ def state_bytes(options: TrainNetworkOptions) -> int:
 
 
 def estimated_bytes(options: TrainNetworkOptions, dataset: TrainingDataset) -> int:
-    """Frozen model, activations of the largest batch, and the LoRA with gradients and two moments."""
-    half = options.training.mixed_precision != "no"
-    kept = KEPT_WITH_CHECKPOINTING if options.training.gradient_checkpointing else KEPT
-    largest = max(
-        bucket.size[0] * bucket.size[1] // 64 * dataset.table.configs[bucket.dataset].batch_size for bucket in dataset.table.buckets
-    )
-    activations = largest * kept * (1 if half else 2) * WORKSPACE
-    return int(CUDA_CONTEXT + frozen_numbers(options) * (2 if half else 4) + activations + network_numbers(options) * 16)
+    """What is fixed, and the activations of the largest batch; at the least what the model needs before it is packed."""
+    batch, (width, height) = largest_batch(dataset)
+    positions = batch * width * height // 64 * (1 if is_half(options) else 2) * WORKSPACE
+    fixed, training = fixed_bytes(options), options.training
+    needed = fixed + positions * (KEPT_WITH_CHECKPOINTING if training.gradient_checkpointing else KEPT)
+    if training.gradient_checkpointing and training.gradient_checkpointing_budget:
+        needed = max(needed, min(fixed + positions * KEPT, training.gradient_checkpointing_budget * 2**30))
+    return int(max(needed, CUDA_CONTEXT + frozen_numbers(options) * number_bytes(options)))
+
+
+def fixed_bytes(options: TrainNetworkOptions) -> float:
+    """Frozen model, and the LoRA with gradients and two moments."""
+    return CUDA_CONTEXT + frozen_bytes(options) + network_numbers(options) * 16
+
+
+def frozen_bytes(options: TrainNetworkOptions) -> float:
+    """The frozen model, packed as the options say."""
+    numbers, v2 = frozen_numbers(options), options.model.v2
+    saved = sum(
+        PACKED_NUMBERS[part][v2] / FROZEN_NUMBERS[v2] * (number_bytes(options) - FORMATS[name].bits / 8)
+        for part, name in base_formats(options).items() if name
+    )  # fmt: skip
+    return numbers * (number_bytes(options) - saved)
+
+
+def base_formats(options: TrainNetworkOptions) -> dict[str, str | None]:
+    """The formats in which --base_dtype, --fp8_base and --fp8_base_unet keep the frozen parts; None: that of the arithmetic."""
+    chosen = options.precision
+    both = chosen.base_dtype or ("fp8" if chosen.fp8_base else None)
+    return {"unet": both or ("fp8" if chosen.fp8_base_unet else None), "text_encoder": both}
+
+
+def is_half(options: TrainNetworkOptions) -> bool:
+    return options.training.mixed_precision != "no"
+
+
+def number_bytes(options: TrainNetworkOptions) -> int:
+    """Bytes of a number of the frozen model before it is packed."""
+    return 2 if is_half(options) else 4
+
+
+def largest_batch(dataset: TrainingDataset) -> tuple[int, tuple[int, int]]:
+    """Number and size (width, height) of the pictures of the batch that has most pixels."""
+    batches = [(dataset.table.configs[bucket.dataset].batch_size, bucket.size) for bucket in dataset.table.buckets]
+    return max(batches, key=lambda batch: batch[0] * batch[1][0] * batch[1][1])
 
 
 def frozen_numbers(options: TrainNetworkOptions) -> int:

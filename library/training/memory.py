@@ -6,20 +6,21 @@ import torch
 
 from library.sd.model import StableDiffusion
 from library.training.compiling import compile_in_place
-from library.training.fp8 import store_as_fp8
+from library.training.estimates import base_formats
 from library.training.options import TrainNetworkOptions
+from library.training.packing import CLASSES, pack_weights
 
 
 def pack_frozen_weights(options: TrainNetworkOptions, model: StableDiffusion) -> None:
-    """--fp8_base and --fp8_base_unet: 8 bits for the large weights, from now on."""
-    chosen = options.precision
-    parts = [model.unet] * (chosen.fp8_base or chosen.fp8_base_unet) + [model.text_encoder] * chosen.fp8_base
-    saved = sum(store_as_fp8(part) for part in parts)
-    if not saved:
+    """--base_dtype, --fp8_base and --fp8_base_unet: 8 or 4 bits for the large weights, from now on."""
+    formats = {part: name for part, name in base_formats(options).items() if name}
+    if not formats:
         return
-    print(f"frozen weights in 8 bits: {saved / 2**20:.0f} MiB less")
-    if not options.training.gradient_checkpointing:
-        print("without --gradient_checkpointing the unpacked weights of all layers wait for the backward pass: add it to save memory")
+    saved = sum(pack_weights(getattr(model, part), name) for part, name in formats.items())
+    print(f"frozen weights in {formats['unet']}: {saved / 2**20:.0f} MiB less")
+    packed = [layer for layer in model.unet.modules() if isinstance(layer, tuple(CLASSES.values()))]
+    if not options.training.gradient_checkpointing and any("forward" in vars(layer) for layer in packed):
+        print("this network module keeps the unpacked weights until the backward pass: add --gradient_checkpointing to save memory")
 
 
 def compile_model(options: TrainNetworkOptions, model: StableDiffusion, trains_text_encoder: bool) -> None:

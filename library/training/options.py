@@ -176,6 +176,7 @@ class TrainingOptions(OptionGroup):
     gradient_accumulation_steps: Count = Field(1, description="batches an optimizer step")
     ddp_timeout: Count | None = Field(None, description="minutes that a process waits for the others; unset: 180")
     gradient_checkpointing: bool = Field(False, description="save memory by computing activations twice")
+    gradient_checkpointing_budget: float | None = Field(None, gt=0, description="GiB that the run may use: only what is above them is computed twice")
     mixed_precision: Literal["no", "fp16", "bf16"] = Field("no", description="number format of the frozen model and of the arithmetic")
     seed: int | None = Field(None, description="seed of everything random; unset: a new one, which is recorded")
     on_nonfinite_loss: Literal["stop", "skip"] = Field("stop", description="what a loss of NaN or infinity does: end the run, or skip the batch (which waits for each loss)")
@@ -210,7 +211,10 @@ class PrecisionOptions(OptionGroup):
 
     full_fp16: bool = Field(False, description="the network's own weights in fp16 too (with mixed_precision=fp16)")
     full_bf16: bool = Field(False, description="the network's own weights in bf16 too (with mixed_precision=bf16)")
-    fp8_base: bool = Field(False, description="keep the frozen U-Net and text encoder in 8 bits; they are unpacked layer by layer")
+    base_dtype: Literal["int8", "fp8", "nf4"] | None = Field(
+        None, description="format in which the frozen U-Net and text encoder are kept; they are unpacked layer by layer"
+    )
+    fp8_base: bool = Field(False, description="the same as base_dtype=fp8")
     fp8_base_unet: bool = Field(False, description="the same for the U-Net alone")
     lowram: bool = Field(False, description="main memory is short: nothing is moved there from the GPU")
     highvram: bool = Field(False, description="GPU memory is plentiful: VAE and text encoder stay there, and its cache is not emptied")

@@ -20,6 +20,7 @@ from library.generation.prompts import PromptSpec, read_prompt_file
 from library.processes import EndedElsewhere, Processes, launched_world, timeout
 from library.sd.model import StableDiffusion, encode_text, load_stable_diffusion, vae_fingerprint
 from library.sd.text import tokenize, tokenize_weighted
+from library.training.checkpointing import use_gradient_checkpointing
 from library.training.ema import make_average, weights_in_use
 from library.training.fused_backward import step_in_backward
 from library.training.hub import Uploads
@@ -96,9 +97,9 @@ def prepare(options: TrainNetworkOptions, ready: Ready, accelerator: Accelerator
     processes.same_weights(network.module)
     text_cache = cache_text(options, [part for part in (dataset, held_out) if part], model, network)
     free_what_rests(options, model, vae_rests=dataset.latents is not None, text_encoder_rests=text_cache is not None)
-    if options.training.gradient_checkpointing:
-        enable_gradient_checkpointing(model, network)
     pack_frozen_weights(options, model)
+    if options.training.gradient_checkpointing:
+        use_gradient_checkpointing(options, model, network, dataset, accelerator.autocast)
     compile_model(options, model, network.trains_text_encoder)
 
     optimizer, optimizer_text = create_optimizer(options.optimizer, network.groups, accelerator.device)
@@ -220,14 +221,6 @@ def cache_text(
         return encode_text(model.text_encoder, ids.to(model.text_encoder.device), options.model.clip_skip, weights).cpu()
 
     return TextCache.build(variants, encode, batch_size=16)
-
-
-def enable_gradient_checkpointing(model: StableDiffusion, network: TrainedNetwork) -> None:
-    """Keep few activations and compute the others again in the backward pass."""
-    model.unet.enable_gradient_checkpointing()
-    if network.trains_text_encoder:
-        model.text_encoder.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    network.module.enable_gradient_checkpointing()
 
 
 def print_plan(options: TrainNetworkOptions, plan: Plan, network: TrainedNetwork, seed: int) -> None:

@@ -48,6 +48,7 @@ IDLE = {
     "--huber_schedule=constant": "--loss_type=smooth_l1",
     "--vae_batch_size=2": "--cache_latents_to_disk",
     "--dynamo_backend=eager": "--torch_compile",
+    "--gradient_checkpointing_budget=4": "--gradient_checkpointing",
     "--no_half_vae": "--mixed_precision=bf16",
 }
 # what is given without effect beside something that wins; it works alone
@@ -65,6 +66,7 @@ BEATEN = {
     "--lr_scheduler=cosine": "--lr_scheduler_type=StepLR",
     "--persistent_data_loader_workers": "--max_data_loader_n_workers=0",
     "--fp8_base_unet": "--fp8_base",
+    "--fp8_base": "--base_dtype=fp8",
     "--xformers": "--mem_eff_attn",
     "--sample_every_n_steps=1 --sample_prompts=p": "--sample_every_n_epochs=1",
 }

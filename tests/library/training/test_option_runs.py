@@ -7,7 +7,6 @@ import json
 import pytest
 import torch
 from PIL import Image
-from torch.nn.utils import parametrize
 
 from library.data.dataset import TrainingDataset
 from library.sd.small import small_stable_diffusion
@@ -15,6 +14,7 @@ from library.training import run as run_module
 from library.training.contradictions import contradictions
 from library.training.memory import free_what_rests, pack_frozen_weights
 from library.training.options import parse_options
+from library.training.packing import PackedConv2d, PackedLinear
 
 NEEDED = ["--pretrained_model_name_or_path=m", "--train_data_dir=d", "--output_dir=o", "--network_module=networks.lora"]
 QUICK = ["--max_train_steps=2", "--network_train_unet_only", "--network_dim=1"]
@@ -30,7 +30,7 @@ def trainers(monkeypatch) -> list:
 
 
 def packed(module: torch.nn.Module) -> int:
-    return sum(parametrize.is_parametrized(layer) for layer in module.modules())
+    return sum(isinstance(layer, (PackedConv2d, PackedLinear)) for layer in module.modules())
 
 
 def test_fused_and_packed_and_compiled_runs_do_as_the_plain_one(run, trainers, capsys, monkeypatch):
@@ -45,8 +45,7 @@ def test_fused_and_packed_and_compiled_runs_do_as_the_plain_one(run, trainers, c
     other = run(*words, "--fp8_base", "--gradient_checkpointing", "--torch_compile", "--dynamo_backend=eager").tensors()
     assert compiled == [("UNet2DConditionModel", "eager")]
     assert packed(trainers[-1].model.unet) > 100 and packed(trainers[-1].model.text_encoder) > 5
-    said = capsys.readouterr().out
-    assert "MiB less" in said and "add it to save memory" not in said
+    assert "frozen weights in fp8" in capsys.readouterr().out
     ups = [torch.cat([t.flatten() for k, t in tensors.items() if "lora_up" in k]) for tensors in (plain, other)]
     assert torch.cosine_similarity(*ups, dim=0) > 0.5 and not torch.equal(*ups)
 
@@ -57,7 +56,16 @@ def test_fp8_base_unet_leaves_the_text_encoder(capsys):
     assert not packed(model.unet) and not capsys.readouterr().out
     pack_frozen_weights(parse_options([*NEEDED, "--fp8_base_unet"]), model)
     assert packed(model.unet) > 100 and not packed(model.text_encoder)
-    assert "add it to save memory" in capsys.readouterr().out
+    assert "frozen weights in fp8" in (said := capsys.readouterr().out) and "save memory" not in said
+
+
+def test_a_network_that_takes_the_place_of_layers_is_told_to_checkpoint(capsys):
+    model = small_stable_diffusion(unet_channels=(32, 32, 64, 64), vae_channels=(32, 32, 32, 32), text_width=32, text_layers=1)
+    model.unet.conv_in.forward = lambda x: x  # as LyCORIS does
+    pack_frozen_weights(parse_options([*NEEDED, "--base_dtype=int8", "--gradient_checkpointing"]), model)
+    assert "save memory" not in capsys.readouterr().out
+    pack_frozen_weights(parse_options([*NEEDED, "--base_dtype=int8"]), model)
+    assert "add --gradient_checkpointing to save memory" in capsys.readouterr().out
 
 
 def test_full_bf16_trains_and_saves_bf16(run):

@@ -83,6 +83,10 @@ BY_TEST: dict[str, dict[str, str]] = {
         "test_trained_weights_are_float32_unless_full": "full_fp16 full_bf16 mixed_precision",
         "test_a_loss_of_nan_is_explained": "no_half_vae",
     },
+    "library/training/test_packing.py": {"test_formats_by_option": "base_dtype"},
+    "library/training/test_checkpointing.py": {
+        "test_a_run_with_a_budget_checkpoints_what_it_must_and_learns_the_same": "gradient_checkpointing_budget"
+    },
     "library/training/test_option_runs.py": {
         "test_fused_and_packed_and_compiled_runs_do_as_the_plain_one": (
             "fp8_base torch_compile dynamo_backend gradient_checkpointing fused_backward_pass"

@@ -4,10 +4,8 @@ import pytest
 import torch
 
 from library.errors import UserError
-from library.sd.small import small_stable_diffusion
 from library.training.compiling import check_backend, compile_in_place
 from library.training.contradictions import contradictions
-from library.training.fp8 import FP8, store_as_fp8
 from library.training.options import parse_options
 from library.training.precision import HalfGradScaler, check_half_weights, explain_nonfinite, trained_dtype
 
@@ -85,55 +83,6 @@ def test_a_loss_of_nan_is_explained():
     assert "overflowed in fp16" in explain_nonfinite(options(*half), good) and "--no_half_vae" in explain_nonfinite(options(*half), good)
     assert "--no_half_vae" not in explain_nonfinite(options(*half, "--no_half_vae"), good)
     assert "look at the pictures" in explain_nonfinite(options(), good)
-
-
-# ---------------------------------------------------------------- 8-bit storage
-
-
-@pytest.fixture(scope="module")
-def model():
-    return small_stable_diffusion(unet_channels=(32, 32, 64, 64), vae_channels=(32, 32, 32, 32), text_width=32, text_layers=1)
-
-
-def weight_bytes(module: torch.nn.Module) -> int:
-    return sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
-
-
-def test_fp8_weights_take_a_quarter_and_say_nearly_the_same(model):
-    unet = model.unet
-    x, t, context = torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.randn(1, 77, 32)
-    layer = unet.down_blocks[0].attentions[0].proj_in
-    weight, before = layer.weight.detach().clone(), weight_bytes(unet)
-    with torch.no_grad():
-        plain = unet(x, t, encoder_hidden_states=context).sample
-        saved = store_as_fp8(unet)
-        stored = unet(x, t, encoder_hidden_states=context).sample
-    assert weight_bytes(unet) == before - saved < 0.35 * before
-    assert layer.parametrizations.weight.original.dtype == FP8 and layer.weight.dtype == torch.float32
-    row_error = (layer.weight - weight).norm() / weight.norm()
-    assert row_error < 0.03  # 3 bits after the leading one: at most 1/16 each
-    assert 0 < (stored - plain).norm() / plain.norm() < 0.2  # of random weights; those of a trained model do better
-    assert store_as_fp8(unet) == 0, "once is enough"
-
-
-def test_rows_of_small_weights_keep_their_digits():
-    layer = torch.nn.Linear(64, 4).requires_grad_(False)
-    layer.weight.copy_(torch.randn(4, 64) * torch.tensor([1e-4, 1e-2, 1.0, 1e3]).view(-1, 1))
-    weight = layer.weight.clone()
-    plain_cast = (weight.to(FP8).float() - weight).norm(dim=1) / weight.norm(dim=1)
-    store_as_fp8(layer)
-    ours = (layer.weight - weight).norm(dim=1) / weight.norm(dim=1)
-    assert (ours < 0.04).all() and plain_cast[0] > 0.9 and plain_cast[3].isnan() | (plain_cast[3] > 0.04)
-
-
-def test_gradients_reach_the_input_and_trainable_layers_stay(model):
-    layers = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Conv2d(1, 1, 1).requires_grad_(False))
-    layers[0].requires_grad_(False)
-    trainable = torch.nn.Linear(4, 4)
-    store_as_fp8(torch.nn.ModuleList([layers, trainable]))
-    x = torch.randn(1, 1, 4, 16, requires_grad=True)
-    layers(x).sum().backward()
-    assert x.grad.abs().sum() > 0 and trainable.weight.dtype == torch.float32 and not hasattr(trainable, "parametrizations")
 
 
 # ---------------------------------------------------------------- torch.compile
