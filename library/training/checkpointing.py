@@ -1,7 +1,7 @@
 """--gradient_checkpointing: parts of the model keep their inputs alone and are computed again in the backward pass.
 
-With --gradient_checkpointing_budget only as many parts of the U-Net do so as the memory needs, those that keep most first. What each
-part keeps is counted in two passes over tensors without content (torch's fake tensors), which takes seconds and no memory.
+With --gradient_checkpointing_budget only as many parts of the U-Net do so as the memory needs, those that keep most first. What
+each part keeps is counted in two passes over tensors without content (torch's fake tensors), which takes seconds and no memory.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def use_gradient_checkpointing(
     try:
         kept = count_kept(options, model, network, dataset, autocast)
     except Exception as error:  # a network module of others may do what cannot be done without content
-        print(f"--gradient_checkpointing_budget: cannot count with this network module ({one_line(error, 100)}); all is checkpointed")
+        reason = one_line(error, 100)
+        print(f"--gradient_checkpointing_budget: cannot count with this network module ({reason}); all is checkpointed")
         model.unet.enable_gradient_checkpointing()
         return
     fixed = fixed_bytes(options)
@@ -45,8 +46,9 @@ def use_gradient_checkpointing(
     parts = units(model.unet)
     for index, part in enumerate(parts):
         part.gradient_checkpointing = index in chosen
-    cure = "" if needed <= budget else "; it cannot be less: a smaller batch or --resolution, or --base_dtype"
-    print(f"gradient checkpointing: {len(chosen)} of {len(parts)} parts of the U-Net, about {needed:.1f} of {budget:.1f} GiB{cure}")
+    cure = "" if needed <= budget else "; it cannot be less: take a smaller batch or --resolution, or --base_dtype"
+    share = f"{len(chosen)} of {len(parts)} parts of the U-Net"
+    print(f"gradient checkpointing: {share}, about {needed:.1f} of {budget:.1f} GiB{cure}")
 
 
 def units(unet: nn.Module) -> list[nn.Module]:
@@ -94,7 +96,7 @@ def count_kept(
 
 
 def _kept(parts: list[nn.Module], run: Callable[[], Tensor], own: list[Tensor]) -> list[int]:
-    """Bytes kept for the backward pass of `run`, by the part in whose forward they were made; last: in none. Weights do not count."""
+    """Bytes kept for the backward pass of `run`, by the part in whose forward they were kept; last: in none. `own` does not count."""
     sizes, stack = [0] * (len(parts) + 1), [len(parts)]
     seen = {tensor.untyped_storage()._cdata: tensor for tensor in own}  # holds them all, so that no number is given twice
 

@@ -51,14 +51,14 @@ def state_bytes(options: TrainNetworkOptions) -> int:
 
 
 def estimated_bytes(options: TrainNetworkOptions, dataset: TrainingDataset) -> int:
-    """What is fixed, and the activations of the largest batch; at the least what the model needs before it is packed."""
+    """What is fixed, and the activations of the largest batch."""
     batch, (width, height) = largest_batch(dataset)
     positions = batch * width * height // 64 * (1 if is_half(options) else 2) * WORKSPACE
     fixed, training = fixed_bytes(options), options.training
     needed = fixed + positions * (KEPT_WITH_CHECKPOINTING if training.gradient_checkpointing else KEPT)
     if training.gradient_checkpointing and training.gradient_checkpointing_budget:
         needed = max(needed, min(fixed + positions * KEPT, training.gradient_checkpointing_budget * 2**30))
-    return int(max(needed, CUDA_CONTEXT + frozen_numbers(options) * number_bytes(options)))
+    return int(needed)
 
 
 def fixed_bytes(options: TrainNetworkOptions) -> float:

@@ -11,12 +11,15 @@ from library.training.options import TrainNetworkOptions
 from library.training.packing import CLASSES, pack_weights
 
 
-def pack_frozen_weights(options: TrainNetworkOptions, model: StableDiffusion) -> None:
-    """--base_dtype, --fp8_base and --fp8_base_unet: 8 or 4 bits for the large weights, from now on."""
-    formats = {part: name for part, name in base_formats(options).items() if name}
-    if not formats:
+def pack_frozen_weights(options: TrainNetworkOptions, model: StableDiffusion, device: torch.device) -> None:
+    """--base_dtype, --fp8_base and --fp8_base_unet: 8 or 4 bits for the large weights, from now on, and the U-Net on the device."""
+    formats = base_formats(options)
+    if not formats["unet"]:
         return
-    saved = sum(pack_weights(getattr(model, part), name) for part, name in formats.items())
+    saved = pack_weights(model.unet, formats["unet"], device)
+    model.unet.to(device)
+    if formats["text_encoder"]:
+        saved += pack_weights(model.text_encoder, formats["text_encoder"])  # where it is: it may rest
     print(f"frozen weights in {formats['unet']}: {saved / 2**20:.0f} MiB less")
     packed = [layer for layer in model.unet.modules() if isinstance(layer, tuple(CLASSES.values()))]
     if not options.training.gradient_checkpointing and any("forward" in vars(layer) for layer in packed):

@@ -176,7 +176,9 @@ class TrainingOptions(OptionGroup):
     gradient_accumulation_steps: Count = Field(1, description="batches an optimizer step")
     ddp_timeout: Count | None = Field(None, description="minutes that a process waits for the others; unset: 180")
     gradient_checkpointing: bool = Field(False, description="save memory by computing activations twice")
-    gradient_checkpointing_budget: float | None = Field(None, gt=0, description="GiB that the run may use: only what is above them is computed twice")
+    gradient_checkpointing_budget: float | None = Field(
+        None, gt=0, description="GiB that the run may use: only what is above them is computed twice; unset: all"
+    )
     mixed_precision: Literal["no", "fp16", "bf16"] = Field("no", description="number format of the frozen model and of the arithmetic")
     seed: int | None = Field(None, description="seed of everything random; unset: a new one, which is recorded")
     on_nonfinite_loss: Literal["stop", "skip"] = Field("stop", description="what a loss of NaN or infinity does: end the run, or skip the batch (which waits for each loss)")

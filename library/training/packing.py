@@ -29,7 +29,7 @@ LEAST = 1e-12  # the factor of nothing but zeros
 
 @dataclass(frozen=True)
 class Format:
-    """How a weight (out, ...) is kept: pack gives its small numbers and their factors, unpack (numbers, factors, shape) float numbers."""
+    """How a weight (out, ...) is kept: pack gives its small numbers and their factors, unpack of these and the shape floats."""
 
     pack: Callable[[Tensor], tuple[Tensor, Tensor]]
     unpack: Callable[[Tensor, Tensor, torch.Size], Tensor]
@@ -77,7 +77,7 @@ FORMATS = {
 
 
 class _Frozen(torch.autograd.Function):
-    """What a packed layer gives, and the gradient to its input. Neither the input nor the unpacked weight waits for the backward pass."""
+    """What a packed layer gives, and the gradient to its input. Neither input nor unpacked weight is kept for the backward pass."""
 
     @staticmethod
     def forward(ctx, x: Tensor, layer: PackedLinear | PackedConv2d) -> Tensor:
@@ -130,18 +130,20 @@ CLASSES: dict[type[nn.Module], type[_Packed]] = {nn.Linear: PackedLinear, nn.Con
 
 
 @torch.no_grad()
-def pack_weights(model: nn.Module, name: str) -> int:
-    """Keep the weights of all linear and convolution layers in this format; biases, norms and embeddings stay. Returns the bytes saved.
+def pack_weights(model: nn.Module, name: str, device: torch.device | None = None) -> int:
+    """Keep the weights of all linear and convolution layers in this format; biases, norms and embeddings stay.
 
-    Layers with trainable weights, and those of a class of their own, are left alone.
+    Layers with trainable weights, and those of a class of their own, are left alone. device: where packed weights go, a layer
+    at a time; None: they stay where they are. Returns the bytes saved.
     """
-    return sum(pack_layer(layer, name) for layer in list(model.modules()) if type(layer) in CLASSES and not layer.weight.requires_grad)
+    layers = [layer for layer in model.modules() if type(layer) in CLASSES and not layer.weight.requires_grad]
+    return sum(pack_layer(layer, name, device) for layer in layers)
 
 
-def pack_layer(layer: nn.Module, name: str) -> int:
+def pack_layer(layer: nn.Module, name: str, device: torch.device | None = None) -> int:
     """Pack the weight of one layer, in place: hooks and whatever else is attached to the layer stay. Returns the bytes saved."""
     weight = layer.weight
-    packed, scale = FORMATS[name].pack(weight.float())
+    packed, scale = FORMATS[name].pack(weight.to(device, torch.float32))
     del layer.weight
     layer.__class__ = CLASSES[type(layer)]
     layer.format, layer.shape, layer.dtype = FORMATS[name], weight.shape, weight.dtype

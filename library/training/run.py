@@ -22,6 +22,7 @@ from library.sd.model import StableDiffusion, encode_text, load_stable_diffusion
 from library.sd.text import tokenize, tokenize_weighted
 from library.training.checkpointing import use_gradient_checkpointing
 from library.training.ema import make_average, weights_in_use
+from library.training.estimates import base_formats
 from library.training.fused_backward import step_in_backward
 from library.training.hub import Uploads
 from library.training.loss_plot import write_loss_plot
@@ -97,7 +98,7 @@ def prepare(options: TrainNetworkOptions, ready: Ready, accelerator: Accelerator
     processes.same_weights(network.module)
     text_cache = cache_text(options, [part for part in (dataset, held_out) if part], model, network)
     free_what_rests(options, model, vae_rests=dataset.latents is not None, text_encoder_rests=text_cache is not None)
-    pack_frozen_weights(options, model)
+    pack_frozen_weights(options, model, accelerator.device)
     if options.training.gradient_checkpointing:
         use_gradient_checkpointing(options, model, network, dataset, accelerator.autocast)
     compile_model(options, model, network.trains_text_encoder)
@@ -170,12 +171,15 @@ def preview_specs(options: TrainNetworkOptions, dataset: TrainingDataset) -> lis
 
 
 def load_model(options: TrainNetworkOptions, accelerator: Accelerator) -> StableDiffusion:
-    """The frozen model in the dtype it computes in; text encoder and U-Net on the device."""
-    chosen = options.model
+    """The frozen model in the dtype it computes in, on the device; a U-Net that is going to be packed waits in main memory."""
+    chosen, is_packed = options.model, base_formats(options)["unet"]
     model = load_stable_diffusion(
         chosen.pretrained_model_name_or_path, v2=chosen.v2, v_parameterization=chosen.v_parameterization, vae=chosen.vae,
-        dtype=DTYPES[options.training.mixed_precision], device=accelerator.device,
+        dtype=DTYPES[options.training.mixed_precision], device="cpu" if is_packed else accelerator.device,
     )  # fmt: skip
+    if is_packed:
+        model.text_encoder.to(accelerator.device)
+        model.vae.to(accelerator.device)
     if chosen.no_half_vae:
         model.vae.to(torch.float32)
     if chosen.xformers and not chosen.mem_eff_attn:

@@ -29,9 +29,8 @@ def options(*words: str):
 def dataset_of(*buckets: tuple[int, tuple[int, int]]):
     """Datasets of one bucket each, by batch size and size of the pictures."""
     configs = [SimpleNamespace(batch_size=batch) for batch, _ in buckets]
-    return SimpleNamespace(
-        table=SimpleNamespace(configs=configs, buckets=[SimpleNamespace(dataset=i, size=size) for i, (_, size) in enumerate(buckets)])
-    )
+    sizes = [SimpleNamespace(dataset=number, size=size) for number, (_, size) in enumerate(buckets)]
+    return SimpleNamespace(table=SimpleNamespace(configs=configs, buckets=sizes))
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +50,8 @@ def step(model, network) -> tuple[int, list[torch.Tensor]]:
     """Bytes that one step of two pictures keeps, and the gradients."""
     torch.manual_seed(3)
     x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([500, 20]), torch.randn(2, 77, 32)
-    kept = {tensor.untyped_storage().data_ptr(): 0 for module in (model.unet, network) for tensor in (*module.parameters(), *module.buffers())}
+    weights = [tensor for module in (model.unet, network) for tensor in (*module.parameters(), *module.buffers())]
+    kept = {weight.untyped_storage().data_ptr(): 0 for weight in weights}
     holds = []
 
     def note(tensor):
@@ -72,7 +72,7 @@ def test_what_is_counted_is_what_is_kept_and_gradients_are_the_plain_ones(parts)
     model, network, dataset = parts
     plain, checkpointed = count_kept(options(), model, network, dataset, contextlib.nullcontext)
     choices = [set(), set(range(0, len(units(model.unet)), 2)), set(range(len(units(model.unet))))]
-    expected, gradients = None, []
+    gradients = []
     for chosen in choices:
         for index, unit in enumerate(units(model.unet)):
             unit.gradient_checkpointing = index in chosen
@@ -100,7 +100,8 @@ def test_a_budget_between_none_and_all_is_met(parts, capsys):
     found = []
     for activations in (plain + 1, (plain + checkpointed) // 2, 1):
         budget = (fixed + activations * WORKSPACE) / GIB
-        use_gradient_checkpointing(options(f"--gradient_checkpointing_budget={budget!r}"), model, network, dataset, contextlib.nullcontext)
+        chosen = options(f"--gradient_checkpointing_budget={budget!r}")
+        use_gradient_checkpointing(chosen, model, network, dataset, contextlib.nullcontext)
         found.append(sum(unit.gradient_checkpointing for unit in units(model.unet)))
     lines = capsys.readouterr().out.splitlines()
     parts_there = len(units(model.unet))
@@ -114,8 +115,9 @@ def test_a_network_that_cannot_be_counted_is_said_and_all_is_checkpointed(parts,
         raise RuntimeError("no data")
 
     monkeypatch.setattr(checkpointing, "count_kept", fails)
-    model, network, dataset = parts
-    use_gradient_checkpointing(options("--gradient_checkpointing_budget=9"), model, network, dataset, contextlib.nullcontext)
+    chosen = options("--gradient_checkpointing_budget=9")
+    use_gradient_checkpointing(chosen, *parts, contextlib.nullcontext)
+    model = parts[0]
     assert all(unit.gradient_checkpointing for unit in units(model.unet)) and "no data); all is checkpointed" in capsys.readouterr().out
 
 

@@ -17,6 +17,7 @@ from library.training.options import parse_options
 from library.training.packing import PackedConv2d, PackedLinear
 
 NEEDED = ["--pretrained_model_name_or_path=m", "--train_data_dir=d", "--output_dir=o", "--network_module=networks.lora"]
+CPU = torch.device("cpu")
 QUICK = ["--max_train_steps=2", "--network_train_unet_only", "--network_dim=1"]
 
 
@@ -52,9 +53,9 @@ def test_fused_and_packed_and_compiled_runs_do_as_the_plain_one(run, trainers, c
 
 def test_fp8_base_unet_leaves_the_text_encoder(capsys):
     model = small_stable_diffusion(unet_channels=(32, 32, 64, 64), vae_channels=(32, 32, 32, 32), text_width=32, text_layers=1)
-    pack_frozen_weights(parse_options(NEEDED), model)
+    pack_frozen_weights(parse_options(NEEDED), model, CPU)
     assert not packed(model.unet) and not capsys.readouterr().out
-    pack_frozen_weights(parse_options([*NEEDED, "--fp8_base_unet"]), model)
+    pack_frozen_weights(parse_options([*NEEDED, "--fp8_base_unet"]), model, CPU)
     assert packed(model.unet) > 100 and not packed(model.text_encoder)
     assert "frozen weights in fp8" in (said := capsys.readouterr().out) and "save memory" not in said
 
@@ -62,9 +63,9 @@ def test_fp8_base_unet_leaves_the_text_encoder(capsys):
 def test_a_network_that_takes_the_place_of_layers_is_told_to_checkpoint(capsys):
     model = small_stable_diffusion(unet_channels=(32, 32, 64, 64), vae_channels=(32, 32, 32, 32), text_width=32, text_layers=1)
     model.unet.conv_in.forward = lambda x: x  # as LyCORIS does
-    pack_frozen_weights(parse_options([*NEEDED, "--base_dtype=int8", "--gradient_checkpointing"]), model)
+    pack_frozen_weights(parse_options([*NEEDED, "--base_dtype=int8", "--gradient_checkpointing"]), model, CPU)
     assert "save memory" not in capsys.readouterr().out
-    pack_frozen_weights(parse_options([*NEEDED, "--base_dtype=int8"]), model)
+    pack_frozen_weights(parse_options([*NEEDED, "--base_dtype=int8"]), model, CPU)
     assert "add --gradient_checkpointing to save memory" in capsys.readouterr().out
 
 
@@ -109,6 +110,9 @@ def test_models_go_straight_to_the_device_in_the_format_of_the_arithmetic(monkey
     class Accelerator:
         device = torch.device("cuda", 0)
 
+    with pytest.raises(Stop):  # packed weights alone go there
+        run_module.load_model(parse_options([*NEEDED, "--base_dtype=int8"]), Accelerator)
+    assert seen["device"] == "cpu"
     with pytest.raises(Stop):
         run_module.load_model(parse_options([*NEEDED, "--lowram", "--mixed_precision=bf16", "--vae=other"]), Accelerator)
     assert seen["vae"] == "other" and seen["device"] == Accelerator.device and seen["dtype"] == torch.bfloat16

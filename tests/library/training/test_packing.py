@@ -10,11 +10,11 @@ from torch import nn
 
 from library.errors import UserError
 from library.training.contradictions import contradictions
-from library.training.estimates import base_formats, estimated_bytes, fixed_bytes, frozen_bytes
+from library.training.estimates import base_formats, fixed_bytes, frozen_bytes
 from library.training.options import parse_options
 from library.training.packing import FORMATS, NF4, PackedConv2d, PackedLinear, pack_layer, pack_weights
 from networks.lora import create_network
-from tests.library.training.small_runs import tensors_of, train, two_blocks, use_two_blocks, picture_folder, words_of_a_run
+from tests.library.training.small_runs import picture_folder, tensors_of, train, two_blocks, use_two_blocks, words_of_a_run
 
 NEEDED = ["--pretrained_model_name_or_path=m", "--train_data_dir=d", "--output_dir=o", "--network_module=networks.lora"]
 # format -> largest share by which a weight of normal numbers may be off
@@ -186,7 +186,8 @@ def test_wrong_formats_and_names(word, part):
 
 def test_estimates_know_the_formats():
     half = ["--mixed_precision=fp16"]
-    sizes = [frozen_bytes(options(*half, *more)) / 1e9 for more in ([], ["--base_dtype=int8"], ["--base_dtype=nf4"], ["--fp8_base_unet"])]
+    cases = ([], ["--base_dtype=int8"], ["--base_dtype=nf4"], ["--fp8_base_unet"])
+    sizes = [frozen_bytes(options(*half, *more)) / 1e9 for more in cases]
     assert sizes == pytest.approx([2.132, 1.188, 0.746, 1.273], abs=0.001)
     assert fixed_bytes(options(*half)) - fixed_bytes(options(*half, "--fp8_base")) == pytest.approx(0.944e9, rel=1e-3)
     assert frozen_bytes(options()) / 1e9 == pytest.approx(4.264, abs=0.001)

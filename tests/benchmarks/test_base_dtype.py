@@ -1,0 +1,34 @@
+"""benchmarks/base_dtype.py counts what packing really takes, and keeps the parts that it does not measure anew."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.base_dtype import PLAIN, bytes_of, estimate, write
+from library.training.packing import FORMATS, pack_weights
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_bytes_are_those_of_a_model_that_is_packed(name):
+    def make() -> nn.Module:
+        layers = nn.Sequential(nn.Linear(64, 48), nn.Linear(64, 48, bias=False), nn.Conv2d(8, 16, 3), nn.Conv2d(8, 16, 1), nn.LayerNorm(4))
+        return layers.half().requires_grad_(False)
+
+    plain, packed = make(), make()
+    pack_weights(packed, name)
+    held = sum(tensor.nbytes for tensor in (*packed.parameters(), *packed.buffers()))
+    assert bytes_of(plain, name, torch.float16) == held < 0.75 * bytes_of(plain, PLAIN, torch.float16)
+
+
+def test_estimates_fall_with_the_bits():
+    assert estimate(PLAIN) > estimate("int8") == estimate("fp8") > estimate("nf4") > 1
+
+
+def test_parts_stay_until_they_are_measured_again(tmp_path):
+    path = tmp_path / "results.md"
+    for sections in ({"memory": ["1"], "quality": ["2"]}, {"quality": ["3"]}):
+        write(sections, path)
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("# benchmarks/base_dtype.py\n\nmemory:") and text.endswith("\n## memory\n\n1\n\n## quality\n\n3\n")
