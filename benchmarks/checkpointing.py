@@ -1,0 +1,100 @@
+"""What --gradient_checkpointing_budget buys: a step's seconds and memory with no part of the U-Net checkpointed, some, half, and all.
+
+    python benchmarks/checkpointing.py [--size 256] [--batch 1] [--precision no] [--steps 3] [--folder FOLDER]
+
+Full-size Stable Diffusion 1.5 with random weights and the real trainer, U-Net only, rank 4, latents cached; every row in a process of its
+own: the median step after the first, and the peak of the process. The budgets lie at 0, 1/4, 1/2 and all of the way between what the
+program estimates without checkpointing and with it. Writes benchmarks/results/checkpointing.md. Needs about 7 GB in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.train_step import Case, Clock, conditions, make_model, make_pictures, train  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results" / "checkpointing.md"
+SHARES = {"none": None, "a quarter of the saving": 0.25, "half of the saving": 0.5, "all": 1.0}
+HEAD = ["| checkpointed | parts | a step, s | of processor time, s | peak, GB |", "|---|---:|---:|---:|---:|"]
+
+
+def words_of(case: Case, share: float | None, folder: Path, steps: int) -> list[str]:
+    """The command line of a run; share: how much of what checkpointing saves is to be saved."""
+    from library.training.estimates import estimated_bytes
+    from library.training.options import parse_options
+
+    words = case.words(folder, steps)
+    if share is None:
+        return words
+    config, bucket = SimpleNamespace(batch_size=case.batch), SimpleNamespace(dataset=0, size=(case.size, case.size))
+    dataset = SimpleNamespace(table=SimpleNamespace(buckets=[bucket], configs=[config]))
+    plain, least = (estimated_bytes(parse_options([*words, *more]), dataset) for more in ([], ["--gradient_checkpointing"]))
+    budget = [f"--gradient_checkpointing_budget={(plain - share * (plain - least)) / 2**30}"] if share < 1 else []
+    return [*words, "--gradient_checkpointing", *budget]
+
+
+def measure(case: Case, share: float | None, folder: Path, steps: int) -> dict[str, float]:
+    """Medians of the steps after the first, peak bytes, and the number of parts that were checkpointed."""
+    from library.devices import peak_memory_bytes
+    from library.training.checkpointing import units
+
+    clock, times, found = Clock(), [], {}
+
+    def after_step(trainer) -> None:
+        times.append(clock.read())
+        found["parts"] = sum(unit.gradient_checkpointing for unit in units(trainer.model.unet))
+        found["peak"] = peak_memory_bytes(trainer.accelerator.device) or 0
+
+    train(words_of(case, share, folder, steps + 1), after_step)
+    wall, processor = (statistics.median(column) for column in zip(*times[1:]))
+    return found | {"wall": wall, "processor": processor}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--precision", default="no", choices=["no", "bf16", "fp16"])
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="where the model (2 GB) and the pictures are kept for the next time")
+    parser.add_argument("--small", action="store_true", help="a tiny model, to try the script out")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--measure", choices=SHARES, help=argparse.SUPPRESS)  # the inner process
+    arguments = parser.parse_args()
+    case = Case(arguments.size, arguments.batch, arguments.precision, "unet")
+    if arguments.measure:
+        found = measure(case, SHARES[arguments.measure], arguments.folder, arguments.steps)
+        print("\n" + json.dumps(found))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "unet.json").exists():
+            make_model(folder, arguments.small)
+        if not (folder / f"{case.size}px").exists():
+            make_pictures(folder / f"{case.size}px", case.size)
+        lines = ["# benchmarks/checkpointing.py", "", __doc__.split("\n\n", 2)[2].strip(), "", f"{case.label()}; {conditions()}.", "", *HEAD]
+        for name in SHARES:
+            words = [sys.executable, __file__, *sys.argv[1:], f"--measure={name}", f"--folder={folder}"]
+            done = subprocess.run(words, capture_output=True, encoding="utf-8", cwd=ROOT)
+            if done.returncode:
+                raise SystemExit(f"{name}: {done.stderr[-3000:]}")
+            row = json.loads(done.stdout.strip().splitlines()[-1])
+            lines.append(f"| {name} | {row['parts']} | {row['wall']:.3f} | {row['processor']:.3f} | {row['peak'] / 1e9:.2f} |")
+            print(lines[-1], flush=True)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
