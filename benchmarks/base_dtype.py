@@ -19,13 +19,13 @@ import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+from benchmarks.train_step import conditions  # noqa: E402
 from library.training.packing import CLASSES, FORMATS, pack_layer, pack_weights  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "base_dtype.md"
@@ -69,8 +69,7 @@ def estimate(name: str) -> float:
 
     words = ["--mixed_precision=fp16", "--network_train_unet_only", "--gradient_checkpointing"]
     options = parse_options([*words, *([] if name == PLAIN else [f"--base_dtype={name}"])])
-    table = SimpleNamespace(buckets=[SimpleNamespace(dataset=0, size=(512, 512))], configs=[SimpleNamespace(batch_size=1)])
-    return estimated_bytes(options, SimpleNamespace(table=table)) / 2**30
+    return estimated_bytes(options, 1, (512, 512)) / 2**30
 
 
 # ---------------------------------------------------------------- quality
@@ -172,7 +171,7 @@ def training_table(names: list[str], seeds: list[int], steps: int) -> list[str]:
                 found[name, seed] = training_losses(name, seed, steps, Path(folder) / f"{name}{seed}")
                 print(name, seed, found[name, seed], file=sys.stderr, flush=True)
     lines = [
-        f"{steps} steps of 4 pictures, seeds {', '.join(map(str, seeds))}; {conditions()}.", "",
+        f"{steps} steps of 4 pictures, seeds {', '.join(map(str, seeds))}; float32; {conditions()}.", "",
         "| format | validation loss | loss of the last fifth | difference of the validation loss, by seed |", "|---|---:|---:|---|",
     ]  # fmt: skip
     for name in [PLAIN, *names]:
@@ -180,10 +179,6 @@ def training_table(names: list[str], seeds: list[int], steps: int) -> list[str]:
         differences = ", ".join(f"{found[name, seed][0] / found[PLAIN, seed][0] - 1:+.2%}" for seed in seeds)
         lines.append(f"| {name} | {validation:.5f} | {training:.5f} | {differences} |")
     return lines
-
-
-def conditions() -> str:
-    return f"torch {torch.__version__}, float32, {torch.get_num_threads()} threads"
 
 
 def main() -> None:

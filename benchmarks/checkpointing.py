@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -36,9 +35,10 @@ def words_of(case: Case, share: float | None, folder: Path, steps: int) -> list[
     words = case.words(folder, steps)
     if share is None:
         return words
-    config, bucket = SimpleNamespace(batch_size=case.batch), SimpleNamespace(dataset=0, size=(case.size, case.size))
-    dataset = SimpleNamespace(table=SimpleNamespace(buckets=[bucket], configs=[config]))
-    plain, least = (estimated_bytes(parse_options([*words, *more]), dataset) for more in ([], ["--gradient_checkpointing"]))
+    size = (case.size, case.size)
+    plain, least = (
+        estimated_bytes(parse_options([*words, *more]), case.batch, size) for more in ([], ["--gradient_checkpointing"])
+    )
     budget = [f"--gradient_checkpointing_budget={(plain - share * (plain - least)) / 2**30}"] if share < 1 else []
     return [*words, "--gradient_checkpointing", *budget]
 

@@ -19,7 +19,8 @@ GROUPS = ("model", "data", "captions", "augmentation", "network", "optimizer", "
 FREE_GROUPS = {"state", "output", "metadata", "hub", "previews", "logs"}
 # These may differ too: they change nothing that is trained, or at most the rounding, or are compared in another way below.
 FREE = {
-    "xformers", "sdpa", "mem_eff_attn", "gradient_checkpointing", "gradient_checkpointing_budget", "vae_batch_size", "lowram", "highvram", "torch_compile", "dynamo_backend",
+    "xformers", "sdpa", "mem_eff_attn", "gradient_checkpointing", "gradient_checkpointing_budget", "vae_batch_size", "lowram",
+    "highvram", "torch_compile", "dynamo_backend",
     "dataset_config", "train_data_dir", "reg_data_dir", "conditioning_data_dir", "in_json", "on_bad_image", "debug_dataset",
     "caption_extention", "cache_latents_to_disk",
     "max_data_loader_n_workers", "persistent_data_loader_workers", "max_train_steps", "max_train_epochs", "seed", "on_nonfinite_loss",

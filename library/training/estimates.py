@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from library.data.dataset import TrainingDataset
@@ -50,10 +51,9 @@ def state_bytes(options: TrainNetworkOptions) -> int:
     return network_numbers(options) * (4 + moments + (4 if options.validation.ema_decay else 0))
 
 
-def estimated_bytes(options: TrainNetworkOptions, dataset: TrainingDataset) -> int:
-    """What is fixed, and the activations of the largest batch."""
-    batch, (width, height) = largest_batch(dataset)
-    positions = batch * width * height // 64 * (1 if is_half(options) else 2) * WORKSPACE
+def estimated_bytes(options: TrainNetworkOptions, batch: int, size: tuple[int, int]) -> int:
+    """What is fixed, and the activations of a batch of so many pictures of this size (width, height)."""
+    positions = batch * math.prod(size) // 64 * (1 if is_half(options) else 2) * WORKSPACE
     fixed, training = fixed_bytes(options), options.training
     needed = fixed + positions * (KEPT_WITH_CHECKPOINTING if training.gradient_checkpointing else KEPT)
     if training.gradient_checkpointing and training.gradient_checkpointing_budget:

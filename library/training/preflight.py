@@ -22,7 +22,7 @@ from library.training.compiling import check_backend
 from library.training.contradictions import contradictions
 from library.training.disk_space import space_needed, too_little_space
 from library.training.ema import make_average
-from library.training.estimates import estimated_bytes
+from library.training.estimates import estimated_bytes, largest_batch
 from library.training.fused_backward import check_fused_backward
 from library.training.idle_options import idle_options
 from library.training.metadata import as_data_url
@@ -180,6 +180,6 @@ def tell_notes(options: TrainNetworkOptions, dataset: TrainingDataset, device: t
     idle = idle_options(options, dataset.table.configs)
     if idle:
         print(f"given, but without effect: {'; '.join(idle)}")
-    needed, (there, whose) = estimated_bytes(options, dataset), memory_there(device)
+    needed, (there, whose) = estimated_bytes(options, *largest_batch(dataset)), memory_there(device)
     cure = "; if it does not fit: --gradient_checkpointing, --cache_latents, a smaller batch or --resolution" if needed > there else ""
     print(f"memory: about {needed / 2**30:.1f} of {whose} {there / 2**30:.1f} GiB will be used (a rough estimate){cure}")

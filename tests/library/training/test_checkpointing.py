@@ -136,10 +136,10 @@ def test_a_run_with_a_budget_checkpoints_what_it_must_and_learns_the_same(tmp_pa
 
 
 def test_estimate_of_a_budget_lies_between_none_and_all():
-    half, dataset = ["--mixed_precision=fp16"], dataset_of((4, (512, 512)))
-    plain = estimated_bytes(parse_options([*NEEDED, *half]), dataset)
-    least = estimated_bytes(options(*half), dataset)
-    estimates = [estimated_bytes(options(*half, f"--gradient_checkpointing_budget={budget}"), dataset) for budget in (1, 5, 99)]
+    half, batch = ["--mixed_precision=fp16"], (4, (512, 512))
+    plain = estimated_bytes(parse_options([*NEEDED, *half]), *batch)
+    least = estimated_bytes(options(*half), *batch)
+    estimates = [estimated_bytes(options(*half, f"--gradient_checkpointing_budget={budget}"), *batch) for budget in (1, 5, 99)]
     assert estimates == [least, 5 * 2**30, plain] and least < 5 * 2**30 < plain
 
 

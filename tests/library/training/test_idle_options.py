@@ -134,6 +134,7 @@ def test_all_are_told_once_and_together(capsys, monkeypatch):
     options = parse_options([*NEEDED, "--log_prefix=a", "--huber_c=1", "--learning_rate=1e-4"])
     assert not contradictions(options)
     dataset = type("Dataset", (), {"table": type("Table", (), {"configs": configs()})})
+    monkeypatch.setattr(preflight, "largest_batch", lambda dataset: (1, (64, 64)))
     monkeypatch.setattr(preflight, "estimated_bytes", lambda *a: 0)
     preflight.tell_notes(options, dataset, preflight.torch.device("cpu"))
     lines = capsys.readouterr().out.splitlines()

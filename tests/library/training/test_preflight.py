@@ -11,7 +11,7 @@ from library.data.dataset import TrainingDataset
 from library.errors import UserError, run_entry
 from library.training import disk_space, preflight
 from library.training.contradictions import contradictions
-from library.training.estimates import estimated_bytes, network_file_bytes
+from library.training.estimates import estimated_bytes, largest_batch, network_file_bytes
 from library.training.options import parse_options
 from library.training.plan import Plan
 
@@ -190,9 +190,9 @@ def test_latents_that_lie_there_already_need_no_space(folder):
 
 
 def test_memory_is_estimated_by_what_counts(folder):
-    data = dataset(folder)
+    batch = largest_batch(dataset(folder))
     plain, half, saving, large = (
-        estimated_bytes(options(*words, folder=folder), data)
+        estimated_bytes(options(*words, folder=folder), *batch)
         for words in ([], ["--mixed_precision=fp16"], ["--gradient_checkpointing"], ["--network_dim=128"])
     )
     assert half < plain and saving < plain < large

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -22,9 +21,7 @@ WORDS = [
 @pytest.mark.parametrize("card, size, batch, checkpointing, estimate", ROWS)
 def test_estimate_is_the_programs_and_fits_the_card(card, size, batch, checkpointing, estimate):
     options = parse_options([*WORDS, *["--gradient_checkpointing"] * (checkpointing == "yes")])
-    bucket, config = SimpleNamespace(dataset=0, size=(int(size), int(size))), SimpleNamespace(batch_size=int(batch))
-    dataset = SimpleNamespace(table=SimpleNamespace(buckets=[bucket], configs=[config]))
-    needed = estimated_bytes(options, dataset)
+    needed = estimated_bytes(options, int(batch), (int(size), int(size)))
     assert f"{needed / 2**30:.1f}" == estimate
     assert needed < 0.9 * int(card) * 10**9
 
