@@ -37,7 +37,7 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from benchmarks.perceptual import Perceptual, frechet_distance, pairwise  # noqa: E402
+from tools.base_model.perceptual import Perceptual, frechet_distance, pairwise  # noqa: E402
 from library.errors import UserError, run_entry  # noqa: E402
 from library.generation.generator import generate  # noqa: E402
 from library.generation.prompts import PromptSpec  # noqa: E402

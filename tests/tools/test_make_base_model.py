@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import json
 import sys
@@ -18,7 +17,8 @@ from library.errors import UserError
 from library.sd.architecture import SCALING_FACTOR
 from library.sd.model import load_stable_diffusion
 from tools import make_base_model
-from tools.base_model import augment, autoencoder, fetch, names, painter, pictures, training
+from tools.base_model import augment, autoencoder, fetch, names, painter, perceptual, pictures, training
+from tools.base_model.perceptual import Perceptual
 from tools.make_example_dataset import names_by_group
 
 EMOJI = {"1f34c": "Banana", "1f511": "Key", "1f419": "Octopus", "1f680": "Rocket", "1f600": "Grinning face"}
@@ -46,8 +46,9 @@ def source(tmp_path_factory):
 
 
 @pytest.fixture
-def tiny(monkeypatch):
-    """Few names, narrow models, small batches."""
+def tiny(monkeypatch, vgg_weights):
+    """Few names, narrow models, small batches, a small judge."""
+    monkeypatch.setattr(perceptual, "_installed_weights", lambda: vgg_weights)
     for module in (pictures, autoencoder):
         monkeypatch.setattr(module, "NAMES", NAMED)
     monkeypatch.setattr(autoencoder, "CHANNELS", (32, 32, 32, 32))
@@ -64,7 +65,7 @@ def tiny(monkeypatch):
 
 def run(monkeypatch, source, folder, *options):
     command = ["make_base_model.py", "--pictures", str(source), "--work", str(folder), "--output", str(folder / "base")]
-    monkeypatch.setattr(sys, "argv", [*command, "--vae_steps", "3", "--decoder_steps", "3", "--unet_steps", "3", *options])
+    monkeypatch.setattr(sys, "argv", [*command, "--vae_steps", "3", "--unet_steps", "3", *options])
     return make_base_model.main()
 
 
@@ -89,7 +90,7 @@ def test_a_run_broken_off_in_each_training_ends_with_the_same_weights(tiny, sour
 
     with monkeypatch.context() as broken:
         broken.setattr(training.Checkpoint, "save", save_and_break)
-        for _ in range(3):  # in the VAE's training, the decoder's, the U-Net's
+        for _ in range(2):  # in the VAE's training, in the U-Net's
             with pytest.raises(KeyboardInterrupt):
                 run(broken, source, tmp_path / "broken")
     assert run(monkeypatch, source, tmp_path / "broken") == 0
@@ -98,7 +99,7 @@ def test_a_run_broken_off_in_each_training_ends_with_the_same_weights(tiny, sour
     assert whole.keys() == resumed.keys() and len(whole) > 500
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
     printed = capsys.readouterr().out
-    assert "VAE step 3/3: held-out PSNR" in printed and "decoder step 3/3: held-out PSNR" in printed and "U-Net step 3/3" in printed and "validation" in printed
+    assert "VAE step 3/3: held-out PSNR" in printed and "U-Net step 3/3" in printed and "validation" in printed
     check_model(tmp_path / "whole")
 
 
@@ -114,18 +115,51 @@ def check_model(folder):
         assert sheet.size == (64, 3 * 64)
 
 
-def test_the_polished_decoder_draws_better_from_the_same_latents(tiny, source, tmp_path, monkeypatch):
-    monkeypatch.setattr(autoencoder, "REPORT_EVERY", 100)
-    collection = autoencoder.Collection.read(pictures.unpack(source, tmp_path / "pictures"))
-    vae = autoencoder.new_autoencoder(seed=0).eval().requires_grad_(False)
-    before = copy.deepcopy(vae.state_dict())
-    torch.manual_seed(0)
-    polished = autoencoder.polish_decoder(vae, collection, tmp_path, steps=5)
+def test_opponent_colours_tell_brightness_from_hues():
+    grey, red, green = (torch.tensor(colour).view(1, 3, 1, 1) for colour in ((0.5, 0.5, 0.5), (1.0, -1.0, -1.0), (-1.0, 1.0, -1.0)))
+    assert autoencoder.opponent(grey).flatten()[1:].abs().max() < 0.01
+    brightness, orange, greenness = autoencoder.opponent(red).flatten().tolist()
+    assert brightness < 0 < orange and greenness < 0
+    assert autoencoder.opponent(green).flatten()[2] > 5
 
-    assert all(torch.equal(value, before[name]) for name, value in vae.state_dict().items())
-    shown = collection.plain(collection.held_out)
-    assert torch.equal(polished.encode(shown).latent_dist.mode(), vae.encode(shown).latent_dist.mode())
-    assert autoencoder.psnr(polished, shown) > autoencoder.psnr(vae, shown) + 0.1
+
+def test_errors_of_hue_count_most_where_pictures_differ_least():
+    grey = torch.zeros(1, 3, 16, 16)
+    shifts = {"brighter": (0.1, 0.1, 0.1), "bluer": (-0.122, 0.0, 0.122), "greener": (-0.071, 0.141, -0.071)}  # equally long in RGB
+    cost = {name: float(autoencoder.difference(grey + torch.tensor(by).view(3, 1, 1), grey)) for name, by in shifts.items()}
+    assert cost["brighter"] < cost["bluer"] < cost["greener"]
+
+
+def test_a_new_autoencoder_sees_all_opponent_colours_alike():
+    """The first convolution answers to a unit of each alike; the last gives each in proportion to its deviation in pictures."""
+    vae = autoencoder.new_autoencoder(seed=0)
+    to_rgb = torch.tensor(autoencoder.OPPONENT_COLOURS).inverse()
+    first, last = vae.encoder.conv_in.weight.detach(), vae.decoder.conv_out.weight.detach()
+    seen = torch.einsum("oihw,ij->ojhw", first, to_rgb).square().mean(dim=(0, 2, 3)).sqrt()
+    assert float(seen.max() / seen.min()) < 1.3
+    drawn = autoencoder.opponent(last.transpose(0, 1).flatten(2)[..., None]).square().mean(dim=(0, 2, 3)).sqrt()
+    assert float(drawn.max() / drawn.min()) < 1.3
+
+
+def test_green_and_purple_kept_is_all_for_the_picture_and_none_for_grey():
+    pictures = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert autoencoder.green_and_purple(pictures, pictures) == pytest.approx(1)
+    assert autoencoder.green_and_purple(pictures.mean(dim=1, keepdim=True).expand_as(pictures), pictures) < 0.1
+
+
+def test_the_perceptual_distance_joins_the_loss_late(tiny, vgg_weights):
+    torch.manual_seed(0)
+    vae, reader, judge = autoencoder.new_autoencoder(seed=0), torch.nn.Conv2d(4, 3, 1), Perceptual(vgg_weights)
+    picture = torch.rand(1, 3, 64, 64) * 2 - 1
+
+    def loss(done, judge):
+        torch.manual_seed(1)
+        return float(autoencoder._loss(vae, reader, picture, done, judge))
+
+    assert loss(0.59, None) == loss(0.59, judge)
+    torch.manual_seed(1)
+    drawn = autoencoder.softly_clipped(vae.decode(vae.encode(picture).latent_dist.sample()).sample)
+    assert loss(0.61, judge) - loss(0.59, judge) == pytest.approx(float(judge.distance(drawn, picture)), rel=1e-3)
 
 
 def test_the_text_encoder_learns_to_tell_captions_apart(tiny, source, tmp_path):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 SHIFT = 8  # pixels of the picture at full size
 # Shares of pictures that are changed; the rest keep their colours.
-GREY, LINES, INVERTED, OTHER_COLOURS = 0.04, 0.16, 0.03, 0.07
+GREY, LINES, INVERTED, OTHER_COLOURS = 0.04, 0.2, 0.03, 0.07
 
 
 def augmented(pictures: Tensor) -> Tensor:

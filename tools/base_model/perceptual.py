@@ -36,7 +36,7 @@ class ArraysOnly(pickle.Unpickler):
 
 
 class Perceptual:
-    """`features` once a picture, then `distance` between as many as needed."""
+    """`vectors` once a picture, then `pairwise` distances between as many as needed; `distance` of pairs is for training."""
 
     def __init__(self, path: Path | None = None) -> None:
         """`path`: the file vgg16.ckpt; None takes that of the installed package."""
@@ -47,7 +47,12 @@ class Perceptual:
         self.biases = [torch.from_numpy(np.array(network[f"Conv_{i}"]["bias"])) for i in range(13)]
         self.heads = [torch.from_numpy(np.array(tree[f"NetLinLayer_{i}"]["Conv_0"]["kernel"])).flatten() for i in range(5)]
 
-    @torch.no_grad()
+    def distance(self, a: Tensor, b: Tensor) -> Tensor:
+        """The mean LPIPS distance of pairs of pictures (B, 3, H, W) in -1..1; its gradient reaches `a` alone."""
+        with torch.no_grad():
+            wanted = self.features(b)
+        return sum((x - y).square().sum() for x, y in zip(self.features(a), wanted)) / len(a)
+
     def features(self, pictures: Tensor) -> list[Tensor]:
         """Of pictures (B, 3, H, W) in -1..1: five levels (B, C, h, w), scaled so that squared differences add up to LPIPS."""
         return [
@@ -55,7 +60,6 @@ class Perceptual:
             for level, head in zip(self.levels(pictures), self.heads)
         ]
 
-    @torch.no_grad()
     def levels(self, pictures: Tensor) -> list[Tensor]:
         """VGG's own outputs at the five levels."""
         values = (pictures - torch.tensor(SHIFT)[:, None, None]) / torch.tensor(SCALE)[:, None, None]
@@ -68,10 +72,12 @@ class Perceptual:
             found.append(values)
         return found
 
+    @torch.no_grad()
     def vectors(self, pictures: Tensor) -> Tensor:
         """(B, N): the squared distance of two vectors is the LPIPS distance of the pictures."""
         return torch.cat([torch.cat([level.flatten(1) for level in self.features(part)], dim=1) for part in pictures.split(16)])
 
+    @torch.no_grad()
     def summaries(self, pictures: Tensor) -> Tensor:
         """(B, 512): the deepest level averaged over places, for `frechet_distance`."""
         return torch.cat([self.levels(part)[-1].mean(dim=(2, 3)) for part in pictures.split(16)])
