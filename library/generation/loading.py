@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from library.devices import use_xformers
+from library.devices import keep_freed_memory, use_xformers
 from library.errors import UserError
 from library.sd.model import load_stable_diffusion
 
@@ -29,6 +29,8 @@ def load_model(
     device = torch.device(device) if device is not None else best_device()
     if dtype == torch.float16 and device.type == "cpu":
         raise UserError("--fp16 needs a GPU and none was found; leave it out")
+    if device.type == "cpu":
+        keep_freed_memory()
     model = load_stable_diffusion(
         resolve_pattern(ckpt), v2=v2, v_parameterization=v_parameterization, vae=vae, dtype=dtype, device=device
     )

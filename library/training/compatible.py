@@ -32,9 +32,9 @@ FILES = {"pretrained_model_name_or_path", "vae", "network_weights", "base_weight
 START_ANEW = "to go on from its weights with other settings, give --network_weights a saved file instead of --resume"
 
 
-def fingerprint(options: TrainNetworkOptions, table: PictureTable, model: StableDiffusion, processes: int) -> dict[str, Any]:
-    """What a state remembers of its run, as data for JSON."""
-    return {**early_fingerprint(options, table, processes), "model": model_digest(model)}
+def fingerprint(options: TrainNetworkOptions, table: PictureTable, model: str, processes: int) -> dict[str, Any]:
+    """What a state remembers of its run, as data for JSON. `model`: its `model_digest`."""
+    return {**early_fingerprint(options, table, processes), "model": model}
 
 
 def early_fingerprint(options: TrainNetworkOptions, table: PictureTable, processes: int) -> dict[str, Any]:

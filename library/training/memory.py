@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from library.devices import give_back_freed_memory
 from library.sd.model import StableDiffusion
 from library.training.compiling import compile_in_place
 from library.training.estimates import base_formats
@@ -32,16 +33,19 @@ def compile_model(options: TrainNetworkOptions, model: StableDiffusion, trains_t
         compile_in_place([model.unet, *([model.text_encoder] if trains_text_encoder else [])], options.precision.dynamo_backend)
 
 
-def free_what_rests(options: TrainNetworkOptions, model: StableDiffusion, *, vae_rests: bool, text_encoder_rests: bool) -> None:
-    """Move the parts that training does not touch off the GPU; previews fetch them when they need them.
+def free_what_rests(
+    options: TrainNetworkOptions, model: StableDiffusion, *, vae_rests: bool, text_encoder_rests: bool, draws: bool
+) -> None:
+    """Free the memory of the parts that training does not touch: all of it, unless previews are drawn.
 
-    With --lowram main memory is the scarcer one, and with --highvram nothing is scarce: then they stay.
+    For these they move off the GPU, and are fetched back for the pictures. With --lowram main memory is the scarcer one, and with
+    --highvram nothing is scarce: then they stay.
     """
-    if options.precision.lowram or options.precision.highvram:
+    resting = [part for part, rests in ((model.vae, vae_rests), (model.text_encoder, text_encoder_rests)) if rests]
+    if draws and (options.precision.lowram or options.precision.highvram):
         return
-    if vae_rests:
-        model.vae.to("cpu")
-    if text_encoder_rests:
-        model.text_encoder.to("cpu")
-    if torch.cuda.is_available():
+    for part in resting:
+        part.to("cpu" if draws else "meta")
+    give_back_freed_memory()
+    if torch.cuda.is_available() and not options.precision.highvram:
         torch.cuda.empty_cache()

@@ -15,12 +15,13 @@ from library.data.dataset import TrainingDataset
 from library.data.debug import write_debug_sheet
 from library.data.loader import make_loader
 from library.data.text_cache import TextCache
-from library.devices import DTYPES, cpu_has_fast_bf16, peak_memory_bytes, use_all_cores, use_xformers
+from library.devices import DTYPES, cpu_has_fast_bf16, keep_freed_memory, peak_memory_bytes, use_all_cores, use_xformers
 from library.generation.prompts import PromptSpec, read_prompt_file
 from library.processes import EndedElsewhere, Processes, launched_world, timeout
 from library.sd.model import StableDiffusion, encode_text, load_stable_diffusion, vae_fingerprint
 from library.sd.text import tokenize, tokenize_weighted
 from library.training.checkpointing import use_gradient_checkpointing
+from library.training.compatible import model_digest
 from library.training.ema import make_average, weights_in_use
 from library.training.estimates import base_formats
 from library.training.fused_backward import step_in_backward
@@ -97,7 +98,9 @@ def prepare(options: TrainNetworkOptions, ready: Ready, accelerator: Accelerator
     network.module.to(accelerator.device, trained_dtype(options))
     processes.same_weights(network.module)
     text_cache = cache_text(options, [part for part in (dataset, held_out) if part], model, network)
-    free_what_rests(options, model, vae_rests=dataset.latents is not None, text_encoder_rests=text_cache is not None)
+    digest = model_digest(model)  # of all parts, so before some are freed
+    rests = {"vae_rests": dataset.latents is not None, "text_encoder_rests": text_cache is not None}
+    free_what_rests(options, model, **rests, draws=bool(specs))
     pack_frozen_weights(options, model, accelerator.device)
     if options.training.gradient_checkpointing:
         use_gradient_checkpointing(options, model, network, dataset, accelerator.autocast)
@@ -121,7 +124,7 @@ def prepare(options: TrainNetworkOptions, ready: Ready, accelerator: Accelerator
     uploads.prepare()
     files = ModelFiles(options.output, in_use, uploads, writes=processes.main)
     trainer = Trainer(
-        options=options, accelerator=accelerator, model=model, network=network, dataset=dataset,
+        options=options, accelerator=accelerator, model=model, model_digest=digest, network=network, dataset=dataset,
         loader=make_loader(
             dataset, num_workers=options.augmentation.max_data_loader_n_workers,
             persistent=options.augmentation.persistent_data_loader_workers, pin_memory=accelerator.device.type == "cuda",
@@ -152,10 +155,11 @@ def make_accelerator(options: TrainNetworkOptions) -> Accelerator:
 
 
 def set_up_machine(options: TrainNetworkOptions, accelerator: Accelerator) -> None:
-    """Threads and loss scaler."""
+    """Memory, threads and loss scaler."""
     if options.precision.full_fp16:
         accelerator.scaler = HalfGradScaler(accelerator.device.type)
     if accelerator.device.type == "cpu":
+        keep_freed_memory()
         print(f"no GPU: training on the CPU, {use_all_cores()} threads")
         if options.training.mixed_precision == "bf16" and not cpu_has_fast_bf16():
             print("this processor has no bf16 units: --mixed_precision no is many times faster here")

@@ -54,6 +54,7 @@ class Trainer:
     options: TrainNetworkOptions
     accelerator: Accelerator
     model: StableDiffusion
+    model_digest: str  # of the whole model: parts that rest may be freed
     network: TrainedNetwork
     dataset: TrainingDataset
     loader: EpochLoader
@@ -89,7 +90,7 @@ class Trainer:
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
         """By which a state is known to be one of this run."""
-        return fingerprint(self.options, self.dataset.table, self.model, self.accelerator.num_processes)
+        return fingerprint(self.options, self.dataset.table, self.model_digest, self.accelerator.num_processes)
 
     def run(self) -> bool:
         """Train to the last step. Returns False if Ctrl-C ended it early; the network is saved either way."""

@@ -87,12 +87,21 @@ class _Part:
 
 
 @pytest.mark.parametrize("words, moved", [([], ["cpu"]), (["--lowram"], []), (["--highvram"], [])])
-def test_parts_that_rest_leave_the_gpu_unless_told_otherwise(words, moved):
+def test_parts_that_previews_need_leave_the_gpu_unless_told_otherwise(words, moved):
     class Model:
         vae, text_encoder = _Part(), _Part()
 
-    free_what_rests(parse_options([*NEEDED, *words]), Model, vae_rests=True, text_encoder_rests=True)
+    free_what_rests(parse_options([*NEEDED, *words]), Model, vae_rests=True, text_encoder_rests=True, draws=True)
     assert Model.vae.moved == Model.text_encoder.moved == moved
+
+
+@pytest.mark.parametrize("words", [[], ["--lowram"], ["--highvram"]])
+def test_parts_that_nothing_needs_any_more_are_freed(words):
+    class Model:
+        vae, text_encoder = _Part(), _Part()
+
+    free_what_rests(parse_options([*NEEDED, *words]), Model, vae_rests=True, text_encoder_rests=False, draws=False)
+    assert (Model.vae.moved, Model.text_encoder.moved) == (["meta"], [])
 
 
 def test_models_go_straight_to_the_device_in_the_format_of_the_arithmetic(monkeypatch):
