@@ -88,7 +88,7 @@ def check_python():
 
 def run(mode, arguments):
     """Run the demo or the tests in .venv and return the exit code."""
-    environment = dict(os.environ, HF_HUB_OFFLINE="1", PYTHONUTF8="1")
+    environment = child_environment(HF_HUB_OFFLINE="1")
     if mode == "setup":
         return 0
     if mode == "demo":
@@ -98,6 +98,16 @@ def run(mode, arguments):
     # A file's tests stay on one worker, so that a fixture that trains does so once; tests/e2e, the longest, begins.
     share = ["-n", str(workers), "--dist", "loadfile", "--no-loadscope-reorder"]
     return call([str(VENV_PYTHON), "-m", "pytest"] + share + arguments, environment, cwd=str(ROOT))
+
+
+def child_environment(**more):
+    """This environment for Pythons of .venv, which keep what they compile.
+
+    Many container images set PYTHONDONTWRITEBYTECODE; then every process would compile torch and its like anew: 3 s for torch alone.
+    """
+    environment = dict(os.environ, PYTHONUTF8="1", **more)
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    return environment
 
 
 def call(command, environment, cwd=None):
@@ -127,6 +137,7 @@ def set_up(mode):
     if DONE.exists():
         DONE.unlink()
     install(MODES[mode][-1])
+    compile_imports()
     kept = {name: value for name, value in done.items() if name not in wanted and value == current_digest(name)}
     write_done(dict(kept, **wanted))
     UNFINISHED.unlink()
@@ -197,9 +208,9 @@ def install(requirements):
     """pip install into .venv, with a plain line for each big step."""
     print("Installing the packages of %s; the first time this downloads up to 3 GB" % requirements, flush=True)
     command = [str(VENV_PYTHON), "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--progress-bar", "off",
-               "--no-compile",  # most of the packages' files are never imported; the others are compiled when they are
+               "--no-compile",  # most of the packages' files are never imported; `compile_imports` does the others
                "-r", str(ROOT / requirements)]  # fmt: skip
-    environment = dict(os.environ, PIP_USER="0", PYTHONUTF8="1")
+    environment = child_environment(PIP_USER="0")
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
     progress = Progress()
     try:
@@ -217,6 +228,16 @@ def install(requirements):
         progress.stop()
     if code:
         raise Problem("%s (pip's output: %s)" % (cause_of_failure(LOG.read_text(encoding="utf-8", errors="replace")), LOG))
+
+
+def compile_imports():
+    """Import once what every training imports, so that no later process has to compile it.
+
+    What fails here fails again, and better told, in the run itself.
+    """
+    print("  compiling", flush=True)
+    program = "import library.training.run; from library.imports import import_model_libraries; import_model_libraries()"
+    subprocess.call([str(VENV_PYTHON), "-c", program], cwd=str(ROOT), env=child_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 class Progress:

@@ -162,6 +162,27 @@ def test_exit_code_and_arguments_are_passed_on(monkeypatch):
     assert called[1][-2:] == ["--steps", "5"] and called[1][1].endswith("demo.py")
 
 
+def test_children_keep_what_they_compile(monkeypatch):
+    """Else every process of a container, where this is often set, compiles torch anew."""
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    environments = []
+    monkeypatch.setattr(quickstart, "set_up", lambda mode: None)
+    monkeypatch.setattr(quickstart, "call", lambda command, environment, **_: environments.append(environment) or 0)
+    quickstart.main(["test"])
+    quickstart.main([])
+    assert len(environments) == 2 and not any("PYTHONDONTWRITEBYTECODE" in environment for environment in environments)
+
+
+def test_set_up_compiles_what_a_training_imports(project, monkeypatch):
+    programs = []
+    monkeypatch.setattr(quickstart.subprocess, "call", lambda command, **_: programs.append(command[-1]) or 0)
+    quickstart.set_up("demo")
+    compiled = [program for program in programs if "library.training.run" in program]
+    assert len(compiled) == 1
+    code = f"{compiled[0]}; import sys; print('diffusers' in sys.modules and 'library.training.trainer' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout.strip() == "True"
+
+
 def test_quickstart_is_readable_by_old_pythons_and_needs_the_standard_library_only():
     tree = ast.parse(SOURCE, feature_version=(3, 7))
     assert imported_modules(tree) <= sys.stdlib_module_names
