@@ -154,12 +154,12 @@ def test_the_perceptual_distance_joins_the_loss_late(tiny, vgg_weights):
 
     def loss(done, judge):
         torch.manual_seed(1)
-        return float(autoencoder._loss(vae, reader, picture, done, judge))
+        return float(autoencoder._loss(vae, reader, picture, done, judge).detach())
 
     assert loss(0.59, None) == loss(0.59, judge)
     torch.manual_seed(1)
     drawn = autoencoder.softly_clipped(vae.decode(vae.encode(picture).latent_dist.sample()).sample)
-    assert loss(0.61, judge) - loss(0.59, judge) == pytest.approx(float(judge.distance(drawn, picture)), rel=1e-3)
+    assert loss(0.61, judge) - loss(0.59, judge) == pytest.approx(float(judge.distance(drawn, picture).detach()), rel=1e-3)
 
 
 def test_the_text_encoder_learns_to_tell_captions_apart(tiny, source, tmp_path):
