@@ -93,7 +93,7 @@ BY_TEST: dict[str, dict[str, str]] = {
         ),
         "test_models_go_straight_to_the_device_in_the_format_of_the_arithmetic": "vae",
         "test_fp8_base_unet_leaves_the_text_encoder": "fp8_base_unet",
-        "test_parts_that_rest_leave_the_gpu_unless_told_otherwise": "lowram highvram",
+        "test_parts_that_previews_need_leave_the_gpu_unless_told_otherwise": "lowram highvram",
         "test_mem_eff_attn_wins_over_xformers": "mem_eff_attn xformers",
         "test_what_is_masked_out_makes_no_loss": "conditioning_data_dir masked_loss",
         "test_in_json_trains_on_what_it_lists": (

@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from library.errors import RunFailed, UserError
+from library.sd.model import load_stable_diffusion
 from library.training import run as run_module
 from library.training.options import parse_options
 from library.training.plan import Plan
@@ -394,6 +395,8 @@ def test_cached_texts_are_what_the_text_encoder_says(run, monkeypatch):
     assert trainer.text_cache is not None
     batch = trainer.dataset[(1, 0)]
     cached, trainer.text_cache = trainer._context(batch), None
+    assert next(trainer.model.text_encoder.parameters()).is_meta  # freed: nothing needs it any more
+    trainer.model.text_encoder = load_stable_diffusion(trainer.options.model.pretrained_model_name_or_path).text_encoder
     torch.testing.assert_close(cached, trainer._context(batch), rtol=1e-4, atol=1e-5)
 
 
@@ -539,7 +542,6 @@ def test_debug_dataset_writes_a_sheet_and_stops(run, capsys):
 def test_diffusers_loads_every_key_and_draws_the_same(run, base_model, words):
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-    from library.sd.model import load_stable_diffusion
     from networks.lora import create_network_from_weights
 
     result = run("--max_train_steps=3", "--learning_rate=1e-1", *words)
