@@ -6,8 +6,7 @@
 A LoRA sees a name and draws; which lines the real line art has within the outline it cannot know. This network sees the real 3d
 picture and learns its line art from the same 150 pairs that the LoRA is trained on, with the measured distance itself as its loss:
 once the mean pixel error, once LPIPS. Both are measured on the 50 names of benchmarks/quality.py, beside what the 3d pictures
-themselves have. FOLDER is that of quality.py. About 2 minutes of one core a seed. Every figure is the mean of the seeds, with the lowest and
-highest.
+themselves have. FOLDER is that of quality.py. Every figure is the mean of the seeds, with the lowest and highest.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from benchmarks.quality import EXAMPLE, LINE_ART, as_table, real_pictures, unseen_names  # noqa: E402
+from benchmarks.quality import EXAMPLE, LINE_ART, real_pictures, tell, unseen_names  # noqa: E402
 from library.errors import UserError, run_entry  # noqa: E402
 from tools.base_model.names import STYLES  # noqa: E402
 from tools.base_model.perceptual import Perceptual  # noqa: E402
@@ -87,8 +86,7 @@ def pixel_error(a: Tensor, b: Tensor) -> Tensor:
 
 @torch.no_grad()
 def figures_of(drawn: Tensor, wanted: Tensor, judge: Perceptual) -> dict[str, float]:
-    distances = (judge.vectors(drawn) - judge.vectors(wanted)).square().sum(dim=1)
-    return {"pixel error": float(pixel_error(drawn, wanted)), "LPIPS": float(distances.mean())}
+    return {"pixel error": float(pixel_error(drawn, wanted)), "LPIPS": float(judge.distance(drawn, wanted))}
 
 
 def measure(source: Path, judge: Perceptual, steps: int, seeds: int) -> dict[str, list[float]]:
@@ -118,10 +116,7 @@ def main() -> int:
     args = parser.parse_args()
     if min(args.steps, args.seeds) < 1:
         raise UserError("--steps and --seeds: at least one is needed")
-    table = as_table(measure(args.pictures, Perceptual(), args.steps, args.seeds))
-    print("\n" + table)
-    if args.out:
-        args.out.write_text(table, encoding="utf-8", newline="\n")
+    tell(measure(args.pictures, Perceptual(), args.steps, args.seeds), args.out)
     return 0
 
 

@@ -37,7 +37,6 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from tools.base_model.perceptual import Perceptual, frechet_distance, pairwise  # noqa: E402
 from library.errors import UserError, run_entry  # noqa: E402
 from library.generation.generator import generate  # noqa: E402
 from library.generation.prompts import PromptSpec  # noqa: E402
@@ -45,6 +44,7 @@ from library.sd.model import StableDiffusion, load_stable_diffusion  # noqa: E40
 from library.sheets import contact_sheet  # noqa: E402
 from tools import demo  # noqa: E402
 from tools.base_model.names import NAMES, STYLES, prompt_of  # noqa: E402
+from tools.base_model.perceptual import Perceptual, frechet_distance, pairwise  # noqa: E402
 from tools.base_model.pictures import read_tar  # noqa: E402
 from tools.make_example_dataset import STYLE as LINE_ART  # noqa: E402
 from tools.make_example_dataset import TRIGGER, caption_of, spread  # noqa: E402
@@ -162,11 +162,10 @@ def measure_lora(setting: Setting, seed: int) -> None:
         demo.add_lora(with_lora, folder / f"{demo.NAME}.safetensors")
         before, after = setting.draw(prompts, seed), draw(with_lora, prompts, seed)
     wanted = setting.real(LINE_ART, names)
-    wanted_vectors = setting.judge.vectors(wanted)
     distances: dict[str, Callable[[Tensor], float]] = {
         "saturation": saturation,
         "pixel error": lambda pictures: float((pictures - wanted).abs().mean()),
-        "LPIPS": lambda pictures: float((setting.judge.vectors(pictures) - wanted_vectors).square().sum(dim=1).mean()),
+        "LPIPS": lambda pictures: float(setting.judge.distance(pictures, wanted)),
     }
     for kind, of in distances.items():
         without, with_it = of(before), of(after)
@@ -190,6 +189,14 @@ def as_table(figures: dict[str, list[float]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def tell(figures: dict[str, list[float]], out: Path | None) -> None:
+    """Print the table, and write it where that is wanted."""
+    table = as_table(figures)
+    print("\n" + table)
+    if out:
+        out.write_text(table, encoding="utf-8", newline="\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--pictures", type=Path, required=True, help="folder with captions.tsv and one tar a style")
@@ -207,10 +214,7 @@ def main() -> int:
     for seed in range(1, args.seeds + 1):
         for part in args.only:
             MEASURES[part](setting, seed)
-    table = as_table(setting.figures)
-    print("\n" + table)
-    if args.out:
-        args.out.write_text(table, encoding="utf-8", newline="\n")
+    tell(setting.figures, args.out)
     return 0
 
 

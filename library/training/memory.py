@@ -41,9 +41,9 @@ def free_what_rests(
     For these they move off the GPU, and are fetched back for the pictures. With --lowram main memory is the scarcer one, and with
     --highvram nothing is scarce: then they stay.
     """
-    resting = [part for part, rests in ((model.vae, vae_rests), (model.text_encoder, text_encoder_rests)) if rests]
     if draws and (options.precision.lowram or options.precision.highvram):
         return
+    resting = [part for part, rests in ((model.vae, vae_rests), (model.text_encoder, text_encoder_rests)) if rests]
     for part in resting:
         part.to("cpu" if draws else "meta")
     give_back_freed_memory()

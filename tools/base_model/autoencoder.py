@@ -86,10 +86,10 @@ class Progress:
             return
         speed = (done - self.first) * BATCH / (time.time() - self.started)
         drawn = reconstructed(self.vae, self.shown)
-        perceptual = (self.judge.vectors(drawn) - self.judge.vectors(self.shown)).square().sum(dim=1).mean()
+        distance = float(self.judge.distance(drawn, self.shown))
         print(
             f"{time.strftime('%H:%M:%S')} VAE step {done}/{self.steps}: held-out PSNR {psnr(drawn, self.shown):.2f} dB, "
-            f"LPIPS {float(perceptual):.3f}, green and purple kept {green_and_purple(drawn, self.shown):.0%}, {speed:.1f} pictures/s",
+            f"LPIPS {distance:.3f}, green and purple kept {green_and_purple(drawn, self.shown):.0%}, {speed:.1f} pictures/s",
             flush=True,
         )
         self.checkpoint.save(done)

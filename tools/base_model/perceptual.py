@@ -36,7 +36,7 @@ class ArraysOnly(pickle.Unpickler):
 
 
 class Perceptual:
-    """`vectors` once a picture, then `pairwise` distances between as many as needed; `distance` of pairs is for training."""
+    """`vectors` once a picture, then `pairwise` distances between as many as needed; `distance` of pairs can be learnt from."""
 
     def __init__(self, path: Path | None = None) -> None:
         """`path`: the file vgg16.ckpt; None takes that of the installed package."""
