@@ -169,9 +169,15 @@ def floor_step(unet, case: Case) -> Callable[[], None]:
 
 
 def bare(unet):
-    """The same U-Net with the same tensors, without what is attached to it."""
+    """The same U-Net with the same tensors and the library's own layers, without what is attached to it."""
+    from torch import nn
+
+    from library.training.frozen import FrozenConv2d
+
     twin = copy.deepcopy(unet, {id(tensor): tensor for tensor in (*unet.parameters(), *unet.buffers())})
     for module in twin.modules():
+        if type(module) is FrozenConv2d:
+            module.__class__ = nn.Conv2d
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
         module.__dict__.pop("forward", None)

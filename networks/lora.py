@@ -166,7 +166,22 @@ class LoRAModule(nn.Module):
         self._hook = layer.register_forward_hook(self._add)
 
     def _add(self, layer: Layer, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output if self.is_idle() else output + self(inputs[0]).to(output.dtype)
+        if self.is_idle():
+            return output
+        if not torch.compiler.is_compiling() and self._fits_one_function(layer, output):  # compilers join operations themselves
+            function = _AdaptedConv if isinstance(layer, nn.Conv2d) else _AdaptedLinear
+            weights = self.lora_down.weight, self.lora_up.weight
+            return function.apply(inputs[0], *weights, output.detach(), layer, self.scale * self.multiplier)
+        return output + self(inputs[0]).to(output.dtype)
+
+    def _fits_one_function(self, layer: Layer, output: Tensor) -> bool:
+        """Whether layer and addition can be one function: the plain formula, on what a frozen layer gave and nothing has changed."""
+        draws = self.training and (self.dropout or self.rank_dropout)
+        is_plain = type(self).forward is LoRAModule.forward and not draws and not self._forward_hooks
+        is_first = next(iter(layer._forward_hooks)) == self._hook.id and "forward" not in vars(layer)
+        is_frozen = not any(weight.requires_grad for weight in layer.parameters(recurse=False))
+        same_type = output.dtype == self.lora_down.weight.dtype or torch.is_autocast_enabled(output.device.type)
+        return is_plain and is_first and is_frozen and same_type and _is_pointwise(layer) and output.is_contiguous()
 
     def detach(self) -> None:
         """Undo `attach`."""
@@ -198,6 +213,73 @@ class LoRAModule(nn.Module):
             "lora_down.weight": down.reshape(self.lora_down.weight.shape),
         }
         return {"alpha": torch.tensor(alpha), **shaped}
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    """A frozen Linear layer with its LoRA as one function: less memory is read and written than by one operation after the other.
+
+    (x (..., in), down (r, in), up (out, r), base (..., out), layer, factor) -> base + factor * up(down(x)), written into `base`, which
+    is what the layer gave for x. The gradient to x is that of both, so `base` must not have one of its own.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, down: Tensor, up: Tensor, base: Tensor, layer: nn.Linear, factor: float) -> Tensor:
+        rows = x.to(base.dtype).reshape(-1, x.shape[-1])
+        hidden = (rows @ down.to(base.dtype).T).mul_(factor)
+        base.view(-1, base.shape[-1]).addmm_(hidden, up.to(base.dtype).T)
+        ctx.mark_dirty(base)
+        ctx.save_for_backward(rows, down, up, hidden)
+        ctx.layer, ctx.factor, ctx.shape = layer, factor, x.shape
+        return base
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        rows, down, up, hidden = ctx.saved_tensors
+        gradient = gradient.reshape(-1, gradient.shape[-1])
+        to_hidden = (gradient @ up.to(gradient.dtype)).mul_(ctx.factor)
+        to_x = None
+        if ctx.needs_input_grad[0]:
+            to_x = (gradient @ ctx.layer.weight.to(gradient.dtype)).addmm_(to_hidden, down.to(gradient.dtype)).view(ctx.shape)
+        # The gradient to up is computed turned over: with its long side in the rows of the result it would take twice the time.
+        return to_x, to_hidden.T @ rows, (hidden.T @ gradient).T, None, None, None
+
+
+class _AdaptedConv(torch.autograd.Function):
+    """The same for a frozen 1 x 1 convolution: x (B, in, H, W), down (r, in, 1, 1), up (out, r, 1, 1), base (B, out, H, W)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, down: Tensor, up: Tensor, base: Tensor, layer: nn.Conv2d, factor: float) -> Tensor:
+        columns = x.to(base.dtype).flatten(2)
+        hidden = torch.bmm(_for_each(down, columns), columns).mul_(factor)
+        base.view(*base.shape[:2], -1).baddbmm_(_for_each(up, columns), hidden)
+        ctx.mark_dirty(base)
+        ctx.save_for_backward(columns, down, up, hidden)
+        ctx.layer, ctx.factor, ctx.shape = layer, factor, x.shape
+        return base
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        columns, down, up, hidden = ctx.saved_tensors
+        gradient = gradient.flatten(2)
+        to_hidden = torch.bmm(_for_each(up, gradient).mT, gradient).mul_(ctx.factor)
+        to_x = None
+        if ctx.needs_input_grad[0]:
+            to_x = torch.bmm(_for_each(ctx.layer.weight, gradient).mT, gradient)
+            to_x = to_x.baddbmm_(_for_each(down, gradient).mT, to_hidden).view(ctx.shape)
+        to_down, to_up = torch.bmm(to_hidden, columns.mT).sum(0), torch.bmm(hidden, gradient.mT).sum(0).T
+        return to_x, to_down.view(down.shape), to_up.reshape(up.shape), None, None, None
+
+
+def _is_pointwise(layer: Layer) -> bool:
+    """Whether the layer is one matrix for every position."""
+    if isinstance(layer, nn.Linear):
+        return True
+    return (layer.kernel_size, layer.stride, layer.padding, layer.groups) == ((1, 1), (1, 1), (0, 0), 1)
+
+
+def _for_each(weight: Tensor, batch: Tensor) -> Tensor:
+    """The matrix of a 1 x 1 convolution, (B, out, in), for each sample of a batch (B, ...) and in its type."""
+    return weight.flatten(1).to(batch.dtype).expand(len(batch), -1, -1)
 
 
 # ---------------------------------------------------------------- the network

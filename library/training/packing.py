@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from library.training.frozen import FrozenConv2d, FrozenLayer
+
 FP8 = torch.float8_e4m3fn
 BLOCK = 64  # weights of nf4 that share a factor
 NF4 = (
@@ -76,20 +78,7 @@ FORMATS = {
 # ---------------------------------------------------------------- layers
 
 
-class _Frozen(torch.autograd.Function):
-    """What a packed layer gives, and the gradient to its input. Neither input nor unpacked weight is kept for the backward pass."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, layer: PackedLinear | PackedConv2d) -> Tensor:
-        ctx.layer, ctx.shape = layer, x.shape
-        return layer.result(x)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.layer.gradient_to_input(gradient, ctx.shape), None
-
-
-class _Packed:
+class _Packed(FrozenLayer):
     """A layer whose weight is kept packed. `weight` unpacks it, so that whatever reads it goes on working."""
 
     packed: Tensor
@@ -100,9 +89,9 @@ class _Packed:
         """The weight in the type it had, made anew at every reading."""
         return self.format.unpack(self.packed, self.scale.float(), self.shape).to(self.dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.to(self.dtype)
-        return _Frozen.apply(x, self) if torch.is_grad_enabled() and x.requires_grad else self.result(x)
+    @property
+    def weight_type(self) -> torch.dtype:
+        return self.dtype
 
 
 class PackedLinear(_Packed, nn.Linear):
@@ -115,15 +104,8 @@ class PackedLinear(_Packed, nn.Linear):
         return gradient @ self.weight
 
 
-class PackedConv2d(_Packed, nn.Conv2d):
+class PackedConv2d(_Packed, FrozenConv2d):
     """A frozen convolution, its weight packed."""
-
-    def result(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.weight, self.bias)
-
-    def gradient_to_input(self, gradient: Tensor, shape: torch.Size) -> Tensor:
-        settings = (self.stride, self.padding, self.dilation, self.groups)
-        return torch.nn.grad.conv2d_input(shape, self.weight, gradient, *settings)
 
 
 CLASSES: dict[type[nn.Module], type[_Packed]] = {nn.Linear: PackedLinear, nn.Conv2d: PackedConv2d}

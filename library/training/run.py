@@ -24,6 +24,7 @@ from library.training.checkpointing import use_gradient_checkpointing
 from library.training.compatible import model_digest
 from library.training.ema import make_average, weights_in_use
 from library.training.estimates import base_formats
+from library.training.frozen import freeze_convolutions
 from library.training.fused_backward import step_in_backward
 from library.training.hub import Uploads
 from library.training.loss_plot import write_loss_plot
@@ -102,6 +103,8 @@ def prepare(options: TrainNetworkOptions, ready: Ready, accelerator: Accelerator
     rests = {"vae_rests": dataset.latents is not None, "text_encoder_rests": text_cache is not None}
     free_what_rests(options, model, **rests, draws=bool(specs))
     pack_frozen_weights(options, model, accelerator.device)
+    if not options.precision.torch_compile:  # a compiler sees itself what is needed
+        freeze_convolutions(model.unet)
     if options.training.gradient_checkpointing:
         use_gradient_checkpointing(options, model, network, dataset, accelerator.autocast)
     compile_model(options, model, network.trains_text_encoder)

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from benchmarks import train_step
 from benchmarks.train_step import CASES, Case, Table
+from library.training.frozen import FrozenConv2d
 from library.training.options import parse_options
 from tests.library.training.small_runs import two_blocks, use_two_blocks
 
@@ -40,6 +41,7 @@ def test_ours_and_floor_are_the_same_weights_by_turns(folder, monkeypatch):
     assert all(a is b for a, b in zip(ours.parameters(), floor.parameters(), strict=True))
     assert any(module._forward_hooks for module in ours.modules())
     assert not any(module._forward_hooks for module in floor.modules())
+    assert any(type(module) is FrozenConv2d for module in ours.modules()) and not any(type(module) is FrozenConv2d for module in floor.modules())
 
 
 @pytest.mark.parametrize("what, parts", [

@@ -80,26 +80,69 @@ def test_forward_is_the_formula_in_float64(layer, shape):
     np.testing.assert_allclose(layer(x).detach().numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 6), (2, 6), (6,)])
+def is_one_function(y: torch.Tensor) -> bool:
+    """Whether a layer and its LoRA were computed as one."""
+    return type(y.grad_fn).__name__ in ("_AdaptedLinearBackward", "_AdaptedConvBackward")
+
+
+@pytest.mark.parametrize("layer, shape", [
+    (nn.Linear(6, 5), (2, 3, 6)), (nn.Linear(6, 5), (2, 6)), (nn.Linear(6, 5), (6,)), (nn.Linear(6, 5, bias=False), (4, 2, 3, 6)),
+    (nn.Conv2d(6, 5, 1), (3, 6, 4, 2)), (nn.Conv2d(6, 5, 1, bias=False), (1, 6, 3, 3)),
+    (nn.Conv2d(6, 5, 3, padding=1), (2, 6, 5, 4)), (nn.Conv2d(6, 5, 1, stride=2), (2, 6, 4, 4)),
+])  # fmt: skip
 @pytest.mark.parametrize("network_dropout", [0.0, 0.5])
-def test_attached_layer_has_the_losses_and_gradients_of_the_plain_formula(shape, network_dropout):
-    """What `attach` computes beside base + module(x), in float32 without dropout and with the same draws of it."""
+@pytest.mark.parametrize("mode", ["float32", "autocast"])
+def test_attached_layer_has_the_losses_and_gradients_of_the_plain_formula(layer, shape, network_dropout, mode):
+    """What `attach` computes beside base + module(x), without dropout and with the same draws of it."""
     torch.manual_seed(0)
-    layer = nn.Linear(6, 5).requires_grad_(False)
-    module = LoRAModule("lora", layer, rank=3, alpha=2.0, multiplier=0.7, dropout=network_dropout, rank_dropout=network_dropout)
+    layer = copy.deepcopy(layer).requires_grad_(False)
+    rank_dropout = network_dropout if len(shape) > 1 else 0.0  # is by samples, and there is none
+    module = LoRAModule("lora", layer, rank=3, alpha=2.0, multiplier=0.7, dropout=network_dropout, rank_dropout=rank_dropout)
     nn.init.normal_(module.lora_up.weight)
     bare, x = copy.deepcopy(layer), torch.randn(shape)
     module.attach(layer)
-    if len(shape) == 1:
-        module.rank_dropout = 0.0  # is by samples, and here is none
+    is_pointwise = isinstance(layer, nn.Linear) or (layer.kernel_size, layer.stride) == ((1, 1), (1, 1))
     results = []
     for formula in (layer, lambda x: bare(x) + module(x)):
         torch.manual_seed(1)
         leaf = x.clone().requires_grad_()
-        loss = formula(leaf).square().mean()
-        results.append((loss, *torch.autograd.grad(loss, [leaf, *module.parameters()])))
+        with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+            y = formula(leaf * 1.0)
+        assert y.dtype == {"float32": torch.float32, "autocast": torch.bfloat16}[mode]
+        assert is_one_function(y) == (formula is layer and is_pointwise and not network_dropout)
+        loss = y.float().square().mean()
+        results.append((y.float(), loss, *torch.autograd.grad(loss, [leaf, *module.parameters()])))
+    near = {"rtol": 1e-5, "atol": 1e-6} if mode == "float32" else {"rtol": 0.03, "atol": 0.03}
     for fast, plain in zip(*results, strict=True):
-        torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(fast, plain, **near)
+
+
+def test_layer_and_lora_are_one_function_only_where_that_is_the_formula():
+    """A second network, a layer that learns, one whose forward was replaced, and a turned-over output go the plain way, and rightly."""
+    def attached(layer: nn.Module, count: int = 1) -> list[LoRAModule]:
+        modules = [LoRAModule(f"lora{index}", layer, 2, 2) for index in range(count)]
+        for module in modules:
+            nn.init.normal_(module.lora_up.weight)
+            module.attach(layer)
+        return modules
+
+    def check(layer: nn.Module, x: torch.Tensor, base: torch.Tensor, modules: list[LoRAModule]) -> None:
+        leaf = x.clone().requires_grad_()
+        y = layer(leaf)
+        assert not is_one_function(y)
+        torch.testing.assert_close(y, base + sum(module(x) for module in modules))
+        weights = [parameter for module in modules for parameter in module.parameters()]
+        assert all(gradient.any() for gradient in torch.autograd.grad(y.square().sum(), [leaf, *weights]))
+
+    torch.manual_seed(0)
+    x = torch.randn(3, 8)
+    twice, learning, replaced = nn.Linear(8, 8).requires_grad_(False), nn.Linear(8, 8), nn.Linear(8, 8).requires_grad_(False)
+    check(twice, x, twice(x), attached(twice, 2))
+    check(learning, x, learning(x), attached(learning))
+    replaced.forward = lambda x: x * 3
+    check(replaced, x, x * 3, attached(replaced))
+    conv, picture = nn.Conv2d(8, 8, 1).requires_grad_(False), torch.randn(2, 8, 3, 4).contiguous(memory_format=torch.channels_last)
+    check(conv, picture, conv(picture), attached(conv))
 
 
 def test_hook_on_a_module_sees_what_it_adds():
@@ -214,12 +257,11 @@ def test_autocast_computes_in_its_type_and_trains_float32_weights():
     layer, module, x = one_layer((2, 3, 8))
     layer.to(torch.bfloat16).requires_grad_(False)
     module.attach(layer)
-    seen = []
-    module.lora_up.register_forward_hook(lambda m, args, out: seen.append(out.dtype))
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
+    hidden = y.grad_fn.saved_tensors[-1]
     y.float().sum().backward()
-    assert (y.dtype, seen) == (torch.bfloat16, [torch.bfloat16])
+    assert (y.dtype, hidden.dtype) == (torch.bfloat16, torch.bfloat16)
     assert module.lora_down.weight.grad.dtype == torch.float32
 
 

@@ -1,0 +1,82 @@
+"""Frozen layers: nothing is kept of their input, since their weights get no gradient."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+FEW_POSITIONS = 64  # of a convolution's result, in the whole batch
+
+
+class _Frozen(torch.autograd.Function):
+    """What a frozen layer gives, and the gradient to its input. Neither input nor weight is kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, layer: FrozenLayer) -> Tensor:
+        ctx.layer, ctx.shape = layer, x.shape
+        return layer.result(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.layer.gradient_to_input(gradient, ctx.shape), None
+
+
+class FrozenLayer:
+    """A layer whose weight does not learn; torch's own keep the input of a convolution all the same."""
+
+    def result(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def gradient_to_input(self, gradient: Tensor, shape: torch.Size) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.weight_type)
+        return _Frozen.apply(x, self) if torch.is_grad_enabled() and x.requires_grad else self.result(x)
+
+    @property
+    def weight_type(self) -> torch.dtype:
+        return self.weight.dtype
+
+
+class FrozenConv2d(FrozenLayer, nn.Conv2d):
+    """A frozen convolution. On a CPU it is a product of matrices where the result has few positions.
+
+    There oneDNN takes as long to bring the weight into its own order, at every call, as to compute with it.
+    """
+
+    def result(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        if not self._has_few_positions(x.shape, weight):
+            return self._conv_forward(x, weight, self.bias)
+        height, width = self._result_size(x.shape)
+        columns = F.unfold(x, **self._window).transpose(0, 1).flatten(1)  # (in * kernel, B * positions)
+        product = weight.flatten(1) @ columns if self.bias is None else torch.addmm(self.bias[:, None], weight.flatten(1), columns)
+        return product.view(-1, len(x), height, width).transpose(0, 1).contiguous()
+
+    def gradient_to_input(self, gradient: Tensor, shape: torch.Size) -> Tensor:
+        weight = self.weight
+        if not self._has_few_positions(shape, weight):
+            return torch.nn.grad.conv2d_input(shape, weight, gradient, self.stride, self.padding, self.dilation, self.groups)
+        columns = weight.flatten(1).T @ gradient.transpose(0, 1).flatten(1)
+        return F.fold(columns.view(len(columns), shape[0], -1).transpose(0, 1), shape[2:], **self._window)
+
+    def _has_few_positions(self, shape: torch.Size, weight: Tensor) -> bool:
+        is_usual = weight.device.type == "cpu" and weight.dtype == torch.float32 and self.groups == 1 and self.padding_mode == "zeros"
+        return is_usual and shape[0] * self._result_size(shape).numel() <= FEW_POSITIONS
+
+    def _result_size(self, shape: torch.Size) -> torch.Size:
+        sides = zip(shape[2:], self.kernel_size, self.stride, self.padding, self.dilation)
+        return torch.Size([(side + 2 * pad - step * (kernel - 1) - 1) // stride + 1 for side, kernel, stride, pad, step in sides])
+
+    @property
+    def _window(self) -> dict[str, tuple[int, ...]]:
+        return {"kernel_size": self.kernel_size, "dilation": self.dilation, "padding": self.padding, "stride": self.stride}
+
+
+def freeze_convolutions(model: nn.Module) -> None:
+    """From now on the model's convolutions keep nothing of their input: those whose weights do not learn and whose class is torch's own."""
+    for layer in model.modules():
+        if type(layer) is nn.Conv2d and not layer.weight.requires_grad:
+            layer.__class__ = FrozenConv2d  # in place: hooks and whatever else is attached to the layer stay
