@@ -4,7 +4,7 @@
 
 For Linux and macOS. Random weights are made on the fly (8 GB of files; in --folder they stay for the next time): a float16
 model, the same with a low-rank change and noise in every layer, and LoRAs of rank 16 and 32 with 3x3 convolutions. Every tool
-runs as its own process, from start to end.
+runs as its own process, from start to end, and so do the straightforward ways to merge and to resize pictures. None replaces a file.
 
 The straightforward ways: the full matrix of every module and its `torch.linalg.svd` in float32, once as it is called plainly (all
 vectors, also the 11520 x 11520 of a 3x3 convolution) and once thin (`full_matrices=False`); and models loaded whole as Diffusers
@@ -44,6 +44,7 @@ GOALS = {  # times faster, seconds, times less memory, GB
     "merge_lora into a model": "5 x in time, 8 x in memory, 1 GB",
     "resize_images_to_resolution": "1.8 x on 2 cores",
 }
+MADE = "made"  # the folder, in that of the files, that every measurement finds empty
 LARGEST = 1280**3  # rows^2 x columns of the costliest decomposition that is run
 
 # ---------------------------------------------------------------- files
@@ -197,30 +198,26 @@ def keep(parts: tuple[Tensor, Tensor, Tensor], rank: int) -> tuple[Tensor, Tenso
     return u[:, :rank] * s[:rank], vh[:rank].clone()
 
 
-def plain_merge(folder: Path) -> float:
+def plain_merge(folder: Path) -> None:
     from library.sd.model import load_stable_diffusion, save_stable_diffusion
     from networks.lora import create_network_from_weights
 
-    started = time.perf_counter()
     model = load_stable_diffusion(str(folder / "model.safetensors"), dtype=torch.float32)
     for rank, ratio in ((16, 0.8), (32, 0.5)):
         network, weights = create_network_from_weights(
             ratio, folder / f"rank{rank}.safetensors", None, model.text_encoder, model.unet
         )
         network.merge_to(model.text_encoder, model.unet, weights)
-    save_stable_diffusion(model, folder / "plain.safetensors", torch.float16)
-    return time.perf_counter() - started
+    save_stable_diffusion(model, folder / MADE / "merged.safetensors", torch.float16)
 
 
-def plain_pictures(folder: Path) -> float:
+def plain_pictures(folder: Path) -> None:
     import cv2
     import numpy as np
     from PIL import Image
 
     cv2.setNumThreads(1)
-    started = time.perf_counter()
-    target = folder / "plain"
-    target.mkdir(exist_ok=True)
+    target = folder / MADE
     for path in sorted((folder / "pictures").iterdir()):
         shutil.copyfile(path, target / path.name)
         image = Image.open(path).convert("RGB")
@@ -229,7 +226,6 @@ def plain_pictures(folder: Path) -> float:
             size = int(image.width * factor), int(image.height * factor)
             pixels = cv2.resize(np.asarray(image), size, interpolation=cv2.INTER_AREA)
             Image.fromarray(pixels).save(target / f"{path.stem}+{side}x{side}.jpg", quality=100)
-    return time.perf_counter() - started
 
 
 PLAIN = {
@@ -249,6 +245,9 @@ def commands(folder: Path) -> dict[str, list[str]]:
     def path(name: str) -> str:
         return str(folder / name)
 
+    def made(name: str) -> str:
+        return path(f"{MADE}/{name}")
+
     loras = [path("rank16.safetensors"), path("rank32.safetensors")]
     merge = ["networks/merge_lora.py", "--models", *loras, "--ratios", "0.8", "0.5"]
     extract = [
@@ -262,13 +261,13 @@ def commands(folder: Path) -> dict[str, list[str]]:
     svd = ["networks/svd_merge_lora.py", "--models", *loras, "--ratios", "0.6", "0.4", "--new_rank", "16"]
     resize = ["networks/resize_lora.py", "--model", loras[1], "--new_rank", "8"]
     return {
-        "svd_merge_lora 16 + 32 to 16": [*svd, "--save_to", path("svd.safetensors")],
-        "resize_lora 32 to 8": [*resize, "--save_to", path("resized.safetensors")],
-        "extract_lora_from_models dim 4": [*extract, "--save_to", path("extracted.safetensors"), "--dim", "4"],
-        "merge_lora into a model": [*merge, "--sd_model", path("model.safetensors"), "--save_to", path("merged.safetensors")],
-        "merge_lora of LoRAs": [*merge, "--save_to", path("both.safetensors")],
+        "svd_merge_lora 16 + 32 to 16": [*svd, "--save_to", made("svd.safetensors")],
+        "resize_lora 32 to 8": [*resize, "--save_to", made("resized.safetensors")],
+        "extract_lora_from_models dim 4": [*extract, "--save_to", made("extracted.safetensors"), "--dim", "4"],
+        "merge_lora into a model": [*merge, "--sd_model", path("model.safetensors"), "--save_to", made("merged.safetensors")],
+        "merge_lora of LoRAs": [*merge, "--save_to", made("both.safetensors")],
         "check_lora_weights": ["networks/check_lora_weights.py", path("rank32.safetensors")],
-        "resize_images_to_resolution": [*pictures, path("pictures"), path("small")],
+        "resize_images_to_resolution": [*pictures, path("pictures"), made("small")],
     }
 
 
@@ -299,10 +298,15 @@ def measured(words: list[str]) -> tuple[float, float, str]:
 def copy_seconds(folder: Path) -> float:
     """Seconds to copy the model and flush it to disk, which no tool that writes one can beat by much."""
     started = time.perf_counter()
-    with open(folder / "model.safetensors", "rb") as source, open(folder / "copy.safetensors", "wb") as target:
+    with open(folder / "model.safetensors", "rb") as source, open(folder / MADE / "copy.safetensors", "wb") as target:
         shutil.copyfileobj(source, target, 1 << 24)
         os.fsync(target.fileno())
     return time.perf_counter() - started
+
+
+def clear(folder: Path) -> None:
+    shutil.rmtree(folder / MADE, ignore_errors=True)
+    (folder / MADE).mkdir()
 
 
 def run(folder: Path, only: list[str]) -> list[str]:
@@ -311,6 +315,7 @@ def run(folder: Path, only: list[str]) -> list[str]:
         make_files(folder)
         make_pictures(folder / "pictures")
         (folder / "done").touch()
+    clear(folder)
     import_seconds = measured(["-c", "import torch"])[0]
     lines = [
         f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}; "
@@ -323,13 +328,17 @@ def run(folder: Path, only: list[str]) -> list[str]:
     for name, words in commands(folder).items():
         if only and not any(part in name for part in only):
             continue
+        clear(folder)
         seconds, peak, _ = measured(words)
         row = f"| {name} | {seconds:.1f} | {peak:.2f} |"
         ways = [[], ["--thin"]] if name in DECOMPOSING else [[]] if name in PLAIN else []
         rows = [] if ways else [row + " - | - | - | - | - |"]
         for way in ways:
-            _, plain_peak, text = measured([str(Path(__file__).resolve()), "--plain", name, "--folder", str(folder), *way])
-            plain_seconds = float(text.split()[-1]) + import_seconds
+            clear(folder)
+            own = [str(Path(__file__).resolve()), "--plain", name, "--folder", str(folder), *way]
+            plain_seconds, plain_peak, text = measured(own)
+            if name in DECOMPOSING:
+                plain_seconds = float(text.split()[-1]) + import_seconds  # as it was counted
             start = row if not way else f"| - beside the thin SVD | {seconds:.1f} | {peak:.2f} |"
             goal = GOALS[name] if not way else "-"
             times = f"{plain_seconds / seconds:.1f} | {plain_peak / peak:.1f}"

@@ -177,11 +177,12 @@ class LoRAModule(nn.Module):
     def _fits_one_function(self, layer: Layer, output: Tensor) -> bool:
         """Whether layer and addition can be one function: the plain formula, on what a frozen layer gave and nothing has changed."""
         draws = self.training and (self.dropout or self.rank_dropout)
-        is_plain = type(self).forward is LoRAModule.forward and not draws and not self._forward_hooks
-        is_first = next(iter(layer._forward_hooks)) == self._hook.id and "forward" not in vars(layer)
-        is_frozen = not any(weight.requires_grad for weight in layer.parameters(recurse=False))
+        watched = any(module._forward_hooks or module._forward_pre_hooks for module in self.modules())
+        is_plain = getattr(self.forward, "__func__", None) is LoRAModule.forward and not draws and not watched
+        is_first = next(iter(layer._forward_hooks)) == self._hook.id
+        is_frozen = not any(weight.requires_grad for weight in layer.parameters())
         same_type = output.dtype == self.lora_down.weight.dtype or torch.is_autocast_enabled(output.device.type)
-        return is_plain and is_first and is_frozen and same_type and _is_pointwise(layer) and output.is_contiguous()
+        return is_plain and is_first and is_frozen and same_type and _is_one_matrix(layer) and output.is_contiguous()
 
     def detach(self) -> None:
         """Undo `attach`."""
@@ -240,7 +241,7 @@ class _AdaptedLinear(torch.autograd.Function):
         to_x = None
         if ctx.needs_input_grad[0]:
             to_x = (gradient @ ctx.layer.weight.to(gradient.dtype)).addmm_(to_hidden, down.to(gradient.dtype)).view(ctx.shape)
-        # The gradient to up is computed turned over: with its long side in the rows of the result it would take twice the time.
+        # The gradient to up is computed transposed: with the long side in its rows the product takes twice the time.
         return to_x, to_hidden.T @ rows, (hidden.T @ gradient).T, None, None, None
 
 
@@ -250,8 +251,8 @@ class _AdaptedConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, down: Tensor, up: Tensor, base: Tensor, layer: nn.Conv2d, factor: float) -> Tensor:
         columns = x.to(base.dtype).flatten(2)
-        hidden = torch.bmm(_for_each(down, columns), columns).mul_(factor)
-        base.view(*base.shape[:2], -1).baddbmm_(_for_each(up, columns), hidden)
+        hidden = torch.bmm(_expanded(down, columns), columns).mul_(factor)
+        base.flatten(2).baddbmm_(_expanded(up, columns), hidden)
         ctx.mark_dirty(base)
         ctx.save_for_backward(columns, down, up, hidden)
         ctx.layer, ctx.factor, ctx.shape = layer, factor, x.shape
@@ -261,23 +262,25 @@ class _AdaptedConv(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         columns, down, up, hidden = ctx.saved_tensors
         gradient = gradient.flatten(2)
-        to_hidden = torch.bmm(_for_each(up, gradient).mT, gradient).mul_(ctx.factor)
+        to_hidden = torch.bmm(_expanded(up, gradient).mT, gradient).mul_(ctx.factor)
         to_x = None
         if ctx.needs_input_grad[0]:
-            to_x = torch.bmm(_for_each(ctx.layer.weight, gradient).mT, gradient)
-            to_x = to_x.baddbmm_(_for_each(down, gradient).mT, to_hidden).view(ctx.shape)
+            to_x = torch.bmm(_expanded(ctx.layer.weight, gradient).mT, gradient)
+            to_x = to_x.baddbmm_(_expanded(down, gradient).mT, to_hidden).view(ctx.shape)
         to_down, to_up = torch.bmm(to_hidden, columns.mT).sum(0), torch.bmm(hidden, gradient.mT).sum(0).T
         return to_x, to_down.view(down.shape), to_up.reshape(up.shape), None, None, None
 
 
-def _is_pointwise(layer: Layer) -> bool:
-    """Whether the layer is one matrix for every position."""
-    if isinstance(layer, nn.Linear):
-        return True
-    return (layer.kernel_size, layer.stride, layer.padding, layer.groups) == ((1, 1), (1, 1), (0, 0), 1)
+def _is_one_matrix(layer: Layer) -> bool:
+    """Whether the layer multiplies every position by its `weight`. Layers of other classes may do more than torch's own."""
+    forward = getattr(layer.forward, "__func__", None)  # no method if something has taken its place
+    is_frozen_layer = forward is not None and hasattr(layer, "gradient_to_input")  # of library/training/frozen.py
+    if forward not in (nn.Linear.forward, nn.Conv2d.forward) and not is_frozen_layer:
+        return False
+    return isinstance(layer, nn.Linear) or (layer.kernel_size, layer.stride, layer.padding, layer.groups) == ((1, 1), (1, 1), (0, 0), 1)
 
 
-def _for_each(weight: Tensor, batch: Tensor) -> Tensor:
+def _expanded(weight: Tensor, batch: Tensor) -> Tensor:
     """The matrix of a 1 x 1 convolution, (B, out, in), for each sample of a batch (B, ...) and in its type."""
     return weight.flatten(1).to(batch.dtype).expand(len(batch), -1, -1)
 

@@ -53,17 +53,18 @@ class FrozenConv2d(FrozenLayer, nn.Conv2d):
         height, width = self._result_size(x.shape)
         columns = F.unfold(x, **self._window).transpose(0, 1).flatten(1)  # (in * kernel, B * positions)
         product = weight.flatten(1) @ columns if self.bias is None else torch.addmm(self.bias[:, None], weight.flatten(1), columns)
-        return product.view(-1, len(x), height, width).transpose(0, 1).contiguous()
+        product = product.view(-1, len(x), height, width).transpose(0, 1)
+        return product.clone(memory_format=torch.contiguous_format)  # autograd refuses to change views of a function in place
 
     def gradient_to_input(self, gradient: Tensor, shape: torch.Size) -> Tensor:
-        weight = self.weight
+        weight = self.weight.to(gradient.dtype)
         if not self._has_few_positions(shape, weight):
             return torch.nn.grad.conv2d_input(shape, weight, gradient, self.stride, self.padding, self.dilation, self.groups)
         columns = weight.flatten(1).T @ gradient.transpose(0, 1).flatten(1)
         return F.fold(columns.view(len(columns), shape[0], -1).transpose(0, 1), shape[2:], **self._window)
 
     def _has_few_positions(self, shape: torch.Size, weight: Tensor) -> bool:
-        is_usual = weight.device.type == "cpu" and weight.dtype == torch.float32 and self.groups == 1 and self.padding_mode == "zeros"
+        is_usual = weight.device.type == "cpu" and weight.dtype == torch.float32 and self.groups == 1
         return is_usual and shape[0] * self._result_size(shape).numel() <= FEW_POSITIONS
 
     def _result_size(self, shape: torch.Size) -> torch.Size:
@@ -75,8 +76,14 @@ class FrozenConv2d(FrozenLayer, nn.Conv2d):
         return {"kernel_size": self.kernel_size, "dilation": self.dilation, "padding": self.padding, "stride": self.stride}
 
 
+def can_be_frozen(layer: nn.Module) -> bool:
+    """Whether the layer's weights do not learn, and its padding is none of those with which gradients are not those of zeros."""
+    is_odd = isinstance(layer, nn.Conv2d) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str))
+    return not layer.weight.requires_grad and not is_odd
+
+
 def freeze_convolutions(model: nn.Module) -> None:
-    """From now on the model's convolutions keep nothing of their input: those whose weights do not learn and whose class is torch's own."""
+    """From now on the model's convolutions keep nothing of their input; those that learn or are of a class of their own do."""
     for layer in model.modules():
-        if type(layer) is nn.Conv2d and not layer.weight.requires_grad:
+        if type(layer) is nn.Conv2d and can_be_frozen(layer):
             layer.__class__ = FrozenConv2d  # in place: hooks and whatever else is attached to the layer stay

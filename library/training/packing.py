@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from library.training.frozen import FrozenConv2d, FrozenLayer
+from library.training.frozen import FrozenConv2d, FrozenLayer, can_be_frozen
 
 FP8 = torch.float8_e4m3fn
 BLOCK = 64  # weights of nf4 that share a factor
@@ -118,7 +118,7 @@ def pack_weights(model: nn.Module, name: str, device: torch.device | None = None
     Layers with trainable weights, and those of a class of their own, are left alone. device: where packed weights go, a layer
     at a time; None: they stay where they are. Returns the bytes saved.
     """
-    layers = [layer for layer in model.modules() if type(layer) in CLASSES and not layer.weight.requires_grad]
+    layers = [layer for layer in model.modules() if type(layer) in CLASSES and can_be_frozen(layer)]
     return sum(pack_layer(layer, name, device) for layer in layers)
 
 

@@ -12,6 +12,7 @@ from library.data.dataset import TrainingDataset
 from library.sd.small import small_stable_diffusion
 from library.training import run as run_module
 from library.training.contradictions import contradictions
+from library.training.frozen import FrozenConv2d
 from library.training.memory import free_what_rests, pack_frozen_weights
 from library.training.options import parse_options
 from library.training.packing import PackedConv2d, PackedLinear
@@ -49,6 +50,13 @@ def test_fused_and_packed_and_compiled_runs_do_as_the_plain_one(run, trainers, c
     assert "frozen weights in fp8" in capsys.readouterr().out
     ups = [torch.cat([t.flatten() for k, t in tensors.items() if "lora_up" in k]) for tensors in (plain, other)]
     assert torch.cosine_similarity(*ups, dim=0) > 0.5 and not torch.equal(*ups)
+
+
+def test_a_run_freezes_its_convolutions_unless_a_compiler_does_more(run, trainers, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, backend: None)
+    for words in ([], ["--torch_compile", "--dynamo_backend=eager"]):
+        run(*QUICK, *words)
+    assert [type(trainer.model.unet.conv_in) is FrozenConv2d for trainer in trainers] == [True, False]
 
 
 def test_fp8_base_unet_leaves_the_text_encoder(capsys):

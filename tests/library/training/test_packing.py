@@ -13,7 +13,7 @@ from library.training.contradictions import contradictions
 from library.training.estimates import base_formats, fixed_bytes, frozen_bytes
 from library.training.options import parse_options
 from library.training.packing import FORMATS, NF4, PackedConv2d, PackedLinear, pack_layer, pack_weights
-from networks.lora import create_network
+from networks.lora import LoRAModule, create_network
 from tests.library.training.small_runs import picture_folder, tensors_of, train, two_blocks, use_two_blocks, words_of_a_run
 
 NEEDED = ["--pretrained_model_name_or_path=m", "--train_data_dir=d", "--output_dir=o", "--network_module=networks.lora"]
@@ -98,8 +98,8 @@ def test_a_packed_model_is_smaller_and_says_nearly_the_same(unet, name, share, e
 
 @pytest.mark.parametrize("layer, shape, kind", [
     (nn.Linear(16, 24), (2, 5, 16), PackedLinear),
-    (nn.Conv2d(4, 6, 3, stride=2, padding=1), (2, 4, 9, 9), PackedConv2d),
-    (nn.Conv2d(4, 6, 1, bias=False), (1, 4, 5, 5), PackedConv2d),
+    (nn.Conv2d(4, 6, 3, stride=2, padding=1), (2, 4, 16, 16), PackedConv2d),
+    (nn.Conv2d(4, 6, 1, bias=False), (1, 4, 9, 9), PackedConv2d),
 ])  # fmt: skip
 def test_gradients_to_the_input_are_those_of_the_unpacked_weight_and_nothing_is_kept_for_them(layer, shape, kind):
     layer = copy.deepcopy(layer).requires_grad_(False)
@@ -112,11 +112,29 @@ def test_gradients_to_the_input_are_those_of_the_unpacked_weight_and_nothing_is_
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         y = layer(x)
     twin.weight.requires_grad_(False)
-    assert not kept
-    torch.testing.assert_close(y, twin(x))
+    assert not kept and torch.equal(y, twin(x))
     direction = torch.randn_like(y)
     ours, plain = (torch.autograd.grad(module(x), x, direction)[0] for module in (layer, twin))
-    torch.testing.assert_close(ours, plain)
+    assert torch.equal(ours, plain)
+
+
+@pytest.mark.parametrize("layer, shape", [(nn.Linear(16, 24), (2, 5, 16)), (nn.Conv2d(4, 6, 1), (2, 4, 5, 5))])
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_lora_on_a_packed_layer_has_the_gradients_of_the_unpacked_weight(layer, shape, name):
+    layer = copy.deepcopy(layer).requires_grad_(False)
+    pack_layer(layer, name)
+    twin = nn.Linear(16, 24) if isinstance(layer, nn.Linear) else nn.Conv2d(4, 6, 1)
+    twin.weight, twin.bias = nn.Parameter(layer.weight, requires_grad=False), layer.bias
+    lora = LoRAModule("lora", twin, 4, 4)
+    nn.init.normal_(lora.lora_up.weight)
+    lora.attach(layer)
+    results = []
+    for formula in (layer, lambda x: twin(x) + lora(x)):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        y = formula(x)
+        results.append((y, *torch.autograd.grad(y.square().sum(), [x, *lora.parameters()])))
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
 
 
 def test_what_is_attached_stays_and_what_learns_is_left_alone():
