@@ -277,7 +277,9 @@ def _is_one_matrix(layer: Layer) -> bool:
     is_frozen_layer = forward is not None and hasattr(layer, "gradient_to_input")  # of library/training/frozen.py
     if forward not in (nn.Linear.forward, nn.Conv2d.forward) and not is_frozen_layer:
         return False
-    return isinstance(layer, nn.Linear) or (layer.kernel_size, layer.stride, layer.padding, layer.groups) == ((1, 1), (1, 1), (0, 0), 1)
+    if isinstance(layer, nn.Linear):
+        return True
+    return (layer.kernel_size, layer.stride, layer.padding, layer.groups) == ((1, 1), (1, 1), (0, 0), 1)
 
 
 def _expanded(weight: Tensor, batch: Tensor) -> Tensor:

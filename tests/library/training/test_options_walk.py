@@ -85,11 +85,11 @@ BY_TEST: dict[str, dict[str, str]] = {
     },
     "library/training/test_packing.py": {"test_formats_by_option": "base_dtype"},
     "library/training/test_checkpointing.py": {
-        "test_a_run_with_a_budget_checkpoints_what_it_must_and_learns_the_same": "gradient_checkpointing_budget"
+        "test_a_run_with_a_budget_checkpoints_what_it_must_and_learns_the_same": "gradient_checkpointing gradient_checkpointing_budget"
     },
     "library/training/test_option_runs.py": {
         "test_fused_and_packed_and_compiled_runs_do_as_the_plain_one": (
-            "fp8_base torch_compile dynamo_backend gradient_checkpointing fused_backward_pass"
+            "fp8_base torch_compile dynamo_backend fused_backward_pass"
         ),
         "test_models_go_straight_to_the_device_in_the_format_of_the_arithmetic": "vae",
         "test_fp8_base_unet_leaves_the_text_encoder": "fp8_base_unet",
