@@ -103,12 +103,14 @@ def alone(place, base_model):
 
     def start(name: str, *more: str):
         AcceleratorState._reset_state(reset_partial_state=True)
-        made, original = [], run_module.prepare
+        made, original, threads = [], run_module.prepare, torch.get_num_threads()
+        torch.set_num_threads(1)  # as each of two has on two cores: sums in another order make other last digits, and Adam divides by them
         run_module.prepare = lambda *a: made.append(original(*a)) or made[-1]
         try:
             assert run_module.train(parse_options(words(place, base_model, name, *more, "--gradient_accumulation_steps=2"))) == 0
         finally:
             run_module.prepare = original
+            torch.set_num_threads(threads)
         return made[0]
 
     return start
