@@ -30,8 +30,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "library" / "training")]
 os.environ["OMP_NUM_THREADS"] = "1"  # threads would not survive the fork
 
 import torch  # noqa: E402
-import tqdm  # noqa: E402
 from small_runs import picture_folder, tensors_of, use_two_blocks, words_of_a_run  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 from library.errors import UserError  # noqa: E402
 from library.processes import Processes  # noqa: E402
@@ -114,7 +114,7 @@ def fork(trainer: Trainer, folder: Path, log: Path, **fatal: int | None) -> int:
     number = os.fork()
     if number == 0:
         torch.set_num_threads(1)
-        tqdm.tqdm.set_lock(threading.RLock())  # its own lock is shared with all children, and stays taken where one dies holding it
+        tqdm.set_lock(threading.RLock())  # its own lock is shared with all children, and stays taken where one dies holding it
         silence = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silence, 1)
         os.dup2(silence, 2)

@@ -305,6 +305,7 @@ def copy_seconds(folder: Path) -> float:
 
 
 def clear(folder: Path) -> None:
+    """Make the folder for what is made anew, so that nothing is replaced."""
     shutil.rmtree(folder / MADE, ignore_errors=True)
     (folder / MADE).mkdir()
 
