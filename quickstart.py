@@ -83,7 +83,9 @@ def check_python():
             "(or: conda create -n lora python=3.12) and run quickstart.py with it" % found
         )
     if sys.maxsize < 2**32:
-        raise Problem("this is a 32-bit Python, and PyTorch needs 64 bits; get a 64-bit one from https://www.python.org/downloads/")
+        raise Problem(
+            "this is a 32-bit Python, and PyTorch needs 64 bits; get a 64-bit one from https://www.python.org/downloads/"
+        )
 
 
 def run(mode, arguments):
@@ -194,9 +196,13 @@ def make_venv():
         import ensurepip  # noqa: F401  (Debian and Ubuntu ship Python without it)
         import venv
     except ImportError:
-        raise Problem("this Python has no venv; on Debian and Ubuntu run: sudo apt install python%d.%d-venv" % sys.version_info[:2])
+        raise Problem(
+            "this Python has no venv; on Debian and Ubuntu run: sudo apt install python%d.%d-venv" % sys.version_info[:2]
+        )
     if Path(sys.prefix).resolve() == VENV.resolve():
-        raise Problem("%s must be made anew and cannot be while its own Python runs; run quickstart.py with the system's Python" % VENV)
+        raise Problem(
+            "%s must be made anew and cannot be while its own Python runs; run quickstart.py with the system's Python" % VENV
+        )
     print("Making %s with Python %s" % (VENV, sys.version.split()[0]), flush=True)
     try:
         venv.create(str(VENV), with_pip=True, clear=True, symlinks=os.name != "nt")
@@ -237,7 +243,13 @@ def compile_imports():
     """
     print("  compiling", flush=True)
     program = "import library.training.run; from library.imports import import_model_libraries; import_model_libraries()"
-    subprocess.call([str(VENV_PYTHON), "-c", program], cwd=str(ROOT), env=child_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.call(
+        [str(VENV_PYTHON), "-c", program],
+        cwd=str(ROOT),
+        env=child_environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
 
 
 class Progress:
@@ -295,7 +307,7 @@ def cause_of_failure(log):
     if "Permission denied" in log or "[WinError 5]" in log:
         return "%s may not be written to; close what uses it, check its rights and run this again" % VENV
     errors = [line.strip() for line in log.splitlines() if line.lower().startswith("error:")]
-    return "pip failed: %s" % (errors[-1][len("error:"):].strip() if errors else "see its output")
+    return "pip failed: %s" % (errors[-1][len("error:") :].strip() if errors else "see its output")
 
 
 if __name__ == "__main__":

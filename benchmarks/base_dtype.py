@@ -149,7 +149,10 @@ def write(sections: dict[str, list[str]], out: Path) -> None:
 
 
 def memory_table(names: list[str]) -> list[str]:
-    lines = ["| format | U-Net, MB | text encoder, MB | bits a number of the U-Net | estimate, GiB |", "|---|---:|---:|---:|---:|"]
+    lines = [
+        "| format | U-Net, MB | text encoder, MB | bits a number of the U-Net | estimate, GiB |",
+        "|---|---:|---:|---:|---:|",
+    ]
     numbers = model_bytes(PLAIN)[0] / 2
     for name in [PLAIN, *names]:
         unet, text = model_bytes(name)
@@ -182,7 +185,9 @@ def training_table(names: list[str], seeds: list[int], steps: int) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=FORMATS)

@@ -61,7 +61,9 @@ def measure(case: Case, share: float | None, folder: Path, steps: int) -> dict[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--precision", default="no", choices=["no", "bf16", "fp16"])
@@ -83,7 +85,15 @@ def main() -> None:
             make_model(folder, arguments.small)
         if not (folder / f"{case.size}px").exists():
             make_pictures(folder / f"{case.size}px", case.size)
-        lines = ["# benchmarks/checkpointing.py", "", __doc__.split("\n\n", 2)[2].strip(), "", f"{case.label()}; {conditions()}.", "", *HEAD]
+        lines = [
+            "# benchmarks/checkpointing.py",
+            "",
+            __doc__.split("\n\n", 2)[2].strip(),
+            "",
+            f"{case.label()}; {conditions()}.",
+            "",
+            *HEAD,
+        ]
         for name in SHARES:
             words = [sys.executable, __file__, *sys.argv[1:], f"--measure={name}", f"--folder={folder}"]
             done = subprocess.run(words, capture_output=True, encoding="utf-8", cwd=ROOT)

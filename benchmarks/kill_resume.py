@@ -97,7 +97,9 @@ class Child:
             return write(path, content)
 
         def audit(event: str, arguments: tuple) -> None:
-            if event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree") and str(self.folder) in str(arguments[0]):
+            if event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree") and str(self.folder) in str(
+                arguments[0]
+            ):
                 count["operation"] += 1
                 if count["operation"] == fatal_operation:
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -211,7 +213,9 @@ def experiment(base: Path, kills: int) -> dict:
                 halves += any(folder.glob(".mine*-state.*"))
                 found = whole_step(folder)
                 if found < max(reached, saved):
-                    raise SystemExit(f"after a kill by {how} the newest whole state is that of step {found}, but {saved} was saved")
+                    raise SystemExit(
+                        f"after a kill by {how} the newest whole state is that of step {found}, but {saved} was saved"
+                    )
                 lost.append(found - max(reached, saved))
                 reached = found
         if not same(content(folder), expected):

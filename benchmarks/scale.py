@@ -114,7 +114,9 @@ def shares(dataset: TrainingDataset, world: int) -> dict[str, float]:
         sizes.append(len(positions))
         pictures.append(len(rows))
     assert (used == 1).all(), "each picture is used once"
-    areas = np.array([width * height for width, height in (bucket.size for bucket in dataset.table.buckets)])[dataset.table.bucket]
+    areas = np.array([width * height for width, height in (bucket.size for bucket in dataset.table.buckets)])[
+        dataset.table.bucket
+    ]
     by_batch = np.array([areas[order[position]].sum() for position in range(len(order))], dtype=np.float64)
     steps = by_batch[: len(by_batch) // world * world].reshape(-1, world)
     return {
@@ -152,7 +154,9 @@ def shares_text(found: dict[str, Any], world: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--pictures", type=int, nargs="+", default=[100, 10_000, 1_000_000])
     parser.add_argument("--processes", type=int, default=64)
     parser.add_argument("--out", type=Path, default=RESULTS)

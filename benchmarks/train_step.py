@@ -217,7 +217,11 @@ def measure_floor(case: Case, folder: Path, steps: int) -> dict[str, float]:
     from library.sd.parts import empty_unet
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    unet = empty_unet(json.loads((folder / "unet.json").read_text(encoding="utf-8"))).to(DTYPES[case.precision]).to_empty(device=device)
+    unet = (
+        empty_unet(json.loads((folder / "unet.json").read_text(encoding="utf-8")))
+        .to(DTYPES[case.precision])
+        .to_empty(device=device)
+    )
     for parameter in unet.requires_grad_(False).parameters():
         torch.nn.init.uniform_(parameter, -0.05, 0.05)
     if "checkpointing" in case.kind:
@@ -387,7 +391,9 @@ def measure_all(arguments: argparse.Namespace, folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--precisions", nargs="+", default=["no"], choices=["no", "bf16", "fp16"])

@@ -97,7 +97,9 @@ class Refused:
 
     def is_harmless(self, name: str, value: Any) -> bool:
         """Whether a config file may hold this: switched off, or at the default that graphical front ends write out."""
-        return value in (False, "", 0, []) or name in self.of_front_ends or (name in self.harmless and self.harmless[name] == value)
+        return (
+            value in (False, "", 0, []) or name in self.of_front_ends or (name in self.harmless and self.harmless[name] == value)
+        )
 
 
 def parse(options_class: type[OptionsT], arguments: list[str], description: str, refused: Refused = Refused()) -> OptionsT:

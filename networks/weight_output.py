@@ -232,9 +232,7 @@ class _Record:
         self.of = of
 
 
-def _write_pickled(
-    stream: _Flusher, names: Sequence[str], plan: Plan, contents: Contents, numbers: Mapping[str, Any]
-) -> None:
+def _write_pickled(stream: _Flusher, names: Sequence[str], plan: Plan, contents: Contents, numbers: Mapping[str, Any]) -> None:
     """The archive that torch.save writes, of {"state_dict": tensors, **numbers}; torch.save itself wants all tensors at once."""
     if strange := [name for name in names if plan[name][1] not in _STORAGES]:
         raise ValueError(f"{strange[0]} is {plan[strange[0]][1]}, which .ckpt has no place for; save it as .safetensors")

@@ -22,7 +22,18 @@ PLATFORMS = ("linux", "win32", "darwin")
 IMPORT_TO_PACKAGE = {"cv2": "opencv-python-headless", "PIL": "pillow"}
 # huggingface_hub comes with diffusers and transformers, whose pins choose its version for each Python.
 # packaging comes with transformers and accelerate; the doctor does without it.
-OPTIONAL = {"huggingface_hub", "packaging", "resvg_py", "xformers", "wandb", "lion_pytorch", "dadaptation", "prodigyopt", "schedulefree", "lycoris"}
+OPTIONAL = {
+    "huggingface_hub",
+    "packaging",
+    "resvg_py",
+    "xformers",
+    "wandb",
+    "lion_pytorch",
+    "dadaptation",
+    "prodigyopt",
+    "schedulefree",
+    "lycoris",
+}
 
 
 @pytest.fixture
@@ -202,7 +213,19 @@ def test_ci_runs_the_test_command_and_passes_its_failure_on(tmp_path):
 def test_a_run_in_which_no_test_passed_fails(tmp_path, content):
     (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text(encoding="utf-8"), encoding="utf-8")
     (tmp_path / "test_it.py").write_text(content, encoding="utf-8")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", "--rootdir", str(tmp_path), str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-n",
+        "0",
+        "--rootdir",
+        str(tmp_path),
+        str(tmp_path),
+    ]
     assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode != 0
 
 

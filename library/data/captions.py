@@ -122,7 +122,7 @@ def _split(caption: str, subset: SubsetConfig) -> tuple[list[str], list[str], li
         head, flexible, tail = (_pieces(part, subset) for part in [*parts, ""][:3])
         return head, flexible, tail
     pieces = _pieces(caption, subset)
-    return pieces[: subset.keep_tokens], pieces[subset.keep_tokens:], []
+    return pieces[: subset.keep_tokens], pieces[subset.keep_tokens :], []
 
 
 def _pieces(text: str, subset: SubsetConfig) -> list[str]:
@@ -150,9 +150,7 @@ def caption_is_fixed(subset: SubsetConfig) -> bool:
 
 
 def _has_one_text(subset: SubsetConfig) -> bool:
-    return not (
-        subset.shuffle_caption or subset.enable_wildcard or subset.token_warmup_step or subset.caption_tag_dropout_rate
-    )
+    return not (subset.shuffle_caption or subset.enable_wildcard or subset.token_warmup_step or subset.caption_tag_dropout_rate)
 
 
 def caption_variants(caption: str, subset: SubsetConfig) -> tuple[str, ...] | None:
@@ -166,6 +164,12 @@ def caption_variants(caption: str, subset: SubsetConfig) -> tuple[str, ...] | No
 
 def count_tags(captions: Iterable[str]) -> dict[str, int]:
     """Pieces between commas, in lower case, with the number of times they occur (`ss_tag_frequency`)."""
-    return dict(Counter(
-        tag for caption in captions for line in caption.split("\n") for piece in line.split(",") if (tag := piece.strip().lower())
-    ))
+    return dict(
+        Counter(
+            tag
+            for caption in captions
+            for line in caption.split("\n")
+            for piece in line.split(",")
+            if (tag := piece.strip().lower())
+        )
+    )

@@ -28,7 +28,14 @@ from library.data.config_keys import (
 from library.data.folders import check_pictures, picture_subsets
 from library.errors import Problems, UserError, UserErrors, unknown
 
-__all__ = ["DatasetConfig", "DatasetDefaults", "SubsetConfig", "datasets_from_file", "datasets_from_folders", "datasets_from_metadata"]
+__all__ = [
+    "DatasetConfig",
+    "DatasetDefaults",
+    "SubsetConfig",
+    "datasets_from_file",
+    "datasets_from_folders",
+    "datasets_from_metadata",
+]
 
 log = logging.getLogger(__name__)
 
@@ -190,13 +197,17 @@ def _refuse_mixture(tables: list[dict], place: str) -> None:
     """Pictures of a metadata file and those of a folder come from different worlds."""
     with_file = [number for number, table in enumerate(tables, start=1) if "metadata_file" in table]
     if 0 < len(with_file) < len(tables):
-        raise UserError(f"{place}: {_SUBSET} {with_file[0]} has a metadata_file and others have none; make two {_DATASET} of them")
+        raise UserError(
+            f"{place}: {_SUBSET} {with_file[0]} has a metadata_file and others have none; make two {_DATASET} of them"
+        )
 
 
 def _refuse_what_metadata_says(table: dict[str, Any], where: str) -> None:
     keys = [key for key in NOT_WITH_METADATA if key in table]
     if keys:
-        raise UserErrors([f"{where}: {key} has no place beside metadata_file, which says what the pictures are; take it out" for key in keys])
+        raise UserErrors(
+            [f"{where}: {key} has no place beside metadata_file, which says what the pictures are; take it out" for key in keys]
+        )
 
 
 def _refuse_wrong_keys(table: dict[str, Any], allowed: Collection[str], place: str) -> None:
@@ -230,8 +241,10 @@ def _existing(given: Path, path: Path, where: str, key: str) -> Path:
             kind = "is a folder; give the .json file" if is_file else "is a file; give the folder that it lies in"
             raise UserError(f"{where}: {key} = {given} {kind}")
     if any(ord(letter) < 32 for letter in str(given)):
-        raise UserError(f"{where}: {key} = {str(given)!r}: \"\\t\" and the like are control characters in TOML; write the "
-                        "path in 'single quotes' or with forward slashes")
+        raise UserError(
+            f'{where}: {key} = {str(given)!r}: "\\t" and the like are control characters in TOML; write the '
+            "path in 'single quotes' or with forward slashes"
+        )
     looked = str(given) if given.is_absolute() else f"{Path.cwd() / given} or {beside.absolute()}"
     raise UserError(f"{where}: {key} = {given}: there is no {'file' if is_file else 'folder'} {looked}")
 
@@ -242,8 +255,10 @@ def _refuse_twins(subsets: list[SubsetConfig], place: str) -> None:
         key = "metadata_file" if subset.metadata_file else "image_dir"
         real = os.path.normcase(os.path.realpath(getattr(subset, key)))
         if real in seen:
-            raise UserError(f"{place}: {_SUBSET} {seen[real]} and {number} have the same {key} {getattr(subset, key)}; raise "
-                            f"num_repeats of one instead, or put them in two {_DATASET}")
+            raise UserError(
+                f"{place}: {_SUBSET} {seen[real]} and {number} have the same {key} {getattr(subset, key)}; raise "
+                f"num_repeats of one instead, or put them in two {_DATASET}"
+            )
         seen[real] = number
 
 
@@ -263,8 +278,12 @@ def _dataset(values: dict[str, Any], subsets: list[SubsetConfig], where: str) ->
     dataset = _complete(DatasetConfig, {**own, "subsets": tuple(subsets)}, where)
     given, used = (dataset.min_bucket_reso, dataset.max_bucket_reso), dataset.bucket_bounds
     if dataset.enable_bucket and not dataset.bucket_no_upscale and given != used:
-        log.warning("%s: min_bucket_reso and max_bucket_reso %d and %d are no multiples of bucket_reso_steps; %d and %d are used",
-                    where, *given, *used)
+        log.warning(
+            "%s: min_bucket_reso and max_bucket_reso %d and %d are no multiples of bucket_reso_steps; %d and %d are used",
+            where,
+            *given,
+            *used,
+        )
     return dataset
 
 

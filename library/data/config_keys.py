@@ -168,8 +168,10 @@ def optional_keys(name: str, keys: tuple[str, ...], base: type[BaseModel] = _Fro
 
 # How the words of the checks above read on the command line.
 AS_OPTION = {
-    "[640, 448] (width, height)": "640,448 (width,height)", "[2.0, 4.0]": "2.0,4.0",
-    ", without quotes": "", " without quotes": "",
+    "[640, 448] (width, height)": "640,448 (width,height)",
+    "[2.0, 4.0]": "2.0,4.0",
+    ", without quotes": "",
+    " without quotes": "",
 }
 
 

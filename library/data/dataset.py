@@ -158,8 +158,12 @@ class TrainingDataset(Dataset):
 
     def _caption(self, row: int, rng: random.Random, epoch: int, position: int) -> str:
         return process_caption(
-            self.table.captions[row], self.table.config(row), rng,
-            epoch=epoch, step=self.step_of(epoch, position), max_train_steps=self.max_train_steps,
+            self.table.captions[row],
+            self.table.config(row),
+            rng,
+            epoch=epoch,
+            step=self.step_of(epoch, position),
+            max_train_steps=self.max_train_steps,
         )
 
     def _picture(self, row: int, rng: random.Random) -> tuple[Tensor | np.ndarray, Tensor | None]:

@@ -79,8 +79,9 @@ def check_pictures(folder: Path, caption_extension: str, where: str) -> None:
     unread = [name for name in names if os.path.splitext(name)[1].lower() in UNREAD_SUFFIXES]
     if unread:
         more = f" and {len(unread) - NAMED_AT_MOST} more" if len(unread) > NAMED_AT_MOST else ""
-        log.warning("%s: pictures left out: %s%s; convert them to one of %s",
-                    folder, ", ".join(unread[:NAMED_AT_MOST]), more, suffixes)
+        log.warning(
+            "%s: pictures left out: %s%s; convert them to one of %s", folder, ", ".join(unread[:NAMED_AT_MOST]), more, suffixes
+        )
     _warn_of_other_captions(folder, names, images, caption_extension)
 
 
@@ -93,9 +94,16 @@ def _warn_of_other_captions(folder: Path, names: list[str], images: list[str], e
     for other in (".txt", ".caption"):
         count = sum(stem + other in files for stem in stems)
         if count and other != extension:
-            log.warning('%s: no picture has a %s file, but %d have a %s file, which is NOT used; if these are the captions, '
-                        'give --caption_extension=%s, or caption_extension = "%s" in the dataset file',
-                        folder, extension, count, other, other, other)
+            log.warning(
+                "%s: no picture has a %s file, but %d have a %s file, which is NOT used; if these are the captions, "
+                'give --caption_extension=%s, or caption_extension = "%s" in the dataset file',
+                folder,
+                extension,
+                count,
+                other,
+                other,
+                other,
+            )
 
 
 @dataclass(frozen=True)
@@ -115,12 +123,15 @@ def picture_subsets(parent: Path, option: str) -> list[FolderSubset]:
     Raises UserError if the folder is missing or holds no picture.
     """
     if not parent.is_dir():
-        raise UserError(f"{option}={parent}: {'this is a file, not a folder' if parent.exists() else 'no such folder'}; "
-                        f"looked in {Path.cwd()}")
+        raise UserError(
+            f"{option}={parent}: {'this is a file, not a folder' if parent.exists() else 'no such folder'}; "
+            f"looked in {Path.cwd()}"
+        )
     found = [FolderSubset(parent)] if _has_images(parent) else []
     if found and _repeats_and_class(parent.resolve().name):
-        log.warning("%s=%s: a name such as 10_cat counts for subfolders only; give the folder above to have it count",
-                    option, parent)
+        log.warning(
+            "%s=%s: a name such as 10_cat counts for subfolders only; give the folder above to have it count", option, parent
+        )
     others = []
     for folder in _subfolders(parent):
         rule = _repeats_and_class(folder.name)
@@ -137,17 +148,22 @@ def picture_subsets(parent: Path, option: str) -> list[FolderSubset]:
     if plain and found:
         log.warning("%s: left out, since not named <repeats>_<class> (such as 10_cat): %s", parent, names)
     elif plain:
-        log.warning("%s: no subfolder is named <repeats>_<class> (such as 10_cat); all with pictures are used, "
-                    "without a class: %s", parent, names)
+        log.warning(
+            "%s: no subfolder is named <repeats>_<class> (such as 10_cat); all with pictures are used, without a class: %s",
+            parent,
+            names,
+        )
         found = [FolderSubset(folder) for folder in plain]
     if not found:
-        raise UserError(f"{option}={parent}: no picture found, neither in the folder nor in its subfolders; "
-                        f"files ending in {' '.join(image_suffixes())} count")
+        raise UserError(
+            f"{option}={parent}: no picture found, neither in the folder nor in its subfolders; "
+            f"files ending in {' '.join(image_suffixes())} count"
+        )
     return found
 
 
 def _repeats_and_class(name: str) -> tuple[int, str] | None:
-    """"20_sks_dog girl" is (20, "sks_dog girl"); None for a name that does not start with a whole number and "_"."""
+    """ "20_sks_dog girl" is (20, "sks_dog girl"); None for a name that does not start with a whole number and "_"."""
     first, _, rest = name.partition("_")
     try:
         return int(first), rest

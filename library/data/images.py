@@ -128,7 +128,10 @@ def size_of(path: Path) -> tuple[int, int]:
     with open_picture(path) as image:
         width, height = image.size
         turned = turn_of(image) in (
-            Image.Transpose.TRANSPOSE, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_270,
+            Image.Transpose.TRANSPOSE,
+            Image.Transpose.TRANSVERSE,
+            Image.Transpose.ROTATE_90,
+            Image.Transpose.ROTATE_270,
         )
     return (height, width) if turned else (width, height)
 
@@ -188,9 +191,9 @@ def fit(
         interpolation = "area" if shrinks else "lanczos"
     left, top = corner
     if resized == (width, height):
-        pixels = rgb[top:top + size[1], left:left + size[0]]
+        pixels = rgb[top : top + size[1], left : left + size[0]]
     elif interpolation == "area" and shrinks:
-        pixels = cv2.resize(rgb, resized, interpolation=cv2.INTER_AREA)[top:top + size[1], left:left + size[0]]
+        pixels = cv2.resize(rgb, resized, interpolation=cv2.INTER_AREA)[top : top + size[1], left : left + size[0]]
     else:
         # Averaging over areas has no meaning where a side grows; OpenCV interpolates linearly there, and so do we.
         method = PILLOW_FILTERS["linear" if interpolation == "area" else interpolation]

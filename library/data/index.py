@@ -42,9 +42,11 @@ class Pictures:
 
 def in_threads(work: Callable, items: Sequence, progress: str, chunk: int = CHUNK, workers: int | None = None) -> Iterable:
     """work(item) for each item, in order, from threads; a progress bar appears after a second."""
-    chunks = [items[start:start + chunk] for start in range(0, len(items), chunk)]
-    with ThreadPoolExecutor(workers or min(32, 4 * (os.cpu_count() or 1))) as pool, \
-            tqdm(total=len(items), desc=progress, unit=" files", delay=1.0) as bar:
+    chunks = [items[start : start + chunk] for start in range(0, len(items), chunk)]
+    with (
+        ThreadPoolExecutor(workers or min(32, 4 * (os.cpu_count() or 1))) as pool,
+        tqdm(total=len(items), desc=progress, unit=" files", delay=1.0) as bar,
+    ):
         try:
             for results in pool.map(lambda part: [work(item) for item in part], chunks):
                 bar.update(len(results))
@@ -108,7 +110,7 @@ def index_pictures(sources: Mapping[Path, tuple[Path, list[str]]], on_bad_image:
 
     index, start = {}, 0
     for source, (folder, names) in sources.items():
-        own = results[start:start + len(names)]
+        own = results[start : start + len(names)]
         start += len(own)
         good = [(name, size) for name, size in zip(names, own) if not isinstance(size, str)]
         sizes = np.array([size for _, size in good], dtype=np.int32).reshape(-1, 2)

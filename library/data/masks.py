@@ -34,10 +34,14 @@ def check_masks(configs: Sequence[DatasetConfig], masked_loss: bool) -> None:
                 "ControlNets are not trained here"
             )
         if subset.alpha_mask:
-            raise UserError(f"the subset {subset.image_dir} has alpha_mask and conditioning_data_dir; take its masks from one of them")
+            raise UserError(
+                f"the subset {subset.image_dir} has alpha_mask and conditioning_data_dir; take its masks from one of them"
+            )
     if masked_loss and not any(is_masked(subset) for subset in subsets):
-        raise UserError("--masked_loss: no subset has masks; give --conditioning_data_dir, write conditioning_data_dir into a subset of "
-                        "the dataset file, or take the alpha channel with --alpha_mask")
+        raise UserError(
+            "--masked_loss: no subset has masks; give --conditioning_data_dir, write conditioning_data_dir into a subset of "
+            "the dataset file, or take the alpha channel with --alpha_mask"
+        )
 
 
 def find_masks(subset: SubsetConfig, names: Sequence[str], sizes: np.ndarray) -> list[Path]:
@@ -58,7 +62,9 @@ def find_masks(subset: SubsetConfig, names: Sequence[str], sizes: np.ndarray) ->
         found.append(mask)
     if missing:
         named = ", ".join(missing[:NAMED_AT_MOST]) + (", ..." if len(missing) > NAMED_AT_MOST else "")
-        raise UserError(f"{len(missing)} pictures have no mask of their name in {folder} ({named}); add white ones where all counts")
+        raise UserError(
+            f"{len(missing)} pictures have no mask of their name in {folder} ({named}); add white ones where all counts"
+        )
     for mask, (width, height) in zip(found, sizes.tolist()):
         _check_shape(mask, width, height)
     return found
@@ -70,7 +76,9 @@ def _check_shape(mask: Path, width: int, height: int) -> None:
     except BadPicture as error:
         raise UserError(f"mask {mask}: {error}") from error
     if abs(mask_width / mask_height / (width / height) - 1) > 0.02:
-        raise UserError(f"mask {mask} has {mask_width} x {mask_height} pixels and its picture {width} x {height}: their shapes differ")
+        raise UserError(
+            f"mask {mask} has {mask_width} x {mask_height} pixels and its picture {width} x {height}: their shapes differ"
+        )
 
 
 def decode_mask(content: bytes, path: Path) -> np.ndarray:

@@ -12,7 +12,7 @@ from library.data.table import PictureTable
 def shuffler(*parts: object) -> np.random.RandomState:
     """A generator seeded with the given values. RandomState's numbers are the same in every version of NumPy."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return np.random.RandomState([int.from_bytes(digest[i:i + 4], "little") for i in range(0, 32, 4)])
+    return np.random.RandomState([int.from_bytes(digest[i : i + 4], "little") for i in range(0, 32, 4)])
 
 
 class EpochOrder:
@@ -26,7 +26,7 @@ class EpochOrder:
 
     def __getitem__(self, position: int) -> np.ndarray:
         batch = self.sequence[position]
-        return self.rows[self.ends[batch - 1] if batch else 0:self.ends[batch]]
+        return self.rows[self.ends[batch - 1] if batch else 0 : self.ends[batch]]
 
 
 class EpochPlanner:

@@ -162,7 +162,11 @@ def _captions(subset: SubsetConfig, pictures: Pictures, metadata: dict[Path, Met
     if missing:
         log.warning(
             "%s: %d of %d pictures have no %s file and the subset has no class_tokens (%s first); their caption is empty",
-            subset.image_dir, len(missing), len(found), subset.caption_extension, missing[0],
+            subset.image_dir,
+            len(missing),
+            len(found),
+            subset.caption_extension,
+            missing[0],
         )
     return [caption or "" for caption in found]
 
@@ -179,9 +183,7 @@ def _place(
     _name_misfits([(name, key, places[key]) for name, key in zip(names, keys) if not places[key].fits])
     buckets = sorted({Bucket(key[0], place.bucket) for key, place in places.items()}, key=lambda b: (b.dataset, b.size))
     number = {bucket: position for position, bucket in enumerate(buckets)}
-    rows = {
-        key: (number[Bucket(key[0], place.bucket)], *place.resized, *place.crop) for key, place in places.items()
-    }
+    rows = {key: (number[Bucket(key[0], place.bucket)], *place.resized, *place.crop) for key, place in places.items()}
     table = np.array([rows[key] for key in keys], dtype=np.int32).reshape(-1, 5)
     ar_error = np.array([places[key].ar_error for key in keys], dtype=np.float32)
     return buckets, {"bucket": table[:, 0], "resized": table[:, 1:3], "corner": table[:, 3:5], "ar_error": ar_error}
@@ -205,7 +207,7 @@ def _repeats(subsets: list[Subset], dataset: int, held_out: np.ndarray) -> np.nd
     own = [subset for subset in subsets if subset.dataset == dataset]
     repeats = np.concatenate([np.full(s.end - s.start, s.config.num_repeats, dtype=np.int32) for s in own])
     is_reg = np.concatenate([np.full(s.end - s.start, s.config.is_reg) for s in own])
-    held = np.concatenate([held_out[s.start:s.end] for s in own])
+    held = np.concatenate([held_out[s.start : s.end] for s in own])
     repeats[held] = 0
     total = int(repeats[~is_reg].sum(dtype=np.int64))
     if total > MAX_USES:
@@ -221,7 +223,10 @@ def _repeats(subsets: list[Subset], dataset: int, held_out: np.ndarray) -> np.nd
         if unused:
             log.warning(
                 "dataset %d: %d of %d regularisation pictures are not used: %d uses match those of the training pictures",
-                dataset + 1, unused, int(is_reg.sum()), total,
+                dataset + 1,
+                unused,
+                int(is_reg.sum()),
+                total,
             )
     return repeats
 

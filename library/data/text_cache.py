@@ -23,11 +23,11 @@ class TextCache:
         states = None
         with tqdm(total=len(distinct), desc="caching captions", unit=" captions", delay=1.0) as bar:
             for start in range(0, len(distinct), batch_size):
-                part = distinct[start:start + batch_size]
+                part = distinct[start : start + batch_size]
                 encoded = encode(part).detach().cpu()
                 if states is None:  # filled in place: a second copy could be gigabytes
                     states = torch.empty((len(distinct), *encoded.shape[1:]), dtype=encoded.dtype)
-                states[start:start + len(part)] = encoded
+                states[start : start + len(part)] = encoded
                 bar.update(len(part))
         if states is None:
             raise ValueError("no captions to encode")

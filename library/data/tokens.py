@@ -45,6 +45,10 @@ class CaptionTokenizer:
             cure = longer.get(limit, "the rest is not read")
             log.warning(
                 "%d captions are longer than %d tokens and are cut there, such as '%s...' with %d tokens; %s",
-                len(long), limit, long[0][:60], tokens, cure,
+                len(long),
+                limit,
+                long[0][:60],
+                tokens,
+                cure,
             )
         return len(long)

@@ -102,7 +102,7 @@ def _one_line(text: str) -> str:
 
 def _quoted(value: str) -> str:
     """As the web UI does: in double quotes where the value itself holds what separates values."""
-    return json.dumps(value, ensure_ascii=False) if any(mark in value for mark in ",:\n\"") else value
+    return json.dumps(value, ensure_ascii=False) if any(mark in value for mark in ',:\n"') else value
 
 
 def model_hash(path: Path | None) -> str | None:

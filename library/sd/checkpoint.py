@@ -117,7 +117,9 @@ class PickledFile(TensorFile):
         wrapped = content.get("state_dict")
         self._tensors = {str(name): value for name, value in (wrapped if isinstance(wrapped, dict) else content).items()}
         self._tensors = {name: value for name, value in self._tensors.items() if isinstance(value, Tensor)}
-        self.shapes = {name: tuple(value.shape) for name, value in sorted(self._tensors.items(), key=lambda item: _place(item[1]))}
+        self.shapes = {
+            name: tuple(value.shape) for name, value in sorted(self._tensors.items(), key=lambda item: _place(item[1]))
+        }
         self.numbers = {key: content[key] for key in ("epoch", "global_step") if isinstance(content.get(key), int)}
 
     def _read(self, name: str) -> Tensor:

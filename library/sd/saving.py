@@ -53,9 +53,7 @@ def save_stable_diffusion(
 
 def _parts(model: StableDiffusion, dtype: torch.dtype | None) -> Parts:
     weights = {"unet": model.unet.state_dict(), "vae": model.vae.state_dict(), "text_encoder": text_weights(model.text_encoder)}
-    return {
-        part: {name: value.detach().to("cpu", dtype) for name, value in values.items()} for part, values in weights.items()
-    }
+    return {part: {name: value.detach().to("cpu", dtype) for name, value in values.items()} for part, values in weights.items()}
 
 
 def _refuse_nan(parts: Parts, path: Path) -> None:

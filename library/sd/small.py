@@ -32,9 +32,7 @@ def small_stable_diffusion(
     their size: predictions depend on picture, timestep and text. The VAE's 8 x 8 pixels to a latent are as in the real one.
     """
     generator = torch.Generator().manual_seed(seed)
-    unet = empty_unet(
-        unet_config(unet_channels, context_width=text_width, v2=v2, v_parameterization=v_parameterization)
-    )
+    unet = empty_unet(unet_config(unet_channels, context_width=text_width, v2=v2, v_parameterization=v_parameterization))
     vae = empty_vae(vae_config(vae_channels, layers=1))
     text_encoder = empty_text_encoder(text_config(text_width, text_layers, v2=v2))
     for module in (unet, vae, text_encoder):

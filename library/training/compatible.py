@@ -39,7 +39,12 @@ def fingerprint(options: TrainNetworkOptions, table: PictureTable, model: str, p
 
 def early_fingerprint(options: TrainNetworkOptions, table: PictureTable, processes: int) -> dict[str, Any]:
     """The part of it that is known before the model is loaded."""
-    return {"options": option_values(options), "processes": processes, "data": data_digests(table), "settings": data_settings(table)}
+    return {
+        "options": option_values(options),
+        "processes": processes,
+        "data": data_digests(table),
+        "settings": data_settings(table),
+    }
 
 
 def decisive_values(options: TrainNetworkOptions) -> dict[str, Any]:

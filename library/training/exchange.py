@@ -105,7 +105,9 @@ class StepExchange:
     def _fill(self, *, stop: bool = False, failed: bool = False) -> None:
         gradients, flags, tail = self._parts()
         gradients.zero_()
-        pairs = [(place, p.grad.reshape(-1)) for place, p in zip(gradients.split(self._sizes), self.parameters) if p.grad is not None]
+        pairs = [
+            (place, p.grad.reshape(-1)) for place, p in zip(gradients.split(self._sizes), self.parameters) if p.grad is not None
+        ]
         if pairs:
             torch._foreach_copy_(*map(list, zip(*pairs)))
         flags.copy_(torch.tensor([float(p.grad is not None) for p in self.parameters]), non_blocking=True)

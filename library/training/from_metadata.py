@@ -60,7 +60,9 @@ def print_from_metadata(path: str, defaults: Mapping[str, Any]) -> int:
     """Print the command and the dataset file. defaults: those of all options. Raises UserError for a file without metadata."""
     metadata = read_metadata(Path(path))
     data_file = f"{metadata.get('ss_output_name') or 'dataset'}.toml"
-    sys.stdout.write("\n".join([*command_lines(metadata, data_file, defaults), "", f"# {data_file}", *dataset_lines(metadata), ""]))
+    sys.stdout.write(
+        "\n".join([*command_lines(metadata, data_file, defaults), "", f"# {data_file}", *dataset_lines(metadata), ""])
+    )
     return 0
 
 
@@ -150,7 +152,9 @@ def doubts(metadata: Mapping[str, str], words: Mapping[str, Any]) -> list[str]:
     if total and batch:
         processes = int(total) // int(batch) // int(metadata.get("ss_gradient_accumulation_steps", 1))
         if processes > 1:
-            lines.append(f"# it was trained in {processes} processes: accelerate launch --multi_gpu --num_processes {processes} ...")
+            lines.append(
+                f"# it was trained in {processes} processes: accelerate launch --multi_gpu --num_processes {processes} ..."
+            )
     if words.get("optimizer_type", "").startswith("transformers.optimization.Adafactor"):
         lines.append("# AdaFactor may have set learning rate and schedule itself")
     return lines
@@ -205,9 +209,12 @@ def picked(metadata: Mapping[str, str], keys: Mapping[str, str]) -> dict[str, An
 def from_entry(entry: Mapping[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """One dataset of `ss_datasets`, with what `ss_other_dataset_keys` says of it."""
     wanted = ("resolution", "enable_bucket", "min_bucket_reso", "max_bucket_reso", "resize_interpolation")
-    keys = {key: entry[key] for key in wanted if entry.get(key) is not None} | {"batch_size": entry.get("batch_size_per_device", 1)}
+    keys = {key: entry[key] for key in wanted if entry.get(key) is not None} | {
+        "batch_size": entry.get("batch_size_per_device", 1)
+    }
     subsets = [
-        {key: value for key, value in subset.items() if key != "img_count" and value not in (None, "", False)} for subset in entry["subsets"]
+        {key: value for key, value in subset.items() if key != "img_count" and value not in (None, "", False)}
+        for subset in entry["subsets"]
     ]
     more = other.pop("subsets", None) or [{}] * len(subsets)
     return {"keys": keys | other, "subsets": [subset | own for subset, own in zip(subsets, more)]}

@@ -52,7 +52,9 @@ class FrozenConv2d(FrozenLayer, nn.Conv2d):
             return self._conv_forward(x, weight, self.bias)
         height, width = self._result_size(x.shape)
         columns = F.unfold(x, **self._window).transpose(0, 1).flatten(1)  # (in * kernel, B * positions)
-        product = weight.flatten(1) @ columns if self.bias is None else torch.addmm(self.bias[:, None], weight.flatten(1), columns)
+        product = (
+            weight.flatten(1) @ columns if self.bias is None else torch.addmm(self.bias[:, None], weight.flatten(1), columns)
+        )
         product = product.view(-1, len(x), height, width).transpose(0, 1)
         return product.clone(memory_format=torch.contiguous_format)  # autograd refuses to change views of a function in place
 

@@ -17,10 +17,19 @@ def check_fused_backward(options: TrainNetworkOptions, optimizer: torch.optim.Op
     """Refuse what needs all gradients of a step at once."""
     cls = type(optimizer)
     reasons = [
-        (options.training.gradient_accumulation_steps > 1, "with --gradient_accumulation_steps gradients must be kept until the step"),
-        (options.training.mixed_precision == "fp16", "fp16 looks at all gradients before it takes a step; use --mixed_precision bf16"),
+        (
+            options.training.gradient_accumulation_steps > 1,
+            "with --gradient_accumulation_steps gradients must be kept until the step",
+        ),
+        (
+            options.training.mixed_precision == "fp16",
+            "fp16 looks at all gradients before it takes a step; use --mixed_precision bf16",
+        ),
         (processes > 1, "several processes add up their gradients before a step"),
-        (finds_rate(cls) or is_schedule_free(cls), f"{cls.__name__} looks at all gradients together; use AdamW, Lion or AdaFactor"),
+        (
+            finds_rate(cls) or is_schedule_free(cls),
+            f"{cls.__name__} looks at all gradients together; use AdamW, Lion or AdaFactor",
+        ),
     ]
     for wrong, reason in reasons:
         if wrong:

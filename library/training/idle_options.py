@@ -131,11 +131,19 @@ def data_rules(options: TrainNetworkOptions, configs: Sequence[DatasetConfig]) -
     validation = ["validation_seed", "validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps"]
     return [
         (["prior_loss_weight"], not any(subset.is_reg for subset in subsets), "there are no regularisation pictures"),
-        (validation, not any(config.validation_split for config in configs), "no pictures are held out: needs --validation_split"),
+        (
+            validation,
+            not any(config.validation_split for config in configs),
+            "no pictures are held out: needs --validation_split",
+        ),
         (["keep_tokens"], not changing, "needs --shuffle_caption or --caption_tag_dropout_rate"),
         (["token_warmup_min"], not any(subset.token_warmup_step for subset in subsets), "needs --token_warmup_step"),
         (["min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale"], not bucketed, "needs --enable_bucket"),
-        (["min_bucket_reso", "max_bucket_reso"], all(c.bucket_no_upscale for c in bucketed), "--bucket_no_upscale leaves sizes to the pictures"),
+        (
+            ["min_bucket_reso", "max_bucket_reso"],
+            all(c.bucket_no_upscale for c in bucketed),
+            "--bucket_no_upscale leaves sizes to the pictures",
+        ),
     ]
 
 
@@ -147,4 +155,7 @@ def overruled(options: TrainNetworkOptions, configs: Sequence[DatasetConfig]) ->
             continue
         places = configs if key in DatasetConfig.model_fields else [subset for config in configs for subset in config.subsets]
         if all(getattr(place, key) != value for place in places):
-            yield name, f"--{name} ({'the names of the folders say' if key == 'num_repeats' else 'the dataset file says'} otherwise)"
+            yield (
+                name,
+                f"--{name} ({'the names of the folders say' if key == 'num_repeats' else 'the dataset file says'} otherwise)",
+            )

@@ -29,8 +29,8 @@ class Noised:
 class Objective:
     """The loss that the options describe, on one device.
 
-        noised = objective.noised(latents)
-        losses = objective.losses(predict(noised.noisy, noised.t), noised, masks)     # (B,) float32
+    noised = objective.noised(latents)
+    losses = objective.losses(predict(noised.noisy, noised.t), noised, masks)     # (B,) float32
     """
 
     def __init__(self, options: LossOptions, v_parameterization: bool, device: torch.device) -> None:

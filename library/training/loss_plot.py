@@ -18,7 +18,9 @@ def write_loss_plot(record: LossRecord, path: Path, title: str, validation: Sequ
 
     figure = Figure(figsize=(8, 5.4 if record.rates else 4), dpi=110)
     FigureCanvasAgg(figure)
-    panels = figure.subplots(2 if record.rates else 1, 1, sharex=True, squeeze=False, height_ratios=[3, 1][: 2 if record.rates else 1])
+    panels = figure.subplots(
+        2 if record.rates else 1, 1, sharex=True, squeeze=False, height_ratios=[3, 1][: 2 if record.rates else 1]
+    )
     draw_losses(panels[0, 0], record, title, validation)
     if record.rates:
         draw_rates(panels[1, 0], record)

@@ -24,7 +24,9 @@ def pack_frozen_weights(options: TrainNetworkOptions, model: StableDiffusion, de
     print(f"frozen weights in {formats['unet']}: {saved / 2**20:.0f} MiB less")
     packed = [layer for layer in model.unet.modules() if isinstance(layer, tuple(CLASSES.values()))]
     if not options.training.gradient_checkpointing and any("forward" in vars(layer) for layer in packed):
-        print("this network module keeps the unpacked weights until the backward pass: add --gradient_checkpointing to save memory")
+        print(
+            "this network module keeps the unpacked weights until the backward pass: add --gradient_checkpointing to save memory"
+        )
 
 
 def compile_model(options: TrainNetworkOptions, model: StableDiffusion, trains_text_encoder: bool) -> None:

@@ -64,7 +64,13 @@ class RunMetadata:
 
     def at(self, step: int, epoch: int) -> dict[str, str]:
         """Metadata for a file saved after `step` optimizer steps; epoch: 1-based at an epoch's end, else epochs finished."""
-        facts = {**self.facts, **self._model_facts.result(), "ss_steps": step, "ss_epoch": epoch, "ss_training_finished_at": time.time()}
+        facts = {
+            **self.facts,
+            **self._model_facts.result(),
+            "ss_steps": step,
+            "ss_epoch": epoch,
+            "ss_training_finished_at": time.time(),
+        }
         if self.minimum_only:
             facts = {key: value for key, value in facts.items() if key in MINIMUM}
         return {key: as_text(value) for key, value in facts.items()}
@@ -135,7 +141,13 @@ def run_facts(
     }
     facts |= {
         f"ss_{name}": getattr(options.validation, name)
-        for name in ("validation_seed", "validation_split", "max_validation_steps", "validate_every_n_epochs", "validate_every_n_steps")
+        for name in (
+            "validation_seed",
+            "validation_split",
+            "max_validation_steps",
+            "validate_every_n_epochs",
+            "validate_every_n_steps",
+        )
     }
     if network.network_args:
         facts["ss_network_args"] = parse_network_args(network.network_args)
@@ -256,7 +268,10 @@ def data_facts(options: TrainNetworkOptions, datasets: Sequence[DatasetFacts], p
             tags.setdefault(folder, counts)
     facts = {"ss_dataset_dirs": folders[False], "ss_tag_frequency": tags}
     if options.data.dataset_config:
-        return facts | {"ss_datasets": [_dataset_entry(dataset) for dataset in datasets], "ss_other_dataset_keys": other_dataset_keys(datasets)}
+        return facts | {
+            "ss_datasets": [_dataset_entry(dataset) for dataset in datasets],
+            "ss_other_dataset_keys": other_dataset_keys(datasets),
+        }
     config, subset = datasets[0].config, datasets[0].subsets[0].config
     return facts | {
         "ss_reg_dataset_dirs": folders[True],
@@ -310,7 +325,8 @@ def other_dataset_keys(datasets: Sequence[DatasetFacts]) -> list[dict[str, Any]]
         return {key: Path(value).name if key == "conditioning_data_dir" else value for key, value in values.items()}
 
     return [
-        other(dataset.config, _dataset_entry(dataset)) | {"subsets": [other(subset.config, _subset_entry(subset)) for subset in dataset.subsets]}
+        other(dataset.config, _dataset_entry(dataset))
+        | {"subsets": [other(subset.config, _subset_entry(subset)) for subset in dataset.subsets]}
         for dataset in datasets
     ]
 

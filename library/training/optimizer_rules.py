@@ -74,7 +74,9 @@ def _finds_rate(cls: type, fit: Fitted) -> Fitted:
             "leave out --unet_lr, --text_encoder_lr and rates by block or LoRA+, and give --learning_rate=1"
         )
     if max(rates) <= 0.1:
-        fit.notes.append(f"it multiplies the rate that it finds by --learning_rate, and {max(rates):g} makes that small; 1 is usual")
+        fit.notes.append(
+            f"it multiplies the rate that it finds by --learning_rate, and {max(rates):g} makes that small; 1 is usual"
+        )
     return fit
 
 

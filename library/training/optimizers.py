@@ -102,7 +102,9 @@ def optimizer_class(name: str) -> tuple[type, dict[str, Any]]:
         cls = getattr(torch.optim, name)
     else:
         close = nearest(name, OPTIMIZERS)
-        raise UserError(f"--optimizer_type {name} is not known; " + (f"did you mean {close}?" if close else "give package.Class for your own"))
+        raise UserError(
+            f"--optimizer_type {name} is not known; " + (f"did you mean {close}?" if close else "give package.Class for your own")
+        )
     if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)) or cls is torch.optim.Optimizer:
         raise UserError(f"--optimizer_type {name} is no optimizer; give a class that is made from torch.optim.Optimizer")
     return cls, {}

@@ -48,13 +48,17 @@ def steps_or_share(text: Any) -> int | float:
 Words = Annotated[str | None, BeforeValidator(_as_words)]
 StepsOrShare = Annotated[int | float, BeforeValidator(steps_or_share)]
 Count = Annotated[int, Field(ge=1)]
-CountOrOff = Annotated[Count | None, BeforeValidator(lambda value: None if value in (0, "0") else value)]  # 0 as front ends write it
+CountOrOff = Annotated[
+    Count | None, BeforeValidator(lambda value: None if value in (0, "0") else value)
+]  # 0 as front ends write it
 
 
 class ModelOptions(OptionGroup):
     """Model"""
 
-    pretrained_model_name_or_path: str | None = Field(None, description="checkpoint (.safetensors, .ckpt), Diffusers folder or hub id")
+    pretrained_model_name_or_path: str | None = Field(
+        None, description="checkpoint (.safetensors, .ckpt), Diffusers folder or hub id"
+    )
     v2: bool = Field(False, description="the model is Stable Diffusion 2.x")
     v_parameterization: bool = Field(False, description="the model predicts velocity (SD 2.x 768)")
     vae: str | None = Field(None, description="another VAE: checkpoint, Diffusers folder or hub id")
@@ -70,7 +74,9 @@ class DataOptions(OptionGroup):
 
     dataset_config: str | None = Field(None, description="TOML or JSON file that describes the datasets")
     train_data_dir: str | None = Field(None, description="folder of pictures, or of folders named <repeats>_<class>")
-    in_json: str | None = Field(None, description="metadata file (.json, .jsonl) that lists pictures below train_data_dir with their captions")
+    in_json: str | None = Field(
+        None, description="metadata file (.json, .jsonl) that lists pictures below train_data_dir with their captions"
+    )
     conditioning_data_dir: str | None = Field(None, description="folder of masks for masked_loss, arranged like train_data_dir")
     reg_data_dir: str | None = Field(None, description="folder of regularisation folders, named likewise")
     dataset_repeats: Count = Field(1, description="repeats of every picture where nothing else is said")
@@ -84,7 +90,9 @@ class DataOptions(OptionGroup):
     resize_interpolation: Literal["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box"] | None = Field(
         None, description="resizing filter; unset: area to shrink, lanczos to enlarge"
     )
-    on_bad_image: Literal["refuse", "skip"] = Field("refuse", description="what an unreadable picture does: end the run, or be named and skipped")
+    on_bad_image: Literal["refuse", "skip"] = Field(
+        "refuse", description="what an unreadable picture does: end the run, or be named and skipped"
+    )
     alpha_mask: bool = Field(False, description="a picture's alpha channel says how much of it counts")
     prior_loss_weight: float = Field(1.0, ge=0, description="weight of the loss on regularisation pictures")
     debug_dataset: bool = Field(False, description="show what the trainer would see, and stop")
@@ -108,7 +116,9 @@ class CaptionOptions(OptionGroup):
     caption_tag_dropout_rate: float = Field(0.0, ge=0, le=1, description="chance that a piece is left out")
     token_warmup_min: int = Field(1, ge=0, description="pieces at the first step of token_warmup_step")
     token_warmup_step: float = Field(0, ge=0, description="steps (below 1: share of all) until all pieces are used")
-    max_token_length: Annotated[Literal[150, 225] | None, BeforeValidator(_chunk_lengths)] = Field(None, description="tokens of a caption; unset: 75")
+    max_token_length: Annotated[Literal[150, 225] | None, BeforeValidator(_chunk_lengths)] = Field(
+        None, description="tokens of a caption; unset: 75"
+    )
     weighted_captions: bool = Field(False, description="read (word:1.2) as a weight")
 
 
@@ -156,14 +166,23 @@ class OptimizerOptions(OptionGroup):
         None, ge=0, description="learning rate of the text encoder's LoRA; unset: learning_rate"
     )
     max_grad_norm: float = Field(1.0, ge=0, description="gradients are scaled down to this norm; 0: off")
-    fused_backward_pass: bool = Field(False, description="change each weight as soon as its gradient is there: memory for one gradient only")
-    lr_scheduler: str = Field("constant", description="constant, constant_with_warmup, linear, cosine, cosine_with_restarts, polynomial, ...")
+    fused_backward_pass: bool = Field(
+        False, description="change each weight as soon as its gradient is there: memory for one gradient only"
+    )
+    lr_scheduler: str = Field(
+        "constant", description="constant, constant_with_warmup, linear, cosine, cosine_with_restarts, polynomial, ..."
+    )
     lr_warmup_steps: StepsOrShare = Field(0, description="steps, share (0.1) or percentage (10%) of rising learning rate")
     lr_decay_steps: StepsOrShare = Field(0, description="steps or share of falling rate (warmup_stable_decay)")
     lr_scheduler_num_cycles: Count = Field(1, description="cycles of cosine_with_restarts")
     lr_scheduler_power: float = Field(1.0, description="power of polynomial")
     lr_scheduler_timescale: Count | None = Field(None, description="time scale of inverse_sqrt; unset: warm-up steps")
-    lr_scheduler_min_lr_ratio: float | None = Field(None, ge=0, le=1, description="lowest rate of cosine_with_min_lr, cosine_warmup_with_min_lr, warmup_stable_decay, as a share")
+    lr_scheduler_min_lr_ratio: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="lowest rate of cosine_with_min_lr, cosine_warmup_with_min_lr, warmup_stable_decay, as a share",
+    )
     lr_scheduler_type: str = Field("", description="any class of torch.optim.lr_scheduler, or package.Class")
     lr_scheduler_args: list[str] | None = Field(None, description="key=value words for it")
 
@@ -179,33 +198,55 @@ class TrainingOptions(OptionGroup):
     gradient_checkpointing_budget: float | None = Field(
         None, gt=0, description="GiB that the run may use: only what is above them is computed twice; unset: all"
     )
-    mixed_precision: Literal["no", "fp16", "bf16"] = Field("no", description="number format of the frozen model and of the arithmetic")
+    mixed_precision: Literal["no", "fp16", "bf16"] = Field(
+        "no", description="number format of the frozen model and of the arithmetic"
+    )
     seed: int | None = Field(None, description="seed of everything random; unset: a new one, which is recorded")
-    on_nonfinite_loss: Literal["stop", "skip"] = Field("stop", description="what a loss of NaN or infinity does: end the run, or skip the batch (which waits for each loss)")
+    on_nonfinite_loss: Literal["stop", "skip"] = Field(
+        "stop", description="what a loss of NaN or infinity does: end the run, or skip the batch (which waits for each loss)"
+    )
 
 
 class LossOptions(OptionGroup):
     """Noise and loss"""
 
-    noise_offset: float | None = Field(None, ge=0, description="strength of a random shift of each channel of the noise; 0.05 is usual")
-    noise_offset_random_strength: bool = Field(False, description="draw that strength anew for each batch, between 0 and noise_offset")
-    adaptive_noise_scale: float | None = Field(None, description="adds this times the mean brightness of each latent channel to noise_offset")
-    multires_noise_iterations: int | None = Field(None, ge=0, le=16, description="levels of coarser noise that are added; 6 to 10 is usual")
+    noise_offset: float | None = Field(
+        None, ge=0, description="strength of a random shift of each channel of the noise; 0.05 is usual"
+    )
+    noise_offset_random_strength: bool = Field(
+        False, description="draw that strength anew for each batch, between 0 and noise_offset"
+    )
+    adaptive_noise_scale: float | None = Field(
+        None, description="adds this times the mean brightness of each latent channel to noise_offset"
+    )
+    multires_noise_iterations: int | None = Field(
+        None, ge=0, le=16, description="levels of coarser noise that are added; 6 to 10 is usual"
+    )
     multires_noise_discount: float = Field(0.3, gt=0, description="each coarser level counts this many times the one before")
-    ip_noise_gamma: float | None = Field(None, ge=0, description="input perturbation: noise that the target does not know of; 0.1 is usual")
-    ip_noise_gamma_random_strength: bool = Field(False, description="draw that strength anew for each batch, between 0 and ip_noise_gamma")
+    ip_noise_gamma: float | None = Field(
+        None, ge=0, description="input perturbation: noise that the target does not know of; 0.1 is usual"
+    )
+    ip_noise_gamma_random_strength: bool = Field(
+        False, description="draw that strength anew for each batch, between 0 and ip_noise_gamma"
+    )
     zero_terminal_snr: bool = Field(False, description="noise schedule that ends in pure noise; for models that predict velocity")
     min_timestep: int | None = Field(None, ge=0, le=999, description="lowest timestep that is trained; unset: 0")
     max_timestep: int | None = Field(None, ge=1, le=1000, description="timesteps below this are trained; unset: 1000")
     loss_type: Literal["l1", "l2", "huber", "smooth_l1"] = Field("l2", description="how an error counts")
-    huber_schedule: Literal["constant", "exponential", "snr"] = Field("snr", description="how the width of huber and smooth_l1 depends on the timestep")
+    huber_schedule: Literal["constant", "exponential", "snr"] = Field(
+        "snr", description="how the width of huber and smooth_l1 depends on the timestep"
+    )
     huber_c: float = Field(0.1, gt=0, description="width of huber and smooth_l1: errors beyond it count linearly")
     huber_scale: float = Field(1.0, gt=0, description="factor of that width")
     masked_loss: bool = Field(False, description="masks of conditioning_data_dir say which parts of a picture count")
     min_snr_gamma: float | None = Field(None, ge=0, description="Min-SNR loss weighting; 5 is usual")
     debiased_estimation_loss: bool = Field(False, description="loss weighting by one over the root of the signal-to-noise ratio")
-    scale_v_pred_loss_like_noise_pred: bool = Field(False, description="weigh the loss of a velocity model as that of a noise model")
-    v_pred_like_loss: float | None = Field(None, ge=0, description="share of a velocity-like loss that is added for a noise model")
+    scale_v_pred_loss_like_noise_pred: bool = Field(
+        False, description="weigh the loss of a velocity model as that of a noise model"
+    )
+    v_pred_like_loss: float | None = Field(
+        None, ge=0, description="share of a velocity-like loss that is added for a noise model"
+    )
 
 
 class PrecisionOptions(OptionGroup):
@@ -219,7 +260,9 @@ class PrecisionOptions(OptionGroup):
     fp8_base: bool = Field(False, description="the same as base_dtype=fp8")
     fp8_base_unet: bool = Field(False, description="the same for the U-Net alone")
     lowram: bool = Field(False, description="main memory is short: nothing is moved there from the GPU")
-    highvram: bool = Field(False, description="GPU memory is plentiful: VAE and text encoder stay there, and its cache is not emptied")
+    highvram: bool = Field(
+        False, description="GPU memory is plentiful: VAE and text encoder stay there, and its cache is not emptied"
+    )
     torch_compile: bool = Field(False, description="compile the model with torch.compile; the first steps take minutes")
     dynamo_backend: str = Field("inductor", description="back end of torch_compile")
 
@@ -228,12 +271,16 @@ class ValidationOptions(OptionGroup):
     """Validation, early stopping, averaged weights"""
 
     validation_split: float = Field(0.0, ge=0, lt=1, description="share of the pictures that is held out and validated with")
-    validation_seed: int | None = Field(None, description="seed of what is held out and of the noise it is measured with; unset: seed")
+    validation_seed: int | None = Field(
+        None, description="seed of what is held out and of the noise it is measured with; unset: seed"
+    )
     validate_every_n_steps: CountOrOff = Field(None, description="validate after every Nth step")
     validate_every_n_epochs: CountOrOff = Field(None, description="validate after every Nth epoch; unset: every epoch")
     max_validation_steps: CountOrOff = Field(None, description="most batches of one validation")
     early_stopping_patience: CountOrOff = Field(None, description="end the run after so many validations without a better one")
-    ema_decay: float | None = Field(None, gt=0, lt=1, description="average the weights over the steps, and use the average; 0.99 to 0.9999")
+    ema_decay: float | None = Field(
+        None, gt=0, lt=1, description="average the weights over the steps, and use the average; 0.99 to 0.9999"
+    )
 
 
 class StateOptions(OptionGroup):
@@ -241,8 +288,12 @@ class StateOptions(OptionGroup):
 
     save_state: bool = Field(False, description="save the state of the run with every file, and at the end")
     save_state_on_train_end: bool = Field(False, description="save it at the end only")
-    save_last_n_epochs_state: int | None = Field(None, ge=0, description="keep only this many epoch states; unset: save_last_n_epochs")
-    save_last_n_steps_state: int | None = Field(None, ge=0, description="remove step states older than this; unset: save_last_n_steps")
+    save_last_n_epochs_state: int | None = Field(
+        None, ge=0, description="keep only this many epoch states; unset: save_last_n_epochs"
+    )
+    save_last_n_steps_state: int | None = Field(
+        None, ge=0, description="remove step states older than this; unset: save_last_n_steps"
+    )
     resume: str | None = Field(None, description="state folder to go on from, or the folder that holds them")
     initial_epoch: Count | None = Field(None, description="epoch to begin with, from 1")
     initial_step: int | None = Field(None, ge=0, description="step to begin after; beats initial_epoch")
@@ -255,7 +306,9 @@ class OutputOptions(OptionGroup):
     output_dir: str | None = Field(None, description="folder for everything that is written")
     output_name: str | None = Field(None, description="file name of the LoRA, without suffix")
     save_model_as: Literal["safetensors", "ckpt", "pt"] = Field("safetensors", description="file format")
-    save_precision: Literal["float", "fp16", "bf16"] | None = Field(None, description="number format in the file; unset: as trained")
+    save_precision: Literal["float", "fp16", "bf16"] | None = Field(
+        None, description="number format in the file; unset: as trained"
+    )
     save_every_n_epochs: CountOrOff = Field(None, description="save after every Nth epoch")
     save_every_n_steps: CountOrOff = Field(None, description="save after every Nth step")
     save_n_epoch_ratio: CountOrOff = Field(None, description="save about this many times; sets save_every_n_epochs")
@@ -285,14 +338,22 @@ class MetadataOptions(OptionGroup):
 class HubOptions(OptionGroup):
     """Hugging Face hub"""
 
-    huggingface_repo_id: str | None = Field(None, description="repository for copies of all saved files: user/name; made if it does not exist")
-    huggingface_repo_type: Literal["model", "dataset", "space"] | None = Field(None, description="kind of that repository; unset: model")
+    huggingface_repo_id: str | None = Field(
+        None, description="repository for copies of all saved files: user/name; made if it does not exist"
+    )
+    huggingface_repo_type: Literal["model", "dataset", "space"] | None = Field(
+        None, description="kind of that repository; unset: model"
+    )
     huggingface_path_in_repo: str | None = Field(None, description="folder in it; unset: none")
     huggingface_token: str | None = Field(None, description="access token; unset: that of `hf auth login`")
-    huggingface_repo_visibility: Literal["public", "private"] | None = Field(None, description="for a repository that is made; unset: private")
+    huggingface_repo_visibility: Literal["public", "private"] | None = Field(
+        None, description="for a repository that is made; unset: private"
+    )
     async_upload: bool = Field(False, description="upload in the background, except the last file")
     save_state_to_huggingface: bool = Field(False, description="upload saved states too")
-    resume_from_huggingface: bool = Field(False, description="resume names a state on the hub: user/repo/folder, or with :revision:type behind it")
+    resume_from_huggingface: bool = Field(
+        False, description="resume names a state on the hub: user/repo/folder, or with :revision:type behind it"
+    )
 
 
 class PreviewOptions(OptionGroup):
@@ -309,12 +370,18 @@ class LogOptions(OptionGroup):
     """Logs and config file"""
 
     logging_dir: str | None = Field(None, description="folder for TensorBoard logs")
-    log_with: Literal["tensorboard", "wandb", "all"] | None = Field(None, description="tracker; unset: TensorBoard if logging_dir is given")
+    log_with: Literal["tensorboard", "wandb", "all"] | None = Field(
+        None, description="tracker; unset: TensorBoard if logging_dir is given"
+    )
     log_prefix: str | None = Field(None, description="text before the time in the log folder's name")
-    log_tracker_name: str | None = Field(None, description="name of the run's folder, and of the wandb project; unset: network_train")
+    log_tracker_name: str | None = Field(
+        None, description="name of the run's folder, and of the wandb project; unset: network_train"
+    )
     wandb_run_name: str | None = Field(None, description="name of the run on wandb; unset: wandb makes one up")
     wandb_api_key: str | None = Field(None, description="key for wandb; unset: that of `wandb login`")
-    log_tracker_config: str | None = Field(None, description="TOML file with tables [tensorboard] and [wandb]: arguments for their start")
+    log_tracker_config: str | None = Field(
+        None, description="TOML file with tables [tensorboard] and [wandb]: arguments for their start"
+    )
     log_config: bool = Field(False, description="record the options with the logs, without paths and secrets")
     console_log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] | None = Field(
         None, description="show messages from this level on; unset: INFO"
@@ -348,7 +415,11 @@ class TrainNetworkOptions(BaseModel):
 
 def all_defaults() -> dict[str, Any]:
     """The default of every option."""
-    return {name: field.get_default() for group in groups_of(TrainNetworkOptions).values() for name, field in group.model_fields.items()}
+    return {
+        name: field.get_default()
+        for group in groups_of(TrainNetworkOptions).values()
+        for name, field in group.model_fields.items()
+    }
 
 
 def parse_options(arguments: list[str]) -> TrainNetworkOptions:

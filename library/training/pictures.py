@@ -13,7 +13,12 @@ from library.training.options import TrainNetworkOptions
 
 def dataset_defaults(options: TrainNetworkOptions) -> DatasetDefaults:
     """What the command line says about datasets, for every key that a dataset file leaves open."""
-    given = {**options.data.model_dump(), **options.captions.model_dump(), **options.augmentation.model_dump(), **options.validation.model_dump()}
+    given = {
+        **options.data.model_dump(),
+        **options.captions.model_dump(),
+        **options.augmentation.model_dump(),
+        **options.validation.model_dump(),
+    }
     given |= {"batch_size": given["train_batch_size"], "num_repeats": given["dataset_repeats"]}
     if given["caption_extention"]:
         given["caption_extension"] = given["caption_extention"]

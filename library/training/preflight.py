@@ -107,7 +107,9 @@ def checks_of_plan(options: TrainNetworkOptions, plan: Plan, dataset: TrainingDa
     """What depends on the number of pictures: schedule, disk space, and whether there are any to validate with."""
     return [
         lambda: create_schedule(options.optimizer, trial_optimizer(options)[0], plan.max_steps) and None,
-        lambda: options.optimizer.fused_backward_pass and check_fused_backward(options, trial_optimizer(options)[0], plan.processes),
+        lambda: (
+            options.optimizer.fused_backward_pass and check_fused_backward(options, trial_optimizer(options)[0], plan.processes)
+        ),
         lambda: nothing_to_validate_with(options, dataset),
         lambda: too_little_space(space_needed(options, plan, dataset)) if options.output.output_dir else None,
     ]
@@ -146,7 +148,13 @@ def check_model_file(name: str | None) -> None:
 def looks_like_path(name: str) -> bool:
     """Whether a name cannot be `user/model` of the hub, or would be a strange one: its first half is a folder here."""
     in_folder = "/" in name and Path(name).parent.is_dir()
-    return Path(name).suffix in MODEL_SUFFIXES or bool(re.match(r"[./~]|[A-Za-z]:", name)) or "\\" in name or name.count("/") > 1 or in_folder
+    return (
+        Path(name).suffix in MODEL_SUFFIXES
+        or bool(re.match(r"[./~]|[A-Za-z]:", name))
+        or "\\" in name
+        or name.count("/") > 1
+        or in_folder
+    )
 
 
 def missing_networks(options: TrainNetworkOptions) -> Iterable[str]:
@@ -181,5 +189,9 @@ def tell_notes(options: TrainNetworkOptions, dataset: TrainingDataset, device: t
     if idle:
         print(f"given, but without effect: {'; '.join(idle)}")
     needed, (there, whose) = estimated_bytes(options, *largest_batch(dataset)), memory_there(device)
-    cure = "; if it does not fit: --gradient_checkpointing, --cache_latents, a smaller batch or --resolution" if needed > there else ""
+    cure = (
+        "; if it does not fit: --gradient_checkpointing, --cache_latents, a smaller batch or --resolution"
+        if needed > there
+        else ""
+    )
     print(f"memory: about {needed / 2**30:.1f} of {whose} {there / 2**30:.1f} GiB will be used (a rough estimate){cure}")

@@ -265,13 +265,17 @@ def summarize(trainer: Trainer, finished: bool, seconds: float) -> None:
     rows += [("also saved", str(path)) for path in files.written[:-1]]
     if losses.average is not None:
         rows.append(("loss", f"{losses.average:.4f} (mean of the last epoch)"))
-    rows.append(("speed", f"{trainer.seconds_per_step:.3f} s a step, {trainer.step - trainer.first_step} steps in {seconds:.0f} s"))
+    rows.append(
+        ("speed", f"{trainer.seconds_per_step:.3f} s a step, {trainer.step - trainer.first_step} steps in {seconds:.0f} s")
+    )
     if peak:
         rows.append(("peak memory", f"{peak / 2**30:.2f} GiB"))
     if trainer.skipped:
         rows.append(("skipped", f"{trainer.skipped} batches whose loss was not finite"))
     if finished and trainer.step < trainer.plan.max_steps:
-        rows.append(("stopped early", f"after step {trainer.step}: {trainer.validations.without_improvement} validations were not better"))
+        rows.append(
+            ("stopped early", f"after step {trainer.step}: {trainer.validations.without_improvement} validations were not better")
+        )
     if not finished and trainer.states.at_end:
         rows.append(("to go on", f"run the same command with --resume={trainer.states.step_path(trainer.step)}"))
     elif not finished:

@@ -40,7 +40,9 @@ class ModelFiles:
         """Find out before training that nothing could be saved after it."""
         name = self.options.output_name or ""
         if set(name) & set('/\\:*?"<>|') or len(os.fsencode(name)) > 200:
-            raise UserError(f"--output_name {name[:40]} is no file name; folders go into --output_dir, and 200 letters are enough")
+            raise UserError(
+                f"--output_name {name[:40]} is no file name; folders go into --output_dir, and 200 letters are enough"
+            )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.folder).close()
@@ -112,7 +114,9 @@ def check_finite(file: Path, shown_as: Path) -> None:
     """Refuse a network file that holds a NaN or an infinity, whatever module wrote it."""
     for name, tensor in _tensors(file):
         if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise RunFailed(f"{shown_as} was not written: {name} holds NaN or infinity; lower --learning_rate or use --mixed_precision bf16")
+            raise RunFailed(
+                f"{shown_as} was not written: {name} holds NaN or infinity; lower --learning_rate or use --mixed_precision bf16"
+            )
 
 
 def _tensors(file: Path):

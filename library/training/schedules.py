@@ -139,7 +139,9 @@ def _required(value, option: str, schedule: str):
 def _custom_schedule(options: OptimizerOptions, optimizer: torch.optim.Optimizer):
     name = options.lr_scheduler_type
     if options.lr_warmup_steps:
-        raise UserError("--lr_warmup_steps cannot be used with --lr_scheduler_type; give its own arguments in --lr_scheduler_args")
+        raise UserError(
+            "--lr_warmup_steps cannot be used with --lr_scheduler_type; give its own arguments in --lr_scheduler_args"
+        )
     cls = import_class(name if "." in name else f"torch.optim.lr_scheduler.{name}", f"--lr_scheduler_type {name}")
     cls = OnPlateau if cls is torch.optim.lr_scheduler.ReduceLROnPlateau else cls
     try:

@@ -17,13 +17,16 @@ from library.training.state import State
 if TYPE_CHECKING:
     from library.training.trainer import Trainer
 
+
 def capture(trainer: Trainer) -> State:
     """The state of a run between two steps. Raises RunFailed if the network holds a NaN."""
     trainer.losses.flush()
     network = network_tensors(trainer.network.module)
     broken = [name for name, tensor in network.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
     if broken:
-        raise RunFailed(f"no state was saved: {broken[0]} holds NaN or infinity; lower --learning_rate or use --mixed_precision bf16")
+        raise RunFailed(
+            f"no state was saved: {broken[0]} holds NaN or infinity; lower --learning_rate or use --mixed_precision bf16"
+        )
     losses, loss_numbers = trainer.losses.state()
     state = State(
         record={

@@ -61,7 +61,9 @@ def write_state(folder: Path, state: State, is_first: bool = True) -> None:
         _sync_folder(temporary)
         _replace(folder, temporary)
     except OSError as error:
-        raise RunFailed(f"the state {folder} cannot be written: {error.strerror or error}; check the folder and free space") from error
+        raise RunFailed(
+            f"the state {folder} cannot be written: {error.strerror or error}; check the folder and free space"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -117,8 +117,14 @@ def _started(name: str, make: Callable[[], Any]) -> Any:
         tracker.start()
     except Exception as error:
         said = one_line(error, 200)
-        cure = "; without network set the environment variable WANDB_MODE=offline" if name == "wandb" else "; check --log_tracker_config"
-        cure = f"; run: pip install --upgrade {name}" if isinstance(error, ImportError) else cure  # something that it needs is missing
+        cure = (
+            "; without network set the environment variable WANDB_MODE=offline"
+            if name == "wandb"
+            else "; check --log_tracker_config"
+        )
+        cure = (
+            f"; run: pip install --upgrade {name}" if isinstance(error, ImportError) else cure
+        )  # something that it needs is missing
         raise UserError(f"--log_with {name} cannot start: {said}{cure}") from error
     return tracker
 
@@ -132,7 +138,9 @@ def check_trackers(options: LogOptions) -> None:
     """Whether the packages are there and the settings can be read. Raises UserError."""
     for name in ("tensorboard", "wandb"):
         spec = importlib.util.find_spec(name) if wants(options, name) else None
-        if wants(options, name) and (spec is None or spec.origin is None):  # without origin: a folder of that name, such as wandb leaves behind
+        if wants(options, name) and (
+            spec is None or spec.origin is None
+        ):  # without origin: a folder of that name, such as wandb leaves behind
             raise UserError(f"--log_with {name} needs the package '{name}'; run: pip install {name}")
     tracker_settings(options)
     logging_folder(options)
@@ -171,7 +179,9 @@ def is_private(name: str, value: Any) -> bool:
         return False
     texts = value if isinstance(value, (list, tuple)) else [value]
     looks_like_path = any(isinstance(text, str) and ("/" in text or "\\" in text) for text in texts)
-    return looks_like_path or any(name.endswith(end) for end in ("_key", "_token", "_dir", "_path", "_file", "_config", "_prompts", "_weights"))
+    return looks_like_path or any(
+        name.endswith(end) for end in ("_key", "_token", "_dir", "_path", "_file", "_config", "_prompts", "_weights")
+    )
 
 
 def logging_folder(options: LogOptions) -> str | None:

@@ -44,7 +44,9 @@ from library.training.tracking import LossRecord, describe_nonfinite
 from library.training.validation import Validation, ValidationRecord
 
 
-LESS_MEMORY = "use --gradient_checkpointing, --cache_latents, --network_train_unet_only, a smaller batch or --optimizer_type=AdamW8bit"
+LESS_MEMORY = (
+    "use --gradient_checkpointing, --cache_latents, --network_train_unet_only, a smaller batch or --optimizer_type=AdamW8bit"
+)
 
 
 @dataclass

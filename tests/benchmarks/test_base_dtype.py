@@ -13,7 +13,9 @@ from library.training.packing import FORMATS, pack_weights
 @pytest.mark.parametrize("name", FORMATS)
 def test_bytes_are_those_of_a_model_that_is_packed(name):
     def make() -> nn.Module:
-        layers = nn.Sequential(nn.Linear(64, 48), nn.Linear(64, 48, bias=False), nn.Conv2d(8, 16, 3), nn.Conv2d(8, 16, 1), nn.LayerNorm(4))
+        layers = nn.Sequential(
+            nn.Linear(64, 48), nn.Linear(64, 48, bias=False), nn.Conv2d(8, 16, 3), nn.Conv2d(8, 16, 1), nn.LayerNorm(4)
+        )
         return layers.half().requires_grad_(False)
 
     plain, packed = make(), make()

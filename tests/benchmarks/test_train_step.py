@@ -37,7 +37,7 @@ def test_ours_and_floor_are_the_same_weights_by_turns(folder, monkeypatch):
     monkeypatch.setattr(train_step, "bare", lambda unet: seen.append((unet, bare(unet))) or seen[-1][1])
     found = train_step.measure_time(CASE, folder, 2)
     assert found["ratio"] == found["ours"] / found["floor"] > 0 and found["cpu_ratio"] > 0
-    (ours, floor), = seen
+    ((ours, floor),) = seen
     assert all(a is b for a, b in zip(ours.parameters(), floor.parameters(), strict=True))
     assert any(module._forward_hooks for module in ours.modules())
     assert not any(module._forward_hooks for module in floor.modules())

@@ -118,7 +118,11 @@ def prepared(tmp_path_factory) -> Path:
         (folder / name).write_text(small_text(named_block(name)), encoding="utf-8")
     (folder / "prompts.txt").write_text("sks cat --w 64 --h 64 --s 2 --d 1\n", encoding="utf-8")
     lora = create_network(1.0, 4, 4.0, model.vae, model.text_encoder, model.unet)
-    lora.save_weights(folder / "out" / "mine.safetensors", None, {"ss_seed": "1", "ss_network_module": "networks.lora", "ss_dataset_dirs": '{"cat": {"n_repeats": 1, "img_count": 2}}'})
+    lora.save_weights(
+        folder / "out" / "mine.safetensors",
+        None,
+        {"ss_seed": "1", "ss_network_module": "networks.lora", "ss_dataset_dirs": '{"cat": {"n_repeats": 1, "img_count": 2}}'},
+    )
     return folder
 
 

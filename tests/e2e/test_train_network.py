@@ -43,11 +43,15 @@ def command(*words: str) -> list[str]:
 
 def test_the_command_as_people_type_it(folder):
     words = (
-        f"accelerate launch --num_cpu_threads_per_process 1 {SCRIPT} --pretrained_model_name_or_path=model.safetensors "
-        "--dataset_config=data.toml --output_dir=out --output_name=mine --save_model_as=safetensors --prior_loss_weight=1.0 "
-        "--max_train_steps=4 --learning_rate=1e-4 --optimizer_type=AdamW8bit --xformers --mixed_precision=no --cache_latents "
-        "--gradient_checkpointing --save_every_n_epochs=1 --network_module=networks.lora"
-    ).replace(f"{SCRIPT}", "SCRIPT").split()
+        (
+            f"accelerate launch --num_cpu_threads_per_process 1 {SCRIPT} --pretrained_model_name_or_path=model.safetensors "
+            "--dataset_config=data.toml --output_dir=out --output_name=mine --save_model_as=safetensors --prior_loss_weight=1.0 "
+            "--max_train_steps=4 --learning_rate=1e-4 --optimizer_type=AdamW8bit --xformers --mixed_precision=no --cache_latents "
+            "--gradient_checkpointing --save_every_n_epochs=1 --network_module=networks.lora"
+        )
+        .replace(f"{SCRIPT}", "SCRIPT")
+        .split()
+    )
     launcher = [sys.executable, "-m", "accelerate.commands.launch", *(SCRIPT if word == "SCRIPT" else word for word in words[2:])]
     done = subprocess.run(launcher, cwd=folder, capture_output=True, text=True, encoding="utf-8", timeout=300)
     assert done.returncode == 0, done.stderr
@@ -61,7 +65,11 @@ def test_the_command_as_people_type_it(folder):
 
 @pytest.mark.parametrize(
     "words, part",
-    [(["--netwrk_dim=4"], "--network_dim"), (["--network_module=network.lora"], "networks.lora"), (["--vae=no/such/vae.pt"], "vae.pt")],
+    [
+        (["--netwrk_dim=4"], "--network_dim"),
+        (["--network_module=network.lora"], "networks.lora"),
+        (["--vae=no/such/vae.pt"], "vae.pt"),
+    ],
 )
 def test_wrong_input_ends_in_one_line_and_exit_code_2(folder, words, part):
     done = subprocess.run(command(*words), cwd=folder, capture_output=True, text=True, encoding="utf-8", timeout=200)

@@ -54,7 +54,9 @@ def test_defaults_are_those_of_the_reference(row):
 
 
 def test_words_become_typed_values():
-    options = parse_options([*NEEDED, "--learning_rate", "1e-4", "--network_args", "a=1", "b=2", "--cache_latents", "--resolution=512,768"])
+    options = parse_options(
+        [*NEEDED, "--learning_rate", "1e-4", "--network_args", "a=1", "b=2", "--cache_latents", "--resolution=512,768"]
+    )
     assert options.optimizer.learning_rate == 1e-4
     assert options.network.network_args == ["a=1", "b=2"]
     assert options.augmentation.cache_latents is True
@@ -98,14 +100,20 @@ def test_all_wrong_names_and_values_are_told_at_once(tmp_path):
     file = config(tmp_path, 'lerning_rate = 1\nflip_aug = "yes"\nzero_stage = 3\nnetwork_dim = "four"')
     with pytest.raises(UserError) as caught:
         parse_options([*NEEDED, file, "--netwrk_alpha", "4", "--deepspeed", "--clip_skip=0"])
-    starts = ["unknown option '--netwrk_alpha'", "--deepspeed is not supported", "unknown option 'lerning_rate'", "'flip_aug' in", "'zero_stage' in"]
+    starts = [
+        "unknown option '--netwrk_alpha'",
+        "--deepspeed is not supported",
+        "unknown option 'lerning_rate'",
+        "'flip_aug' in",
+        "'zero_stage' in",
+    ]
     starts += ["--clip_skip: expected", "'network_dim' in"]
-    assert [problem.startswith(start) for problem, start in zip(caught.value.problems, starts, strict=True)] == [True] * 7, caught.value.problems
+    assert [problem.startswith(start) for problem, start in zip(caught.value.problems, starts, strict=True)] == [True] * 7, (
+        caught.value.problems
+    )
 
 
-@pytest.mark.parametrize(
-    "text, wanted", [("100", 100), ("0.1", 0.1), ("10%", 0.1), ("1e3", 1000), ("0", 0)]
-)
+@pytest.mark.parametrize("text, wanted", [("100", 100), ("0.1", 0.1), ("10%", 0.1), ("1e3", 1000), ("0", 0)])
 def test_trap_5_10_steps_may_be_a_number_a_share_or_a_percentage(text, wanted):
     assert parse_options([*NEEDED, "--lr_warmup_steps", text]).optimizer.lr_warmup_steps == pytest.approx(wanted)
 
@@ -117,7 +125,9 @@ def config(tmp_path: Path, text: str) -> str:
 
 
 def test_config_file_is_flattened_and_the_command_line_wins(tmp_path):
-    file = config(tmp_path, '[model]\npretrained_model_name_or_path = "m"\n[any]\nmax_train_steps = 7\nnetwork_dim = 8\nresolution = 64\n')
+    file = config(
+        tmp_path, '[model]\npretrained_model_name_or_path = "m"\n[any]\nmax_train_steps = 7\nnetwork_dim = 8\nresolution = 64\n'
+    )
     options = parse_options([file, *NEEDED[1:], "--network_dim=16"])
     assert options.training.max_train_steps == 7 and options.network.network_dim == 16 and options.data.resolution == "64"
 
@@ -151,7 +161,9 @@ def test_trap_5_17_a_number_written_as_text_is_a_number(tmp_path):
 
 
 def test_config_file_of_a_graphical_front_end_with_refused_options_at_their_defaults(tmp_path):
-    file = config(tmp_path, 'masked_loss = false\nloss_type = "l2"\nhuber_c = 0.1\nmultires_noise_iterations = 0\nnetwork_args = []\n')
+    file = config(
+        tmp_path, 'masked_loss = false\nloss_type = "l2"\nhuber_c = 0.1\nmultires_noise_iterations = 0\nnetwork_args = []\n'
+    )
     assert parse_options([file, *NEEDED]).network.network_args == []
 
 
@@ -250,12 +262,31 @@ def test_a_file_of_a_graphical_front_end_runs_as_it_is(tmp_path):
 
 
 def test_output_config_writes_what_config_file_reads(tmp_path):
-    words = ["--network_dim=8", "--learning_rate=1e-4", "--flip_aug", "--network_args", "conv_dim=4", 'name="a\\b"', "--lr_warmup_steps=10%"]
-    words += ["--base_weights", "a.safetensors", "--base_weights_multiplier", "0.5", "--caption_prefix=ein Bär,\x7f", "--resolution=64,96"]
+    words = [
+        "--network_dim=8",
+        "--learning_rate=1e-4",
+        "--flip_aug",
+        "--network_args",
+        "conv_dim=4",
+        'name="a\\b"',
+        "--lr_warmup_steps=10%",
+    ]
+    words += [
+        "--base_weights",
+        "a.safetensors",
+        "--base_weights_multiplier",
+        "0.5",
+        "--caption_prefix=ein Bär,\x7f",
+        "--resolution=64,96",
+    ]
     target = tmp_path / "new"
     options = parse_options([*NEEDED, *words, "--output_config", f"--config_file={target}"])
     path = write_config(options, options.logs.config_file)
-    assert path == tmp_path / "new.toml" and "config_file" not in path.read_text("utf-8") and "max_train_steps" not in path.read_text("utf-8")
+    assert (
+        path == tmp_path / "new.toml"
+        and "config_file" not in path.read_text("utf-8")
+        and "max_train_steps" not in path.read_text("utf-8")
+    )
     again = parse_options([f"--config_file={target}"]).model_dump()
     wanted = options.model_dump()
     for dumped in (again, wanted):

@@ -10,7 +10,14 @@ import torch
 from safetensors.torch import save_file
 
 from library.errors import UserError
-from library.files import atomic_write, legacy_hash_of_file, load_pickled_tensors, read_safetensors_header, sha256_of_file, write_text
+from library.files import (
+    atomic_write,
+    legacy_hash_of_file,
+    load_pickled_tensors,
+    read_safetensors_header,
+    sha256_of_file,
+    write_text,
+)
 
 
 def test_atomic_write_replaces_only_when_the_block_ends_well(tmp_path):
@@ -57,7 +64,9 @@ def test_a_cut_file_is_named(whole, cut):
         read_safetensors_header(whole)
 
 
-@pytest.mark.parametrize("content", [b"", b"short", b"<html>not a model at all</html>" * 9, b"\x10" + b"\0" * 7 + b"[1,2,3]         "])
+@pytest.mark.parametrize(
+    "content", [b"", b"short", b"<html>not a model at all</html>" * 9, b"\x10" + b"\0" * 7 + b"[1,2,3]         "]
+)
 def test_foreign_content_is_named(tmp_path, content):
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
@@ -73,7 +82,9 @@ class Hostile:
         return (open, (self.target, "w"))
 
 
-@pytest.mark.parametrize("write", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value, protocol=2))], ids=["zip", "pickle"])
+@pytest.mark.parametrize(
+    "write", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value, protocol=2))], ids=["zip", "pickle"]
+)
 def test_code_in_a_pickle_never_runs(tmp_path, write):
     path, target = tmp_path / "evil.ckpt", tmp_path / "ran"
     write({"state_dict": Hostile(str(target))}, path)

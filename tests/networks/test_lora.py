@@ -132,7 +132,9 @@ def attached(layer: nn.Module, count: int = 1) -> list[LoRAModule]:
     return modules
 
 
-@pytest.mark.parametrize("kind", ["two networks", "learns", "parametrized", "replaced", "own class", "channels last", "hook inside"])
+@pytest.mark.parametrize(
+    "kind", ["two networks", "learns", "parametrized", "replaced", "own class", "channels last", "hook inside"]
+)
 def test_layer_and_lora_are_one_function_only_where_that_is_the_formula(kind):
     torch.manual_seed(0)
     layer, x = nn.Linear(8, 8), torch.randn(3, 8)

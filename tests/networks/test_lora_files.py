@@ -381,7 +381,9 @@ def test_the_file_works_copied_alone_into_an_empty_folder(program, model, tmp_pa
         for dim, name in ((2, "first"), (3, "second"), (4, "third")):
             make_network(model, dim=dim, **CONV).save_weights(tmp_path / f"{name}.safetensors", None, {})
     # -I: neither the repository nor PYTHONPATH is on the path.
-    done = subprocess.run([sys.executable, "-I", "-c", program], check=False, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", program], check=False, cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
 
 

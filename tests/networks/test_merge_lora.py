@@ -55,7 +55,9 @@ def test_parts_of_tensors_make_the_same_file(files, monkeypatch):
     whole = load(merged(files, "--ratios", "0.8", "-0.5", save_to="whole.safetensors"))
     monkeypatch.setattr(weight_output, "PART", 1000)
     parts = load(merged(files, "--ratios", "0.8", "-0.5", save_to="parts.safetensors"))
-    assert parts.keys() == whole.keys() and all(torch.allclose(parts[k].float(), whole[k].float(), atol=1e-6, rtol=2e-3) for k in whole)
+    assert parts.keys() == whole.keys() and all(
+        torch.allclose(parts[k].float(), whole[k].float(), atol=1e-6, rtol=2e-3) for k in whole
+    )
 
 
 def test_merged_model_is_what_the_network_module_makes_of_it(files):

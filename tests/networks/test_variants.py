@@ -343,5 +343,7 @@ for make in (lambda: lora.create_network(1.0, 2, 1, None, None, unet, dora="True
 
 def test_lora_py_alone_refuses_dora_by_name(tmp_path):
     shutil.copy(networks.lora.__file__, tmp_path / "lora.py")
-    done = subprocess.run([sys.executable, "-I", "-c", ALONE], check=False, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", ALONE], check=False, cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr

@@ -13,9 +13,21 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_report_names_what_is_here_and_ends_well(tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "tools" / "doctor.py")], cwd=tmp_path, capture_output=True, encoding="utf-8", timeout=200)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "doctor.py")], cwd=tmp_path, capture_output=True, encoding="utf-8", timeout=200
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    for words in ("Python", "torch", "CPU", "8-bit optimizers", "xformers", "opencv", "torch_compile", "mixed precision", "training can run here"):
+    for words in (
+        "Python",
+        "torch",
+        "CPU",
+        "8-bit optimizers",
+        "xformers",
+        "opencv",
+        "torch_compile",
+        "mixed precision",
+        "training can run here",
+    ):
         assert words in done.stdout
     assert "Traceback" not in done.stderr
     assert re.search(r"ok    8-bit optimizers       works on the", done.stdout), done.stdout

@@ -116,7 +116,9 @@ def check_model(folder):
 
 
 def test_opponent_colours_tell_brightness_from_hues():
-    grey, red, green = (torch.tensor(colour).view(1, 3, 1, 1) for colour in ((0.5, 0.5, 0.5), (1.0, -1.0, -1.0), (-1.0, 1.0, -1.0)))
+    grey, red, green = (
+        torch.tensor(colour).view(1, 3, 1, 1) for colour in ((0.5, 0.5, 0.5), (1.0, -1.0, -1.0), (-1.0, 1.0, -1.0))
+    )
     assert autoencoder.opponent(grey).flatten()[1:].abs().max() < 0.01
     brightness, orange, greenness = autoencoder.opponent(red).flatten().tolist()
     assert brightness < 0 < orange and greenness < 0
@@ -125,7 +127,11 @@ def test_opponent_colours_tell_brightness_from_hues():
 
 def test_errors_of_hue_count_most_where_pictures_differ_least():
     grey = torch.zeros(1, 3, 16, 16)
-    shifts = {"brighter": (0.1, 0.1, 0.1), "bluer": (-0.122, 0.0, 0.122), "greener": (-0.071, 0.141, -0.071)}  # equally long in RGB
+    shifts = {
+        "brighter": (0.1, 0.1, 0.1),
+        "bluer": (-0.122, 0.0, 0.122),
+        "greener": (-0.071, 0.141, -0.071),
+    }  # equally long in RGB
     cost = {name: float(autoencoder.difference(grey + torch.tensor(by).view(3, 1, 1), grey)) for name, by in shifts.items()}
     assert cost["brighter"] < cost["bluer"] < cost["greener"]
 
@@ -245,7 +251,9 @@ def test_fetched_names_leave_out_flags_and_skin_tones(tmp_path):
     }
     (tmp_path / "dist").mkdir()
     (tmp_path / "data-by-emoji.json").write_text(json.dumps(entries), encoding="utf-8")
-    (tmp_path / "dist" / "emoji-en-US.json").write_text(json.dumps({"\U0001f511": ["key", "front_door", "key"]}), encoding="utf-8")
+    (tmp_path / "dist" / "emoji-en-US.json").write_text(
+        json.dumps({"\U0001f511": ["key", "front_door", "key"]}), encoding="utf-8"
+    )
     found = fetch._emoji(tmp_path, tmp_path)
     assert list(found) == ["1f511", "2600"]
     assert found["1f511"]["keywords"] == "key, front door"

@@ -180,7 +180,9 @@ def draw_sheet(model: StableDiffusion, path: Path) -> None:
     """Sixteen names in the three styles, one row a style."""
     from PIL import Image
 
-    specs = [PromptSpec(prompt=prompt_of(style, name), seed=i, **DRAWING) for style in STYLES for i, name in enumerate(SHEET_NAMES)]
+    specs = [
+        PromptSpec(prompt=prompt_of(style, name), seed=i, **DRAWING) for style in STYLES for i, name in enumerate(SHEET_NAMES)
+    ]
     pictures = [made.picture for made in generate(model, specs, batch_size=16)]
     sheet = Image.new("RGB", (64 * len(SHEET_NAMES), 64 * len(STYLES)))
     for i, picture in enumerate(pictures):

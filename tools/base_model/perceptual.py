@@ -18,7 +18,13 @@ from torch import Tensor
 
 from library.errors import UserError
 
-LEVELS = ((0, 1), (2, 3), (4, 5, 6), (7, 8, 9), (10, 11, 12))  # convolutions between two poolings; a level's last output is compared
+LEVELS = (
+    (0, 1),
+    (2, 3),
+    (4, 5, 6),
+    (7, 8, 9),
+    (10, 11, 12),
+)  # convolutions between two poolings; a level's last output is compared
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of LPIPS: means and deviations of photographs in -1..1
 ALLOWED = {
     ("numpy", "dtype"), ("numpy", "ndarray"),

@@ -55,7 +55,12 @@ def make_folder(folder, count=8):
 def make_dataset(folder, resolution=64, flip=False, **keys):
     subset = SubsetConfig(image_dir=folder, class_tokens="dog", flip_aug=flip, **keys)
     config = DatasetConfig(
-        resolution=resolution, enable_bucket=True, min_bucket_reso=32, max_bucket_reso=128, bucket_reso_steps=16, batch_size=2,
+        resolution=resolution,
+        enable_bucket=True,
+        min_bucket_reso=32,
+        max_bucket_reso=128,
+        bucket_reso_steps=16,
+        batch_size=2,
         subsets=(subset,),
     )
     return TrainingDataset([config], seed=1)

@@ -25,9 +25,7 @@ def subset(**keys) -> SubsetConfig:
 
 
 def process(caption: str, seed: int = 0, epoch: int = 1, step: int = 0, max_train_steps: int = 100, **keys) -> str:
-    return process_caption(
-        caption, subset(**keys), random.Random(seed), epoch=epoch, step=step, max_train_steps=max_train_steps
-    )
+    return process_caption(caption, subset(**keys), random.Random(seed), epoch=epoch, step=step, max_train_steps=max_train_steps)
 
 
 # Reading
@@ -144,7 +142,8 @@ def test_caption_dropout_rate():
 
 def test_trap_4_3_epoch_dropout_takes_whole_epochs_n_2n_and_no_other():
     dropped = [
-        epoch for epoch in range(1, 10)
+        epoch
+        for epoch in range(1, 10)
         if {process("a", seed, epoch=epoch, caption_dropout_every_n_epochs=3) for seed in range(10)} == {""}
     ]
     kept = [epoch for epoch in range(1, 10) if process("a", epoch=epoch, caption_dropout_every_n_epochs=3) == "a"]

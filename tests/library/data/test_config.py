@@ -81,8 +81,9 @@ def test_the_first_level_that_has_a_value_wins(here):
 
 
 def test_subset_interpolation_beats_the_datasets(here):
-    (dataset,) = read(SMALL + "resize_interpolation = 'box'\n[[datasets.subsets]]\nimage_dir = 'dogs'",
-                      resize_interpolation="area")
+    (dataset,) = read(
+        SMALL + "resize_interpolation = 'box'\n[[datasets.subsets]]\nimage_dir = 'dogs'", resize_interpolation="area"
+    )
     assert [s.resize_interpolation for s in dataset.subsets] == ["box", "area"]
     assert dataset.resize_interpolation == "area"
 
@@ -237,7 +238,9 @@ def test_all_folders_without_pictures_are_told_at_once(here):
     assert [part in text for part, text in zip(("birds", "fish", "resolution"), caught.value.problems, strict=True)] == [True] * 3
     with pytest.raises(UserError) as caught:
         datasets_from_metadata(here / "a.json", here / "birds", DatasetDefaults())
-    assert [part in text for part, text in zip(("a.json", "birds", "resolution"), caught.value.problems, strict=True)] == [True] * 3
+    assert [part in text for part, text in zip(("a.json", "birds", "resolution"), caught.value.problems, strict=True)] == [
+        True
+    ] * 3
 
 
 def test_syntax_error_gives_file_line_and_column_in_one_line(here):

@@ -43,10 +43,18 @@ def subset(folder, **keys):
 
 
 def config(*subsets, **keys):
-    return DatasetConfig(**{
-        "resolution": 64, "enable_bucket": True, "min_bucket_reso": 32, "max_bucket_reso": 128, "bucket_reso_steps": 16,
-        "batch_size": 3, "subsets": subsets, **keys,
-    })
+    return DatasetConfig(
+        **{
+            "resolution": 64,
+            "enable_bucket": True,
+            "min_bucket_reso": 32,
+            "max_bucket_reso": 128,
+            "bucket_reso_steps": 16,
+            "batch_size": 3,
+            "subsets": subsets,
+            **keys,
+        }
+    )
 
 
 def used(dataset, epoch):
@@ -334,9 +342,14 @@ def test_more_uses_than_memory_holds_are_refused(tmp_path):
         TrainingDataset([config(subset(folder, num_repeats=1_000_000))], seed=1)
 
 
-@pytest.mark.parametrize("limit, cure", [
-    (None, "--max_token_length=150 or 225"), (150, "give --max_token_length=225"), (225, "not read"),
-])
+@pytest.mark.parametrize(
+    "limit, cure",
+    [
+        (None, "--max_token_length=150 or 225"),
+        (150, "give --max_token_length=225"),
+        (225, "not read"),
+    ],
+)
 def test_only_a_longer_limit_is_advised(tmp_path, tokenizer, caplog, limit, cure):
     folder = make_folder(tmp_path, 1)
     (folder / "000.txt").write_text("very " * 240, encoding="utf-8")
@@ -427,8 +440,10 @@ def test_facts_for_the_metadata(folder, tmp_path):
     assert sum(bucket.with_repeats for bucket in first.buckets) == 80
     buckets = first.bucket_info["buckets"]
     assert sum(entry["count"] for entry in buckets.values()) == 80 and list(buckets) == [str(i) for i in range(len(buckets))]
-    errors = [abs(w / h - dataset.table.sizes[i][0] / dataset.table.sizes[i][1])
-              for i, (w, h) in ((i, dataset.table.bucket_size(i)) for i in range(24))]
+    errors = [
+        abs(w / h - dataset.table.sizes[i][0] / dataset.table.sizes[i][1])
+        for i, (w, h) in ((i, dataset.table.bucket_size(i)) for i in range(24))
+    ]
     assert first.mean_img_ar_error == pytest.approx(sum(errors) / 24, rel=1e-5)
     assert second.bucket_info is None and second.num_train_images == 20
     text = dataset.bucket_table()

@@ -25,9 +25,7 @@ def subsets(train: Path, reg: Path | None = None, **defaults) -> list[SubsetConf
 
 
 def found(train: Path, **defaults) -> list[tuple[str, int, str | None]]:
-    return [
-        (s.image_dir.relative_to(train).as_posix(), s.num_repeats, s.class_tokens) for s in subsets(train, **defaults)
-    ]
+    return [(s.image_dir.relative_to(train).as_posix(), s.num_repeats, s.class_tokens) for s in subsets(train, **defaults)]
 
 
 def test_folders_named_by_the_rule_in_sorted_order(tmp_path):
@@ -94,8 +92,10 @@ def test_regularisation_folders(tmp_path):
 
 def test_the_command_line_holds_for_all_subsets(tmp_path):
     make(tmp_path, "10_cat/1.png", "2_dog/1.png")
-    assert all(s.flip_aug and s.keep_tokens == 2 and s.num_repeats > 1 for s in
-               subsets(tmp_path, flip_aug=True, keep_tokens=2, num_repeats=1))
+    assert all(
+        s.flip_aug and s.keep_tokens == 2 and s.num_repeats > 1
+        for s in subsets(tmp_path, flip_aug=True, keep_tokens=2, num_repeats=1)
+    )
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "file", "text only"])

@@ -22,7 +22,9 @@ def folders(tmp_path_factory) -> Path:
     for folder, count, side in (("cats", 20, 64), ("small", 20, 32), ("reg", 4, 64)):
         (root / folder).mkdir()
         for number in range(count):
-            Image.new("RGB", (side, side), (number * 10, 0, 0)).save(root / folder / f"{folder[:1] if folder == 'reg' else ''}{number:02d}.png")
+            Image.new("RGB", (side, side), (number * 10, 0, 0)).save(
+                root / folder / f"{folder[:1] if folder == 'reg' else ''}{number:02d}.png"
+            )
             (root / folder / f"{number:02d}.txt").write_text(f"cat {number}, red", encoding="utf-8")
     return root
 
@@ -62,7 +64,7 @@ def test_the_part_follows_from_names_and_seed_and_not_from_the_order(folders, tm
     seeded = CATS.replace("batch_size = 3", "validation_seed = 7")
     assert set(paths(dataset(folders, seeded, seed=1).validation())) == set(paths(dataset(folders, seeded, seed=2).validation()))
     # Two folders in either order, or all files in one: the same names are held out.
-    both = '[[datasets]]\nresolution = 32\nvalidation_split = 0.25\n' + "".join(
+    both = "[[datasets]]\nresolution = 32\nvalidation_split = 0.25\n" + "".join(
         f'[[datasets.subsets]]\nimage_dir = "ROOT/{folder}"\n' for folder in ("cats", "small")
     )
     names = sorted(Path(path).stem for path in paths(dataset(folders, both).validation()))

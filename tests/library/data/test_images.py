@@ -104,9 +104,15 @@ def test_trap_4_16_exif_rotation_is_applied(tmp_path, orientation, suffix):
     assert np.unravel_index(quarters.argmax(), (2, 2)) == expected
 
 
-@pytest.mark.parametrize("options", [
-    {"lossless": True}, {"quality": 80}, {"quality": 80, "icc_profile": b"x" * 10}, {"quality": 80, "exif": Image.Exif()},
-])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lossless": True},
+        {"quality": 80},
+        {"quality": 80, "icc_profile": b"x" * 10},
+        {"quality": 80, "exif": Image.Exif()},
+    ],
+)
 @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
 def test_webp_sizes_from_headers(tmp_path, options, mode):
     path = tmp_path / "a.webp"
@@ -124,8 +130,11 @@ def test_names_with_spaces_and_other_alphabets(tmp_path):
 def test_what_cannot_be_used_has_a_reason(tmp_path):
     whole = encoded(Image.fromarray(np.random.RandomState(0).randint(0, 256, (64, 64, 3), dtype=np.uint8)))
     for content, reason in [
-        (b"", "0 bytes"), (b"hello, this is text", "no picture"), (whole[:12], "no picture"),
-        (whole[:-400], "cut off or damaged"), (whole[: len(whole) // 2], "cut off or damaged"),
+        (b"", "0 bytes"),
+        (b"hello, this is text", "no picture"),
+        (whole[:12], "no picture"),
+        (whole[:-400], "cut off or damaged"),
+        (whole[: len(whole) // 2], "cut off or damaged"),
         (encoded(Image.new("F", (2, 2)), "TIFF"), "floating-point"),
     ]:
         with pytest.raises(BadPicture, match=reason):

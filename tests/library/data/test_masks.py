@@ -46,7 +46,9 @@ def red_at_latent_size(images: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.avg_pool2d((images[:, :1] + 1) / 2, 8)
 
 
-@pytest.mark.parametrize("options", [{}, {"flip_aug": True}, {"random_crop": True}, {"enable_bucket": True, "min_bucket_reso": 64, "flip_aug": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"flip_aug": True}, {"random_crop": True}, {"enable_bucket": True, "min_bucket_reso": 64, "flip_aug": True}]
+)
 def test_masks_stay_on_their_pictures(data, options):
     made, seen = dataset(data, **options), []
     for epoch in (1, 2):

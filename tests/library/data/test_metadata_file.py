@@ -67,7 +67,9 @@ def test_lines_of_a_jsonl_file(pictures, tmp_path):
 
 def test_batches_use_the_captions_with_all_their_options(pictures, tmp_path):
     path = written(tmp_path, {"a": {"caption": "x, y", "tags": "z"}})
-    defaults = DatasetDefaults(resolution=64, caption_prefix="pre", caption_suffix="suf", num_repeats=3, caption_tag_dropout_rate=1.0, keep_tokens=1)
+    defaults = DatasetDefaults(
+        resolution=64, caption_prefix="pre", caption_suffix="suf", num_repeats=3, caption_tag_dropout_rate=1.0, keep_tokens=1
+    )
     dataset = TrainingDataset(datasets_from_metadata(path, pictures, defaults), seed=1)
     assert dataset.num_batches == 3 and dataset[(1, 0)].captions == ["pre x"]
 

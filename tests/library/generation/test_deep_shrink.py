@@ -27,6 +27,7 @@ def sizes_of_features(model, spec, latents_size=(8, 16), timestep=700):
     """(height, width) at the end of every block, on the way down and up."""
     sizes, handles = [], []
     for block in (*model.unet.down_blocks, *model.unet.up_blocks):
+
         def note(_, inputs, output):
             features = output[0] if isinstance(output, tuple) else output
             sizes.append(tuple(features.shape[-2:]))

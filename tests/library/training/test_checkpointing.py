@@ -118,7 +118,10 @@ def test_a_network_that_cannot_be_counted_is_said_and_all_is_checkpointed(parts,
     chosen = options("--gradient_checkpointing_budget=9")
     use_gradient_checkpointing(chosen, *parts, contextlib.nullcontext)
     model = parts[0]
-    assert all(unit.gradient_checkpointing for unit in units(model.unet)) and "no data); all is checkpointed" in capsys.readouterr().out
+    assert (
+        all(unit.gradient_checkpointing for unit in units(model.unet))
+        and "no data); all is checkpointed" in capsys.readouterr().out
+    )
 
 
 def test_a_run_with_a_budget_checkpoints_what_it_must_and_learns_the_same(tmp_path, monkeypatch, capsys):

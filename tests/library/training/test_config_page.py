@@ -67,7 +67,7 @@ def test_from_metadata_prints_a_command_and_a_dataset_file_that_are_understood(m
 
 def test_the_messages_of_the_page():
     messages = re.findall(r"^\| `error: (.+?)` \|", PAGE, re.MULTILINE)
-    for message, text in zip(messages, ('learning_rat = 1', 'cache_latents = "yes"', None), strict=True):
+    for message, text in zip(messages, ("learning_rat = 1", 'cache_latents = "yes"', None), strict=True):
         name = "train.toml" if text else "train.tml"
         if text:
             Path(name).write_text(text, encoding="utf-8")

@@ -32,7 +32,9 @@ def test_results_and_gradients_are_torchs_own_and_nothing_is_kept(layer, shape, 
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         y = frozen(x)
     assert not kept and y.is_contiguous() and not y._is_view()
-    near = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0, "atol": 0}  # in 16 bits it is the same operation
+    near = (
+        {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0, "atol": 0}
+    )  # in 16 bits it is the same operation
     torch.testing.assert_close(y, plain(x), **near)
     direction = torch.randn_like(y)
     ours, theirs = (torch.autograd.grad(module(x), x, direction)[0] for module in (frozen, plain))

@@ -46,7 +46,9 @@ class StandIn(BaseHTTPRequestHandler):
         if "/resolve/" in self.path:
             return self.file()
         if "/tree/" in self.path:
-            return self.answer([{"type": "file", "path": n, "size": len(c), "oid": "b" * 40} for n, c in self.server.files.items()])
+            return self.answer(
+                [{"type": "file", "path": n, "size": len(c), "oid": "b" * 40} for n, c in self.server.files.items()]
+            )
         self.answer({"id": "me/loras", "sha": COMMIT, "siblings": names, "tags": [], "private": True, "downloads": 0, "likes": 0})
 
     do_HEAD = do_GET
@@ -54,7 +56,11 @@ class StandIn(BaseHTTPRequestHandler):
     def file(self) -> None:
         content = self.server.files[self.path.split("/resolve/")[1].split("/", 1)[1]]
         self.send_response(200)
-        for name, value in {"Content-Length": len(content), "ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT}.items():
+        for name, value in {
+            "Content-Length": len(content),
+            "ETag": f'"{hashlib.sha1(content).hexdigest()}"',
+            "X-Repo-Commit": COMMIT,
+        }.items():
             self.send_header(name, str(value))
         self.end_headers()
         if self.command == "GET":
@@ -156,14 +162,19 @@ def test_a_state_comes_back_as_it_went(hub, tmp_path):
     (folder / "optimizer.safetensors").write_bytes(b"moments")
     uploads(huggingface_path_in_repo="runs", save_state_to_huggingface=True).state(folder)
     fetched = fetch_state("me/loras/runs/mine-state", TOKEN)
-    assert {path.name: path.read_bytes() for path in fetched.iterdir()} == {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert {path.name: path.read_bytes() for path in fetched.iterdir()} == {
+        path.name: path.read_bytes() for path in folder.iterdir()
+    }
     with pytest.raises(UserError, match="has no folder runs/other"):
         fetch_state("me/loras/runs/other", TOKEN)
 
 
 def test_a_run_leaves_its_files_on_the_hub_and_goes_on_from_there_and_the_token_is_nowhere(hub, monkeypatch, tmp_path, capsys):
     use_two_blocks(monkeypatch.setattr)
-    pictures, shared = picture_folder(tmp_path / "pictures", 2), ["--huggingface_repo_id=me/loras", f"--huggingface_token={TOKEN}"]
+    pictures, shared = (
+        picture_folder(tmp_path / "pictures", 2),
+        ["--huggingface_repo_id=me/loras", f"--huggingface_token={TOKEN}"],
+    )
     train(words_of_a_run(
         pictures, tmp_path / "first", "--max_train_steps=2", "--save_state", "--save_state_to_huggingface", "--log_config",
         f"--logging_dir={tmp_path / 'first' / 'logs'}", *shared,

@@ -10,7 +10,13 @@ from library.training.contradictions import contradictions
 from library.training.idle_options import idle_options
 from library.training.options import parse_options
 
-NEEDED = ["--pretrained_model_name_or_path=m", "--train_data_dir=d", "--output_dir=o", "--network_module=networks.lora", "--resolution=64"]
+NEEDED = [
+    "--pretrained_model_name_or_path=m",
+    "--train_data_dir=d",
+    "--output_dir=o",
+    "--network_module=networks.lora",
+    "--resolution=64",
+]
 
 
 def configs(*subsets: dict, **dataset) -> list[DatasetConfig]:
@@ -127,7 +133,9 @@ def test_many_processes_may_be_waited_for(monkeypatch):
 def test_what_asks_for_nothing_is_not_named():
     """Front ends write every option they know, most of them switched off or at their default."""
     words = "--dynamo_backend=no --huber_c=0.1 --save_last_n_steps_state=0 --validate_every_n_steps=0 --lr_scheduler_power=1 --log_prefix= "
-    assert idle(words + "--sample_every_n_steps=0 --max_train_epochs=0 --multires_noise_discount=0.3 --max_train_steps=1600") == []
+    assert (
+        idle(words + "--sample_every_n_steps=0 --max_train_epochs=0 --multires_noise_discount=0.3 --max_train_steps=1600") == []
+    )
 
 
 def test_all_are_told_once_and_together(capsys, monkeypatch):
@@ -138,5 +146,8 @@ def test_all_are_told_once_and_together(capsys, monkeypatch):
     monkeypatch.setattr(preflight, "estimated_bytes", lambda *a: 0)
     preflight.tell_notes(options, dataset, preflight.torch.device("cpu"))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "given, but without effect: --log_prefix (needs --logging_dir); --huber_c (for --loss_type=huber and smooth_l1)"
+    assert (
+        lines[0]
+        == "given, but without effect: --log_prefix (needs --logging_dir); --huber_c (for --loss_type=huber and smooth_l1)"
+    )
     assert len(lines) == 2 and lines[1].startswith("memory: ")

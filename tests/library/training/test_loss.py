@@ -190,7 +190,13 @@ def test_values_that_cannot_be_are_refused(word, part):
 
 
 def test_front_ends_write_zeros_for_what_is_off():
-    words = ["--noise_offset=0", "--adaptive_noise_scale=0", "--multires_noise_iterations=0", "--ip_noise_gamma=0", "--v_pred_like_loss=0"]
+    words = [
+        "--noise_offset=0",
+        "--adaptive_noise_scale=0",
+        "--multires_noise_iterations=0",
+        "--ip_noise_gamma=0",
+        "--v_pred_like_loss=0",
+    ]
     z = torch.zeros(2, 4, 8, 8)
     torch.manual_seed(0)
     plain = torch.randn(z.shape)

@@ -9,7 +9,14 @@ import torch
 
 from library.errors import UserError
 from library.training.fused_backward import check_fused_backward, step_in_backward
-from library.training.optimizers import OPTIMIZERS, create_optimizer, found_rates, optimizer_name, parse_key_values, weights_to_use
+from library.training.optimizers import (
+    OPTIMIZERS,
+    create_optimizer,
+    found_rates,
+    optimizer_name,
+    parse_key_values,
+    weights_to_use,
+)
 from library.training.options import OptimizerOptions, parse_options
 from library.training.schedules import create_schedule, schedule_facts
 
@@ -69,7 +76,9 @@ def test_the_old_flag_means_lion():
 def test_sgd_nesterov_has_momentum_unless_given():
     optimizer, _ = create_optimizer(OptimizerOptions(optimizer_type="SGDNesterov"), groups(), CPU)
     assert optimizer.param_groups[0]["momentum"] == 0.9 and optimizer.param_groups[0]["nesterov"]
-    optimizer, _ = create_optimizer(OptimizerOptions(optimizer_type="SGDNesterov", optimizer_args=["momentum=0.5"]), groups(), CPU)
+    optimizer, _ = create_optimizer(
+        OptimizerOptions(optimizer_type="SGDNesterov", optimizer_args=["momentum=0.5"]), groups(), CPU
+    )
     assert optimizer.param_groups[0]["momentum"] == 0.5
 
 
@@ -134,7 +143,9 @@ def trained(name: str, steps: int = 10, rate: float = 1e-2, **options) -> tuple[
     return parameter.detach(), optimizer
 
 
-EXTRAS = {"Lion": "lion_pytorch", "Prodigy": "prodigyopt"} | dict.fromkeys((n for n in OPTIMIZERS if n.startswith("DAdapt")), "dadaptation")
+EXTRAS = {"Lion": "lion_pytorch", "Prodigy": "prodigyopt"} | dict.fromkeys(
+    (n for n in OPTIMIZERS if n.startswith("DAdapt")), "dadaptation"
+)
 EXTRAS |= dict.fromkeys((n for n in OPTIMIZERS if n.endswith("ScheduleFree")), "schedulefree")
 
 
@@ -181,8 +192,14 @@ def test_adafactor_with_rates_of_its_own(capsys):
     optimizer, _ = create_optimizer(options, groups(), CPU)
     assert optimizer.param_groups[0]["lr"] == 0.5 and schedule_facts(options, optimizer) == {}
     said = capsys.readouterr().out
-    assert "constant_with_warmup" in said and "--max_grad_norm=0" in said and "clip_threshold" not in said.split("(clip_threshold)")[1]
-    weight, _ = trained("AdaFactor", optimizer_args=words, max_grad_norm=0, lr_scheduler="constant_with_warmup", lr_warmup_steps=1)
+    assert (
+        "constant_with_warmup" in said
+        and "--max_grad_norm=0" in said
+        and "clip_threshold" not in said.split("(clip_threshold)")[1]
+    )
+    weight, _ = trained(
+        "AdaFactor", optimizer_args=words, max_grad_norm=0, lr_scheduler="constant_with_warmup", lr_warmup_steps=1
+    )
     assert weight.mean() < 0 and not capsys.readouterr().out
 
 

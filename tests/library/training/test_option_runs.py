@@ -135,7 +135,9 @@ def test_models_go_straight_to_the_device_in_the_format_of_the_arithmetic(monkey
     assert seen["vae"] == "other" and seen["device"] == Accelerator.device and seen["dtype"] == torch.bfloat16
 
 
-@pytest.mark.parametrize("words, asked", [(["--xformers"], True), (["--xformers", "--mem_eff_attn"], False), (["--xformers", "--sdpa"], True)])
+@pytest.mark.parametrize(
+    "words, asked", [(["--xformers"], True), (["--xformers", "--mem_eff_attn"], False), (["--xformers", "--sdpa"], True)]
+)
 def test_mem_eff_attn_wins_over_xformers(monkeypatch, words, asked):
     calls = []
     monkeypatch.setattr(run_module, "load_stable_diffusion", lambda *a, **k: type("Model", (), {"unet": None}))
@@ -172,7 +174,14 @@ def test_in_json_trains_on_what_it_lists(run, trainers, tmp_path, monkeypatch):
     Image.new("RGBA", (64, 64), (255, 0, 0, 0)).save(see_through)
     path = tmp_path / "meta.json"
     path.write_text(json.dumps({str(see_through): {"caption": "c", "tags": "t"}, "missing": {}}), encoding="utf-8")
-    words = [f"--in_json={path}", "--on_bad_image=skip", "--alpha_mask", "--cache_latents_to_disk", "--vae_batch_size=2", "--network_alpha=3"]
+    words = [
+        f"--in_json={path}",
+        "--on_bad_image=skip",
+        "--alpha_mask",
+        "--cache_latents_to_disk",
+        "--vae_batch_size=2",
+        "--network_alpha=3",
+    ]
     words += ["--persistent_data_loader_workers", "--max_data_loader_n_workers=0"]
     result = run("--max_train_steps=1", *QUICK[1:], *words, data="--train_batch_size=1")
     assert loaders[0]["persistent"] and loaders[0]["num_workers"] == 0

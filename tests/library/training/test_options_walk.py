@@ -167,7 +167,9 @@ BY_TEST: dict[str, dict[str, str]] = {
 }
 # What holds without the option too, and the test that it holds.
 ALWAYS_SO = {"sdpa": ("library/training/test_option_runs.py", "test_attention_is_torch_s_which_keeps_no_matrix_of_all_pairs")}
-EXERCISED = {option: (file, test) for file, tests in BY_TEST.items() for test, options in tests.items() for option in options.split()}
+EXERCISED = {
+    option: (file, test) for file, tests in BY_TEST.items() for test, options in tests.items() for option in options.split()
+}
 
 
 def reference() -> list[str]:
@@ -230,7 +232,9 @@ def test_where_a_run_begins():
 
 
 def test_when_to_validate_and_when_to_stop():
-    chosen = options("--validate_every_n_steps=4", "--validate_every_n_epochs=2", "--max_validation_steps=3", "--early_stopping_patience=1")
+    chosen = options(
+        "--validate_every_n_steps=4", "--validate_every_n_epochs=2", "--max_validation_steps=3", "--early_stopping_patience=1"
+    )
     dataset = SimpleNamespace(num_batches=9)
     validation = Validation(dataset, chosen.validation, torch.device("cpu"), Processes(), seed=1, timesteps=[], num_workers=0)
     assert [validation.due_after_step(step) for step in (3, 4, 8)] == [False, True, True]

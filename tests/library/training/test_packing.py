@@ -184,7 +184,9 @@ def test_half_precision_and_autocast():
 def test_formats_by_option():
     assert base_formats(options()) == {"unet": None, "text_encoder": None}
     assert base_formats(options("--base_dtype=nf4")) == {"unet": "nf4", "text_encoder": "nf4"}
-    assert base_formats(options("--fp8_base")) == base_formats(options("--base_dtype=fp8")) == {"unet": "fp8", "text_encoder": "fp8"}
+    assert (
+        base_formats(options("--fp8_base")) == base_formats(options("--base_dtype=fp8")) == {"unet": "fp8", "text_encoder": "fp8"}
+    )
     assert base_formats(options("--fp8_base_unet")) == {"unet": "fp8", "text_encoder": None}
 
 

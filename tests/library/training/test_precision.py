@@ -80,7 +80,9 @@ def test_a_loss_of_nan_is_explained():
     half = ["--mixed_precision=fp16"]
     assert "lower --learning_rate, or leave out --full_fp16" in explain_nonfinite(options(*half, "--full_fp16"), bad)
     assert explain_nonfinite(options(), bad).endswith("any more: lower --learning_rate")
-    assert "overflowed in fp16" in explain_nonfinite(options(*half), good) and "--no_half_vae" in explain_nonfinite(options(*half), good)
+    assert "overflowed in fp16" in explain_nonfinite(options(*half), good) and "--no_half_vae" in explain_nonfinite(
+        options(*half), good
+    )
     assert "--no_half_vae" not in explain_nonfinite(options(*half, "--no_half_vae"), good)
     assert "look at the pictures" in explain_nonfinite(options(), good)
 
@@ -99,7 +101,9 @@ def test_a_compiled_module_does_the_same_and_keeps_its_names():
     assert list(module.state_dict()) == names
 
 
-@pytest.mark.parametrize("name, part", [("inducter", "inductor"), ("nvprims_nvfuser", "not exist in torch any more"), ("xyz", "there are: ")])
+@pytest.mark.parametrize(
+    "name, part", [("inducter", "inductor"), ("nvprims_nvfuser", "not exist in torch any more"), ("xyz", "there are: ")]
+)
 def test_back_ends_that_are_not_there(name, part):
     with pytest.raises(UserError, match=part):
         check_backend(name, CPU)
@@ -111,6 +115,8 @@ def test_a_missing_compiler_is_one_line(monkeypatch):
 
     monkeypatch.setattr(torch._dynamo, "list_backends", lambda exclude: ["broken"])
     monkeypatch.setattr(torch, "compile", lambda function, backend: lambda x: broken(None, None))
-    with pytest.raises(UserError, match=r"--torch_compile: broken cannot compile .*no working C\+\+ compiler.*aot_eager") as caught:
+    with pytest.raises(
+        UserError, match=r"--torch_compile: broken cannot compile .*no working C\+\+ compiler.*aot_eager"
+    ) as caught:
         check_backend("broken", CPU)
     assert "\n" not in str(caught.value)

@@ -66,7 +66,13 @@ def test_what_the_pictures_bring_to_light_is_told_in_the_same_breath(folder, mon
     found = problems(options("--lr_scheduler=cosine", "--vae=gone.pt", folder=folder))
     assert [part in text for part, text in zip(("--vae", "broken.png"), found, strict=True)] == [True, True], found
     (folder / "broken.png").unlink()
-    words = ["--lr_scheduler=cosine", "--lr_warmup_steps=5", "--max_train_steps=4", "--early_stopping_patience=1", "--initial_step=9"]
+    words = [
+        "--lr_scheduler=cosine",
+        "--lr_warmup_steps=5",
+        "--max_train_steps=4",
+        "--early_stopping_patience=1",
+        "--initial_step=9",
+    ]
     found = problems(options("--vae=gone.pt", *words, folder=folder))
     parts = ("--vae", "--lr_warmup_steps is 5", "--early_stopping_patience needs", "GiB free", "9 steps are done and 4")
     assert [part in text for part, text in zip(parts, found, strict=True)] == [True] * 5, found
@@ -119,7 +125,12 @@ def test_contradictions_are_told_together_and_with_the_rest(folder):
 
 def test_all_that_is_missing_is_said_at_once():
     found = problems(parse_options([]))
-    starts = ("--pretrained_model_name_or_path is missing", "no pictures: give --dataset_config", "--network_module", "--output_dir")
+    starts = (
+        "--pretrained_model_name_or_path is missing",
+        "no pictures: give --dataset_config",
+        "--network_module",
+        "--output_dir",
+    )
     assert [text.startswith(start) for text, start in zip(found, starts, strict=True)] == [True] * 4
 
 
@@ -145,7 +156,9 @@ def test_what_looks_like_a_path_is_no_name_of_the_hub(name, is_path, tmp_path, m
 
 
 def dataset(folder: Path, **more) -> TrainingDataset:
-    return TrainingDataset([DatasetConfig(resolution=(64, 64), subsets=(SubsetConfig(image_dir=folder, flip_aug=True),), **more)], seed=1)
+    return TrainingDataset(
+        [DatasetConfig(resolution=(64, 64), subsets=(SubsetConfig(image_dir=folder, flip_aug=True),), **more)], seed=1
+    )
 
 
 def space(chosen, folder: Path) -> float:

@@ -21,6 +21,7 @@ from library.training.plan import Plan
 
 from two_processes import ROOT, launch  # beside this file
 
+
 def documented_command() -> tuple[list[str], list[str]]:
     """The command for two cards in docs/scaling.md: words for the launcher, words for train_network.py."""
     page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
@@ -31,8 +32,21 @@ def documented_command() -> tuple[list[str], list[str]]:
     return words[2:split], words[split + 1 :]
 
 
-COMMON = ["--max_train_epochs=2", "--train_batch_size=2", "--flip_aug", "--shuffle_caption", "--network_dim=2", "--noise_offset=0.1"]
-VALIDATED = ["--train_batch_size=1", "--max_train_steps=2", "--validation_split=0.4", "--validate_every_n_steps=1", "--network_dim=2"]
+COMMON = [
+    "--max_train_epochs=2",
+    "--train_batch_size=2",
+    "--flip_aug",
+    "--shuffle_caption",
+    "--network_dim=2",
+    "--noise_offset=0.1",
+]
+VALIDATED = [
+    "--train_batch_size=1",
+    "--max_train_steps=2",
+    "--validation_split=0.4",
+    "--validate_every_n_steps=1",
+    "--network_dim=2",
+]
 WARM = ["--lr_scheduler=constant_with_warmup", "--lr_warmup_steps=3", "--network_args", "rank_dropout=0.2", "module_dropout=0.2"]
 
 
@@ -50,7 +64,9 @@ def place(tmp_path_factory, base_model) -> Path:
     """Five pictures: three batches of two, which two processes cannot halve; and a folder where one that process 1 reads is broken."""
     folder = tmp_path_factory.mktemp("processes")
     shutil.copy(base_model, folder / "model.safetensors")
-    (folder / "data.toml").write_text('[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "good"\n', encoding="utf-8")
+    (folder / "data.toml").write_text(
+        '[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "good"\n', encoding="utf-8"
+    )
     for name in ("good", "bad"):
         (folder / name).mkdir()
         for number in range(5):
@@ -104,7 +120,9 @@ def alone(place, base_model):
     def start(name: str, *more: str):
         AcceleratorState._reset_state(reset_partial_state=True)
         made, original, threads = [], run_module.prepare, torch.get_num_threads()
-        torch.set_num_threads(1)  # as each of two has on two cores: sums in another order make other last digits, and Adam divides by them
+        torch.set_num_threads(
+            1
+        )  # as each of two has on two cores: sums in another order make other last digits, and Adam divides by them
         run_module.prepare = lambda *a: made.append(original(*a)) or made[-1]
         try:
             assert run_module.train(parse_options(words(place, base_model, name, *more, "--gradient_accumulation_steps=2"))) == 0
@@ -179,7 +197,12 @@ def test_the_main_process_alone_speaks(outcomes):
 def test_an_error_on_one_process_ends_all_with_one_line(outcomes, place):
     main, other = outcomes["broken"]
     assert main.code == other.code == 2
-    assert main.error.startswith("process 1: ") and ".png: cut off or damaged" in main.error and not other.error and "Traceback" not in main.error
+    assert (
+        main.error.startswith("process 1: ")
+        and ".png: cut off or damaged" in main.error
+        and not other.error
+        and "Traceback" not in main.error
+    )
 
 
 def test_an_error_on_all_processes_is_told_once(outcomes):

@@ -185,7 +185,10 @@ def a_state(tmp_path_factory, pictures) -> Path:
     "words, message",
     [
         (["--network_dim=3"], "--network_dim was 2 and is 3"),
-        (["--learning_rate=1e-4", "--min_snr_gamma=5"], "--learning_rate was 0.001 and is 0.0001; --min_snr_gamma was unset and is 5.0"),
+        (
+            ["--learning_rate=1e-4", "--min_snr_gamma=5"],
+            "--learning_rate was 0.001 and is 0.0001; --min_snr_gamma was unset and is 5.0",
+        ),
         (["--optimizer_type=SGD"], "--optimizer_type was  and is SGD"),
         (["--ema_decay=0.9"], "--ema_decay was unset and is 0.9"),
         (["--network_args", "conv_dim=2"], "--network_args was unset"),
@@ -227,8 +230,12 @@ def test_other_pictures_captions_and_models_are_refused(run, a_state, tmp_path, 
 def test_what_may_differ_and_where_things_lie(run, a_state, tmp_path):
     """Folders moved, another output, more steps, workers: it goes on; --seed may be left out."""
     moved = picture_folder(tmp_path / "elsewhere" / "pictures")
-    words = [word for word in words_of_a_run(moved, tmp_path / "out", *UNET, "--max_train_steps=3") if not word.startswith("--seed")]
-    trainer = train([*words, f"--resume={a_state.parent}", "--output_name=new", "--save_every_n_steps=3", "--gradient_checkpointing"])
+    words = [
+        word for word in words_of_a_run(moved, tmp_path / "out", *UNET, "--max_train_steps=3") if not word.startswith("--seed")
+    ]
+    trainer = train(
+        [*words, f"--resume={a_state.parent}", "--output_name=new", "--save_every_n_steps=3", "--gradient_checkpointing"]
+    )
     assert trainer.step == 3 and trainer.seed == 1
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["new-step00000003.safetensors", "new.safetensors"]
 

@@ -38,7 +38,9 @@ def test_constant():
 
 @pytest.mark.parametrize("steps", [10, "0.25", "25%"])
 def test_constant_with_warmup_in_steps_or_as_a_share(steps):
-    assert rates(lr_scheduler="constant_with_warmup", lr_warmup_steps=steps) == pytest.approx([warmup(s, 10) for s in range(TOTAL)])
+    assert rates(lr_scheduler="constant_with_warmup", lr_warmup_steps=steps) == pytest.approx(
+        [warmup(s, 10) for s in range(TOTAL)]
+    )
 
 
 def test_linear():

@@ -17,7 +17,11 @@ from library.training.state import State, find_state, read_state, write_state
 
 
 def a_state(step: int, name: str | None = "mine") -> State:
-    return State({"step": step, "output_name": name}, {"network": {"a": torch.full((3,), float(step))}}, {"optimizer": {"state": {0: {"m": torch.ones(2)}}}})
+    return State(
+        {"step": step, "output_name": name},
+        {"network": {"a": torch.full((3,), float(step))}},
+        {"optimizer": {"state": {0: {"m": torch.ones(2)}}}},
+    )
 
 
 def test_what_is_written_is_read(tmp_path):

@@ -123,7 +123,9 @@ def test_a_run_tells_tensorboard_its_settings(monkeypatch, tmp_path):
         words = ["--max_train_steps=1", f"--logging_dir={tmp_path / name}", "--log_with=tensorboard", "--log_tracker_name=cats"]
         train(words_of_a_run(pictures, tmp_path / "out", *words, *more))
         (folder,) = (tmp_path / name).glob("*/cats")
-        assert list(folder.glob("events*")) and [path.read_text().count("learning_rate: 0.001") for path in folder.rglob("*.yml")] == [1] * len(more)
+        assert list(folder.glob("events*")) and [
+            path.read_text().count("learning_rate: 0.001") for path in folder.rglob("*.yml")
+        ] == [1] * len(more)
 
 
 def test_the_grid_has_a_row_a_prompt_and_a_column_a_moment(tmp_path):

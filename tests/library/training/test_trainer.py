@@ -24,7 +24,9 @@ from library.training.trainer import Trainer
 
 
 def test_files_of_a_run(run):
-    result = run("--max_train_epochs=4", "--save_every_n_epochs=1", "--save_last_n_epochs=2", "--save_every_n_steps=5", "--network_dim=2")
+    result = run(
+        "--max_train_epochs=4", "--save_every_n_epochs=1", "--save_last_n_epochs=2", "--save_every_n_steps=5", "--network_dim=2"
+    )
     assert result.code == 0
     assert result.files() == [
         "mine-000002.safetensors", "mine-000003.safetensors", "mine-loss.png", "mine-step00000005.safetensors",
@@ -37,7 +39,9 @@ def test_files_of_a_run(run):
 
 
 def test_step_files_older_than_save_last_n_steps_are_removed(run):
-    result = run("--max_train_steps=6", "--save_every_n_steps=1", "--save_last_n_steps=3", "--network_train_unet_only", "--cache_latents")
+    result = run(
+        "--max_train_steps=6", "--save_every_n_steps=1", "--save_last_n_steps=3", "--network_train_unet_only", "--cache_latents"
+    )
     assert [name for name in result.files() if "step" in name] == [f"mine-step{n:08d}.safetensors" for n in (3, 4, 5, 6)]
 
 
@@ -182,6 +186,7 @@ def test_trap_5_8_warm_up_is_counted_in_optimizer_steps(run, monkeypatch):
 def held_out_loss(trainer: Trainer) -> float:
     """Mean loss over the pictures at four fixed timesteps with noise that training never drew."""
     from library.sd.model import predict_noise
+
     trainer.network.module.eval()
     torch.manual_seed(999)
     losses = []
@@ -285,7 +290,10 @@ def test_wrong_input_is_one_line(run, words, part):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("words", [["--network_args", "conv_dm=4"], ["--lr_scheduler=cosin"], ["--optimizer_type=AdmW"], [f"--output_dir={__file__}/out"]])
+@pytest.mark.parametrize(
+    "words",
+    [["--network_args", "conv_dm=4"], ["--lr_scheduler=cosin"], ["--optimizer_type=AdmW"], [f"--output_dir={__file__}/out"]],
+)
 def test_what_is_misspelt_is_found_before_the_model_is_loaded(run, monkeypatch, words):
     monkeypatch.setattr(run_module, "load_stable_diffusion", lambda *a, **k: pytest.fail("the model was loaded"))
     with pytest.raises(UserError):
@@ -311,7 +319,10 @@ def test_what_was_trained_is_kept_when_a_picture_cannot_be_read(run, tmp_path, m
 
 def test_a_bug_or_a_full_memory_keeps_what_was_trained_too(run, monkeypatch, tmp_path):
     original = Trainer.loss
-    for error, raised, words in ((ZeroDivisionError(), ZeroDivisionError, ""), (torch.OutOfMemoryError("full"), RunFailed, "--cache_latents")):
+    for error, raised, words in (
+        (ZeroDivisionError(), ZeroDivisionError, ""),
+        (torch.OutOfMemoryError("full"), RunFailed, "--cache_latents"),
+    ):
 
         def fail(self, batch, error=error):
             if self.step == 1:
@@ -336,7 +347,9 @@ def test_a_sample_picture_that_fails_never_ends_the_run(run, tmp_path, monkeypat
         return drawn(model, specs, **more)
 
     monkeypatch.setattr(previews, "generate", generate)
-    result = run("--max_train_steps=1", f"--sample_prompts={tmp_path / 'prompts.txt'}", "--sample_at_first", "--network_train_unet_only")
+    result = run(
+        "--max_train_steps=1", f"--sample_prompts={tmp_path / 'prompts.txt'}", "--sample_at_first", "--network_train_unet_only"
+    )
     assert "sample 0 failed: no memory at all" in capsys.readouterr().out
     assert len(list((result.folder / "sample").iterdir())) == 1 and "mine.safetensors" in result.files()
 
@@ -366,7 +379,12 @@ def test_base_weights_are_merged_into_the_model(run, monkeypatch):
     first = run("--max_train_steps=2", "--network_dim=2", "--learning_rate=1e-1")
     trainers = record_trainers(monkeypatch)
     run("--max_train_steps=1", "--network_dim=2")
-    run("--max_train_steps=1", "--network_dim=2", f"--base_weights={first.folder / 'mine.safetensors'}", "--base_weights_multiplier=0.5")
+    run(
+        "--max_train_steps=1",
+        "--network_dim=2",
+        f"--base_weights={first.folder / 'mine.safetensors'}",
+        "--base_weights_multiplier=0.5",
+    )
     plain, merged = (t.model.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_v.weight for t in trainers)
     name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_v"
     tensors = first.tensors()
@@ -418,7 +436,9 @@ def test_cached_latents_are_the_vae_s(run, monkeypatch):
 
 
 def test_bf16_trains_on_a_cpu(run):
-    result = run("--max_train_steps=1", "--mixed_precision=bf16", "--network_train_unet_only", "--cache_latents", "--network_dim=1")
+    result = run(
+        "--max_train_steps=1", "--mixed_precision=bf16", "--network_train_unet_only", "--cache_latents", "--network_dim=1"
+    )
     assert changed(result) == {"unet"}
 
 
@@ -470,7 +490,11 @@ def test_metadata(run, base_model, pictures):
     assert meta["ss_optimizer"] == "torch.optim.adamw.AdamW(weight_decay=0.1)"
     assert meta["ss_resolution"] == "(64, 64)" and meta["ss_num_train_images"] == "4"
     assert meta["ss_base_model_version"] == "sd_v1" and meta["ss_v2"] == "False"
-    assert meta["ss_sd_model_name"] == base_model.name and len(meta["ss_new_sd_model_hash"]) == 64 and len(meta["ss_sd_model_hash"]) == 8
+    assert (
+        meta["ss_sd_model_name"] == base_model.name
+        and len(meta["ss_new_sd_model_hash"]) == 64
+        and len(meta["ss_sd_model_hash"]) == 8
+    )
     assert json.loads(meta["ss_dataset_dirs"]) == {pictures.name: {"n_repeats": 1, "img_count": 4}}
     assert json.loads(meta["ss_tag_frequency"])[pictures.name]["a red square"] == 1
     assert len(meta["sshs_model_hash"]) == 64 and len(meta["sshs_legacy_hash"]) == 8
@@ -478,7 +502,15 @@ def test_metadata(run, base_model, pictures):
 
 def test_trap_5_19_no_metadata_leaves_what_loaders_need(run):
     meta = run("--max_train_steps=1", "--no_metadata", "--network_train_unet_only").metadata()
-    wanted = {"ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_v2", "ss_base_model_version", "sshs_model_hash", "sshs_legacy_hash"}
+    wanted = {
+        "ss_network_module",
+        "ss_network_dim",
+        "ss_network_alpha",
+        "ss_v2",
+        "ss_base_model_version",
+        "sshs_model_hash",
+        "sshs_legacy_hash",
+    }
     assert set(meta) == wanted
 
 
@@ -500,7 +532,13 @@ def test_trap_5_20_metadata_with_a_dataset_file(run, pictures, tmp_path):
 def test_sample_pictures(run, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("# a comment\na cat --d 7 --s 2 --ss euler_a\n\na dog --w 96 --h 64 --s 2\n", encoding="utf-8")
-    result = run("--max_train_epochs=2", f"--sample_prompts={prompts}", "--sample_every_n_epochs=2", "--sample_at_first", "--sample_sampler=ddim")
+    result = run(
+        "--max_train_epochs=2",
+        f"--sample_prompts={prompts}",
+        "--sample_every_n_epochs=2",
+        "--sample_at_first",
+        "--sample_sampler=ddim",
+    )
     names = sorted(path.name for path in (result.folder / "sample").iterdir())
     starts = ["mine_e000000_00_", "mine_e000000_01_", "mine_e000002_00_", "mine_e000002_01_"]
     assert [name[:16] for name in names] == starts and names[0].endswith("_7.png")
@@ -559,8 +597,12 @@ def test_diffusers_loads_every_key_and_draws_the_same(run, base_model, words):
             network.load_state_dict(weights)
         else:
             pipe.load_lora_weights(str(file))
-            adapters = [n for part in (pipe.unet, pipe.text_encoder) for n, _ in part.named_modules() if n.endswith("lora_A.default_0")]
+            adapters = [
+                n for part in (pipe.unet, pipe.text_encoder) for n, _ in part.named_modules() if n.endswith("lora_A.default_0")
+            ]
             assert len(adapters) == len([k for k in load_file(file) if k.endswith("lora_down.weight")])
         noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
-        pictures.append(pipe("a red square", latents=noise, num_inference_steps=3, height=64, width=64, output_type="latent").images)
+        pictures.append(
+            pipe("a red square", latents=noise, num_inference_steps=3, height=64, width=64, output_type="latent").images
+        )
     torch.testing.assert_close(pictures[0], pictures[1], rtol=1e-3, atol=1e-3)

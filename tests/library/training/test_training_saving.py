@@ -29,7 +29,11 @@ def test_names_as_people_know_them(tmp_path):
     assert [p.name for p in (named.epoch_path(3), named.step_path(20), named.final_path())] == [
         "my-000003.safetensors", "my-step00000020.safetensors", "my.safetensors",
     ]  # fmt: skip
-    assert [p.name for p in (bare.epoch_path(3), bare.step_path(20), bare.final_path())] == ["epoch-000003.pt", "at-step00000020.pt", "last.pt"]
+    assert [p.name for p in (bare.epoch_path(3), bare.step_path(20), bare.final_path())] == [
+        "epoch-000003.pt",
+        "at-step00000020.pt",
+        "last.pt",
+    ]
 
 
 @pytest.mark.parametrize("save_as", ["safetensors", "ckpt"])

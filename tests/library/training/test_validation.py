@@ -94,7 +94,10 @@ def test_the_best_weights_are_kept_and_patience_ends_the_run(run, tmp_path, monk
     assert all(torch.equal(best[key], second[key]) for key in best)
     assert not all(torch.equal(best[key], last[key]) for key in best)
     out = capsys.readouterr().out
-    assert "mine-best.safetensors (validation loss 2.00000 after step 2)" in out and "after step 4: 2 validations were not better" in out
+    assert (
+        "mine-best.safetensors (validation loss 2.00000 after step 2)" in out
+        and "after step 4: 2 validations were not better" in out
+    )
     again = run("out", *words, "--early_stopping_patience=2", f"--resume={tmp_path / 'out'}")
     assert again.step == 4 and "2 validations brought nothing better" in capsys.readouterr().out
     more = run("out", *words, "--early_stopping_patience=3", f"--resume={tmp_path / 'out'}", "--max_train_steps=5")
@@ -104,7 +107,9 @@ def test_the_best_weights_are_kept_and_patience_ends_the_run(run, tmp_path, monk
 def test_a_loss_of_nan_is_never_the_best():
     record = ValidationRecord()
     assert not record.add(1, float("nan")) and record.add(2, 5.0) and not record.add(3, float("nan"))
-    assert record.best == (2, 5.0) and record.without_improvement == 1 and record.is_exhausted(1) and not record.is_exhausted(None)
+    assert (
+        record.best == (2, 5.0) and record.without_improvement == 1 and record.is_exhausted(1) and not record.is_exhausted(None)
+    )
 
 
 def test_the_average_is_what_is_validated_and_saved_and_training_goes_on_without_it(run, tmp_path):
@@ -123,14 +128,23 @@ def test_the_average_is_what_is_validated_and_saved_and_training_goes_on_without
 def test_at_most_max_validation_steps_batches_and_each_the_same(run, monkeypatch):
     seen = []
     at = Validation._at
-    monkeypatch.setattr(Validation, "_at", lambda self, f, batch, t: seen.append((batch.key, tuple(batch.paths), t)) or at(self, f, batch, t))
+    monkeypatch.setattr(
+        Validation, "_at", lambda self, f, batch, t: seen.append((batch.key, tuple(batch.paths), t)) or at(self, f, batch, t)
+    )
     run("out", "--max_train_steps=2", "--validate_every_n_steps=1", "--max_validation_steps=1", *UNET)
     assert len(seen) == 8 and seen[:4] == seen[4:] and len({paths for _, paths, _ in seen}) == 1
 
 
 def test_rates_fall_when_the_validation_loss_does_not_and_resume_as_they_were(run, tmp_path, monkeypatch):
     monkeypatch.setattr(Validation, "loss", lambda self, loss_at: 3.0)
-    words = ["--validate_every_n_steps=1", "--lr_scheduler=reduce_lr_on_plateau", "--lr_scheduler_args", "patience=1", "factor=0.5", *UNET]
+    words = [
+        "--validate_every_n_steps=1",
+        "--lr_scheduler=reduce_lr_on_plateau",
+        "--lr_scheduler_args",
+        "patience=1",
+        "factor=0.5",
+        *UNET,
+    ]
     whole = run("whole", "--max_train_steps=5", *words)
     assert whole.schedule.get_last_lr() == [0.25e-3] and whole.losses.rates["unet"][-1] == (4, 0.5e-3)
     run("out", "--max_train_steps=2", "--save_state", *words)

@@ -46,7 +46,16 @@ def launch(folder: Path, launcher: list[str], runs: dict[str, list[str]]) -> dic
     The word `--interrupt_at=RANK,STEP` stands for a Ctrl-C on one process.
     """
     (folder / "runs.json").write_text(json.dumps([[name, words, free_port()] for name, words in runs.items()]), encoding="utf-8")
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, "--main_process_port", str(free_port()), __file__, "runs.json"]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        *launcher,
+        "--main_process_port",
+        str(free_port()),
+        __file__,
+        "runs.json",
+    ]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), "TORCHELASTIC_USE_AGENT_STORE": "False"}
     done = subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8", env=environment, timeout=500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
