@@ -56,7 +56,7 @@ def measure(case: Case, share: float | None, folder: Path, steps: int) -> dict[s
         found["peak"] = peak_memory_bytes(trainer.accelerator.device) or 0
 
     train(words_of(case, share, folder, steps + 1), after_step)
-    wall, processor = (statistics.median(column) for column in zip(*times[1:]))
+    wall, processor = (statistics.median(column) for column in zip(*times[1:], strict=True))
     return found | {"wall": wall, "processor": processor}
 
 

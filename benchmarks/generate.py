@@ -129,13 +129,13 @@ def compare(way: str, device: str, folder: Path, size: int, steps: int, rounds: 
             results, took = {}, {}
             for name in list(jobs)[:: 1 if (turn + start // BATCH) % 2 == 0 else -1]:
                 *took[name], results[name] = timed(jobs[name], device)
-                seconds[name] = [sum(pair) for pair in zip(seconds[name], took[name])]
-            ratios.append(tuple(theirs / ours for ours, theirs in zip(took["ours"], took["theirs"])))
-            for one, other in zip(results["ours"], results["theirs"]):
+                seconds[name] = [sum(pair) for pair in zip(seconds[name], took[name], strict=True)]
+            ratios.append(tuple(theirs / ours for ours, theirs in zip(took["ours"], took["theirs"], strict=True)))
+            for one, other in zip(results["ours"], results["theirs"], strict=True):
                 difference = max(difference, int(np.abs(np.asarray(one, int) - np.asarray(other, int)).max()))
         totals.append((*seconds["ours"], *seconds["theirs"]))
-    ours, ours_cpu, theirs, theirs_cpu = (statistics.median(column) for column in zip(*totals))
-    faster, leaner = (statistics.quantiles(column, n=4) for column in zip(*ratios))
+    ours, ours_cpu, theirs, theirs_cpu = (statistics.median(column) for column in zip(*totals, strict=True))
+    faster, leaner = (statistics.quantiles(column, n=4) for column in zip(*ratios, strict=True))
     return (
         f"| {way} | {ours:.2f} | {theirs:.2f} | {faster[1]:.2f} ({faster[0]:.2f} to {faster[2]:.2f}) | {ours_cpu:.2f} | "
         f"{theirs_cpu:.2f} | {leaner[1]:.2f} | {difference} |"
@@ -195,8 +195,8 @@ def compare_start_ups(folder: Path, rounds: int) -> list[str]:
     for turn in range(rounds):
         for name in list(programs)[:: 1 if turn % 2 == 0 else -1]:
             runs[name].append(start_up(programs[name], folder / "model"))
-    rows = {name: [statistics.median(column) for column in zip(*measured)] for name, measured in runs.items()}
-    rows["pipeline / ours"] = [theirs / ours for ours, theirs in zip(rows["ours"], rows["pipeline"])]
+    rows = {name: [statistics.median(column) for column in zip(*measured, strict=True)] for name, measured in runs.items()}
+    rows["pipeline / ours"] = [theirs / ours for ours, theirs in zip(rows["ours"], rows["pipeline"], strict=True)]
     head = ["| start-up | imports, s | model, s | first step, s | in all, s | processor, s |", "|---|---|---|---|---|---|"]
     return head + [f"| {name} | {' | '.join(f'{value:.2f}' for value in row)} |" for name, row in rows.items()]
 

@@ -38,8 +38,8 @@ class Translator(nn.Module):
         super().__init__()
         widths = [width, 2 * width, 4 * width, 4 * width]
         self.first = nn.Conv2d(3, width, 3, padding=1)
-        self.down = nn.ModuleList(_block(a, b) for a, b in zip(widths, widths[1:]))
-        self.up = nn.ModuleList(_block(a + b, b) for a, b in zip(widths[:0:-1], widths[-2::-1]))
+        self.down = nn.ModuleList(_block(a, b) for a, b in zip(widths, widths[1:], strict=True))
+        self.up = nn.ModuleList(_block(a + b, b) for a, b in zip(widths[:0:-1], widths[-2::-1], strict=True))
         self.last = nn.Conv2d(width, 1, 3, padding=1)
 
     def forward(self, pictures: Tensor) -> Tensor:
@@ -74,7 +74,9 @@ def learn(pictures: Tensor, drawings: Tensor, distance, steps: int) -> Translato
     optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=1e-2)
     for step in range(steps):
         rows = torch.randint(len(pictures), (BATCH,))
-        seen, wanted = (torch.stack(part) for part in zip(*(shifted((pictures[row], drawings[row])) for row in rows)))
+        seen, wanted = (
+            torch.stack(part) for part in zip(*(shifted((pictures[row], drawings[row])) for row in rows), strict=True)
+        )
         distance(network(seen), wanted).backward()
         clip_and_step(optimizer, rate_at(step, steps, RATE))
     return network.eval()

@@ -133,7 +133,7 @@ def measure_style(setting: Setting, seed: int) -> None:
     pairs = [(name, words[i % 3], words[(i + 1) % 3]) for i, name in enumerate(names)]
     pairs += [(name, other, own) for name, own, other in pairs]
     drawn = setting.judge.vectors(setting.draw([prompt_of(own, name) for name, own, _ in pairs], seed))
-    real = {word: dict(zip(names, setting.judge.vectors(setting.real(STYLES[word], names)))) for word in words}
+    real = {word: dict(zip(names, setting.judge.vectors(setting.real(STYLES[word], names)), strict=True)) for word in words}
     own = torch.stack([real[own][name] for name, own, _ in pairs])
     other = torch.stack([real[other][name] for name, _, other in pairs])
     nearer = (drawn - own).square().sum(dim=1) < (drawn - other).square().sum(dim=1)

@@ -129,7 +129,7 @@ def shares(dataset: TrainingDataset, world: int) -> dict[str, float]:
 
 def in_own_process(folder: Path, world: int) -> dict[str, float]:
     words = [sys.executable, __file__, "--measure", str(folder), "--processes", str(world)]
-    done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", cwd=ROOT)
+    done = subprocess.run(words, capture_output=True, encoding="utf-8", cwd=ROOT)
     if done.returncode:
         raise SystemExit(done.stderr[-3000:])
     return json.loads(done.stdout.strip().splitlines()[-1])

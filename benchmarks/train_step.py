@@ -196,7 +196,9 @@ def measure_time(case: Case, folder: Path, steps: int) -> dict[str, float]:
         floors.append(clock.read())
 
     train(case.words(folder, steps + 1), after_step)
-    (wall, cpu), (floor_wall, floor_cpu) = ([statistics.median(c) for c in zip(*times[1:])] for times in (ours, floors))
+    (wall, cpu), (floor_wall, floor_cpu) = (
+        [statistics.median(c) for c in zip(*times[1:], strict=True)] for times in (ours, floors)
+    )
     return {"ours": wall, "floor": floor_wall, "ratio": wall / floor_wall, "cpu_ratio": cpu / floor_cpu}
 
 

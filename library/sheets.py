@@ -105,7 +105,7 @@ class _Layout:
         return sheet
 
     def _draw_rows(self, sheet: Image.Image, pen: ImageDraw.ImageDraw, left: int, top: int) -> None:
-        for index, (row, height) in enumerate(zip(self.pictures, self.row_heights)):
+        for index, (row, height) in enumerate(zip(self.pictures, self.row_heights, strict=True)):
             if self.row_labels:
                 lines = _wrap(self.row_labels[index], self.text_size, self.label_width, most=height // self.line)
                 middle = top + (height - len(lines) * self.line) // 2

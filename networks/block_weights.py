@@ -41,7 +41,7 @@ PRESETS = {
 def read_block_weights(text: str) -> dict[str, float]:
     """Strength by block name, from a preset, `1,0.5,...` or `[1, 0.5, ...]`; of the blocks that the list names."""
     if text.upper() in PRESETS:
-        return dict(zip(LISTS[17], PRESETS[text.upper()]))
+        return dict(zip(LISTS[17], PRESETS[text.upper()], strict=True))
     try:
         numbers = [float(word) for word in text.strip().removeprefix("[").removesuffix("]").split(",")]
     except ValueError:
@@ -50,7 +50,7 @@ def read_block_weights(text: str) -> dict[str, float]:
         raise ValueError(f"--lbw: {len(numbers)} numbers given; 12, 16, 17, 20 or 26 are needed (17: {' '.join(LISTS[17])})")
     if not all(math.isfinite(number) for number in numbers):
         raise ValueError(f"--lbw {text}: every number must be finite")
-    return dict(zip(LISTS[len(numbers)], numbers))
+    return dict(zip(LISTS[len(numbers)], numbers, strict=True))
 
 
 def block_of(lora_name: str) -> str:

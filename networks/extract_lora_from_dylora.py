@@ -64,7 +64,7 @@ def main(words: Sequence[str] | None = None) -> None:
     ranks = ranks_of(lora, unit_of(lora, args.unit))
     base = Path(args.save_to)
     targets = [output_path(base.with_name(f"{base.stem}-{rank:04}{base.suffix}"), [source]) for rank in ranks]
-    for rank, target in zip(tqdm(ranks, unit="file", desc="splitting"), targets):
+    for rank, target in zip(tqdm(ranks, unit="file", desc="splitting"), targets, strict=True):
         modules = split_lora(lora, rank)
         metadata = changed(lora, modules, f"split from DyLoRA, rank {ranks[-1]} to {rank}")
         write_lora(target, modules, metadata, lora.dtype)

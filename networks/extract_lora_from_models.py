@@ -184,7 +184,7 @@ def main(words: Sequence[str] | None = None) -> None:
     how = _settings(args)
     paths = [Path(args.model_org), Path(args.model_tuned)]
     save_to = output_path(args.save_to, paths)
-    for option, path in zip(("--model_org", "--model_tuned"), paths):
+    for option, path in zip(("--model_org", "--model_tuned"), paths, strict=True):
         if path.is_dir():
             raise ValueError(f"{option} {path} is a folder; make one file of it with tools/convert_diffusers20_original_sd.py")
     with open_weights(paths[0]) as original, open_weights(paths[1]) as tuned:

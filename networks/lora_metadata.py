@@ -70,7 +70,7 @@ def merged(
         for key, value in first.items()
         if key.startswith("ss_") and not key.startswith(_OF_ONE_RUN) and all(other.get(key) == value for other in others)
     }
-    comment = f"{how}: " + " + ".join(f"{ratio:g} x {lora.path.name}" for lora, ratio in zip(sources, ratios))
+    comment = f"{how}: " + " + ".join(f"{ratio:g} x {lora.path.name}" for lora, ratio in zip(sources, ratios, strict=True))
     facts = {"ss_merged_from": merged_from(sources, ratios), "ss_training_comment": comment, "ss_output_name": save_to.stem}
     facts |= base_model_version(sources, v_parameterization) | network(modules)
     return carried | facts | modelspec(save_to, facts, [lora.title for lora in sources], first.get("modelspec.resolution"))
@@ -80,7 +80,7 @@ def merged_from(sources: Sequence[LoraFile], ratios: Sequence[float]) -> str:
     """What was merged at which ratio, as JSON."""
     parts = [
         {"name": lora.path.name, "ratio": ratio, "sshs_model_hash": lora.metadata.get("sshs_model_hash")}
-        for lora, ratio in zip(sources, ratios)
+        for lora, ratio in zip(sources, ratios, strict=True)
     ]
     return json.dumps(parts)
 

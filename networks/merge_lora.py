@@ -48,7 +48,7 @@ def merge_into_model(
     if not places:
         raise ValueError(f"{model.path} is no Stable Diffusion 1.x or 2.x checkpoint: its layers have other names")
     changes: dict[str, list[tuple[Place, LowRank, float]]] = {}
-    for lora, ratio in zip(loras, ratios):
+    for lora, ratio in zip(loras, ratios, strict=True):
         for name, module in lora.modules.items():
             if name in places:
                 _check_size(model, lora, name, places[name])
@@ -123,7 +123,7 @@ def merge_loras(loras: Sequence[LoraFile], ratios: Sequence[float], shuffled: bo
     generator = torch.Generator().manual_seed(0)
     result = {}
     for name in tqdm(all_names(loras), unit="module", desc="merging"):
-        parts = [(lora.modules[name], ratio) for lora, ratio in zip(loras, ratios) if name in lora.modules]
+        parts = [(lora.modules[name], ratio) for lora, ratio in zip(loras, ratios, strict=True) if name in lora.modules]
         result[name] = shuffle(stack(parts), generator) if shuffled else stack(parts)
     return result
 
@@ -211,7 +211,7 @@ def _into_model(args: argparse.Namespace, save_to: Path) -> None:
         )
     if unused:
         print(f"warning: the model has no layer for {len(unused)} of the LoRA modules, such as {unused[0]}", file=sys.stderr)
-    parts = [path.name, *(f"{ratio:g} x {Path(name).name}" for name, ratio in zip(args.models, args.ratios))]
+    parts = [path.name, *(f"{ratio:g} x {Path(name).name}" for name, ratio in zip(args.models, args.ratios, strict=True))]
     print(f"saved {save_to}: {' + '.join(parts)}")
 
 

@@ -49,7 +49,7 @@ def svd_merge(
         block = block_of(name)
         parts = [
             (lora.modules[name], ratio * by_block.get(block, 1.0))
-            for lora, ratio, by_block in zip(loras, ratios, weights)
+            for lora, ratio, by_block in zip(loras, ratios, weights, strict=True)
             if name in lora.modules
         ]
         total = stack(parts)
@@ -69,7 +69,7 @@ def split_results(
 ) -> tuple[dict[str, LowRank], Kept]:
     """Modules and norms by name, from pairs in the order of the names."""
     modules, kept = {}, {}
-    for name, (module, norms) in zip(names, results):
+    for name, (module, norms) in zip(names, results, strict=True):
         modules[name], kept[name] = module, norms
     return modules, kept
 

@@ -107,18 +107,17 @@ def write_weights(
 
     def contents() -> Iterator[tuple[str, memoryview]]:
         parts = [(name, rows) for name in names for rows in _parts(plan[name][0])]
-        for (name, rows), (value, total) in zip(parts, in_parallel(parts, prepared)):
+        for (name, rows), (value, total) in zip(parts, in_parallel(parts, prepared), strict=True):
             sums[name, rows.start] = total
             yield name, _bytes(value)
 
-    with atomic(path) as temporary:
-        with open(temporary, "wb") as file, _Flusher(file) as stream:
-            if is_safetensors:
-                _write_safetensors(stream, names, plan, contents(), metadata)
-            else:
-                _write_pickled(stream, names, plan, contents(), numbers or {})
-            stream.flush_rest()  # the disk works on while the file is read back
-            _verify(temporary, path, plan, sums)
+    with atomic(path) as temporary, open(temporary, "wb") as file, _Flusher(file) as stream:
+        if is_safetensors:
+            _write_safetensors(stream, names, plan, contents(), metadata)
+        else:
+            _write_pickled(stream, names, plan, contents(), numbers or {})
+        stream.flush_rest()  # the disk works on while the file is read back
+        _verify(temporary, path, plan, sums)
 
 
 def _parts(shape: tuple[int, ...]) -> list[slice]:
@@ -139,7 +138,7 @@ def _verify(written: Path, final: Path, plan: Plan, sums: Mapping[tuple[str, int
             return checksum(rows_in(file.view(name), rows)) == sums[name, rows.start]
 
         parts = [(name, rows) for name in file.shapes for rows in _parts(file.shapes[name])] if same else []
-        wrong = [name for (name, _), is_right in zip(parts, in_parallel(parts, found)) if not is_right]
+        wrong = [name for (name, _), is_right in zip(parts, in_parallel(parts, found), strict=True) if not is_right]
     if wrong or not same:
         what = wrong[0] if wrong else "it"
         raise ValueError(f"{final} was not written: {what} did not read back as it was written; check the disk")

@@ -173,7 +173,7 @@ def draw_sheet(base: Path, lora: Path, held_out: dict[str, Path], resolution: in
     with_lora = draw(model, specs)
     real = [Image.open(path) for path in held_out.values()]
     picture = contact_sheet(
-        [list(row) for row in zip(without, with_lora, real)],
+        [list(row) for row in zip(without, with_lora, real, strict=True)],
         row_labels=list(held_out),
         column_labels=["without the LoRA", "with the LoRA", "the training style (real)"],
         cell=128,

@@ -62,7 +62,7 @@ def face_crop(
     least = min(1, max(cover, shorter / (face_size * high)))
     most = min(1, max(least, shorter / (face_size * low)))
     scale = max(cover, least if least >= most else rng.uniform(least, most))
-    resized = tuple(max(length, math.floor(side * scale + 0.5)) for side, length in zip(picture, size))
+    resized = tuple(max(length, math.floor(side * scale + 0.5)) for side, length in zip(picture, size, strict=True))
     centre = [math.floor(position * scale + 0.5) for position in face[:2]]
 
     corner = [0, 0]

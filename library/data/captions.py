@@ -8,7 +8,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 from library.data.config_keys import SubsetConfig
@@ -57,7 +57,7 @@ def _caption_in(content: bytes, path: Path, subset: SubsetConfig) -> str:
     return "\n".join(lines) if subset.enable_wildcard else lines[0]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _say_first_line_counts(folder: Path) -> None:
     """Once a folder: there may be thousands of such files."""
     log.warning("%s: there are captions of more than one line; only the first line is used (enable_wildcard uses all)", folder)

@@ -13,7 +13,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from library.errors import UserErrors
 
-
 # Far beyond any use; a slip of the pen must not end in an overflow or fill the memory.
 MAX_COUNT = 1_000_000
 MAX_SIDE = 16_384  # pixels
@@ -85,20 +84,20 @@ class SubsetConfig(_Frozen):
     """
 
     image_dir: Annotated[Path, BeforeValidator(_path)]
-    metadata_file: Annotated[Optional[Path], BeforeValidator(_path_or_none)] = None
-    conditioning_data_dir: Annotated[Optional[Path], BeforeValidator(_path_or_none)] = None
+    metadata_file: Annotated[Path | None, BeforeValidator(_path_or_none)] = None
+    conditioning_data_dir: Annotated[Path | None, BeforeValidator(_path_or_none)] = None
     is_reg: bool = False
-    class_tokens: Optional[str] = None
+    class_tokens: str | None = None
     caption_extension: Annotated[str, BeforeValidator(_extension)] = ".caption"
     num_repeats: Positive = 1
     shuffle_caption: bool = False
     keep_tokens: NotNegative = 0
     caption_separator: Annotated[str, Field(min_length=1)] = ","
     keep_tokens_separator: str = ""
-    secondary_separator: Optional[str] = None
+    secondary_separator: str | None = None
     enable_wildcard: bool = False
-    caption_prefix: Optional[str] = None
-    caption_suffix: Optional[str] = None
+    caption_prefix: str | None = None
+    caption_suffix: str | None = None
     caption_dropout_rate: Share = 0.0
     caption_dropout_every_n_epochs: NotNegative = 0
     caption_tag_dropout_rate: Share = 0.0
@@ -108,8 +107,8 @@ class SubsetConfig(_Frozen):
     color_aug: bool = False
     flip_aug: bool = False
     random_crop: bool = False
-    face_crop_aug_range: Annotated[Optional[tuple[float, float]], BeforeValidator(_face_range)] = None
-    resize_interpolation: Optional[Interpolation] = None
+    face_crop_aug_range: Annotated[tuple[float, float] | None, BeforeValidator(_face_range)] = None
+    resize_interpolation: Interpolation | None = None
 
 
 class DatasetConfig(_Frozen):
@@ -122,9 +121,9 @@ class DatasetConfig(_Frozen):
     max_bucket_reso: Side = 1024
     bucket_reso_steps: Annotated[int, BeforeValidator(_multiple_of_8)] = 64
     bucket_no_upscale: bool = False
-    resize_interpolation: Optional[Interpolation] = None
+    resize_interpolation: Interpolation | None = None
     validation_split: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    validation_seed: Optional[int] = None
+    validation_seed: int | None = None
     subsets: tuple[SubsetConfig, ...]
 
     @property

@@ -41,7 +41,7 @@ def to_image(picture: Tensor) -> Image.Image:
 def describe_batch(batch: Batch, dataset: TrainingDataset) -> str:
     """Bucket, and for each picture its file, loss weight, caption and tokens, over several lines."""
     lines = [f"epoch {batch.key[0]}, batch {batch.key[1]}: bucket {batch.size[0]}x{batch.size[1]}, {len(batch.paths)} pictures"]
-    for i, (path, caption) in enumerate(zip(batch.paths, batch.captions)):
+    for i, (path, caption) in enumerate(zip(batch.paths, batch.captions, strict=True)):
         lines.append(f"  {path} (loss weight {batch.loss_weights[i]:g})")
         lines.append(f"    caption: {caption!r}")
         if batch.masks is not None:

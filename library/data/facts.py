@@ -64,7 +64,7 @@ def _describe(table: PictureTable, number: int) -> DatasetFacts:
     info = bucket_info(buckets, table.ar_error[rows].tolist())
     return DatasetFacts(
         config=table.configs[number],
-        subsets=[SubsetFacts(s.config, _source(s.config), size) for s, size in zip(subsets, sizes)],
+        subsets=[SubsetFacts(s.config, _source(s.config), size) for s, size in zip(subsets, sizes, strict=True)],
         num_train_images=counts[False],
         num_reg_images=counts[True],
         num_validation_images=int((table.validated() & (table.dataset() == number)).sum()),

@@ -105,14 +105,14 @@ def index_pictures(sources: Mapping[Path, tuple[Path, list[str]]], on_bad_image:
     results = list(in_threads(_size_or_reason, paths, "reading picture sizes"))
     if on_bad_image == "skip":
         problems = in_threads(_decoding_problem, paths, "checking pictures", chunk=1)
-        results = [problem or result for result, problem in zip(results, problems)]
-    _report_bad([(path, result) for path, result in zip(paths, results) if isinstance(result, str)], on_bad_image)
+        results = [problem or result for result, problem in zip(results, problems, strict=True)]
+    _report_bad([(path, result) for path, result in zip(paths, results, strict=True) if isinstance(result, str)], on_bad_image)
 
     index, start = {}, 0
     for source, (folder, names) in sources.items():
         own = results[start : start + len(names)]
         start += len(own)
-        good = [(name, size) for name, size in zip(names, own) if not isinstance(size, str)]
+        good = [(name, size) for name, size in zip(names, own, strict=True) if not isinstance(size, str)]
         sizes = np.array([size for _, size in good], dtype=np.int32).reshape(-1, 2)
         index[source] = Pictures(folder, [name for name, _ in good], sizes)
     return index

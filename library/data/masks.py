@@ -65,7 +65,7 @@ def find_masks(subset: SubsetConfig, names: Sequence[str], sizes: np.ndarray) ->
         raise UserError(
             f"{len(missing)} pictures have no mask of their name in {folder} ({named}); add white ones where all counts"
         )
-    for mask, (width, height) in zip(found, sizes.tolist()):
+    for mask, (width, height) in zip(found, sizes.tolist(), strict=True):
         _check_shape(mask, width, height)
     return found
 

@@ -39,7 +39,7 @@ class EpochPlanner:
         counts = np.bincount(table.bucket[self.rows], minlength=len(table.buckets))
         self.bucket_ends = np.cumsum(counts)
         ends = []
-        for bucket, end, count in zip(table.buckets, self.bucket_ends, counts):
+        for bucket, end, count in zip(table.buckets, self.bucket_ends, counts, strict=True):
             size = table.configs[bucket.dataset].batch_size
             ends += [min(end, end - count + first + size) for first in range(0, count, size)]
         self.batch_ends = np.array(ends, dtype=np.int64)

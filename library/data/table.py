@@ -134,7 +134,9 @@ def build_table(configs: Sequence[DatasetConfig], on_bad_image: str = "refuse", 
         subsets=subsets,
         buckets=buckets,
         names=names,
-        captions=[text for subset, part in zip(subsets, pictures) for text in _captions(subset.config, part, metadata)],
+        captions=[
+            text for subset, part in zip(subsets, pictures, strict=True) for text in _captions(subset.config, part, metadata)
+        ],
         subset=row_subset,
         sizes=sizes,
         repeats=np.concatenate([_repeats(subsets, number, held_out) for number in range(len(configs))]),
@@ -148,7 +150,7 @@ def _masks(subsets: list[Subset], pictures: list[Pictures]) -> list[Path | None]
     if not any(subset.config.conditioning_data_dir for subset in subsets):
         return None
     masks: list[Path | None] = []
-    for subset, part in zip(subsets, pictures):
+    for subset, part in zip(subsets, pictures, strict=True):
         masks += find_masks(subset.config, part.names, part.sizes) if subset.config.conditioning_data_dir else [None] * len(part)
     return masks
 
@@ -158,7 +160,7 @@ def _captions(subset: SubsetConfig, pictures: Pictures, metadata: dict[Path, Met
     if subset.metadata_file:
         return [metadata[subset.metadata_file].captions[name] for name in pictures.names]
     found = list(in_threads(lambda name: read_caption(subset.image_dir / name, subset), pictures.names, "reading captions"))
-    missing = [name for name, caption in zip(pictures.names, found) if caption is None]
+    missing = [name for name, caption in zip(pictures.names, found, strict=True) if caption is None]
     if missing:
         log.warning(
             "%s: %d of %d pictures have no %s file and the subset has no class_tokens (%s first); their caption is empty",
@@ -177,10 +179,10 @@ def _place(
     """Put every picture into a bucket of its dataset: the buckets, and columns of the table."""
     rules = [BucketRule(config) for config in configs]
     places: dict[tuple[int, int, int], Placement] = {}  # pictures of one size share their place
-    keys = [(subsets[part].dataset, *size) for part, size in zip(row_subset.tolist(), sizes.tolist())]
+    keys = [(subsets[part].dataset, *size) for part, size in zip(row_subset.tolist(), sizes.tolist(), strict=True)]
     for key in dict.fromkeys(keys):
         places[key] = rules[key[0]].place(*key[1:])
-    _name_misfits([(name, key, places[key]) for name, key in zip(names, keys) if not places[key].fits])
+    _name_misfits([(name, key, places[key]) for name, key in zip(names, keys, strict=True) if not places[key].fits])
     buckets = sorted({Bucket(key[0], place.bucket) for key, place in places.items()}, key=lambda b: (b.dataset, b.size))
     number = {bucket: position for position, bucket in enumerate(buckets)}
     rows = {key: (number[Bucket(key[0], place.bucket)], *place.resized, *place.crop) for key, place in places.items()}

@@ -40,7 +40,9 @@ def columns_of(files: Sequence[str], multipliers: Sequence[float], strengths: Se
 def _short_names(files: Sequence[str]) -> list[str]:
     """File names without suffix, with the folder where two are alike."""
     stems = [Path(file).stem for file in files]
-    return [f"{Path(file).parent.name}/{stem}" if stems.count(stem) > 1 else stem for file, stem in zip(files, stems)]
+    return [
+        f"{Path(file).parent.name}/{stem}" if stems.count(stem) > 1 else stem for file, stem in zip(files, stems, strict=True)
+    ]
 
 
 class Comparison:
@@ -87,7 +89,10 @@ class Comparison:
             numbers.setdefault((spec.prompt, spec.negative_prompt), []).append(number)
         seeds = [[self.rows[number].seed for number in row] for row in numbers.values()]
         alike = all(row == seeds[0] for row in seeds)
-        labels = [prompt if alike else f"seeds {', '.join(map(str, row))}: {prompt}" for (prompt, _), row in zip(numbers, seeds)]
+        labels = [
+            prompt if alike else f"seeds {', '.join(map(str, row))}: {prompt}"
+            for (prompt, _), row in zip(numbers, seeds, strict=True)
+        ]
         heads = [f"seed {seed}" for seed in seeds[0]] if alike and len(seeds[0]) > 1 else []
         rows = [[self._pictures.get((number, 0)) for number in row] for row in numbers.values()]
         return contact_sheet(rows, labels, heads, title)

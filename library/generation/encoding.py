@@ -37,7 +37,7 @@ class PromptCache:
         keys = {text: (text, chunks, clip_skip, state) for text in texts}
         new = [text for text, key in keys.items() if key not in self._kept]
         if new:
-            self._kept.update(zip([keys[text] for text in new], encode_prompts(model, new, chunks, clip_skip)))
+            self._kept.update(zip([keys[text] for text in new], encode_prompts(model, new, chunks, clip_skip), strict=True))
         embeddings = torch.stack([self._kept[keys[text]] for text in texts])
         for key in keys.values():
             self._kept.move_to_end(key)

@@ -66,7 +66,7 @@ def encode_pictures(vae: AutoencoderKL, pictures: list[Image.Image], generators:
     for start in range(0, len(pictures), at_once):
         pixels = to_pixels(pictures[start : start + at_once]).to(weight.device, weight.dtype)
         posterior = vae.encode(pixels).latent_dist
-        for mean, deviation, generator in zip(posterior.mean, posterior.std, generators[start : start + at_once]):
+        for mean, deviation, generator in zip(posterior.mean, posterior.std, generators[start : start + at_once], strict=True):
             noise = torch.randn((1, *mean.shape), generator=generator).to(mean)
             latents.append((mean + deviation * noise[0]).float() * vae.config.scaling_factor)
     result = torch.stack(latents)

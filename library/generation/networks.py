@@ -91,7 +91,7 @@ class Networks:
             raise UserError(f"--network_merge_n_models {merge_first}: give 0 to {len(files)}, the number of networks")
         networks = cls(model, pre_calc=pre_calc, lora_dir=Path(lora_dir) if lora_dir else None)
         merged = len(files) if merge else merge_first or 0
-        for index, (file, strength) in enumerate(zip(files, strengths)):
+        for index, (file, strength) in enumerate(zip(files, strengths, strict=True)):
             if show_metadata:
                 show_file_metadata(Path(file))
             module = import_network_module(modules[min(index, len(modules) - 1)])
@@ -120,7 +120,7 @@ class Networks:
 
     def used(self, spec: PromptSpec) -> list[tuple[Path, float]]:
         """Every file that acts on this picture, with its strength; those of strength 0 are left out."""
-        own = [(loaded.path, strength) for loaded, strength in zip(self.loaded, self.multipliers(spec))]
+        own = [(loaded.path, strength) for loaded, strength in zip(self.loaded, self.multipliers(spec), strict=True)]
         asked = [(self.find(name), strength) for name, strength in split_loras(spec.prompt)[1]]
         return [(path, strength) for path, strength in self.merged + own + asked if strength != 0]
 

@@ -161,7 +161,7 @@ class Painter:
 
     def finish(self, canvases: list[Canvas], latents: Tensor, *, decode: bool = True) -> None:
         """Give every canvas its latents and picture, or the error for latents and pixels that are not finite."""
-        for canvas, latent in zip(canvases, latents):
+        for canvas, latent in zip(canvases, latents, strict=True):
             canvas.picture, canvas.latents = None, latent
             if not latent.isfinite().all():
                 canvas.error = UserError(
@@ -183,7 +183,7 @@ class Painter:
     def _decode(self, canvases: list[Canvas]) -> None:
         weight = next(self.model.vae.parameters())
         latents = torch.stack([canvas.latents for canvas in canvases]).to(weight.device, weight.dtype)
-        for canvas, pixels in zip(canvases, decode_latents(self.model.vae, latents)):
+        for canvas, pixels in zip(canvases, decode_latents(self.model.vae, latents), strict=True):
             if pixels.isfinite().all():
                 picture = to_picture(pixels)
                 canvas.picture = picture if canvas.mask is None else composite(picture, canvas.source, canvas.mask)

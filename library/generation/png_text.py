@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -115,7 +115,7 @@ def with_hashes(used: Sequence[tuple[Path, float]]) -> list[UsedLora]:
     return [UsedLora(path.stem, strength, lora_hash(path)) for path, strength in used]
 
 
-@lru_cache(maxsize=None)  # a file is read once a run
+@cache  # a file is read once a run
 def lora_hash(path: Path) -> str:
     """12 hex digits: of the tensors, as the file's metadata have it or counted anew; of all of a file that is no .safetensors."""
     if path.suffix.lower() != ".safetensors":

@@ -180,7 +180,7 @@ def split_line(line: str) -> tuple[str, list[tuple[str, str, int]]]:
     starts = [mark.end() for mark in marks]
     ends = [mark.start() for mark in marks[1:]] + [len(line)]
     options = []
-    for start, end in zip(starts, ends):
+    for start, end in zip(starts, ends, strict=True):
         name, _, text = line[start:end].strip().partition(" ")
         options.append((name.lower(), text.strip(), start - 1))
     return line[: marks[0].start() if marks else None].strip(), options
@@ -234,7 +234,10 @@ def _from_toml(text: str, defaults: PromptSpec, path: str, ignored: list[str]) -
     if not isinstance(subsets, list) or not all(isinstance(subset, dict) for subset in subsets):
         raise UserError(f"{path}: 'prompt.subset' must be a list of tables; begin each with the line [[prompt.subset]]")
     places = [f"[[prompt.subset]] {number}" for number in range(1, len(subsets) + 1)] if "subset" in table else ["[prompt]"]
-    return [_from_table({**common, **subset}, defaults, f"{path}, {place}", ignored) for subset, place in zip(subsets, places)]
+    return [
+        _from_table({**common, **subset}, defaults, f"{path}, {place}", ignored)
+        for subset, place in zip(subsets, places, strict=False)
+    ]
 
 
 def _from_json(text: str, defaults: PromptSpec, path: str, ignored: list[str]) -> list[PromptSpec]:

@@ -20,7 +20,7 @@ from library.generation.comparison import Comparison, columns_of
 from library.generation.file_names import FileNames
 from library.generation.interactive import ask_for_prompts, show
 from library.generation.options import GenerateOptions
-from library.generation.plan import Request, Planner
+from library.generation.plan import Planner, Request
 from library.generation.png_text import RunFacts, text_fields, with_hashes
 from library.generation.prompt_sources import RawPrompt, read_prompts
 from library.generation.prompts import PromptSpec

@@ -28,7 +28,7 @@ class _Sliced:
         weight, bias, height = self.convolution.weight, self.convolution.bias, values.shape[2]
         starts = [height * part // self.slices for part in range(self.slices + 1)]
         parts = []
-        for start, end in zip(starts, starts[1:]):
+        for start, end in zip(starts, starts[1:], strict=True):
             if start == end:
                 continue  # fewer rows than slices
             rows = values[:, :, max(start - 1, 0) : min(end + 1, height)]

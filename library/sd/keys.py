@@ -174,7 +174,7 @@ def open_clip_to_diffusers(name: str, value: Tensor) -> dict[str, Tensor]:
     layer, inside = f"encoder.layers.{match.group(1)}", match.group(2)
     if inside in ("attn.in_proj_weight", "attn.in_proj_bias"):
         kind = inside.rpartition("_")[2]
-        thirds = zip(("q", "k", "v"), value.chunk(3))
+        thirds = zip(("q", "k", "v"), value.chunk(3), strict=False)
         return {f"{layer}.self_attn.{part}_proj.{kind}": third for part, third in thirds}
     new = renamed(inside, _OPEN_CLIP_LAYER)
     return {} if new is None else {f"{layer}.{new}": value}

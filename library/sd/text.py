@@ -165,7 +165,7 @@ def _weighted_chunks(tokenizer: CLIPTokenizer, prompt: str) -> list[Chunk]:
     runs = []
     for run in split_at_breaks(parse_weights(prompt)):
         ids = _token_ids(tokenizer, [text for text, _ in run])
-        runs.append([(token, weight) for (_, weight), tokens in zip(run, ids) for token in tokens])
+        runs.append([(token, weight) for (_, weight), tokens in zip(run, ids, strict=True) for token in tokens])
     return _fill(runs)
 
 

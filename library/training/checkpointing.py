@@ -61,7 +61,7 @@ def choose(plain: Sequence[int], checkpointed: Sequence[int], budget: float) -> 
 
     plain, checkpointed: bytes that each unit keeps without and with checkpointing; the last number is of what lies in no unit.
     """
-    saves = [before - after for before, after in zip(plain, checkpointed)]
+    saves = [before - after for before, after in zip(plain, checkpointed, strict=True)]
     chosen, total = set(), sum(plain)
     for index in sorted(range(len(saves) - 1), key=lambda i: -saves[i]):
         if total <= budget:

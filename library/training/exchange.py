@@ -106,10 +106,12 @@ class StepExchange:
         gradients, flags, tail = self._parts()
         gradients.zero_()
         pairs = [
-            (place, p.grad.reshape(-1)) for place, p in zip(gradients.split(self._sizes), self.parameters) if p.grad is not None
+            (place, p.grad.reshape(-1))
+            for place, p in zip(gradients.split(self._sizes), self.parameters, strict=True)
+            if p.grad is not None
         ]
         if pairs:
-            torch._foreach_copy_(*map(list, zip(*pairs)))
+            torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
         flags.copy_(torch.tensor([float(p.grad is not None) for p in self.parameters]), non_blocking=True)
         tail[-2:] = torch.tensor([float(stop), float(failed)])
 

@@ -187,7 +187,7 @@ def datasets(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
     if "ss_datasets" in metadata:
         entries = json.loads(metadata["ss_datasets"])
         others = json.loads(metadata.get("ss_other_dataset_keys", "[]")) or [{}] * len(entries)
-        return [from_entry(entry, dict(other)) for entry, other in zip(entries, others)]
+        return [from_entry(entry, dict(other)) for entry, other in zip(entries, others, strict=False)]
     if "ss_dataset_dirs" not in metadata:
         raise UserError("--from_metadata: the file says nothing about its pictures; it was written with --no_metadata")
     width, height = (int(part) for part in metadata.get("ss_resolution", "(512, 512)").strip("()").split(","))
@@ -217,7 +217,7 @@ def from_entry(entry: Mapping[str, Any], other: dict[str, Any]) -> dict[str, Any
         for subset in entry["subsets"]
     ]
     more = other.pop("subsets", None) or [{}] * len(subsets)
-    return {"keys": keys | other, "subsets": [subset | own for subset, own in zip(subsets, more)]}
+    return {"keys": keys | other, "subsets": [subset | own for subset, own in zip(subsets, more, strict=False)]}
 
 
 def toml(value: Any) -> str:

@@ -70,7 +70,7 @@ class FrozenConv2d(FrozenLayer, nn.Conv2d):
         return is_usual and shape[0] * self._result_size(shape).numel() <= FEW_POSITIONS
 
     def _result_size(self, shape: torch.Size) -> torch.Size:
-        sides = zip(shape[2:], self.kernel_size, self.stride, self.padding, self.dilation)
+        sides = zip(shape[2:], self.kernel_size, self.stride, self.padding, self.dilation, strict=True)
         return torch.Size([(side + 2 * pad - step * (kernel - 1) - 1) // stride + 1 for side, kernel, stride, pad, step in sides])
 
     @property

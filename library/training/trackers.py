@@ -39,7 +39,7 @@ class Tracker:
         `found_rates`: the rates in force where the optimizer finds them by itself.
         """
         values = {f"lr/{name}": rate for name, rate in zip(names, rates, strict=True)}
-        values |= {f"lr/d*lr/{name}": rate for name, rate in zip(names, found_rates or [])}
+        values |= {f"lr/d*lr/{name}": rate for name, rate in zip(names, found_rates or [], strict=False)}
         if losses.current is not None:
             values |= {"loss/current": losses.current, "loss/average": losses.average}
         self.log(values, step)

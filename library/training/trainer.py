@@ -29,8 +29,8 @@ from library.training.interrupt import stop_on_interrupt
 from library.training.loss import Objective
 from library.training.metadata import RunMetadata
 from library.training.network import TrainedNetwork
-from library.training.options import TrainNetworkOptions
 from library.training.optimizers import found_rates
+from library.training.options import TrainNetworkOptions
 from library.training.plan import Plan
 from library.training.precision import explain_nonfinite
 from library.training.previews import Previews
@@ -42,7 +42,6 @@ from library.training.state import StateFiles
 from library.training.trackers import Tracker
 from library.training.tracking import LossRecord, describe_nonfinite
 from library.training.validation import Validation, ValidationRecord
-
 
 LESS_MEMORY = (
     "use --gradient_checkpointing, --cache_latents, --network_train_unet_only, a smaller batch or --optimizer_type=AdamW8bit"

@@ -365,7 +365,7 @@ def test_messages_are_those_that_are_tested(page):
     for section, tested in enumerate((ERRORS, NOTES)):
         found = messages(page, section)
         assert len(found) == len(tested)
-        assert all(message.startswith(start) for message, start in zip(found, tested))
+        assert all(message.startswith(start) for message, start in zip(found, tested, strict=True))
 
 
 def as_pattern(message: str) -> re.Pattern:

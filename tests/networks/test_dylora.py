@@ -264,7 +264,7 @@ def test_trap_3_4_and_1_14_the_split_files_do_what_the_ranks_did_in_training(mod
     files = sorted(tmp_path.glob("split-*.safetensors"))
     assert [file.name for file in files] == [f"split-{rank:04}.safetensors" for rank in (2, 4, 6, 8)]
     base = outputs(model)
-    for file, rank in zip(files, (2, 4, 6, 8)):
+    for file, rank in zip(files, (2, 4, 6, 8), strict=True):
         network.use_rank(rank)
         network.apply_to(model.text_encoder, model.unet)
         in_training = outputs(model) - base

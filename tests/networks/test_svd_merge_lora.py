@@ -86,11 +86,11 @@ def test_block_weights(parts):
     _, a, b, _ = parts
     weights = ",".join(str(0.1 * place) for place in range(26))
     result = products(merge(parts, "--new_rank", "9", "--lbw", weights, "INALL"))
-    by_block = [dict(zip(LISTS[26], [0.1 * place for place in range(26)])), read_block_weights("INALL")]
+    by_block = [dict(zip(LISTS[26], [0.1 * place for place in range(26)], strict=True)), read_block_weights("INALL")]
     expected = total(
         *[
             {name: ratio * weights.get(block_of(name), 1.0) * value for name, value in products(part).items()}
-            for part, ratio, weights in zip((a, b), (0.6, -0.4), by_block)
+            for part, ratio, weights in zip((a, b), (0.6, -0.4), by_block, strict=True)
         ]
     )
     for name, value in expected.items():

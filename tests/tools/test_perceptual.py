@@ -26,7 +26,7 @@ def test_distances_of_vectors_are_lpips(vgg_weights):
     judge = Perceptual(vgg_weights)
     a, b = (torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(seed)) * 2 - 1 for seed in (1, 2))
     expected = torch.zeros(2)
-    for one, other, head in zip(judge.levels(a), judge.levels(b), judge.heads):
+    for one, other, head in zip(judge.levels(a), judge.levels(b), judge.heads, strict=True):
         difference = (F.normalize(one, dim=1) - F.normalize(other, dim=1)).square()
         expected += (difference * head[:, None, None]).sum(dim=1).mean(dim=(1, 2))
     found = pairwise(judge.vectors(a), judge.vectors(b)).diagonal()

@@ -57,13 +57,13 @@ class Perceptual:
         """The mean LPIPS distance of pairs of pictures (B, 3, H, W) in -1..1; its gradient reaches `a` alone."""
         with torch.no_grad():
             wanted = self.features(b)
-        return sum((x - y).square().sum() for x, y in zip(self.features(a), wanted)) / len(a)
+        return sum((x - y).square().sum() for x, y in zip(self.features(a), wanted, strict=True)) / len(a)
 
     def features(self, pictures: Tensor) -> list[Tensor]:
         """Of pictures (B, 3, H, W) in -1..1: five levels (B, C, h, w), scaled so that squared differences add up to LPIPS."""
         return [
             F.normalize(level, dim=1) * head.clamp(min=0).sqrt()[:, None, None] / (level.shape[-1] * level.shape[-2]) ** 0.5
-            for level, head in zip(self.levels(pictures), self.heads)
+            for level, head in zip(self.levels(pictures), self.heads, strict=True)
         ]
 
     def levels(self, pictures: Tensor) -> list[Tensor]:

@@ -30,7 +30,7 @@ class Average:
     @torch.no_grad()
     def update(self, step: int) -> None:
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
-        for average, module in zip(self.averages, self.modules):
+        for average, module in zip(self.averages, self.modules, strict=True):
             torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), weight)
 
 

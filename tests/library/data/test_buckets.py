@@ -44,7 +44,7 @@ def test_examples(row):
     assert place.bucket == numbers(row, "bucket_w", "bucket_h")
     assert place.resized == numbers(row, "resized_w", "resized_h")
     assert place.crop == numbers(row, "crop_left", "crop_top")
-    assert tuple(r - b for r, b in zip(place.resized, place.bucket)) == numbers(row, "trim_w", "trim_h")
+    assert tuple(r - b for r, b in zip(place.resized, place.bucket, strict=True)) == numbers(row, "trim_w", "trim_h")
     assert place.ar_error == pytest.approx(float(row["ar_error"]), abs=1e-6)
     assert place.fits
 
@@ -91,13 +91,13 @@ def test_a_strip_keeps_the_area_of_the_training_size():
 def check(place: Placement, size: tuple[int, int], step: int, area: int) -> None:
     bucket, resized, crop = place.bucket, place.resized, place.crop
     assert all(side >= step and side % step == 0 for side in bucket)
-    assert all(r >= b for r, b in zip(resized, bucket)), "the picture covers the bucket"
-    assert crop == tuple((r - b) // 2 for r, b in zip(resized, bucket))
+    assert all(r >= b for r, b in zip(resized, bucket, strict=True)), "the picture covers the bucket"
+    assert crop == tuple((r - b) // 2 for r, b in zip(resized, bucket, strict=True))
     # bucket_no_upscale rounds sides to whole pixels before it rounds down to the step: under a pixel of the shorter side.
     assert bucket[0] * bucket[1] <= area * (1 + 1 / min(bucket))
     # One side at least is scaled exactly; the other one differs by rounding alone.
-    scale = max(r / s for r, s in zip(resized, size))
-    assert all(abs(r - s * scale) <= 0.5 + s / max(min(size), 1) for r, s in zip(resized, size))
+    scale = max(r / s for r, s in zip(resized, size, strict=True))
+    assert all(abs(r - s * scale) <= 0.5 + s / max(min(size), 1) for r, s in zip(resized, size, strict=True))
 
 
 @pytest.mark.parametrize("no_upscale", [False, True])

@@ -88,13 +88,15 @@ def test_cached_latents_are_those_of_the_pictures_served_without_a_cache(folder,
     vae = cache(dataset, to_disk=to_disk)
     assert vae.pictures == (16 if flip else 8)
     for number in (1, 2, 3):
-        for a, b in zip(epoch(dataset, number), epoch(plain, number)):
+        for a, b in zip(epoch(dataset, number), epoch(plain, number), strict=True):
             assert a.images is None and a.paths == b.paths and a.captions == b.captions
             assert a.latents.dtype == torch.float32 and a.latents.shape[1:] == (4, b.size[1] // 8, b.size[0] // 8)
             assert torch.allclose(a.latents[:, :3], torch.nn.functional.avg_pool2d(b.images, 8), atol=1e-6)
     if flip:
         batches = [batch for number in range(1, 9) for batch in epoch(dataset, number)]
-        served = {(path, float(latent[3, 0, 0])) for batch in batches for path, latent in zip(batch.paths, batch.latents)}
+        served = {
+            (path, float(latent[3, 0, 0])) for batch in batches for path, latent in zip(batch.paths, batch.latents, strict=True)
+        }
         assert len(served) == 16  # each side has noise of its own
 
 
@@ -122,7 +124,7 @@ def test_the_second_run_encodes_nothing(folder):
     cache(first)
     second = make_dataset(folder, flip=True)
     assert cache(second).batches == []
-    for a, b in zip(epoch(first), epoch(second)):
+    for a, b in zip(epoch(first), epoch(second), strict=True):
         assert torch.equal(a.latents, b.latents)
     assert len(second.table) == 8  # files in the cache folder are not taken for pictures
 
@@ -149,7 +151,7 @@ def test_trap_4_9_another_vae_or_a_changed_picture_is_encoded_anew(folder):
     vae = cache(dataset)
     assert vae.pictures == 1
     for batch in epoch(dataset):
-        for path, latent in zip(batch.paths, batch.latents):
+        for path, latent in zip(batch.paths, batch.latents, strict=True):
             if path.endswith("000.png"):
                 expected = torch.from_numpy(pixels[:8, :8].astype(np.float32) / 127.5 - 1).mean(dim=(0, 1))
                 assert torch.allclose(latent[:3, 0, 0], expected, atol=1e-5)
@@ -234,7 +236,7 @@ def test_cached_latents_reach_spawned_workers(folder):
     loader = make_loader(dataset, num_workers=1, persistent=True)
     loader.loader.multiprocessing_context = "spawn"
     for number in (1, 2):
-        for a, b in zip(loader.epoch(number), epoch(dataset, number)):
+        for a, b in zip(loader.epoch(number), epoch(dataset, number), strict=True):
             assert a.paths == b.paths and torch.equal(a.latents, b.latents)
     assert all(stack.is_shared() for stack in dataset.latents.stacks.values())
 

@@ -94,7 +94,7 @@ def test_a_batch_holds_what_training_needs(folder, tokenizer):
         assert batch.images.min() >= -1 and batch.images.max() <= 1 and batch.images.min() < -0.8 and batch.images.max() > 0.8
         assert batch.input_ids.shape == (count, 1, 77) and batch.token_weights is None
         assert batch.loss_weights.tolist() == [1.0] * count
-        for path, caption in zip(batch.paths, batch.captions):
+        for path, caption in zip(batch.paths, batch.captions, strict=True):
             assert caption == f"dog, number {int(path[-7:-4])}, Blue sky"
 
 
@@ -166,7 +166,7 @@ def test_datasets_do_not_mix(folder, tmp_path):
         assert len(batch.paths) <= (3 if area > 32 * 32 else 5)
     # Batches of the datasets come by turns, not one dataset after the other.
     areas = [batch.size[0] * batch.size[1] > 32 * 32 for batch in batches]
-    assert sum(a != b for a, b in zip(areas, areas[1:])) > 2
+    assert sum(a != b for a, b in zip(areas, areas[1:], strict=True)) > 2
 
 
 def test_trap_4_5_regularisation_pictures_keep_their_own_settings(folder, tmp_path):
@@ -176,7 +176,7 @@ def test_trap_4_5_regularisation_pictures_keep_their_own_settings(folder, tmp_pa
     batches = [dataset[(1, position)] for position in range(len(dataset))]
     weights = Counter()
     for batch in batches:
-        for path, caption, weight in zip(batch.paths, batch.captions, batch.loss_weights.tolist()):
+        for path, caption, weight in zip(batch.paths, batch.captions, batch.loss_weights.tolist(), strict=True):
             is_reg = str(reg) in path
             assert weight == (0.25 if is_reg else 1.0) and (caption == "a dog") == is_reg
             weights[is_reg] += 1
@@ -185,7 +185,7 @@ def test_trap_4_5_regularisation_pictures_keep_their_own_settings(folder, tmp_pa
     for epoch in range(1, 6):
         for position in range(len(dataset)):
             batch = dataset[(epoch, position)]
-            for path, image in zip(batch.paths, batch.images):
+            for path, image in zip(batch.paths, batch.images, strict=True):
                 if path == str(reg / "000.png"):
                     assert np.array_equal(((image + 1) * 127.5).round().numpy(), np.asarray(Image.open(path)).transpose(2, 0, 1))
 
@@ -229,7 +229,7 @@ def test_resuming_in_the_middle_of_an_epoch(folder):
         break
     rest = list(loader.epoch(2, start=4))
     assert len(rest) == len(whole) - 4
-    for a, b in zip(rest, whole[4:]):
+    for a, b in zip(rest, whole[4:], strict=True):
         same(a, b)
 
 
@@ -311,7 +311,7 @@ def test_random_crop_moves_and_face_crop_finds_the_face(tmp_path):
         image = dataset[(epoch, 0)].images[0]
         assert image[:, 28:36, 28:36].min() > 0.9  # the face is in the middle
         shares.append(float((image > 0).float().mean()))
-    assert len(set(shares)) > 2 and 0.1 < min(shares) and max(shares) < 0.5
+    assert len(set(shares)) > 2 and min(shares) > 0.1 and max(shares) < 0.5
 
 
 def test_interpolation_of_the_subset_beats_the_dataset(folder):

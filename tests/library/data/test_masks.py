@@ -105,7 +105,7 @@ def test_alpha_channel_as_mask(data, cached):
     if cached:
         made.cache_latents(encode, batch_size=3, to_disk=True, fingerprint="v")
     batch = made[(1, 0)]
-    by_name = {Path(path).stem: mask for path, mask in zip(batch.paths, batch.masks)}
+    by_name = {Path(path).stem: mask for path, mask in zip(batch.paths, batch.masks, strict=True)}
     wanted = latent_mask(half(64, 64))
     assert torch.equal(by_name["see-through"], wanted) and torch.equal(by_name["turned"], wanted)
     assert (by_name["whole"] == 1).all()
@@ -128,7 +128,7 @@ def test_masks_in_a_dataset_file_and_for_some_subsets_only(data):
     )
     made = TrainingDataset(datasets_from_file(config, DatasetDefaults()), seed=1)
     batch = made[(1, 0)]
-    for path, mask in zip(batch.paths, batch.masks):
+    for path, mask in zip(batch.paths, batch.masks, strict=True):
         assert (mask == 1).all() == (Path(path).suffix == ".webp")
     assert "of the picture counts" in describe_batch(batch, made)
 

@@ -30,7 +30,7 @@ def saved(model, tmp_path_factory):
 def test_pattern_precision_and_layout(saved, model, latents_of):
     loaded = load_model(str(saved.parent / "small-v*.safetensors"), device="cpu", channels_last=True)
     assert loaded.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
-    for ours, expected in zip(latents_of(loaded, [CAT]), latents_of(model, [CAT])):
+    for ours, expected in zip(latents_of(loaded, [CAT]), latents_of(model, [CAT]), strict=True):
         torch.testing.assert_close(ours, expected, **CLOSE)
     half = load_model(str(saved), device="cpu", dtype=torch.bfloat16, no_half_vae=True)
     assert half.unet.dtype == half.text_encoder.dtype == torch.bfloat16 and half.vae.dtype == torch.float32

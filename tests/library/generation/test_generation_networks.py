@@ -61,7 +61,7 @@ def load(model):
         networks.close()
     with torch.no_grad():
         for part, values in weights.items():
-            for parameter, value in zip(getattr(model, part).parameters(), values):
+            for parameter, value in zip(getattr(model, part).parameters(), values, strict=True):
                 parameter.copy_(value)
 
 
@@ -121,7 +121,7 @@ def test_strengths_change_from_picture_to_picture_and_the_model_comes_back_bit_f
     assert (default - none).abs().max() > 0.1 and (default - other).abs().max() > 0.1
     networks.close()
     after = [value for part in (model.text_encoder, model.unet) for value in part.parameters()]
-    assert all(torch.equal(one, two) for one, two in zip(before, after))
+    assert all(torch.equal(one, two) for one, two in zip(before, after, strict=True))
     assert torch.equal(latents_of(model, [CAT])[0], none)
 
 

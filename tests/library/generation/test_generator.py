@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from reference_pipelines import SMALL, pipeline_latents
 
 from library.errors import UserError
 from library.generation import painter
@@ -21,7 +22,6 @@ from library.generation.prompts import PromptSpec
 from library.generation.samplers import SAMPLERS, make_scheduler
 from library.sd.model import evaluating
 from library.sd.small import small_stable_diffusion
-from reference_pipelines import SMALL, pipeline_latents
 from library.sd.text import count_chunks
 
 pytestmark = [
@@ -78,7 +78,7 @@ def test_trap_6_9_same_seed_same_picture_whatever_the_batch(model, latents_of, s
     together = latents_of(model, specs, batch_size=3)
     alone = [latents_of(model, [spec])[0] for spec in specs]
     in_twos = latents_of(model, specs[::-1], batch_size=2)[::-1]
-    for batch, single, two in zip(together, alone, in_twos):
+    for batch, single, two in zip(together, alone, in_twos, strict=True):
         torch.testing.assert_close(batch, single, rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(two, single, rtol=1e-3, atol=1e-3)
     assert (together[1] - together[2]).abs().max() > 0.1  # another seed is another picture
@@ -112,7 +112,7 @@ def test_what_is_cut_is_said_once_for_each_prompt_and_names_break(model, caplog)
 
 def test_trap_6_3_each_picture_has_its_own_negative_prompt(model, latents_of):
     specs = [replace(CAT, negative_prompt=text) for text in ("blurry", "a castle at night", "")]
-    for batch, spec in zip(latents_of(model, specs, batch_size=3), specs):
+    for batch, spec in zip(latents_of(model, specs, batch_size=3), specs, strict=True):
         torch.testing.assert_close(batch, latents_of(model, [spec])[0], rtol=1e-3, atol=1e-3)
 
 
@@ -314,7 +314,7 @@ def test_trap_5_13_gpu_and_cpu_make_the_same_picture(model, latents_of):
     finally:
         for part in (model.unet, model.text_encoder, model.vae):
             part.to("cpu")
-    for sampler, one, other in zip(SAMPLERS, on_cpu, on_gpu):
+    for sampler, one, other in zip(SAMPLERS, on_cpu, on_gpu, strict=True):
         assert (one - other.cpu()).abs().max() < 0.02, sampler
 
 

@@ -64,7 +64,7 @@ def test_a_batch_makes_what_each_makes_alone(model, latents_of):
     specs = [CAT, replace(CAT, seed=9)]
     highres = replace(HALF, latent_upscaling=True)
     together = latents_of(model, specs, highres=highres, batch_size=2, vae_batch_size=0.5)
-    for one, spec in zip(together, specs):
+    for one, spec in zip(together, specs, strict=True):
         torch.testing.assert_close(one, latents_of(model, [spec], highres=highres)[0], **CLOSE)
 
 

@@ -91,7 +91,9 @@ def test_a_grey_mask_mixes(model, spec, mask, tmp_path):
 def test_every_picture_of_a_batch_has_its_own_source(model, latents_of, spec, tmp_path):
     a_picture(seed=1).save(tmp_path / "other.png")
     specs = [spec, replace(spec, image=tmp_path / "other.png", seed=8)]
-    for together, single in zip(latents_of(model, specs, batch_size=2), (latents_of(model, [one])[0] for one in specs)):
+    for together, single in zip(
+        latents_of(model, specs, batch_size=2), (latents_of(model, [one])[0] for one in specs), strict=True
+    ):
         torch.testing.assert_close(together, single, **CLOSE)
 
 

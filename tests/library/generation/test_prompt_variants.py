@@ -52,7 +52,7 @@ def test_empty_alternatives_and_single_ones():
 def test_columns_are_those_of_the_line_as_it_was_written():
     line = "a {red|blue} cat {e$$--w 64|--q 5}"
     for text in Line(line, "here").texts(1, Random(0)):
-        for character, column in zip(text.text, text.columns):
+        for character, column in zip(text.text, text.columns, strict=True):
             assert line[column - 1] == character
 
 

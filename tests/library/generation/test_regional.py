@@ -107,7 +107,9 @@ def test_cross_attention_is_mixed_as_documented(model, files, load, tmp_path):
             return F.linear(rows, layer.weight, layer.bias)
 
         def attend(rows, row_context, index):
-            query = plain(attention.to_q, rows) + sum(mask * module(rows) for mask, module in zip(masks, modules["q"]))
+            query = plain(attention.to_q, rows) + sum(
+                mask * module(rows) for mask, module in zip(masks, modules["q"], strict=True)
+            )
             key, value = plain(attention.to_k, row_context), plain(attention.to_v, row_context)
             if index is not None:
                 key, value = key + modules["k"][index](row_context), value + modules["v"][index](row_context)
@@ -130,7 +132,9 @@ def test_each_network_sees_its_own_sub_prompt_alone(model, files, load, tmp_path
     options = {"clip_skip": None, "zero_terminal_snr": False, "texts": None, "autocast": None, "vae_batch_size": 1}
     job = make_job(model, SPEC, 75, networks, regions, PromptCache())
     contexts = Painter(model, networks=networks, regions=regions, **options).contexts([job])
-    assert networks.state == tuple((loaded.number, strength) for loaded, strength in zip(networks.loaded, (1.0, 0.5)))
+    assert networks.state == tuple(
+        (loaded.number, strength) for loaded, strength in zip(networks.loaded, (1.0, 0.5), strict=True)
+    )
     for text, strengths, rows in (
         ("a cat", (1.0, 0.0), contexts.positive[0]), ("a dog", (0.0, 0.5), contexts.positive[1]),
         ("blurry", (0.0, 0.0), contexts.negative[0]),
@@ -157,7 +161,7 @@ def test_a_batch_makes_what_each_makes_alone_and_regions_leave_nothing_behind(mo
     three = replace(SPEC, negative_scale=2.0, prompt="one AND two AND three")
     specs = [SPEC, replace(SPEC, prompt="a bird AND a fish", seed=8), three]
     together = latents_of(model, specs, networks=networks, regions=regions, batch_size=3)
-    for one, spec in zip(together, specs):
+    for one, spec in zip(together, specs, strict=True):
         torch.testing.assert_close(one, latents_of(model, [spec], networks=networks, regions=regions)[0], **CLOSE)
     networks.close()
     assert torch.equal(latents_of(model, [SPEC])[0], before)

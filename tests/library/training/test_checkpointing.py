@@ -81,7 +81,7 @@ def test_what_is_counted_is_what_is_kept_and_gradients_are_the_plain_ones(parts)
         assert kept == pytest.approx(counted, rel=0.02), chosen
         gradients.append(found)
     for others in gradients[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(gradients[0], others))
+        assert all(torch.equal(a, b) for a, b in zip(gradients[0], others, strict=True))
     assert sum(checkpointed) < 0.5 * sum(plain) and network.module.training
 
 

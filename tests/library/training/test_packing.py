@@ -162,7 +162,7 @@ def test_a_lora_learns_on_it_with_checkpointing_as_without(unet, name):
         unet.train()(*inputs()).sample.square().mean().backward()
         found.append([p.grad.clone() for p in network.parameters()])
     assert all(gradient.any() for gradient in found[0])
-    for plain, checkpointed in zip(*found):
+    for plain, checkpointed in zip(*found, strict=True):
         torch.testing.assert_close(checkpointed, plain, rtol=1e-4, atol=1e-7)
     assert all(torch.equal(value, base[key]) for key, value in unet.state_dict().items()), "the base stays"
 

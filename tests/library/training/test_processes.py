@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from two_processes import ROOT, launch  # beside this file
 
 from library.data.config_keys import DatasetConfig, SubsetConfig
 from library.data.dataset import TrainingDataset
@@ -18,8 +19,6 @@ from library.sd.model import save_stable_diffusion
 from library.sd.small import small_stable_diffusion
 from library.training.options import parse_options
 from library.training.plan import Plan
-
-from two_processes import ROOT, launch  # beside this file
 
 
 def documented_command() -> tuple[list[str], list[str]]:
@@ -136,7 +135,7 @@ def alone(place, base_model):
 
 def tensors(path: Path) -> dict[str, torch.Tensor]:
     with safe_open(path, "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}
+        return {key: file.get_tensor(key) for key in file}
 
 
 def assert_same(place: Path, one: str, two: str) -> None:

@@ -19,7 +19,6 @@ from library.training.plan import Plan
 from library.training.randomness import seed_everything
 from library.training.trainer import Trainer
 
-
 # ---------------------------------------------------------------- files and their names
 
 
@@ -431,7 +430,7 @@ def test_cached_latents_are_the_vae_s(run, monkeypatch):
     run("--max_train_steps=1", "--network_train_unet_only")
     batches = [trainer.dataset[(1, 0)] for trainer in trainers]
     assert [batch.latents is not None for batch in batches] == [True, False]
-    cached, plain = (trainer._latents(batch) for trainer, batch in zip(trainers, batches))
+    cached, plain = (trainer._latents(batch) for trainer, batch in zip(trainers, batches, strict=True))
     torch.testing.assert_close(cached, plain, rtol=0.05, atol=0.05)  # two samples of one narrow posterior
 
 

@@ -207,7 +207,7 @@ def messages(page: str) -> list[str]:
 def test_messages_are_those_that_are_tested(page):
     found = messages(page)
     assert len(found) == len(ERRORS)
-    assert all(message.startswith(start) for message, start in zip(found, ERRORS))
+    assert all(message.startswith(start) for message, start in zip(found, ERRORS, strict=True))
 
 
 @pytest.mark.parametrize("start", ERRORS)

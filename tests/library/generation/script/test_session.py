@@ -29,7 +29,7 @@ def loras(gen_files, *names: str) -> list[str]:
 
 def alike(one: bytes, other: bytes) -> bool:
     """Whether two pictures are the same but for rounding."""
-    return len(one) == len(other) and max(abs(a - b) for a, b in zip(one, other)) <= 2
+    return len(one) == len(other) and max(abs(a - b) for a, b in zip(one, other, strict=True)) <= 2
 
 
 # ---------------------------------------------------------------- pictures and their text
@@ -71,7 +71,7 @@ def test_trap_6_5_both_stages_of_highres_fix_record_the_seed_that_draws_them(dra
     words = ("--prompt=a", "--W=128", "--H=128", "--highres_fix_scale=0.5", "--highres_fix_steps=1", "--highres_fix_save_1st")
     made = draw(*words, "--seed=9")
     assert [path.name.split("_")[2:] for path in made.files] == [["0000", "9.png"], ["1000", "9.png"]]
-    assert [(t["seed"], t["steps"], Image.open(p).size) for t, p in zip(made.texts, made.files)] == [
+    assert [(t["seed"], t["steps"], Image.open(p).size) for t, p in zip(made.texts, made.files, strict=True)] == [
         ("9", "1", (64, 64)), ("9", "2", (128, 128)),
     ]  # fmt: skip
     again = draw(*words, f"--seed={made.texts[1]['seed']}")
