@@ -28,8 +28,8 @@ def make_file(path: Path, kind: str) -> dict[str, float]:
     """Write a full-size SD 1.5 with random fp16 weights."""
     from safetensors.torch import save_file
 
+    from library.formats.compvis import join_compvis
     from library.sd.architecture import sd15_configs
-    from library.sd.compvis import join_compvis
     from library.sd.model import StableDiffusion, save_stable_diffusion
     from library.sd.parts import empty_text_encoder, empty_unet, empty_vae, fill, text_weights
     from library.sd.text import load_tokenizer

@@ -52,8 +52,8 @@ LARGEST = 1280**3  # rows^2 x columns of the costliest decomposition that is run
 
 def model_shapes() -> dict[str, tuple[int, ...]]:
     """Names and shapes of a full-size SD 1.5 checkpoint."""
+    from library.formats.compvis import join_compvis
     from library.sd.architecture import sd15_configs
-    from library.sd.compvis import join_compvis
     from library.sd.parts import empty_text_encoder, empty_unet, empty_vae, text_weights
 
     configs = sd15_configs()

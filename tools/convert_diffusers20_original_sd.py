@@ -112,8 +112,8 @@ def stored_dtype(source: Path):
 def is_v2(source: Path) -> bool | None:
     """Whether the model is SD 2.x by what it holds; None if that cannot be seen."""
     if source.is_file():
-        from library.sd.checkpoint import open_tensors
-        from library.sd.compvis import CompVisNames
+        from library.formats.compvis import CompVisNames
+        from library.formats.tensor_file import open_tensors
 
         with open_tensors(source) as file:
             return CompVisNames(file.shapes).v2

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from library.errors import UserError
-from library.sd.keys import UNET_PREFIX
+from library.formats.names import UNET_PREFIX
 
 # A piece of a tensor's name -> what such a file is. The first that is found counts.
 _OTHER_FAMILIES = (

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from library.errors import UserError
+from library.formats.tensor_file import MODEL_SUFFIXES
 from library.imports import import_model_libraries
-from library.sd.checkpoint import MODEL_SUFFIXES
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL

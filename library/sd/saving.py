@@ -15,9 +15,9 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.files import atomic_write
-from library.sd.checkpoint import MODEL_SUFFIXES, open_tensors
-from library.sd.compvis import CompVisNames, Parts, join_compvis
-from library.sd.keys import OLD_CLIP_PREFIX
+from library.formats.compvis import CompVisNames, Parts, join_compvis
+from library.formats.names import OLD_CLIP_PREFIX
+from library.formats.tensor_file import MODEL_SUFFIXES, open_tensors
 from library.sd.parts import StableDiffusion, text_weights
 from library.sd.text import CLIP_BPE, VOCABULARY
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from library.formats.compvis import join_compvis
 from library.sd.architecture import sd2_configs, sd15_configs
-from library.sd.compvis import join_compvis
 from library.sd.parts import empty_text_encoder, empty_unet, empty_vae
 from library.sd.text import inner_text_model
 from networks.lora import find_layers
@@ -53,7 +53,7 @@ def test_the_names_lead_to_the_same_weights_as_the_suite_loads():
     """Every tensor is filled with its place in the file; then the loaded model's layers must hold the same numbers."""
     import torch
 
-    from library.sd.compvis import split_compvis
+    from library.formats.compvis import split_compvis
     from library.sd.small import small_stable_diffusion
 
     for v2 in (False, True):

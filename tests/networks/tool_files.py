@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from library.sd.compvis import join_compvis
+from library.formats.compvis import join_compvis
 from library.sd.parts import StableDiffusion
 from library.sd.small import small_stable_diffusion
 from library.sd.text import inner_text_model

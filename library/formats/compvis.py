@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from library.sd.keys import (
+from library.formats.names import (
     CLIP_PREFIX,
     OLD_CLIP_PREFIX,
     OPEN_CLIP_PREFIX,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from library.formats.compvis import join_compvis, split_compvis
+from library.formats.names import OLD_CLIP_PREFIX, OPEN_CLIP_PREFIX, modern_vae_name
 from library.sd.architecture import sd2_configs, sd15_configs
-from library.sd.compvis import join_compvis, split_compvis
-from library.sd.keys import OLD_CLIP_PREFIX, OPEN_CLIP_PREFIX, modern_vae_name
 from library.sd.parts import empty_text_encoder, empty_unet, empty_vae, text_weights
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from library.errors import UserError
-from library.sd.checkpoint import open_tensors
+from library.formats.tensor_file import open_tensors
 
 TENSORS = {
     "a.weight": torch.randn(3, 4),
