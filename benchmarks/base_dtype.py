@@ -38,8 +38,8 @@ PICTURES, TIMESTEPS = 8, (50, 250, 450, 650, 850)
 
 def model_bytes(name: str, dtype: torch.dtype = torch.float16) -> tuple[int, int]:
     """Bytes of SD 1.5's U-Net and text encoder in this format. Layers of the same shape are packed once."""
-    from library.sd.architecture import sd15_configs
-    from library.sd.parts import empty_text_encoder, empty_unet
+    from library.models.architecture import sd15_configs
+    from library.models.parts import empty_text_encoder, empty_unet
 
     configs = sd15_configs()
     models = empty_unet(configs["unet"]), empty_text_encoder(configs["text_encoder"])
@@ -81,8 +81,8 @@ def output_errors(names: list[str]) -> dict[str, float]:
     import numpy as np
     from PIL import Image
 
-    from library.sd.model import encode_image, encode_text, load_stable_diffusion, predict_noise
-    from library.sd.text import tokenize
+    from library.models.clip import tokenize
+    from library.models.model import encode_image, encode_text, load_stable_diffusion, predict_noise
     from library.training import diffusion
     from tools.demo import BASE_MODEL
 

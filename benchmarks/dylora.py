@@ -28,9 +28,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from library.sd.model import encode_image, encode_text, predict_noise
-from library.sd.small import small_stable_diffusion
-from library.sd.text import tokenize
+from library.models.clip import tokenize
+from library.models.model import encode_image, encode_text, predict_noise
+from library.testing import small_stable_diffusion
 from library.training import diffusion
 from networks import dylora, lora
 from networks.low_rank import LowRank, split

@@ -70,7 +70,7 @@ def make_pipeline(model, lora: Path | None):
 
 
 def fresh_model(device: str):
-    from library.sd.small import small_stable_diffusion
+    from library.testing import small_stable_diffusion
 
     model = small_stable_diffusion(seed=0)
     for part in (model.unet, model.vae, model.text_encoder):
@@ -187,7 +187,7 @@ def start_up(program: str, folder: Path) -> list[float]:
 
 def compare_start_ups(folder: Path, rounds: int) -> list[str]:
     """A table with a row for each, medians of rounds in which they take turns."""
-    from library.sd.model import save_stable_diffusion
+    from library.models.model import save_stable_diffusion
 
     save_stable_diffusion(fresh_model("cpu"), folder / "model")
     programs = {"ours": OURS, "pipeline": THEIRS}

@@ -29,10 +29,10 @@ def make_file(path: Path, kind: str) -> dict[str, float]:
     from safetensors.torch import save_file
 
     from library.formats.compvis import join_compvis
-    from library.sd.architecture import sd15_configs
-    from library.sd.model import StableDiffusion, save_stable_diffusion
-    from library.sd.parts import empty_text_encoder, empty_unet, empty_vae, fill, text_weights
-    from library.sd.text import load_tokenizer
+    from library.models.architecture import sd15_configs
+    from library.models.clip import load_tokenizer
+    from library.models.model import StableDiffusion, save_stable_diffusion
+    from library.models.parts import empty_text_encoder, empty_unet, empty_vae, fill, text_weights
 
     configs = sd15_configs()
     unet, vae = empty_unet(configs["unet"]), empty_vae(configs["vae"])
@@ -64,7 +64,7 @@ def measure_load(path: Path, dtype: torch.dtype) -> dict[str, float]:
     from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: F401  imports are not what is measured
     from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
 
-    from library.sd.model import load_stable_diffusion
+    from library.models.model import load_stable_diffusion
 
     before, cpu = rss(), time.process_time()
     start = time.perf_counter()

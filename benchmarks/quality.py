@@ -40,7 +40,7 @@ from torch import Tensor  # noqa: E402
 from library.errors import UserError, run_entry  # noqa: E402
 from library.generation.generator import generate  # noqa: E402
 from library.generation.prompts import PromptSpec  # noqa: E402
-from library.sd.model import StableDiffusion, load_stable_diffusion  # noqa: E402
+from library.models.model import StableDiffusion, load_stable_diffusion  # noqa: E402
 from library.sheets import contact_sheet  # noqa: E402
 from tools import demo  # noqa: E402
 from tools.base_model.names import NAMES, STYLES, prompt_of  # noqa: E402

@@ -53,8 +53,8 @@ LARGEST = 1280**3  # rows^2 x columns of the costliest decomposition that is run
 def model_shapes() -> dict[str, tuple[int, ...]]:
     """Names and shapes of a full-size SD 1.5 checkpoint."""
     from library.formats.compvis import join_compvis
-    from library.sd.architecture import sd15_configs
-    from library.sd.parts import empty_text_encoder, empty_unet, empty_vae, text_weights
+    from library.models.architecture import sd15_configs
+    from library.models.parts import empty_text_encoder, empty_unet, empty_vae, text_weights
 
     configs = sd15_configs()
     text = text_weights(empty_text_encoder(configs["text_encoder"]))
@@ -179,7 +179,7 @@ def plain_resize(folder: Path) -> float:
 
 
 def plain_extract(folder: Path) -> float:
-    from library.sd.model import load_stable_diffusion
+    from library.models.model import load_stable_diffusion
 
     started = time.perf_counter()
     models = [load_stable_diffusion(str(folder / f"{name}.safetensors")) for name in ("model", "tuned")]
@@ -199,7 +199,7 @@ def keep(parts: tuple[Tensor, Tensor, Tensor], rank: int) -> tuple[Tensor, Tenso
 
 
 def plain_merge(folder: Path) -> None:
-    from library.sd.model import load_stable_diffusion, save_stable_diffusion
+    from library.models.model import load_stable_diffusion, save_stable_diffusion
     from networks.lora import create_network_from_weights
 
     model = load_stable_diffusion(str(folder / "model.safetensors"), dtype=torch.float32)

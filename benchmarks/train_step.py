@@ -78,9 +78,9 @@ class Case:
 def make_model(folder: Path, small: bool) -> None:
     """An fp16 checkpoint with random weights, of SD 1.5's shapes or those of the tiny model, and the U-Net's configuration."""
     from benchmarks.load_model import make_file
-    from library.sd.architecture import sd15_configs
-    from library.sd.model import save_stable_diffusion
-    from library.sd.small import small_stable_diffusion
+    from library.models.architecture import sd15_configs
+    from library.models.model import save_stable_diffusion
+    from library.testing import small_stable_diffusion
 
     if small:
         model = small_stable_diffusion()
@@ -216,7 +216,7 @@ def measure_floor(case: Case, folder: Path, steps: int) -> dict[str, float]:
     import torch
 
     from library.devices import DTYPES, peak_memory_bytes
-    from library.sd.parts import empty_unet
+    from library.models.parts import empty_unet
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     unet = (

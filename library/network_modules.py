@@ -21,7 +21,7 @@ from library.errors import UserError, nearest
 from library.files import read_safetensors_header
 
 if TYPE_CHECKING:
-    from library.sd.model import StableDiffusion
+    from library.models.model import StableDiffusion
 
 
 def import_network_module(name: str) -> ModuleType:

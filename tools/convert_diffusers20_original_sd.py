@@ -130,7 +130,7 @@ def predicts_v(source: Path) -> bool:
 def convert(args: argparse.Namespace, target: Path) -> None:
     import torch
 
-    from library.sd.model import load_stable_diffusion, save_stable_diffusion
+    from library.models.model import load_stable_diffusion, save_stable_diffusion
 
     source = Path(args.model_to_load)
     metadata = read_metadata(args.metadata)

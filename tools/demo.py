@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from library.generation.prompts import PromptSpec
-    from library.sd.model import StableDiffusion
+    from library.models.model import StableDiffusion
 
 BASE_MODEL = ROOT / "assets" / "base-model"  # a Diffusers folder; assets/MODEL_CARD.md
 DATASET = ROOT / "assets" / "example" / "dataset.toml"
@@ -160,7 +160,7 @@ def draw_sheet(base: Path, lora: Path, held_out: dict[str, Path], resolution: in
     from PIL import Image
 
     from library.generation.prompts import PromptSpec
-    from library.sd.model import load_stable_diffusion
+    from library.models.model import load_stable_diffusion
     from library.sheets import contact_sheet
 
     model = load_stable_diffusion(str(base))

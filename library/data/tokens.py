@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from library.sd.text import CHUNK, count_tokens, tokenize, tokenize_weighted
+from library.models.clip import CHUNK, count_tokens, tokenize, tokenize_weighted
 
 log = logging.getLogger(__name__)
 

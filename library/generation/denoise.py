@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Generator, Tensor, nn
 
-from library.sd.model import predict_noise
+from library.models.model import predict_noise
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin

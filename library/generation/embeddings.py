@@ -10,10 +10,10 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.files import load_pickled_tensors, read_safetensors_header
-from library.sd.text import add_word, inner_text_model
+from library.models.clip import add_word, inner_text_model
 
 if TYPE_CHECKING:
-    from library.sd.model import StableDiffusion
+    from library.models.model import StableDiffusion
 
 
 def add_embeddings(model: StableDiffusion, files: list[str]) -> list[str]:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from library.sd.text import CHUNK, count_chunks, encode_text, tokenize_prompts
+from library.models.clip import CHUNK, count_chunks, encode_text, tokenize_prompts
 
 if TYPE_CHECKING:
-    from library.sd.model import StableDiffusion
+    from library.models.model import StableDiffusion
 
 log = logging.getLogger(__name__)
 

@@ -28,10 +28,10 @@ from library.generation.networks import Networks
 from library.generation.painter import Canvas, Painter
 from library.generation.prompts import PromptSpec
 from library.generation.regional import Regions
-from library.sd.model import evaluating
+from library.models.model import evaluating
 
 if TYPE_CHECKING:
-    from library.sd.model import StableDiffusion
+    from library.models.model import StableDiffusion
 
 log = logging.getLogger(__name__)
 

@@ -13,11 +13,11 @@ from torch.nn import functional as F
 
 from library.errors import UserError
 from library.generation.image_input import resized
+from library.models.model import pixels_per_latent
 from library.network_modules import key_values, user_errors
-from library.sd.model import pixels_per_latent
 
 if TYPE_CHECKING:
-    from library.sd.model import StableDiffusion
+    from library.models.model import StableDiffusion
 
 SIDE_STEP = 32
 

@@ -15,10 +15,10 @@ from library.generation.prompt_loras import split_loras
 from library.generation.prompts import MOST_STEPS, PromptSpec, check_negative_scale, split_regions
 from library.generation.regional import Regions
 from library.generation.samplers import check_sampler
-from library.sd.model import pixels_per_latent
+from library.models.model import pixels_per_latent
 
 if TYPE_CHECKING:
-    from library.sd.model import StableDiffusion
+    from library.models.model import StableDiffusion
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ import torch
 
 from library.devices import keep_freed_memory, use_xformers
 from library.errors import UserError
-from library.sd.model import load_stable_diffusion
+from library.models.model import load_stable_diffusion
 
 if TYPE_CHECKING:
-    from library.sd.model import StableDiffusion
+    from library.models.model import StableDiffusion
 
 
 def load_model(

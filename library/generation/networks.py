@@ -28,7 +28,7 @@ from library.network_modules import (
 )
 
 if TYPE_CHECKING:
-    from library.sd.model import StableDiffusion
+    from library.models.model import StableDiffusion
 
 log = logging.getLogger(__name__)
 

@@ -22,12 +22,12 @@ from library.generation.networks import Networks
 from library.generation.prompts import LARGEST_SEED, PromptSpec
 from library.generation.regional import Regions
 from library.generation.samplers import make_scheduler
-from library.sd.model import decode_latents, pixels_per_latent
+from library.models.model import decode_latents, pixels_per_latent
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
-    from library.sd.model import StableDiffusion
+    from library.models.model import StableDiffusion
 
 
 @dataclass

@@ -23,8 +23,8 @@ from library.generation.prompt_sources import list_pictures
 from library.generation.prompts import PromptSpec
 from library.generation.regional import Regions
 from library.generation.vae_slices import slice_vae
-from library.sd.model import StableDiffusion, pixels_per_latent
-from library.sd.text import CHUNK, inner_text_model
+from library.models.clip import CHUNK, inner_text_model
+from library.models.model import StableDiffusion, pixels_per_latent
 
 DEFAULT_NETWORK_MODULE = "networks.lora"
 

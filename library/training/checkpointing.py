@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from library.data.dataset import TrainingDataset
 from library.errors import one_line
-from library.sd.model import StableDiffusion, evaluating, predict_noise
+from library.models.model import StableDiffusion, evaluating, predict_noise
 from library.training.estimates import WORKSPACE, fixed_bytes, largest_batch
 from library.training.network import TrainedNetwork
 from library.training.options import TrainNetworkOptions

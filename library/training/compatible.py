@@ -11,7 +11,7 @@ import torch
 
 from library.data.table import PictureTable
 from library.errors import UserError
-from library.sd.model import StableDiffusion
+from library.models.model import StableDiffusion
 from library.training.options import TrainNetworkOptions
 
 # Groups of options that decide what is trained, and those that never do.

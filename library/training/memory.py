@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from library.devices import give_back_freed_memory
-from library.sd.model import StableDiffusion
+from library.models.model import StableDiffusion
 from library.training.compiling import compile_in_place
 from library.training.estimates import base_formats
 from library.training.options import TrainNetworkOptions

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from library.errors import UserError
+from library.models.model import StableDiffusion
 from library.network_modules import check_merge, import_network_module, named_text_encoder, network_from_file, user_errors
-from library.sd.model import StableDiffusion
 from library.training.options import NetworkOptions, OptimizerOptions
 
 

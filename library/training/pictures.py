@@ -7,7 +7,7 @@ from pathlib import Path
 from library.data.config import DatasetConfig, DatasetDefaults, datasets_from_file, datasets_from_folders, datasets_from_metadata
 from library.data.dataset import TrainingDataset
 from library.data.masks import check_masks
-from library.sd.text import load_tokenizer
+from library.models.clip import load_tokenizer
 from library.training.options import TrainNetworkOptions
 
 

@@ -17,7 +17,7 @@ from library.devices import check_precision, memory_there
 from library.errors import Problems
 from library.formats.tensor_file import MODEL_SUFFIXES, open_tensors
 from library.generation.prompts import PromptSpec, read_prompt_file
-from library.sd.families import refuse_other_families
+from library.models.families import refuse_other_families
 from library.training.compiling import check_backend
 from library.training.contradictions import contradictions
 from library.training.disk_space import space_needed, too_little_space

@@ -16,8 +16,8 @@ from library.errors import one_line
 from library.files import atomic_write
 from library.generation.generator import generate
 from library.generation.prompts import PromptSpec
+from library.models.model import StableDiffusion, evaluating
 from library.processes import Processes
-from library.sd.model import StableDiffusion, evaluating
 from library.training.options import TrainNetworkOptions
 from library.training.sample_grid import write_sample_grid
 from library.training.trackers import Tracker

@@ -17,9 +17,9 @@ from library.data.loader import make_loader
 from library.data.text_cache import TextCache
 from library.devices import DTYPES, cpu_has_fast_bf16, keep_freed_memory, peak_memory_bytes, use_all_cores, use_xformers
 from library.generation.prompts import PromptSpec, read_prompt_file
+from library.models.clip import tokenize, tokenize_weighted
+from library.models.model import StableDiffusion, encode_text, load_stable_diffusion, vae_fingerprint
 from library.processes import EndedElsewhere, Processes, launched_world, timeout
-from library.sd.model import StableDiffusion, encode_text, load_stable_diffusion, vae_fingerprint
-from library.sd.text import tokenize, tokenize_weighted
 from library.training.checkpointing import use_gradient_checkpointing
 from library.training.compatible import model_digest
 from library.training.ema import make_average, weights_in_use

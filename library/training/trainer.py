@@ -18,9 +18,9 @@ from library.data.dataset import Batch, TrainingDataset
 from library.data.loader import EpochLoader
 from library.data.text_cache import TextCache
 from library.errors import RunFailed, UserError
+from library.models.clip import encode_text
+from library.models.model import StableDiffusion, encode_image, evaluating, predict_noise
 from library.processes import Processes
-from library.sd.model import StableDiffusion, encode_image, evaluating, predict_noise
-from library.sd.text import encode_text
 from library.training import diffusion
 from library.training.compatible import fingerprint
 from library.training.ema import ExponentialAverage

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from library.generation.generator import generate
 from library.generation.prompts import PromptSpec
-from library.sd.model import encode_text, load_stable_diffusion, predict_noise, save_stable_diffusion
-from library.sd.text import tokenize
+from library.models.clip import tokenize
+from library.models.model import encode_text, load_stable_diffusion, predict_noise, save_stable_diffusion
 from networks.lora import create_network
 from tools.base_model.names import prompt_of
 

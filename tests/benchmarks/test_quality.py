@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import quality
-from library.sd.small import small_stable_diffusion
+from library.testing import small_stable_diffusion
 from tools.base_model.names import NAMES
 
 

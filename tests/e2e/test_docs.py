@@ -27,8 +27,8 @@ from library.errors import UserError
 from library.generation.options import GenerateOptions
 from library.generation.prompts import PromptSpec, read_prompt_file
 from library.generation.samplers import SAMPLERS
-from library.sd.model import save_stable_diffusion
-from library.sd.small import small_stable_diffusion
+from library.models.model import save_stable_diffusion
+from library.testing import small_stable_diffusion
 from library.training import run as run_module
 from library.training.optimizers import OPTIMIZERS
 from library.training.options import LogOptions, TrainNetworkOptions, parse_options

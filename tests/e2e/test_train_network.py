@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
-from library.sd.model import save_stable_diffusion
-from library.sd.small import small_stable_diffusion
+from library.models.model import save_stable_diffusion
+from library.testing import small_stable_diffusion
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "train_network.py")

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from library.sd.model import save_stable_diffusion
-from library.sd.small import small_stable_diffusion
+from library.models.model import save_stable_diffusion
+from library.testing import small_stable_diffusion
 
 
 @pytest.fixture(scope="session")

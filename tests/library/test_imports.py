@@ -90,7 +90,7 @@ def test_the_collector_rests_inside_and_works_afterwards(package):
 
 START = """
 import sys
-from library.sd.small import small_stable_diffusion
+from library.testing import small_stable_diffusion
 small_stable_diffusion()
 loaded = {name.partition(".")[0] for name in sys.modules}
 heavy = ["bitsandbytes", "networkx", "scipy", "sklearn", "pandas", "matplotlib", "tensorboard", "torchvision", "cv2"]

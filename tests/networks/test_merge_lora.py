@@ -24,7 +24,7 @@ from tool_files import (
     total,
 )
 
-from library.sd.model import load_stable_diffusion
+from library.models.model import load_stable_diffusion
 from networks import weight_output
 from networks.lora import create_network_from_weights
 from networks.merge_lora import main

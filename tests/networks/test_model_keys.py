@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from library.formats.compvis import join_compvis
-from library.sd.architecture import sd2_configs, sd15_configs
-from library.sd.parts import empty_text_encoder, empty_unet, empty_vae
-from library.sd.text import inner_text_model
+from library.models.architecture import sd2_configs, sd15_configs
+from library.models.clip import inner_text_model
+from library.models.parts import empty_text_encoder, empty_unet, empty_vae
 from networks.lora import find_layers
 from networks.model_keys import Place, is_v2, lora_places
 
@@ -54,7 +54,7 @@ def test_the_names_lead_to_the_same_weights_as_the_suite_loads():
     import torch
 
     from library.formats.compvis import split_compvis
-    from library.sd.small import small_stable_diffusion
+    from library.testing import small_stable_diffusion
 
     for v2 in (False, True):
         model = small_stable_diffusion(v2=v2)

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from library.formats.compvis import join_compvis
-from library.sd.parts import StableDiffusion
-from library.sd.small import small_stable_diffusion
-from library.sd.text import inner_text_model
+from library.models.clip import inner_text_model
+from library.models.parts import StableDiffusion
+from library.testing import small_stable_diffusion
 from networks.lora import find_layers
 
 CHANNELS = dict(unet_channels=(32, 64, 64, 64), vae_channels=(32, 32, 32, 32))

@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from library.errors import UserError
-from library.sd.model import save_stable_diffusion
-from library.sd.small import small_stable_diffusion
+from library.models.model import save_stable_diffusion
+from library.testing import small_stable_diffusion
 from tools.convert_diffusers20_original_sd import main
 
 ROOT = Path(__file__).parents[2]

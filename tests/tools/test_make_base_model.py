@@ -14,8 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from library.errors import UserError
-from library.sd.architecture import SCALING_FACTOR
-from library.sd.model import load_stable_diffusion
+from library.models.architecture import SCALING_FACTOR
+from library.models.model import load_stable_diffusion
 from tools import make_base_model
 from tools.base_model import augment, autoencoder, fetch, names, painter, perceptual, pictures, training
 from tools.base_model.perceptual import Perceptual

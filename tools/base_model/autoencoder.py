@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from library.sd.architecture import LATENT_CHANNELS, SCALING_FACTOR, vae_config
+from library.models.architecture import LATENT_CHANNELS, SCALING_FACTOR, vae_config
 from tools.base_model.augment import augmented
 from tools.base_model.names import AUTOENCODER_STYLES, NAMES, STYLES
 from tools.base_model.perceptual import Perceptual

@@ -13,9 +13,9 @@ from library.data.config import DatasetDefaults, datasets_from_file
 from library.data.dataset import Batch, TrainingDataset
 from library.generation.generator import generate
 from library.generation.prompts import PromptSpec
-from library.sd.architecture import text_config, unet_config
-from library.sd.model import StableDiffusion, encode_text, predict_noise, vae_fingerprint
-from library.sd.text import inner_text_model, load_tokenizer
+from library.models.architecture import text_config, unet_config
+from library.models.clip import inner_text_model, load_tokenizer
+from library.models.model import StableDiffusion, encode_text, predict_noise, vae_fingerprint
 from library.training import diffusion
 from tools.base_model.names import STYLES, prompt_of
 from tools.base_model.training import Average, Checkpoint, clip_and_step, rate_at

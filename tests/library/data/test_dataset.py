@@ -22,7 +22,7 @@ from library.data.debug import write_debug_sheet
 from library.data.loader import EpochSampler, make_loader
 from library.data.table import balanced
 from library.errors import UserError
-from library.sd.text import load_tokenizer
+from library.models.clip import load_tokenizer
 
 SIZES = [(64, 64), (96, 48), (48, 96), (80, 60), (200, 100), (30, 30)]
 

@@ -7,8 +7,8 @@ import torch
 
 from library.formats.compvis import join_compvis, split_compvis
 from library.formats.names import OLD_CLIP_PREFIX, OPEN_CLIP_PREFIX, modern_vae_name
-from library.sd.architecture import sd2_configs, sd15_configs
-from library.sd.parts import empty_text_encoder, empty_unet, empty_vae, text_weights
+from library.models.architecture import sd2_configs, sd15_configs
+from library.models.parts import empty_text_encoder, empty_unet, empty_vae, text_weights
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["v1", "v2"])

@@ -5,7 +5,7 @@ from reference_pipelines import SMALL
 
 from library.generation import painter
 from library.generation.generator import generate
-from library.sd.small import small_stable_diffusion
+from library.testing import small_stable_diffusion
 
 
 @pytest.fixture(scope="session")

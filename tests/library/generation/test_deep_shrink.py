@@ -11,7 +11,7 @@ from library.errors import UserError
 from library.generation.deep_shrink import shrinking
 from library.generation.generator import generate
 from library.generation.prompts import DeepShrink, PromptSpec
-from library.sd.small import small_stable_diffusion
+from library.testing import small_stable_diffusion
 
 CAT = PromptSpec("a cat", "", width=128, height=64, seed=7, scale=5.0, steps=3)
 DEEP = DeepShrink(1, timestep_1=650)

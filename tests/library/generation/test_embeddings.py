@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 
 from library.errors import UserError
 from library.generation.embeddings import add_embeddings
-from library.sd.small import small_stable_diffusion
-from library.sd.text import encode_text, tokenize_prompts
+from library.models.clip import encode_text, tokenize_prompts
+from library.testing import small_stable_diffusion
 
 
 @pytest.fixture

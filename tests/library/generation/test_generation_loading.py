@@ -13,7 +13,7 @@ from library.generation.generator import generate
 from library.generation.loading import load_model
 from library.generation.prompts import PromptSpec
 from library.generation.samplers import make_scheduler
-from library.sd.model import save_stable_diffusion
+from library.models.model import save_stable_diffusion
 
 CAT = PromptSpec("a cat", "blurry", width=64, height=64, seed=7, steps=2)
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # NumPy 2 about Diffusers' code, not ours

@@ -79,7 +79,7 @@ def with_ink_by_diffusers(model, files):
     """Diffusers' pipeline with `load_lora_weights`, the LoRA at strength 1: sampler -> latents."""
     from reference_pipelines import SMALL
 
-    from library.sd.small import small_stable_diffusion
+    from library.testing import small_stable_diffusion
 
     pipe = make_pipeline("", small_stable_diffusion(seed=0, **SMALL), make_scheduler("ddim"))
     with warnings.catch_warnings():

@@ -20,9 +20,9 @@ from library.generation.generator import generate
 from library.generation.painter import Painter, to_picture
 from library.generation.prompts import PromptSpec
 from library.generation.samplers import SAMPLERS, make_scheduler
-from library.sd.model import evaluating
-from library.sd.small import small_stable_diffusion
-from library.sd.text import count_chunks
+from library.models.clip import count_chunks
+from library.models.model import evaluating
+from library.testing import small_stable_diffusion
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # NumPy 2 about Diffusers' code, not ours

@@ -15,7 +15,7 @@ from library.generation.generator import generate
 from library.generation.image_input import load_mask, load_picture, run_steps, source_size
 from library.generation.prompts import PromptSpec
 from library.generation.samplers import SAMPLERS, make_scheduler
-from library.sd.small import small_stable_diffusion
+from library.testing import small_stable_diffusion
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The configuration file:FutureWarning")
 

@@ -6,8 +6,8 @@ import torch
 from torch.nn import functional as F
 
 from library.generation.vae_slices import slice_vae
-from library.sd.model import decode_latents, encode_image
-from library.sd.small import small_stable_diffusion
+from library.models.model import decode_latents, encode_image
+from library.testing import small_stable_diffusion
 
 
 def test_pictures_and_latents_are_the_same_and_fewer_rows_are_in_work(monkeypatch):

@@ -12,8 +12,8 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors import safe_open
 
-from library.sd.model import save_stable_diffusion
-from library.sd.small import small_stable_diffusion
+from library.models.model import save_stable_diffusion
+from library.testing import small_stable_diffusion
 from library.training.options import parse_options
 from library.training.run import train
 

@@ -17,8 +17,8 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors import safe_open
 
-from library.sd.model import StableDiffusion
-from library.sd.small import small_stable_diffusion
+from library.models.model import StableDiffusion
+from library.testing import small_stable_diffusion
 from library.training import run as run_module
 from library.training.options import parse_options
 from library.training.trainer import Trainer

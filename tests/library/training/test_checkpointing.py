@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from library.errors import UserError
-from library.sd.model import predict_noise
+from library.models.model import predict_noise
 from library.training import checkpointing
 from library.training.checkpointing import GIB, choose, count_kept, units, use_gradient_checkpointing
 from library.training.estimates import WORKSPACE, estimated_bytes, fixed_bytes

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from library.sd.small import small_stable_diffusion
+from library.testing import small_stable_diffusion
 from library.training.frozen import FEW_POSITIONS, FrozenConv2d, freeze_convolutions
 
 LAYERS = [

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from library.errors import UserError
-from library.sd.model import load_stable_diffusion
+from library.models.model import load_stable_diffusion
 from library.training.network import parse_network_args
 from networks.lora import create_network_from_weights
 

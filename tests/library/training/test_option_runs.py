@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from library.data.dataset import TrainingDataset
-from library.sd.small import small_stable_diffusion
+from library.testing import small_stable_diffusion
 from library.training import run as run_module
 from library.training.contradictions import contradictions
 from library.training.frozen import FrozenConv2d
@@ -147,7 +147,7 @@ def test_mem_eff_attn_wins_over_xformers(monkeypatch, words, asked):
 
 
 def test_attention_is_torch_s_which_keeps_no_matrix_of_all_pairs(base_model):
-    from library.sd.model import load_stable_diffusion
+    from library.models.model import load_stable_diffusion
 
     model = load_stable_diffusion(str(base_model))
     processors = {type(p).__name__ for p in model.unet.attn_processors.values()}

@@ -10,8 +10,8 @@ import torch
 
 from library.errors import UserError
 from library.generation.networks import Networks
+from library.models.model import load_stable_diffusion, predict_noise
 from library.network_modules import import_network_module, named_text_encoder
-from library.sd.model import load_stable_diffusion, predict_noise
 
 pytest.importorskip("lycoris.kohya", reason="an extra: pip install lycoris-lora")
 

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from library.errors import RunFailed, UserError
-from library.sd.model import load_stable_diffusion
+from library.models.model import load_stable_diffusion
 from library.training import run as run_module
 from library.training.options import parse_options
 from library.training.plan import Plan
@@ -184,7 +184,7 @@ def test_trap_5_8_warm_up_is_counted_in_optimizer_steps(run, monkeypatch):
 @torch.no_grad()
 def held_out_loss(trainer: Trainer) -> float:
     """Mean loss over the pictures at four fixed timesteps with noise that training never drew."""
-    from library.sd.model import predict_noise
+    from library.models.model import predict_noise
 
     trainer.network.module.eval()
     torch.manual_seed(999)

@@ -13,8 +13,8 @@ from PIL import Image
 from library.generation import studio
 from library.generation.options import parse_options
 from library.generation.session import run
-from library.sd.model import save_stable_diffusion
-from library.sd.small import small_stable_diffusion
+from library.models.model import save_stable_diffusion
+from library.testing import small_stable_diffusion
 from networks.lora import create_network
 
 

@@ -135,8 +135,8 @@ def test_without_sizes_a_picture_has_the_model_s_own(gen_files, tmp_path):
     from safetensors.torch import load_file
 
     from library.generation.studio import default_size
-    from library.sd.model import load_stable_diffusion, save_stable_diffusion
-    from library.sd.small import small_stable_diffusion
+    from library.models.model import load_stable_diffusion, save_stable_diffusion
+    from library.testing import small_stable_diffusion
 
     model = load_stable_diffusion(str(gen_files / "model.safetensors"))
     assert default_size(model) == (512, 512)

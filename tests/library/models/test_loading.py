@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
-from library.sd import loading
-from library.sd.model import encode_image, encode_text, load_stable_diffusion, load_vae, predict_noise, vae_fingerprint
-from library.sd.parts import text_weights
-from library.sd.text import tokenize
+from library.models import loading
+from library.models.clip import tokenize
+from library.models.model import encode_image, encode_text, load_stable_diffusion, load_vae, predict_noise, vae_fingerprint
+from library.models.parts import text_weights
 
 PARTS = ("text_encoder", "vae", "unet")
 
@@ -244,4 +244,4 @@ def test_files_that_hold_no_vae(tmp_path):
 def test_scheduler_of_another_prediction_type_is_told(saved_models, caplog):
     load_stable_diffusion(str(saved_models[True, "folder"]), v2=True, v_parameterization=True)
     assert "--v_parameterization is probably wrong" in caplog.text
-    assert loading.logger.name == "library.sd.loading"
+    assert loading.logger.name == "library.models.loading"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from library.errors import UserError
-from library.sd.model import load_stable_diffusion, load_vae, vae_fingerprint
+from library.models.model import load_stable_diffusion, load_vae, vae_fingerprint
 
 COMMIT = "0123456789" * 4
 

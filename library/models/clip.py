@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 from library.imports import import_model_libraries
-from library.sd.prompt_weights import parse_weights, split_at_breaks
+from library.models.prompt_weights import parse_weights, split_at_breaks
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer

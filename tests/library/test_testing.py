@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from library.sd.architecture import sd2_configs, sd15_configs
-from library.sd.model import decode_latents, encode_image, encode_text, predict_noise, vae_fingerprint
-from library.sd.parts import empty_text_encoder, empty_unet
-from library.sd.small import small_stable_diffusion
-from library.sd.text import tokenize
+from library.models.architecture import sd2_configs, sd15_configs
+from library.models.clip import tokenize
+from library.models.model import decode_latents, encode_image, encode_text, predict_noise, vae_fingerprint
+from library.models.parts import empty_text_encoder, empty_unet
+from library.testing import small_stable_diffusion
 
 
 def module_names(module):

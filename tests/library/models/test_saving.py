@@ -8,8 +8,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
-from library.sd.model import load_stable_diffusion, save_stable_diffusion
-from library.sd.small import small_stable_diffusion
+from library.models.model import load_stable_diffusion, save_stable_diffusion
+from library.testing import small_stable_diffusion
 
 
 def assert_same_tensors(first, second):

@@ -18,8 +18,8 @@ from library.files import atomic_write
 from library.formats.compvis import CompVisNames, Parts, join_compvis
 from library.formats.names import OLD_CLIP_PREFIX
 from library.formats.tensor_file import MODEL_SUFFIXES, open_tensors
-from library.sd.parts import StableDiffusion, text_weights
-from library.sd.text import CLIP_BPE, VOCABULARY
+from library.models.clip import CLIP_BPE, VOCABULARY
+from library.models.parts import StableDiffusion, text_weights
 
 
 def save_stable_diffusion(

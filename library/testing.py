@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from library.sd.architecture import LATENT_CHANNELS, text_config, unet_config, vae_config
-from library.sd.parts import StableDiffusion, empty_text_encoder, empty_unet, empty_vae, fill, ready
-from library.sd.text import inner_text_model, load_tokenizer
+from library.models.architecture import LATENT_CHANNELS, text_config, unet_config, vae_config
+from library.models.clip import inner_text_model, load_tokenizer
+from library.models.parts import StableDiffusion, empty_text_encoder, empty_unet, empty_vae, fill, ready
 
 LATENT_SPREAD = 5.5  # standard deviation of real latents, so that 0.18215 brings these to about 1 too
 LATENT_LOG_VARIANCE = -12.0  # real posteriors are narrow: a sample is close to its mean

@@ -20,11 +20,11 @@ from library.errors import UserError
 from library.formats.compvis import PARTS, CompVisNames
 from library.formats.names import VAE_PREFIX, modern_vae_name, renamed, vae_table_for, vae_to_diffusers
 from library.formats.tensor_file import TensorFile, open_tensors
-from library.sd.architecture import read_text_config, read_unet_config, read_vae_config
-from library.sd.families import check_generation, refuse_other_families, refuse_other_inputs
-from library.sd.hub import download_model, download_vae
-from library.sd.parts import StableDiffusion, empty_text_encoder, empty_unet, empty_vae, fill, ready
-from library.sd.text import VOCABULARY, load_tokenizer
+from library.models.architecture import read_text_config, read_unet_config, read_vae_config
+from library.models.clip import VOCABULARY, load_tokenizer
+from library.models.families import check_generation, refuse_other_families, refuse_other_inputs
+from library.models.hub import download_model, download_vae
+from library.models.parts import StableDiffusion, empty_text_encoder, empty_unet, empty_vae, fill, ready
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from library.sd.loading import load_stable_diffusion, load_vae
-from library.sd.parts import StableDiffusion
-from library.sd.saving import save_stable_diffusion
-from library.sd.text import encode_text
+from library.models.clip import encode_text
+from library.models.loading import load_stable_diffusion, load_vae
+from library.models.parts import StableDiffusion
+from library.models.saving import save_stable_diffusion
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from library.errors import UserError
-from library.sd.text import (
+from library.models.clip import (
     apply_weights,
     count_chunks,
     count_tokens,
@@ -157,7 +157,7 @@ def test_trap_4_20_weighted_captions_obey_clip_skip(small_models):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("clip_skip", [None, 2])
 def test_gradients_reach_the_text_encoder(checkpointing, clip_skip):
-    from library.sd.small import small_stable_diffusion
+    from library.testing import small_stable_diffusion
 
     model = small_stable_diffusion()
     encoder = model.text_encoder.requires_grad_(True).train()

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from library.sd.prompt_weights import parse_weights, split_at_breaks
+from library.models.prompt_weights import parse_weights, split_at_breaks
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 from library.imports import import_model_libraries
-from library.sd.text import inner_text_model
+from library.models.clip import inner_text_model
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
