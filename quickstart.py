@@ -105,7 +105,8 @@ def run(mode, arguments):
 def child_environment(**more):
     """This environment for Pythons of .venv, which keep what they compile.
 
-    Many container images set PYTHONDONTWRITEBYTECODE; then every process would compile torch and its like anew: 3 s for torch alone.
+    Many container images set PYTHONDONTWRITEBYTECODE; then every process would compile torch and its like anew: 3 s for torch
+    alone.
     """
     environment = dict(os.environ, PYTHONUTF8="1", **more)
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -177,8 +178,11 @@ def check_disk():
     if free < NEEDED_GB:
         raise Problem("%.1f GB are free on the disk of %s, and about %d GB are needed; free some space" % (free, ROOT, NEEDED_GB))
     if sys.platform == "linux" and free < NEEDED_GB_CUDA:
-        print("Note: %.1f GB are free on this disk; PyTorch with CUDA wants about %d GB. README.md, \"Requirements\", tells how to "
-              "put the small CPU build there." % (free, NEEDED_GB_CUDA), flush=True)  # fmt: skip
+        print(
+            "Note: %.1f GB are free on this disk; PyTorch with CUDA wants about %d GB. "
+            'README.md, "Requirements", tells how to put the small CPU build there.' % (free, NEEDED_GB_CUDA),
+            flush=True,
+        )
 
 
 def usable():
@@ -198,7 +202,7 @@ def make_venv():
     except ImportError:
         raise Problem(
             "this Python has no venv; on Debian and Ubuntu run: sudo apt install python%d.%d-venv" % sys.version_info[:2]
-        )
+        ) from None
     if Path(sys.prefix).resolve() == VENV.resolve():
         raise Problem(
             "%s must be made anew and cannot be while its own Python runs; run quickstart.py with the system's Python" % VENV
@@ -207,7 +211,9 @@ def make_venv():
     try:
         venv.create(str(VENV), with_pip=True, clear=True, symlinks=os.name != "nt")
     except (OSError, subprocess.CalledProcessError) as error:
-        raise Problem("%s could not be made (%s); check that the folder may be written to and is not in use" % (VENV, error))
+        raise Problem(
+            "%s could not be made (%s); check that the folder may be written to and is not in use" % (VENV, error)
+        ) from None
 
 
 def install(requirements):
@@ -293,17 +299,26 @@ def cause_of_failure(log):
     """One line with cause and cure, from pip's output."""
     if "No space left on device" in log or "[WinError 112]" in log:
         free, free_temporary = (shutil.disk_usage(str(place)).free / 1e9 for place in (ROOT, tempfile.gettempdir()))
-        return ("the disk is full: %.1f GB free for %s, %.1f GB in %s where pip unpacks; about %d GB are needed, %d with CUDA; "
-                "free some space and run this again" % (free, VENV, free_temporary, tempfile.gettempdir(), NEEDED_GB, NEEDED_GB_CUDA))  # fmt: skip
+        return (
+            "the disk is full: %.1f GB free for %s, %.1f GB in %s where pip unpacks; about %d GB are needed, %d with CUDA; "
+            "free some space and run this again" % (free, VENV, free_temporary, tempfile.gettempdir(), NEEDED_GB, NEEDED_GB_CUDA)
+        )
     if "CERTIFICATE_VERIFY_FAILED" in log:
-        return "the package index's certificate is not trusted here; point PIP_CERT to your network's certificate file and run this again"
+        return (
+            "the package index's certificate is not trusted here; point PIP_CERT to your network's certificate file "
+            "and run this again"
+        )
     if any(sign in log for sign in NETWORK_SIGNS):
-        return ("the packages could not be downloaded: no network, or the package index cannot be reached; check the connection (behind a "
-                "proxy set HTTPS_PROXY, without network set PIP_FIND_LINKS to a folder of wheels) and run this again")  # fmt: skip
+        return (
+            "the packages could not be downloaded: no network, or the package index cannot be reached; check the connection "
+            "(behind a proxy set HTTPS_PROXY, without network set PIP_FIND_LINKS to a folder of wheels) and run this again"
+        )
     missing = re.search(r"No matching distribution found for (\S+)", log)
     if missing:
-        return ("there is no build of %s for Python %d.%d on this system; there are builds for Python 3.10 to 3.13 on 64-bit Linux and "
-                "Windows and on Macs with Apple silicon" % ((missing.group(1),) + sys.version_info[:2]))  # fmt: skip
+        return (
+            "there is no build of %s for Python %d.%d on this system; there are builds for Python 3.10 to 3.13 "
+            "on 64-bit Linux and Windows and on Macs with Apple silicon" % ((missing.group(1),) + sys.version_info[:2])
+        )
     if "Permission denied" in log or "[WinError 5]" in log:
         return "%s may not be written to; close what uses it, check its rights and run this again" % VENV
     errors = [line.strip() for line in log.splitlines() if line.lower().startswith("error:")]

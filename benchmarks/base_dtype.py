@@ -4,9 +4,9 @@
 
 memory: U-Net and text encoder of full-size Stable Diffusion 1.5 in fp16, every layer packed as in a run, one at a time; and the
 estimate that a run prints at 512 px, batch 1, U-Net only, with checkpointing. quality: how far the U-Net of assets/base-model
-(trained, 64 px) gets from its own output, as a part of that output's size, on noised pictures of assets/example at five timesteps.
-training: the demo's command on that model, with every fifth picture held out, the same seeds for all; the validation loss at the
-end has the same noise and timesteps for all. Writes benchmarks/results/base_dtype.md, part by part.
+(trained, 64 px) gets from its own output, as a part of that output's size, on noised pictures of assets/example at five
+timesteps. training: the demo's command on that model, with every fifth picture held out, the same seeds for all; the validation
+loss at the end has the same noise and timesteps for all. Writes benchmarks/results/base_dtype.md, part by part.
 """
 
 from __future__ import annotations
@@ -175,7 +175,8 @@ def training_table(names: list[str], seeds: list[int], steps: int) -> list[str]:
                 print(name, seed, found[name, seed], file=sys.stderr, flush=True)
     lines = [
         f"{steps} steps of 4 pictures, seeds {', '.join(map(str, seeds))}; float32; {conditions()}.", "",
-        "| format | validation loss | loss of the last fifth | difference of the validation loss, by seed |", "|---|---:|---:|---|",
+        "| format | validation loss | loss of the last fifth | difference of the validation loss, by seed |",
+        "|---|---:|---:|---|",
     ]  # fmt: skip
     for name in [PLAIN, *names]:
         validation, training = (statistics.mean(found[name, seed][part] for seed in seeds) for part in (0, 1))

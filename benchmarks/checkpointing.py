@@ -1,10 +1,11 @@
-"""What --gradient_checkpointing_budget buys: a step's seconds and memory with no part of the U-Net checkpointed, some, half, and all.
+"""What --gradient_checkpointing_budget buys: a step's seconds and memory with none, some, half and all of the U-Net checkpointed.
 
     python benchmarks/checkpointing.py [--size 256] [--batch 1] [--precision no] [--steps 3] [--folder FOLDER]
 
-Full-size Stable Diffusion 1.5 with random weights and the real trainer, U-Net only, rank 4, latents cached; every row in a process of its
-own: the median step after the first, and the peak of the process. The budgets lie at 0, 1/4, 1/2 and all of the way between what the
-program estimates without checkpointing and with it. Writes benchmarks/results/checkpointing.md. Needs about 7 GB in float32.
+Full-size Stable Diffusion 1.5 with random weights and the real trainer, U-Net only, rank 4, latents cached; every row in a
+process of its own: the median step after the first, and the peak of the process. The budgets lie at 0, 1/4, 1/2 and all of the
+way between what the program estimates without checkpointing and with it. Writes benchmarks/results/checkpointing.md. Needs about
+7 GB in float32.
 """
 
 from __future__ import annotations

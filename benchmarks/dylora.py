@@ -17,7 +17,9 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -159,8 +161,7 @@ def speed(task: Task, rounds: int, steps: int = 4) -> float:
         for kind in ("lora", "dylora") if number % 2 else ("dylora", "lora"):
             network, groups = make(task, kind, max(RANKS), 0, 1e-4)
             if kind == "dylora":
-                ranks = iter(RANKS * (steps // len(RANKS)))
-                network.on_step_start = lambda: network.use_rank(next(ranks))
+                network.on_step_start = partial(_use_next, network, iter(RANKS * (steps // len(RANKS))))
             started = time.process_time()
             task.train(groups, steps, 0, network)
             seconds[kind] = time.process_time() - started
@@ -168,6 +169,10 @@ def speed(task: Task, rounds: int, steps: int = 4) -> float:
         if number:  # the first round warms up
             ratios.append(seconds["dylora"] / seconds["lora"])
     return statistics.median(ratios)
+
+
+def _use_next(network: dylora.DyLoRANetwork, ranks: Iterator[int]) -> None:
+    network.use_rank(next(ranks))
 
 
 def table(losses: list[dict[str, dict[int, float]]], without: float) -> list[str]:

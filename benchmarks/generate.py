@@ -22,7 +22,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,6 +102,10 @@ def timed(work: Callable[[], object], device: str) -> tuple[float, float, object
     return time.perf_counter() - started, time.process_time() - cpu, result
 
 
+def _next_pictures(drawings: Iterator, count: int) -> list:
+    return [drawing.picture for drawing in islice(drawings, count)]
+
+
 def compare(way: str, device: str, folder: Path, size: int, steps: int, rounds: int) -> str:
     """One row of the table: medians over the rounds (ratios: over all batches), and the largest difference of the pictures."""
     import numpy as np
@@ -125,7 +131,7 @@ def compare(way: str, device: str, folder: Path, size: int, steps: int, rounds: 
         pictures = generate(ours_model, specs, batch_size=BATCH, networks=networks)
         for start in range(0, PICTURES, BATCH):
             batch = specs[start : start + BATCH]
-            jobs = {"ours": lambda: [next(pictures).picture for _ in batch], "theirs": lambda batch=batch: pipeline(batch)}
+            jobs = {"ours": partial(_next_pictures, pictures, len(batch)), "theirs": partial(pipeline, batch)}
             results, took = {}, {}
             for name in list(jobs)[:: 1 if (turn + start // BATCH) % 2 == 0 else -1]:
                 *took[name], results[name] = timed(jobs[name], device)

@@ -2,12 +2,13 @@
 
     python benchmarks/kill_resume.py --kills 500 --out benchmarks/results/kill_resume.json
 
-A run of the smallest model saves its state after every step. A child process trains; SIGKILL ends it at a random time, or at a random
-file operation, or in the middle of writing a file of a state. The next child goes on with --resume from whatever lies in the
-folder. After every kill the newest whole state must be at least the last one whose saving had returned. When the last step is
+A run of the smallest model saves its state after every step. A child process trains; SIGKILL ends it at a random time, or at a
+random file operation, or in the middle of writing a file of a state. The next child goes on with --resume from whatever lies in
+the folder. After every kill the newest whole state must be at least the last one whose saving had returned. When the last step is
 done, the file and everything in the state must be those of a run that was never killed, bit for bit. Then the next round begins.
 
-Everything is imported, and the model loaded, once: the children are forked. So a kill costs what it destroys and no more. POSIX only.
+Everything is imported, and the model loaded, once: the children are forked. So a kill costs what it destroys and no more. POSIX
+only.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ from library.training.trainer import Trainer  # noqa: E402
 
 STEPS = 16
 WORDS = (
-    "--network_train_unet_only", "--cache_latents", f"--max_train_steps={STEPS}", "--lr_scheduler=cosine", "--network_dropout=0.1",
-    "--caption_dropout_rate=0.3", "--ema_decay=0.9", "--validation_split=0.2",
+    "--network_train_unet_only", "--cache_latents", f"--max_train_steps={STEPS}", "--lr_scheduler=cosine",
+    "--network_dropout=0.1", "--caption_dropout_rate=0.3", "--ema_decay=0.9", "--validation_split=0.2",
     "--save_state", "--save_every_n_steps=1", "--save_last_n_steps_state=2", "--save_last_n_steps=2",
 )  # fmt: skip
 

@@ -4,9 +4,9 @@
     python benchmarks/line_art_bound.py --pictures FOLDER [--steps 600] [--seeds 3]
 
 A LoRA sees a name and draws; which lines the real line art has within the outline it cannot know. This network sees the real 3d
-picture and learns its line art from the same 150 pairs that the LoRA is trained on, with the measured distance itself as its loss:
-once the mean pixel error, once LPIPS. Both are measured on the 50 names of benchmarks/quality.py, beside what the 3d pictures
-themselves have. FOLDER is that of quality.py. Every figure is the mean of the seeds, with the lowest and highest.
+picture and learns its line art from the same 150 pairs that the LoRA is trained on, with the measured distance itself as its
+loss: once the mean pixel error, once LPIPS. Both are measured on the 50 names of benchmarks/quality.py, beside what the 3d
+pictures themselves have. FOLDER is that of quality.py. Every figure is the mean of the seeds, with the lowest and highest.
 """
 
 from __future__ import annotations

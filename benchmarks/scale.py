@@ -3,9 +3,9 @@
     python benchmarks/scale.py [--pictures 100 10000 1000000] [--processes 64]
 
 The pictures are real files with captions in nine buckets: links to a few hundred small ones, so that a million need names and no
-space. Each number of pictures has a process of its own: seconds to index them (headers, captions, buckets), the peak of its memory
-above that of the imports, seconds to the first batch of an epoch, and the median of the next 200 batches of 4. With the most
-pictures also the hand-over of the table to other processes, and their shares. Writes benchmarks/results/scale.md. A million
+space. Each number of pictures has a process of its own: seconds to index them (headers, captions, buckets), the peak of its
+memory above that of the imports, seconds to the first batch of an epoch, and the median of the next 200 batches of 4. With the
+most pictures also the hand-over of the table to other processes, and their shares. Writes benchmarks/results/scale.md. A million
 pictures take some minutes and 2 million names in the temporary folder.
 """
 
@@ -146,10 +146,10 @@ def row(found: dict[str, float]) -> str:
 def shares_text(found: dict[str, Any], world: int) -> str:
     (least, most), (fewest, largest) = found["batches"], found["shared"]
     return (
-        f"{world} processes share the {found['pictures']:,}: the table is {found['packed']:.0f} MiB to each, packed in {found['packing']:.1f} s "
-        f"and unpacked in {found['unpacking']:.1f} s; the order of an epoch takes each {found['order']:.2f} s and "
-        f"{found['order_mib']:.0f} MiB; {least:,} to {most:,} batches and {fewest:,} to {largest:,} pictures each; the largest batch of "
-        f"a step has {found['largest']:.2f} times the pixels of the mean."
+        f"{world} processes share the {found['pictures']:,}: the table is {found['packed']:.0f} MiB to each, packed in "
+        f"{found['packing']:.1f} s and unpacked in {found['unpacking']:.1f} s; the order of an epoch "
+        f"takes each {found['order']:.2f} s and {found['order_mib']:.0f} MiB; {least:,} to {most:,} batches and {fewest:,} to "
+        f"{largest:,} pictures each; the largest batch of a step has {found['largest']:.2f} times the pixels of the mean."
     )
 
 

@@ -4,7 +4,8 @@
 
 For Linux and macOS. Random weights are made on the fly (8 GB of files; in --folder they stay for the next time): a float16
 model, the same with a low-rank change and noise in every layer, and LoRAs of rank 16 and 32 with 3x3 convolutions. Every tool
-runs as its own process, from start to end, and so do the straightforward ways to merge and to resize pictures. None replaces a file.
+runs as its own process, from start to end, and so do the straightforward ways to merge and to resize pictures. None replaces a
+file.
 
 The straightforward ways: the full matrix of every module and its `torch.linalg.svd` in float32, once as it is called plainly (all
 vectors, also the 11520 x 11520 of a 3x3 convolution) and once thin (`full_matrices=False`); and models loaded whole as Diffusers
@@ -30,12 +31,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import torch
-from torch import Tensor
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
 
-from networks.model_keys import lora_places
-from networks.weight_file import open_weights
-from networks.weight_output import rows_in, write_weights
+from networks.model_keys import lora_places  # noqa: E402
+from networks.weight_file import open_weights  # noqa: E402
+from networks.weight_output import rows_in, write_weights  # noqa: E402
 
 GOALS = {  # times faster, seconds, times less memory, GB
     "svd_merge_lora 16 + 32 to 16": "200 x, 5 s",

@@ -1,13 +1,16 @@
-"""What a training step costs beside its floor, and what a launch costs, for Stable Diffusion 1.5 in full size with random weights.
+"""What a training step costs beside its floor, and what a launch costs, for full-size Stable Diffusion 1.5 with random weights.
 
-    python benchmarks/train_step.py [--sizes 256 512] [--batches 1 4] [--precisions no bf16 fp16] [--cases unet rank32 ...] [--steps 5]
+    python benchmarks/train_step.py [--sizes 256 512] [--batches 1 4] [--precisions no bf16 fp16] [--cases unet ...] [--steps 5]
 
-ours: the step of train_network.py, with its own options, data pipeline and loop; latents are cached, so that the U-Net is what counts.
-floor: the bare U-Net of Diffusers, forward and backward to its input, in the same precision, nothing attached, no autocast. Both
-compute with the same weights in the same process, by turns; the ratio is that of the medians after one step of each. With the
-text encoder trained the floor is still the U-Net alone. Peak memory is that of two more processes, from their start on; the floor's
-holds nothing but the U-Net. The launch is split in a process that first imports what a run imports. Rows are written to
-benchmarks/results/train_step.md as they are measured, and replace the same rows of earlier runs. A size of 512 in float32 wants 12 GB.
+ours: the step of train_network.py, with its own options, data pipeline and loop; latents are cached, so that the U-Net is what
+counts.
+floor: the bare U-Net of Diffusers, forward and backward to its input, in the same precision, nothing attached, no autocast.
+
+Both compute with the same weights in the same process, by turns; the ratio is that of the medians after one step of
+each. With the text encoder trained the floor is still the U-Net alone. Peak memory is that of two more processes, from their
+start on; the floor's holds nothing but the U-Net. The launch is split in a process that first imports what a run imports. Rows
+are written to benchmarks/results/train_step.md as they are measured, and replace the same rows of earlier runs. A size of 512 in
+float32 wants 12 GB.
 """
 
 from __future__ import annotations
@@ -61,10 +64,10 @@ class Case:
         """The command line of train_network.py for it."""
         return [
             f"--pretrained_model_name_or_path={folder / 'model.safetensors'}", f"--train_data_dir={folder / f'{self.size}px'}",
-            "--caption_extension=.txt", f"--output_dir={folder / 'out'}", "--output_name=benchmark", "--network_module=networks.lora",
-            "--learning_rate=1e-4", "--seed=1", "--cache_latents", "--cache_latents_to_disk", "--max_data_loader_n_workers=0",
-            f"--max_train_steps={steps}", f"--resolution={self.size}", f"--train_batch_size={self.batch}",
-            f"--mixed_precision={self.precision}", *CASES[self.kind][1],
+            "--caption_extension=.txt", f"--output_dir={folder / 'out'}", "--output_name=benchmark",
+            "--network_module=networks.lora", "--learning_rate=1e-4", "--seed=1", "--cache_latents", "--cache_latents_to_disk",
+            "--max_data_loader_n_workers=0", f"--max_train_steps={steps}", f"--resolution={self.size}",
+            f"--train_batch_size={self.batch}", f"--mixed_precision={self.precision}", *CASES[self.kind][1],
         ]  # fmt: skip
 
     def label(self) -> str:
@@ -341,8 +344,8 @@ def aside_row(case: Case, folder: Path) -> str:
     launch, aside = in_own_process("launch", case, folder), in_own_process("aside", case, folder)
     parts = " | ".join(f"{launch[name]:.1f}" for name in ("whole", "imports", "model", "data", "rest", "to first step"))
     return (
-        f"| launch at {case.size} px | {parts} | {PICTURES / aside['caching']:.2f} | {aside['file']:.2f} | {10 * aside['log']:.2f} "
-        f"| {aside['preview']:.1f} | {load_before} |"
+        f"| launch at {case.size} px | {parts} | {PICTURES / aside['caching']:.2f} | {aside['file']:.2f} "
+        f"| {10 * aside['log']:.2f} | {aside['preview']:.1f} | {load_before} |"
     )
 
 

@@ -115,7 +115,7 @@ def parse(options_class: type[OptionsT], arguments: list[str], description: str,
         in_file = read_config_file(options_class, path, refused, problems)
         values.update({key: (value, f"'{key}' in {path}") for key, value in in_file.items()})
     values.update({key: (value, f"--{key}") for key, value in given.items()})
-    options = problems.of(lambda: build(options_class, values))
+    options = problems.of(build, options_class, values)
     problems.tell()
     return options
 
@@ -175,13 +175,13 @@ def read_config_file(options_class: type[BaseModel], path: Path, refused: Refuse
             option = groups_of(options_class)[names[key]].model_fields[key]
             if value == "" and option.get_default() is None:
                 continue  # as front ends write what is not given
-            checked = problems.of(lambda: _checked_flag(key, value, is_flag(option), path))
+            checked = problems.of(_checked_flag, key, value, is_flag(option), path)
             values |= {} if checked is None else {key: checked}
     return values
 
 
 def _checked_flag(key: str, value: Any, wanted: bool, path: Path) -> Any:
-    """TOML has true and false of its own, for which 1 and 0 may stand; text in their place is a mistake, and so is the reverse."""
+    """TOML has true and false of its own, for which 1 and 0 may stand; text in their place is an error, and so is the reverse."""
     if wanted and isinstance(value, int) and value in (0, 1):
         return bool(value)
     if wanted != isinstance(value, bool):

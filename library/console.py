@@ -22,7 +22,7 @@ def quiet_unless_main() -> None:
     """
     if not is_main_process():
         os.environ["TQDM_DISABLE"] = "1"
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (open to the end of the process)
         logging.disable(logging.ERROR)
 
 
@@ -79,7 +79,7 @@ def set_up_console(level: str | None, file: str | None, simple: bool) -> None:
     if file:
         sys.stdout = LoggedLines(own)
     elif threshold > logging.INFO:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (open to the end of the process)
 
 
 def file_handler(file: str) -> logging.Handler:

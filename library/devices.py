@@ -60,7 +60,7 @@ def use_all_cores() -> int:
 
 
 def keep_freed_memory() -> bool:
-    """Let freed memory stay with this process from now on, not go back to the system; whether that could be had (glibc alone has it).
+    """Keep freed memory in this process from now on, instead of returning it to the system; False without glibc.
 
     glibc maps large tensors anew each time, and the system clears every page at its first touch: a fifth of the time of a LoRA's
     step. The peak hardly grows, since every step comes back to it.
@@ -71,7 +71,7 @@ def keep_freed_memory() -> bool:
 
 
 def give_back_freed_memory() -> None:
-    """What was freed up to now goes back to the system, where the C library can do that: what one thread freed, others cannot use."""
+    """Return freed memory to the system, where the C library can: what one thread freed, others cannot use."""
     library = _glibc()
     if library is not None:
         library.malloc_trim(0)

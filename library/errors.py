@@ -7,8 +7,9 @@ import logging
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import Any, TextIO, TypeVar
+from typing import Any, ParamSpec, TextIO, TypeVar
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -32,10 +33,10 @@ class Problems:
     def __init__(self) -> None:
         self.found: list[str] = []
 
-    def of(self, work: Callable[[], T]) -> T | None:
-        """What `work` gives; None if it raises a UserError, whose words are kept."""
+    def of(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+        """What `work` gives for these arguments; None if it raises a UserError, whose words are kept."""
         try:
-            return work()
+            return work(*args, **kwargs)
         except UserError as error:
             self.found += getattr(error, "problems", [str(error)])
             return None
@@ -75,7 +76,7 @@ def unknown(what: str, name: str, known: Iterable[str], where: str = "") -> User
 
 
 class PatientStream:
-    """A text stream that never ends a run: not by a letter that the console lacks, nor when the program it is piped into has ended."""
+    """A text stream that never ends a run: not by a letter that the console lacks, nor when the reader of the pipe has ended."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream

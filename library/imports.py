@@ -31,7 +31,7 @@ def import_model_libraries() -> None:
 
 @contextmanager
 def collector_resting() -> Iterator[None]:
-    """Import something large inside: no garbage is collected there, and afterwards what was imported is not looked through again."""
+    """Import something large inside: no garbage collection meanwhile, and none ever of what was imported."""
     was_enabled, modules = gc.isenabled(), len(sys.modules)
     gc.disable()
     try:

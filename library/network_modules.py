@@ -101,8 +101,8 @@ def network_from_file(
 ) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:  # fmt: skip
     """A network for the weights of this file, not yet applied or loaded, and these weights.
 
-    Where a module of others fails at a file of its own, as LyCORIS 4.1 does at ia3 and some lokr files, the network is made as the
-    file's metadata says. arguments: those of --network_args. merges: `merge_to` will be called.
+    Where a module of others fails at a file of its own, as LyCORIS 4.1 does at ia3 and some lokr files, the network is made as
+    the file's metadata says. arguments: those of --network_args. merges: `merge_to` will be called.
     """
     parts = (model.vae, named_text_encoder(module, model.text_encoder), model.unet)
     with user_errors(where):
@@ -150,7 +150,7 @@ def key_values(text: str, option: str) -> dict[str, str]:
 
 @contextmanager
 def user_errors(where: str) -> Iterator[None]:
-    """Turn the one-line ValueErrors of a network module, and assertions of those of others, into UserErrors that name the option."""
+    """Turn the one-line ValueErrors of a network module, and assertions of third-party ones, into UserErrors with the option."""
     try:
         yield
     except (ValueError, FileNotFoundError) as error:

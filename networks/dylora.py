@@ -12,11 +12,12 @@ at one strength and at R / unit times that: on the small model the losses ended 
 
 A rank that takes part in a share p of the steps learns more slowly, Adam's steps shrinking with the root of p; and the first
 ones have to serve all the others. So their products have the gain sqrt(2 / p), which is this module's own (1 if there is but
-one unit). With it the extracted ranks end -2.3 to +1.4 % from LoRAs of the same learning rate and number of steps, without it 5 to
-11 % above them, on the random base; see benchmarks/results/dylora-seeded.md.
+one unit). With it the extracted ranks end -2.3 to +1.4 % from LoRAs of the same learning rate and number of steps, without it 5
+to 11 % above them, on the random base; see benchmarks/results/dylora-seeded.md.
 
 The file is an ordinary LoRA of rank R, up being multiplied with the gain. Its first b ranks with alpha * b / R are a LoRA of rank
-b that does what the first b ranks did in training; extract_lora_from_dylora.py writes them. Evaluation and pictures use all ranks.
+b that does what the first b ranks did in training; extract_lora_from_dylora.py writes them. Evaluation and pictures use all
+ranks.
 
 The trainer calls `on_step_start` before the first batch of every step. Without these calls all ranks train, as in a LoRA.
 """

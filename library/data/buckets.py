@@ -137,10 +137,8 @@ class BucketRule:
 def _cover(picture: Size, bucket: Size) -> Size:
     """The picture's size after it was scaled so that it just covers the bucket."""
     width, height = picture
-    if width / height > bucket[0] / bucket[1]:
-        scale = bucket[1] / height
-    else:
-        scale = bucket[0] / width
+    is_wider = width / height > bucket[0] / bucket[1]
+    scale = bucket[1] / height if is_wider else bucket[0] / width
     return max(bucket[0], _round(width * scale)), max(bucket[1], _round(height * scale))
 
 

@@ -148,7 +148,7 @@ class DiskLatents:
             self.keys |= keys
 
     def get(self, row: int, flipped: bool) -> tuple[Tensor, Tensor | None]:
-        """Latents (4, h, w) and upright mask (1, h, w). Raises UserError if the file went away or was damaged since the run began."""
+        """Latents (4, h, w) and upright mask (1, h, w). Raises UserError if the file is gone or damaged since the run began."""
         path = cache_path(self.table.path(row), self.keys[row])
         try:
             tensors = load_file(path)

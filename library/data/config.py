@@ -60,14 +60,14 @@ def datasets_from_file(path: Path, defaults: DatasetDefaults) -> list[DatasetCon
     path = Path(path)
     tables = read_config_file(path)
     problems = Problems()
-    problems.of(lambda: _refuse_wrong_keys(tables, ("general", "datasets"), f"{path}, top level"))
+    problems.of(_refuse_wrong_keys, tables, ("general", "datasets"), f"{path}, top level")
     general = tables.get("general", {})
     if not isinstance(general, dict):
         raise UserError(f"{path}: write {_GENERAL} once, with single brackets")
-    shared = problems.of(lambda: _checked(_DATASET_TABLE, general, f"{path}, {_GENERAL}"))
-    entries = problems.of(lambda: _list_of_tables(tables, "datasets", _DATASET, str(path))) or []
+    shared = problems.of(_checked, _DATASET_TABLE, general, f"{path}, {_GENERAL}")
+    entries = problems.of(_list_of_tables, tables, "datasets", _DATASET, str(path)) or []
     datasets = [
-        problems.of(lambda: _dataset_from_table(table, shared, defaults, path, f"{path}, {_DATASET} {number}"))
+        problems.of(_dataset_from_table, table, shared, defaults, path, f"{path}, {_DATASET} {number}")
         for number, table in enumerate(entries, start=1)
     ]
     problems.tell()
@@ -79,16 +79,16 @@ def _dataset_from_table(
 ) -> DatasetConfig:
     """One of `[[datasets]]`; `general` is None if that table is wrong. Raises UserErrors with all that is wrong in it."""
     problems = Problems()
-    problems.of(lambda: _refuse_wrong_keys(table, ("subsets", *_DATASET_TABLE.model_fields), place))
+    problems.of(_refuse_wrong_keys, table, ("subsets", *_DATASET_TABLE.model_fields), place)
     own = {key: value for key, value in table.items() if key != "subsets" and key in _DATASET_TABLE.model_fields}
-    checked = problems.of(lambda: _checked(_DATASET_TABLE, own, place))
+    checked = problems.of(_checked, _DATASET_TABLE, own, place)
     in_file = {**(general or {}), **(checked or {})}
     values = {**defaults.model_dump(exclude_none=True), **in_file}
-    subset_tables = problems.of(lambda: _list_of_tables(table, "subsets", _SUBSET, place)) or []
-    problems.of(lambda: _refuse_mixture(subset_tables, place))
-    subsets = problems.of(lambda: _subsets_from_tables(subset_tables, values, path, place))
+    subset_tables = problems.of(_list_of_tables, table, "subsets", _SUBSET, place) or []
+    problems.of(_refuse_mixture, subset_tables, place)
+    subsets = problems.of(_subsets_from_tables, subset_tables, values, path, place)
     if None not in (general, checked):  # else it may be the wrong value of a table above that is missing here
-        problems.of(lambda: _require_resolution(values, place))
+        problems.of(_require_resolution, values, place)
     problems.tell()
     dataset = _dataset(values, subsets, place)
     _warn_without_effect(in_file, dataset, place)
@@ -105,14 +105,14 @@ def datasets_from_folders(
     values = defaults.model_dump(exclude_none=True)
     where, subsets, problems = f"--train_data_dir={train_data_dir}", [], Problems()
     for option, parent, is_reg in (("--train_data_dir", train_data_dir, False), ("--reg_data_dir", reg_data_dir, True)):
-        for found in (problems.of(lambda: picture_subsets(Path(parent), option)) or ()) if parent else ():
+        for found in (problems.of(picture_subsets, Path(parent), option) or ()) if parent else ():
             place = masks / found.image_dir.relative_to(parent) if masks and not is_reg else None
             own = {"num_repeats": found.num_repeats, "class_tokens": found.class_tokens, "conditioning_data_dir": place}
             own = {key: value for key, value in own.items() if value is not None}
             if place and not place.is_dir():
                 problems.found.append(f"--conditioning_data_dir={masks}: there is no folder {place} for {found.image_dir}")
-            subsets.append(problems.of(lambda: _subset_of_folder({**values, **own, "is_reg": is_reg}, found.image_dir, option)))
-    problems.of(lambda: _require_resolution(values, where))
+            subsets.append(problems.of(_subset_of_folder, {**values, **own, "is_reg": is_reg}, found.image_dir, option))
+    problems.of(_require_resolution, values, where)
     problems.tell()
     return [_dataset(values, subsets, where)]
 
@@ -131,7 +131,7 @@ def datasets_from_metadata(in_json: Path, image_dir: Path | None, defaults: Data
     if image_dir is not None and not Path(image_dir).is_dir():
         problems.found.append(f"--train_data_dir={image_dir}: no such folder; looked in {Path.cwd()}")
     values = defaults.model_dump(exclude_none=True)
-    problems.of(lambda: _require_resolution(values, where))
+    problems.of(_require_resolution, values, where)
     problems.tell()
     subset = _subset({**values, "metadata_file": in_json, "image_dir": image_dir or Path(in_json).parent}, where)
     return [_dataset(values, [subset], where)]
@@ -141,7 +141,7 @@ def _subsets_from_tables(tables: list[dict], values: dict[str, Any], path: Path,
     """The `[[datasets.subsets]]` of one dataset; `values` are those that hold unless a subset says otherwise."""
     problems = Problems()
     subsets = [
-        problems.of(lambda: _subset_from_table(table, values, path, f"{place}, {_SUBSET} {number}"))
+        problems.of(_subset_from_table, table, values, path, f"{place}, {_SUBSET} {number}")
         for number, table in enumerate(tables, start=1)
     ]
     problems.tell()
@@ -154,14 +154,14 @@ def _subset_from_table(table: dict[str, Any], values: dict[str, Any], path: Path
     problems = Problems()
     own = {**values, **_checked(_SUBSET_TABLE, table, where)}
     if "metadata_file" in own:
-        problems.of(lambda: _refuse_what_metadata_says(table, where))
-        own["metadata_file"] = problems.of(lambda: _existing(own["metadata_file"], path, where, "metadata_file"))
+        problems.of(_refuse_what_metadata_says, table, where)
+        own["metadata_file"] = problems.of(_existing, own["metadata_file"], path, where, "metadata_file")
         own.setdefault("image_dir", (own["metadata_file"] or path).parent)
     if "image_dir" not in own:
         problems.found.append(f"{where}: image_dir is missing; write image_dir = 'path/of/the/pictures'")
     for key in ("image_dir", "conditioning_data_dir"):
         if key in own:
-            own[key] = problems.of(lambda: _existing(own[key], path, where, key))
+            own[key] = problems.of(_existing, own[key], path, where, key)
     problems.tell()
     subset = _subset(own, where)
     if subset.metadata_file is None:

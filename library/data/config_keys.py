@@ -7,7 +7,7 @@ every value is there, checked and frozen. How they come about is in config.py.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Optional
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model, model_validator
 
@@ -161,7 +161,7 @@ def optional_keys(name: str, keys: tuple[str, ...], base: type[BaseModel] = _Fro
     for key in keys:
         field = known[key]
         kind = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
-        fields[key] = (Optional[kind], None)
+        fields[key] = (kind | None, None)
     return create_model(name, __base__=base, __module__=__name__, **fields)
 
 

@@ -96,7 +96,7 @@ def count_kept(
 
 
 def _kept(parts: list[nn.Module], run: Callable[[], Tensor], own: list[Tensor]) -> list[int]:
-    """Bytes kept for the backward pass of `run`, by the part in whose forward they were kept; last: in none. `own` does not count."""
+    """Bytes kept for the backward pass of `run`, by the part whose forward kept them; last: in none. `own` does not count."""
     sizes, stack = [0] * (len(parts) + 1), [len(parts)]
     seen = {tensor.untyped_storage()._cdata: tensor for tensor in own}  # holds them all, so that no number is given twice
 

@@ -23,8 +23,8 @@ FREE = {
     "highvram", "torch_compile", "dynamo_backend",
     "dataset_config", "train_data_dir", "reg_data_dir", "conditioning_data_dir", "in_json", "on_bad_image", "debug_dataset",
     "caption_extention", "cache_latents_to_disk",
-    "max_data_loader_n_workers", "persistent_data_loader_workers", "max_train_steps", "max_train_epochs", "seed", "on_nonfinite_loss",
-    "validate_every_n_steps", "validate_every_n_epochs", "early_stopping_patience",
+    "max_data_loader_n_workers", "persistent_data_loader_workers", "max_train_steps", "max_train_epochs", "seed",
+    "on_nonfinite_loss", "validate_every_n_steps", "validate_every_n_epochs", "early_stopping_patience",
 }  # fmt: skip
 # Files may have moved: their names count, not their folders.
 FILES = {"pretrained_model_name_or_path", "vae", "network_weights", "base_weights"}

@@ -48,7 +48,7 @@ def add_noise(latents: Tensor, noise: Tensor, t: Tensor, a: Tensor) -> Tensor:
 
 
 def target(latents: Tensor, noise: Tensor, t: Tensor, a: Tensor, v_parameterization: bool) -> Tensor:
-    """What the model should say: e, or the velocity sqrt(a_t) e - sqrt(1 - a_t) z (Salimans and Ho 2022, arXiv 2202.00512, app. D)."""
+    """What the model should say: e, or the velocity sqrt(a_t) e - sqrt(1 - a_t) z (Salimans and Ho 2022, arXiv 2202.00512, D)."""
     if not v_parameterization:
         return noise
     return per_sample(a.sqrt(), t, latents) * noise - per_sample((1 - a).sqrt(), t, latents) * latents

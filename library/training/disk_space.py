@@ -69,8 +69,9 @@ def too_little_space(needed: dict[Path, int]) -> Iterable[str]:
         if size * ENOUGH > free:
             named = ", ".join(map(str, folders))
             yield (
-                f"the disk of {named} has {free / 2**30:.2f} GiB free and the run writes about {size / 2**30:.2f} GiB; make room, keep "
-                "fewer files (--save_last_n_epochs, --save_last_n_epochs_state, --save_precision=fp16) or choose another --output_dir"
+                f"the disk of {named} has {free / 2**30:.2f} GiB free and the run writes about {size / 2**30:.2f} GiB; "
+                "make room, keep fewer files (--save_last_n_epochs, --save_last_n_epochs_state, --save_precision=fp16) "
+                "or choose another --output_dir"
             )
 
 

@@ -46,7 +46,7 @@ def make_average(
 
 @contextmanager
 def weights_in_use(optimizer: torch.optim.Optimizer, average: ExponentialAverage | None) -> Iterator[None]:
-    """In this block the parameters hold what is validated, drawn with and saved; afterwards, to the bit, what they held before."""
+    """In this block the parameters hold what is validated, drawn with and saved; afterwards exactly what they held before."""
     with weights_to_use(optimizer):
         if average is None:
             yield

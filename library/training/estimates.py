@@ -21,9 +21,9 @@ FROZEN_NUMBERS = {False: 1_066_000_000, True: 1_290_000_000}
 # Those of them that --base_dtype packs.
 PACKED_NUMBERS = {"unet": {False: 859_077_120, True: 865_466_880}, "text_encoder": {False: 84_934_656, True: 289_406_976}}
 
-# Bytes of 16-bit activations that SD 1.5's U-Net with a LoRA keeps for each position of a latent (8 x 8 pixels) until the backward
-# pass: 206 kB, and 33 kB with gradient checkpointing. Counted on tensors without content, with attention that keeps no matrix and the
-# types that autocast chooses on a CPU.
+# Bytes of 16-bit activations that SD 1.5's U-Net with a LoRA keeps for each position of a latent (8 x 8 pixels) until the
+# backward pass: 206 kB, and 33 kB with gradient checkpointing. Counted on tensors without content, with attention that keeps no
+# matrix and the types that autocast chooses on a CPU.
 KEPT, KEPT_WITH_CHECKPOINTING = 206_000, 33_000
 WORKSPACE = 1.4  # what is computed on top of what is kept, and what the allocator cannot use
 CUDA_CONTEXT = 600 * 2**20

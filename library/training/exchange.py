@@ -124,7 +124,7 @@ class StepExchange:
         self.losses.expect(self._last)
 
     def _take(self) -> None:
-        """Give each parameter its sum. One that has a gradient in no process keeps none, so that the optimizer leaves it alone."""
+        """Give each parameter its sum. One that has a gradient in no process keeps none: the optimizer leaves it alone."""
         gradients, flags, _ = self._parts()
         lacking = any(parameter.grad is None for parameter in self.parameters)
         present = flags.tolist() if lacking else [1.0] * len(self._sizes)  # waits for the device, where something lacks here

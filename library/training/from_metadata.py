@@ -15,7 +15,8 @@ from library.training.schedules import SCHEDULES
 
 # modelspec.* keys that are what the option --metadata_* of that name says.
 MODELSPEC_TEXTS = (
-    "author", "description", "license", "tags", "usage_hint", "trigger_phrase", "merged_from", "preprocessor", "is_negative_embedding",
+    "author", "description", "license", "tags", "usage_hint", "trigger_phrase", "merged_from", "preprocessor",
+    "is_negative_embedding",
 )  # fmt: skip
 # Key of the metadata -> option. Options that stand at their default are left out; `None` says that none was given.
 KEYS = {
@@ -23,22 +24,23 @@ KEYS = {
     "ss_network_dropout": "network_dropout", "ss_scale_weight_norms": "scale_weight_norms",
     "ss_learning_rate": "learning_rate", "ss_unet_lr": "unet_lr", "ss_text_encoder_lr": "text_encoder_lr",
     "ss_max_train_steps": "max_train_steps", "ss_gradient_accumulation_steps": "gradient_accumulation_steps",
-    "ss_gradient_checkpointing": "gradient_checkpointing", "ss_lr_scheduler": "lr_scheduler", "ss_lr_warmup_steps": "lr_warmup_steps",
-    "ss_max_grad_norm": "max_grad_norm", "ss_mixed_precision": "mixed_precision", "ss_full_fp16": "full_fp16",
-    "ss_fp8_base": "fp8_base", "ss_fp8_base_unet": "fp8_base_unet", "ss_v2": "v2", "ss_clip_skip": "clip_skip",
-    "ss_max_token_length": "max_token_length", "ss_cache_latents": "cache_latents", "ss_seed": "seed", "ss_lowram": "lowram",
-    "ss_noise_offset": "noise_offset", "ss_noise_offset_random_strength": "noise_offset_random_strength",
-    "ss_adaptive_noise_scale": "adaptive_noise_scale", "ss_multires_noise_iterations": "multires_noise_iterations",
-    "ss_multires_noise_discount": "multires_noise_discount", "ss_ip_noise_gamma": "ip_noise_gamma",
-    "ss_ip_noise_gamma_random_strength": "ip_noise_gamma_random_strength", "ss_zero_terminal_snr": "zero_terminal_snr",
-    "ss_min_snr_gamma": "min_snr_gamma", "ss_debiased_estimation": "debiased_estimation_loss", "ss_loss_type": "loss_type",
-    "ss_huber_schedule": "huber_schedule", "ss_huber_c": "huber_c", "ss_huber_scale": "huber_scale",
-    "ss_prior_loss_weight": "prior_loss_weight", "ss_caption_dropout_rate": "caption_dropout_rate",
-    "ss_caption_dropout_every_n_epochs": "caption_dropout_every_n_epochs", "ss_caption_tag_dropout_rate": "caption_tag_dropout_rate",
-    "ss_face_crop_aug_range": "face_crop_aug_range", "ss_validation_seed": "validation_seed", "ss_validation_split": "validation_split",
+    "ss_gradient_checkpointing": "gradient_checkpointing", "ss_lr_scheduler": "lr_scheduler",
+    "ss_lr_warmup_steps": "lr_warmup_steps", "ss_max_grad_norm": "max_grad_norm", "ss_mixed_precision": "mixed_precision",
+    "ss_full_fp16": "full_fp16", "ss_fp8_base": "fp8_base", "ss_fp8_base_unet": "fp8_base_unet", "ss_v2": "v2",
+    "ss_clip_skip": "clip_skip", "ss_max_token_length": "max_token_length", "ss_cache_latents": "cache_latents",
+    "ss_seed": "seed", "ss_lowram": "lowram", "ss_noise_offset": "noise_offset",
+    "ss_noise_offset_random_strength": "noise_offset_random_strength", "ss_adaptive_noise_scale": "adaptive_noise_scale",
+    "ss_multires_noise_iterations": "multires_noise_iterations", "ss_multires_noise_discount": "multires_noise_discount",
+    "ss_ip_noise_gamma": "ip_noise_gamma", "ss_ip_noise_gamma_random_strength": "ip_noise_gamma_random_strength",
+    "ss_zero_terminal_snr": "zero_terminal_snr", "ss_min_snr_gamma": "min_snr_gamma",
+    "ss_debiased_estimation": "debiased_estimation_loss", "ss_loss_type": "loss_type", "ss_huber_schedule": "huber_schedule",
+    "ss_huber_c": "huber_c", "ss_huber_scale": "huber_scale", "ss_prior_loss_weight": "prior_loss_weight",
+    "ss_caption_dropout_rate": "caption_dropout_rate", "ss_caption_dropout_every_n_epochs": "caption_dropout_every_n_epochs",
+    "ss_caption_tag_dropout_rate": "caption_tag_dropout_rate", "ss_face_crop_aug_range": "face_crop_aug_range",
+    "ss_validation_seed": "validation_seed", "ss_validation_split": "validation_split",
     "ss_max_validation_steps": "max_validation_steps", "ss_validate_every_n_epochs": "validate_every_n_epochs",
-    "ss_validate_every_n_steps": "validate_every_n_steps", "ss_output_name": "output_name", "ss_training_comment": "training_comment",
-    **{f"modelspec.{key}": f"metadata_{key}" for key in MODELSPEC_TEXTS},
+    "ss_validate_every_n_steps": "validate_every_n_steps", "ss_output_name": "output_name",
+    "ss_training_comment": "training_comment", **{f"modelspec.{key}": f"metadata_{key}" for key in MODELSPEC_TEXTS},
 }  # fmt: skip
 # Key of a dataset without a dataset file -> key of a dataset file, with the level at which it stands there.
 DATASET_KEYS = {
@@ -46,13 +48,13 @@ DATASET_KEYS = {
     "ss_max_bucket_reso": "max_bucket_reso", "ss_bucket_no_upscale": "bucket_no_upscale",
 }  # fmt: skip
 SUBSET_KEYS = {
-    "ss_color_aug": "color_aug", "ss_flip_aug": "flip_aug", "ss_random_crop": "random_crop", "ss_shuffle_caption": "shuffle_caption",
-    "ss_keep_tokens": "keep_tokens",
+    "ss_color_aug": "color_aug", "ss_flip_aug": "flip_aug", "ss_random_crop": "random_crop",
+    "ss_shuffle_caption": "shuffle_caption", "ss_keep_tokens": "keep_tokens",
 }  # fmt: skip
 NO_MODEL = "the model's folder is not recorded"
 UNKNOWN = (
-    "not recorded, and at their defaults here: what is saved and drawn on the way, loaders' processes, and files and folders that were "
-    "given (network_weights, base_weights, masks)"
+    "not recorded, and at their defaults here: what is saved and drawn on the way, loaders' processes, and files and folders "
+    "that were given (network_weights, base_weights, masks)"
 )
 
 

@@ -79,7 +79,7 @@ class FrozenConv2d(FrozenLayer, nn.Conv2d):
 
 
 def can_be_frozen(layer: nn.Module) -> bool:
-    """Whether the layer's weights do not learn, and it pads with a given number of zeros: the gradients here know no other padding."""
+    """Whether the layer's weights do not learn, and it pads with a number of zeros: the gradients here know no other padding."""
     is_odd = isinstance(layer, nn.Conv2d) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str))
     return not layer.weight.requires_grad and not is_odd
 

@@ -26,7 +26,7 @@ class Uploads:
         self.failed: list[Path] = []
 
     def prepare(self) -> None:
-        """Make the repository if it is not there. A wrong token is said now, and not after hours; the run goes on all the same."""
+        """Make the repository if it is not there. A wrong token is reported now, not after hours; the run goes on anyway."""
         if not self.active:
             return
         private = self.options.huggingface_repo_visibility != "public"
@@ -120,7 +120,8 @@ class StatePlace:
         parts = words.strip("/").split("/")
         if len(parts) < 3 or len(rest) > 2 or not all(parts):
             raise UserError(
-                f"--resume {text} with --resume_from_huggingface: expected user/repo/folder, optionally followed by :revision or :revision:type"
+                f"--resume {text} with --resume_from_huggingface: expected user/repo/folder, optionally followed by :revision or "
+                ":revision:type"
             )
         revision, kind = (*(word or None for word in rest), None, None)[:2]
         return cls("/".join(parts[:2]), "/".join(parts[2:]), revision, kind)

@@ -1,7 +1,7 @@
 """Options that were given and change nothing, because of what else was given or not: told once, together, before training.
 
-Front ends write many of these into every config file, so that they are no errors. An option counts as given if it has a value that
-asks for something and is not its default.
+Front ends write many of these into every config file, so that they are no errors. An option counts as given if it has a value
+that asks for something and is not its default.
 """
 
 from __future__ import annotations

@@ -12,7 +12,10 @@ from library.training.tracking import LossRecord
 
 
 def write_loss_plot(record: LossRecord, path: Path, title: str, validation: Sequence[tuple[int, float]] = ()) -> None:
-    """validation: (step, loss). Each batch pale, the running mean over an epoch (at least 20 batches) strong, validation dotted; learning rates below."""
+    """Each batch pale, the running mean over an epoch (at least 20 batches) strong, validation dotted; learning rates below.
+
+    validation: (step, loss).
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -13,7 +13,7 @@ from library.training.packing import CLASSES, pack_weights
 
 
 def pack_frozen_weights(options: TrainNetworkOptions, model: StableDiffusion, device: torch.device) -> None:
-    """--base_dtype, --fp8_base and --fp8_base_unet: 8 or 4 bits for the large weights, from now on, and the U-Net on the device."""
+    """--base_dtype, --fp8_base and --fp8_base_unet: 8 or 4 bits for the large weights from now on, the U-Net on the device."""
     formats = base_formats(options)
     if not formats["unet"]:
         return

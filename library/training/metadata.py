@@ -37,10 +37,11 @@ IDENTITY = ("ss_session_id", "ss_training_started_at", "modelspec.date")
 
 # Options that decide what a file holds and stand in it in another form.
 OTHERWISE_RECORDED = (
-    "pretrained_model_name_or_path", "vae", "v_parameterization", "network_args", "optimizer_type", "optimizer_args", "use_8bit_adam",
-    "use_lion_optimizer", "max_train_epochs", "lr_scheduler_type", "train_batch_size", "resolution", "enable_bucket", "min_bucket_reso",
-    "max_bucket_reso", "bucket_no_upscale", "dataset_repeats", "flip_aug", "color_aug", "random_crop", "shuffle_caption", "keep_tokens",
-    "cache_latents_to_disk", "debug_dataset", "max_data_loader_n_workers", "persistent_data_loader_workers",
+    "pretrained_model_name_or_path", "vae", "v_parameterization", "network_args", "optimizer_type", "optimizer_args",
+    "use_8bit_adam", "use_lion_optimizer", "max_train_epochs", "lr_scheduler_type", "train_batch_size", "resolution",
+    "enable_bucket", "min_bucket_reso", "max_bucket_reso", "bucket_no_upscale", "dataset_repeats", "flip_aug", "color_aug",
+    "random_crop", "shuffle_caption", "keep_tokens", "cache_latents_to_disk", "debug_dataset", "max_data_loader_n_workers",
+    "persistent_data_loader_workers",
 )  # fmt: skip
 
 
@@ -158,9 +159,9 @@ def run_facts(
 
 
 def other_options(options: TrainNetworkOptions) -> dict[str, Any]:
-    """What else was given and decides what the file holds, for --from_metadata: a key of ours, since sd-scripts has none for these.
+    """What else was given and decides what the file holds, for --from_metadata.
 
-    Paths and secrets are left out.
+    A key of ours, since sd-scripts has none for these. Paths and secrets are left out.
     """
     defaults, known = all_defaults(), {*KEYS.values(), *OTHERWISE_RECORDED}
     return {
@@ -172,9 +173,9 @@ def other_options(options: TrainNetworkOptions) -> dict[str, Any]:
 def loss_facts(loss: LossOptions) -> dict[str, Any]:
     """Noise and loss, as the command line has them."""
     names = (
-        "noise_offset", "noise_offset_random_strength", "adaptive_noise_scale", "multires_noise_iterations", "multires_noise_discount",
-        "ip_noise_gamma", "ip_noise_gamma_random_strength", "zero_terminal_snr", "min_snr_gamma", "loss_type", "huber_schedule",
-        "huber_c", "huber_scale",
+        "noise_offset", "noise_offset_random_strength", "adaptive_noise_scale", "multires_noise_iterations",
+        "multires_noise_discount", "ip_noise_gamma", "ip_noise_gamma_random_strength", "zero_terminal_snr", "min_snr_gamma",
+        "loss_type", "huber_schedule", "huber_c", "huber_scale",
     )  # fmt: skip
     facts = {f"ss_{name}": getattr(loss, name) for name in names}
     return facts | {"ss_debiased_estimation": loss.debiased_estimation_loss}

@@ -53,8 +53,8 @@ def _adafactor(options: OptimizerOptions, fit: Fitted) -> Fitted:
         if options.lr_scheduler != "constant" or options.lr_scheduler_type:
             unused.append("--lr_scheduler")
         fit.notes.append(
-            f"it computes its own learning rates (relative_step), so {', '.join(unused)} {'are' if len(unused) > 1 else 'is'} not "
-            'used; to set the rate give --optimizer_args "relative_step=False"'
+            f"it computes its own learning rates (relative_step), so {', '.join(unused)} {'are' if len(unused) > 1 else 'is'} "
+            'not used; to set the rate give --optimizer_args "relative_step=False"'
         )
         return fit
     if options.lr_scheduler == "constant" and not options.lr_scheduler_type:
@@ -70,7 +70,8 @@ def _finds_rate(cls: type, fit: Fitted) -> Fitted:
     rates = {group.get("lr", fit.arguments["lr"]) for group in fit.groups}
     if len(rates - {0}) > 1:
         raise UserError(
-            f"--optimizer_type {cls.__name__} finds one learning rate for everything and was given several ({', '.join(map(str, sorted(rates)))}); "
+            f"--optimizer_type {cls.__name__} finds one learning rate for everything and was given several "
+            f"({', '.join(map(str, sorted(rates)))}); "
             "leave out --unet_lr, --text_encoder_lr and rates by block or LoRA+, and give --learning_rate=1"
         )
     if max(rates) <= 0.1:

@@ -29,16 +29,16 @@ class HalfGradScaler(torch.amp.GradScaler):
 def check_half_weights(optimizer: torch.optim.Optimizer, name: str, dtype: torch.dtype) -> None:
     """Refuse fp16 weights with an optimizer that would divide by zero at the first weight without a gradient.
 
-    Adam and its kin add eps = 1e-8 to the root that they divide by. Computed in the weights' own format that is 0 in fp16. Those of
-    bitsandbytes and AdaFactor compute in float32.
+    Adam and its kin add eps = 1e-8 to the root that they divide by. Computed in the weights' own format that is 0 in fp16. Those
+    of bitsandbytes and AdaFactor compute in float32.
     """
     computes_in_float32 = type(optimizer).__module__.startswith("bitsandbytes")
     for group in optimizer.param_groups:
         eps = group.get("eps")
         if dtype == torch.float16 and not computes_in_float32 and isinstance(eps, float) and eps < LEAST_FP16 / 2:
             raise UserError(
-                f"--full_fp16: {name} adds eps={eps:g} to what it divides by, which is 0 in fp16, so the first step would make NaN; "
-                'give --optimizer_args "eps=1e-4", or --optimizer_type=AdamW8bit, or --full_bf16 with --mixed_precision=bf16'
+                f"--full_fp16: {name} adds eps={eps:g} to what it divides by, which is 0 in fp16, so the first step would make "
+                'NaN; give --optimizer_args "eps=1e-4", or --optimizer_type=AdamW8bit, or --full_bf16 with --mixed_precision=bf16'
             )
 
 

@@ -63,17 +63,17 @@ def preflight(options: TrainNetworkOptions, device: torch.device, world: int) ->
     debug = options.data.debug_dataset
     run_checks(problems, [] if debug else checks_of_options(options, device))
     has_pictures = options.data.dataset_config or options.data.train_data_dir or options.data.in_json
-    configs = problems.of(lambda: dataset_configs(options)) if has_pictures else None
-    resumed = None if debug else problems.of(lambda: open_state(options))
-    seed = problems.of(lambda: chosen_seed(options, resumed)) or 0
-    dataset = problems.of(lambda: open_dataset(options, configs, seed)) if configs else None
+    configs = problems.of(dataset_configs, options) if has_pictures else None
+    resumed = None if debug else problems.of(open_state, options)
+    seed = problems.of(chosen_seed, options, resumed) or 0
+    dataset = problems.of(open_dataset, options, configs, seed) if configs else None
     if dataset is None or debug:
         problems.tell()
         return Ready(dataset, seed)
     dataset.world = world
     plan = Plan.of(options, dataset.num_batches, world)
     run_checks(problems, checks_of_plan(options, plan, dataset))
-    start = problems.of(lambda: check_start(options, plan, dataset, resumed))
+    start = problems.of(check_start, options, plan, dataset, resumed)
     problems.tell()
     tell_notes(options, dataset, device)
     return Ready(dataset, seed, plan, resumed, start)
@@ -82,7 +82,11 @@ def preflight(options: TrainNetworkOptions, device: torch.device, world: int) ->
 def run_checks(problems: Problems, checks: Checks) -> None:
     """Do all checks, whatever they find."""
     for check in checks:
-        problems.found += problems.of(lambda: list(check() or ())) or []
+        problems.found += problems.of(_found, check) or []
+
+
+def _found(check: Callable[[], Iterable[str] | None]) -> list[str]:
+    return list(check() or ())
 
 
 def checks_of_options(options: TrainNetworkOptions, device: torch.device) -> Checks:

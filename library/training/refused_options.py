@@ -13,11 +13,16 @@ _REASONS: dict[str, str] = {
     # data
     "cache_info": "sizes are read from picture headers at every start, which is fast; captions are always read anew",
     "skip_cache_check": "the latent cache checks contents, which is fast; there is nothing to skip",
-    "dataset_class": "a run depends on pictures, seed and position alone here, which foreign code does not promise; use --dataset_config",
+    "dataset_class": (
+        "a run depends on pictures, seed and position alone here, which foreign code does not promise; use --dataset_config"
+    ),
     # precision, memory and speed
     "cpu_offload_checkpointing": "it does not exist for Stable Diffusion 1.x and 2.x; use --gradient_checkpointing",
     # processes
-    **dict.fromkeys(["ddp_gradient_as_bucket_view", "ddp_static_graph"], "gradients of several processes are added up in one go, without DDP"),
+    **dict.fromkeys(
+        ["ddp_gradient_as_bucket_view", "ddp_static_graph"],
+        "gradients of several processes are added up in one go, without DDP",
+    ),
     **dict.fromkeys(
         [
             "deepspeed", "zero_stage", "offload_optimizer_device", "offload_optimizer_nvme_path", "offload_param_device",

@@ -58,14 +58,16 @@ def check_start(options: TrainNetworkOptions, plan: Plan, dataset: TrainingDatas
     start = Start.of(options.state, plan, Start(record["step"], *record["next"]))
     if record["max_steps"] != plan.max_steps:
         print(
-            f"the run was to have {record['max_steps']} steps and now has {plan.max_steps}: schedule and warm-up follow the new number"
+            f"the run was to have {record['max_steps']} steps and now has {plan.max_steps}: "
+            "schedule and warm-up follow the new number"
         )
     patience, without = options.validation.early_stopping_patience, record["validations"]["without_improvement"]
     if start.step == plan.max_steps:
         print("all steps are done, so only the last files are written; raise --max_train_steps or --max_train_epochs to train on")
     elif patience and without >= patience:
         print(
-            f"{without} validations brought nothing better, so only the last files are written; raise --early_stopping_patience to train on"
+            f"{without} validations brought nothing better, so only the last files are written; "
+            "raise --early_stopping_patience to train on"
         )
     return start
 
@@ -83,5 +85,6 @@ def begin_at(trainer: Trainer, start: Start, resumed: ResumedState | None) -> No
     trainer.next = (start.epoch, start.position)
     if start.step:
         print(
-            f"starting after step {start.step}: {start.position} of {trainer.plan.turns_per_epoch} batches of epoch {start.epoch} are done"
+            f"starting after step {start.step}: {start.position} of {trainer.plan.turns_per_epoch} batches "
+            f"of epoch {start.epoch} are done"
         )

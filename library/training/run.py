@@ -140,7 +140,8 @@ def prepare(options: TrainNetworkOptions, ready: Ready, accelerator: Accelerator
         states=StateFiles(options.state, files),
         weights_to_use=in_use, average=average,
         validation=Validation(
-            held_out, options.validation, accelerator.device, processes, seed=seed, num_workers=options.augmentation.max_data_loader_n_workers,
+            held_out, options.validation, accelerator.device, processes, seed=seed,
+            num_workers=options.augmentation.max_data_loader_n_workers,
             timesteps=validation_timesteps(options.loss.min_timestep, options.loss.max_timestep),
         ) if held_out else None,
     )  # fmt: skip

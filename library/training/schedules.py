@@ -109,12 +109,16 @@ def _makers(options: OptimizerOptions, warmup: int, total: int) -> dict[str, Cal
         "polynomial": lambda o: t.get_polynomial_decay_schedule_with_warmup(
             o, warmup, total, **{"power": options.lr_scheduler_power, **given}
         ),
-        "inverse_sqrt": lambda o: t.get_inverse_sqrt_schedule(o, warmup, **{"timescale": options.lr_scheduler_timescale, **given}),
+        "inverse_sqrt": lambda o: t.get_inverse_sqrt_schedule(
+            o, warmup, **{"timescale": options.lr_scheduler_timescale, **given}
+        ),
         "warmup_stable_decay": lambda o: t.get_wsd_schedule(
             o, num_warmup_steps=warmup, num_stable_steps=max(0, total - warmup - decay), num_decay_steps=decay,
             **{"min_lr_ratio": min_ratio or 0.0, **given},
         ),
-        "cosine_with_min_lr": lambda o: t.get_cosine_with_min_lr_schedule_with_warmup(o, warmup, total, min_lr_rate=least(), **given),
+        "cosine_with_min_lr": lambda o: t.get_cosine_with_min_lr_schedule_with_warmup(
+            o, warmup, total, min_lr_rate=least(), **given
+        ),
         "cosine_warmup_with_min_lr": lambda o: t.get_cosine_with_min_lr_schedule_with_warmup_lr_rate(
             o, warmup, total, min_lr_rate=least(), **given
         ),

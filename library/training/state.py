@@ -111,7 +111,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _replace(folder: Path, temporary: Path) -> None:
-    """Give the new state its name. At no moment is there none: an old one is whole under its hidden name until the new one stands."""
+    """Give the new state its name. There is always one: the old one is whole under its hidden name until the new one stands."""
     old = None
     if folder.exists():
         old = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
@@ -208,7 +208,7 @@ class StateFiles:
         return self.options.save_state or self.options.save_state_on_train_end
 
     def save(self, folder: Path, state: State) -> None:
-        """Write a state and then remove what kills of earlier runs of this name left half-done; upload it if that is asked for."""
+        """Write a state, then remove what kills of earlier runs of this name left half-done; upload it if that is asked for."""
         write_state(folder, state, is_first=not self.saved)
         self.saved += 1
         self._remove_leftovers()
@@ -234,7 +234,7 @@ class StateFiles:
             self._remove(self.epoch_path(epoch - interval * kept))
 
     def remove_old_step(self, step: int, interval: int) -> None:
-        """After the state of `step`: drop the one more than --save_last_n_steps_state steps older (unset: --save_last_n_steps)."""
+        """After the state of `step`: drop the one over --save_last_n_steps_state steps older (unset: --save_last_n_steps)."""
         kept = self.options.save_last_n_steps_state or self.files.options.save_last_n_steps
         if kept and step - kept - 1 >= interval:
             old = step - kept - 1

@@ -22,8 +22,8 @@ from library.training.tracking import LossRecord
 class Tracker:
     """TensorBoard and wandb, as --log_with asks for; does nothing without --logging_dir and --log_with.
 
-    Tags: loss/current, loss/average, lr/<group>, lr/d*lr/<group> by step; loss/epoch_average by epoch; sample pictures. A tracker that fails while
-    training is said once, and left alone from then on.
+    Tags: loss/current, loss/average, lr/<group>, lr/d*lr/<group> by step; loss/epoch_average by epoch; sample pictures. A tracker
+    that fails while training is said once, and left alone from then on.
     """
 
     def __init__(self, options: LogOptions, config: Mapping[str, Any] | None = None, active: bool = True) -> None:
@@ -61,27 +61,27 @@ class Tracker:
         self._step = self._step if by_epoch else at
         for tracker in list(self._trackers):
             if by_epoch and tracker.name == "wandb":
-                self._safely(tracker, lambda t: t.log({**values, "epoch": at}, step=self._step))
+                self._safely(tracker, tracker.log, {**values, "epoch": at}, step=self._step)
             else:
-                self._safely(tracker, lambda t: t.log(values, step=at))
+                self._safely(tracker, tracker.log, values, step=at)
 
     def log_pictures(self, step: int, pictures: dict[str, Image.Image]) -> None:
         """Sample pictures by tag."""
         for tracker in list(self._trackers):
             if tracker.name == "wandb":
-                self._safely(tracker, lambda t: t.log_images({tag: [picture] for tag, picture in pictures.items()}, step=step))
+                self._safely(tracker, tracker.log_images, {tag: [picture] for tag, picture in pictures.items()}, step=step)
             else:
                 arrays = {tag: np.asarray(picture)[None] for tag, picture in pictures.items()}
-                self._safely(tracker, lambda t: t.log_images(arrays, step=step, dataformats="NHWC"))
+                self._safely(tracker, tracker.log_images, arrays, step=step, dataformats="NHWC")
 
     def finish(self) -> None:
         """Write out what is buffered."""
         for tracker in list(self._trackers):
-            self._safely(tracker, lambda t: t.finish())
+            self._safely(tracker, tracker.finish)
 
-    def _safely(self, tracker: Any, work: Callable[[Any], None]) -> None:
+    def _safely(self, tracker: Any, work: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         try:
-            work(tracker)
+            work(*args, **kwargs)
         except Exception as error:  # a full disk or a lost network must not end the training
             self._trackers.remove(tracker)
             tqdm.write(f"{tracker.name} logs no more: {' '.join(str(error).split())[:200] or type(error).__name__}")

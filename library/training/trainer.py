@@ -101,7 +101,7 @@ class Trainer:
         started, self.first_step = time.perf_counter(), self.step
         progress = tqdm(total=self.plan.max_steps, initial=self.step, unit="step", desc="training", smoothing=0.1)
         with stop_on_interrupt() as self.asked_to_stop, self._rescue(), progress:
-            for self.epoch in range(self.epoch, self.plan.epochs + 1):
+            for self.epoch in range(self.epoch, self.plan.epochs + 1):  # noqa: B020
                 self._start_epoch()
                 for batch in self._rest_of_epoch():
                     self._start_step()
@@ -175,7 +175,7 @@ class Trainer:
         return ""
 
     def _start_epoch(self) -> None:
-        """The network trains; the frozen model is in training mode only where gradient checkpointing asks for it (it has no dropout)."""
+        """The network trains; the frozen model (which has no dropout) does so only for gradient checkpointing."""
         self.network.module.train()
         checkpointing = self.options.training.gradient_checkpointing
         self.model.unet.train(checkpointing)

@@ -1,4 +1,4 @@
-"""The loss on pictures that are not trained on, always at the same noise and timesteps, so that its curve shows learning alone."""
+"""The loss on images that are not trained on, always at the same noise and timesteps, so that its curve shows learning alone."""
 
 from __future__ import annotations
 

@@ -36,8 +36,8 @@ def folder(tmp_path_factory) -> Path:
 
 def command(*words: str) -> list[str]:
     return [
-        sys.executable, SCRIPT, "--pretrained_model_name_or_path=model.safetensors", "--dataset_config=data.toml", "--output_dir=out",
-        "--network_module=networks.lora", "--learning_rate=1e-4", *words,
+        sys.executable, SCRIPT, "--pretrained_model_name_or_path=model.safetensors", "--dataset_config=data.toml",
+        "--output_dir=out", "--network_module=networks.lora", "--learning_rate=1e-4", *words,
     ]  # fmt: skip
 
 

@@ -33,7 +33,7 @@ def test_an_entry_ends_in_one_line_and_an_exit_code(capsys, raised, code, words)
 def test_output_into_a_closed_pipe_or_an_old_console_ends_nothing():
     read, write = os.pipe()
     os.close(read)
-    stream = PatientStream(open(write, "w", encoding="ascii"))
+    stream = PatientStream(open(write, "w", encoding="ascii"))  # noqa: SIM115  (closing it would fail)
     for _ in range(3):
         assert stream.write("größe\n" * 10_000) == 60_000
         stream.flush()

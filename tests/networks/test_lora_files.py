@@ -332,8 +332,8 @@ def generate():
     with torch.no_grad():
         context, empty = text_encoder(ids).last_hidden_state, text_encoder(torch.ones_like(ids)).last_hidden_state
     generator = torch.Generator().manual_seed(2)
-    made = pipe(prompt_embeds=context, negative_prompt_embeds=empty, num_inference_steps=2, generator=generator, output_type="latent")
-    return made.images
+    words = {"prompt_embeds": context, "negative_prompt_embeds": empty}
+    return pipe(**words, num_inference_steps=2, generator=generator, output_type="latent").images
 
 base, networks = generate(), []
 for name in ("first", "second", "third"):

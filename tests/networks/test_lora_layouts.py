@@ -145,7 +145,8 @@ def test_the_file_that_diffusers_itself_writes_loads(model, tmp_path):
     torch.testing.assert_close(outputs(model), base)
     StableDiffusionPipeline.save_lora_weights(
         tmp_path, layers["unet"], layers["text_encoder"],
-        unet_lora_adapter_metadata=configs["unet"].to_dict(), text_encoder_lora_adapter_metadata=configs["text_encoder"].to_dict(),
+        unet_lora_adapter_metadata=configs["unet"].to_dict(),
+        text_encoder_lora_adapter_metadata=configs["text_encoder"].to_dict(),
     )  # fmt: skip
     from tiny_models import make_tiny_model
 

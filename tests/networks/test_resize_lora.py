@@ -44,17 +44,20 @@ def test_truncation_is_the_optimum_and_keeps_the_scale(lora):
         assert float((full[name] - found[name]).norm()) == pytest.approx(np.sqrt((s[rank:8] ** 2).sum()), rel=1e-3)
 
 
+def suffices(method, s, rank, target):
+    """Whether the first `rank` of the singular values `s` are enough."""
+    if method == "sv_fro":
+        return np.sqrt((s[:rank] ** 2).sum() / (s**2).sum()) >= target
+    if method == "sv_cumulative":
+        return s[:rank].sum() / s.sum() >= target
+    return rank == len(s) or s[rank] < s[0] / target
+
+
 @pytest.mark.parametrize("method, target", [("sv_fro", 0.8), ("sv_cumulative", 0.6), ("sv_ratio", 2.0)])
 def test_trap_1_12_dynamic_methods_give_the_smallest_rank_that_does(lora, method, target):
     result = resize(lora, "--new_rank", "7", "--dynamic_method", method, "--dynamic_param", str(target))
     for name, s in singular_values(lora[1]).items():
-        s = s[:8]
-        share = {
-            "sv_fro": lambda r: np.sqrt((s[:r] ** 2).sum() / (s**2).sum()) >= target,
-            "sv_cumulative": lambda r: s[:r].sum() / s.sum() >= target,
-            "sv_ratio": lambda r: r == 8 or s[r] < s[0] / target,
-        }[method]
-        expected = next(rank for rank in range(1, 9) if share(rank))
+        expected = next(rank for rank in range(1, 9) if suffices(method, s[:8], rank, target))
         assert len(result[f"{name}.lora_down.weight"]) == min(7, expected), name
     assert metadata_of(lora[0] / "out.safetensors")["ss_network_dim"] == "Dynamic"
 

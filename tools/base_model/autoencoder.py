@@ -1,7 +1,7 @@
 """The VAE, trained from nothing on the pictures of all styles but fluenthc and fluentflat.
 
-Errors of colour are counted in opponent colours, each in units of its deviation: in RGB, green against purple is the axis with the
-least of the error, and a VAE stopped early draws frogs orange.
+Errors of colour are counted in opponent colours, each in units of its deviation: in RGB, green against purple is the axis with
+the least of the error, and a VAE stopped early draws frogs orange.
 
 64 channels where the picture has its full size: group norm has 32 groups, and groups of a single channel would take away each
 channel's mean, and with it the colours (tried: after 11,000 pictures everything was still grey).
@@ -106,7 +106,9 @@ def new_autoencoder(seed: int) -> nn.Module:
 
 @torch.no_grad()
 def _see_opponent_colours(vae: nn.Module) -> None:
-    """Let the random first and last convolution take and give opponent colours: else green and purple come thousands of steps late."""
+    """Let the random first and last convolution take and give opponent colours: else green and purple come late by thousands
+    of steps.
+    """
     colours = torch.tensor(OPPONENT_COLOURS)
     first, last = vae.encoder.conv_in.weight, vae.decoder.conv_out.weight
     first.copy_(torch.einsum("oihw,ij->ojhw", first, colours))

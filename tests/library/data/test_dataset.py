@@ -225,8 +225,7 @@ def test_resuming_in_the_middle_of_an_epoch(folder):
     dataset = TrainingDataset([lively(folder)], seed=9)
     loader = make_loader(dataset, num_workers=2, persistent=True)
     whole = list(loader.epoch(2))
-    for batch in loader.epoch(1):  # left early: the rest must not show up later
-        break
+    next(loader.epoch(1))  # left early: the rest must not show up later
     rest = list(loader.epoch(2, start=4))
     assert len(rest) == len(whole) - 4
     for a, b in zip(rest, whole[4:], strict=True):
@@ -243,12 +242,10 @@ def test_trap_4_17_persistent_with_no_workers_is_no_error(folder, monkeypatch):
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends no signal to a single process")
 def test_workers_leave_ctrl_c_to_the_trainer(folder):
     dataset = TrainingDataset([config(subset(folder), batch_size=1)], seed=1)
-    served = 0
-    for batch in make_loader(dataset, num_workers=1).epoch(1):
-        if not served:
+    for served, _ in enumerate(make_loader(dataset, num_workers=1).epoch(1), start=1):
+        if served == 1:
             for worker in multiprocessing.active_children():
                 os.kill(worker.pid, signal.SIGINT)
-        served += 1
     assert served == len(dataset)
 
 

@@ -51,9 +51,9 @@ def words_of_a_run(pictures: Path, output: Path, *words: str) -> list[str]:
     """The command line of a small run; later words beat earlier ones."""
     data = [] if any(word.startswith("--dataset_config") for word in words) else [f"--train_data_dir={pictures}"]
     return [
-        "--pretrained_model_name_or_path=two-blocks", *data, "--caption_extension=.txt", "--resolution=64", f"--output_dir={output}",
-        "--output_name=mine", "--network_module=networks.lora", "--network_dim=2", "--seed=1", "--learning_rate=1e-3",
-        "--max_data_loader_n_workers=0", *words,
+        "--pretrained_model_name_or_path=two-blocks", *data, "--caption_extension=.txt", "--resolution=64",
+        f"--output_dir={output}", "--output_name=mine", "--network_module=networks.lora", "--network_dim=2", "--seed=1",
+        "--learning_rate=1e-3", "--max_data_loader_n_workers=0", *words,
     ]  # fmt: skip
 
 

@@ -45,9 +45,9 @@ def test_from_metadata_prints_a_command_and_a_dataset_file_that_are_understood(m
         "ss_network_module": "networks.lora", "ss_network_dim": "16", "ss_network_alpha": "8.0", "ss_learning_rate": "0.0002",
         "ss_network_args": '{"conv_dim": "8"}', "ss_optimizer": "torch.optim.adamw.AdamW(betas=(0.9, 0.99))", "ss_seed": "7",
         "ss_output_name": "mine", "ss_sd_model_name": "model.safetensors", "ss_cache_latents": "True", "ss_unet_lr": "None",
-        "ss_dataset_dirs": '{"10_sks cat": {"n_repeats": 10, "img_count": 4}}', "ss_reg_dataset_dirs": "{}", "ss_resolution": "(512, 448)",
-        "ss_batch_size_per_device": "2", "ss_enable_bucket": "True", "ss_flip_aug": "True", "ss_keep_tokens": "1",
-        "ss_total_batch_size": "4", "ss_gradient_accumulation_steps": "1",
+        "ss_dataset_dirs": '{"10_sks cat": {"n_repeats": 10, "img_count": 4}}', "ss_reg_dataset_dirs": "{}",
+        "ss_resolution": "(512, 448)", "ss_batch_size_per_device": "2", "ss_enable_bucket": "True", "ss_flip_aug": "True",
+        "ss_keep_tokens": "1", "ss_total_batch_size": "4", "ss_gradient_accumulation_steps": "1",
     }  # fmt: skip
     Path("out").mkdir()
     save_file({"a": torch.zeros(1)}, "out/mine.safetensors", metadata)

@@ -132,9 +132,13 @@ def test_many_processes_may_be_waited_for(monkeypatch):
 
 def test_what_asks_for_nothing_is_not_named():
     """Front ends write every option they know, most of them switched off or at their default."""
-    words = "--dynamo_backend=no --huber_c=0.1 --save_last_n_steps_state=0 --validate_every_n_steps=0 --lr_scheduler_power=1 --log_prefix= "
+    words = "--dynamo_backend=no --huber_c=0.1 --save_last_n_steps_state=0 --validate_every_n_steps=0 --lr_scheduler_power=1 "
     assert (
-        idle(words + "--sample_every_n_steps=0 --max_train_epochs=0 --multires_noise_discount=0.3 --max_train_steps=1600") == []
+        idle(
+            words
+            + "--log_prefix= --sample_every_n_steps=0 --max_train_epochs=0 --multires_noise_discount=0.3 --max_train_steps=1600"
+        )
+        == []
     )
 
 

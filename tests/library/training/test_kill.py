@@ -1,4 +1,4 @@
-"""`kill -9` at random moments, also in the middle of saving: the last whole state resumes, and the end is the same bit for bit."""
+"""`kill -9` at random moments, also while saving: the last whole state resumes, and the end is the same bit for bit."""
 
 from __future__ import annotations
 

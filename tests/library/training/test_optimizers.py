@@ -107,9 +107,9 @@ def test_wrong_input(options, part):
 
 
 PACKAGES = {
-    "Lion": ("lion_pytorch", "lion-pytorch"), "Prodigy": ("prodigyopt", "prodigyopt"), "DAdaptation": ("dadaptation", "dadaptation"),
-    "DAdaptAdanIP": ("dadaptation.experimental", "dadaptation"), "RAdamScheduleFree": ("schedulefree", "schedulefree"),
-    "AdamW8bit": ("bitsandbytes.optim", "bitsandbytes"),
+    "Lion": ("lion_pytorch", "lion-pytorch"), "Prodigy": ("prodigyopt", "prodigyopt"),
+    "DAdaptation": ("dadaptation", "dadaptation"), "DAdaptAdanIP": ("dadaptation.experimental", "dadaptation"),
+    "RAdamScheduleFree": ("schedulefree", "schedulefree"), "AdamW8bit": ("bitsandbytes.optim", "bitsandbytes"),
 }  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Every option of the reference is refused by name or has a test that would fail if the option did nothing.
 
-`EXERCISED` names that test for each option. That it would fail is checked by `benchmarks/options_do_something.py`, which runs each of
-them with its option taken away.
+`EXERCISED` names that test for each option. That it would fail is checked by `benchmarks/options_do_something.py`, which runs
+each of them with its option taken away.
 """
 
 from __future__ import annotations
@@ -34,14 +34,16 @@ NEEDED = ["--pretrained_model_name_or_path=m", "--train_data_dir=d", "--output_d
 # Options of datasets: what they do there is tested below tests/library/data, under the key of the same name.
 OF_DATASETS = {
     "dataset_repeats": ("num_repeats", 3), "train_batch_size": ("batch_size", 3), "resolution": ("resolution", (96, 96)),
-    "enable_bucket": ("enable_bucket", True), "min_bucket_reso": ("min_bucket_reso", 128), "max_bucket_reso": ("max_bucket_reso", 512),
-    "bucket_reso_steps": ("bucket_reso_steps", 8), "bucket_no_upscale": ("bucket_no_upscale", True),
-    "resize_interpolation": ("resize_interpolation", "area"), "alpha_mask": ("alpha_mask", True),
-    "caption_extension": ("caption_extension", ".txt"), "caption_extention": ("caption_extension", ".words"),
-    "shuffle_caption": ("shuffle_caption", True), "caption_separator": ("caption_separator", ";"), "keep_tokens": ("keep_tokens", 2),
+    "enable_bucket": ("enable_bucket", True), "min_bucket_reso": ("min_bucket_reso", 128),
+    "max_bucket_reso": ("max_bucket_reso", 512), "bucket_reso_steps": ("bucket_reso_steps", 8),
+    "bucket_no_upscale": ("bucket_no_upscale", True), "resize_interpolation": ("resize_interpolation", "area"),
+    "alpha_mask": ("alpha_mask", True), "caption_extension": ("caption_extension", ".txt"),
+    "caption_extention": ("caption_extension", ".words"), "shuffle_caption": ("shuffle_caption", True),
+    "caption_separator": ("caption_separator", ";"), "keep_tokens": ("keep_tokens", 2),
     "keep_tokens_separator": ("keep_tokens_separator", "|||"), "secondary_separator": ("secondary_separator", ";;;"),
-    "enable_wildcard": ("enable_wildcard", True), "caption_prefix": ("caption_prefix", "a"), "caption_suffix": ("caption_suffix", "b"),
-    "caption_dropout_rate": ("caption_dropout_rate", 0.5), "caption_dropout_every_n_epochs": ("caption_dropout_every_n_epochs", 2),
+    "enable_wildcard": ("enable_wildcard", True), "caption_prefix": ("caption_prefix", "a"),
+    "caption_suffix": ("caption_suffix", "b"), "caption_dropout_rate": ("caption_dropout_rate", 0.5),
+    "caption_dropout_every_n_epochs": ("caption_dropout_every_n_epochs", 2),
     "caption_tag_dropout_rate": ("caption_tag_dropout_rate", 0.5), "token_warmup_min": ("token_warmup_min", 2),
     "token_warmup_step": ("token_warmup_step", 0.5), "color_aug": ("color_aug", True), "flip_aug": ("flip_aug", True),
     "random_crop": ("random_crop", True), "face_crop_aug_range": ("face_crop_aug_range", (2.0, 4.0)),
@@ -67,7 +69,9 @@ BY_TEST: dict[str, dict[str, str]] = {
     },
     "library/training/test_preflight.py": {"test_options_that_contradict_each_other_are_named": "sample_every_n_steps"},
     "library/training/test_loss.py": {
-        "test_weightings_against_the_formulas": "min_snr_gamma debiased_estimation_loss scale_v_pred_loss_like_noise_pred v_pred_like_loss",
+        "test_weightings_against_the_formulas": (
+            "min_snr_gamma debiased_estimation_loss scale_v_pred_loss_like_noise_pred v_pred_like_loss"
+        ),
         "test_mean_square_of_noise_and_velocity": "v_parameterization zero_terminal_snr",
         "test_trap_5_7_huber_losses_with_each_schedule_and_scale": "loss_type huber_schedule huber_c huber_scale",
         "test_min_and_max_timestep": "min_timestep max_timestep",
@@ -85,7 +89,9 @@ BY_TEST: dict[str, dict[str, str]] = {
     },
     "library/training/test_packing.py": {"test_formats_by_option": "base_dtype"},
     "library/training/test_checkpointing.py": {
-        "test_a_run_with_a_budget_checkpoints_what_it_must_and_learns_the_same": "gradient_checkpointing gradient_checkpointing_budget"
+        "test_a_run_with_a_budget_checkpoints_what_it_must_and_learns_the_same": (
+            "gradient_checkpointing gradient_checkpointing_budget"
+        )
     },
     "library/training/test_option_runs.py": {
         "test_fused_and_packed_and_compiled_runs_do_as_the_plain_one": (
@@ -97,7 +103,8 @@ BY_TEST: dict[str, dict[str, str]] = {
         "test_mem_eff_attn_wins_over_xformers": "mem_eff_attn xformers",
         "test_what_is_masked_out_makes_no_loss": "conditioning_data_dir masked_loss",
         "test_in_json_trains_on_what_it_lists": (
-            "in_json on_bad_image cache_latents_to_disk vae_batch_size persistent_data_loader_workers max_data_loader_n_workers network_alpha"
+            "in_json on_bad_image cache_latents_to_disk vae_batch_size persistent_data_loader_workers "
+            "max_data_loader_n_workers network_alpha"
         ),
     },
     "library/training/test_optimizers.py": {
@@ -129,8 +136,9 @@ BY_TEST: dict[str, dict[str, str]] = {
         "test_cached_latents_are_the_vae_s": "cache_latents",
         "test_a_loss_of_nan_can_be_skipped": "on_nonfinite_loss",
         "test_metadata": (
-            "training_comment metadata_title metadata_author metadata_description metadata_license metadata_tags metadata_usage_hint "
-            "metadata_trigger_phrase metadata_merged_from metadata_preprocessor metadata_is_negative_embedding"
+            "training_comment metadata_title metadata_author metadata_description metadata_license metadata_tags "
+            "metadata_usage_hint metadata_trigger_phrase metadata_merged_from metadata_preprocessor "
+            "metadata_is_negative_embedding"
         ),
         "test_trap_5_19_no_metadata_leaves_what_loaders_need": "no_metadata",
         "test_trap_5_20_metadata_with_a_dataset_file": "dataset_config",

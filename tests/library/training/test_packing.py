@@ -198,7 +198,8 @@ def test_two_formats_contradict_each_other(flag):
 
 
 @pytest.mark.parametrize("word, part", [
-    ("--base_dtype=int4", "--base_dtype: expected 'int8', 'fp8' or 'nf4', got 'int4'"), ("--base_dtyp=int8", "did you mean '--base_dtype'"),
+    ("--base_dtype=int4", "--base_dtype: expected 'int8', 'fp8' or 'nf4', got 'int4'"),
+    ("--base_dtyp=int8", "did you mean '--base_dtype'"),
 ])  # fmt: skip
 def test_wrong_formats_and_names(word, part):
     with pytest.raises(UserError, match=part):

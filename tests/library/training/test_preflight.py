@@ -43,16 +43,18 @@ def problems(chosen) -> list[str]:
 def test_everything_that_is_wrong_is_told_at_once_with_its_cure(folder):
     (folder / "file").write_text("x", encoding="utf-8")
     found = problems(options(
-        "--pretrained_model_name_or_path=gone.safetensors", "--vae=gone.pt", "--train_data_dir=gone", "--reg_data_dir=gone2", "--network_weights=gone.pt",
-        "--base_weights=gone2.pt", "--network_args", "conv_dm=4", "--optimizer_type=AdamV", "--sample_prompts=gone.txt", "--sample_at_first",
-        "--metadata_thumbnail=gone.png", "--resume=gone-state", f"--output_dir={folder / 'file' / 'out'}", f"--logging_dir={folder / 'file' / 'logs'}",
-        "--mixed_precision=fp16", "--skip_until_initial_step", "--early_stopping_patience=1", "--full_bf16", "--torch_compile", "--dynamo_backend=eagr",
+        "--pretrained_model_name_or_path=gone.safetensors", "--vae=gone.pt", "--train_data_dir=gone", "--reg_data_dir=gone2",
+        "--network_weights=gone.pt", "--base_weights=gone2.pt", "--network_args", "conv_dm=4", "--optimizer_type=AdamV",
+        "--sample_prompts=gone.txt", "--sample_at_first", "--metadata_thumbnail=gone.png", "--resume=gone-state",
+        f"--output_dir={folder / 'file' / 'out'}", f"--logging_dir={folder / 'file' / 'logs'}", "--mixed_precision=fp16",
+        "--skip_until_initial_step", "--early_stopping_patience=1", "--full_bf16", "--torch_compile", "--dynamo_backend=eagr",
     ))  # fmt: skip
     starts = [
         "--full_bf16 needs", "--mixed_precision fp16 needs a GPU",
-        "--pretrained_model_name_or_path: there is no file", "--vae: there is no file", "--output_dir", "--network_weights gone.pt",
-        "--base_weights gone2.pt", "--network_module networks.lora: unknown network_args key 'conv_dm'", "--optimizer_type AdamV",
-        "--logging_dir", "--sample_prompts gone.txt", "--metadata_thumbnail gone.png", "--dynamo_backend eagr",
+        "--pretrained_model_name_or_path: there is no file", "--vae: there is no file", "--output_dir",
+        "--network_weights gone.pt", "--base_weights gone2.pt",
+        "--network_module networks.lora: unknown network_args key 'conv_dm'", "--optimizer_type AdamV", "--logging_dir",
+        "--sample_prompts gone.txt", "--metadata_thumbnail gone.png", "--dynamo_backend eagr",
         "--train_data_dir=gone: no such folder", "--reg_data_dir=gone2: no such folder", "--resume gone-state",
     ]  # fmt: skip
     assert len(found) == len(starts), found
@@ -142,9 +144,9 @@ def test_nothing_wrong_passes_and_hub_names_are_left_to_the_hub(folder):
 @pytest.mark.parametrize(
     "name, is_path",
     [
-        ("runwayml/stable-diffusion-v1-5", False), ("some-model", False), ("./model", True), ("../model", True), ("~/model", True),
-        ("/models/mine", True), ("C:/models/mine", True), ("models\\mine", True), ("a/b/c", True), ("mine.safetensors", True),
-        ("there/model", True),
+        ("runwayml/stable-diffusion-v1-5", False), ("some-model", False), ("./model", True), ("../model", True),
+        ("~/model", True), ("/models/mine", True), ("C:/models/mine", True), ("models\\mine", True), ("a/b/c", True),
+        ("mine.safetensors", True), ("there/model", True),
     ],
 )  # fmt: skip
 def test_what_looks_like_a_path_is_no_name_of_the_hub(name, is_path, tmp_path, monkeypatch):
@@ -214,7 +216,7 @@ def test_memory_is_estimated_by_what_counts(folder):
 
 def test_memory_that_is_short_is_told_with_what_helps(folder, monkeypatch, capsys):
     for there, short in ((2**33, False), (2**31, True)):
-        monkeypatch.setattr(preflight, "memory_there", lambda device: (there, "the GPU's"))
+        monkeypatch.setattr(preflight, "memory_there", lambda device, there=there: (there, "the GPU's"))
         preflight.tell_notes(options(folder=folder), dataset(folder), CPU)
         out = capsys.readouterr().out
         assert f"of the GPU's {there / 2**30:.1f} GiB will be used" in out and ("--gradient_checkpointing" in out) is short

@@ -60,7 +60,7 @@ def base_model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, base_model) -> Path:
-    """Five pictures: three batches of two, which two processes cannot halve; and a folder where one that process 1 reads is broken."""
+    """Five images: three batches of two, which two processes cannot halve; and a folder where one of process 1 is broken."""
     folder = tmp_path_factory.mktemp("processes")
     shutil.copy(base_model, folder / "model.safetensors")
     (folder / "data.toml").write_text(
@@ -79,9 +79,9 @@ def place(tmp_path_factory, base_model) -> Path:
 
 def words(place: Path, base_model: Path, name: str, *more: str, data: str = "good") -> list[str]:
     return [
-        f"--pretrained_model_name_or_path={base_model}", f"--train_data_dir={place / data}", "--resolution=64", "--learning_rate=1e-3",
-        f"--output_dir={place / name}", "--output_name=mine", "--network_module=networks.lora", "--seed=1", "--max_data_loader_n_workers=0",
-        *more,
+        f"--pretrained_model_name_or_path={base_model}", f"--train_data_dir={place / data}", "--resolution=64",
+        "--learning_rate=1e-3", f"--output_dir={place / name}", "--output_name=mine", "--network_module=networks.lora",
+        "--seed=1", "--max_data_loader_n_workers=0", *more,
     ]  # fmt: skip
 
 
@@ -96,10 +96,13 @@ def outcomes(place, base_model):
         {
             "page": [*page_words, *small],
             "same": words(place, base_model, "same", *COMMON, *WARM, "--save_state", "--save_every_n_steps=3"),
-            "resumed": words(place, base_model, "resumed", *COMMON, *WARM, f"--resume={place / 'same' / 'mine-step00000003-state'}"),
+            "resumed": words(
+                place, base_model, "resumed", *COMMON, *WARM, f"--resume={place / 'same' / 'mine-step00000003-state'}"
+            ),
             "cached": words(
-                place, base_model, "cached", *COMMON, "--cache_latents", "--network_train_unet_only", f"--sample_prompts={place / 'prompts.txt'}",
-                "--sample_at_first", "--save_every_n_epochs=1", "--logging_dir", str(place / "logs"),
+                place, base_model, "cached", *COMMON, "--cache_latents", "--network_train_unet_only",
+                f"--sample_prompts={place / 'prompts.txt'}", "--sample_at_first", "--save_every_n_epochs=1", "--logging_dir",
+                str(place / "logs"),
             ),
             "validated": words(place, base_model, "validated", *VALIDATED),
             "broken": words(place, base_model, "broken", *COMMON, data="bad"),

@@ -106,14 +106,20 @@ CASES = {
         "--lr_scheduler=cosine", "--lr_warmup_steps=2", "--text_encoder_lr=1e-4",
     ],
     "averaged and validated, dropout": [
-        *UNET, "--max_train_steps=7", "--ema_decay=0.9", "--validation_split=0.4", "--validate_every_n_steps=2", "--network_dropout=0.2",
-        "--network_args", "rank_dropout=0.2", "module_dropout=0.2",
+        *UNET, "--max_train_steps=7", "--ema_decay=0.9", "--validation_split=0.4", "--validate_every_n_steps=2",
+        "--network_dropout=0.2", "--network_args", "rank_dropout=0.2", "module_dropout=0.2",
     ],
-    "DyLoRA": [*UNET, "--max_train_steps=7", "--network_module=networks.dylora", "--network_dim=4", "--gradient_accumulation_steps=2"],
-    "schedule-free": [*UNET, "--max_train_steps=6", "--optimizer_type=AdamWScheduleFree", "--save_every_n_steps=1", "--learning_rate=1e-2"],
+    "DyLoRA": [
+        *UNET, "--max_train_steps=7", "--network_module=networks.dylora", "--network_dim=4", "--gradient_accumulation_steps=2",
+    ],
+    "schedule-free": [
+        *UNET, "--max_train_steps=6", "--optimizer_type=AdamWScheduleFree", "--save_every_n_steps=1", "--learning_rate=1e-2",
+    ],
     "Prodigy": [*UNET, "--max_train_steps=6", "--optimizer_type=Prodigy", "--learning_rate=1"],
     "AdaFactor with its own steps": [*UNET, "--max_train_steps=6", "--optimizer_type=AdaFactor"],
-    "8-bit optimizer": [*UNET, "--max_train_steps=6", "--optimizer_type=AdamW8bit", "--network_dim=32", "--lr_scheduler=polynomial"],
+    "8-bit optimizer": [
+        *UNET, "--max_train_steps=6", "--optimizer_type=AdamW8bit", "--network_dim=32", "--lr_scheduler=polynomial",
+    ],
     "momentum, schedule of torch": [
         *UNET, "--max_train_steps=7", "--optimizer_type=SGDNesterov", "--lr_scheduler_type=OneCycleLR",
         "--lr_scheduler_args", "max_lr=0.1", "total_steps=9",

@@ -13,8 +13,8 @@ from library.training.options import parse_options
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "speed.md").read_text(encoding="utf-8")
 ROWS = re.findall(r"^\| (\d+) GB \| (\d+), (\d+) \| (yes|no) \| ([\d.]+) GiB \|$", PAGE, re.MULTILINE)
 WORDS = [
-    "--pretrained_model_name_or_path=m", "--train_data_dir=d", "--output_dir=o", "--network_module=networks.lora", "--network_dim=4",
-    "--mixed_precision=fp16", "--network_train_unet_only",
+    "--pretrained_model_name_or_path=m", "--train_data_dir=d", "--output_dir=o", "--network_module=networks.lora",
+    "--network_dim=4", "--mixed_precision=fp16", "--network_train_unet_only",
 ]  # fmt: skip
 
 

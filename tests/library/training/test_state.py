@@ -68,7 +68,9 @@ def test_a_state_that_could_not_be_written_leaves_the_old_one(tmp_path, monkeypa
     write_state(folder, a_state(1))
     calls = iter(range(100))
 
-    def fail(*args, original=getattr(os, operation), **kwargs):
+    original = getattr(os, operation)
+
+    def fail(*args, **kwargs):
         if next(calls) == (1 if operation == "replace" else 0):
             raise OSError(28, "No space left on device")
         return original(*args, **kwargs)

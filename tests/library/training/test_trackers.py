@@ -29,7 +29,8 @@ def wandb(monkeypatch):
     run = SimpleNamespace(log=lambda values, step=None: calls.append((values, step)), finish=lambda: calls.append("finished"))
     module = SimpleNamespace(
         init=lambda **words: calls.append(words) or run, login=lambda key: calls.append(key), Image=lambda picture: picture,
-        config=SimpleNamespace(update=lambda values, allow_val_change: calls.append(values)), __spec__=SimpleNamespace(origin="wandb"),
+        config=SimpleNamespace(update=lambda values, allow_val_change: calls.append(values)),
+        __spec__=SimpleNamespace(origin="wandb"),
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, "wandb", module)
     return calls
@@ -96,8 +97,9 @@ def test_an_unknown_table_of_tracker_settings_is_an_error(tmp_path):
 
 def test_logged_options_hold_no_path_and_no_secret():
     options = parse_options([
-        "--pretrained_model_name_or_path=/secret/m.safetensors", "--train_data_dir=d", "--output_dir=o", "--network_module=networks.lora",
-        "--huggingface_token=hf_x", "--wandb_api_key=k", "--learning_rate=1e-3", "--keep_tokens=2",
+        "--pretrained_model_name_or_path=/secret/m.safetensors", "--train_data_dir=d", "--output_dir=o",
+        "--network_module=networks.lora", "--huggingface_token=hf_x", "--wandb_api_key=k", "--learning_rate=1e-3",
+        "--keep_tokens=2",
     ])  # fmt: skip
     logged = logged_options(options, all_defaults())
     assert logged == {"learning_rate": 1e-3, "network_module": "networks.lora", "keep_tokens": 2}
@@ -107,8 +109,9 @@ def test_a_run_tells_wandb_its_settings(wandb, monkeypatch, tmp_path):
     use_two_blocks(monkeypatch.setattr)
     (tmp_path / "t.toml").write_text('[wandb]\ntags = ["cat"]\n', encoding="utf-8")
     train(words_of_a_run(
-        picture_folder(tmp_path / "pictures", 1), tmp_path / "out", "--max_train_steps=2", "--log_with=wandb", "--log_tracker_name=cats",
-        "--wandb_run_name=mine", "--wandb_api_key=k", f"--log_tracker_config={tmp_path / 't.toml'}", "--log_config",
+        picture_folder(tmp_path / "pictures", 1), tmp_path / "out", "--max_train_steps=2", "--log_with=wandb",
+        "--log_tracker_name=cats", "--wandb_run_name=mine", "--wandb_api_key=k", f"--log_tracker_config={tmp_path / 't.toml'}",
+        "--log_config",
     ))  # fmt: skip
     key, start, config, *values = wandb
     assert (key, start) == ("k", {"project": "cats", "name": "mine", "tags": ["cat"]})
@@ -141,7 +144,8 @@ def test_the_grid_has_a_row_a_prompt_and_a_column_a_moment(tmp_path):
 @pytest.mark.parametrize(
     "words",
     [
-        "--network_train_unet_only --lr_scheduler=cosine_with_min_lr --lr_scheduler_min_lr_ratio=0.1 --min_timestep=100 --ema_decay=0.9",
+        "--network_train_unet_only --lr_scheduler=cosine_with_min_lr --lr_scheduler_min_lr_ratio=0.1 --min_timestep=100 "
+        "--ema_decay=0.9",
         "--lr_scheduler_type=StepLR --lr_scheduler_args step_size=2 gamma=0.5 --text_encoder_lr=1e-4 --caption_prefix=cat",
         "--optimizer_type=AdaFactor --weighted_captions --v_pred_like_loss=0.1 --network_args conv_dim=2",
     ],
@@ -209,8 +213,9 @@ def test_the_dataset_file_from_the_metadata_says_the_same(monkeypatch, tmp_path,
 
 def test_options_without_a_key_of_their_own_are_recorded_without_paths():
     options = parse_options([
-        "--pretrained_model_name_or_path=/secret/m.safetensors", "--train_data_dir=d", "--output_dir=o", "--network_module=networks.lora",
-        "--mixed_precision=bf16", "--full_bf16", "--network_weights=/secret/l.safetensors", "--huggingface_token=hf_x", "--lr_scheduler_power=2",
+        "--pretrained_model_name_or_path=/secret/m.safetensors", "--train_data_dir=d", "--output_dir=o",
+        "--network_module=networks.lora", "--mixed_precision=bf16", "--full_bf16", "--network_weights=/secret/l.safetensors",
+        "--huggingface_token=hf_x", "--lr_scheduler_power=2",
     ])  # fmt: skip
     assert other_options(options) == {"full_bf16": True, "lr_scheduler_power": 2.0}
 

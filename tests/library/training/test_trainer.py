@@ -516,7 +516,8 @@ def test_trap_5_19_no_metadata_leaves_what_loaders_need(run):
 def test_trap_5_20_metadata_with_a_dataset_file(run, pictures, tmp_path):
     config = tmp_path / "data.toml"
     config.write_text(
-        f"[[datasets]]\nresolution = [96, 64]\n[[datasets.subsets]]\nimage_dir = '{pictures}'\ncaption_extension = '.txt'\nnum_repeats = 2\n",
+        "[[datasets]]\nresolution = [96, 64]\n"
+        f"[[datasets.subsets]]\nimage_dir = '{pictures}'\ncaption_extension = '.txt'\nnum_repeats = 2\n",
         encoding="utf-8",
     )
     meta = run("--max_train_steps=1", data=f"--dataset_config={config}").metadata()

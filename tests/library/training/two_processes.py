@@ -1,4 +1,4 @@
-"""Runs in two processes, for tests: `launch(folder, runs)` starts them with `accelerate launch` once and lets them do several runs.
+"""Runs in two processes, for tests: `launch(folder, runs)` starts them with `accelerate launch` once, for several runs.
 
 Starting processes costs more than small runs do. Each run goes through the main function of train_network.py.
 """
