@@ -41,7 +41,7 @@ class WeightFile:
         self.dtypes: dict[str, torch.dtype] = {}
         self.metadata: dict[str, str] = {}
         self.numbers: dict[str, Any] = {}  # what a pickled checkpoint says of itself: epoch, global_step
-        self._file = open(path, "rb")  # closed by close()
+        self._file = open(path, "rb")  # noqa: SIM115  (closed by close())
         self._size = os.fstat(self._file.fileno()).st_size
         self._window: mmap.mmap | None = None
         self._begin = 0

@@ -57,7 +57,7 @@ class TensorFile(ABC):
         value = self._read(name)
         return value.to(device=device, dtype=dtype if dtype and value.is_floating_point() else None)
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  (not every file stays open)
         """Let go of the file."""
 
     def __enter__(self) -> TensorFile:
@@ -79,7 +79,7 @@ class SafetensorsFile(TensorFile):
             self.shapes[name] = self._checked_shape(name, entry)
         with open(path, "rb") as file:
             self._start = 8 + int.from_bytes(file.read(8), "little")
-        self._file = open(path, "rb", buffering=0)  # closed by close()
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115  (closed by close())
 
     def _checked_shape(self, name: str, entry: dict[str, Any]) -> tuple[int, ...]:
         dtype, shape = _DTYPES.get(entry["dtype"]), tuple(entry["shape"])
@@ -107,7 +107,7 @@ class PickledFile(TensorFile):
     def __init__(self, path: Path):
         super().__init__(path)
         # In today's zip layout tensors lie uncompressed at known places; older files have to be read whole.
-        self._file = open(path, "rb", buffering=0) if _is_plain_zip(path) else None  # closed by close()
+        self._file = open(path, "rb", buffering=0) if _is_plain_zip(path) else None  # noqa: SIM115  (closed by close())
         try:
             with torch.serialization.safe_globals(_harmless_globals()):
                 content = load_pickled_tensors(path, map_location="meta" if self._file else "cpu")
