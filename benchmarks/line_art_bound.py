@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,7 +39,7 @@ class Translator(nn.Module):
         super().__init__()
         widths = [width, 2 * width, 4 * width, 4 * width]
         self.first = nn.Conv2d(3, width, 3, padding=1)
-        self.down = nn.ModuleList(_block(a, b) for a, b in zip(widths, widths[1:], strict=True))
+        self.down = nn.ModuleList(_block(a, b) for a, b in pairwise(widths))
         self.up = nn.ModuleList(_block(a + b, b) for a, b in zip(widths[:0:-1], widths[-2::-1], strict=True))
         self.last = nn.Conv2d(width, 1, 3, padding=1)
 

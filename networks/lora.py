@@ -608,7 +608,7 @@ def load_tensors(file: str | os.PathLike) -> dict[str, Tensor]:
         if file.suffix == ".safetensors":
             with safetensors.safe_open(file, "pt") as content:
                 metadata = content.metadata() or {}
-                tensors = {key: content.get_tensor(key) for key in content}
+                tensors = {key: content.get_tensor(key) for key in content.keys()}
         else:
             tensors = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:

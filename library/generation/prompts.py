@@ -180,7 +180,7 @@ def split_line(line: str) -> tuple[str, list[tuple[str, str, int]]]:
     starts = [mark.end() for mark in marks]
     ends = [mark.start() for mark in marks[1:]] + [len(line)]
     options = []
-    for start, end in zip(starts, ends, strict=True):
+    for start, end in zip(starts, ends, strict=False):
         name, _, text = line[start:end].strip().partition(" ")
         options.append((name.lower(), text.strip(), start - 1))
     return line[: marks[0].start() if marks else None].strip(), options

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,7 +30,7 @@ class _Sliced:
         weight, bias, height = self.convolution.weight, self.convolution.bias, values.shape[2]
         starts = [height * part // self.slices for part in range(self.slices + 1)]
         parts = []
-        for start, end in zip(starts, starts[1:], strict=True):
+        for start, end in pairwise(starts):
             if start == end:
                 continue  # fewer rows than slices
             rows = values[:, :, max(start - 1, 0) : min(end + 1, height)]

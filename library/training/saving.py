@@ -124,5 +124,5 @@ def _tensors(file: Path):
         yield from load_pickled_tensors(file).items()
         return
     with safe_open(file, framework="pt") as content:
-        for name in content:
+        for name in content.keys():
             yield name, content.get_tensor(name)

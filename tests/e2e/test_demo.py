@@ -38,7 +38,7 @@ def test_demo_writes_lora_sheet_and_plot_and_names_them(demo):
 @pytest.mark.slow
 def test_lora_is_trained_and_whole(demo):
     with safe_open(demo[0] / "lineart.safetensors", "pt") as file:
-        ups = [file.get_tensor(name) for name in file if name.endswith("lora_up.weight")]
+        ups = [file.get_tensor(name) for name in file.keys() if name.endswith("lora_up.weight")]
         assert file.metadata()["ss_steps"] == "2"
     assert ups and all(up.isfinite().all() for up in ups)
     assert any(up.abs().max() > 0 for up in ups)  # they start at zero

@@ -10,6 +10,7 @@ import pickle
 import random
 import signal
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -166,7 +167,7 @@ def test_datasets_do_not_mix(folder, tmp_path):
         assert len(batch.paths) <= (3 if area > 32 * 32 else 5)
     # Batches of the datasets come by turns, not one dataset after the other.
     areas = [batch.size[0] * batch.size[1] > 32 * 32 for batch in batches]
-    assert sum(a != b for a, b in zip(areas, areas[1:], strict=True)) > 2
+    assert sum(a != b for a, b in pairwise(areas)) > 2
 
 
 def test_trap_4_5_regularisation_pictures_keep_their_own_settings(folder, tmp_path):

@@ -51,7 +51,7 @@ class Run:
 
     def tensors(self, name: str = "mine.safetensors") -> dict[str, torch.Tensor]:
         with safe_open(self.folder / name, "pt") as file:
-            return {key: file.get_tensor(key) for key in file}
+            return {key: file.get_tensor(key) for key in file.keys()}
 
     def metadata(self, name: str = "mine.safetensors") -> dict[str, str]:
         with safe_open(self.folder / name, "pt") as file:

@@ -80,4 +80,4 @@ def train(words: list[str]) -> Trainer:
 
 def tensors_of(path: Path) -> dict[str, torch.Tensor]:
     with safe_open(path, "pt") as file:
-        return {key: file.get_tensor(key) for key in file}
+        return {key: file.get_tensor(key) for key in file.keys()}

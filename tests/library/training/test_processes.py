@@ -138,7 +138,7 @@ def alone(place, base_model):
 
 def tensors(path: Path) -> dict[str, torch.Tensor]:
     with safe_open(path, "pt") as file:
-        return {key: file.get_tensor(key) for key in file}
+        return {key: file.get_tensor(key) for key in file.keys()}
 
 
 def assert_same(place: Path, one: str, two: str) -> None:
