@@ -30,12 +30,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from library.formats.low_rank import LowRank, split
 from library.models.clip import tokenize
 from library.models.model import encode_image, encode_text, predict_noise
 from library.testing import small_stable_diffusion
 from library.training import diffusion
 from networks import dylora, lora
-from networks.low_rank import LowRank, split
 
 PICTURES = Path(__file__).resolve().parents[1] / "assets" / "example" / "lineart"
 RANKS, UNIT, BATCH, SIZE = (4, 8, 12, 16), 4, 4, 64

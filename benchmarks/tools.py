@@ -34,9 +34,9 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from library.formats.tensor_file import open_tensors  # noqa: E402
+from library.formats.tensor_output import rows_in, write_weights  # noqa: E402
 from networks.model_keys import lora_places  # noqa: E402
-from networks.weight_file import open_weights  # noqa: E402
-from networks.weight_output import rows_in, write_weights  # noqa: E402
 
 GOALS = {  # times faster, seconds, times less memory, GB
     "svd_merge_lora 16 + 32 to 16": "200 x, 5 s",
@@ -155,7 +155,7 @@ def cost(shape: tuple[int, int]) -> int:
 
 
 def matrix_shapes(folder: Path, with_3x3: bool) -> Counter:
-    with open_weights(folder / "model.safetensors") as file:
+    with open_tensors(folder / "model.safetensors") as file:
         found = Counter()
         for name, place in lora_places(file.shapes).items():
             shape = file.shapes[place.key]

@@ -9,8 +9,9 @@ import sys
 import torch
 
 from library.errors import UserError
+from library.formats.tensor_file import PRECISIONS
 
-DTYPES = {"no": torch.float32, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"no": torch.float32, **PRECISIONS}
 
 
 def check_precision(mixed_precision: str, device: torch.device) -> None:

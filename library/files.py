@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, read without running code, and hashed as the ecosystem does."""
+"""Files: written whole or not at all, and hashed as the ecosystem does."""
 
 from __future__ import annotations
 
@@ -98,45 +98,14 @@ def read_safetensors_header(path: str | os.PathLike) -> dict[str, Any]:
             raise UserError(f"{path} is no .safetensors file or is cut off: its header does not fit; fetch it again")
         try:
             header = json.loads(file.read(length))
-            end = max((t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            entries = [entry for name, entry in header.items() if name != "__metadata__"]
+            end = max((entry["data_offsets"][1] for entry in entries), default=0)
+            complete = all({"dtype", "shape"} <= entry.keys() for entry in entries)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{path} is no .safetensors file: its header is not readable; fetch it again") from error
-    if 8 + length + end != size:
+    if not complete or 8 + length + end != size:
         raise UserError(f"{path} is cut off or damaged: {8 + length + end:,} bytes expected, {size:,} found; fetch it again")
     return header
-
-
-def load_pickled_tensors(path: str | os.PathLike, map_location: str = "cpu") -> dict[str, Any]:
-    """The dictionary in a .ckpt/.pt/.bin file, never running code in it.
-
-    map_location: "cpu", or "meta" for shapes and dtypes alone.
-    Raises UserError, naming file and reason, for a file that is cut off, damaged, or holds more than data.
-    """
-    import torch
-
-    path = Path(path)
-    try:
-        with open(path, "rb") as file:  # by its content: torch would choose a format by the name
-            content = torch.load(file, map_location=map_location, weights_only=True)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except Exception as error:  # a damaged pickle can raise anything
-        if _asks_for_code(str(error)):
-            raise UserError(
-                f"{path} was not opened: it holds more than tensors, and code in it would have run; "
-                "get a .safetensors file of this model instead"
-            ) from error
-        # torch wraps what was wrong into advice on how to switch the protection off.
-        words = str(error).partition("WeightsUnpickler error:")[2].strip() or str(error) or type(error).__name__
-        raise UserError(f"{path} is cut off, damaged or no checkpoint ({words.splitlines()[0]}); fetch it again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors; it is no model file")
-    return content
-
-
-def _asks_for_code(message: str) -> bool:
-    """Whether torch refused a pickle for what it would call, rather than for being damaged."""
-    return any(words in message for words in ("Unsupported global", "Unsupported class", "not an allowed global", "Trying to "))
 
 
 def sha256_of_file(path: str | os.PathLike) -> str:

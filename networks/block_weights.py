@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 
+from library.errors import UserError
 from networks.lora import BLOCKS, block_index
 
 BASE = "BASE"
@@ -45,11 +46,11 @@ def read_block_weights(text: str) -> dict[str, float]:
     try:
         numbers = [float(word) for word in text.strip().removeprefix("[").removesuffix("]").split(",")]
     except ValueError:
-        raise ValueError(f"--lbw {text}: give numbers with commas, or one of {', '.join(PRESETS)}") from None
+        raise UserError(f"--lbw {text}: give numbers with commas, or one of {', '.join(PRESETS)}") from None
     if len(numbers) not in LISTS:
-        raise ValueError(f"--lbw: {len(numbers)} numbers given; 12, 16, 17, 20 or 26 are needed (17: {' '.join(LISTS[17])})")
+        raise UserError(f"--lbw: {len(numbers)} numbers given; 12, 16, 17, 20 or 26 are needed (17: {' '.join(LISTS[17])})")
     if not all(math.isfinite(number) for number in numbers):
-        raise ValueError(f"--lbw {text}: every number must be finite")
+        raise UserError(f"--lbw {text}: every number must be finite")
     return dict(zip(LISTS[len(numbers)], numbers, strict=True))
 
 

@@ -15,12 +15,12 @@ from pathlib import Path
 if not __package__:  # run as a script: the repository, not this folder, is where modules are looked for
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from library.formats.low_rank import LowRank, norm
+from library.formats.tensor_file import open_tensors
 from networks.block_weights import BASE, block_of
 from networks.command_line import Parser, run
 from networks.lora import BLOCKS
 from networks.lora_file import LoraFile, read_lora
-from networks.low_rank import LowRank, norm
-from networks.weight_file import open_weights
 
 LONGEST = 200  # characters of a metadata value
 
@@ -106,7 +106,7 @@ def main(words: Sequence[str] | None = None) -> None:
     for line in report(read_lora(args.file)):
         print(line)
     if args.show_all_keys:
-        with open_weights(Path(args.file)) as file:
+        with open_tensors(Path(args.file)) as file:
             print(f"\ntensors: {len(file.shapes)} ({_counts(file.dtypes.values())})")
             for key in sorted(file.shapes):
                 print(f"  {key} {tuple(file.shapes[key])} {str(file.dtypes[key]).removeprefix('torch.')}")

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import NoReturn
 
+from library.errors import UserError
+
 
 class _HelpFormatter(argparse.HelpFormatter):
     """Names the default of each option that has one."""
@@ -24,7 +26,7 @@ class _HelpFormatter(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that raises ValueError, takes no abbreviations, and names the nearest option to an unknown one."""
+    """argparse that raises UserError, takes no abbreviations, and names the nearest option to an unknown one."""
 
     def __init__(self, description: str):
         super().__init__(description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
@@ -34,10 +36,10 @@ class Parser(argparse.ArgumentParser):
         for word in words:
             option = word.split("=", 1)[0]
             if option.startswith("--") and option != "--" and option not in self._option_string_actions:
-                raise ValueError(f"unknown option '{option}'; {self._cure(option)}")
+                raise UserError(f"unknown option '{option}'; {self._cure(option)}")
         known, rest = self.parse_known_args(words, namespace)
         if rest:
-            raise ValueError(f"unexpected word '{rest[0]}' on the command line; put values that hold spaces in quotes")
+            raise UserError(f"unexpected word '{rest[0]}' on the command line; put values that hold spaces in quotes")
         return known
 
     def _cure(self, option: str) -> str:
@@ -46,7 +48,7 @@ class Parser(argparse.ArgumentParser):
         return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(sorted(options))}"
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(message.removeprefix("argument "))
+        raise UserError(message.removeprefix("argument "))
 
 
 def run(main: Callable[[], None]) -> NoReturn:
@@ -61,7 +63,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     try:
         main()
         code = 0
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         with suppress(OSError):
             sys.stdout.flush()
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

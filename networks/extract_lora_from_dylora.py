@@ -15,11 +15,12 @@ if not __package__:  # run as a script: the repository, not this folder, is wher
 
 from tqdm import tqdm
 
+from library.errors import UserError
+from library.formats.low_rank import LowRank, split
+from library.formats.tensor_output import output_path
 from networks.command_line import Parser, run
 from networks.lora_file import LoraFile, read_loras, write_lora
 from networks.lora_metadata import changed
-from networks.low_rank import LowRank, split
-from networks.weight_output import output_path
 
 
 def ranks_of(lora: LoraFile, unit: int) -> list[int]:
@@ -39,11 +40,11 @@ def unit_of(lora: LoraFile, given: int | None) -> int:
         trained = json.loads(lora.metadata.get("ss_network_args", "{}")).get("unit")
         unit = given if given is not None else int(trained)
     except (ValueError, TypeError, AttributeError):
-        raise ValueError(
+        raise UserError(
             f"--unit is missing, and {lora.path} does not say what it was trained with; give it, such as --unit 4"
         ) from None
     if unit < 1:
-        raise ValueError(f"--unit {unit}: must be at least 1")
+        raise UserError(f"--unit {unit}: must be at least 1")
     return unit
 
 

@@ -19,16 +19,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from library.errors import UserError
+from library.formats.low_rank import LowRank, best_low_rank, clamp, rank_for_share
+from library.formats.tensor_file import PRECISIONS, TensorFile, open_tensors
+from library.formats.tensor_output import output_path
+from library.parallel import on_matrices
 from networks.command_line import Parser, run
 from networks.lora_file import precision, write_lora
 from networks.lora_metadata import modelspec, network, without_modelspec
-from networks.low_rank import LowRank, best_low_rank, clamp, rank_for_share
 from networks.merge_lora import check_model
 from networks.model_keys import Place, lora_places
-from networks.parallel import in_parallel
 from networks.svd_merge_lora import Kept, check_at_least_one, check_device, check_quantile, named, print_kept
-from networks.weight_file import PRECISIONS, WeightFile, open_weights
-from networks.weight_output import output_path
 
 DIM = 4
 MOST = 128  # largest rank that --explained takes if --dim does not say otherwise
@@ -53,7 +54,7 @@ class Extraction:
         return min(self.conv_dim or self.dim if is_3x3 else self.dim, shape[0], torch.Size(shape[1:]).numel())
 
 
-def extract(original: WeightFile, tuned: WeightFile, how: Extraction) -> tuple[dict[str, LowRank], Kept, list[str]]:
+def extract(original: TensorFile, tuned: TensorFile, how: Extraction) -> tuple[dict[str, LowRank], Kept, list[str]]:
     """The modules, the squared norms of difference and LoRA, and the names of the modules left out as not changed."""
     modules, kept, unchanged = {}, {}, []
     pairs = _pairs(original, tuned, how)
@@ -65,7 +66,7 @@ def extract(original: WeightFile, tuned: WeightFile, how: Extraction) -> tuple[d
         return name, None if difference is None else named(name, _module, difference, how)
 
     count = sum(len(places) for places in pairs.values())
-    for name, result in tqdm(in_parallel(layers, work, how.device), total=count, unit="module", desc="extracting"):
+    for name, result in tqdm(on_matrices(layers, work, how.device), total=count, unit="module", desc="extracting"):
         if result is None:
             unchanged.append(name)
         else:
@@ -73,26 +74,24 @@ def extract(original: WeightFile, tuned: WeightFile, how: Extraction) -> tuple[d
     return modules, kept, unchanged
 
 
-def _pairs(original: WeightFile, tuned: WeightFile, how: Extraction) -> dict[str, list[tuple[str, Place, Place]]]:
+def _pairs(original: TensorFile, tuned: TensorFile, how: Extraction) -> dict[str, list[tuple[str, Place, Place]]]:
     """The modules to extract with their places in both files, by the key of the tensor in the first. Sizes are checked."""
     first, second = lora_places(original.shapes), lora_places(tuned.shapes)
     if odd := next(iter(first.keys() ^ second.keys()), None):
         lacks = tuned if odd in first else original
-        raise ValueError(f"{lacks.path} has no layer {odd}, the other model has; they are not of one kind")
+        raise UserError(f"{lacks.path} has no layer {odd}, the other model has; they are not of one kind")
     pairs: dict[str, list[tuple[str, Place, Place]]] = {}
     for name, place in first.items():
         shapes = original.shapes[place.key], tuned.shapes[second[name].key]
         if torch.Size(shapes[0]).numel() != torch.Size(shapes[1]).numel():
-            raise ValueError(
-                f"{name} is {shapes[0]} in {original.path} and {shapes[1]} in {tuned.path}; they are not of one kind"
-            )
+            raise UserError(f"{name} is {shapes[0]} in {original.path} and {shapes[1]} in {tuned.path}; they are not of one kind")
         if how.conv_dim is not None or "_attentions_" in name or name.startswith("lora_te_"):
             pairs.setdefault(place.key, []).append((name, place, second[name]))
     return pairs
 
 
 def _layers(
-    original: WeightFile, tuned: WeightFile, key: str, places: Sequence[tuple[str, Place, Place]], how: Extraction
+    original: TensorFile, tuned: TensorFile, key: str, places: Sequence[tuple[str, Place, Place]], how: Extraction
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(name, weight before, weight after) of the layers in one tensor."""
     before, after = original.view(key), tuned.view(places[0][2].key)
@@ -171,9 +170,9 @@ def _settings(args: argparse.Namespace) -> Extraction:
     check_quantile(args.clamp_quantile)
     check_device(args.device)
     if args.explained is not None and not 0 < args.explained <= 1:
-        raise ValueError(f"--explained {args.explained:g}: must be above 0 and at most 1")
+        raise UserError(f"--explained {args.explained:g}: must be above 0 and at most 1")
     if not args.min_diff >= 0:
-        raise ValueError(f"--min_diff {args.min_diff:g}: must not be negative")
+        raise UserError(f"--min_diff {args.min_diff:g}: must not be negative")
     dim = args.dim or (DIM if args.explained is None else MOST)
     load = precision(args.load_precision)
     return Extraction(dim, args.conv_dim, args.explained, args.min_diff, args.clamp_quantile, load, args.device)
@@ -186,13 +185,13 @@ def main(words: Sequence[str] | None = None) -> None:
     save_to = output_path(args.save_to, paths)
     for option, path in zip(("--model_org", "--model_tuned"), paths, strict=True):
         if path.is_dir():
-            raise ValueError(f"{option} {path} is a folder; make one file of it with tools/convert_diffusers20_original_sd.py")
-    with open_weights(paths[0]) as original, open_weights(paths[1]) as tuned:
+            raise UserError(f"{option} {path} is a folder; make one file of it with tools/convert_diffusers20_original_sd.py")
+    with open_tensors(paths[0]) as original, open_tensors(paths[1]) as tuned:
         check_model(original, args.v2, [])
         check_model(tuned, args.v2, [])
         modules, kept, unchanged = extract(original, tuned, how)
     if not modules:
-        raise ValueError(f"{paths[0]} and {paths[1]} do not differ in the layers that a LoRA can change; nothing was written")
+        raise UserError(f"{paths[0]} and {paths[1]} do not differ in the layers that a LoRA can change; nothing was written")
     metadata = metadata_of(modules, save_to, *paths, args.v2, args.v_parameterization)
     write_lora(save_to, modules, without_modelspec(metadata) if args.no_metadata else metadata, PRECISIONS[args.save_precision])
     print_kept(kept)

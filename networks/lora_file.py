@@ -11,11 +11,13 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from library.errors import UserError
+from library.files import atomic_write
+from library.formats.low_rank import LowRank, is_finite
+from library.formats.tensor_file import PRECISIONS, open_tensors
+from library.formats.tensor_output import save_pickled
 from networks.lora import PeftConfig, with_hashes
 from networks.lora_layout import find_factors
-from networks.low_rank import LowRank, is_finite
-from networks.weight_file import PRECISIONS, open_weights
-from networks.weight_output import atomic
 
 WIDTHS = {768: False, 1024: True}  # of the text encoder: SD 1.x, SD 2.x. Others are small models, of which they tell nothing.
 
@@ -44,24 +46,24 @@ class LoraFile:
         return None
 
     def require_finite(self) -> None:
-        """ValueError, naming the module, if a number is NaN or infinite."""
+        """UserError, naming the module, if a number is NaN or infinite."""
         for name, module in self.modules.items():
             if not module.is_finite():
-                raise ValueError(f"{self.path}: the module {name} holds NaN or infinity; the file is of no use")
+                raise UserError(f"{self.path}: the module {name} holds NaN or infinity; the file is of no use")
 
 
 def read_lora(file: str | Path) -> LoraFile:
     """Read a LoRA file, whatever its layout. No alpha, or 0, means the rank.
 
-    ValueError, naming the file and the module or tensor, if it is damaged, no LoRA, or its shapes do not fit together.
+    UserError, naming the file and the module or tensor, if it is damaged, no LoRA, or its shapes do not fit together.
     """
     path = Path(file)
-    with open_weights(path) as weights:
+    with open_tensors(path) as weights:
         found = {name: weights.view(name) for name in weights.shapes}  # mapped memory, which outlives the open file
         metadata = dict(weights.metadata)
     factors, paths = find_factors(dict(sorted(found.items())), str(path))
     if not factors:
-        raise ValueError(f"{path} holds no tensors; it is no LoRA")
+        raise UserError(f"{path} holds no tensors; it is no LoRA")
     config = PeftConfig(path, metadata)
     modules = {}
     for name, parts in factors.items():
@@ -75,15 +77,15 @@ def read_lora(file: str | Path) -> LoraFile:
 def _check(name: str, parts: Mapping[str, Tensor], path: Path) -> None:
     for side in ("down", "up"):
         if side not in parts:
-            raise ValueError(f"{path}: the module {name} has no {side} weight; the file is incomplete")
+            raise UserError(f"{path}: the module {name} has no {side} weight; the file is incomplete")
         if not parts[side].is_floating_point():
-            raise ValueError(f"{path}: the {side} weight of {name} is {parts[side].dtype}, not of floating point")
+            raise UserError(f"{path}: the {side} weight of {name} is {parts[side].dtype}, not of floating point")
     up, down = parts["up"], parts["down"]
     fits = up.dim() in (2, 4) and down.dim() in (2, 4) and up.numel() and down.numel() and up[0, 0].numel() == 1
     if not fits or up.shape[1] != down.shape[0] or (down.dim() == 2 and up.dim() == 4):
-        raise ValueError(f"{path}: the shapes of {name} do not fit together (down {tuple(down.shape)}, up {tuple(up.shape)})")
+        raise UserError(f"{path}: the shapes of {name} do not fit together (down {tuple(down.shape)}, up {tuple(up.shape)})")
     if "alpha" in parts and parts["alpha"].numel() != 1:
-        raise ValueError(f"{path}: the alpha of {name} is no single number but has the shape {tuple(parts['alpha'].shape)}")
+        raise UserError(f"{path}: the alpha of {name} is no single number but has the shape {tuple(parts['alpha'].shape)}")
 
 
 def read_loras(files: Sequence[str]) -> list[LoraFile]:
@@ -93,7 +95,7 @@ def read_loras(files: Sequence[str]) -> list[LoraFile]:
         lora.require_finite()
     by_generation = {lora.v2: lora for lora in loras if lora.v2 is not None}
     if len(by_generation) > 1:
-        raise ValueError(
+        raise UserError(
             f"{by_generation[False].path} is for SD 1.x and {by_generation[True].path} for SD 2.x; they cannot be combined"
         )
     shapes: dict[str, tuple[LoraFile, tuple[int, int]]] = {}
@@ -101,7 +103,7 @@ def read_loras(files: Sequence[str]) -> list[LoraFile]:
         for name, module in lora.modules.items():
             first, shape = shapes.setdefault(name, (lora, module.matrix_shape))
             if shape != module.matrix_shape:
-                raise ValueError(
+                raise UserError(
                     f"{name} changes a layer of {shape[1]} in, {shape[0]} out in {first.path} and of "
                     f"{module.matrix_shape[1]} in, {module.matrix_shape[0]} out in {lora.path}; "
                     "they are for models of different kinds"
@@ -115,13 +117,13 @@ def all_names(loras: Sequence[LoraFile]) -> list[str]:
 
 
 def check_ratios(models: Sequence[str], ratios: Sequence[float]) -> None:
-    """ValueError unless there is one ratio a model, each a number."""
+    """UserError unless there is one ratio a model, each a number."""
     if not models:
-        raise ValueError("--models: give at least one LoRA file")
+        raise UserError("--models: give at least one LoRA file")
     if len(models) != len(ratios):
-        raise ValueError(f"--ratios: {len(ratios)} given for {len(models)} models; give one for each, in the same order")
+        raise UserError(f"--ratios: {len(ratios)} given for {len(models)} models; give one for each, in the same order")
     if wrong := [ratio for ratio in ratios if not math.isfinite(ratio)]:
-        raise ValueError(f"--ratios: {wrong[0]} is no strength; give numbers such as 0.8")
+        raise UserError(f"--ratios: {wrong[0]} is no strength; give numbers such as 0.8")
 
 
 def precision(name: str | None) -> torch.dtype | None:
@@ -147,13 +149,13 @@ def write_lora(path: Path, modules: Mapping[str, LowRank], metadata: Mapping[str
     tensors = dict(tensors_of(modules, dtype))
     for key, tensor in tensors.items():
         if not is_finite(tensor):
-            raise ValueError(f"{path} was not written: {key} holds NaN or infinity in {str(dtype).removeprefix('torch.')}")
-    with atomic(path) as temporary:
+            raise UserError(f"{path} was not written: {key} holds NaN or infinity in {str(dtype).removeprefix('torch.')}")
+    with atomic_write(path) as temporary:
         if path.suffix.lower() == ".safetensors":
             safetensors.torch.save_file(tensors, temporary, with_hashes(tensors, metadata))
         else:
-            torch.save(tensors, temporary)
-        with open_weights(temporary) as written:
+            save_pickled(tensors, temporary)
+        with open_tensors(temporary) as written:
             same = written.shapes.keys() == tensors.keys()
             if not same or not all(torch.equal(written.view(key), tensor) for key, tensor in tensors.items()):
-                raise ValueError(f"{path} was not written: it did not read back as it was written; check the disk")
+                raise UserError(f"{path} was not written: it did not read back as it was written; check the disk")

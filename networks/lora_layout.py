@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from library.errors import UserError
 from networks.lora import FOREIGN_KEY, SIDES, lora_name
 
 # What a key's part gives away, by the first that is found.
@@ -43,22 +44,22 @@ Factors = dict[str, dict[str, Tensor]]  # LoRA name -> "up", "down", perhaps "al
 def find_factors(tensors: Mapping[str, Tensor], source: str) -> tuple[Factors, dict[str, str]]:
     """The factors of every module by kohya name, and the paths that other layouts gave the modules.
 
-    ValueError, naming `source`, for what is no LoRA of Stable Diffusion 1.x or 2.x.
+    UserError, naming `source`, for what is no LoRA of Stable Diffusion 1.x or 2.x.
     """
     for mark, what in _FOREIGN.items():
         if key := next((key for key in tensors if mark in key), None):
-            raise ValueError(f"{source} is {what} (it holds {key}); only LoRA files for Stable Diffusion 1.x and 2.x can be used")
+            raise UserError(f"{source} is {what} (it holds {key}); only LoRA files for Stable Diffusion 1.x and 2.x can be used")
     factors: Factors = {}
     paths = {}
     for key, tensor in tensors.items():
         path, side = _path_and_side(key)
         if not side:
-            raise ValueError(f"{source} is no plain LoRA: the tensor {key} is not part of one")
+            raise UserError(f"{source} is no plain LoRA: the tensor {key} is not part of one")
         name = lora_name(path)
         if name is None:
-            raise ValueError(f"{source}: the tensor {key} is named in no layout that is known (kohya, Diffusers, peft)")
+            raise UserError(f"{source}: the tensor {key} is named in no layout that is known (kohya, Diffusers, peft)")
         if side in factors.setdefault(name, {}):
-            raise ValueError(f"{source} holds the module {name} twice, the second time as {key}")
+            raise UserError(f"{source} holds the module {name} twice, the second time as {key}")
         factors[name][side] = tensor
         paths[name] = path
     return factors, paths

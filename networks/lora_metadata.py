@@ -10,8 +10,8 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from library.formats.low_rank import LowRank
 from networks.lora_file import LoraFile
-from networks.low_rank import LowRank
 
 MINIMUM = ("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args", "ss_v2", "ss_base_model_version")
 # Of one training run, so they do not hold for a mixture; all else that the sources agree on is carried over.

@@ -20,17 +20,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from library.errors import UserError
+from library.formats.low_rank import LowRank, shuffle, stack
+from library.formats.tensor_file import PRECISIONS, TensorFile, open_tensors
+from library.formats.tensor_output import output_path, rows_in, write_weights
 from networks.command_line import Parser, run
 from networks.lora_file import LoraFile, all_names, check_ratios, precision, read_loras, write_lora
 from networks.lora_metadata import base_model_version, merged, merged_from, modelspec, without_modelspec
-from networks.low_rank import LowRank, shuffle, stack
 from networks.model_keys import UNET, Place, is_v2, lora_places
-from networks.weight_file import PRECISIONS, WeightFile, open_weights
-from networks.weight_output import output_path, rows_in, write_weights
 
 
 def merge_into_model(
-    model: WeightFile,
+    model: TensorFile,
     loras: Sequence[LoraFile],
     ratios: Sequence[float],
     save_to: Path,
@@ -46,7 +47,7 @@ def merge_into_model(
     """
     places = lora_places(model.shapes)
     if not places:
-        raise ValueError(f"{model.path} is no Stable Diffusion 1.x or 2.x checkpoint: its layers have other names")
+        raise UserError(f"{model.path} is no Stable Diffusion 1.x or 2.x checkpoint: its layers have other names")
     changes: dict[str, list[tuple[Place, LowRank, float]]] = {}
     for lora, ratio in zip(loras, ratios, strict=True):
         for name, module in lora.modules.items():
@@ -55,7 +56,7 @@ def merge_into_model(
                 changes.setdefault(places[name].key, []).append((places[name], module, ratio))
     unused = [name for name in all_names(loras) if name not in places]
     if not changes:
-        raise ValueError(
+        raise UserError(
             f"{model.path} has no layer for any module of the LoRAs, such as {unused[0]}; they are for another kind of model"
         )
     plan = {name: (shape, _saved_dtype(name, model.dtypes[name], save)) for name, shape in model.shapes.items()}
@@ -81,13 +82,13 @@ def merge_into_model(
     return unused
 
 
-def _check_size(model: WeightFile, lora: LoraFile, name: str, place: Place) -> None:
+def _check_size(model: TensorFile, lora: LoraFile, name: str, place: Place) -> None:
     out_size, *inside = model.shapes[place.key]
     rows = place.rows(out_size)
     size = (rows.stop - rows.start, torch.Size(inside).numel())
     if lora.modules[name].matrix_shape != size:
         found = lora.modules[name].matrix_shape
-        raise ValueError(
+        raise UserError(
             f"{lora.path} does not fit {model.path}: {name} changes a layer of {found[1]} in, {found[0]} out, "
             f"here it has {size[1]} in, {size[0]} out; is it for another Stable Diffusion version?"
         )
@@ -128,20 +129,20 @@ def merge_loras(loras: Sequence[LoraFile], ratios: Sequence[float], shuffled: bo
     return result
 
 
-def check_model(model: WeightFile, v2: bool, loras: Sequence[LoraFile]) -> None:
-    """ValueError if the checkpoint is of another generation than said, or than the LoRAs are for."""
+def check_model(model: TensorFile, v2: bool, loras: Sequence[LoraFile]) -> None:
+    """UserError if the checkpoint is of another generation than said, or than the LoRAs are for."""
     found = is_v2(model.shapes)
     if any(name.startswith("conditioner.") for name in model.shapes):
-        raise ValueError(f"{model.path} is an SDXL checkpoint; only Stable Diffusion 1.x and 2.x can be used")
+        raise UserError(f"{model.path} is an SDXL checkpoint; only Stable Diffusion 1.x and 2.x can be used")
     if found is None or not any(name.startswith(UNET) for name in model.shapes):
-        raise ValueError(f"{model.path} is no Stable Diffusion checkpoint: it lacks the U-Net or the text encoder")
+        raise UserError(f"{model.path} is no Stable Diffusion checkpoint: it lacks the U-Net or the text encoder")
     if found != v2:
-        raise ValueError(
+        raise UserError(
             f"{model.path} is a Stable Diffusion {'2.x' if found else '1.x'} model; {'add' if found else 'leave out'} --v2"
         )
     for lora in loras:
         if lora.v2 not in (None, found):
-            raise ValueError(
+            raise UserError(
                 f"{lora.path} is for SD {'2.x' if lora.v2 else '1.x'}, {model.path} is SD {'2.x' if found else '1.x'}"
             )
 
@@ -191,12 +192,12 @@ def main(words: Sequence[str] | None = None) -> None:
 def _into_model(args: argparse.Namespace, save_to: Path) -> None:
     path = Path(args.sd_model)
     if path.is_dir():
-        raise ValueError(
+        raise UserError(
             f"--sd_model {path} is a Diffusers folder; make one file of it with tools/convert_diffusers20_original_sd.py"
         )
     if args.shuffle or args.concat:
-        raise ValueError("--concat and --shuffle are for LoRAs merged into a LoRA; leave them out with --sd_model")
-    with open_weights(path) as model:
+        raise UserError("--concat and --shuffle are for LoRAs merged into a LoRA; leave them out with --sd_model")
+    with open_tensors(path) as model:
         loras = read_loras(args.models)
         check_model(model, args.v2, loras)
         unused = merge_into_model(
@@ -217,7 +218,7 @@ def _into_model(args: argparse.Namespace, save_to: Path) -> None:
 
 def _into_lora(args: argparse.Namespace, save_to: Path) -> None:
     if args.v2:
-        raise ValueError("--v2 is for merging into a model with --sd_model; leave it out")
+        raise UserError("--v2 is for merging into a model with --sd_model; leave it out")
     loras = read_loras(args.models)
     modules = merge_loras(loras, args.ratios, args.shuffle)
     metadata = merged(loras, args.ratios, modules, save_to, "merged", args.v_parameterization)

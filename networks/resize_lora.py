@@ -16,14 +16,15 @@ if not __package__:  # run as a script: the repository, not this folder, is wher
 
 from tqdm import tqdm
 
+from library.errors import UserError
+from library.formats.low_rank import Decomposition, LowRank, decompose, smallest_rank
+from library.formats.tensor_file import PRECISIONS
+from library.formats.tensor_output import output_path
+from library.parallel import on_matrices
 from networks.command_line import Parser, run
 from networks.lora_file import LoraFile, read_loras, write_lora
 from networks.lora_metadata import changed
-from networks.low_rank import Decomposition, LowRank, decompose, smallest_rank
-from networks.parallel import in_parallel
 from networks.svd_merge_lora import Kept, check_at_least_one, check_device, named, print_kept, split_results
-from networks.weight_file import PRECISIONS
-from networks.weight_output import output_path
 
 METHODS = ("sv_ratio", "sv_fro", "sv_cumulative")
 
@@ -52,7 +53,7 @@ def resize(
         return result, (found.total**2, (found.total * found.kept(rank)) ** 2)
 
     names = list(lora.modules)
-    results = in_parallel(names, work, device)
+    results = on_matrices(names, work, device)
     return split_results(names, tqdm(results, total=len(names), unit="module", desc="resizing", disable=report is not None))
 
 
@@ -85,11 +86,11 @@ def _check(args: argparse.Namespace) -> None:
     check_device(args.device)
     if (args.dynamic_method is None) != (args.dynamic_param is None):
         missing = "--dynamic_param" if args.dynamic_param is None else "--dynamic_method"
-        raise ValueError(f"{missing} is missing; --dynamic_method and --dynamic_param go together")
+        raise UserError(f"{missing} is missing; --dynamic_method and --dynamic_param go together")
     if args.dynamic_method == "sv_ratio" and not args.dynamic_param >= 1:
-        raise ValueError(f"--dynamic_param {args.dynamic_param:g}: must be at least 1 for sv_ratio")
+        raise UserError(f"--dynamic_param {args.dynamic_param:g}: must be at least 1 for sv_ratio")
     if args.dynamic_method in ("sv_fro", "sv_cumulative") and not 0 < args.dynamic_param <= 1:
-        raise ValueError(f"--dynamic_param {args.dynamic_param:g}: must be above 0 and at most 1 for {args.dynamic_method}")
+        raise UserError(f"--dynamic_param {args.dynamic_param:g}: must be above 0 and at most 1 for {args.dynamic_method}")
 
 
 def main(words: Sequence[str] | None = None) -> None:

@@ -16,15 +16,16 @@ if not __package__:  # run as a script: the repository, not this folder, is wher
 import torch
 from tqdm import tqdm
 
+from library.errors import UserError
+from library.formats.low_rank import Decomposition, LowRank, clamp, decompose, stack
+from library.formats.tensor_file import PRECISIONS
+from library.formats.tensor_output import output_path
+from library.parallel import on_matrices
 from networks.block_weights import BASE, block_of, read_block_weights
 from networks.command_line import Parser, run
 from networks.lora import BLOCKS
 from networks.lora_file import LoraFile, all_names, check_ratios, read_loras, write_lora
 from networks.lora_metadata import merged, without_modelspec
-from networks.low_rank import Decomposition, LowRank, clamp, decompose, stack
-from networks.parallel import in_parallel
-from networks.weight_file import PRECISIONS
-from networks.weight_output import output_path
 
 Kept = dict[str, tuple[float, float]]  # squared norm before and after, by module
 
@@ -60,7 +61,7 @@ def svd_merge(
         return (clamp(module, clamp_quantile) if clamp_quantile is not None else module), kept
 
     names = all_names(loras)
-    results = tqdm(in_parallel(names, work, device), total=len(names), unit="module", desc="merging")
+    results = tqdm(on_matrices(names, work, device), total=len(names), unit="module", desc="merging")
     return split_results(names, results)
 
 
@@ -78,8 +79,8 @@ def named(name: str, function, *values) -> Decomposition:
     """function(*values); an error of it says which module it was in."""
     try:
         return function(*values)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
 
 
 def print_kept(kept: Kept) -> None:
@@ -133,7 +134,7 @@ def main(words: Sequence[str] | None = None) -> None:
     check_quantile(args.clamp_quantile)
     check_device(args.device)
     if args.lbw is not None and len(args.lbw) != len(args.models):
-        raise ValueError(f"--lbw: {len(args.lbw)} given for {len(args.models)} models; give one for each, in the same order")
+        raise UserError(f"--lbw: {len(args.lbw)} given for {len(args.models)} models; give one for each, in the same order")
     save_to = output_path(args.save_to, [Path(name) for name in args.models])
     block_weights = [read_block_weights(text) for text in args.lbw] if args.lbw is not None else None
     loras = read_loras(args.models)
@@ -159,20 +160,20 @@ def main(words: Sequence[str] | None = None) -> None:
 
 def check_at_least_one(option: str, value: int | None) -> None:
     if value is not None and value < 1:
-        raise ValueError(f"{option} {value}: must be at least 1")
+        raise UserError(f"{option} {value}: must be at least 1")
 
 
 def check_quantile(value: float | None) -> None:
     if value is not None and not 0 < value <= 1:
-        raise ValueError(f"--clamp_quantile {value}: must be above 0 and at most 1")
+        raise UserError(f"--clamp_quantile {value}: must be above 0 and at most 1")
 
 
 def check_device(name: str) -> None:
-    """ValueError unless torch knows the device and has it."""
+    """UserError unless torch knows the device and has it."""
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: not to be had here ({str(error).splitlines()[0]}); use cpu") from error
+        raise UserError(f"--device {name}: not to be had here ({str(error).splitlines()[0]}); use cpu") from error
 
 
 if __name__ == "__main__":

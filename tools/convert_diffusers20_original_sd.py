@@ -20,7 +20,7 @@ from library.errors import UserError, run_entry
 from networks.command_line import Parser
 
 FILE_SUFFIXES = (".safetensors", ".ckpt", ".pt")
-PRECISIONS = ("fp16", "bf16", "float")
+WORDS = ("fp16", "bf16", "float")
 REASONS = {
     "variant": "a folder's full weights are used if they are there, its fp16 ones else; leave the option out",
     "reference_model": "scheduler and tokenizer come with this suite; leave the option out",
@@ -38,9 +38,9 @@ def options() -> Parser:
         "--v_parameterization", action="store_true", help="the model predicts v (default: what a folder's scheduler says)"
     )
     dtype = parser.add_mutually_exclusive_group()
-    for name in PRECISIONS:
+    for name in WORDS:
         dtype.add_argument(f"--{name}", action="store_true", help=f"save as {name}")
-    dtype.add_argument("--save_precision_as", choices=PRECISIONS, help="the same as a word (default: as it was)")
+    dtype.add_argument("--save_precision_as", choices=WORDS, help="the same as a word (default: as it was)")
     parser.add_argument("--epoch", type=int, help="epoch to write into a .ckpt")
     parser.add_argument("--global_step", type=int, help="step to write into a .ckpt")
     parser.add_argument("--metadata", help='metadata for a .safetensors file, as JSON: {"modelspec.title": "mine"}')
@@ -95,14 +95,11 @@ def weights_files(source: Path) -> list[Path]:
 
 def stored_dtype(source: Path):
     """The dtype of most tensors of the model, or None if that cannot be seen (a hub id)."""
-    from networks.weight_file import open_weights
+    from library.formats.tensor_file import open_tensors
 
     for file in weights_files(source):
-        try:
-            with open_weights(file) as weights:
-                counts = Counter(dtype for dtype in weights.dtypes.values() if dtype.is_floating_point)
-        except ValueError as error:
-            raise UserError(f"{file}: {error}") from error
+        with open_tensors(file) as weights:
+            counts = Counter(dtype for dtype in weights.dtypes.values() if dtype.is_floating_point)
         if not counts:
             raise UserError(f"{file} holds no weights; it is no Stable Diffusion model")
         return counts.most_common(1)[0][0]
@@ -130,6 +127,7 @@ def predicts_v(source: Path) -> bool:
 def convert(args: argparse.Namespace, target: Path) -> None:
     import torch
 
+    from library.formats.tensor_file import PRECISIONS
     from library.models.model import load_stable_diffusion, save_stable_diffusion
 
     source = Path(args.model_to_load)
@@ -137,34 +135,18 @@ def convert(args: argparse.Namespace, target: Path) -> None:
     v2 = args.v2 or (not args.v1 and is_v2(source))
     if v2 is None:
         raise UserError(f"{args.model_to_load} is not on this machine, so its generation is not known; add --v1 or --v2")
-    chosen = args.save_precision_as or next((name for name in PRECISIONS if getattr(args, name)), None)
-    dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "float": torch.float32}
-    dtype = dtypes[chosen] if chosen else stored_dtype(source) or torch.float32
+    chosen = args.save_precision_as or next((name for name in WORDS if getattr(args, name)), None)
+    dtype = PRECISIONS[chosen] if chosen else stored_dtype(source) or torch.float32
     v = args.v_parameterization or predicts_v(source)
     model = load_stable_diffusion(args.model_to_load, v2=v2, v_parameterization=v, dtype=dtype)
-    save_stable_diffusion(model, target, dtype, metadata)
-    if (args.epoch, args.global_step) != (None, None):
-        write_counters(target, args.epoch or 0, args.global_step or 0)
+    counters = (args.epoch, args.global_step)
+    numbers = None if counters == (None, None) else {"epoch": args.epoch or 0, "global_step": args.global_step or 0}
+    save_stable_diffusion(model, target, dtype, metadata, numbers)
     print(f"saved {target}: SD {'2.x' if v2 else '1.x'}, {str(dtype).removeprefix('torch.')}")
 
 
-def write_counters(path: Path, epoch: int, global_step: int) -> None:
-    """Write the counters into a .ckpt."""
-    import torch
-
-    from library.files import atomic_write, load_pickled_tensors
-
-    content = load_pickled_tensors(path)
-    with atomic_write(path) as temporary:
-        torch.save({**content, "epoch": epoch, "global_step": global_step}, temporary)
-        del content  # it maps the file, which Windows could not replace
-
-
 def main(words: Sequence[str] | None = None) -> None:
-    try:
-        args = options().parse_args(words)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    args = options().parse_args(words)
     convert(args, check(args))
 
 

@@ -28,6 +28,7 @@ from library.data.pixels import Placed, cut, mask_bytes, placed, read_bytes, to_
 from library.data.table import PictureTable
 from library.errors import UserError
 from library.files import atomic_write, read_safetensors_header
+from library.parallel import ahead
 
 log = logging.getLogger(__name__)
 
@@ -275,17 +276,6 @@ class LatentCaching:
 def save(path: Path, tensors: dict[str, Tensor]) -> None:
     with atomic_write(path) as temporary:
         save_file(tensors, temporary)
-
-
-def ahead(pool: ThreadPoolExecutor, work: Callable, items: Iterable, count: int) -> Iterator:
-    """work(item) for each item, in order, with at most `count` of them begun before they are asked for."""
-    begun: deque[Future] = deque()
-    for item in items:
-        begun.append(pool.submit(work, item))
-        if len(begun) > count:
-            yield begun.popleft().result()
-    while begun:
-        yield begun.popleft().result()
 
 
 def require_writable(folder: Path) -> None:

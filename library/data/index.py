@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from tqdm import tqdm
 from library.data.folders import list_images
 from library.data.images import BadPicture, decode, size_of
 from library.errors import UserError
+from library.parallel import ahead
 
 log = logging.getLogger(__name__)
 
@@ -43,17 +45,15 @@ class Pictures:
 def in_threads(work: Callable, items: Sequence, progress: str, chunk: int = CHUNK, workers: int | None = None) -> Iterable:
     """work(item) for each item, in order, from threads; a progress bar appears after a second."""
     chunks = [items[start : start + chunk] for start in range(0, len(items), chunk)]
+    threads = workers or min(32, 4 * (os.cpu_count() or 1))
     with (
-        ThreadPoolExecutor(workers or min(32, 4 * (os.cpu_count() or 1))) as pool,
+        ThreadPoolExecutor(threads) as pool,
         tqdm(total=len(items), desc=progress, unit=" files", delay=1.0) as bar,
+        closing(ahead(pool, lambda part: [work(item) for item in part], chunks, 4 * threads)) as done,
     ):
-        try:
-            for results in pool.map(lambda part: [work(item) for item in part], chunks):
-                bar.update(len(results))
-                yield from results
-        except BaseException:  # Ctrl-C must not wait for the whole queue
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        for results in done:
+            bar.update(len(results))
+            yield from results
 
 
 def _size_or_reason(path: Path) -> tuple[int, int] | str:

@@ -1,15 +1,19 @@
-"""One file of weights, of any of the formats in use: its names and shapes first, then its tensors one at a time.
+"""One file of weights, of any format in use (`.safetensors`, `.ckpt`, `.pt`, `.pth`, `.bin`): names and shapes first, then
+its tensors one at a time. What is in a file decides its format. Pickled files are untrusted: code in them never runs.
 
-A tensor is read into memory of its own. Mapping the file instead would not be faster (a mapped page is read at its first use),
-would count twice where the dtype changes, and would keep the file open: Windows could not replace it while the model is in use.
+A tensor can be had in two ways. `read` gives it memory of its own: the file may be replaced afterwards, also on Windows. `view`
+maps a stretch of the file: a model of several GB passes through in little memory, part by part, in several threads.
 """
 
 from __future__ import annotations
 
-import io
 import math
+import mmap
+import os
+import threading
 import zipfile
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +21,21 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
-from library.files import load_pickled_tensors, read_safetensors_header
+from library.files import read_safetensors_header
+from library.formats.foreign import file_kind
 
 PICKLED_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 MODEL_SUFFIXES = (".safetensors", *PICKLED_SUFFIXES)
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+PRECISIONS = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # as options name them
+WINDOW = 64 << 20  # bytes of a file that are mapped at a time; mapped pages count as the process's memory
 
-# What a foreign file's first bytes give away.
-_FOREIGN = (
-    (b"\x89PNG", "a PNG picture"),
-    (b"\xff\xd8\xff", "a JPEG picture"),
-    (b"GIF8", "a GIF picture"),
-    (b"<", "a web page; the download gave an error or login page instead of the model"),
-    (b"version https://git-lfs", "a Git LFS pointer, not the model itself; run `git lfs pull`"),
-    (b"%PDF", "a PDF document"),
-    (b"GGUF", "a GGUF file, a format of other programs"),
-)
+Fetch = Callable[[int, int], Tensor]  # (first byte, number of bytes) -> flat uint8 tensor
 
 
 class TensorFile(ABC):
@@ -45,20 +43,61 @@ class TensorFile(ABC):
 
     def __init__(self, path: Path):
         self.path = path
-        self.shapes: dict[str, tuple[int, ...]] = {}  # by name, in the order in which reading is fastest
-        self.numbers: dict[str, Any] = {}  # what else a pickled checkpoint says of itself: epoch, global_step
-
-    @abstractmethod
-    def _read(self, name: str) -> Tensor:
-        """One tensor as it is in the file, in memory of its own."""
+        self.shapes: dict[str, tuple[int, ...]] = {}  # by name, in the order of the file's bytes
+        self.dtypes: dict[str, torch.dtype] = {}
+        self.metadata: dict[str, str] = {}  # of a .safetensors file
+        self.numbers: dict[str, Any] = {}  # what a pickled checkpoint says of itself: epoch, global_step
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by close()
+        self._size = os.fstat(self._file.fileno()).st_size
+        self._window: mmap.mmap | None = None
+        self._window_start = 0
+        self._lock = threading.Lock()
 
     def read(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
         """One tensor on `device`; if it is of floating point, as `dtype`. Nothing keeps hold of the file."""
-        value = self._read(name)
+        value = self._tensor(name, self._read_bytes)
+        if value.untyped_storage().nbytes() != value.nbytes:
+            value = value.clone()
         return value.to(device=device, dtype=dtype if dtype and value.is_floating_point() else None)
 
-    def close(self) -> None:  # noqa: B027  (not every file stays open)
-        """Let go of the file."""
+    def view(self, name: str) -> Tensor:
+        """One tensor as it is in the file. Its memory is mapped: who keeps it keeps WINDOW bytes of the file, also after close().
+        What is changed in it does not reach the file. Several threads may view at once."""
+        return self._tensor(name, self._map_bytes)
+
+    @abstractmethod
+    def _tensor(self, name: str, fetch: Fetch) -> Tensor:
+        """One tensor, contiguous, made of bytes that `fetch` gets."""
+
+    def _read_bytes(self, begin: int, count: int) -> Tensor:
+        space = torch.empty(count, dtype=torch.uint8)
+        left = memoryview(space.numpy())
+        with self._lock:
+            self._file.seek(begin)
+            while left:
+                found = self._file.readinto(left)
+                if not found:
+                    raise UserError(f"{self.path} was cut off while it was read; fetch it again")
+                left = left[found:]
+        return space
+
+    def _map_bytes(self, begin: int, count: int) -> Tensor:
+        if not count:
+            return torch.empty(0, dtype=torch.uint8)
+        with self._lock:
+            end = self._window_start + len(self._window) if self._window else 0
+            if begin < self._window_start or begin + count > end:
+                self._window_start = begin // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+                length = min(max(WINDOW, begin + count - self._window_start), self._size - self._window_start)
+                self._window = mmap.mmap(self._file.fileno(), length, access=mmap.ACCESS_COPY, offset=self._window_start)
+                if hasattr(mmap, "MADV_WILLNEED"):
+                    self._window.madvise(mmap.MADV_WILLNEED)  # the disk reads on while the beginning is worked on
+            return torch.frombuffer(self._window, dtype=torch.uint8, count=count, offset=begin - self._window_start)
+
+    def close(self) -> None:
+        """Let go of the file. Views that are still held keep their memory."""
+        self._file.close()
+        self._window = None
 
     def __enter__(self) -> TensorFile:
         return self
@@ -68,75 +107,75 @@ class TensorFile(ABC):
 
 
 class SafetensorsFile(TensorFile):
-    """A .safetensors file, read in the order of its bytes."""
+    """A .safetensors file."""
 
     def __init__(self, path: Path):
-        super().__init__(path)
         header = read_safetensors_header(path)
-        header.pop("__metadata__", None)
-        self._entries = dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"]))
-        for name, entry in self._entries.items():
-            self.shapes[name] = self._checked_shape(name, entry)
-        with open(path, "rb") as file:
-            self._start = 8 + int.from_bytes(file.read(8), "little")
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115  (closed by close())
-
-    def _checked_shape(self, name: str, entry: dict[str, Any]) -> tuple[int, ...]:
-        dtype, shape = _DTYPES.get(entry["dtype"]), tuple(entry["shape"])
-        if dtype is None:
-            raise UserError(f"{self.path}: the tensor {name} has the unknown dtype {entry['dtype']}; get an fp16 or fp32 file")
-        begin, end = entry["data_offsets"]
-        if begin < 0 or any(size < 0 for size in shape) or end - begin != math.prod(shape) * dtype.itemsize:
-            raise UserError(f"{self.path} is damaged: the size of the tensor {name} does not fit its shape; fetch it again")
-        return shape
-
-    def _read(self, name: str) -> Tensor:
-        entry = self._entries[name]
-        value = torch.empty(self.shapes[name], dtype=_DTYPES[entry["dtype"]])
-        if value.numel():
-            read_into(self._file, self._start + entry["data_offsets"][0], value.view(-1).view(torch.uint8), self.path)
-        return value
-
-    def close(self) -> None:
-        self._file.close()
-
-
-class PickledFile(TensorFile):
-    """A .ckpt, .pt or .bin file. Code in it never runs."""
-
-    def __init__(self, path: Path):
         super().__init__(path)
-        # In today's zip layout tensors lie uncompressed at known places; older files have to be read whole.
-        self._file = open(path, "rb", buffering=0) if _is_plain_zip(path) else None  # noqa: SIM115  (closed by close())
+        self.metadata = header.pop("__metadata__", None) or {}
+        self._begins: dict[str, int] = {}
+        start = self._size - max(
+            (entry["data_offsets"][1] for entry in header.values()), default=0
+        )  # of the data, which end the file
         try:
-            with torch.serialization.safe_globals(_harmless_globals()):
-                content = load_pickled_tensors(path, map_location="meta" if self._file else "cpu")
+            for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+                self._add(name, entry, start)
         except UserError:
             self.close()
             raise
-        wrapped = content.get("state_dict")
-        self._tensors = {str(name): value for name, value in (wrapped if isinstance(wrapped, dict) else content).items()}
-        self._tensors = {name: value for name, value in self._tensors.items() if isinstance(value, Tensor)}
-        self.shapes = {
-            name: tuple(value.shape) for name, value in sorted(self._tensors.items(), key=lambda item: _place(item[1]))
-        }
+
+    def _add(self, name: str, entry: Mapping[str, Any], start: int) -> None:
+        dtype, shape, (begin, end) = DTYPES.get(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
+        if dtype is None:
+            raise UserError(f"{self.path}: the tensor {name} has the unknown dtype {entry['dtype']}; get an fp16 or fp32 file")
+        if begin < 0 or any(size < 0 for size in shape) or end - begin != math.prod(shape) * dtype.itemsize:
+            raise UserError(f"{self.path} is damaged: the size of the tensor {name} does not fit its shape; fetch it again")
+        self.shapes[name], self.dtypes[name], self._begins[name] = shape, dtype, start + begin
+
+    def _tensor(self, name: str, fetch: Fetch) -> Tensor:
+        shape, dtype = self.shapes[name], self.dtypes[name]
+        return _typed(fetch(self._begins[name], math.prod(shape) * dtype.itemsize), dtype).view(shape)
+
+
+class PickledFile(TensorFile):
+    """A .ckpt, .pt or .bin file. In today's zip layout tensors lie uncompressed at known places; older files are read whole."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        try:
+            content = load_pickled(path, map_location="meta" if _is_plain_zip(path) else "cpu")
+            wrapped = content.get("state_dict")
+            tensors = wrapped if isinstance(wrapped, dict) else content
+            found = {str(name): value.detach() for name, value in tensors.items() if isinstance(value, Tensor)}
+            if not found:
+                raise UserError(f"{path} holds no tensors; it is no model or LoRA")
+            self._tensors = dict(sorted(found.items(), key=lambda item: _storage_start(item[1])))
+            ends = (_storage_start(value) + value.untyped_storage().nbytes() for value in found.values() if value.is_meta)
+            if max(ends, default=0) > self._size:
+                raise UserError(f"{path} is damaged: tensors in it lie beyond its end; fetch it again")
+        except UserError:
+            self.close()
+            raise
+        self.shapes = {name: tuple(value.shape) for name, value in self._tensors.items()}
+        self.dtypes = {name: value.dtype for name, value in self._tensors.items()}
         self.numbers = {key: content[key] for key in ("epoch", "global_step") if isinstance(content.get(key), int)}
 
-    def _read(self, name: str) -> Tensor:
-        value = self._tensors[name].detach()
+    def _tensor(self, name: str, fetch: Fetch) -> Tensor:
+        value = self._tensors[name]
         if not value.is_meta:
-            return value.clone()
-        storage = torch.empty(value.untyped_storage().nbytes(), dtype=torch.uint8)
-        read_into(self._file, _place(value), storage, self.path)
-        whole = storage.view(value.dtype)
-        if value.is_contiguous() and value.numel() == whole.numel():
-            return whole.view(value.shape)
-        return whole.as_strided(value.shape, value.stride(), value.storage_offset()).clone()
+            return value.clone(memory_format=torch.contiguous_format)
+        size = value.untyped_storage().nbytes() // value.dtype.itemsize * value.dtype.itemsize
+        whole = _typed(fetch(_storage_start(value), size), value.dtype)
+        return whole.as_strided(value.shape, value.stride(), value.storage_offset()).contiguous()
 
     def close(self) -> None:
         self._tensors = {}
-        if self._file:
-            self._file.close()
+        super().close()
+
+
+def _typed(found: Tensor, dtype: torch.dtype) -> Tensor:
+    """Flat bytes as numbers of a dtype; copied if they do not lie at a multiple of its size."""
+    return (found if found.data_ptr() % dtype.itemsize == 0 else found.clone()).view(dtype)
 
 
 def _is_plain_zip(path: Path) -> bool:
@@ -150,20 +189,69 @@ def _is_plain_zip(path: Path) -> bool:
         return False
 
 
-def _place(value: Tensor) -> int:
-    """Where in the file the numbers of a tensor on the meta device begin, in bytes; 0 for one that is in memory."""
+def _storage_start(value: Tensor) -> int:
+    """Where in the file the storage of a tensor on the meta device begins, in bytes; 0 for one that is in memory."""
     return value.untyped_storage()._checkpoint_offset if value.is_meta else 0
 
 
-def read_into(file: io.RawIOBase, start: int, space: Tensor, path: Path) -> None:
-    """Fill a flat uint8 tensor with the bytes of an open file from `start` on."""
-    left = memoryview(space.numpy())
-    file.seek(start)
-    while left:
-        count = file.readinto(left)
-        if not count:
-            raise UserError(f"{path} was cut off while it was read; fetch it again")
-        left = left[count:]
+def open_tensors(path: Path) -> TensorFile:
+    """Open a file of weights; what is in it decides the format.
+
+    Raises UserError, naming file and reason, if it is missing, empty, cut off, no file of weights, or holds code.
+    """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; a file is needed ({', '.join(MODEL_SUFFIXES)})")
+    try:
+        with open(path, "rb") as file:
+            start = file.read(256)
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    if not start:
+        raise UserError(f"{path} is empty; fetch it again")
+    # A .safetensors file begins with the length of its header (8 bytes, far below 4 GiB), then "{".
+    if start[4:9] == b"\0\0\0\0{":
+        return SafetensorsFile(path)
+    if start[:2] == b"PK" or start[0] == 0x80:  # a zip archive as torch writes it, or a plain pickle
+        if path.suffix.lower() == ".safetensors":  # whoever chose a .safetensors file did not choose to unpickle one
+            raise UserError(f"{path} is a pickled checkpoint under a wrong name; rename it to {path.stem}.ckpt if you trust it")
+        return PickledFile(path)
+    if what := file_kind(start):
+        raise UserError(f"{path} is {what}")
+    raise UserError(f"{path} is no file of weights, is cut off, or its beginning is damaged; fetch it again")
+
+
+def load_pickled(path: str | os.PathLike, map_location: str = "cpu") -> dict[str, Any]:
+    """The dictionary in a .ckpt/.pt/.bin file, never running code in it.
+
+    map_location: "cpu", or "meta" for shapes and dtypes alone.
+    Raises UserError, naming file and reason, for a file that is cut off, damaged, or holds more than data.
+    """
+    path = Path(path)
+    try:
+        # Opened here, since torch would choose a format by the name.
+        with open(path, "rb") as file, torch.serialization.safe_globals(_harmless_globals()):
+            content = torch.load(file, map_location=map_location, weights_only=True)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except Exception as error:  # a damaged pickle can raise anything
+        if _asks_for_code(str(error)):
+            raise UserError(
+                f"{path} was not opened: it holds more than tensors, and code in it would have run; "
+                "get a .safetensors file of this model instead"
+            ) from error
+        # torch wraps what was wrong into advice on how to switch the protection off.
+        words = str(error).partition("WeightsUnpickler error:")[2].strip() or str(error) or type(error).__name__
+        raise UserError(f"{path} is cut off, damaged or no checkpoint ({words.splitlines()[0]}); fetch it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors; it is no model or LoRA")
+    return content
+
+
+def _asks_for_code(message: str) -> bool:
+    """Whether torch refused a pickle for what it would call, rather than for being damaged."""
+    return any(words in message for words in ("Unsupported global", "Unsupported class", "not an allowed global", "Trying to "))
 
 
 class _Inert:
@@ -186,30 +274,3 @@ def _harmless_globals() -> list[Any]:
         numpy.dtype,
         *(type(numpy.dtype(kind)) for kind in ("float64", "float32", "int64")),
     ]
-
-
-def open_tensors(path: Path) -> TensorFile:
-    """Open a file of weights; what is in it decides the format.
-
-    Raises UserError, naming file and reason, if it is missing, empty, cut off, no file of weights, or holds code.
-    """
-    try:
-        with open(path, "rb") as file:
-            start = file.read(256)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    if not start:
-        raise UserError(f"{path} is empty; fetch it again")
-    # A .safetensors file begins with the length of its header (8 bytes, far below 4 GiB), then "{".
-    if start[4:9] == b"\0\0\0\0{":
-        return SafetensorsFile(path)
-    if start[:2] == b"PK" or start[0] == 0x80:  # a zip archive as torch writes it, or a plain pickle
-        if path.suffix.lower() == ".safetensors":  # whoever chose a .safetensors file did not choose to unpickle one
-            raise UserError(f"{path} is a pickled checkpoint under a wrong name; rename it to {path.stem}.ckpt if you trust it")
-        return PickledFile(path)
-    for magic, what in _FOREIGN:
-        if start.lstrip().startswith(magic):
-            raise UserError(f"{path} is {what}")
-    if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
-        raise UserError(f"{path} is a WebP picture")
-    raise UserError(f"{path} is no file of weights, or its beginning is damaged; fetch it again")

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
-from library.files import load_pickled_tensors, read_safetensors_header
+from library.files import read_safetensors_header
+from library.formats.tensor_file import load_pickled
 from library.models.clip import add_word, inner_text_model
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def read_vectors(path: Path) -> Tensor:
         read_safetensors_header(path)  # says so if the file is damaged
         content = load_file(path)
     else:
-        content = load_pickled_tensors(path)
+        content = load_pickled(path)
     content = content.get("string_to_param", content)  # the web UI's .pt
     tensors = [value for value in content.values() if isinstance(value, Tensor) and value.is_floating_point()]
     if len(tensors) != 1 or tensors[0].dim() > 2:

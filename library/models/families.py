@@ -6,23 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from library.errors import UserError
+from library.formats.foreign import instead_of_a_model
 from library.formats.names import UNET_PREFIX
 
-# A piece of a tensor's name -> what such a file is. The first that is found counts.
-_OTHER_FAMILIES = (
-    ("conditioner.embedders.", "a Stable Diffusion XL model, which is another family; use an SD 1.x or 2.x model"),
-    ("model.diffusion_model.joint_blocks.", "a Stable Diffusion 3 model, which is another family; use an SD 1.x or 2.x model"),
-    ("double_blocks.", "a Flux model, which is another family; use an SD 1.x or 2.x model"),
-    ("lora_unet_", "a LoRA, not a model; give it where a LoRA is asked for and here the model it was trained on"),
-    ("lora_te", "a LoRA, not a model; give it where a LoRA is asked for and here the model it was trained on"),
-    (".lora_A.", "a LoRA, not a model; give it where a LoRA is asked for and here the model it was trained on"),
-    (".lora_down.", "a LoRA, not a model; give it where a LoRA is asked for and here the model it was trained on"),
-    (".lora.down.", "a LoRA, not a model; give it where a LoRA is asked for and here the model it was trained on"),
-    ("control_model.", "a ControlNet, not a model; use an SD 1.x or 2.x model"),
-    ("controlnet_", "a ControlNet, not a model; use an SD 1.x or 2.x model"),
-    ("emb_params", "a textual inversion embedding, not a model; use an SD 1.x or 2.x model"),
-    ("string_to_param", "a textual inversion embedding, not a model; use an SD 1.x or 2.x model"),
-)
 _INPUT_CHANNELS = {
     9: "an in-painting model (9 input channels)",
     8: "an instruct-pix2pix model (8 input channels)",
@@ -36,9 +22,8 @@ def refuse_other_families(path: Path, names: Iterable[str]) -> None:
     names = list(names)
     if not names:
         raise UserError(f"{path} holds no tensors; it is no model file")
-    for piece, what in _OTHER_FAMILIES:
-        if any(piece in name for name in names):
-            raise UserError(f"{path} is {what}")
+    if what := instead_of_a_model(names):
+        raise UserError(f"{path} is {what}")
     if any(name.startswith(UNET_PREFIX + "input_blocks.") for name in names):
         return
     if any(name.startswith(("down_blocks.", "encoder.", "text_model.", "first_stage_model.")) for name in names):

@@ -18,18 +18,24 @@ from library.files import atomic_write
 from library.formats.compvis import CompVisNames, Parts, join_compvis
 from library.formats.names import OLD_CLIP_PREFIX
 from library.formats.tensor_file import MODEL_SUFFIXES, open_tensors
+from library.formats.tensor_output import save_pickled
 from library.models.clip import CLIP_BPE, VOCABULARY
 from library.models.parts import StableDiffusion, text_weights
 
 
 def save_stable_diffusion(
-    model: StableDiffusion, path: str | os.PathLike, dtype: torch.dtype | None = None, metadata: Mapping[str, str] | None = None
+    model: StableDiffusion,
+    path: str | os.PathLike,
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
+    numbers: Mapping[str, int] | None = None,
 ) -> None:
     """Write `model` to `path`: .safetensors or .ckpt in CompVis layout, any other name as a Diffusers folder.
 
     `dtype` None keeps each weight's own. If the model came from a CompVis file that is still there, that file's other tensors
     (noise schedule, OpenCLIP's 24th layer, averaged weights, ...) are carried over. `metadata` goes into the header
-    of a .safetensors file; other formats have no place for it, so there it is an error.
+    of a .safetensors file; other formats have no place for it, so there it is an error. `numbers` (epoch, global_step) go into
+    a .ckpt; without them those of the model's own file are carried over.
     """
     path = Path(path)
     parts = _parts(model, dtype)
@@ -39,7 +45,7 @@ def save_stable_diffusion(
             raise UserError(f"{path}: a Diffusers folder has no place for metadata; save as .safetensors")
         _save_folder(model, parts, path)
         return
-    extra, numbers, old_clip_names = _source_extras(model, dtype)
+    extra, own_numbers, old_clip_names = _source_extras(model, dtype)
     tensors = join_compvis(parts, v2=model.v2, extra=extra, old_clip_names=old_clip_names)
     tensors = {name: value.contiguous() for name, value in tensors.items()}
     if path.suffix.lower() == ".safetensors":
@@ -48,7 +54,7 @@ def save_stable_diffusion(
         raise UserError(f"{path}: a {path.suffix} file has no place for metadata; save as .safetensors")
     else:
         with atomic_write(path) as temporary:
-            torch.save({"state_dict": tensors, **numbers}, temporary)
+            save_pickled(tensors, temporary, numbers or own_numbers)
 
 
 def _parts(model: StableDiffusion, dtype: torch.dtype | None) -> Parts:

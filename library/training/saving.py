@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from library.devices import DTYPES
 from library.errors import RunFailed, UserError
-from library.files import atomic_write, load_pickled_tensors
+from library.files import atomic_write
+from library.formats.tensor_file import load_pickled
 from library.training.hub import Uploads
 from library.training.options import OutputOptions
 
@@ -121,7 +122,7 @@ def check_finite(file: Path, shown_as: Path) -> None:
 
 def _tensors(file: Path):
     if file.suffix != ".safetensors":
-        yield from load_pickled_tensors(file).items()
+        yield from load_pickled(file).items()
         return
     with safe_open(file, framework="pt") as content:
         for name in content.keys():

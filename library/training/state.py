@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from library.errors import RunFailed, UserError
-from library.files import load_pickled_tensors
+from library.formats.tensor_file import load_pickled
 from library.training.options import StateOptions
 from library.training.saving import ModelFiles
 
@@ -183,7 +183,7 @@ def read_state(folder: Path) -> State:
         if suffix == ".safetensors":
             state.tensors[stem] = safetensors.torch.load_file(folder / name)
         else:
-            state.objects[stem] = load_pickled_tensors(folder / name)["value"]
+            state.objects[stem] = load_pickled(folder / name)["value"]
     return state
 
 

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
 import sys
 
 import pytest
@@ -13,7 +12,6 @@ from library.errors import UserError
 from library.files import (
     atomic_write,
     legacy_hash_of_file,
-    load_pickled_tensors,
     read_safetensors_header,
     sha256_of_file,
     write_text,
@@ -72,39 +70,6 @@ def test_foreign_content_is_named(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(UserError, match="x.safetensors"):
         read_safetensors_header(path)
-
-
-class Hostile:
-    def __init__(self, target):
-        self.target = target
-
-    def __reduce__(self):
-        return (open, (self.target, "w"))
-
-
-@pytest.mark.parametrize(
-    "write", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value, protocol=2))], ids=["zip", "pickle"]
-)
-def test_code_in_a_pickle_never_runs(tmp_path, write):
-    path, target = tmp_path / "evil.ckpt", tmp_path / "ran"
-    write({"state_dict": Hostile(str(target))}, path)
-    with pytest.raises(UserError, match="evil.ckpt was not opened: it holds more than tensors"):
-        load_pickled_tensors(path)
-    assert not target.exists()
-
-
-def test_pickled_tensors(tmp_path):
-    torch.save({"a": torch.ones(3)}, tmp_path / "a.safetensors.ckpt")
-    assert torch.equal(load_pickled_tensors(tmp_path / "a.safetensors.ckpt")["a"], torch.ones(3))
-    torch.save([1], tmp_path / "list.pt")
-    with pytest.raises(UserError, match="list"):
-        load_pickled_tensors(tmp_path / "list.pt")
-    with pytest.raises(UserError, match="missing.pt"):
-        load_pickled_tensors(tmp_path / "missing.pt")
-    whole = (tmp_path / "a.safetensors.ckpt").read_bytes()
-    (tmp_path / "cut.ckpt").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match="cut.ckpt is cut off"):
-        load_pickled_tensors(tmp_path / "cut.ckpt")
 
 
 def test_hashes(tmp_path):

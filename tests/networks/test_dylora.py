@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from library.formats.low_rank import LowRank, split
 from networks import lora
 from networks.dylora import DyLoRAModule, create_network, create_network_from_weights, gains
-from networks.low_rank import LowRank, split
 
 CONV = {"conv_dim": "8", "conv_alpha": "2"}
 

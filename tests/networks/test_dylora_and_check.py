@@ -8,6 +8,7 @@ import pytest
 import torch
 from tool_files import load, lora_tensors, metadata_of, save_lora, small_model
 
+from library.errors import UserError
 from networks import check_lora_weights, extract_lora_from_dylora
 
 
@@ -55,9 +56,9 @@ def test_trap_1_14_all_ranks_right_hashes_and_no_crash_without_metadata(dylora):
         assert metadata["sshs_model_hash"] == hashlib.sha256(data).hexdigest()
     save_lora(folder / "plain.safetensors", tensors)
     assert len(split(folder, "--unit", "5", model="plain.safetensors")) == 4
-    with pytest.raises(ValueError, match="--unit is missing"):
+    with pytest.raises(UserError, match="--unit is missing"):
         split(folder, model="plain.safetensors")
-    with pytest.raises(ValueError, match="--unit 0: must be at least 1"):
+    with pytest.raises(UserError, match="--unit 0: must be at least 1"):
         split(folder, "--unit", "0")
 
 
@@ -102,5 +103,5 @@ def test_hostile_files(tmp_path, content):
     path = tmp_path / "a.safetensors"
     path.write_bytes(content)
     for tool in (lambda: check_lora_weights.main([str(path)]), lambda: split(tmp_path, "--unit", "1", model="a.safetensors")):
-        with pytest.raises(ValueError, match="a.safetensors"):
+        with pytest.raises(UserError, match="a.safetensors"):
             tool()

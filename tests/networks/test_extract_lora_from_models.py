@@ -7,10 +7,11 @@ import pytest
 import torch
 from tool_files import checkpoint_tensors, load, lora_tensors, metadata_of, products, save_lora, small_model
 
+from library.errors import UserError
+from library.formats.low_rank import delta
+from library.formats.tensor_file import open_tensors
 from networks.extract_lora_from_models import Extraction, extract, main
-from networks.low_rank import delta
 from networks.model_keys import lora_places
-from networks.weight_file import open_weights
 
 CONV_KINDS = ("conv1", "conv2", "_conv")
 
@@ -115,7 +116,7 @@ def test_identical_text_encoders_give_a_unet_lora_and_rounding_is_no_change(tmp_
 
 def test_trap_1_11_it_can_be_called_as_a_library(models):
     folder = models[0]
-    with open_weights(folder / "org.safetensors") as original, open_weights(folder / "tuned.safetensors") as tuned:
+    with open_tensors(folder / "org.safetensors") as original, open_tensors(folder / "tuned.safetensors") as tuned:
         modules, kept, unchanged = extract(original, tuned, Extraction(dim=1))
     assert modules and not unchanged and modules.keys() == kept.keys()
     assert all(0 < after < before for before, after in kept.values())
@@ -143,15 +144,15 @@ def test_wrong_input(models):
         ("--dims", "4"): "did you mean '--dim'",
     }
     for words, message in cases.items():
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             run(models, *words)
-    with pytest.raises(ValueError, match="do not differ"):
+    with pytest.raises(UserError, match="do not differ"):
         run(models, tuned="org.safetensors")
-    with pytest.raises(ValueError, match="leave out --v2" if v2 == [] else "add --v2"):
+    with pytest.raises(UserError, match="leave out --v2" if v2 == [] else "add --v2"):
         run((folder, None, [] if v2 else ["--v2"]))
-    with pytest.raises(ValueError, match="is a folder"):
+    with pytest.raises(UserError, match="is a folder"):
         run(models, tuned=".")
-    with pytest.raises(ValueError, match="overwrite an input"):
+    with pytest.raises(UserError, match="overwrite an input"):
         run(models, name="org.safetensors")
 
 
@@ -160,8 +161,8 @@ def test_models_of_other_sizes_and_nan_are_named(models):
     tensors = load(folder / "org.safetensors")
     key = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q.weight"
     save_lora(folder / "small.safetensors", tensors | {key: tensors[key][:3]})
-    with pytest.raises(ValueError, match="attn1_to_q is .* not of one kind"):
+    with pytest.raises(UserError, match="attn1_to_q is .* not of one kind"):
         run(models, tuned="small.safetensors")
     save_lora(folder / "nan.safetensors", tensors | {key: tensors[key] * float("nan")})
-    with pytest.raises(ValueError, match="attn1_to_q: it holds NaN"):
+    with pytest.raises(UserError, match="attn1_to_q: it holds NaN"):
         run(models, tuned="nan.safetensors")

@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import save_file
 from tool_files import assert_close, lora_tensors, products, save_lora, small_model
 
+from library.errors import UserError
+from library.formats.low_rank import delta
 from networks.lora_file import read_lora, read_loras
 from networks.lora_layout import lora_name
-from networks.low_rank import delta
 
 UNET = "mid_block.attentions.0.transformer_blocks.0.attn1"
 TEXT = "text_model.encoder.layers.0.self_attn.q_proj"
@@ -113,7 +114,7 @@ NAME = "lora_unet_mid_block_attentions_0_proj_in"
 )
 def test_what_is_no_lora_is_named(tmp_path, tensors, message):
     path = save(tmp_path / "a.safetensors", {key: torch.ones(shape) for key, shape in tensors.items()})
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         read_lora(path)
     assert "a.safetensors" in str(caught.value)
 
@@ -122,8 +123,8 @@ def test_nan_and_other_sizes_are_refused_when_files_are_combined(tmp_path):
     tensors = lora_tensors(small_model(), 2, only="mid_block_attentions_0_proj_in")
     good = save_lora(tmp_path / "a.safetensors", tensors)
     bad = {key: value * float("nan") if "lora_up" in key else value for key, value in tensors.items()}
-    with pytest.raises(ValueError, match=f"{NAME} holds NaN"):
+    with pytest.raises(UserError, match=f"{NAME} holds NaN"):
         read_loras([good, save_lora(tmp_path / "b.safetensors", bad)])
     other = {f"{NAME}.lora_down.weight": torch.ones(2, 7), f"{NAME}.lora_up.weight": torch.ones(9, 2)}
-    with pytest.raises(ValueError, match="models of different kinds"):
+    with pytest.raises(UserError, match="models of different kinds"):
         read_loras([good, save_lora(tmp_path / "c.safetensors", other)])

@@ -24,8 +24,9 @@ from tool_files import (
     total,
 )
 
+from library.errors import UserError
+from library.formats import tensor_output
 from library.models.model import load_stable_diffusion
-from networks import weight_output
 from networks.lora import create_network_from_weights
 from networks.merge_lora import main
 
@@ -53,7 +54,7 @@ def merged(files, *words, save_to="out.safetensors"):
 def test_parts_of_tensors_make_the_same_file(files, monkeypatch):
     """Also where a part begins within the query, key and value of SD 2's text encoder, which are one tensor."""
     whole = load(merged(files, "--ratios", "0.8", "-0.5", save_to="whole.safetensors"))
-    monkeypatch.setattr(weight_output, "PART", 1000)
+    monkeypatch.setattr(tensor_output, "PART", 1000)
     parts = load(merged(files, "--ratios", "0.8", "-0.5", save_to="parts.safetensors"))
     assert parts.keys() == whole.keys() and all(
         torch.allclose(parts[k].float(), whole[k].float(), atol=1e-6, rtol=2e-3) for k in whole
@@ -221,7 +222,7 @@ def test_pickled_loras_in_and_out(model, tmp_path, suffix):
 
 def error(*words):
     """What the command says to these words."""
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(UserError) as caught:
         main(list(words))
     return str(caught.value)
 
@@ -278,7 +279,7 @@ def test_as_a_script_from_anywhere(model, tmp_path):
     result = subprocess.run(good, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert "saved o.safetensors: the exact sum, rank 4" in result.stdout
-    with pytest.raises(ValueError, match="^unknown option '--ration'; did you mean '--ratios'\\?$"):
+    with pytest.raises(UserError, match="^unknown option '--ration'; did you mean '--ratios'\\?$"):
         main([*good[2:], "--ration", "1"])
 
 
@@ -296,4 +297,4 @@ def test_nothing_heavy_is_imported():
         f"import sys; {'; '.join(f'import networks.{tool}' for tool in tools)}; print([m for m in sys.modules if '.' not in m])"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert not {"diffusers", "transformers", "accelerate", "library"} & set(eval(result.stdout))
+    assert not {"diffusers", "transformers", "accelerate", "pydantic"} & set(eval(result.stdout))

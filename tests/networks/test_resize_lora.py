@@ -7,6 +7,7 @@ import pytest
 import torch
 from tool_files import load, lora_tensors, metadata_of, products, save_lora, small_model
 
+from library.errors import UserError
 from networks.resize_lora import main
 
 
@@ -108,5 +109,5 @@ def test_verbose_and_half_precision_without_alpha(tmp_path, capsys):
     ],
 )
 def test_wrong_input(lora, words, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         resize(lora, *words, name="wrong.safetensors")

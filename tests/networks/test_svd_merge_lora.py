@@ -9,6 +9,7 @@ import pytest
 import torch
 from tool_files import assert_close, load, lora_tensors, metadata_of, products, save_lora, small_model, total
 
+from library.errors import UserError
 from networks.block_weights import LISTS, PRESETS, block_of, read_block_weights
 from networks.svd_merge_lora import main
 
@@ -123,6 +124,6 @@ def test_block_lists_name_their_blocks():
     ],
 )
 def test_wrong_input(parts, words, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         merge(parts, *words, name="wrong.safetensors")
     assert not (parts[0] / "wrong.safetensors").exists()

@@ -8,6 +8,7 @@ from io import StringIO
 
 import pytest
 
+from library.errors import UserError
 from networks.command_line import run
 
 
@@ -40,7 +41,7 @@ def raising(error: BaseException):
 
 
 @pytest.mark.parametrize("error, code, line", [
-    (ValueError("a file\nis wrong"), 2, "error: a file is wrong\n"), (KeyboardInterrupt(), 130, "interrupted\n"),
+    (UserError("a file\nis wrong"), 2, "error: a file is wrong\n"), (KeyboardInterrupt(), 130, "interrupted\n"),
 ])  # fmt: skip
 def test_exit_codes(error, code, line, monkeypatch, capsys):
     assert exit_code(raising(error), monkeypatch) == code
@@ -50,4 +51,4 @@ def test_exit_codes(error, code, line, monkeypatch, capsys):
 def test_what_nobody_could_read_is_no_success(monkeypatch):
     monkeypatch.setattr(sys, "stdout", Gone())
     assert exit_code(lambda: print("saved"), monkeypatch) == 120
-    assert exit_code(raising(ValueError("wrong")), monkeypatch) == 2
+    assert exit_code(raising(UserError("wrong")), monkeypatch) == 2

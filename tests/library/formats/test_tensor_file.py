@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from library.errors import UserError
-from library.formats.tensor_file import open_tensors
+from library.formats.tensor_file import load_pickled, open_tensors
 
 TENSORS = {
     "a.weight": torch.randn(3, 4),
@@ -49,7 +49,9 @@ def test_every_format(tmp_path, kind, suffix):
     path = write(tmp_path / f"näme mit spaces{suffix}", kind)
     with open_tensors(path) as file:
         assert file.shapes == {name: tuple(value.shape) for name, value in TENSORS.items()}
+        assert file.dtypes == {name: value.dtype for name, value in TENSORS.items()}
         read = {name: file.read(name) for name in file.shapes}
+        assert same({name: file.view(name) for name in file.shapes}, TENSORS)
         assert file.numbers == ({"epoch": 3, "global_step": 110000} if kind == "wrapped" else {})
     path.unlink()  # nothing holds the file: the tensors have memory of their own
     for name, value in TENSORS.items():
@@ -73,6 +75,22 @@ def test_tensors_can_be_changed_without_changing_the_file(tmp_path):
         assert path.read_bytes() == before
 
 
+def test_tensors_that_share_memory_or_are_turned_are_read_right(tmp_path):
+    whole = torch.arange(12.0).view(3, 4)
+    torch.save({"a": whole, "b": whole.T, "c": whole[1:, 1]}, tmp_path / "x.ckpt")
+    with open_tensors(tmp_path / "x.ckpt") as file:
+        assert same({name: file.view(name) for name in file.shapes}, {"a": whole, "b": whole.T, "c": whole[1:, 1]})
+        assert all(file.view(name).is_contiguous() for name in file.shapes)
+        file.view("a").zero_()  # changes nothing in the file
+    with open_tensors(tmp_path / "x.ckpt") as file:
+        kept = file.view("a")
+    assert torch.equal(kept, whole)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+
+
 def refused(path: Path, reason: str) -> None:
     with pytest.raises(UserError, match=reason) as caught, open_tensors(path) as file:
         for name in file.shapes:
@@ -91,6 +109,7 @@ def refused(path: Path, reason: str) -> None:
         (b"\xff\xd8\xff\xe0" + bytes(50), "JPEG picture"),
         (b"RIFF\x10\0\0\0WEBPVP8 ", "WebP picture"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "git lfs pull"),
+        (b"GGUF\x03\0\0\0", "GGUF file"),
         (b"hello, this is text", "no file of weights"),
         (bytes(1000), "no file of weights"),
         (b"PK\x03\x04" + bytes(100), "no checkpoint|wrong name"),
@@ -106,8 +125,8 @@ def test_foreign_files(tmp_path, content, reason, suffix):
 
 
 def test_missing_file_and_folder(tmp_path):
-    refused(tmp_path / "none.safetensors", "cannot read")
-    refused(tmp_path, "cannot read")
+    refused(tmp_path / "none.safetensors", "there is no file")
+    refused(tmp_path, "is a folder")
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "plain", "legacy"])
@@ -126,6 +145,8 @@ def test_truncated_files(tmp_path, kind, share):
         {"dtype": "F32", "shape": [-2, -2], "data_offsets": [0, 16]},
         {"dtype": "F32", "shape": [4], "data_offsets": [8, 16]},
         {"dtype": "F4", "shape": [4], "data_offsets": [0, 16]},
+        {"shape": [4], "data_offsets": [0, 16]},
+        {"dtype": "F32", "data_offsets": [0, 16]},
     ],
 )
 def test_lying_headers(tmp_path, entry):
@@ -133,6 +154,21 @@ def test_lying_headers(tmp_path, entry):
     path = tmp_path / "model.safetensors"
     path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(16))
     refused(path, "damaged|unknown dtype")
+
+
+def test_tensors_beyond_the_end_of_a_pickled_file(tmp_path, monkeypatch):
+    """A record that is shorter than the pickle says: the archive itself is whole."""
+    torch.save({"x": torch.ones(1000)}, tmp_path / "whole.ckpt")
+    with zipfile.ZipFile(tmp_path / "whole.ckpt") as whole, zipfile.ZipFile(tmp_path / "short.ckpt", "w") as short:
+        for name in whole.namelist():
+            short.writestr(name, whole.read(name)[:100] if "/data/" in name else whole.read(name))
+    refused(tmp_path / "short.ckpt", "beyond its end|cut off")
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"a": 1}])
+def test_pickled_files_without_tensors(tmp_path, content):
+    torch.save(content, tmp_path / "x.ckpt")
+    refused(tmp_path / "x.ckpt", "no model or LoRA")
 
 
 class Bomb:
@@ -144,7 +180,7 @@ class Bomb:
 
 
 @pytest.mark.parametrize("protocol", ["zip", "legacy", "raw"])
-def test_code_in_a_checkpoint_never_runs(tmp_path, protocol):
+def test_trap_1_17_code_in_a_checkpoint_never_runs(tmp_path, protocol):
     target, path = tmp_path / "was-run", tmp_path / "model.ckpt"
     content = {"state_dict": {"x": torch.zeros(2)}, "bomb": Bomb(str(target))}
     if protocol == "raw":
@@ -181,3 +217,17 @@ def test_records_of_the_training_program_are_harmless(tmp_path, monkeypatch):
     monkeypatch.undo()
     with open_tensors(path) as file:
         assert torch.equal(file.read("x"), torch.ones(2))
+
+
+def test_pickled_tensors(tmp_path):
+    torch.save({"a": torch.ones(3)}, tmp_path / "a.safetensors.ckpt")
+    assert torch.equal(load_pickled(tmp_path / "a.safetensors.ckpt")["a"], torch.ones(3))
+    torch.save([1], tmp_path / "list.pt")
+    with pytest.raises(UserError, match="list"):
+        load_pickled(tmp_path / "list.pt")
+    with pytest.raises(UserError, match="missing.pt"):
+        load_pickled(tmp_path / "missing.pt")
+    whole = (tmp_path / "a.safetensors.ckpt").read_bytes()
+    (tmp_path / "cut.ckpt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="cut.ckpt is cut off"):
+        load_pickled(tmp_path / "cut.ckpt")

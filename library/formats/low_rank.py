@@ -19,6 +19,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from library.errors import UserError
+
 MAX_PASSES = 16
 # What further passes may still remove, of the squared error. The estimate is up to 1.9 times too low (on noise, where it
 # matters), so the error is within 0.08 % of the smallest possible.
@@ -129,13 +131,13 @@ def norm(module: LowRank) -> float:
 def stack(parts: Sequence[tuple[LowRank, float]]) -> LowRank:
     """The sum of factor * module over the parts, exactly: the rank is the sum of the ranks, alpha is the rank.
 
-    ValueError if the parts are for layers of different size. Linear and 1x1 convolution go together; the first's shape counts.
+    UserError if the parts are for layers of different size. Linear and 1x1 convolution go together; the first's shape counts.
     """
     first = parts[0][0]
     ups, downs = [], []
     for module, factor in parts:
         if module.matrix_shape != first.matrix_shape:
-            raise ValueError(f"sizes differ: {_size(first)} and {_size(module)}; they are not for the same kind of model")
+            raise UserError(f"sizes differ: {_size(first)} and {_size(module)}; they are not for the same kind of model")
         up, down = module.matrices()
         strength = factor * module.scale
         root = math.sqrt(abs(strength))
@@ -217,7 +219,7 @@ def best_low_rank(matrix: Tensor, rank: int | None = None, *, share: float | Non
     limit = min(rank or min(matrix.shape), *matrix.shape)
     total = matrix.norm(dim=1).double().norm().item()  # row by row: nearly as exact as all in float64, and faster
     if not math.isfinite(total):
-        raise ValueError("it holds NaN or infinity")
+        raise UserError("it holds NaN or infinity")
     if total == 0:
         return _zeros(matrix, limit)
     guess = limit if share is None else min(limit, 16)
@@ -359,11 +361,11 @@ def _ascending(vectors: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _converging(first: Callable, second: Callable):
-    """The result of `first`, or else of `second`; ValueError if neither converges. Who calls this names the layer."""
+    """The result of `first`, or else of `second`; UserError if neither converges. Who calls this names the layer."""
     try:
         return first()
     except torch.linalg.LinAlgError:
         try:
             return second()
         except torch.linalg.LinAlgError as error:
-            raise ValueError("its singular values could not be computed (no convergence)") from error
+            raise UserError("its singular values could not be computed (no convergence)") from error

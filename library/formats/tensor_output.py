@@ -11,12 +11,10 @@ import math
 import os
 import pickle
 import sys
-import uuid
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -24,9 +22,11 @@ from typing import IO, Any, BinaryIO
 import torch
 from torch import Tensor
 
-from networks.low_rank import is_finite
-from networks.parallel import in_parallel
-from networks.weight_file import DTYPES, open_weights
+from library.errors import UserError
+from library.files import atomic_write
+from library.formats.low_rank import is_finite
+from library.formats.tensor_file import DTYPES, open_tensors
+from library.parallel import on_matrices
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _STORAGES = {
@@ -48,33 +48,14 @@ def output_path(
     """The path to write, checked: a known suffix, no folder, and none of the inputs."""
     path = Path(name)
     if path.suffix.lower() not in suffixes:
-        raise ValueError(f"--save_to {name}: the suffix decides the format; use one of {', '.join(suffixes)}")
+        raise UserError(f"--save_to {name}: the suffix decides the format; use one of {', '.join(suffixes)}")
     if path.is_dir():
-        raise ValueError(f"--save_to {name} is a folder; give a file name")
+        raise UserError(f"--save_to {name} is a folder; give a file name")
     found = path if path.exists() else Path(os.path.abspath(path))  # `new/../a`, where `new` is yet to be made
     for other in inputs:
         if found.exists() and other.exists() and os.path.samefile(found, other):
-            raise ValueError(f"--save_to {name} would overwrite an input; give another name")
+            raise UserError(f"--save_to {name} would overwrite an input; give another name")
     return path
-
-
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, with its suffix; when the block ends well it is flushed to disk and renamed to `path`."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}")
-        try:
-            yield temporary
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"cannot write {path}: {error.strerror or error}; check the folder, its rights and free space"
-        ) from error
 
 
 def write_weights(
@@ -87,7 +68,8 @@ def write_weights(
     """Write the tensors of the plan to `path`, asking `rows_of` for some rows of one at a time; a number is asked for by no rows.
 
     Parts of a few MB stay in the processor's cache, and their memory is used again and again. `metadata` goes into a
-    .safetensors file, `numbers` (epoch, global_step) into a pickled one. ValueError, naming the tensor, for a number that is not
+    .safetensors file, `numbers` (epoch, global_step) into a pickled one, beside `state_dict`; without `numbers` that is the
+    dictionary of the tensors alone, as LoRA files are. UserError, naming the tensor, for a number that is not
     finite, or if what was written does not read back the same; then no file is made.
     """
     is_safetensors = path.suffix.lower() == ".safetensors"
@@ -100,24 +82,35 @@ def write_weights(
         value = rows_of(name, rows).contiguous()
         shape, dtype = plan[name]
         if value.dtype != dtype or tuple(value.shape) != (rows.stop - rows.start, *shape[1:])[: len(shape)]:
-            raise ValueError(f"{name}: {value.dtype} {tuple(value.shape)} does not fit the plan; this is a bug")
+            raise UserError(f"{name}: {value.dtype} {tuple(value.shape)} does not fit the plan; this is a bug")
         if not is_finite(value):
-            raise ValueError(f"{path} was not written: {name} holds NaN or infinity in {str(dtype).removeprefix('torch.')}")
+            raise UserError(f"{path} was not written: {name} holds NaN or infinity in {str(dtype).removeprefix('torch.')}")
         return value, checksum(value)
 
     def contents() -> Iterator[tuple[str, memoryview]]:
         parts = [(name, rows) for name in names for rows in _parts(plan[name][0])]
-        for (name, rows), (value, total) in zip(parts, in_parallel(parts, prepared), strict=True):
+        for (name, rows), (value, total) in zip(parts, on_matrices(parts, prepared), strict=True):
             sums[name, rows.start] = total
             yield name, _bytes(value)
 
-    with atomic(path) as temporary, open(temporary, "wb") as file, _Flusher(file) as stream:
+    with atomic_write(path) as temporary, open(temporary, "wb") as file, _Flusher(file) as stream:
         if is_safetensors:
             _write_safetensors(stream, names, plan, contents(), metadata)
         else:
             _write_pickled(stream, names, plan, contents(), numbers or {})
         stream.flush_rest()  # the disk works on while the file is read back
         _verify(temporary, path, plan, sums)
+
+
+def save_pickled(tensors: Mapping[str, Tensor], path: Path, numbers: Mapping[str, Any] | None = None) -> None:
+    """Write tensors that are in memory as a .ckpt or .pt file to `path` as it is, which is the caller's to make atomic.
+
+    numbers: see `write_weights`.
+    """
+    plan = {name: (tuple(value.shape), value.dtype) for name, value in tensors.items()}
+    contents = ((name, _bytes(value.detach().to("cpu").contiguous())) for name, value in tensors.items())
+    with open(path, "wb") as file:
+        _write_pickled(file, list(tensors), plan, contents, numbers)
 
 
 def _parts(shape: tuple[int, ...]) -> list[slice]:
@@ -129,8 +122,8 @@ def _parts(shape: tuple[int, ...]) -> list[slice]:
 
 
 def _verify(written: Path, final: Path, plan: Plan, sums: Mapping[tuple[str, int], int]) -> None:
-    """Read a file back; ValueError unless every part of every tensor is what was to be written."""
-    with open_weights(written) as file:
+    """Read a file back; UserError unless every part of every tensor is what was to be written."""
+    with open_tensors(written) as file:
         same = all((file.shapes.get(name), file.dtypes.get(name)) == kind for name, kind in plan.items())
 
         def found(part: tuple[str, slice]) -> bool:
@@ -138,10 +131,10 @@ def _verify(written: Path, final: Path, plan: Plan, sums: Mapping[tuple[str, int
             return checksum(rows_in(file.view(name), rows)) == sums[name, rows.start]
 
         parts = [(name, rows) for name in file.shapes for rows in _parts(file.shapes[name])] if same else []
-        wrong = [name for (name, _), is_right in zip(parts, in_parallel(parts, found), strict=True) if not is_right]
+        wrong = [name for (name, _), is_right in zip(parts, on_matrices(parts, found), strict=True) if not is_right]
     if wrong or not same:
         what = wrong[0] if wrong else "it"
-        raise ValueError(f"{final} was not written: {what} did not read back as it was written; check the disk")
+        raise UserError(f"{final} was not written: {what} did not read back as it was written; check the disk")
 
 
 def rows_in(value: Tensor, rows: slice) -> Tensor:
@@ -201,55 +194,58 @@ def _write_safetensors(
         stream.write(space)
 
 
+class _Storage:
+    """In place of a tensor's numbers in what is pickled: it becomes the storage whose bytes are the file's record of this key."""
+
+    def __init__(self, key: str, dtype: torch.dtype, count: int):
+        self.id = ("storage", getattr(torch, f"{_STORAGES[dtype]}Storage"), key, "cpu", count)
+
+
 class _Stored:
-    """In place of a tensor in what is pickled: it becomes the tensor whose numbers are the file's record of this key."""
+    """In place of a tensor in what is pickled."""
 
     def __init__(self, key: str, shape: tuple[int, ...], dtype: torch.dtype):
         self.key, self.shape, self.dtype = key, shape, dtype
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        storage = _Storage(self.key, self.dtype, math.prod(self.shape))
+        stride = torch.empty(self.shape, device="meta").stride()
+        return torch._utils._rebuild_tensor_v2, (storage, 0, self.shape, stride, False, OrderedDict())
+
 
 class _Pickler(pickle.Pickler):
-    """Pickles `_Stored` as torch.save pickles tensors."""
-
-    def reducer_override(self, value: Any) -> Any:
-        if not isinstance(value, _Stored):
-            return NotImplemented
-        stride = torch.empty(value.shape, device="meta").stride()
-        return torch._utils._rebuild_tensor_v2, (_Record(value), 0, value.shape, stride, False, OrderedDict())
-
     def persistent_id(self, value: Any) -> Any:
-        if not isinstance(value, _Record):
-            return None
-        kind = getattr(torch, f"{_STORAGES[value.of.dtype]}Storage")
-        return "storage", kind, value.of.key, "cpu", math.prod(value.of.shape)
+        return value.id if isinstance(value, _Storage) else None
 
 
-class _Record:
-    """The numbers of a tensor, which lie beside the pickle."""
+def _write_pickled(
+    stream: BinaryIO | _Flusher, names: Sequence[str], plan: Plan, contents: Contents, numbers: Mapping[str, Any] | None
+) -> None:
+    """An archive that torch.load reads: the pickled dictionary, the version of this format, and a record for each tensor.
 
-    def __init__(self, of: _Stored):
-        self.of = of
-
-
-def _write_pickled(stream: _Flusher, names: Sequence[str], plan: Plan, contents: Contents, numbers: Mapping[str, Any]) -> None:
-    """The archive that torch.save writes, of {"state_dict": tensors, **numbers}; torch.save itself wants all tensors at once."""
+    torch.save wants all tensors at once, and adds records that the A1111 web UI's safe loader refuses.
+    """
     if strange := [name for name in names if plan[name][1] not in _STORAGES]:
-        raise ValueError(f"{strange[0]} is {plan[strange[0]][1]}, which .ckpt has no place for; save it as .safetensors")
+        raise UserError(f"{strange[0]} is {plan[strange[0]][1]}, which .ckpt has no place for; save it as .safetensors")
     tensors = {name: _Stored(str(index), *plan[name]) for index, name in enumerate(names)}
     pickled = BytesIO()
-    _Pickler(pickled, protocol=2).dump({"state_dict": tensors, **numbers})
+    _Pickler(pickled, protocol=2).dump(tensors if numbers is None else {"state_dict": tensors, **numbers})
+    records = {"data.pkl": pickled.getvalue(), "version": b"3\n"}
+    if sys.byteorder != "little":  # what readers assume, and the only one that the web UI's older loaders take
+        records["byteorder"] = sys.byteorder.encode()
     with zipfile.ZipFile(stream, "w") as archive:
-        for name, content in (("data.pkl", pickled.getvalue()), ("byteorder", sys.byteorder.encode()), ("version", b"3\n")):
+        for name, content in records.items():
             with _record(archive, stream, name, len(content)) as record:
                 record.write(content)
-        for name, group in itertools.groupby(contents, key=lambda part: part[0]):
+        parts = itertools.groupby(contents, key=lambda part: part[0])
+        for name, group in parts:
             shape, dtype = plan[name]
             with _record(archive, stream, f"data/{tensors[name].key}", math.prod(shape) * dtype.itemsize) as record:
                 for _, space in group:
                     record.write(space)
 
 
-def _record(archive: zipfile.ZipFile, stream: _Flusher, name: str, size: int) -> IO[bytes]:
+def _record(archive: zipfile.ZipFile, stream: BinaryIO | _Flusher, name: str, size: int) -> IO[bytes]:
     record = zipfile.ZipInfo(f"archive/{name}")
     begin = stream.tell() + 30 + len(record.filename) + 4  # of the numbers, if nothing is filled in: after header, name and extra
     fill = -begin % ALIGNMENT

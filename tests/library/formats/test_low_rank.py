@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from networks import low_rank
-from networks.low_rank import LowRank
+from library.errors import UserError
+from library.formats import low_rank
+from library.formats.low_rank import LowRank
 
 SHAPES = {"linear": (40, 24), "conv 1x1": (40, 24, 1, 1), "conv 3x3": (40, 24, 3, 3)}
 
@@ -59,7 +60,7 @@ def test_stack_takes_linear_and_1x1_convolution_together():
 
 
 def test_stack_refuses_other_sizes():
-    with pytest.raises(ValueError, match="sizes differ: 6 in, 8 out and 7 in, 8 out"):
+    with pytest.raises(UserError, match="sizes differ: 6 in, 8 out and 7 in, 8 out"):
         low_rank.stack([(module((8, 6), 2, 2), 1), (module((8, 7), 2, 2), 1)])
 
 
@@ -209,7 +210,7 @@ def test_a_difference_of_zeros_and_one_with_nan():
     found = low_rank.best_low_rank(torch.zeros(100, 90), 4)
     result = found.low_rank(4, (100, 90))
     assert result.rank == 4 and result.is_finite() and not dense(result).any()
-    with pytest.raises(ValueError, match="NaN or infinity"):
+    with pytest.raises(UserError, match="NaN or infinity"):
         low_rank.best_low_rank(torch.full((5, 5), float("nan")), 2)
 
 
@@ -226,5 +227,5 @@ def test_no_convergence_is_tried_again_and_then_an_error(monkeypatch):
     failures = 1
     assert relative(dense(low_rank.decompose(m).low_rank(3, m)), dense(m)) < 1e-5
     failures = 100
-    with pytest.raises(ValueError, match="no convergence"):
+    with pytest.raises(UserError, match="no convergence"):
         low_rank.decompose(m)
