@@ -81,9 +81,9 @@ def output_errors(names: list[str]) -> dict[str, float]:
     import numpy as np
     from PIL import Image
 
+    from library.diffusion.process import NoiseProcess
     from library.models.clip import tokenize
     from library.models.model import encode_image, encode_text, load_stable_diffusion, predict_noise
-    from library.training import diffusion
     from tools.demo import BASE_MODEL
 
     model = load_stable_diffusion(str(BASE_MODEL))
@@ -94,11 +94,11 @@ def output_errors(names: list[str]) -> dict[str, float]:
     context = encode_text(model.text_encoder, tokenize(model.tokenizer, captions))
     generator = torch.Generator().manual_seed(1)
     latents = encode_image(model.vae, images, generator) * model.vae.config.scaling_factor
-    noise, alphas = torch.randn(latents.shape, generator=generator), diffusion.alphas_cumprod()
+    noise, process = torch.randn(latents.shape, generator=generator), NoiseProcess()
 
     def outputs(unet: torch.nn.Module) -> torch.Tensor:
         times = [torch.full((len(files),), timestep) for timestep in TIMESTEPS]
-        return torch.stack([predict_noise(unet, diffusion.add_noise(latents, noise, t, alphas), t, context) for t in times])
+        return torch.stack([predict_noise(unet, process.add_noise(latents, noise, t), t, context) for t in times])
 
     plain, errors = outputs(model.unet), {PLAIN: 0.0}
     for name in names:

@@ -30,16 +30,16 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from library.diffusion.process import NoiseProcess
 from library.formats.low_rank import LowRank, split
 from library.models.clip import tokenize
 from library.models.model import encode_image, encode_text, predict_noise
 from library.testing import small_stable_diffusion
-from library.training import diffusion
 from networks import dylora, lora
 
 PICTURES = Path(__file__).resolve().parents[1] / "assets" / "example" / "lineart"
 RANKS, UNIT, BATCH, SIZE = (4, 8, 12, 16), 4, 4, 64
-ALPHAS = diffusion.alphas_cumprod()
+PROCESS = NoiseProcess()
 
 
 class Task:
@@ -60,8 +60,8 @@ class Task:
 
     def loss(self, chosen: Tensor, generator: torch.Generator) -> Tensor:
         z, noise = self.latents[chosen], torch.randn(len(chosen), *self.latents.shape[1:], generator=generator)
-        t = torch.randint(0, diffusion.TRAIN_TIMESTEPS, (len(chosen),), generator=generator)
-        prediction = predict_noise(self.unet, diffusion.add_noise(z, noise, t, ALPHAS), t, self.texts[chosen])
+        t = torch.randint(0, PROCESS.timesteps, (len(chosen),), generator=generator)
+        prediction = predict_noise(self.unet, PROCESS.add_noise(z, noise, t), t, self.texts[chosen])
         return (prediction.float() - noise.float()).square().mean()
 
     @torch.no_grad()

@@ -52,10 +52,11 @@ def make_pipeline(model, lora: Path | None):
     from diffusers import StableDiffusionPipeline
     from diffusers.utils import logging
 
-    from library.generation.samplers import make_scheduler
+    from library.diffusion.process import NoiseProcess
+    from library.diffusion.samplers import make_scheduler
 
     logging.set_verbosity_error()
-    parts = (model.vae, model.text_encoder, model.tokenizer, model.unet, make_scheduler("ddim"))
+    parts = (model.vae, model.text_encoder, model.tokenizer, model.unet, make_scheduler("ddim", NoiseProcess()))
     pipe = StableDiffusionPipeline(*parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     if lora is not None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from library.diffusion.samplers import check_sampler
 from library.errors import UserError
 from library.generation.deep_shrink import check_deep_shrink
 from library.generation.encoding import PromptCache, short
@@ -14,7 +15,6 @@ from library.generation.networks import Networks
 from library.generation.prompt_loras import split_loras
 from library.generation.prompts import MOST_STEPS, PromptSpec, check_negative_scale, split_regions
 from library.generation.regional import Regions
-from library.generation.samplers import check_sampler
 from library.models.model import pixels_per_latent
 
 if TYPE_CHECKING:

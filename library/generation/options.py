@@ -7,12 +7,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from library.command_line import OptionGroup, parse
+from library.diffusion.samplers import SAMPLERS
 from library.errors import UserError
 from library.generation.prompts import LARGEST_SEED, MOST_STEPS, SIZE_STEP
 from library.generation.refused_options import REFUSED
-from library.generation.samplers import SAMPLERS
 
-Samplers = Literal[SAMPLERS]  # type: ignore[valid-type]
+Samplers = Literal[tuple(SAMPLERS)]  # type: ignore[valid-type]
 
 
 def _seeds(value: Any) -> Any:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Generator, Tensor
 
+from library.diffusion.samplers import make_scheduler
 from library.errors import UserError
 from library.generation.deep_shrink import shrinking
 from library.generation.denoise import Contexts, denoise, start_noise
@@ -21,8 +22,7 @@ from library.generation.jobs import Job
 from library.generation.networks import Networks
 from library.generation.prompts import LARGEST_SEED, PromptSpec
 from library.generation.regional import Regions
-from library.generation.samplers import make_scheduler
-from library.models.model import decode_latents, pixels_per_latent
+from library.models.model import decode_latents, noise_process, pixels_per_latent
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -63,7 +63,7 @@ class Painter:
         self.autocast, self.vae_batch_size = autocast, vae_batch_size
         # Made once a sampler, as some take a second to make; `set_timesteps` resets them for each batch.
         self.scheduler_of: Callable[[str], SchedulerMixin] = cache(
-            partial(make_scheduler, v_parameterization=model.v_parameterization, zero_terminal_snr=zero_terminal_snr)
+            partial(make_scheduler, process=noise_process(model, zero_terminal_snr))
         )
         self.channels = model.vae.config.latent_channels
         self.downscale = pixels_per_latent(model.vae)

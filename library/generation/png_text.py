@@ -10,15 +10,10 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from library.diffusion.samplers import SAMPLERS
 from library.errors import UserError
 from library.files import read_safetensors_header, sha256_of_file
 from library.generation.prompts import PromptSpec
-
-# The web UI's name of each sampler. Those that it does not have keep a name of their own: a wrong one would be worse.
-WEB_UI_SAMPLERS = {
-    "ddim": "DDIM", "pndm": "PLMS", "lms": "LMS", "euler": "Euler", "euler_a": "Euler a", "heun": "Heun", "dpm_2": "DPM2",
-    "dpm_2_a": "DPM2 a", "dpmsolver": "DPM-Solver 2M", "dpmsolver++": "DPM++ 2M", "dpmsingle": "DPM-Solver++ 2S",
-}  # fmt: skip
 
 
 class UsedLora(NamedTuple):
@@ -78,7 +73,7 @@ def _settings(
     width, height = (spec.width, spec.height) if stage is None or first_size is None else first_size
     values = {
         "Steps": str(spec.steps if stage is None else facts.highres_steps),
-        "Sampler": WEB_UI_SAMPLERS[spec.sampler.removeprefix("k_")],
+        "Sampler": SAMPLERS[spec.sampler].web_ui_name,
         "CFG scale": f"{spec.scale:g}",
         "Seed": str(spec.seed),
         "Size": f"{width}x{height}",

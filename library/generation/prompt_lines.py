@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from library.diffusion.samplers import check_sampler
 from library.errors import UserError, unknown
 from library.generation.prompts import (
     MOST_STEPS,
@@ -20,7 +21,6 @@ from library.generation.prompts import (
     split_line,
 )
 from library.generation.refused_options import REFUSED_INLINE
-from library.generation.samplers import check_sampler
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from library.diffusion.samplers import check_sampler
 from library.errors import UserError, unknown
-from library.generation.samplers import check_sampler
 from library.text_files import parse_toml, read_text
 
 log = logging.getLogger(__name__)

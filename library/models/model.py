@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from library.diffusion.process import NoiseProcess
 from library.models.clip import encode_text
 from library.models.loading import load_stable_diffusion, load_vae
 from library.models.parts import StableDiffusion
@@ -26,6 +27,7 @@ __all__ = [
     "evaluating",
     "load_stable_diffusion",
     "load_vae",
+    "noise_process",
     "pixels_per_latent",
     "predict_noise",
     "save_stable_diffusion",
@@ -49,6 +51,11 @@ def predict_noise(unet: UNet2DConditionModel, noisy: Tensor, timesteps: Tensor, 
     `timesteps` (B,) are 0..999; `context` (B, N, width) comes from `encode_text`.
     """
     return unet(noisy, timesteps, encoder_hidden_states=context).sample
+
+
+def noise_process(model: StableDiffusion, zero_terminal_snr: bool = False) -> NoiseProcess:
+    """How latents of this model are noised, and what it predicts."""
+    return NoiseProcess("v" if model.v_parameterization else "epsilon", zero_terminal_snr)
 
 
 def pixels_per_latent(vae: AutoencoderKL) -> int:

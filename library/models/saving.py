@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from library.diffusion.process import NoiseProcess
 from library.errors import UserError
 from library.files import atomic_write
 from library.formats.compvis import CompVisNames, Parts, join_compvis
@@ -122,7 +123,10 @@ def _write_folder(model: StableDiffusion, parts: Parts, folder: Path) -> None:
     text = {f"text_model.{name}": value for name, value in parts["text_encoder"].items()}
     _save_safetensors(text, folder / "text_encoder" / "model.safetensors", {})
     _write_tokenizer(model, folder / "tokenizer")
-    _write_json(folder / "scheduler" / "scheduler_config.json", _scheduler_config(model.v_parameterization))
+    _write_json(
+        folder / "scheduler" / "scheduler_config.json",
+        _scheduler_config(NoiseProcess("v" if model.v_parameterization else "epsilon")),
+    )
     _write_json(folder / "model_index.json", _model_index())
 
 
@@ -134,15 +138,11 @@ def _write_tokenizer(model: StableDiffusion, folder: Path) -> None:
             shutil.copyfile(CLIP_BPE / name, folder / name)
 
 
-def _scheduler_config(v_parameterization: bool) -> dict[str, Any]:
+def _scheduler_config(process: NoiseProcess) -> dict[str, Any]:
     return {
         "_class_name": "DDIMScheduler",
         "_diffusers_version": _diffusers_version(),
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "beta_schedule": "scaled_linear",
-        "num_train_timesteps": 1000,
-        "prediction_type": "v_prediction" if v_parameterization else "epsilon",
+        **process.scheduler_config(),
         "clip_sample": False,
         "set_alpha_to_one": False,
         "steps_offset": 1,

@@ -7,12 +7,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field
 
 from library.command_line import OptionGroup, groups_of, parse
+from library.diffusion.samplers import SAMPLERS
 from library.training.refused_options import REFUSED
 
-Samplers = Literal[
-    "ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++", "dpmsingle",
-    "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a",
-]  # fmt: skip
+Samplers = Literal[tuple(SAMPLERS)]  # type: ignore[valid-type]
 
 
 def _as_words(value: Any) -> Any:

@@ -17,16 +17,15 @@ from tqdm import tqdm
 from library.data.dataset import Batch, TrainingDataset
 from library.data.loader import EpochLoader
 from library.data.text_cache import TextCache
+from library.diffusion.loss import Objective
 from library.errors import RunFailed, UserError
 from library.models.clip import encode_text
-from library.models.model import StableDiffusion, encode_image, evaluating, predict_noise
+from library.models.model import StableDiffusion, encode_image, evaluating, noise_process, predict_noise
 from library.processes import Processes
-from library.training import diffusion
 from library.training.compatible import fingerprint
 from library.training.ema import ExponentialAverage
 from library.training.exchange import StepExchange
 from library.training.interrupt import stop_on_interrupt
-from library.training.loss import Objective
 from library.training.metadata import RunMetadata
 from library.training.network import TrainedNetwork
 from library.training.optimizers import found_rates
@@ -75,7 +74,9 @@ class Trainer:
     validation: Validation | None = None
 
     def __post_init__(self) -> None:
-        self.objective = Objective(self.options.loss, self.model.v_parameterization, self.accelerator.device)
+        self.objective = Objective(
+            self.options.loss, noise_process(self.model, self.options.loss.zero_terminal_snr), self.accelerator.device
+        )
         self.losses = LossRecord(
             window=self.plan.batches_per_epoch, explain=lambda: explain_nonfinite(self.options, self.network.parameters)
         )
@@ -239,10 +240,10 @@ class Trainer:
     def _validation_losses(self, batch: Batch, noise_of: Callable[[torch.Size], torch.Tensor], t: torch.Tensor) -> torch.Tensor:
         """Squared errors (B,) at given noise and timesteps, without any weights, so that runs can be compared."""
         latents = self._latents(batch)
-        noise, alphas, v = noise_of(latents.shape), self.objective.alphas, self.model.v_parameterization
+        noised = self.objective.at(latents, noise_of(latents.shape), t)
         with self.accelerator.autocast():
-            prediction = predict_noise(self.model.unet, diffusion.add_noise(latents, noise, t, alphas), t, self._context(batch))
-        return (prediction.float() - diffusion.target(latents, noise, t, alphas, v).float()).square().flatten(1).mean(dim=1)
+            prediction = predict_noise(self.model.unet, noised.noisy, t, self._context(batch))
+        return (prediction.float() - noised.target.float()).square().flatten(1).mean(dim=1)
 
     def _latents(self, batch: Batch) -> torch.Tensor:
         device, vae = self.accelerator.device, self.model.vae

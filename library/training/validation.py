@@ -13,6 +13,7 @@ from torch import Tensor
 
 from library.data.dataset import Batch, TrainingDataset
 from library.data.loader import load_batches
+from library.diffusion.process import TRAIN_TIMESTEPS
 from library.processes import Processes
 from library.training.options import ValidationOptions
 from library.training.randomness import seed_everything, undisturbed
@@ -30,7 +31,7 @@ def validation_timesteps(low: int | None = None, high: int | None = None) -> lis
     >>> validation_timesteps()
     [200, 400, 600, 800]
     """
-    low, high = low or 0, 1000 if high is None else high
+    low, high = low or 0, TRAIN_TIMESTEPS if high is None else high
     return [low + (high - low) * number // (TIMESTEPS + 1) for number in range(1, TIMESTEPS + 1)]
 
 

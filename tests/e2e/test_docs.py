@@ -23,10 +23,10 @@ from safetensors import safe_open
 import train_network
 from library.command_line import choices_of, groups_of, is_flag, option_names
 from library.data.config import DatasetDefaults, datasets_from_file
+from library.diffusion.samplers import SAMPLERS
 from library.errors import UserError
 from library.generation.options import GenerateOptions
 from library.generation.prompts import PromptSpec, read_prompt_file
-from library.generation.samplers import SAMPLERS
 from library.models.model import save_stable_diffusion
 from library.testing import small_stable_diffusion
 from library.training import run as run_module

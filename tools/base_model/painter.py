@@ -11,12 +11,12 @@ from torch import Tensor
 
 from library.data.config import DatasetDefaults, datasets_from_file
 from library.data.dataset import Batch, TrainingDataset
+from library.diffusion.process import NoiseProcess, sample_timesteps
 from library.generation.generator import generate
 from library.generation.prompts import PromptSpec
 from library.models.architecture import text_config, unet_config
 from library.models.clip import inner_text_model, load_tokenizer
 from library.models.model import StableDiffusion, encode_text, predict_noise, vae_fingerprint
-from library.training import diffusion
 from tools.base_model.names import STYLES, prompt_of
 from tools.base_model.training import Average, Checkpoint, clip_and_step, rate_at
 
@@ -52,13 +52,13 @@ class Painter:
 
     model: StableDiffusion
     dataset: TrainingDataset
-    alphas: Tensor
+    process: NoiseProcess = NoiseProcess()
 
     def loss(self, batch: Batch, noise: Tensor, t: Tensor) -> Tensor:
         """The noise's mean squared error of each sample, (B,), not weighted."""
         latents = batch.latents * self.model.vae.config.scaling_factor
         context = encode_text(self.model.text_encoder, batch.input_ids)
-        noisy = diffusion.add_noise(latents, noise, t, self.alphas)
+        noisy = self.process.add_noise(latents, noise, t)
         return (predict_noise(self.model.unet, noisy, t, context) - noise).square().flatten(1).mean(dim=1)
 
 
@@ -78,7 +78,7 @@ def new_painter(vae: torch.nn.Module, named: Path, seed: int) -> Painter:
     dataset.cache_latents(
         lambda images, _: vae.encode(images).latent_dist.mode(), batch_size=32, to_disk=False, fingerprint=vae_fingerprint(vae)
     )
-    return Painter(model, dataset, diffusion.alphas_cumprod())
+    return Painter(model, dataset)
 
 
 def dataset_file(named: Path) -> Path:
@@ -113,13 +113,12 @@ def teach_reading(painter: Painter, steps: int) -> float:
     return error
 
 
-def loss_weights(t: Tensor, alphas: Tensor) -> Tensor:
+def loss_weights(snr: Tensor) -> Tensor:
     """SNR within LEAST..GAMMA, over SNR: Min-SNR (Hang et al. 2023), but with more weight on nearly pure noise.
 
     There the caption alone says what to draw. Plain noise prediction hardly counts it: an error d of the picture is an error
     sqrt(SNR) d of the noise.
     """
-    snr = diffusion.signal_to_noise(alphas)[t]
     return snr.clamp(LEAST, GAMMA) / snr
 
 
@@ -141,9 +140,9 @@ def train_painter(vae: torch.nn.Module, named: Path, work: Path, steps: int, see
     for step in range(first, steps):
         epoch, position = divmod(step, painter.dataset.num_batches)
         batch = painter.dataset[epoch + 1, position]
-        t = diffusion.sample_timesteps(len(batch.paths), torch.device("cpu"))
+        t = sample_timesteps(len(batch.paths), torch.device("cpu"))
         losses = painter.loss(batch, torch.randn_like(batch.latents), t)
-        (losses * loss_weights(t, painter.alphas)).mean().backward()
+        (losses * loss_weights(painter.process.snr()[t])).mean().backward()
         clip_and_step(optimizer, rate_at(step, steps, PEAK_RATE))
         average.update(step)
         total += losses.detach().mean()
@@ -152,7 +151,7 @@ def train_painter(vae: torch.nn.Module, named: Path, work: Path, steps: int, see
             speed = (done - first) * BATCH / (time.time() - started)
             print(
                 f"{time.strftime('%H:%M:%S')} U-Net step {done}/{steps}: loss {float(total) / REPORT_EVERY:.4f}, "
-                f"validation {validation_loss(Painter(averaged, painter.dataset, painter.alphas)):.4f}, {speed:.1f} pictures/s",
+                f"validation {validation_loss(Painter(averaged, painter.dataset)):.4f}, {speed:.1f} pictures/s",
                 flush=True,
             )
             total = 0.0

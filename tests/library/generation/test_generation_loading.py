@@ -8,11 +8,12 @@ import pytest
 import torch
 from reference_pipelines import pipeline_latents
 
+from library.diffusion.process import NoiseProcess
+from library.diffusion.samplers import make_scheduler
 from library.errors import UserError
 from library.generation.generator import generate
 from library.generation.loading import load_model
 from library.generation.prompts import PromptSpec
-from library.generation.samplers import make_scheduler
 from library.models.model import save_stable_diffusion
 
 CAT = PromptSpec("a cat", "blurry", width=64, height=64, seed=7, steps=2)
@@ -66,7 +67,7 @@ def test_wrong_models_are_one_line(saved, tmp_path):
 def test_zero_terminal_snr_equals_diffusers_pipeline(v_model, latents_of, sampler):
     spec = replace(CAT, sampler=sampler)
     (ours,) = latents_of(v_model, [spec], zero_terminal_snr=True)
-    scheduler = make_scheduler(sampler, v_parameterization=True, zero_terminal_snr=True)
+    scheduler = make_scheduler(sampler, NoiseProcess("v", zero_terminal_snr=True))
     torch.testing.assert_close(ours, pipeline_latents(v_model, scheduler, spec), **CLOSE)
     assert (latents_of(v_model, [spec])[0] - ours).abs().max() > 0.05
 

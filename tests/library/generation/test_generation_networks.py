@@ -10,12 +10,13 @@ import pytest
 import torch
 from reference_pipelines import make_pipeline, run_pipeline
 
+from library.diffusion.process import NoiseProcess
+from library.diffusion.samplers import SAMPLERS, make_scheduler
 from library.errors import UserError
 from library.generation.generator import generate
 from library.generation.networks import Networks
 from library.generation.prompt_loras import split_loras
 from library.generation.prompts import PromptSpec
-from library.generation.samplers import SAMPLERS, make_scheduler
 from networks import dylora, lora
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -81,13 +82,13 @@ def with_ink_by_diffusers(model, files):
 
     from library.testing import small_stable_diffusion
 
-    pipe = make_pipeline("", small_stable_diffusion(seed=0, **SMALL), make_scheduler("ddim"))
+    pipe = make_pipeline("", small_stable_diffusion(seed=0, **SMALL), make_scheduler("ddim", NoiseProcess()))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pipe.load_lora_weights(files[0])
 
     def latents(sampler):
-        pipe.scheduler = make_scheduler(sampler)
+        pipe.scheduler = make_scheduler(sampler, NoiseProcess())
         return run_pipeline(pipe, CAT, height=64, width=64)
 
     return latents

@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 from reference_pipelines import SMALL, pipeline_latents
 
+from library.diffusion.process import NoiseProcess
+from library.diffusion.samplers import SAMPLERS, make_scheduler
 from library.errors import UserError
 from library.generation import painter
 from library.generation.denoise import Contexts, denoise, start_noise
@@ -19,7 +21,6 @@ from library.generation.encoding import PromptCache
 from library.generation.generator import generate
 from library.generation.painter import Painter, to_picture
 from library.generation.prompts import PromptSpec
-from library.generation.samplers import SAMPLERS, make_scheduler
 from library.models.clip import count_chunks
 from library.models.model import evaluating
 from library.testing import small_stable_diffusion
@@ -43,7 +44,7 @@ DISTINCT = [name for name in SAMPLERS if not name.startswith("k_")]  # "k_" is a
 def test_latents_equal_those_of_diffusers_own_pipeline(model, latents_of, sampler):
     spec = replace(CAT, sampler=sampler, steps=6)
     (ours,) = latents_of(model, [spec])
-    theirs = pipeline_latents(model, make_scheduler(sampler), spec)
+    theirs = pipeline_latents(model, make_scheduler(sampler, NoiseProcess()), spec)
     assert theirs.abs().max() > 0.1
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
@@ -53,7 +54,7 @@ def test_v_prediction_and_sd2_equal_diffusers_own_pipeline(v_model, latents_of, 
     spec = replace(CAT, sampler=sampler)
     (ours,) = latents_of(v_model, [spec])
     torch.testing.assert_close(
-        ours, pipeline_latents(v_model, make_scheduler(sampler, v_parameterization=True), spec), rtol=1e-3, atol=1e-3
+        ours, pipeline_latents(v_model, make_scheduler(sampler, NoiseProcess("v")), spec), rtol=1e-3, atol=1e-3
     )
     (noise_prediction,) = latents_of(replace(v_model, v_parameterization=False), [spec])
     assert (noise_prediction - ours).abs().max() > 0.05
@@ -63,7 +64,9 @@ def test_other_sizes_and_no_guidance_equal_diffusers_own_pipeline(model, latents
     for spec in (replace(CAT, width=72, height=128), replace(CAT, scale=1.0), replace(CAT, scale=0.5)):
         (ours,) = latents_of(model, [spec])
         assert ours.shape == (4, spec.height // 8, spec.width // 8)
-        torch.testing.assert_close(ours, pipeline_latents(model, make_scheduler("ddim"), spec), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            ours, pipeline_latents(model, make_scheduler("ddim", NoiseProcess()), spec), rtol=1e-3, atol=1e-3
+        )
 
 
 def test_without_guidance_the_negative_prompt_has_no_effect(model, latents_of):
@@ -334,7 +337,7 @@ def test_trap_6_9_every_sampler_draws_from_the_pictures_own_generators(sampler):
     unet = Still(1, 1)
 
     def run(batch):
-        scheduler = make_scheduler(sampler)
+        scheduler = make_scheduler(sampler, NoiseProcess())
         scheduler.set_timesteps(6)
         generators = [torch.Generator().manual_seed(seed) for seed in batch]
         noise = start_noise(generators, 4, 4, 4) * scheduler.init_noise_sigma

@@ -13,11 +13,12 @@ from PIL import Image
 from reference_pipelines import a_picture, make_pipeline, run_pipeline
 from torch.nn import functional as F
 
+from library.diffusion.process import NoiseProcess
+from library.diffusion.samplers import make_scheduler
 from library.errors import UserError
 from library.generation.generator import generate
 from library.generation.highres import Highres, load_upscaler
 from library.generation.prompts import PromptSpec
-from library.generation.samplers import make_scheduler
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -33,7 +34,7 @@ def test_trap_6_5_the_second_stage_is_img2img_of_the_enlarged_first_with_seed_pl
     ((_, alone, _),) = generate(model, [replace(CAT, width=64, height=32, steps=2)])
     assert alone.tobytes() == first.picture.tobytes()
 
-    pipe = make_pipeline("Img2Img", model, make_scheduler("ddim"))
+    pipe = make_pipeline("Img2Img", model, make_scheduler("ddim", NoiseProcess()))
     enlarged = alone.resize((128, 64), Image.Resampling.LANCZOS)
     theirs = run_pipeline(pipe, replace(CAT, seed=8), image=enlarged, strength=0.5)
     with torch.no_grad():

@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 from reference_pipelines import SMALL, a_picture, make_pipeline, run_pipeline
 
+from library.diffusion.process import NoiseProcess
+from library.diffusion.samplers import SAMPLERS, make_scheduler
 from library.errors import UserError
 from library.generation.generator import generate
 from library.generation.image_input import load_mask, load_picture, run_steps, source_size
 from library.generation.prompts import PromptSpec
-from library.generation.samplers import SAMPLERS, make_scheduler
 from library.testing import small_stable_diffusion
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The configuration file:FutureWarning")
@@ -44,7 +45,7 @@ def mask(tmp_path):
 def test_latents_equal_those_of_diffusers_img2img_pipeline(model, latents_of, spec, sampler):
     spec = replace(spec, sampler=sampler)
     (ours,) = latents_of(model, [spec])
-    pipe = make_pipeline("Img2Img", model, make_scheduler(sampler))
+    pipe = make_pipeline("Img2Img", model, make_scheduler(sampler, NoiseProcess()))
     theirs = run_pipeline(pipe, spec, image=a_picture(), strength=spec.strength)
     torch.testing.assert_close(ours, theirs, **CLOSE)
 
@@ -55,7 +56,7 @@ def test_latents_equal_those_of_diffusers_img2img_pipeline(model, latents_of, sp
 def test_latents_equal_those_of_diffusers_inpainting_pipeline(model, latents_of, spec, mask, sampler, strength):
     spec = replace(spec, sampler=sampler, strength=strength, mask=mask)
     (ours,) = latents_of(model, [spec])
-    pipe = make_pipeline("Inpaint", model, make_scheduler(sampler))
+    pipe = make_pipeline("Inpaint", model, make_scheduler(sampler, NoiseProcess()))
     options = {"image": a_picture(), "mask_image": Image.open(mask), "strength": strength, "height": 64, "width": 64}
     torch.testing.assert_close(ours, run_pipeline(pipe, spec, **options), **CLOSE)
 

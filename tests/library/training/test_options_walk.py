@@ -68,7 +68,7 @@ BY_TEST: dict[str, dict[str, str]] = {
         "test_the_trainer_writes_its_config_and_stops": "output_config",
     },
     "library/training/test_preflight.py": {"test_options_that_contradict_each_other_are_named": "sample_every_n_steps"},
-    "library/training/test_loss.py": {
+    "library/diffusion/test_loss.py": {
         "test_weightings_against_the_formulas": (
             "min_snr_gamma debiased_estimation_loss scale_v_pred_loss_like_noise_pred v_pred_like_loss"
         ),
@@ -76,7 +76,7 @@ BY_TEST: dict[str, dict[str, str]] = {
         "test_trap_5_7_huber_losses_with_each_schedule_and_scale": "loss_type huber_schedule huber_c huber_scale",
         "test_min_and_max_timestep": "min_timestep max_timestep",
     },
-    "library/training/test_noise.py": {
+    "library/diffusion/test_noise.py": {
         "test_noise_offset_adds_one_number_to_each_channel_of_each_sample": "noise_offset",
         "test_noise_offset_random_strength_is_one_uniform_number_a_batch": "noise_offset_random_strength",
         "test_adaptive_noise_scale_follows_the_mean_of_each_channel_and_never_turns_round": "adaptive_noise_scale",

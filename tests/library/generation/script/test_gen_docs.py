@@ -18,13 +18,13 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from library.command_line import groups_of, is_flag
+from library.diffusion.samplers import SAMPLERS
 from library.errors import UserError
 from library.generation import session
 from library.generation.options import GenerateOptions, parse_options
 from library.generation.prompt_lines import INLINE_OPTIONS
 from library.generation.prompt_sources import RawPrompt
 from library.generation.refused_options import REFUSED, REFUSED_INLINE
-from library.generation.samplers import SAMPLERS
 
 ROOT = Path(__file__).resolve().parents[4]
 FILES = ("docs/gen_img_README.md", "docs/gen_img_README-zh.md", "README.md")

@@ -1,18 +1,21 @@
 """The loss: what the model is shown, how wrong its answer is, and how much each sample counts.
 
-Notation as in diffusion.py. All weights are taken from the schedule that is in force, also with --zero_terminal_snr.
+Notation as in process.py. All weights are taken from the schedule that is in force, also with --zero_terminal_snr.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from library.training import diffusion
-from library.training.noise import perturbed, sample_noise
-from library.training.options import LossOptions
+from library.diffusion.noise import perturbed, sample_noise
+from library.diffusion.process import NoiseProcess, sample_timesteps
+
+if TYPE_CHECKING:
+    from library.training.options import LossOptions
 
 MOST_SNR = 1000.0  # the SNR grows beyond all bounds towards t = 0; weights that divide by it stop here
 
@@ -33,22 +36,24 @@ class Objective:
     losses = objective.losses(predict(noised.noisy, noised.t), noised, masks)     # (B,) float32
     """
 
-    def __init__(self, options: LossOptions, v_parameterization: bool, device: torch.device) -> None:
-        self.options, self.v = options, v_parameterization
-        alphas = diffusion.alphas_cumprod()
-        self.alphas = (diffusion.with_zero_terminal_snr(alphas) if options.zero_terminal_snr else alphas).to(device)
-        self.weights = timestep_weights(self.alphas, options, v_parameterization)
-        self.widths = huber_widths(self.alphas, options)
+    def __init__(self, options: LossOptions, process: NoiseProcess, device: torch.device) -> None:
+        self.options, self.process = options, process
+        self.weights = timestep_weights(process, options).to(device)
+        self.widths = huber_widths(process.alphas(device), options)
 
     def noised(self, latents: Tensor, t: Tensor | None = None) -> Noised:
-        """Draw noise and, unless they are given, timesteps; latents (B, C, H, W) as the U-Net knows them."""
+        """Draw noise and, unless they are given, timesteps; latents (B, C, H, W) as the denoiser knows them."""
         options = self.options
         noise = sample_noise(latents, options)
         if t is None:
-            high = diffusion.TRAIN_TIMESTEPS if options.max_timestep is None else options.max_timestep
-            t = diffusion.sample_timesteps(len(latents), latents.device, options.min_timestep or 0, high)
-        noisy = diffusion.add_noise(latents, perturbed(noise, options), t, self.alphas)
-        return Noised(noisy, t, diffusion.target(latents, noise, t, self.alphas, self.v))
+            high = self.process.timesteps if options.max_timestep is None else options.max_timestep
+            t = sample_timesteps(len(latents), latents.device, options.min_timestep or 0, high)
+        return self.at(latents, noise, t, perturbed(noise, options))
+
+    def at(self, latents: Tensor, noise: Tensor, t: Tensor, seen: Tensor | None = None) -> Noised:
+        """With this noise at these timesteps; `seen`, if given, is the noise in the input in place of the one in the target."""
+        noisy = self.process.add_noise(latents, noise if seen is None else seen, t)
+        return Noised(noisy, t, self.process.target(latents, noise, t))
 
     def losses(self, prediction: Tensor, noised: Noised, masks: Tensor | None = None) -> Tensor:
         """Weighted loss of each sample, (B,) float32.
@@ -92,25 +97,25 @@ def huber_widths(a: Tensor, options: LossOptions) -> Tensor:
     return widths * options.huber_scale
 
 
-def timestep_weights(a: Tensor, options: LossOptions, v_parameterization: bool) -> Tensor:
+def timestep_weights(process: NoiseProcess, options: LossOptions) -> Tensor:
     """The factor of the loss at every timestep, (T,) float32: the product of all weightings that are asked for."""
-    snr = diffusion.signal_to_noise(a)
+    snr, velocity = process.snr(), process.predicts_velocity
     capped = snr.clamp(max=MOST_SNR)
-    weights = torch.ones_like(a)
+    weights = torch.ones_like(snr)
     if options.min_snr_gamma:
-        weights = weights * min_snr_weights(snr, options.min_snr_gamma, v_parameterization)
+        weights = weights * min_snr_weights(snr, options.min_snr_gamma, velocity)
     if options.scale_v_pred_loss_like_noise_pred:
         weights = weights * capped / (capped + 1)
     if options.v_pred_like_loss:
         weights = weights * (1 + options.v_pred_like_loss * (capped + 1) / capped)
     if options.debiased_estimation_loss:  # Yu et al. 2023, arXiv 2310.08442, eq. 11
-        weights = weights * (1 / (capped + 1) if v_parameterization else capped.rsqrt())
+        weights = weights * (1 / (capped + 1) if velocity else capped.rsqrt())
     return weights
 
 
-def min_snr_weights(snr: Tensor, gamma: float, v_parameterization: bool) -> Tensor:
+def min_snr_weights(snr: Tensor, gamma: float, predicts_velocity: bool) -> Tensor:
     """Min-SNR-gamma (Hang et al. 2023, arXiv 2303.09556, sec. 3.4): min(SNR, gamma) / SNR, for velocity / (SNR + 1)."""
     least = snr.clamp(max=gamma)
-    if v_parameterization:
+    if predicts_velocity:
         return least / (snr + 1)
     return torch.where(snr <= gamma, 1.0, least / snr)  # 1 also where nothing but noise is left and SNR is 0

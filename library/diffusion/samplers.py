@@ -4,38 +4,53 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from library.errors import unknown
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
-# name: (class in diffusers, settings beside those of Stable Diffusion). What a setting is for:
+    from library.diffusion.process import NoiseProcess
+
+
+class Sampler(NamedTuple):
+    """A class of Diffusers' schedulers with its settings, and the A1111 web UI's name of it, which pictures carry.
+
+    A sampler that the web UI does not have keeps a name of its own: a wrong one would be worse.
+    """
+
+    scheduler: str
+    web_ui_name: str
+    settings: dict[str, Any] = {}  # noqa: RUF012
+
+
+# What a setting is for:
 #   clip_sample=False        latents are not confined to -1..1, so clipping would spoil them (Diffusers' pipeline forbids it too)
 #   set_alpha_to_one=False   the last step ends at the noise of timestep 0, which is how Stable Diffusion was set up
 #   steps_offset=1           timesteps 1, 21, 41.. instead of 0, 20, 40..: as in the original implementation
 #   skip_prk_steps=True      pseudo linear multistep without the Runge-Kutta start, which is what Stable Diffusion calls PNDM
 #   final_sigmas_type        DPM-Solver (without ++) predicts noise and cannot step to a noise level of exactly 0
 #   lower_order_final=True   the single-step solver of order 2 would else need an even number of steps
-_SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}),
-    "pndm": ("PNDMScheduler", {"skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1}),
-    "lms": ("LMSDiscreteScheduler", {}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {"clip_sample": False}),
-    "dpm_2": ("KDPM2DiscreteScheduler", {}),
-    "dpm_2_a": ("KDPM2AncestralDiscreteScheduler", {}),
-    "dpmsolver": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}),
-    "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
-    "dpmsingle": ("DPMSolverSinglestepScheduler", {"algorithm_type": "dpmsolver++", "lower_order_final": True}),
+_OWN_NAMES = {
+    "ddim": Sampler("DDIMScheduler", "DDIM", {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}),
+    "pndm": Sampler("PNDMScheduler", "PLMS", {"skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1}),
+    "lms": Sampler("LMSDiscreteScheduler", "LMS"),
+    "euler": Sampler("EulerDiscreteScheduler", "Euler"),
+    "euler_a": Sampler("EulerAncestralDiscreteScheduler", "Euler a"),
+    "heun": Sampler("HeunDiscreteScheduler", "Heun", {"clip_sample": False}),
+    "dpm_2": Sampler("KDPM2DiscreteScheduler", "DPM2"),
+    "dpm_2_a": Sampler("KDPM2AncestralDiscreteScheduler", "DPM2 a"),
+    "dpmsolver": Sampler(
+        "DPMSolverMultistepScheduler", "DPM-Solver 2M", {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}
+    ),
+    "dpmsolver++": Sampler("DPMSolverMultistepScheduler", "DPM++ 2M", {"algorithm_type": "dpmsolver++"}),
+    "dpmsingle": Sampler(
+        "DPMSolverSinglestepScheduler", "DPM-Solver++ 2S", {"algorithm_type": "dpmsolver++", "lower_order_final": True}
+    ),
 }
-_SAME = {f"k_{name}": name for name in ("lms", "euler", "euler_a", "dpm_2", "dpm_2_a")}
-SAMPLERS = (*_SAMPLERS, *_SAME)
-
-TRAIN_TIMESTEPS = 1000
-BETA_START, BETA_END = 0.00085, 0.012
+_OTHER_NAMES = ("lms", "euler", "euler_a", "dpm_2", "dpm_2_a")  # with "k_" before them
+SAMPLERS: dict[str, Sampler] = _OWN_NAMES | {f"k_{name}": _OWN_NAMES[name] for name in _OTHER_NAMES}
 
 
 def check_sampler(name: str, where: str = "") -> str:
@@ -45,37 +60,33 @@ def check_sampler(name: str, where: str = "") -> str:
     return name
 
 
-def make_scheduler(name: str, *, v_parameterization: bool = False, zero_terminal_snr: bool = False) -> SchedulerMixin:
-    """A fresh Diffusers scheduler for the sampler `name` (one of `SAMPLERS`) on Stable Diffusion's noise schedule.
+def make_scheduler(name: str, process: NoiseProcess) -> SchedulerMixin:
+    """A fresh Diffusers scheduler for the sampler `name` (one of `SAMPLERS`) on the noise schedule of a model.
 
-    The schedule is 1000 steps of scaled linear beta from 0.00085 to 0.012. What is not set here stays as the class has it, so the
-    scheduler equals `Class.from_config(pipeline.scheduler.config)` of a Diffusers pipeline of Stable Diffusion.
-    With `zero_terminal_snr` the schedule ends in pure noise and sampling begins at its very last timestep.
+    What is not set here stays as the class has it, so the scheduler equals `Class.from_config(pipeline.scheduler.config)` of a
+    Diffusers pipeline of Stable Diffusion. With zero terminal SNR sampling begins at the very last timestep.
     """
-    name = check_sampler(name)
-    class_name, settings = _SAMPLERS[_SAME.get(name, name)]
-    scheduler_class = _lms_without_scipy() if class_name == "LMSDiscreteScheduler" else _diffusers_class(class_name)
-    settings = {
-        "num_train_timesteps": TRAIN_TIMESTEPS, "beta_start": BETA_START, "beta_end": BETA_END, "beta_schedule": "scaled_linear",
-        "prediction_type": "v_prediction" if v_parameterization else "epsilon", **settings,
-    }  # fmt: skip
-    if zero_terminal_snr:
-        settings |= _zero_terminal_snr_settings(scheduler_class)
+    sampler = SAMPLERS[check_sampler(name)]
+    is_lms = sampler.scheduler == "LMSDiscreteScheduler"
+    scheduler_class = _lms_without_scipy() if is_lms else _diffusers_class(sampler.scheduler)
+    settings = {**process.scheduler_config(), **sampler.settings}
+    if process.zero_terminal_snr:
+        settings |= _zero_terminal_snr_settings(scheduler_class, process)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*algorithm_type dpmsolver is deprecated", category=FutureWarning)
         return scheduler_class(**settings)
 
 
-def _zero_terminal_snr_settings(scheduler_class: type) -> dict[str, Any]:
+def _zero_terminal_snr_settings(scheduler_class: type, process: NoiseProcess) -> dict[str, Any]:
     """Settings that rescale the noise schedule to a signal-to-noise ratio of zero at its end (arXiv:2305.08891)."""
     accepted = inspect.signature(scheduler_class.__init__).parameters
     settings: dict[str, Any] = {"timestep_spacing": "trailing"} if "timestep_spacing" in accepted else {}
     if "rescale_betas_zero_snr" in accepted:
         return settings | {"rescale_betas_zero_snr": True}
-    return settings | {"trained_betas": _rescaled_betas()}
+    return settings | {"trained_betas": _rescaled_betas(process)}
 
 
-def _rescaled_betas() -> list[float]:
+def _rescaled_betas(process: NoiseProcess) -> list[float]:
     """The rescaled schedule for classes that cannot rescale by themselves.
 
     The last cumulative alpha is 2^-24 instead of 0, as in Diffusers' Euler schedulers: with 0 the first sigma would be infinite.
@@ -83,7 +94,7 @@ def _rescaled_betas() -> list[float]:
     import torch
     from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 
-    betas = torch.linspace(BETA_START**0.5, BETA_END**0.5, TRAIN_TIMESTEPS, dtype=torch.float64) ** 2
+    betas = torch.linspace(process.beta_start**0.5, process.beta_end**0.5, process.timesteps, dtype=torch.float64) ** 2
     alphas = torch.cumprod(1 - rescale_zero_terminal_snr(betas), dim=0)
     alphas[-1] = 2**-24
     previous = torch.cat([torch.ones(1, dtype=alphas.dtype), alphas[:-1]])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from library.training.noise import add_coarser_levels, offset, perturbed, sample_noise
+from library.diffusion.noise import add_coarser_levels, offset, perturbed, sample_noise
 from library.training.options import LossOptions
 
 SHAPE = (3, 4, 24, 16)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 import random
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from library.training.options import LossOptions
+if TYPE_CHECKING:
+    from library.training.options import LossOptions
 
 
 def sample_noise(latents: Tensor, options: LossOptions) -> Tensor:

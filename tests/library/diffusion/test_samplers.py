@@ -1,4 +1,4 @@
-"""library/generation/samplers.py: the documented sampler names on Diffusers' schedulers."""
+"""library/diffusion/samplers.py: the documented sampler names on Diffusers' schedulers."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import warnings
 import pytest
 import torch
 
+from library.diffusion.process import NoiseProcess
+from library.diffusion.samplers import SAMPLERS, make_scheduler
 from library.errors import UserError
-from library.generation.samplers import SAMPLERS, make_scheduler
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # NumPy 2 about Diffusers' code, not ours
 
@@ -32,7 +33,7 @@ def test_the_documented_names():
 
 @pytest.mark.parametrize("name", DOCUMENTED)
 def test_equals_the_scheduler_that_diffusers_makes_from_stable_diffusions_config(name):
-    ours = make_scheduler(name)
+    ours = make_scheduler(name, NoiseProcess())
     base = type(ours).__mro__[1] if "lms" in name else type(ours)  # ours only replaces how lms integrates
     extra = {"final_sigmas_type": "sigma_min", "algorithm_type": "dpmsolver"} if name == "dpmsolver" else {}
     extra |= {"lower_order_final": True} if name == "dpmsingle" else {}
@@ -53,12 +54,12 @@ def test_equals_the_scheduler_that_diffusers_makes_from_stable_diffusions_config
 
 def test_latents_are_not_clipped():
     """Their values leave -1..1, so a sampler that clips would spoil the picture."""
-    assert not any(make_scheduler(name).config.get("clip_sample") for name in SAMPLERS)
+    assert not any(make_scheduler(name, NoiseProcess()).config.get("clip_sample") for name in SAMPLERS)
 
 
 @pytest.mark.parametrize("name", DOCUMENTED)
 def test_no_warning_reaches_the_user(name, recwarn):
-    make_scheduler(name).set_timesteps(5)
+    make_scheduler(name, NoiseProcess()).set_timesteps(5)
     shown = [
         str(warning.message) for warning in recwarn if not issubclass(warning.category, DeprecationWarning)
     ]  # as Python shows them
@@ -72,7 +73,7 @@ def test_a_perfect_model_is_followed_to_the_picture(name, prediction):
     torch.manual_seed(0)
     picture = torch.randn(1, 4, 8, 8) * 0.8
     for zero_snr in (False, True) if prediction == "v_prediction" else (False,):
-        scheduler = make_scheduler(name, v_parameterization=prediction == "v_prediction", zero_terminal_snr=zero_snr)
+        scheduler = make_scheduler(name, NoiseProcess("v" if prediction == "v_prediction" else "epsilon", zero_snr))
         scheduler.set_timesteps(20)
         sample = torch.randn(1, 4, 8, 8) * scheduler.init_noise_sigma
         for timestep in scheduler.timesteps:
@@ -93,7 +94,7 @@ def _alpha_sigma(scheduler, timestep, noisy):
 
 def test_zero_terminal_snr_starts_at_the_last_timestep_in_pure_noise():
     for name in SAMPLERS:
-        scheduler = make_scheduler(name, v_parameterization=True, zero_terminal_snr=True)
+        scheduler = make_scheduler(name, NoiseProcess("v", zero_terminal_snr=True))
         scheduler.set_timesteps(10)
         assert int(scheduler.timesteps[0]) == 999, name
         assert scheduler.alphas_cumprod[-1] < 1e-6, name
@@ -102,7 +103,7 @@ def test_zero_terminal_snr_starts_at_the_last_timestep_in_pure_noise():
 
 def test_lms_coefficients_equal_numerical_integration():
     """Values of diffusers 0.42's own LMSDiscreteScheduler, which integrates with scipy, at 8 steps."""
-    scheduler = make_scheduler("lms")
+    scheduler = make_scheduler("lms", NoiseProcess())
     scheduler.set_timesteps(8)
     scipy = {
         (0, 1): [-7.936628818511963],
@@ -118,7 +119,7 @@ def test_lms_coefficients_equal_numerical_integration():
 
 def test_an_unknown_name_names_the_nearest():
     with pytest.raises(UserError, match="unknown sampler 'euler_b'; did you mean 'euler_a'"):
-        make_scheduler("euler_b")
+        make_scheduler("euler_b", NoiseProcess())
 
 
 def test_importing_the_names_does_not_import_diffusers():

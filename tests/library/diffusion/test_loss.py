@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from library.diffusion.loss import Objective
+from library.diffusion.process import NoiseProcess
 from library.errors import UserError
 from library.training.contradictions import contradictions
-from library.training.loss import Objective
 from library.training.options import LossOptions, TrainNetworkOptions, parse_options
 
 CPU = torch.device("cpu")
@@ -29,7 +30,8 @@ def options(*words: str) -> TrainNetworkOptions:
 
 def objective(*words: str) -> Objective:
     chosen = options(*words)
-    return Objective(chosen.loss, chosen.model.v_parameterization, CPU)
+    prediction = "v" if chosen.model.v_parameterization else "epsilon"
+    return Objective(chosen.loss, NoiseProcess(prediction, chosen.loss.zero_terminal_snr), CPU)
 
 
 @pytest.fixture
