@@ -3,10 +3,10 @@
     python benchmarks/same_output.py record FOLDER [--suite ROOT] [--inputs FOLDER] [--only NAME ...]
     python benchmarks/same_output.py compare FOLDER_A FOLDER_B
 
-`record` runs the scripts of the checkout at ROOT (default: the one of this file) by their command lines and keeps everything. Each
-run has a folder under FOLDER with its files, the printed text and the exit codes. A run that fails is recorded like any other. The
-models, LoRA files and images that the runs read lie in --inputs (default: the folder "inputs" beside FOLDER). They are made once,
-by the checkout of this file, and kept: both recordings must read the same files. One core needs about four minutes.
+`record` runs the scripts of the checkout at ROOT (default: the one of this file) by their command lines and keeps everything: a
+folder for each run holds its files, the printed text and the exit codes. A run that fails is recorded like any other. The models,
+LoRA files and images that the runs read lie in --inputs (default: the folder "inputs" beside FOLDER). They are made once, by the
+checkout of this file, and kept: both recordings must read the same files. One core needs about four minutes.
 
 `compare` prints a line for each run and what differs in it, and exits with 1 if anything does. It compares safetensors files by
 tensors and metadata, images by pixels and PNG text, text by lines, other files by bytes. What may differ between two recordings
@@ -49,6 +49,7 @@ TEXT_THAT_VARIES = [
     (r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", "TIME", "a time"),
     (r"\b[0-9a-f]{40}\b", "COMMIT", "the checkout's commit"),
     (r"\b\d+(\.\d+)? s\b", "SECONDS", "a duration or a speed"),
+    (r"\S+\.py:\d+", "LINE", "the line of the code that a warning comes from"),
     (r"(free|peak memory) +\d+(\.\d+)? GiB", r"\1 MEMORY", "what the machine had free, and what the process used"),
     *[
         (rf"({re.escape(key)}\"?\s*[:=]\s*)(\"[^\"]*\"|[^\s,}}]+)", r"\1VARIES", reason)
