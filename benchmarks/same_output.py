@@ -25,6 +25,7 @@ import socket
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,17 +46,21 @@ METADATA_THAT_VARIES = {
     "ss_training_started_at": "a time",
 }
 TEXT_THAT_VARIES = [
-    (r"\b20\d{12}\b", "TIME", "a time in a file's name"),
+    (r"(?<!\d)20\d{12}(?!\d)", "TIME", "a time in a file's name"),
     (r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", "TIME", "a time"),
     (r"\b[0-9a-f]{40}\b", "COMMIT", "the checkout's commit"),
     (r"\b\d+(\.\d+)? s\b", "SECONDS", "a duration or a speed"),
     (r"\S+\.py:\d+", "LINE", "the line of the code that a warning comes from"),
     (r"(free|peak memory) +\d+(\.\d+)? GiB", r"\1 MEMORY", "what the machine had free, and what the process used"),
+    (r"(\"random.pt\": \[\s*\d+,\s*)\d+", r"\1VARIES", "the checksum of a file with VALUES_THAT_VARY"),
     *[
         (rf"({re.escape(key)}\"?\s*[:=]\s*)(\"[^\"]*\"|[^\s,}}]+)", r"\1VARIES", reason)
         for key, reason in METADATA_THAT_VARIES.items()
     ],
 ]
+VALUES_THAT_VARY = {
+    "/value/numpy/1": "numpy's global generator in a state's random.pt: nothing seeds it, and nothing draws from it"
+}
 PROGRESS_BAR = re.compile(r"\d+%\|")  # drawn anew every tenth of a second: their number depends on the speed
 
 MODEL = dict(unet_channels=(32, 32, 64, 64), vae_channels=(32, 32, 32, 32), text_width=32, text_layers=2)
@@ -479,8 +484,7 @@ def differences(one: Path, two: Path, sides: list[Recording]) -> Iterator[str]:
     elif suffix in (".txt", ".json", ".toml", ".csv", ".jsonl"):
         yield from text_differences(one, two, sides)
     elif suffix in (".ckpt", ".pt"):
-        yield "bytes differ"
-        yield from differing_items("value", *(flat(read_pickle(path)) for path in (one, two)), same_value, tensor_difference)
+        yield from pickle_differences(one, two)
     else:
         yield f"bytes differ ({one.stat().st_size} and {two.stat().st_size} bytes)"
 
@@ -537,10 +541,26 @@ def tensor_difference(one: Any, two: Any) -> str:
     return f"{int((distance != 0).sum())} of {one.numel()} numbers differ, by at most {float(distance.max()):.3g}"
 
 
+def pickle_differences(one: Path, two: Path) -> Iterator[str]:
+    """What differs in the values, or, where these are the same and none may vary, in the archives' files."""
+    values = [flat(read_pickle(path)) for path in (one, two)]
+    fixed = [{key: value for key, value in found.items() if key not in VALUES_THAT_VARY} for found in values]
+    lines = list(differing_items("value", *fixed, same_value, tensor_difference))
+    if not lines and fixed[0].keys() == values[0].keys():
+        lines = list(differing_items("file in the archive", archive(one), archive(two), describe=lambda a, b: "bytes differ"))
+    yield from lines
+
+
 def read_pickle(path: Path) -> Any:
     import torch
 
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def archive(path: Path) -> dict[str, bytes]:
+    """The files in what torch.save wrote, without their common folder: it is named after the temporary file."""
+    with zipfile.ZipFile(path) as file:
+        return {name.partition("/")[2]: file.read(name) for name in file.namelist()}
 
 
 def flat(value: Any, name: str = "") -> dict[str, Any]:
@@ -577,7 +597,7 @@ def text_differences(one: Path, two: Path, sides: list[Recording]) -> Iterator[s
     import difflib
 
     texts = [
-        [side.normalised(line) for line in printed_lines(path.read_text(encoding="utf-8", errors="replace"))]
+        side.normalised("\n".join(printed_lines(path.read_text(encoding="utf-8", errors="replace")))).splitlines()
         for path, side in zip((one, two), sides, strict=True)
     ]
     for line in difflib.unified_diff(*texts, n=0, lineterm=""):

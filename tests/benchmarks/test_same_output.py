@@ -94,6 +94,26 @@ def test_missing_files_tensors_and_runs(tmp_path, capsys):
     )
 
 
+def test_a_checkpoint_is_its_values_and_files_whatever_its_folder_is_called(tmp_path, capsys):
+    for name, value in (("one", 1.0), ("another", 1.0), ("third", 2.0)):
+        run = recording(tmp_path / name)
+        torch.save({"state_dict": {"up": torch.tensor([value])}}, run / f"{name}.pt")  # the folder in it is named after the file
+        (run / f"{name}.pt").rename(run / "mine.ckpt")
+    assert (tmp_path / "one/run/mine.ckpt").read_bytes() != (tmp_path / "another/run/mine.ckpt").read_bytes()
+    assert same_output.compare(tmp_path / "one", tmp_path / "another") == 0
+    assert same_output.compare(tmp_path / "one", tmp_path / "third") == 1
+    assert "mine.ckpt: value /state_dict/up: 1 of 1 numbers differ, by at most 1" in capsys.readouterr().out
+
+
+def test_times_in_names_and_numpys_own_generator_may_differ(tmp_path):
+    for name, time, key in (("one", "20260101100000", 1), ("another", "20270202111111", 2)):
+        run = recording(tmp_path / name)
+        (run / f"mine_000002_00_{time}_1.png").write_bytes(b"as it is")
+        torch.save({"value": {"numpy": ["MT19937", torch.tensor([key]), 624]}}, run / "random.pt")
+        (run / "state.json").write_text(json.dumps({"random.pt": [17121, key]}, indent=1), encoding="utf-8")
+    assert same_output.compare(tmp_path / "one", tmp_path / "another") == 0
+
+
 def test_recordings_of_other_inputs_are_refused(tmp_path):
     for name in ("one", "another"):
         recording(tmp_path / name)
