@@ -310,7 +310,8 @@ def test_every_module_takes_part(model):
     network.requires_grad_(True)
     context, noise = model.run()
     (context.sum() + noise.square().sum()).backward()
-    assert all(module.lora_down.weight.grad.abs().max() > 0 for module in network.loras)
+    gradients = torch.stack([module.lora_down.weight.grad.abs().max() for module in network.loras])
+    assert gradients.min() > 1e-6 * gradients.median()  # more than rounding
 
 
 @pytest.mark.parametrize("fixture", ["model", "linear_model"])
@@ -502,7 +503,9 @@ def test_max_norm_scales_both_factors_by_the_root_of_the_ratio(model):
     for module in network.loras:
         up, down = module.lora_up.weight.detach().double(), module.lora_down.weight.detach().double()
         norms.append((module.scale * up.flatten(1) @ down.flatten(1)).norm())
-    limit = torch.stack(norms).median().item()
+    below, above = torch.stack(norms).sort().values[len(norms) // 2 - 1 :][:2].tolist()
+    assert above > below * 1.0001
+    limit = (below + above) / 2  # no module's own norm, which rounding would put on either side
     shrunk, mean, largest = network.apply_max_norm_regularization(limit, "cpu")
     assert int(shrunk) == sum(n > limit for n in norms)
     assert float(largest) == pytest.approx(limit, rel=1e-5) and float(mean) < limit

@@ -277,7 +277,8 @@ def test_dora_trains_its_magnitudes_also_with_loraplus(model):
     network.apply_to(model.text_encoder, model.unet)
     network.train()
     model.run()[1].square().sum().backward()
-    assert all(module.dora_scale.grad.abs().max() > 0 for module in network.unet_loras)
+    gradients = torch.stack([module.dora_scale.grad.abs().max() for module in network.unet_loras])
+    assert gradients.min() > 1e-6 * gradients.median()  # more than rounding
 
 
 def test_dropouts_with_dora_and_pissa_still_run(model):
