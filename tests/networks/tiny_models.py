@@ -19,7 +19,9 @@ class TinyModel:
         """(text encoder output, U-Net output) for the fixed input."""
         generator = torch.Generator().manual_seed(1)
         ids = torch.randint(0, 90, (2, 77), generator=generator)
-        latents = torch.randn(2, 4, 16, 16, generator=generator)  # 2 x 2 positions in the middle block: with one, attention is constant
+        latents = torch.randn(
+            2, 4, 16, 16, generator=generator
+        )  # 2 x 2 positions in the middle block: with one, attention is constant
         context = self.text_encoder(ids).last_hidden_state
         return context, self.unet(latents, torch.tensor([3, 700]), context).sample
 
