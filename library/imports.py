@@ -69,7 +69,7 @@ def _stand_in(name: str) -> ModuleType | None:
         _remove(module)
         return getattr(importlib.import_module(name), attribute)
 
-    module.__getattr__ = from_the_real_one
+    module.__getattr__ = from_the_real_one  # type: ignore[method-assign]  # PEP 562: a module's own, no method's
     return module
 
 

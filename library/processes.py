@@ -29,7 +29,7 @@ class Told:
     """What one process says in an exchange: a value, or the error that ended it."""
 
     value: Any = None
-    error: str | None = None
+    error: str = ""
     exit_code: int = 0
 
 
@@ -102,7 +102,7 @@ class Processes:
             self._gather(Told())
         known = isinstance(error, UserError)
         text = "\n".join(getattr(error, "problems", [str(error)])) if known else f"{type(error).__name__}: {error}"
-        code = error.exit_code if known else 1
+        code = error.exit_code if isinstance(error, UserError) else 1
         self._gather(Told(error=text if self.main else f"process {self.rank}: {text}", exit_code=code), own=error)
         raise AssertionError("an announced error is always raised")
 
@@ -123,13 +123,13 @@ class Processes:
             self.announce(error)
 
     def _gather(self, told: Told, own: BaseException | None = None) -> list[Told]:
-        box: list[Told | None] = [None] * self.world
+        box = [Told()] * self.world
         try:
             dist.all_gather_object(box, told)
         except RuntimeError as error:  # gloo and NCCL: the connection to another process is gone
             self.broken = True
             raise own or lost_process(error) from error
-        errors = [other for other in box if other.error is not None]
+        errors = [other for other in box if other.exit_code]
         if errors:
             self._raise_first(errors, own)
         return box

@@ -24,7 +24,7 @@ def shift_colours(rgb: np.ndarray, rng: random.Random) -> np.ndarray:
     """In a third of the cases a small turn of the hue or a mild gamma on values of 0..1; (H, W, 3) uint8 to the same."""
     if rng.random() >= COLOUR_PROBABILITY:
         return rgb
-    values = rgb.astype(np.float32) / 255
+    values: np.ndarray = rgb.astype(np.float32) / 255
     if rng.random() < 0.5:
         hsv = cv2.cvtColor(values, cv2.COLOR_RGB2HSV)
         hsv[..., 0] = (hsv[..., 0] + 2 * rng.uniform(-HUE_SHIFT, HUE_SHIFT)) % 360  # degrees here
@@ -39,8 +39,8 @@ def face_of(stem: str) -> tuple[int, int, int, int] | None:
     parts = stem.split("_")
     if len(parts) < 5 or not all(part.isdecimal() for part in parts[-4:]):
         return None
-    face = tuple(int(part) for part in parts[-4:])
-    return face if face[0] > 0 and max(face[2:]) > 0 else None
+    x, y, width, height = (int(part) for part in parts[-4:])
+    return (x, y, width, height) if x > 0 and max(width, height) > 0 else None
 
 
 def face_crop(
@@ -62,7 +62,7 @@ def face_crop(
     least = min(1, max(cover, shorter / (face_size * high)))
     most = min(1, max(least, shorter / (face_size * low)))
     scale = max(cover, least if least >= most else rng.uniform(least, most))
-    resized = tuple(max(length, math.floor(side * scale + 0.5)) for side, length in zip(picture, size, strict=True))
+    resized = (max(size[0], math.floor(picture[0] * scale + 0.5)), max(size[1], math.floor(picture[1] * scale + 0.5)))
     centre = [math.floor(position * scale + 0.5) for position in face[:2]]
 
     corner = [0, 0]
@@ -74,4 +74,4 @@ def face_crop(
         elif low != high and face_size > shorter // 10 and face_size >= 40:
             position += rng.randint(-face_size // 20, face_size // 20)
         corner[axis] = min(max(position - size[axis] // 2, 0), resized[axis] - size[axis])
-    return resized, tuple(corner)
+    return resized, (corner[0], corner[1])

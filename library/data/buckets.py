@@ -79,7 +79,7 @@ class BucketRule:
             raise ValueError(f"a picture of {width} x {height} pixels")
         if self.keeps_size:
             resized = self._size_without_enlarging(width, height)
-            bucket = tuple(side // self.step * self.step for side in resized)
+            bucket = (resized[0] // self.step * self.step, resized[1] // self.step * self.step)
         else:
             bucket = self._nearest(width, height)
             resized = _cover((width, height), bucket)
@@ -130,8 +130,8 @@ class BucketRule:
         step = self.step
         longest = max(step, self.resolution[0] * self.resolution[1] // step // step * step)
         scale = step / min(width, height)
-        bucket = tuple(min(longest, _round(side * scale) // step * step) for side in (width, height))
-        return bucket, _cover((width, height), bucket)
+        wide, high = (min(longest, _round(side * scale) // step * step) for side in (width, height))
+        return (wide, high), _cover((width, height), (wide, high))
 
 
 def _cover(picture: Size, bucket: Size) -> Size:

@@ -51,8 +51,8 @@ def _describe(table: PictureTable, number: int) -> DatasetFacts:
     tags: dict[str, dict[str, int]] = {}
     sizes: list[int] = []
     for subset in subsets:
-        rows = range(subset.start, subset.end)
-        kept = [row for row in rows if not table.held_out[row]] if table.held_out.any() else rows
+        own = range(subset.start, subset.end)
+        kept = [row for row in own if not table.held_out[row]] if table.held_out.any() else own
         sizes.append(len(kept))
         counts[subset.config.is_reg] += len(kept) * subset.config.num_repeats
         found = tags.setdefault(_source(subset.config), {})
@@ -77,9 +77,10 @@ def _describe(table: PictureTable, number: int) -> DatasetFacts:
 
 def bucket_text(facts: list[DatasetFacts]) -> str:
     """A table of buckets for every dataset, as text for the screen."""
-    console = Console(file=io.StringIO(), width=100)
+    text = io.StringIO()
+    console = Console(file=text, width=100)
     for number, dataset in enumerate(facts, start=1):
         width, height = dataset.config.resolution
         title = f"dataset {number}: {width} x {height}, batch size {dataset.config.batch_size}"
         console.print(bucket_table(dataset.buckets, title))
-    return console.file.getvalue().rstrip()
+    return text.getvalue().rstrip()

@@ -36,7 +36,8 @@ def _scan(folder: Path) -> tuple[list[str], list[str]]:
 
     A broken link counts as a file, so that whoever opens it can name it.
     """
-    files, folders = [], []
+    files: list[str] = []
+    folders: list[str] = []
     try:
         with os.scandir(folder) as entries:  # tells files from folders without a system call for each
             for entry in entries:

@@ -18,7 +18,7 @@ class Seeds:
     def __init__(self, given: tuple[int, ...] | None, pictures: int | None = None) -> None:
         """pictures: how many there will be, None if that is open."""
         self._given, self._alone, self._taken = given, pictures == 1, 0
-        self._random = Random(given[0]) if given else None
+        self._random = Random(given[0] if given else None)
 
     def next(self) -> int:
         """The seed of the next picture."""

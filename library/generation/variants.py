@@ -111,6 +111,7 @@ class Line:
 def _read_choice(braces: re.Match[str], where: str) -> Choice:
     body, column = braces.group(1), braces.start() + 1
     rule = _RULE.match(body)
+    assert rule is not None  # all of it is optional
     words, start = body[rule.end() :], column + 1 + rule.end()
     if "$$" in words:
         known = "{a|b}, {2$$a|b|c}, {2$$ and $$a|b} or {e$$a|b}"

@@ -111,7 +111,7 @@ class StepExchange:
             if p.grad is not None
         ]
         if pairs:
-            torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+            torch._foreach_copy_([place for place, _ in pairs], [gradient for _, gradient in pairs])
         flags.copy_(torch.tensor([float(p.grad is not None) for p in self.parameters]), non_blocking=True)
         tail[-2:] = torch.tensor([float(stop), float(failed)])
 

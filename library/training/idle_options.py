@@ -22,7 +22,7 @@ Rule = tuple[Iterable[str], Any, str]
 
 def idle_options(options: TrainNetworkOptions, configs: Sequence[DatasetConfig]) -> list[str]:
     """What is given and does nothing, each with the reason: `--log_prefix (needs --logging_dir)`."""
-    found = {}
+    found: dict[str, str] = {}
     rules = (saving_rules, log_rules, learning_rules, loss_rules, machine_rules)
     for names, idle, why in [rule for make in rules for rule in make(options)] + data_rules(options, configs):
         for name in names:

@@ -69,7 +69,8 @@ class Validation:
 
     def due_after_step(self, step: int) -> bool:
         """Whether --validate_every_n_steps asks for it."""
-        return bool(self.options.validate_every_n_steps) and step % self.options.validate_every_n_steps == 0
+        every = self.options.validate_every_n_steps
+        return bool(every and step % every == 0)
 
     def due_after_epoch(self, epoch: int) -> bool:
         """Whether --validate_every_n_epochs (unset: 1) asks for it."""
