@@ -192,7 +192,7 @@ def main(words: Sequence[str] | None = None) -> None:
         modules, kept, unchanged = extract(original, tuned, how)
     if not modules:
         raise UserError(f"{paths[0]} and {paths[1]} do not differ in the layers that a LoRA can change; nothing was written")
-    metadata = metadata_of(modules, save_to, *paths, args.v2, args.v_parameterization)
+    metadata = metadata_of(modules, save_to, paths[0], paths[1], args.v2, args.v_parameterization)
     write_lora(save_to, modules, without_modelspec(metadata) if args.no_metadata else metadata, PRECISIONS[args.save_precision])
     print_kept(kept)
     if not any(name.startswith("lora_te_") for name in modules):

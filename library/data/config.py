@@ -299,10 +299,11 @@ def _complete(model: type[BaseModel], values: dict[str, Any], where: str) -> Any
 
 def _warn_without_effect(table: dict[str, Any], dataset: DatasetConfig, place: str) -> None:
     """Bucket keys written in the file that choose nothing."""
+    idle = ["min_bucket_reso", "max_bucket_reso"]
     if not dataset.enable_bucket:
-        idle, reason = ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale"), "without enable_bucket"
+        idle, reason = [*idle, "bucket_reso_steps", "bucket_no_upscale"], "without enable_bucket"
     elif dataset.bucket_no_upscale:
-        idle, reason = ("min_bucket_reso", "max_bucket_reso"), "with bucket_no_upscale"
+        reason = "with bucket_no_upscale"
     else:
         return
     written = [key for key in idle if key in table]

@@ -6,6 +6,7 @@ every value is there, checked and frozen. How they come about is in config.py.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -212,7 +213,7 @@ def _pair_from_text(key: str, value: Any) -> Any:
 DatasetDefaults = optional_keys("DatasetDefaults", DATASET_KEYS + SHARED_KEYS, _CommandLine)
 
 
-def describe_problem(problem: dict[str, Any]) -> str:
+def describe_problem(problem: Mapping[str, Any]) -> str:
     """What one of pydantic's errors expected, in words: "a whole number"."""
     bound = problem.get("ctx", {})
     kinds = {

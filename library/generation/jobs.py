@@ -63,7 +63,9 @@ def make_job(
     """The job for a spec. Raises UserError for one that cannot be made."""
     _check_size(model, spec)
     _check_numbers(model, spec)
-    prompt, loras, multipliers = spec.prompt, (), ()
+    prompt = spec.prompt
+    loras: tuple[tuple[str, float], ...] = ()
+    multipliers: tuple[float, ...] = ()
     if networks is not None:
         multipliers = networks.multipliers(spec)
         prompt, loras = split_loras(spec.prompt)

@@ -183,9 +183,8 @@ def loss_facts(loss: LossOptions) -> dict[str, Any]:
 
 def network_facts(options: NetworkOptions, trained: TrainedNetwork) -> dict[str, Any]:
     """Rank and alpha: those asked for, or with --dim_from_weights those of the file."""
-    dim, alpha = 4 if options.network_dim is None else options.network_dim, options.network_alpha
-    if options.dim_from_weights:
-        dim, alpha = trained.rank_and_alpha
+    rank = 4 if options.network_dim is None else options.network_dim
+    dim, alpha = trained.rank_and_alpha if options.dim_from_weights else (rank, options.network_alpha)
     return {"ss_network_dim": dim, "ss_network_alpha": alpha}
 
 
@@ -259,7 +258,7 @@ def commit_hash() -> str:
 
 def data_facts(options: TrainNetworkOptions, datasets: Sequence[DatasetFacts], processes: int) -> dict[str, Any]:
     """Pictures, buckets and tags. With a dataset file every dataset has an entry of its own, else the keys stand alone."""
-    folders = {False: {}, True: {}}
+    folders: dict[bool, dict[str, Any]] = {False: {}, True: {}}
     tags: dict[str, dict[str, int]] = {}
     for dataset in datasets:
         for subset in dataset.subsets:
@@ -267,23 +266,23 @@ def data_facts(options: TrainNetworkOptions, datasets: Sequence[DatasetFacts], p
             folders[subset.config.is_reg][name] = {"n_repeats": subset.config.num_repeats, "img_count": subset.img_count}
         for folder, counts in dataset.tag_frequency.items():
             tags.setdefault(folder, counts)
-    facts = {"ss_dataset_dirs": folders[False], "ss_tag_frequency": tags}
+    facts: dict[str, Any] = {"ss_dataset_dirs": folders[False], "ss_tag_frequency": tags}
     if options.data.dataset_config:
         return facts | {
             "ss_datasets": [_dataset_entry(dataset) for dataset in datasets],
             "ss_other_dataset_keys": other_dataset_keys(datasets),
         }
-    config, subset = datasets[0].config, datasets[0].subsets[0].config
+    config, first = datasets[0].config, datasets[0].subsets[0].config
     return facts | {
         "ss_reg_dataset_dirs": folders[True],
         "ss_batch_size_per_device": config.batch_size,
         "ss_total_batch_size": config.batch_size * processes * options.training.gradient_accumulation_steps,
         "ss_resolution": config.resolution,
-        "ss_color_aug": subset.color_aug,
-        "ss_flip_aug": subset.flip_aug,
-        "ss_random_crop": subset.random_crop,
-        "ss_shuffle_caption": subset.shuffle_caption,
-        "ss_keep_tokens": subset.keep_tokens,
+        "ss_color_aug": first.color_aug,
+        "ss_flip_aug": first.flip_aug,
+        "ss_random_crop": first.random_crop,
+        "ss_shuffle_caption": first.shuffle_caption,
+        "ss_keep_tokens": first.keep_tokens,
         "ss_enable_bucket": config.enable_bucket,
         "ss_bucket_no_upscale": config.bucket_no_upscale,
         "ss_min_bucket_reso": config.min_bucket_reso,

@@ -29,7 +29,7 @@ class TrainedNetwork:
         tensors = self.module.state_dict()
         ranks = {len(tensor) for name, tensor in tensors.items() if name.endswith("lora_down.weight")}
         alphas = {float(tensor) for name, tensor in tensors.items() if name.endswith(".alpha")}
-        return tuple(found.pop() if len(found) == 1 else "Dynamic" for found in (ranks, alphas))
+        return ranks.pop() if len(ranks) == 1 else "Dynamic", alphas.pop() if len(alphas) == 1 else "Dynamic"
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
