@@ -10,17 +10,9 @@ from __future__ import annotations
 import math
 
 from library.errors import UserError
-from networks.lora import BLOCKS, block_index
+from library.formats.blocks import SD_BLOCKS
 
-BASE = "BASE"
-_WITH_ATTENTION = ["IN01", "IN02", "IN04", "IN05", "IN07", "IN08", "MID", *(f"OUT{i:02}" for i in range(3, 12))]
-LISTS = {
-    26: [BASE, *BLOCKS],
-    17: [BASE, *_WITH_ATTENTION],
-    16: _WITH_ATTENTION,
-    20: [BASE, *(f"IN{i:02}" for i in range(9)), "MID", *(f"OUT{i:02}" for i in range(9))],
-    12: [BASE, "IN04", "IN05", "IN07", "IN08", "MID", *(f"OUT{i:02}" for i in range(6))],
-}
+LISTS = SD_BLOCKS.lists
 # The web UI's presets, over the 17 blocks: the text encoder and these places in the list get 1, the others 0.
 _PRESETS = {
     "ALL": range(1, 17),
@@ -52,9 +44,3 @@ def read_block_weights(text: str) -> dict[str, float]:
     if not all(math.isfinite(number) for number in numbers):
         raise UserError(f"--lbw {text}: every number must be finite")
     return dict(zip(LISTS[len(numbers)], numbers, strict=True))
-
-
-def block_of(lora_name: str) -> str:
-    """The name of a module's block; BASE for the text encoder's."""
-    index = block_index(lora_name)
-    return BASE if index is None else BLOCKS[index]

@@ -15,11 +15,10 @@ from pathlib import Path
 if not __package__:  # run as a script: the repository, not this folder, is where modules are looked for
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from library.formats.blocks import BASE, SD_BLOCKS, block_of
 from library.formats.low_rank import LowRank, norm
 from library.formats.tensor_file import open_tensors
-from networks.block_weights import BASE, block_of
 from networks.command_line import Parser, run
-from networks.lora import BLOCKS
 from networks.lora_file import LoraFile, read_lora
 
 LONGEST = 200  # characters of a metadata value
@@ -67,7 +66,7 @@ def _blocks(modules: dict[str, LowRank]) -> Iterator[str]:
     by_block: dict[str, list[LowRank]] = {}
     for name, module in modules.items():
         by_block.setdefault(block_of(name), []).append(module)
-    for block in (BASE, *BLOCKS):
+    for block in (BASE, *SD_BLOCKS.names):
         if block in by_block:
             found = by_block[block]
             ranks = sorted({module.rank for module in found})

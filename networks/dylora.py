@@ -16,8 +16,7 @@ one unit). With it the extracted ranks end -2.3 to +1.4 % from LoRAs of the same
 to 11 % above them, on the random base; see benchmarks/results/dylora-seeded.md.
 
 The file is an ordinary LoRA of rank R, up being multiplied with the gain. Its first b ranks with alpha * b / R are a LoRA of rank
-b that does what the first b ranks did in training; extract_lora_from_dylora.py writes them. Evaluation and pictures use all
-ranks.
+b that does what the first b ranks did in training; extract_lora_from_dylora.py writes them. Evaluation and images use all ranks.
 
 The trainer calls `on_step_start` before the first batch of every step. Without these calls all ranks train, as in a LoRA.
 """
@@ -32,16 +31,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from networks import lora
-from networks.lora import LoRAModule, LoRANetwork, NetworkArgs, weight_delta
+from networks import lora_args
+from networks.lora import LoRAModule, LoRANetwork, TextEncoders, weight_delta, weights_or_file
+from networks.lora_args import NetworkArgs
 
 READERS = {
-    "unit": lora.read_int,
-    **{key: reader for key, reader in lora.READERS.items() if key in ("conv_dim", "conv_alpha") or key.startswith("loraplus_")},
+    "unit": lora_args.read_int,
+    **{
+        key: reader
+        for key, reader in lora_args.readers().items()
+        if key in ("conv_dim", "conv_alpha") or key.startswith("loraplus_")
+    },
 }
 
 
@@ -98,6 +102,8 @@ class DyLoRANetwork(LoRANetwork):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        if other := next((m for m in self.loras if not isinstance(m, DyLoRAModule)), None):
+            raise ValueError(f"{other.lora_name} is no plain LoRA in these weights; use networks.lora")
         ranks = sorted({module.rank for module in self.loras})
         if len(ranks) > 1:
             raise ValueError(f"a DyLoRA has one rank, these weights have {', '.join(map(str, ranks))}; use networks.lora")
@@ -106,7 +112,7 @@ class DyLoRANetwork(LoRANetwork):
         for module in self.loras:
             module.gain.copy_(gains(self.rank, self.unit))
 
-    def on_step_start(self, text_encoder: nn.Module | None = None, unet: nn.Module | None = None) -> None:
+    def on_step_start(self, text_encoder: TextEncoders = None, unet: nn.Module | None = None) -> None:
         """Draw the rank of this step from torch's CPU generator, the same for every module and until the next call."""
         self.use_rank(self.unit * (1 + int(torch.randint(self.rank // self.unit, ()))))
 
@@ -135,10 +141,10 @@ def check_unit(unit: int, rank: int) -> None:
 def parse_network_args(texts: Mapping[str, Any], neuron_dropout: float | None = None) -> DyLoRAArgs:
     """Read and check the words of `--network_args`; those that only networks.lora has are refused by name."""
     for key, text in {**texts, "--network_dropout": neuron_dropout}.items():
-        if text is not None and key not in READERS and (key in lora.READERS or key.startswith("--")):
+        if text is not None and key not in READERS and (key in lora_args.readers() or key.startswith("--")):
             word = key if key.startswith("--") else f"network_args {key}"
             raise ValueError(f"{word}: a DyLoRA has no such thing; leave it out, or use --network_module=networks.lora")
-    return lora.parse_network_args(texts, readers=READERS, kind=DyLoRAArgs)
+    return lora_args.parse_network_args(texts, known=READERS, kind=DyLoRAArgs)  # type: ignore[return-value]
 
 
 def create_network(
@@ -146,7 +152,7 @@ def create_network(
     network_dim: int | None,
     network_alpha: float | None,
     vae: Any,
-    text_encoder: nn.Module | None,
+    text_encoder: TextEncoders,
     unet: nn.Module | None,
     neuron_dropout: float | None = None,
     **network_args: Any,
@@ -157,14 +163,14 @@ def create_network(
     dim = 4 if network_dim is None else network_dim
     if args.conv_dim not in (None, dim):
         raise ValueError(f"network_args conv_dim={args.conv_dim}: a DyLoRA has one rank, give conv_dim={dim} (= --network_dim)")
-    return lora.new_network(DyLoRANetwork, args, multiplier, dim, network_alpha, text_encoder, unet)
+    return DyLoRANetwork.create(args, multiplier, dim, network_alpha, text_encoder, unet)
 
 
 def create_network_from_weights(
     multiplier: float,
     file: str | os.PathLike | None,
     vae: Any,
-    text_encoder: nn.Module | None,
+    text_encoder: TextEncoders,
     unet: nn.Module | None,
     weights_sd: dict[str, Tensor] | None = None,
     for_inference: bool = False,
@@ -178,7 +184,8 @@ def create_network_from_weights(
     if "unit" not in network_args and file is not None:
         network_args["unit"] = unit_of_file(file)
     args = parse_network_args(network_args, neuron_dropout)
-    return lora.network_from_weights(DyLoRANetwork, args, multiplier, file, text_encoder, unet, weights_sd)
+    weights = weights_or_file(weights_sd, file)
+    return DyLoRANetwork.from_weights(args, multiplier, weights, text_encoder, unet), weights
 
 
 def unit_of_file(file: str | os.PathLike) -> str | None:
@@ -188,6 +195,6 @@ def unit_of_file(file: str | os.PathLike) -> str | None:
     try:
         with safe_open(file, "pt") as content:
             words = json.loads((content.metadata() or {}).get("ss_network_args", "{}"))
-    except (lora.SafetensorError, ValueError):
+    except (SafetensorError, ValueError):
         return None  # a damaged file is reported where it is loaded
     return words.get("unit") if isinstance(words, dict) else None

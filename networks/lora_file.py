@@ -13,11 +13,11 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.files import atomic_write
+from library.formats.lora_hashes import with_hashes
+from library.formats.lora_layouts import PeftConfig, find_factors
 from library.formats.low_rank import LowRank, is_finite
 from library.formats.tensor_file import PRECISIONS, open_tensors
 from library.formats.tensor_output import save_pickled
-from networks.lora import PeftConfig, with_hashes
-from networks.lora_layout import find_factors
 
 WIDTHS = {768: False, 1024: True}  # of the text encoder: SD 1.x, SD 2.x. Others are small models, of which they tell nothing.
 

@@ -17,13 +17,13 @@ import torch
 from tqdm import tqdm
 
 from library.errors import UserError
+from library.formats.blocks import BASE, SD_BLOCKS, block_of
 from library.formats.low_rank import Decomposition, LowRank, clamp, decompose, stack
 from library.formats.tensor_file import PRECISIONS
 from library.formats.tensor_output import output_path
 from library.parallel import on_matrices
-from networks.block_weights import BASE, block_of, read_block_weights
+from networks.block_weights import read_block_weights
 from networks.command_line import Parser, run
-from networks.lora import BLOCKS
 from networks.lora_file import LoraFile, all_names, check_ratios, read_loras, write_lora
 from networks.lora_metadata import merged, without_modelspec
 
@@ -92,7 +92,7 @@ def print_kept(kept: Kept) -> None:
             total[0] += before
             total[1] += after
     print("part of the norm that was kept:")
-    for block in (BASE, *BLOCKS, "all"):
+    for block in (BASE, *SD_BLOCKS.names, "all"):
         if block in sums:
             before, after = sums[block]
             print(f"  {'text encoder' if block == BASE else block:12} {(after / before) ** 0.5 if before else 1:7.2%}")

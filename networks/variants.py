@@ -1,14 +1,17 @@
-"""Modules that are more than plain LoRAs: other starts (PiSSA, orthogonal) and DoRA. networks/lora.py makes them on demand.
+"""Modules that are more than plain LoRAs: other starts (PiSSA, orthogonal), rsLoRA and DoRA. networks/lora.py makes them.
 
-    --network_args "init=pissa"    --network_args "init=orthogonal"    --network_args "dora=True"
+    --network_args "init=pissa"    --network_args "init=orthogonal"    --network_args "rs_lora=True"    --network_args "dora=True"
 
-The files of both starts are ordinary LoRAs. Those of DoRA have one more tensor a module, `dora_scale`.
+The files of all but DoRA are ordinary LoRAs. Those of DoRA have one more tensor a module, `dora_scale`.
+
+A variant is a subclass of `Variant` with `@register` above it; that is all there is to do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,26 +20,43 @@ from torch.nn import functional as F
 from networks.lora import Layer, LoRAModule, module_weights, weight_delta
 
 
-class OrthogonalModule(LoRAModule):
-    """A LoRA both of whose factors start as random numbers with the product zero.
+class Variant(LoRAModule):
+    """A kind of LoRA module, chosen by a word of `--network_args`, or by the tensors of a file if it has `own_tensors`.
 
-        down = (G1 Q_odd)^T / 10,    up = G2 Q_even / 10
-
-    G1 (in, rank / 2) and G2 (out, rank / 2) are normal, Q_odd and Q_even alternating rows of a random orthogonal matrix; so
-    up down = G2 Q_even Q_odd^T G1^T / 100 = 0. As in peft, after https://datta0.github.io/posts/rethink-lora-init
+    word: alone it is a switch, `word=True`; with a choice it is one of the values of that word. is_addition: whether it can be
+    joined with another variant, of which it changes but a value.
     """
 
-    def __init__(self, lora_name: str, layer: Layer, *args: Any, **kwargs: Any):
-        super().__init__(lora_name, layer, *args, **kwargs)
-        if self.rank % 2:
-            raise ValueError(f"network_args init=orthogonal needs even ranks; {lora_name} has rank {self.rank}")
-        down, up = self.lora_down.weight.detach().flatten(1), self.lora_up.weight.detach().flatten(1)
-        q = torch.linalg.qr(torch.randn(self.rank, self.rank))[0]
-        down.copy_((torch.randn(down.shape[1], self.rank // 2) @ q[0::2]).T / 10)
-        up.copy_(torch.randn(self.rank // 2, len(up)).T @ q[1::2] / 10)
+    title: ClassVar[str]
+    word: ClassVar[str]
+    choice: ClassVar[str | None] = None
+    is_addition: ClassVar[bool] = False
+
+    @classmethod
+    def option(cls) -> str:
+        return f"{cls.word}={cls.choice or True}"
 
 
-class PissaModule(LoRAModule):
+VARIANTS: list[type[Variant]] = []
+Kind = TypeVar("Kind", bound=type[Variant])
+
+
+def register(kind: Kind) -> Kind:
+    """A class decorator: from now on `--network_args` and files can ask for this variant."""
+    VARIANTS.append(kind)
+    return kind
+
+
+def joined(kinds: Iterable[type[Variant]]) -> type[Variant] | None:
+    """The class for these variants together, additions first; None for none. ValueError if two of them do not go together."""
+    kinds = sorted(kinds, key=lambda kind: not kind.is_addition)
+    if len(clashing := [kind.option() for kind in kinds if not kind.is_addition]) > 1:
+        raise ValueError(f"network_args {' and '.join(clashing)} cannot be combined; give one of them")
+    return type("".join(kind.__name__ for kind in kinds), tuple(kinds), {}) if len(kinds) > 1 else next(iter(kinds), None)
+
+
+@register
+class PissaModule(Variant):
     """A LoRA that starts as the principal part of its layer: PiSSA (Meng, Wang and Zhang 2024, arXiv 2404.02948).
 
     Of W = U S V^T, the r largest singular values make scale * up0 down0 = U_r S_r V_r^T, with the root of S_r in each factor; and
@@ -46,6 +66,9 @@ class PissaModule(LoRAModule):
     The layer stays as it is: the start is subtracted here. The file is an ordinary LoRA of twice the rank, [up, -up0] and
     [down; down0], with twice the alpha, for the unchanged model.
     """
+
+    title, word, choice = "PiSSA", "init", "pissa"
+    stores_as_given = False
 
     def __init__(self, lora_name: str, layer: Layer, *args: Any, **kwargs: Any):
         super().__init__(lora_name, layer, *args, **kwargs)
@@ -68,6 +91,9 @@ class PissaModule(LoRAModule):
             start = F.linear(F.linear(hidden, self.start_down), self.start_up)
         return super().forward(x) - start * (self.scale * self.multiplier)
 
+    def product_norm(self) -> Tensor:
+        raise ValueError("it would shrink the model's own part, from which init=pissa starts; leave one of them out")
+
     def file_weights(self) -> dict[str, Tensor]:
         down, up = self.lora_down.weight.detach(), self.lora_up.weight.detach()
         return {
@@ -88,7 +114,44 @@ class PissaModule(LoRAModule):
         return fitted | {key: tensor.reshape(getattr(self, key).shape) for key, tensor in starts.items()}
 
 
-class DoRAModule(LoRAModule):
+@register
+class OrthogonalModule(Variant):
+    """A LoRA both of whose factors start as random numbers with the product zero.
+
+        down = (G1 Q_odd)^T / 10,    up = G2 Q_even / 10
+
+    G1 (in, rank / 2) and G2 (out, rank / 2) are normal, Q_odd and Q_even alternating rows of a random orthogonal matrix; so
+    up down = G2 Q_even Q_odd^T G1^T / 100 = 0. As in peft, after https://datta0.github.io/posts/rethink-lora-init
+    """
+
+    title, word, choice = "orthogonal", "init", "orthogonal"
+
+    def __init__(self, lora_name: str, layer: Layer, *args: Any, **kwargs: Any):
+        super().__init__(lora_name, layer, *args, **kwargs)
+        if self.rank % 2:
+            raise ValueError(f"network_args init=orthogonal needs even ranks; {lora_name} has rank {self.rank}")
+        down, up = self.lora_down.weight.detach().flatten(1), self.lora_up.weight.detach().flatten(1)
+        q = torch.linalg.qr(torch.randn(self.rank, self.rank))[0]
+        down.copy_((torch.randn(down.shape[1], self.rank // 2) @ q[0::2]).T / 10)
+        up.copy_(torch.randn(self.rank // 2, len(up)).T @ q[1::2] / 10)
+
+
+@register
+class RsLoRAModule(Variant):
+    """A LoRA with the scale alpha / sqrt(rank) in place of alpha / rank: rsLoRA (Kalajdzievski 2023, arXiv 2312.03732).
+
+    The alpha that is kept and stored is alpha * sqrt(rank), so that every loader computes that scale.
+    """
+
+    title, word, is_addition = "rsLoRA", "rs_lora", True
+    stores_as_given = False
+
+    def __init__(self, lora_name: str, layer: Layer, rank: int, alpha: float | None, *args: Any, **kwargs: Any):
+        super().__init__(lora_name, layer, rank, (alpha or rank) * math.sqrt(rank), *args, **kwargs)
+
+
+@register
+class DoRAModule(Variant):
     """A LoRA that learns size and direction of its layer's weight apart: DoRA (Liu et al. 2024, arXiv 2402.09353, eq. 5).
 
         W' = m * (W + scale * up down) / ||W + scale * up down||
@@ -98,6 +161,10 @@ class DoRAModule(LoRAModule):
     is (out, 1), with a norm for each output as peft has it, are computed so. A strength other than 1 adds that part of W' - W.
     In files scale is 1, up being multiplied with it, because the A1111 web UI applies it to the whole of W' - W.
     """
+
+    title, word = "DoRA", "dora"
+    own_tensors = ("dora_scale",)
+    stores_as_given = False
 
     def __init__(self, lora_name: str, layer: Layer, *args: Any, **kwargs: Any):
         super().__init__(lora_name, layer, *args, **kwargs)
@@ -145,6 +212,11 @@ class DoRAModule(LoRAModule):
             self.dora_scale = nn.Parameter(scale.to(self.dora_scale))
         return super().from_file(weights) | {"dora_scale": scale}
 
+    @classmethod
+    def weight_change(cls, weights: Mapping[str, Tensor], name: str, layer: Layer, device: Any = None) -> Tensor:
+        delta = super().weight_change(weights, name, layer, device)
+        return dora_change(layer.weight.to(delta), delta, weights[f"{name}.dora_scale"].to(delta))
+
 
 def dora_change(weight: Tensor, delta: Tensor, scale: Tensor) -> Tensor:
     """W' - W of a DoRA, where delta is scale * up down in the shape of W."""
@@ -169,6 +241,3 @@ def dora_norm(weight: Tensor, axis: int) -> Tensor:
     """The norm over all other axes, in float32, with the shape of the weight but for ones."""
     others = [place for place in range(weight.dim()) if place != axis]
     return torch.linalg.vector_norm(weight.float(), dim=others, keepdim=True).clamp(min=torch.finfo(torch.float32).eps)
-
-
-CLASSES = {"pissa": PissaModule, "orthogonal": OrthogonalModule, "dora": DoRAModule}

@@ -28,8 +28,6 @@ _WHOLE_MODELS = {
 _LORA_KINDS = {
     ".hada_": "a LoHa file (LyCORIS)",
     ".lokr_": "a LoKr file (LyCORIS)",
-    ".dora_scale": "a DoRA file (LyCORIS)",
-    ".lora_magnitude_vector": "a DoRA file",
     ".oft_": "an OFT file",
     ".on_input": "an IA3 file (LyCORIS)",
     ".lora_mid.": "a LoCon file with Tucker decomposition (LyCORIS)",
@@ -41,6 +39,8 @@ _LORA_KINDS = {
     "lora_unet_double_blocks_": "a LoRA for Flux",
     "lora_unet_joint_blocks_": "a LoRA for SD 3",
     "transformer.": "a LoRA for another family of models",
+    ".dora_scale": "a DoRA file (LyCORIS)",
+    ".lora_magnitude_vector": "a DoRA file",
 }
 _ANY_LORA = ("lora_unet_", "lora_te", ".lora_A.", ".lora_down.", ".lora.down.")
 _OTHER_FILES = {

@@ -100,7 +100,7 @@ class Regions:
                     undo.callback(attention.set_processor, attention.processor)
                     attention.set_processor(_RegionalAttention(layout))
             for index, loaded in enumerate(self.networks.loaded):
-                for lora in loaded.network.unet_loras:
+                for lora in loaded.network.parts.get("lora_unet", ()):
                     handle = lora.register_forward_hook(partial(layout.limit, index))
                     undo.callback(handle.remove)
             yield

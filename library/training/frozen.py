@@ -25,6 +25,8 @@ class _Frozen(torch.autograd.Function):
 class FrozenLayer:
     """A layer whose weight does not learn; torch's own keep the input of a convolution all the same."""
 
+    multiplies_by_weight = True  # as torch's own class does, so that networks/fused.py may compute layer and LoRA as one function
+
     def result(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 

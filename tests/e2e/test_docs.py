@@ -35,7 +35,8 @@ from library.training.options import LogOptions, TrainNetworkOptions, parse_opti
 from library.training.refused_options import REFUSED
 from library.training.schedules import SCHEDULES
 from library.training.trackers import tracker_settings
-from networks.lora import READERS, create_network
+from networks.lora import create_network
+from networks.lora_args import readers
 
 ROOT = Path(__file__).resolve().parents[2]
 # The pages of the tools have tests of their own (tests/networks/test_documented_commands.py).
@@ -275,7 +276,7 @@ def test_refused_options_are_in_the_table(page):
 def test_what_can_be_chosen_is_named(page):
     optimizers = {name.lower() for name in re.findall(r"`(\w+)`", page)}
     assert {name.lower() for name in OPTIMIZERS} <= optimizers
-    assert all(f"`{name}`" in page for name in (*SCHEDULES, *SAMPLERS, *READERS))
+    assert all(f"`{name}`" in page for name in (*SCHEDULES, *SAMPLERS, *readers()))
 
 
 @pytest.mark.parametrize("name", PAGES)

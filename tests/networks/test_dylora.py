@@ -138,7 +138,7 @@ def test_trap_3_5_conv_alpha_and_the_multiplier_are_honoured(model):
     network = make_network(model, **CONV)
     scales = {(module.lora_down.weight[0, 0].numel() > 1, module.scale) for module in network.loras}
     assert scales == {(False, 0.5), (True, 0.25)}
-    module, x = network.unet_loras[0], torch.randn(2, 16, 3, 3)
+    module, x = network.parts["lora_unet"][0], torch.randn(2, 16, 3, 3)
     network.train().use_rank(4)
     once = module(x)
     network.set_multiplier(0.5)

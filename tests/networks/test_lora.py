@@ -349,7 +349,7 @@ def test_merge_changes_only_the_parts_in_the_weights(model):
     weights = {key: t for key, t in make_network(model).state_dict().items() if key.startswith("lora_te_")}
     unet_before = [p.clone() for p in model.unet.parameters()]
     network, _ = create_network_from_weights(1.0, None, None, model.text_encoder, model.unet, weights)
-    assert not network.unet_loras
+    assert list(network.parts) == ["lora_te"]
     network.merge_to(model.text_encoder, model.unet, weights)
     assert all(torch.equal(a, b) for a, b in zip(unet_before, model.unet.parameters(), strict=True))
 
@@ -444,7 +444,7 @@ def test_optimizer_groups(model):
     groups, names = network.prepare_optimizer_params(1e-5, 2e-4, 1e-3)
     assert names == ["textencoder", "unet"]
     assert [g["lr"] for g in groups] == [1e-5, 2e-4]
-    assert [len(g["params"]) for g in groups] == [2 * len(network.text_encoder_loras), 2 * len(network.unet_loras)]
+    assert [len(g["params"]) for g in groups] == [2 * len(network.parts["lora_te"]), 2 * len(network.parts["lora_unet"])]
     assert {id(p) for g in groups for p in g["params"]} == {id(p) for p in network.get_trainable_params()}
     assert [g["lr"] for g in network.prepare_optimizer_params(None, None, 1e-3)[0]] == [1e-3, 1e-3]
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from networks.lora import BLOCKS, block_index, create_network, create_network_from_weights, parse_network_args
+from library.formats.blocks import SD_BLOCKS
+from networks.lora import create_network, create_network_from_weights, parse_network_args
 
 ROW = "2,4,4,4,8,8,8,8,12,12,12,12,16,12,12,12,12,8,8,8,8,4,4,4,2"
 CONV_ROW = "2,2,2,2,4,4,4,4,6,6,6,6,8,6,6,6,6,4,4,4,4,2,2,2,2"
@@ -21,9 +22,9 @@ def make(model, dim=4, alpha=2.0, **network_args):
 def by_block(network):
     """{block: {(rank, alpha, is 3x3)}} of the U-Net modules."""
     table: dict[int, set] = {}
-    for module in network.unet_loras:
+    for module in network.parts["lora_unet"]:
         is_3x3 = module.lora_down.weight[0, 0].numel() == 9
-        table.setdefault(block_index(module.lora_name), set()).add((module.rank, module.alpha.item(), is_3x3))
+        table.setdefault(SD_BLOCKS.block_index(module.lora_name), set()).add((module.rank, module.alpha.item(), is_3x3))
     return table
 
 
@@ -47,7 +48,10 @@ def by_block(network):
         ({"block_dims": ROW, "conv_block_alphas": ROW}, "network_args conv_block_alphas .* alone; give conv_block_dims too"),
         ({"block_lr_zero_threshold": "0.1"}, "network_args block_lr_zero_threshold does nothing alone"),
         ({"block_dims": ROW, "conv_block_dims": ROW, "conv_dim": "4"}, "conv_dim and conv_block_dims both say"),
-        ({"block_dims": "4"}, "1 numbers given, 25 needed: IN00 IN01 .* IN11 MID OUT00 .* OUT11"),
+        (
+            {"block_dims": "4"},
+            "1 numbers given, 25 needed for .*: IN00 IN01 .* IN11 MID OUT00 .* OUT11; 23 needed for SDXL: EMB IN00",
+        ),
         ({"block_dims": ROW + ",4"}, "26 numbers given, 25 needed"),
         ({"block_dims": ROW.replace("16", "-1")}, "'-1' is not a whole number"),
     ],
@@ -130,13 +134,13 @@ def test_every_key_belongs_to_the_listed_block(version):
     with open(Path(__file__).parents[1] / "data" / f"lora-keys-{version}.csv", encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             expected = None if row["block_index"] == "te" else int(row["block_index"])
-            assert block_index(row["key"].split(".")[0]) == expected, row["key"]
+            assert SD_BLOCKS.block_index(row["key"].split(".")[0]) == expected, row["key"]
 
 
 def test_block_dims_of_the_document(model):
     ranks, conv_ranks = ([int(n) for n in row.split(",")] for row in (ROW, CONV_ROW))
     network = make(model, block_dims=ROW, conv_block_dims=CONV_ROW)
-    assert {(m.rank, m.alpha.item()) for m in network.text_encoder_loras} == {(4, 2.0)}
+    assert {(m.rank, m.alpha.item()) for m in network.parts["lora_te"]} == {(4, 2.0)}
     for block, found in by_block(network).items():
         assert found <= {(ranks[block], 2.0, False), (conv_ranks[block], 1.0, True)}
     assert len(network.loras) == len(make(model, conv_dim="1").loras)
@@ -209,7 +213,7 @@ def test_blocks_at_or_below_the_threshold_have_no_modules(model):
     )
     everything = by_block(make(model, conv_dim="2")).keys()
     assert by_block(network).keys() == everything - {1, 12}  # linear: block 1 is 1/11 = 0.09
-    assert len(BLOCKS) == 25
+    assert len(SD_BLOCKS.names) == 25
 
 
 # ---------------------------------------------------------------- LoRA+
@@ -220,7 +224,7 @@ def test_loraplus_splits_each_group_into_down_and_faster_up(model):
     groups, names = network.prepare_optimizer_params(None, 1e-4, 1e-3)
     assert names == ["textencoder", "textencoder plus", "unet", "unet plus"]
     assert [group["lr"] for group in groups] == pytest.approx([1e-3, 4e-3, 1e-4, 16e-4])
-    assert {id(p) for p in groups[3]["params"]} == {id(m.lora_up.weight) for m in network.unet_loras}
+    assert {id(p) for p in groups[3]["params"]} == {id(m.lora_up.weight) for m in network.parts["lora_unet"]}
     only_unet = make(model, loraplus_unet_lr_ratio="2", mid_lr_weight="3")
     groups, names = only_unet.prepare_optimizer_params(None, None, 1e-3)
     rates = dict(zip(names, (group["lr"] for group in groups), strict=True))

@@ -110,7 +110,7 @@ def test_what_is_not_finite_is_not_written_and_the_old_file_stays(model, tmp_pat
     file = tmp_path / "a.safetensors"
     network.save_weights(file, None, None)
     before = file.read_bytes()
-    module = network.unet_loras[3]
+    module = network.parts["lora_unet"][3]
     module.lora_up.weight.data[0, 0] = value
     with pytest.raises(ValueError, match=f"{module.lora_name}.lora_up.weight holds NaN or infinity in float"):
         network.save_weights(file, dtype, None)
@@ -224,8 +224,8 @@ def test_weights_for_layers_that_a_model_lacks_are_counted(model, caplog):
         (["lora_te1_text_model_x.lora_down.weight", "lora_te1_text_model_x.lora_up.weight"], "SDXL"),
         (["lora_unet_mid_block_attentions_0_proj_in.hada_w1_a"], "LoHa"),
         (["lora_unet_mid_block_attentions_0_proj_in.lokr_w1"], "LoKr"),
-        (["transformer.blocks.0.attn.to_q.lora_A.weight"], "a LoRA for another kind of model"),
-        (["lora_unet_mid_block_attentions_0_proj_in.lora_mid.weight"], "LoCon in Tucker form"),
+        (["transformer.blocks.0.attn.to_q.lora_A.weight"], "a LoRA for another family of models"),
+        (["lora_unet_mid_block_attentions_0_proj_in.lora_mid.weight"], "LoCon file with Tucker"),
         (["model.diffusion_model.out.2.bias"], "whole model"),
         (["something.else"], "are they a LoRA for Stable Diffusion"),
     ],
@@ -430,7 +430,7 @@ def test_diffusers_loads_every_module_and_draws_the_same(fixture, kind, request,
 
     pipe = small_pipeline(model)
     pipe.load_lora_weights(tmp_path / "mine.safetensors")
-    for part, loras in ((pipe.text_encoder, network.text_encoder_loras), (pipe.unet, network.unet_loras)):
+    for part, loras in ((pipe.text_encoder, network.parts["lora_te"]), (pipe.unet, network.parts["lora_unet"])):
         tensors = [tensor for name, tensor in part.named_parameters() if ".lora_A." in name or ".lora_B." in name]
         # As many modules as ours, and none left at its start: so no key was unmatched.
         assert len(tensors) == 2 * len(loras) and all(tensor.any() for tensor in tensors)

@@ -21,7 +21,7 @@ def test_modules_ranks_numbers_and_size(model, tmp_path):
     assert f"{len(network.loras)} LoRA modules, {numbers:,} trainable numbers" in lines[0]
     assert abs(said - size) < 0.06 + 0.02 * size  # the header is left out
     assert lines[1] == "  text encoder: 12 modules, rank 4, alpha 1"
-    assert lines[2] == f"  U-Net: {len(network.unet_loras)} modules, rank 4, alpha 1; 3x3: rank 64, alpha 1"
+    assert lines[2] == f"  U-Net: {len(network.parts['lora_unet'])} modules, rank 4, alpha 1; 3x3: rank 64, alpha 1"
     assert lines[3].startswith("  modules by block: IN01 15, IN03 1, IN04 15") and len(lines) == 4
 
 

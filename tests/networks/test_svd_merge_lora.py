@@ -10,7 +10,8 @@ import torch
 from tool_files import assert_close, load, lora_tensors, metadata_of, products, save_lora, small_model, total
 
 from library.errors import UserError
-from networks.block_weights import LISTS, PRESETS, block_of, read_block_weights
+from library.formats.blocks import block_of
+from networks.block_weights import LISTS, PRESETS, read_block_weights
 from networks.svd_merge_lora import main
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import networks.lora
 from networks.lora import LoRAModule, create_network, create_network_from_weights
-from networks.variants import CLASSES, DoRAModule
+from networks.variants import DoRAModule, OrthogonalModule, PissaModule
 
 CONV = {"conv_dim": "4", "conv_alpha": "3"}
 LAYERS = [
@@ -66,7 +66,7 @@ def ours(kind, layer, rank, alpha):
 
 def test_rs_lora_is_pefts(model):
     network = make_network(model, rs_lora="True", **CONV)
-    for module in (network.unet_loras[0], network.text_encoder_loras[-1]):
+    for module in (network.parts["lora_unet"][0], network.parts["lora_te"][-1]):
         layer = nn.Linear(module.lora_down.weight[0].numel(), len(module.lora_up.weight))
         theirs = peft_layer(layer, 4, 2.0, use_rslora=True)
         set_peft(theirs, module.lora_up.weight.data.flatten(1), module.lora_down.weight.data.flatten(1))
@@ -80,7 +80,7 @@ def test_rs_lora_is_pefts(model):
 @pytest.mark.parametrize("layer, shape", LAYERS, ids=IDS)
 def test_pissa_starts_as_the_layer_and_trains_as_pefts(layer, shape):
     torch.manual_seed(0)
-    mine, module = ours(CLASSES["pissa"], layer, 4, 2.0)
+    mine, module = ours(PissaModule, layer, 4, 2.0)
     x = torch.randn(shape)
     torch.testing.assert_close(mine(x), layer(x), atol=1e-6, rtol=1e-5)
     product = module.scale * module.lora_up.weight.flatten(1) @ module.lora_down.weight.flatten(1)
@@ -103,7 +103,7 @@ def test_pissa_starts_as_the_layer_and_trains_as_pefts(layer, shape):
 def test_the_orthogonal_start_is_pefts():
     layer = nn.Linear(12, 10)
     torch.manual_seed(3)
-    module = CLASSES["orthogonal"]("lora", layer, 4, 2.0)
+    module = OrthogonalModule("lora", layer, 4, 2.0)
     torch.manual_seed(3)
     theirs = peft_layer(layer, 4, 2.0, init_lora_weights="orthogonal")
     # Both have drawn the numbers of an ordinary start before, which are as many.
@@ -254,7 +254,7 @@ def test_files_of_another_kind_are_refused_by_name(model, tmp_path):
     [
         ({"init": "pisa"}, "network_args init=pisa: give one of default, pissa, orthogonal"),
         ({"dora": "maybe"}, "network_args dora=maybe: give True or False"),
-        ({"dora": "True", "init": "pissa"}, "dora=True and init=pissa cannot be combined"),
+        ({"dora": "True", "init": "pissa"}, "init=pissa and dora=True cannot be combined"),
         ({"init": "orthogonal", "conv_dim": "3"}, "init=orthogonal needs even ranks; .* has rank 3"),
     ],
 )
@@ -277,7 +277,7 @@ def test_dora_trains_its_magnitudes_also_with_loraplus(model):
     network.apply_to(model.text_encoder, model.unet)
     network.train()
     model.run()[1].square().sum().backward()
-    gradients = torch.stack([module.dora_scale.grad.abs().max() for module in network.unet_loras])
+    gradients = torch.stack([module.dora_scale.grad.abs().max() for module in network.parts["lora_unet"]])
     assert gradients.min() > 1e-6 * gradients.median()  # more than rounding
 
 
@@ -315,7 +315,7 @@ def test_dora_files_give_the_same_weights_in_the_uis(model, loader, tmp_path):
     for module in network.loras:
         name, weight = module.lora_name, layers[module.lora_name].weight
         tensors = [weights[f"{name}.{key}"] for key in ("lora_up.weight", "lora_down.weight", "alpha", "dora_scale")]
-        expected = weight + networks.lora.weight_change(weights, name, layers[name])
+        expected = weight + DoRAModule.weight_change(weights, name, layers[name])
         torch.testing.assert_close(loader(weight, *tensors), expected, atol=1e-5, rtol=1e-4)
 
 
@@ -331,12 +331,12 @@ unet, name = nn.Sequential(Transformer2DModel()), "lora_unet_0_proj_in"
 weights = {f"{name}.lora_up.weight": torch.ones(6, 2, 1, 1), f"{name}.lora_down.weight": torch.ones(2, 6, 1, 1)}
 lora.create_network_from_weights(1.0, None, None, None, unet, weights)
 dora = weights | {f"{name}.dora_scale": torch.ones(1, 6, 1, 1)}
-for make in (lambda: lora.create_network(1.0, 2, 1, None, None, unet, dora="True"),
-             lambda: lora.create_network_from_weights(1.0, None, None, None, unet, dora)):
+for make, file in ((lambda: lora.create_network(1.0, 2, 1, None, None, unet, dora="True"), "networks/lora_args.py"),
+                   (lambda: lora.create_network_from_weights(1.0, None, None, None, unet, dora), "networks/variants.py")):
     try:
         make()
     except ValueError as error:
-        assert "networks/variants.py" in str(error), error
+        assert file in str(error), error
     else:
         raise AssertionError("not refused")
 """

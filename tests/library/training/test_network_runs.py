@@ -31,7 +31,7 @@ def test_each_kind_trains_and_its_file_loads(run, base_model, capsys, words, ran
     before = [p.clone() for p in model.unet.parameters()]
     network.merge_to(model.text_encoder, model.unet, weights)
     changed = sum(not torch.equal(a, b) for a, b in zip(before, model.unet.parameters(), strict=True))
-    assert changed == len(network.unet_loras)
+    assert changed == len(network.parts["lora_unet"])
 
 
 def test_going_on_from_pissa_and_its_limits(run):

@@ -1,0 +1,50 @@
+"""A network in words, before it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from networks.lora import UNET_PREFIX, LoRAModule, LoRANetwork, kernel_size
+
+
+def summary(network: LoRANetwork, dtype: torch.dtype | None = None) -> str:
+    """Modules, ranks, trainable numbers, the size of the file in this dtype (None: as it is); a chart if blocks differ."""
+    args, unet = network.args, network.parts.get(UNET_PREFIX, [])
+    blocks: dict[str, list[LoRAModule]] = {}
+    for module in sorted(unet, key=lambda m: args.blocks.block_index(m.lora_name) or 0):
+        blocks.setdefault(args.blocks.names[args.blocks.block_index(module.lora_name) or 0], []).append(module)
+    size = sum(t.numel() * (dtype or t.dtype).itemsize for t in network.file_weights().values()) / 2**20
+    numbers = sum(p.numel() for p in network.parameters())
+    lines = [f"{len(network.loras)} LoRA modules, {numbers:,} trainable numbers; a file will have about {size:.1f} MiB"]
+    is_uniform = args.lr_weights is None and ";" not in ranks_text(unet).replace("; 3x3", "")
+    for prefix, modules in network.parts.items():
+        ranks = f", {ranks_text(modules)}" if is_uniform or prefix != UNET_PREFIX else ""
+        lines.append(f"  {part_title(prefix)}: {len(modules)} modules{ranks}")
+    if is_uniform:
+        counts = ", ".join(f"{name} {len(modules)}" for name, modules in blocks.items())
+        return "\n".join(lines + [f"  modules by block: {counts}"] * bool(blocks))
+    rows = [(name, len(modules), ranks_text(modules), *_bars(network, modules)) for name, modules in blocks.items()]
+    widths = [max(len(row[i]) for row in rows) for i in (2, 3)]
+    return "\n".join(lines + [f"  {n:5} {c:3} modules  {r:{widths[0]}}  {a:{widths[1]}}  {b}".rstrip() for n, c, r, a, b in rows])
+
+
+def part_title(prefix: str) -> str:
+    """`U-Net`, `text encoder`, or `text encoder 2`, say, for the prefix of LoRA names."""
+    return "U-Net" if prefix == UNET_PREFIX else f"text encoder {prefix.removeprefix('lora_te')}".rstrip()
+
+
+def ranks_text(modules: Sequence[LoRAModule]) -> str:
+    """`rank 4, alpha 1; 3x3: rank 2, alpha 1`; each rank once."""
+    kinds = sorted({(kernel_size(m.lora_down) > 1, m.rank, round(m.alpha.item(), 3)) for m in modules})
+    return "; ".join(f"{'3x3: ' if is_3x3 else ''}rank {rank}, alpha {alpha:g}" for is_3x3, rank, alpha in kinds)
+
+
+def _bars(network: LoRANetwork, modules: Sequence[LoRAModule]) -> tuple[str, str]:
+    """A block's largest rank as a bar, a mark for 2 ranks, and the weight of its learning rate as one, a mark for 0.1."""
+    ranks = "#" * min(32, -(-max(module.rank for module in modules) // 2))
+    if network.args.lr_weights is None:
+        return ranks, ""
+    weight = network.args.lr_block(modules[0].lora_name)[1]
+    return ranks, f"rate x {weight:<5.3g} " + "=" * min(40, round(10 * weight))
