@@ -521,7 +521,7 @@ def weight_delta(up: Tensor, down: Tensor, alpha: float, device: Any = None) -> 
 
 
 def modules_in(weights: Mapping[str, Tensor], known: Mapping[str, Any]) -> dict[str, type[LoRAModule]]:
-    """The LoRA modules of these weights that `known` has too, and their kind. Warns of tensors not used; ValueError if all are."""
+    """The LoRA modules of these weights that `known` has too, and their kind. Warns of unused tensors; ValueError if all are."""
     plain = ("alpha", "lora_down.weight", "lora_up.weight")
     names = [key.removesuffix(".lora_down.weight") for key in weights if key.endswith(".lora_down.weight")]
     kinds = {name: LoRAModule for name in names if name in known and f"{name}.lora_up.weight" in weights}
