@@ -41,6 +41,12 @@ class Problems:
             self.found += getattr(error, "problems", [str(error)])
             return None
 
+    def results(self, found: Iterable[T | None]) -> list[T]:
+        """What `of` gave, several times; raises UserErrors if anything was wrong."""
+        results = [result for result in found if result is not None]
+        self.tell()
+        return results
+
     def tell(self) -> None:
         """Raise UserErrors with all that was found, each thing once; nothing happens if all is well."""
         if self.found:

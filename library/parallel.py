@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -13,7 +13,9 @@ Result = TypeVar("Result")
 MOST_THREADS = 8  # for matrices; more would only wait for memory
 
 
-def ahead(pool: ThreadPoolExecutor, work: Callable[[Item], Result], items: Iterable[Item], count: int) -> Iterator[Result]:
+def ahead(
+    pool: ThreadPoolExecutor, work: Callable[[Item], Result], items: Iterable[Item], count: int
+) -> Generator[Result, None, None]:
     """work(item) for each item, in order, with at most `count` of them begun before they are asked for.
 
     `items` is read by the calling thread. If the caller stops early, or `work` raises, what has not begun is cancelled.

@@ -79,7 +79,7 @@ class Processes:
             return work()
         result = self._announcing(work) if self.main else None
         self.gather(None)
-        box = [result]
+        box: list[Any] = [result]
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
@@ -137,6 +137,7 @@ class Processes:
     def _raise_first(self, errors: list[Told], own: BaseException | None) -> NoReturn:
         """The main process shows the error, with a traceback if it is its own and no UserError; the others end silently."""
         first = errors[0]
+        error: Any
         if own is not None and not isinstance(own, UserError):
             error = own
         elif self.main:

@@ -235,7 +235,7 @@ class LatentCaching:
             yield batch
 
     def encode_batch(self, batch: list[Prepared], writers: ThreadPoolExecutor) -> None:
-        images = to_tensor([item.pixels for item in batch])
+        images = to_tensor([item.pixels for item in batch if item.pixels is not None])
         upright = self.encoded(images, batch, flipped=False)
         turn = [i for i, item in enumerate(batch) if self.table.config(item.row).flip_aug]
         mirrored = self.encoded(images[turn].flip(3), [batch[i] for i in turn], flipped=True) if turn else None
@@ -248,7 +248,7 @@ class LatentCaching:
             tensors = {"latents": upright[i].clone()}
             if item.mask is not None:
                 tensors["mask"] = item.mask
-            if i in turn:
+            if mirrored is not None and i in turn:
                 tensors["latents_flipped"] = mirrored[turn.index(i)].clone()
             self.write(item, tensors, writers)
 

@@ -66,12 +66,10 @@ def datasets_from_file(path: Path, defaults: DatasetDefaults) -> list[DatasetCon
         raise UserError(f"{path}: write {_GENERAL} once, with single brackets")
     shared = problems.of(_checked, _DATASET_TABLE, general, f"{path}, {_GENERAL}")
     entries = problems.of(_list_of_tables, tables, "datasets", _DATASET, str(path)) or []
-    datasets = [
+    return problems.results(
         problems.of(_dataset_from_table, table, shared, defaults, path, f"{path}, {_DATASET} {number}")
         for number, table in enumerate(entries, start=1)
-    ]
-    problems.tell()
-    return datasets
+    )
 
 
 def _dataset_from_table(
@@ -86,7 +84,7 @@ def _dataset_from_table(
     values = {**defaults.model_dump(exclude_none=True), **in_file}
     subset_tables = problems.of(_list_of_tables, table, "subsets", _SUBSET, place) or []
     problems.of(_refuse_mixture, subset_tables, place)
-    subsets = problems.of(_subsets_from_tables, subset_tables, values, path, place)
+    subsets = problems.of(_subsets_from_tables, subset_tables, values, path, place) or []
     if None not in (general, checked):  # else it may be the wrong value of a table above that is missing here
         problems.of(_require_resolution, values, place)
     problems.tell()
@@ -105,7 +103,9 @@ def datasets_from_folders(
     values = defaults.model_dump(exclude_none=True)
     where, subsets, problems = f"--train_data_dir={train_data_dir}", [], Problems()
     for option, parent, is_reg in (("--train_data_dir", train_data_dir, False), ("--reg_data_dir", reg_data_dir, True)):
-        for found in (problems.of(picture_subsets, Path(parent), option) or ()) if parent else ():
+        if parent is None:
+            continue
+        for found in problems.of(picture_subsets, parent, option) or ():
             place = masks / found.image_dir.relative_to(parent) if masks and not is_reg else None
             own = {"num_repeats": found.num_repeats, "class_tokens": found.class_tokens, "conditioning_data_dir": place}
             own = {key: value for key, value in own.items() if value is not None}
@@ -113,8 +113,7 @@ def datasets_from_folders(
                 problems.found.append(f"--conditioning_data_dir={masks}: there is no folder {place} for {found.image_dir}")
             subsets.append(problems.of(_subset_of_folder, {**values, **own, "is_reg": is_reg}, found.image_dir, option))
     problems.of(_require_resolution, values, where)
-    problems.tell()
-    return [_dataset(values, subsets, where)]
+    return [_dataset(values, problems.results(subsets), where)]
 
 
 def _subset_of_folder(values: dict[str, Any], image_dir: Path, option: str) -> SubsetConfig:
@@ -140,11 +139,10 @@ def datasets_from_metadata(in_json: Path, image_dir: Path | None, defaults: Data
 def _subsets_from_tables(tables: list[dict], values: dict[str, Any], path: Path, place: str) -> list[SubsetConfig]:
     """The `[[datasets.subsets]]` of one dataset; `values` are those that hold unless a subset says otherwise."""
     problems = Problems()
-    subsets = [
+    subsets = problems.results(
         problems.of(_subset_from_table, table, values, path, f"{place}, {_SUBSET} {number}")
         for number, table in enumerate(tables, start=1)
-    ]
-    problems.tell()
+    )
     _refuse_twins(subsets, place)
     return subsets
 

@@ -158,10 +158,10 @@ DATASET_KEYS = tuple(key for key in DatasetConfig.model_fields if key != "subset
 def optional_keys(name: str, keys: tuple[str, ...], base: type[BaseModel] = _Frozen) -> type[BaseModel]:
     """A model with some of the keys above and their checks, each of which may be left out (None)."""
     known = {**DatasetConfig.model_fields, **SubsetConfig.model_fields}
-    fields = {}
+    fields: dict[str, Any] = {}
     for key in keys:
         field = known[key]
-        kind = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
+        kind: Any = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
         fields[key] = (kind | None, None)
     return create_model(name, __base__=base, __module__=__name__, **fields)
 
@@ -208,9 +208,11 @@ def _pair_from_text(key: str, value: Any) -> Any:
     return numbers[0] if len(numbers) == 1 else sorted(numbers) if kind is float else numbers
 
 
-# What the command line gave: the same keys as above, None where nothing was given. Wrong values raise UserError.
-# `batch_size` is --train_batch_size, `num_repeats` is --dataset_repeats; pairs may be text as the user typed it.
-DatasetDefaults = optional_keys("DatasetDefaults", DATASET_KEYS + SHARED_KEYS, _CommandLine)
+class DatasetDefaults(optional_keys("DatasetDefaults", DATASET_KEYS + SHARED_KEYS, _CommandLine)):  # type: ignore[misc]
+    """What the command line gave: the same keys as above, None where nothing was given. Wrong values raise UserError.
+
+    `batch_size` is --train_batch_size, `num_repeats` is --dataset_repeats; pairs may be text as the user typed it.
+    """
 
 
 def describe_problem(problem: Mapping[str, Any]) -> str:

@@ -49,8 +49,9 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory; the DataLoader calls this with pin_memory=True."""
-        tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
-        return replace(self, **{name: value.pin_memory() for name, value in tensors.items()})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        pinned: dict[str, Any] = {name: value.pin_memory() for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **pinned)
 
 
 class TrainingDataset(Dataset):
@@ -131,7 +132,8 @@ class TrainingDataset(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> Batch:
         epoch, position = key
         rows = self.epoch_order(epoch)[position].tolist()
-        captions, pictures, masks = [], [], []
+        captions, masks = [], []
+        pictures: list[Any] = []  # arrays of pixels or tensors of latents
         for slot, row in enumerate(rows):
             rng = random.Random(f"{self.seed}/picture/{epoch}/{position}/{slot}")
             captions.append(self._caption(row, rng, epoch, position))
@@ -172,11 +174,12 @@ class TrainingDataset(Dataset):
         The flip is drawn first: it is the same with and without a cache.
         """
         flipped = self.table.config(row).flip_aug and rng.random() < 0.5
+        picture: Tensor | np.ndarray
         if self.latents is not None:
             picture, mask = self.latents.get(row, flipped)
         else:
-            picture, values = augmented(self.table, row, rng)
-            picture = picture[:, ::-1] if flipped else picture
+            pixels, values = augmented(self.table, row, rng)
+            picture = pixels[:, ::-1] if flipped else pixels
             mask = None if values is None else latent_mask(values)
         return picture, mask.flip(2) if flipped and mask is not None else mask
 

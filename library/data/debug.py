@@ -20,9 +20,11 @@ def write_debug_sheet(dataset: TrainingDataset, output_dir: Path, batches: int =
     """
     if dataset.latents is not None:
         raise ValueError("pictures cannot be shown when latents are cached")
-    rows, labels = [], []
+    rows: list[list[Image.Image | None]] = []
+    labels = []
     for position in range(min(batches, dataset.num_batches)):
         batch = dataset[(1, position)]
+        assert batch.images is not None  # as no latents are cached
         print(describe_batch(batch, dataset))
         rows.append([to_image(picture) for picture in batch.images])
         labels.append(f"batch {position}: {batch.size[0]}x{batch.size[1]}\n" + "\n".join(batch.captions))
@@ -46,7 +48,7 @@ def describe_batch(batch: Batch, dataset: TrainingDataset) -> str:
         lines.append(f"    caption: {caption!r}")
         if batch.masks is not None:
             lines.append(f"    mask: {batch.masks[i].mean():.0%} of the picture counts")
-        if batch.input_ids is not None:
+        if batch.input_ids is not None and dataset.tokenizer is not None:
             tokens = dataset.tokenizer.readable(batch.input_ids[i])
             lines.append(f"    {len(tokens)} tokens: {' '.join(tokens)}")
     return "\n".join(lines)

@@ -50,6 +50,7 @@ def find_masks(subset: SubsetConfig, names: Sequence[str], sizes: np.ndarray) ->
     Raises UserError if some have none, or one of another shape than the picture's.
     """
     folder = subset.conditioning_data_dir
+    assert folder is not None  # called where there is one
     there: dict[Path, dict[str, Path]] = {}
     found, missing = [], []
     for name in names:
@@ -58,8 +59,10 @@ def find_masks(subset: SubsetConfig, names: Sequence[str], sizes: np.ndarray) ->
             files = sorted(parent.iterdir()) if parent.is_dir() else []
             there[parent] = {file.stem: file for file in files if file.suffix.lower() in image_suffixes()}
         mask = there[parent].get(Path(name).stem)
-        missing += [] if mask else [name]
-        found.append(mask)
+        if mask is None:
+            missing.append(name)
+        else:
+            found.append(mask)
     if missing:
         named = ", ".join(missing[:NAMED_AT_MOST]) + (", ..." if len(missing) > NAMED_AT_MOST else "")
         raise UserError(

@@ -41,6 +41,7 @@ class Metadata:
 def read_metadata(subset: SubsetConfig, on_bad_image: str = "refuse") -> Metadata:
     """Read the metadata file of a subset. Raises UserError if it is no such file, or lists images that are missing ("refuse")."""
     path = subset.metadata_file
+    assert path is not None  # called where there is one
     captions: dict[str, str] = {}
     keys: dict[str, str] = {}
     missing, unknown, tags = [], set(), []

@@ -64,7 +64,9 @@ def cut(place: Placed, content: bytes, mask: bytes | None) -> tuple[np.ndarray, 
     if rgb.shape[1::-1] != place.seen:
         raise UserError(f"{place.path} changed its size since training began; start again")
     pixels = fit(rgb, place.resized, place.corner, place.size, place.interpolation)
-    values = decode_mask(mask, place.mask) if mask is not None else alpha if place.alpha_mask else None
+    values = alpha if place.alpha_mask else None
+    if mask is not None and place.mask is not None:
+        values = decode_mask(mask, place.mask)
     # Averaged areas, since a filter with overshoot would draw bright rims into a mask.
     return pixels, None if values is None else fit(values, place.resized, place.corner, place.size, "area")
 
@@ -77,10 +79,11 @@ def mask_bytes(place: Placed) -> bytes | None:
 def augmented(table: PictureTable, row: int, rng: random.Random) -> tuple[np.ndarray, np.ndarray | None]:
     """Pixels (H, W, 3) uint8 and mask (H, W) uint8 of a picture, with its subset's random cut and colours (not the flip)."""
     config, place = table.config(row), placed(table, row)
-    face = face_of(place.path.stem) if config.face_crop_aug_range else None
+    faces = config.face_crop_aug_range
+    face = face_of(place.path.stem) if faces else None
     resized, corner = place.resized, place.corner
-    if face:
-        resized, corner = face_crop(face, place.seen, place.size, config.face_crop_aug_range, config.random_crop, rng)
+    if face and faces:
+        resized, corner = face_crop(face, place.seen, place.size, faces, config.random_crop, rng)
     elif config.random_crop:
         corner = random_corner(resized, place.size, rng)
     place = replace(place, resized=resized, corner=corner)
