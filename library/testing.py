@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,7 @@ def _uniform(shape: torch.Size, deviation: float, generator: torch.Generator) ->
     return (torch.rand(shape, generator=generator) * 2 - 1) * (deviation * math.sqrt(3))
 
 
-def _narrow_posterior(vae: nn.Module) -> None:
+def _narrow_posterior(vae: Any) -> None:
     """Make the VAE encode as a trained one does: latents of the usual spread and next to no noise."""
     weight, bias = vae.quant_conv.weight, vae.quant_conv.bias
     with torch.no_grad():

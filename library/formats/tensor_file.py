@@ -71,7 +71,7 @@ class TensorFile(ABC):
 
     def _read_bytes(self, begin: int, count: int) -> Tensor:
         space = torch.empty(count, dtype=torch.uint8)
-        left = memoryview(space.numpy())
+        left = space.numpy().data
         with self._lock:
             self._file.seek(begin)
             while left:

@@ -255,7 +255,7 @@ def _record(archive: zipfile.ZipFile, stream: BinaryIO | _Flusher, name: str, si
 
 
 def _bytes(value: Tensor) -> memoryview:
-    return memoryview(value.view(-1).view(torch.uint8).numpy()) if value.numel() else memoryview(b"")
+    return value.view(-1).view(torch.uint8).numpy().data if value.numel() else memoryview(b"")
 
 
 def checksum(value: Tensor) -> int:

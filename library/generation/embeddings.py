@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ def add_embeddings(model: StableDiffusion, files: list[str]) -> list[str]:
     A file with several vectors needs the word once in a prompt, where it takes as many tokens. Raises UserError, naming the
     file, for a word that the tokenizer has already, and for vectors of another width than the model's.
     """
-    table = inner_text_model(model.text_encoder).embeddings.token_embedding
+    table: Any = inner_text_model(model.text_encoder).get_submodule("embeddings.token_embedding")
     words = []
     for file in files:
         path, vectors = Path(file), read_vectors(Path(file))
@@ -51,7 +51,7 @@ def read_vectors(path: Path) -> Tensor:
         from safetensors.torch import load_file
 
         read_safetensors_header(path)  # says so if the file is damaged
-        content = load_file(path)
+        content: dict[str, Any] = load_file(path)
     else:
         content = load_pickled(path)
     content = content.get("string_to_param", content)  # the web UI's .pt

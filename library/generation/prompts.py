@@ -263,7 +263,7 @@ def _from_json(text: str, defaults: PromptSpec, path: str, ignored: list[str]) -
 def _from_table(table: dict[str, Any], defaults: PromptSpec, where: str, ignored: list[str]) -> PromptSpec:
     if "prompt" not in table:
         raise UserError(f"{where}: has no prompt; add the key 'prompt'")
-    values = {}
+    values: dict[str, Any] = {}
     for key, value in table.items():
         if key in _OTHER_KEYS:
             ignored.append(key)
