@@ -240,7 +240,7 @@ def requirements(*names: str) -> list[Requirement]:
     return [Requirement(line) for line in lines if line and not line.startswith("-r ")]
 
 
-@pytest.mark.parametrize("name", ["requirements.txt", "requirements-test.txt", "requirements-extras.txt"])
+@pytest.mark.parametrize("name", ["requirements.txt", "requirements-test.txt", "requirements-dev.txt", "requirements-extras.txt"])
 def test_every_requirement_is_an_exact_pin(name):
     for requirement in requirements(name):
         assert [specifier.operator for specifier in requirement.specifier] == ["=="], requirement
@@ -250,7 +250,7 @@ def test_every_requirement_is_an_exact_pin(name):
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_every_python_gets_each_package_once(python, platform):
     environment = {"python_version": python, "python_full_version": f"{python}.0", "sys_platform": platform}
-    everything = requirements("requirements.txt", "requirements-test.txt")
+    everything = requirements("requirements.txt", "requirements-test.txt", "requirements-dev.txt")
     wanted = [r.name for r in everything if r.marker is None or r.marker.evaluate(environment)]
     assert sorted(wanted) == sorted({r.name for r in everything} - ({"tomli"} if python != "3.10" else set()))
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from library import __version__
 from library.data.config import NOT_WITH_METADATA
 from library.data.facts import DatasetFacts, SubsetFacts
 from library.errors import UserError
@@ -198,7 +199,7 @@ def model_spec(options: TrainNetworkOptions, datasets: Sequence[DatasetFacts]) -
         "sai_model_spec": "1.0.1",
         "architecture": (f"stable-diffusion-v2-{v2_size}" if model.v2 else "stable-diffusion-v1") + "/lora",
         "implementation": "diffusers",
-        "implementation_version": f"sd-lora-suite/{commit_hash()}",
+        "implementation_version": f"sd-lora-suite/{__version__}",
         "title": options.metadata.metadata_title or options.output.output_name or f"LoRA@{time.time():.0f}",
         "resolution": f"{width}x{height}",
         "date": datetime.now().isoformat(timespec="seconds"),

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from library import __version__
 from library.errors import RunFailed, UserError
 from library.models.model import load_stable_diffusion
 from library.training import run as run_module
@@ -489,6 +490,7 @@ def test_metadata(run, base_model, pictures):
     assert meta["ss_optimizer"] == "torch.optim.adamw.AdamW(weight_decay=0.1)"
     assert meta["ss_resolution"] == "(64, 64)" and meta["ss_num_train_images"] == "4"
     assert meta["ss_base_model_version"] == "sd_v1" and meta["ss_v2"] == "False"
+    assert meta["modelspec.implementation_version"] == f"sd-lora-suite/{__version__}"
     assert (
         meta["ss_sd_model_name"] == base_model.name
         and len(meta["ss_new_sd_model_hash"]) == 64
