@@ -2,8 +2,8 @@
 
     python benchmarks/options_do_something.py [option ...]
 
-tests/library/training/test_options_walk.py names the tests. An option is taken away where options are made: given or not, it has
-its default. A test that passes all the same would pass if the option did nothing. Takes some minutes.
+A test says by `@pytest.mark.option("its_name")` which option it notices. An option is taken away where options are made:
+given or not, it has its default. A test that passes all the same would pass if the option did nothing. Takes some minutes.
 """
 
 from __future__ import annotations
@@ -44,10 +44,12 @@ class Without:
 
 def main(wanted: list[str]) -> int:
     """Returns the number of options whose test does not notice."""
-    from test_options_walk import EXERCISED
+    from option_marks import marked_options
+    from test_options_walk import OF_DATASETS
 
+    of_datasets = ("library/training/test_options_walk.py", "test_dataset_options_reach_the_datasets")
     unnoticed = []
-    for option, (file, test) in EXERCISED.items():
+    for option, (file, test) in {**marked_options(), **dict.fromkeys(OF_DATASETS, of_datasets)}.items():
         if wanted and option not in wanted:
             continue
         parameter = f"[{option}]" if test == "test_dataset_options_reach_the_datasets" else ""

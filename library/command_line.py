@@ -12,7 +12,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
@@ -25,6 +25,7 @@ class OptionGroup(BaseModel):
     """One theme of the command line. The first line of the docstring is its heading in --help."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    decides_what_is_trained: ClassVar[bool] = True  # else its options may differ in a resumed run, and are not recorded
 
 
 OptionsT = TypeVar("OptionsT", bound=BaseModel)
@@ -38,6 +39,11 @@ def groups_of(options_class: type[BaseModel]) -> dict[str, type[OptionGroup]]:
 def option_names(options_class: type[BaseModel]) -> dict[str, str]:
     """Every option name with the name of its group."""
     return {option: group for group, cls in groups_of(options_class).items() for option in cls.model_fields}
+
+
+def option_fields(options_class: type[BaseModel]) -> dict[str, FieldInfo]:
+    """Every option by name, as it was declared."""
+    return {name: field for cls in groups_of(options_class).values() for name, field in cls.model_fields.items()}
 
 
 def is_flag(field: FieldInfo) -> bool:
@@ -161,7 +167,7 @@ def read_config_file(options_class: type[BaseModel], path: Path, refused: Refuse
     A refused option that asks for nothing is passed over: graphical front ends write every option they know.
     """
     content = parse_toml(read_text(path, "--config_file"), path)
-    names = option_names(options_class)
+    names, fields = option_names(options_class), option_fields(options_class)
     values: dict[str, Any] = {}
     for key, value in _flatten(content):
         if key in values or key == "config_file":
@@ -172,7 +178,7 @@ def read_config_file(options_class: type[BaseModel], path: Path, refused: Refuse
         elif key not in names:
             problems.found.append(str(unknown("option", key, names, where=str(path))))
         else:
-            option = groups_of(options_class)[names[key]].model_fields[key]
+            option = fields[key]
             if value == "" and option.get_default() is None:
                 continue  # as front ends write what is not given
             checked = problems.of(_checked_flag, key, value, is_flag(option), path)

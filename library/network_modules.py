@@ -8,7 +8,7 @@ import json
 import os
 import pkgutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import safetensors.torch
 import torch
 
-from library.errors import UserError, nearest
+from library.errors import UserError, nearest, one_line, unknown
 from library.files import read_safetensors_header
+from library.key_values import read_value
 
 if TYPE_CHECKING:
     from library.models.model import StableDiffusion
@@ -140,20 +141,42 @@ def _words_of_its_making(module: ModuleType, file: str) -> tuple[int, float, dic
         return None
 
 
-def key_values(text: str, option: str) -> dict[str, str]:
-    """`key=value;key=value` as a dictionary of texts."""
-    words = [word.partition("=") for word in text.split(";") if word.strip()]
-    if any(not sign or not key.strip() for key, sign, _ in words):
-        raise UserError(f"{option} '{text}': write key=value;key=value")
-    return {key.strip(): value.strip() for key, _, value in words}
+def module_arguments(module: ModuleType, texts: Mapping[str, str]) -> dict[str, Any]:
+    """The words of --network_args as the module takes them: texts, as every module expects; `True` and `False` for yes and no.
+
+    To LyCORIS any text but "false" is true, for some keys that one too: whatever says no becomes False itself, which it
+    understands.
+    """
+    values = {key: read_value(text) for key, text in texts.items()}
+    if module.__name__.startswith("lycoris"):
+        return {key: False if values[key] in (False, 0) else text for key, text in texts.items()}
+    return {key: str(values[key]) if isinstance(values[key], bool) else text for key, text in texts.items()}
+
+
+def check_module_arguments(module: ModuleType, texts: Mapping[str, str], option: str) -> None:
+    """UserError for an algorithm or a preset that LyCORIS lacks; it would fail without a word on either."""
+    algorithms, presets = getattr(module, "network_module_dict", {}), getattr(module, "PRESET", {})
+    algo, preset = texts.get("algo", "").lower(), texts.get("preset", "")
+    if algorithms and algo and algo not in algorithms:
+        raise unknown(f"{option} algo", algo, algorithms)
+    if presets and preset and preset not in presets and not Path(preset).is_file():
+        close = nearest(preset, presets)
+        cure = f"did you mean '{close}'?" if close else f"give one of {', '.join(presets)}, or a TOML file"
+        raise UserError(f"{option} preset={preset}: there is no such preset and no such file; {cure}")
 
 
 @contextmanager
-def user_errors(where: str) -> Iterator[None]:
-    """Turn the one-line ValueErrors of a network module, and assertions of third-party ones, into UserErrors with the option."""
+def user_errors(where: str, module: ModuleType | None = None) -> Iterator[None]:
+    """Turn the one-line ValueErrors of a network module into UserErrors that name the option.
+
+    module: a module of others may raise anything; all of it becomes a UserError.
+    """
     try:
         yield
     except (ValueError, FileNotFoundError) as error:
         raise UserError(f"{where}: {error}") from error
-    except AssertionError as error:  # LyCORIS checks so
-        raise UserError(f"{where}: {error or 'an assertion failed'}") from error
+    except Exception as error:
+        if isinstance(error, UserError) or not (isinstance(error, AssertionError) or (module and not is_ours(module))):
+            raise
+        reason = f"{type(error).__name__}: {one_line(error)}" if str(error) else f"{type(error).__name__} without a word"
+        raise UserError(f"{where}: {reason}") from error

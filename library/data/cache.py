@@ -28,6 +28,7 @@ from library.data.pixels import Placed, cut, mask_bytes, placed, read_bytes, to_
 from library.data.table import PictureTable
 from library.errors import UserError
 from library.files import atomic_write, read_safetensors_header
+from library.option_traits import fields_with
 from library.parallel import ahead
 
 log = logging.getLogger(__name__)
@@ -294,7 +295,7 @@ def require_writable(folder: Path) -> None:
 def refuse_augmentations(table: PictureTable) -> None:
     """A cached picture is the same at every use."""
     for subset in table.subsets:
-        for option in ("color_aug", "random_crop", "face_crop_aug_range"):
+        for option in fields_with(type(subset.config), varies=("pixels",)):
             if getattr(subset.config, option):
                 raise UserError(
                     f"{option} of the subset {subset.config.image_dir} changes pictures at each use, "

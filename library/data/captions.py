@@ -11,8 +11,9 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-from library.data.config_keys import SubsetConfig
+from library.data.config_keys import SubsetConfig, without
 from library.errors import UserError
+from library.option_traits import fields_with
 
 log = logging.getLogger(__name__)
 
@@ -146,18 +147,19 @@ def _warmed_up(count: int, subset: SubsetConfig, step: int, max_train_steps: int
 
 def caption_is_fixed(subset: SubsetConfig) -> bool:
     """True if each picture has one and the same caption at every use."""
-    return _has_one_text(subset) and not subset.caption_dropout_rate and not subset.caption_dropout_every_n_epochs
+    return not _in_use(subset, "caption", "dropout")
 
 
-def _has_one_text(subset: SubsetConfig) -> bool:
-    return not (subset.shuffle_caption or subset.enable_wildcard or subset.token_warmup_step or subset.caption_tag_dropout_rate)
+def _in_use(subset: SubsetConfig, *varies: str) -> bool:
+    """Whether a key is set that makes this different from use to use."""
+    return any(getattr(subset, key) for key in fields_with(type(subset), varies=varies))
 
 
 def caption_variants(caption: str, subset: SubsetConfig) -> tuple[str, ...] | None:
     """All that `process_caption` can make of a caption: the text, and "" if it may be dropped. None if there are many."""
-    if not _has_one_text(subset):
+    if _in_use(subset, "caption"):
         return None
-    kept = subset.model_copy(update={"caption_dropout_rate": 0.0, "caption_dropout_every_n_epochs": 0})
+    kept = without(subset, "dropout")
     text = process_caption(caption, kept, random.Random(0), epoch=1, step=0, max_train_steps=0)
     return (text,) if caption_is_fixed(subset) or not text else (text, "")
 

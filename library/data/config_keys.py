@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from library.errors import UserErrors
+from library.option_traits import fields_with, option
 
 # Far beyond any use; a slip of the pen must not end in an overflow or fill the memory.
 MAX_COUNT = 1_000_000
@@ -84,44 +85,51 @@ class SubsetConfig(_Frozen):
     With a `metadata_file` the pictures are those that it lists, below `image_dir`.
     """
 
-    image_dir: Annotated[Path, BeforeValidator(_path)]
-    metadata_file: Annotated[Path | None, BeforeValidator(_path_or_none)] = None
-    conditioning_data_dir: Annotated[Path | None, BeforeValidator(_path_or_none)] = None
+    image_dir: Annotated[Path, BeforeValidator(_path)] = option(path=True)
+    metadata_file: Annotated[Path | None, BeforeValidator(_path_or_none)] = option(None, path=True)
+    conditioning_data_dir: Annotated[Path | None, BeforeValidator(_path_or_none)] = option(None, path=True)
     is_reg: bool = False
     class_tokens: str | None = None
     caption_extension: Annotated[str, BeforeValidator(_extension)] = ".caption"
-    num_repeats: Positive = 1
-    shuffle_caption: bool = False
-    keep_tokens: NotNegative = 0
+    num_repeats: Positive = option(1, entry=True)
+    color_aug: bool = option(False, varies="pixels", record="ss_color_aug", entry=True)
+    flip_aug: bool = option(False, varies="mirror", record="ss_flip_aug", entry=True)
+    random_crop: bool = option(False, varies="pixels", record="ss_random_crop", entry=True)
+    shuffle_caption: bool = option(False, varies="caption", record="ss_shuffle_caption", entry=True)
+    keep_tokens: NotNegative = option(0, record="ss_keep_tokens", entry=True)
     caption_separator: Annotated[str, Field(min_length=1)] = ","
-    keep_tokens_separator: str = ""
-    secondary_separator: str | None = None
-    enable_wildcard: bool = False
-    caption_prefix: str | None = None
-    caption_suffix: str | None = None
-    caption_dropout_rate: Share = 0.0
-    caption_dropout_every_n_epochs: NotNegative = 0
-    caption_tag_dropout_rate: Share = 0.0
+    keep_tokens_separator: str = option("", entry=True)
+    secondary_separator: str | None = option(None, entry=True)
+    # Held-out images keep it: without it the braces would stay in their captions. The alternative is drawn by a fixed seed.
+    enable_wildcard: bool = option(False, varies="caption", held_out=True, entry=True)
+    caption_prefix: str | None = option(None, entry=True)
+    caption_suffix: str | None = option(None, entry=True)
+    caption_dropout_rate: Share = option(0.0, varies="dropout")
+    caption_dropout_every_n_epochs: NotNegative = option(0, varies="dropout")
+    caption_tag_dropout_rate: Share = option(0.0, varies="caption")
     token_warmup_min: NotNegative = 1
-    token_warmup_step: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    token_warmup_step: Annotated[float, Field(ge=0, allow_inf_nan=False)] = option(0.0, varies="caption")
     alpha_mask: bool = False
-    color_aug: bool = False
-    flip_aug: bool = False
-    random_crop: bool = False
-    face_crop_aug_range: Annotated[tuple[float, float] | None, BeforeValidator(_face_range)] = None
-    resize_interpolation: Interpolation | None = None
+    face_crop_aug_range: Annotated[tuple[float, float] | None, BeforeValidator(_face_range)] = option(None, varies="pixels")
+    resize_interpolation: Interpolation | None = option(None, entry=True)
+
+
+def without(subset: SubsetConfig, *varies: str) -> SubsetConfig:
+    """A subset's settings with every key at its default that makes captions or images vary in one of these ways."""
+    fields = type(subset).model_fields
+    return subset.model_copy(update={key: fields[key].get_default() for key in fields_with(type(subset), varies=varies)})
 
 
 class DatasetConfig(_Frozen):
     """One dataset: its subsets share training size and batch size. Field names are the keys of `[[datasets]]`."""
 
     resolution: Annotated[tuple[int, int], BeforeValidator(_resolution)]
-    batch_size: Positive = 1
-    enable_bucket: bool = False
-    min_bucket_reso: Side = 256
-    max_bucket_reso: Side = 1024
+    batch_size: Positive = option(1, record="ss_batch_size_per_device")
+    enable_bucket: bool = option(False, record="ss_enable_bucket")
+    min_bucket_reso: Side = option(256, record="ss_min_bucket_reso")
+    max_bucket_reso: Side = option(1024, record="ss_max_bucket_reso")
     bucket_reso_steps: Annotated[int, BeforeValidator(_multiple_of_8)] = 64
-    bucket_no_upscale: bool = False
+    bucket_no_upscale: bool = option(False, record="ss_bucket_no_upscale")
     resize_interpolation: Interpolation | None = None
     validation_split: Annotated[float, Field(ge=0, lt=1)] = 0.0
     validation_seed: int | None = None

@@ -9,15 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from library.data.config_keys import DatasetConfig, SubsetConfig
+from library.data.config_keys import DatasetConfig, SubsetConfig, without
 from library.errors import UserError
-
-# What makes a picture look different at each use; a held-out one is always shown the same way.
-_STILL = {
-    "is_reg": False, "shuffle_caption": False, "caption_dropout_rate": 0.0, "caption_dropout_every_n_epochs": 0,
-    "caption_tag_dropout_rate": 0.0, "token_warmup_step": 0.0, "color_aug": False, "flip_aug": False, "random_crop": False,
-    "face_crop_aug_range": None,
-}  # fmt: skip
+from library.option_traits import fields_with
 
 
 def hold_out(
@@ -63,4 +57,5 @@ def _real(path: Path) -> str:
 
 def still(subset: SubsetConfig) -> SubsetConfig:
     """A subset's settings without anything that changes a picture or its caption from use to use."""
-    return subset.model_copy(update=_STILL)
+    kept = {key: getattr(subset, key) for key in fields_with(type(subset), held_out=(True,))}
+    return without(subset, "caption", "dropout", "pixels", "mirror").model_copy(update={"is_reg": False, **kept})

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from library.errors import UserError
 from library.generation.image_input import resized
+from library.key_values import arguments_for
 from library.models.model import pixels_per_latent
-from library.network_modules import key_values, user_errors
+from library.network_modules import user_errors
 
 if TYPE_CHECKING:
     from library.models.model import StableDiffusion
@@ -64,15 +65,15 @@ def load_upscaler(module_name: str, args: str | None, model: StableDiffusion) ->
     It has `support_latents()`, whether it enlarges latents, and `upscale(vae, pictures, latents, dtype, width, height,
     batch_size, vae_batch_size)`, of which pictures or latents is None, and which returns pictures or latents of the new size.
     """
-    arguments = key_values(args or "", "--highres_fix_upscaler_args")
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise UserError(f"--highres_fix_upscaler {module_name}: {error}; give a module that imports from this folder") from error
     if not hasattr(module, "create_upscaler"):
         raise UserError(f"--highres_fix_upscaler {module_name} has no create_upscaler; give another module")
+    words = arguments_for(module.create_upscaler, [args] if args else [], "--highres_fix_upscaler_args", read_other=str)
     with user_errors(f"--highres_fix_upscaler {module_name}"):
-        upscaler = module.create_upscaler(**arguments)
+        upscaler = module.create_upscaler(**words)
     return upscaler.to(model.unet.dtype).to(model.unet.device)
 
 

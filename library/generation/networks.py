@@ -18,10 +18,12 @@ from library.errors import UserError
 from library.files import read_safetensors_header
 from library.generation.prompt_loras import PromptLoras, split_loras
 from library.generation.prompts import PromptSpec
+from library.key_values import read_pairs
 from library.network_modules import (
     check_merge,
+    check_module_arguments,
     import_network_module,
-    key_values,
+    module_arguments,
     named_text_encoder,
     network_from_file,
     user_errors,
@@ -176,9 +178,11 @@ class Networks:
     def _read(self, path: Path, module: ModuleType, args: str, where: str, merges: bool = False) -> LoadedNetwork:
         if not path.is_file():
             raise UserError(f"{where} {path}: there is no such file")
+        words = read_pairs([args], "--network_args")
+        check_module_arguments(module, words, "--network_args")
         network, weights = network_from_file(
             module, str(path), 1.0, self.model, where=f"{where} {path}", merges=merges or self.pre_calc, for_inference=True,
-            **key_values(args, "--network_args"),
+            **module_arguments(module, words),
         )  # fmt: skip
         return LoadedNetwork(path, module, network, weights)
 

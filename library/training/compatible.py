@@ -8,26 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 
+from library.command_line import option_fields
+from library.data.config_keys import SubsetConfig
 from library.data.table import PictureTable
 from library.errors import UserError
 from library.models.model import StableDiffusion
+from library.option_traits import fields_with, traits_of
 from library.training.options import TrainNetworkOptions
-
-# Groups of options that decide what is trained, and those that never do.
-GROUPS = ("model", "data", "captions", "augmentation", "network", "optimizer", "training", "loss", "precision", "validation")
-FREE_GROUPS = {"state", "output", "metadata", "hub", "previews", "logs"}
-# These may differ too: they change nothing that is trained, or at most the rounding, or are compared in another way below.
-FREE = {
-    "xformers", "sdpa", "mem_eff_attn", "gradient_checkpointing", "gradient_checkpointing_budget", "vae_batch_size", "lowram",
-    "highvram", "torch_compile", "dynamo_backend",
-    "dataset_config", "train_data_dir", "reg_data_dir", "conditioning_data_dir", "in_json", "on_bad_image", "debug_dataset",
-    "caption_extention", "cache_latents_to_disk",
-    "max_data_loader_n_workers", "persistent_data_loader_workers", "max_train_steps", "max_train_epochs", "seed",
-    "on_nonfinite_loss", "validate_every_n_steps", "validate_every_n_epochs", "early_stopping_patience",
-}  # fmt: skip
-# Files may have moved: their names count, not their folders.
-FILES = {"pretrained_model_name_or_path", "vae", "network_weights", "base_weights"}
 
 START_ANEW = "to go on from its weights with other settings, give --network_weights a saved file instead of --resume"
 
@@ -47,16 +36,21 @@ def early_fingerprint(options: TrainNetworkOptions, table: PictureTable, process
     }
 
 
-def decisive_values(options: TrainNetworkOptions) -> dict[str, Any]:
+def decisive_values(options: BaseModel) -> dict[str, Any]:
     """All options of the groups that decide what is trained, as data for JSON."""
-    return {name: value for group in GROUPS for name, value in getattr(options, group).model_dump(mode="json").items()}
+    groups = [group for _, group in options if group.decides_what_is_trained]
+    return {name: value for group in groups for name, value in group.model_dump(mode="json").items()}
 
 
-def option_values(options: TrainNetworkOptions) -> dict[str, Any]:
-    """The options that must stay the same."""
-    values = decisive_values(options)
+def option_values(options: BaseModel) -> dict[str, Any]:
+    """The options that must stay the same. Of files the name counts and not the folder, since they may have moved."""
+    values, fields = decisive_values(options), option_fields(type(options))
     values["cache_latents"] = values["cache_latents"] or values["cache_latents_to_disk"]
-    return {name: _file_names(value) if name in FILES else value for name, value in values.items() if name not in FREE}
+    rules = {name: traits_of(fields[name]).resume for name in values}
+    return {
+        name: _file_names(value) if rules[name] == "file name" else value
+        for name, value in values.items() if rules[name] != "free"
+    }  # fmt: skip
 
 
 def _file_names(value: Any) -> Any:
@@ -82,11 +76,12 @@ def data_digests(table: PictureTable) -> dict[str, Any]:
 def data_settings(table: PictureTable) -> dict[str, Any]:
     """Every key of every dataset and subset; of folders the name alone, since they may have moved."""
     settings: dict[str, Any] = {}
+    folders = set(fields_with(SubsetConfig, path=(True,)))
     for number, config in enumerate(table.configs, start=1):
         values = config.model_dump(mode="json")
         for part, subset in enumerate(values.pop("subsets"), start=1):
             for key, value in subset.items():
-                value = Path(value).name if key in ("image_dir", "metadata_file", "conditioning_data_dir") and value else value
+                value = Path(value).name if key in folders and value else value
                 settings[f"{key} of dataset {number}, subset {part}"] = value
         settings |= {f"{key} of dataset {number}": value for key, value in values.items()}
     return settings

@@ -10,9 +10,9 @@ from pydantic import BaseModel
 
 from library.errors import UserError
 from library.files import write_text
+from library.option_traits import traits_of
 
-# What would name the file itself, or give a secret away.
-LEFT_OUT = ("config_file", "output_config", "wandb_api_key", "huggingface_token")
+ABOUT_THE_FILE = ("config_file", "output_config")
 
 
 def toml_value(value: Any) -> str:
@@ -27,13 +27,13 @@ def toml_value(value: Any) -> str:
 
 
 def options_as_toml(options: BaseModel) -> str:
-    """Every option that differs from its default, in a table for each group."""
+    """Every option that differs from its default, in a table for each group; secrets are left out."""
     tables = []
     for name, group in options:
         given = {
             option: getattr(group, option)
             for option, field in type(group).model_fields.items()
-            if option not in LEFT_OUT and getattr(group, option) != field.get_default()
+            if option not in ABOUT_THE_FILE and not traits_of(field).secret and getattr(group, option) != field.get_default()
         }
         if given:
             tables.append("\n".join([f"[{name}]", *(f"{option} = {toml_value(value)}" for option, value in given.items())]))

@@ -6,7 +6,8 @@ import math
 from pathlib import Path
 
 from library.data.dataset import TrainingDataset
-from library.training.network import parse_network_args
+from library.key_values import read_pairs
+from library.training.optimizers import optimizer_name, spec_named
 from library.training.options import TrainNetworkOptions
 from library.training.packing import FORMATS
 
@@ -34,7 +35,7 @@ def network_numbers(options: TrainNetworkOptions) -> int:
     network, v2 = options.network, options.model.v2
     numbers = 0 if network.network_train_unet_only else TEXT_NUMBERS[v2]
     numbers += 0 if network.network_train_text_encoder_only else UNET_NUMBERS[v2]
-    conv = parse_network_args(network.network_args).get("conv_dim", "0")
+    conv = read_pairs(network.network_args, "--network_args").get("conv_dim", "0")
     return numbers * (network.network_dim or 4) + CONV_NUMBERS * (int(conv) if conv.isdecimal() else 0)
 
 
@@ -46,9 +47,9 @@ def network_file_bytes(options: TrainNetworkOptions) -> int:
 
 
 def state_bytes(options: TrainNetworkOptions) -> int:
-    """Size of one saved state: the weights, two numbers of the optimizer for each, and the average."""
-    name = options.optimizer.optimizer_type.lower()
-    moments = 2 if "8bit" in name or options.optimizer.use_8bit_adam else 8
+    """Size of one saved state: the weights, the optimizer's numbers for each, and the average."""
+    spec = spec_named(optimizer_name(options.optimizer))
+    moments = spec.moments * spec.moment_bits // 8
     return network_numbers(options) * (4 + moments + (4 if options.validation.ema_decay else 0))
 
 

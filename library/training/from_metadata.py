@@ -9,48 +9,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
+from library.command_line import option_fields
+from library.data.config_keys import DatasetConfig, SubsetConfig
 from library.errors import UserError
 from library.files import read_safetensors_header
+from library.option_traits import IN_OTHER_WORDS, traits_of
+from library.training.options import TrainNetworkOptions
 from library.training.schedules import SCHEDULES
 
-# modelspec.* keys that are what the option --metadata_* of that name says.
-MODELSPEC_TEXTS = (
-    "author", "description", "license", "tags", "usage_hint", "trigger_phrase", "merged_from", "preprocessor",
-    "is_negative_embedding",
-)  # fmt: skip
-# Key of the metadata -> option. Options that stand at their default are left out; `None` says that none was given.
-KEYS = {
-    "ss_network_module": "network_module", "ss_network_dim": "network_dim", "ss_network_alpha": "network_alpha",
-    "ss_network_dropout": "network_dropout", "ss_scale_weight_norms": "scale_weight_norms",
-    "ss_learning_rate": "learning_rate", "ss_unet_lr": "unet_lr", "ss_text_encoder_lr": "text_encoder_lr",
-    "ss_max_train_steps": "max_train_steps", "ss_gradient_accumulation_steps": "gradient_accumulation_steps",
-    "ss_gradient_checkpointing": "gradient_checkpointing", "ss_lr_scheduler": "lr_scheduler",
-    "ss_lr_warmup_steps": "lr_warmup_steps", "ss_max_grad_norm": "max_grad_norm", "ss_mixed_precision": "mixed_precision",
-    "ss_full_fp16": "full_fp16", "ss_fp8_base": "fp8_base", "ss_fp8_base_unet": "fp8_base_unet", "ss_v2": "v2",
-    "ss_clip_skip": "clip_skip", "ss_max_token_length": "max_token_length", "ss_cache_latents": "cache_latents",
-    "ss_seed": "seed", "ss_lowram": "lowram", "ss_noise_offset": "noise_offset",
-    "ss_noise_offset_random_strength": "noise_offset_random_strength", "ss_adaptive_noise_scale": "adaptive_noise_scale",
-    "ss_multires_noise_iterations": "multires_noise_iterations", "ss_multires_noise_discount": "multires_noise_discount",
-    "ss_ip_noise_gamma": "ip_noise_gamma", "ss_ip_noise_gamma_random_strength": "ip_noise_gamma_random_strength",
-    "ss_zero_terminal_snr": "zero_terminal_snr", "ss_min_snr_gamma": "min_snr_gamma",
-    "ss_debiased_estimation": "debiased_estimation_loss", "ss_loss_type": "loss_type", "ss_huber_schedule": "huber_schedule",
-    "ss_huber_c": "huber_c", "ss_huber_scale": "huber_scale", "ss_prior_loss_weight": "prior_loss_weight",
-    "ss_caption_dropout_rate": "caption_dropout_rate", "ss_caption_dropout_every_n_epochs": "caption_dropout_every_n_epochs",
-    "ss_caption_tag_dropout_rate": "caption_tag_dropout_rate", "ss_face_crop_aug_range": "face_crop_aug_range",
-    "ss_validation_seed": "validation_seed", "ss_validation_split": "validation_split",
-    "ss_max_validation_steps": "max_validation_steps", "ss_validate_every_n_epochs": "validate_every_n_epochs",
-    "ss_validate_every_n_steps": "validate_every_n_steps", "ss_output_name": "output_name",
-    "ss_training_comment": "training_comment", **{f"modelspec.{key}": f"metadata_{key}" for key in MODELSPEC_TEXTS},
-}  # fmt: skip
-# Key of a dataset without a dataset file -> key of a dataset file, with the level at which it stands there.
-DATASET_KEYS = {
-    "ss_batch_size_per_device": "batch_size", "ss_enable_bucket": "enable_bucket", "ss_min_bucket_reso": "min_bucket_reso",
-    "ss_max_bucket_reso": "max_bucket_reso", "ss_bucket_no_upscale": "bucket_no_upscale",
-}  # fmt: skip
-SUBSET_KEYS = {
-    "ss_color_aug": "color_aug", "ss_flip_aug": "flip_aug", "ss_random_crop": "random_crop",
-    "ss_shuffle_caption": "shuffle_caption", "ss_keep_tokens": "keep_tokens",
-}  # fmt: skip
+
+def recorded_keys(options_class: type[BaseModel] = TrainNetworkOptions) -> dict[str, str]:
+    """Key of the metadata -> option that it holds."""
+    records = {traits_of(field).record: name for name, field in option_fields(options_class).items()}
+    return {key: name for key, name in records.items() if key and key != IN_OTHER_WORDS}
+
+
+def recorded_dataset_keys(table: type[BaseModel]) -> dict[str, str]:
+    """Key of the metadata of a run without a dataset file -> key of a dataset or subset."""
+    return {traits_of(field).record: name for name, field in table.model_fields.items() if traits_of(field).record}
+
+
 NO_MODEL = "the model's folder is not recorded"
 UNKNOWN = (
     "not recorded, and at their defaults here: what is saved and drawn on the way, loaders' processes, and files and folders "
@@ -91,10 +71,12 @@ def command_lines(metadata: Mapping[str, str], data_file: str, defaults: Mapping
     return [*comments, "accelerate launch --num_cpu_threads_per_process 1 train_network.py " + " ".join(as_words(words))]
 
 
-def recorded_options(metadata: Mapping[str, str], defaults: Mapping[str, Any]) -> dict[str, Any]:
+def recorded_options(
+    metadata: Mapping[str, str], defaults: Mapping[str, Any], options_class: type[BaseModel] = TrainNetworkOptions
+) -> dict[str, Any]:
     """Options that differ from their default, as values or lists of words; True for a flag."""
     found: dict[str, Any] = {}
-    for key, option in KEYS.items():
+    for key, option in recorded_keys(options_class).items():
         if option in defaults and key in metadata and metadata[key] != str(defaults[option]):
             found[option] = True if metadata[key] == "True" else metadata[key]
     found |= own_schedule(metadata)
@@ -193,8 +175,8 @@ def datasets(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
     if "ss_dataset_dirs" not in metadata:
         raise UserError("--from_metadata: the file says nothing about its pictures; it was written with --no_metadata")
     width, height = (int(part) for part in metadata.get("ss_resolution", "(512, 512)").strip("()").split(","))
-    keys = {"resolution": [width, height]} | picked(metadata, DATASET_KEYS)
-    common = picked(metadata, SUBSET_KEYS)
+    keys = {"resolution": [width, height]} | picked(metadata, recorded_dataset_keys(DatasetConfig))
+    common = picked(metadata, recorded_dataset_keys(SubsetConfig))
     subsets = []
     for key, is_reg in (("ss_dataset_dirs", False), ("ss_reg_dataset_dirs", True)):
         for folder, facts in json.loads(metadata.get(key, "{}")).items():

@@ -9,13 +9,14 @@ from __future__ import annotations
 import torch
 
 from library.errors import UserError
-from library.training.optimizer_rules import finds_rate, is_schedule_free
+from library.training.optimizers import optimizer_name, spec_named
 from library.training.options import TrainNetworkOptions
 
 
-def check_fused_backward(options: TrainNetworkOptions, optimizer: torch.optim.Optimizer, processes: int) -> None:
+def check_fused_backward(options: TrainNetworkOptions, processes: int) -> None:
     """Refuse what needs all gradients of a step at once."""
-    cls = type(optimizer)
+    name = optimizer_name(options.optimizer)
+    spec = spec_named(name)
     reasons = [
         (
             options.training.gradient_accumulation_steps > 1,
@@ -27,8 +28,8 @@ def check_fused_backward(options: TrainNetworkOptions, optimizer: torch.optim.Op
         ),
         (processes > 1, "several processes add up their gradients before a step"),
         (
-            finds_rate(cls) or is_schedule_free(cls),
-            f"{cls.__name__} looks at all gradients together; use AdamW, Lion or AdaFactor",
+            spec.finds_rate or spec.schedule_free,
+            f"{name} looks at all gradients together; use AdamW, Lion or AdaFactor",
         ),
     ]
     for wrong, reason in reasons:

@@ -20,30 +20,24 @@ from typing import Any
 from pydantic import BaseModel
 
 from library import __version__
+from library.command_line import option_fields
 from library.data.config import NOT_WITH_METADATA
+from library.data.config_keys import DatasetConfig, SubsetConfig
 from library.data.facts import DatasetFacts, SubsetFacts
 from library.errors import UserError
 from library.files import legacy_hash_of_file, sha256_of_file
+from library.key_values import read_pairs
+from library.option_traits import fields_with, traits_of
 from library.training.compatible import decisive_values
-from library.training.from_metadata import KEYS, MODELSPEC_TEXTS
-from library.training.network import TrainedNetwork, parse_network_args
-from library.training.options import LossOptions, ModelOptions, NetworkOptions, TrainNetworkOptions, all_defaults
+from library.training.from_metadata import recorded_dataset_keys
+from library.training.network import TrainedNetwork
+from library.training.options import ModelOptions, NetworkOptions, TrainNetworkOptions
 from library.training.trackers import is_private
 
 # What loaders need to use a file; all that --no_metadata leaves.
 MINIMUM = ("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args", "ss_v2", "ss_base_model_version")
 
 IDENTITY = ("ss_session_id", "ss_training_started_at", "modelspec.date")
-
-
-# Options that decide what a file holds and stand in it in another form.
-OTHERWISE_RECORDED = (
-    "pretrained_model_name_or_path", "vae", "v_parameterization", "network_args", "optimizer_type", "optimizer_args",
-    "use_8bit_adam", "use_lion_optimizer", "max_train_epochs", "lr_scheduler_type", "train_batch_size", "resolution",
-    "enable_bucket", "min_bucket_reso", "max_bucket_reso", "bucket_no_upscale", "dataset_repeats", "flip_aug", "color_aug",
-    "random_crop", "shuffle_caption", "keep_tokens", "cache_latents_to_disk", "debug_dataset", "max_data_loader_n_workers",
-    "persistent_data_loader_workers",
-)  # fmt: skip
 
 
 class RunMetadata:
@@ -96,90 +90,49 @@ def run_facts(
     processes: int,
 ) -> dict[str, Any]:
     """Everything about a run that is the same in all its files."""
-    model, network, training = options.model, options.network, options.training
-    rates, captions, cache = options.optimizer, options.captions, options.augmentation
-    facts: dict[str, Any] = {
+    model, network, rates = options.model, options.network, options.optimizer
+    facts = recorded(options, "ss_") | {
         "ss_session_id": secrets.randbelow(2**32),
         "ss_training_started_at": time.time(),
-        "ss_output_name": options.output.output_name,
-        "ss_learning_rate": rates.learning_rate,
-        "ss_text_encoder_lr": rates.text_encoder_lr,
-        "ss_unet_lr": rates.unet_lr,
         "ss_num_train_images": sum(d.num_train_images for d in datasets),
         "ss_num_reg_images": sum(d.num_reg_images for d in datasets),
         "ss_num_validation_images": sum(d.num_validation_images for d in datasets),
         "ss_num_batches_per_epoch": batches_per_epoch,
         "ss_num_epochs": epochs,
-        "ss_gradient_checkpointing": training.gradient_checkpointing,
-        "ss_gradient_accumulation_steps": training.gradient_accumulation_steps,
         "ss_max_train_steps": max_train_steps,
-        "ss_lr_warmup_steps": rates.lr_warmup_steps,
         "ss_lr_scheduler": rates.lr_scheduler_type or rates.lr_scheduler,
-        "ss_network_module": network.network_module,
         **network_facts(network, trained),
-        "ss_network_dropout": network.network_dropout,
-        "ss_scale_weight_norms": network.scale_weight_norms,
-        "ss_mixed_precision": training.mixed_precision,
-        "ss_full_fp16": options.precision.full_fp16,
-        "ss_fp8_base": options.precision.fp8_base,
-        "ss_fp8_base_unet": options.precision.fp8_base_unet,
-        "ss_v2": model.v2,
         "ss_base_model_version": base_model_version(model.v2, model.v_parameterization),
-        "ss_clip_skip": model.clip_skip,
-        "ss_max_token_length": captions.max_token_length,
-        "ss_cache_latents": cache.cache_latents or cache.cache_latents_to_disk,
+        "ss_cache_latents": options.augmentation.cache_latents or options.augmentation.cache_latents_to_disk,
         "ss_seed": seed,
-        "ss_lowram": options.precision.lowram,
-        **loss_facts(options.loss),
-        "ss_prior_loss_weight": options.data.prior_loss_weight,
-        "ss_max_grad_norm": rates.max_grad_norm,
         "ss_optimizer": optimizer,
-        "ss_caption_dropout_rate": captions.caption_dropout_rate,
-        "ss_caption_dropout_every_n_epochs": captions.caption_dropout_every_n_epochs,
-        "ss_caption_tag_dropout_rate": captions.caption_tag_dropout_rate,
-        "ss_face_crop_aug_range": cache.face_crop_aug_range,
-        "ss_training_comment": options.metadata.training_comment,
         "ss_sd_scripts_commit_hash": commit_hash(),
     }
-    facts |= {
-        f"ss_{name}": getattr(options.validation, name)
-        for name in (
-            "validation_seed",
-            "validation_split",
-            "max_validation_steps",
-            "validate_every_n_epochs",
-            "validate_every_n_steps",
-        )
-    }
     if network.network_args:
-        facts["ss_network_args"] = parse_network_args(network.network_args)
+        facts["ss_network_args"] = read_pairs(network.network_args, "--network_args")
     other = other_options(options)
     if other:
         facts["ss_other_options"] = other
     return facts | data_facts(options, datasets, processes) | model_spec(options, datasets)
 
 
-def other_options(options: TrainNetworkOptions) -> dict[str, Any]:
+def recorded(options: BaseModel, prefix: str) -> dict[str, Any]:
+    """The options that the metadata have as they were given, by key; the keys begin with `prefix`."""
+    keys = {name: traits_of(field).record or "" for name, field in option_fields(type(options)).items()}
+    values = {name: getattr(group, name) for _, group in options for name in type(group).model_fields}
+    return {key: values[name] for name, key in keys.items() if key.startswith(prefix)}
+
+
+def other_options(options: BaseModel) -> dict[str, Any]:
     """What else was given and decides what the file holds, for --from_metadata.
 
     A key of ours, since sd-scripts has none for these. Paths and secrets are left out.
     """
-    defaults, known = all_defaults(), {*KEYS.values(), *OTHERWISE_RECORDED}
+    fields = option_fields(type(options))
     return {
         name: value for name, value in decisive_values(options).items()
-        if value != defaults[name] and name not in known and not is_private(name, value)
+        if value != fields[name].get_default() and not traits_of(fields[name]).record and not is_private(fields[name], value)
     }  # fmt: skip
-
-
-def loss_facts(loss: LossOptions) -> dict[str, Any]:
-    """Noise and loss, as the command line has them."""
-    names = (
-        "noise_offset", "noise_offset_random_strength", "adaptive_noise_scale", "multires_noise_iterations",
-        "multires_noise_discount", "ip_noise_gamma", "ip_noise_gamma_random_strength", "zero_terminal_snr", "min_snr_gamma",
-        "loss_type", "huber_schedule", "huber_c", "huber_scale",
-    )  # fmt: skip
-    facts = {f"ss_{name}": getattr(loss, name) for name in names}
-    return facts | {"ss_debiased_estimation": loss.debiased_estimation_loss}
 
 
 def network_facts(options: NetworkOptions, trained: TrainedNetwork) -> dict[str, Any]:
@@ -209,10 +162,8 @@ def model_spec(options: TrainNetworkOptions, datasets: Sequence[DatasetFacts]) -
         keys["encoder_layer"] = str(model.clip_skip)
     if options.metadata.metadata_thumbnail:
         keys["thumbnail"] = as_data_url(options.metadata.metadata_thumbnail)
-    for key in MODELSPEC_TEXTS:
-        if value := getattr(options.metadata, f"metadata_{key}"):
-            keys[key] = value
-    return {f"modelspec.{key}": value for key, value in keys.items()}
+    facts = {f"modelspec.{key}": value for key, value in keys.items()}
+    return facts | {key: value for key, value in recorded(options, "modelspec.").items() if value}
 
 
 def as_data_url(picture: str) -> str:
@@ -276,18 +227,10 @@ def data_facts(options: TrainNetworkOptions, datasets: Sequence[DatasetFacts], p
     config, first = datasets[0].config, datasets[0].subsets[0].config
     return facts | {
         "ss_reg_dataset_dirs": folders[True],
-        "ss_batch_size_per_device": config.batch_size,
+        **{key: getattr(config, name) for key, name in recorded_dataset_keys(DatasetConfig).items()},
+        **{key: getattr(first, name) for key, name in recorded_dataset_keys(SubsetConfig).items()},
         "ss_total_batch_size": config.batch_size * processes * options.training.gradient_accumulation_steps,
         "ss_resolution": config.resolution,
-        "ss_color_aug": first.color_aug,
-        "ss_flip_aug": first.flip_aug,
-        "ss_random_crop": first.random_crop,
-        "ss_shuffle_caption": first.shuffle_caption,
-        "ss_keep_tokens": first.keep_tokens,
-        "ss_enable_bucket": config.enable_bucket,
-        "ss_bucket_no_upscale": config.bucket_no_upscale,
-        "ss_min_bucket_reso": config.min_bucket_reso,
-        "ss_max_bucket_reso": config.max_bucket_reso,
         "ss_bucket_info": json.dumps(datasets[0].bucket_info),
     }
 
@@ -323,7 +266,8 @@ def other_dataset_keys(datasets: Sequence[DatasetFacts]) -> list[dict[str, Any]]
         given = {key for key, field in type(config).model_fields.items() if getattr(config, key) != field.get_default()}
         without = NOT_WITH_METADATA if "metadata_file" in recorded else ()
         values = config.model_dump(mode="json", include=given - {*recorded, *without, "subsets", "batch_size"})
-        return {key: Path(value).name if key == "conditioning_data_dir" else value for key, value in values.items()}
+        paths = set(fields_with(type(config), path=(True,)))
+        return {key: Path(value).name if key in paths else value for key, value in values.items()}
 
     return [
         other(dataset.config, _dataset_entry(dataset))
@@ -333,10 +277,7 @@ def other_dataset_keys(datasets: Sequence[DatasetFacts]) -> list[dict[str, Any]]
 
 
 def _subset_entry(subset: SubsetFacts) -> dict[str, Any]:
-    keys = (
-        "num_repeats", "color_aug", "flip_aug", "random_crop", "shuffle_caption", "keep_tokens", "keep_tokens_separator",
-        "secondary_separator", "enable_wildcard", "caption_prefix", "caption_suffix", "resize_interpolation",
-    )  # fmt: skip
+    keys = fields_with(SubsetConfig, entry=(True,))
     config = subset.config
     entry = {"img_count": subset.img_count, "image_dir": config.image_dir.name, **{key: getattr(config, key) for key in keys}}
     if config.metadata_file:

@@ -9,8 +9,17 @@ from typing import Any
 import torch
 
 from library.errors import UserError
+from library.key_values import read_pairs
 from library.models.model import StableDiffusion
-from library.network_modules import check_merge, import_network_module, named_text_encoder, network_from_file, user_errors
+from library.network_modules import (
+    check_merge,
+    check_module_arguments,
+    import_network_module,
+    module_arguments,
+    named_text_encoder,
+    network_from_file,
+    user_errors,
+)
 from library.training.options import NetworkOptions, OptimizerOptions
 
 
@@ -37,24 +46,14 @@ class TrainedNetwork:
         return [parameter for group in self.groups for parameter in group["params"]]
 
 
-def parse_network_args(words: list[str] | None) -> dict[str, str]:
-    """`key=value` words of --network_args; split at the first `=`, values stay text."""
-    arguments: dict[str, str] = {}
-    for word in words or ():
-        key, sign, value = word.partition("=")
-        if not sign or not key.strip():
-            raise UserError(f"--network_args: expected key=value, got '{word}'")
-        arguments[key.strip()] = value.strip()
-    return arguments
-
-
 def check_network_args(options: NetworkOptions) -> None:
     """Check the module's name and --network_args without a model, as far as the module offers that (`parse_network_args`)."""
     module = import_network_module(options.network_module)
-    arguments = parse_network_args(options.network_args)
+    arguments = read_pairs(options.network_args, "--network_args")
+    check_module_arguments(module, arguments, "--network_args")
     if hasattr(module, "parse_network_args"):
         with user_errors(f"--network_module {options.network_module}"):
-            module.parse_network_args(arguments, options.network_dropout)
+            module.parse_network_args(module_arguments(module, arguments), options.network_dropout)
 
 
 def merge_base_weights(options: NetworkOptions, module: ModuleType, model: StableDiffusion) -> None:
@@ -108,7 +107,7 @@ def check_max_norm(instance: torch.nn.Module, model: StableDiffusion) -> None:
 
 
 def _create(options: NetworkOptions, module: ModuleType, model: StableDiffusion) -> torch.nn.Module:
-    arguments: dict[str, Any] = parse_network_args(options.network_args)
+    arguments = module_arguments(module, read_pairs(options.network_args, "--network_args"))
     parts = (model.vae, named_text_encoder(module, model.text_encoder), model.unet)
     if options.network_dropout is not None:
         arguments["neuron_dropout"] = options.network_dropout
@@ -116,12 +115,12 @@ def _create(options: NetworkOptions, module: ModuleType, model: StableDiffusion)
         where = f"--network_weights {options.network_weights}"
         return network_from_file(module, options.network_weights, 1.0, model, where=where, **arguments)[0]
     dim = 4 if options.network_dim is None else options.network_dim
-    with user_errors(f"--network_module {options.network_module}"):
+    with user_errors(f"--network_module {options.network_module}", module):
         return module.create_network(1.0, dim, options.network_alpha, *parts, **arguments)
 
 
 def _attach(options: NetworkOptions, instance: torch.nn.Module, model: StableDiffusion) -> None:
-    with user_errors(f"--network_module {options.network_module}"):
+    with user_errors(f"--network_module {options.network_module}", import_network_module(options.network_module)):
         instance.apply_to(
             model.text_encoder,
             model.unet,

@@ -18,29 +18,7 @@ class Fitted:
     notes: list[str] = field(default_factory=list)
 
 
-def fitted(cls: type, options: OptimizerOptions, groups: list[dict[str, Any]], arguments: dict[str, Any]) -> Fitted:
-    """Groups and arguments for an optimizer of this class."""
-    fit = Fitted(groups, {"lr": options.learning_rate, **arguments})
-    if cls.__name__ == "Adafactor" and cls.__module__.startswith("transformers"):
-        return _adafactor(options, fit)
-    if finds_rate(cls):
-        return _finds_rate(cls, fit)
-    if is_schedule_free(cls):
-        return _schedule_free(options, fit)
-    return fit
-
-
-def finds_rate(cls: type) -> bool:
-    """D-Adaptation and Prodigy, which multiply the learning rate by a number that they find."""
-    return cls.__module__.partition(".")[0] in ("dadaptation", "prodigyopt")
-
-
-def is_schedule_free(cls: type) -> bool:
-    """Optimizers that average weights instead of lowering the rate."""
-    return cls.__module__.partition(".")[0] == "schedulefree"
-
-
-def _adafactor(options: OptimizerOptions, fit: Fitted) -> Fitted:
+def adafactor(options: OptimizerOptions, fit: Fitted) -> Fitted:
     """AdaFactor (Shazeer and Stern 2018, arXiv 1804.04235) computes its own rates unless relative_step=False."""
     arguments = fit.arguments
     if arguments.get("warmup_init") and not arguments.get("relative_step", True):
@@ -66,11 +44,12 @@ def _adafactor(options: OptimizerOptions, fit: Fitted) -> Fitted:
     return fit
 
 
-def _finds_rate(cls: type, fit: Fitted) -> Fitted:
+def finding_rate(options: OptimizerOptions, fit: Fitted) -> Fitted:
+    """D-Adaptation and Prodigy multiply the learning rate by a number that they find."""
     rates = {group.get("lr", fit.arguments["lr"]) for group in fit.groups}
     if len(rates - {0}) > 1:
         raise UserError(
-            f"--optimizer_type {cls.__name__} finds one learning rate for everything and was given several "
+            f"--optimizer_type {options.optimizer_type} finds one learning rate for everything and was given several "
             f"({', '.join(map(str, sorted(rates)))}); "
             "leave out --unet_lr, --text_encoder_lr and rates by block or LoRA+, and give --learning_rate=1"
         )
@@ -81,7 +60,8 @@ def _finds_rate(cls: type, fit: Fitted) -> Fitted:
     return fit
 
 
-def _schedule_free(options: OptimizerOptions, fit: Fitted) -> Fitted:
+def without_schedule(options: OptimizerOptions, fit: Fitted) -> Fitted:
+    """Schedule-free optimizers average weights instead of lowering the rate."""
     if options.lr_scheduler != "constant" or options.lr_scheduler_type or options.lr_warmup_steps:
         fit.notes.append(
             "it needs no schedule, so --lr_scheduler and --lr_warmup_steps are not used; "

@@ -2,53 +2,94 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from library.errors import UserError, nearest, unknown
-from library.training.optimizer_rules import fitted
+from library.errors import UserError, nearest, one_line, unknown
+from library.key_values import arguments_for
+from library.training.optimizer_rules import Fitted, adafactor, finding_rate, without_schedule
 from library.training.options import OptimizerOptions
 
-_BNB = ("bitsandbytes", "bitsandbytes.optim.")
-_DADAPT = ("dadaptation", "dadaptation.")
-_DADAPT_EXPERIMENTAL = ("dadaptation", "dadaptation.experimental.")
-_SCHEDULE_FREE = ("schedulefree", "schedulefree.")
-_NESTEROV = {"nesterov": True, "momentum": 0.9}
 
-# name -> ((what to install, where it is), class, arguments that the name stands for)
-_BY_NAME: dict[str, tuple[tuple[str, str], str, dict[str, Any]]] = {
-    "AdamW": (("torch", "torch.optim."), "AdamW", {}),
-    "AdamW8bit": (_BNB, "AdamW8bit", {}),
-    "PagedAdamW": (_BNB, "PagedAdamW", {}),
-    "PagedAdamW8bit": (_BNB, "PagedAdamW8bit", {}),
-    "PagedAdamW32bit": (_BNB, "PagedAdamW32bit", {}),
-    "Lion": (("lion-pytorch", "lion_pytorch."), "Lion", {}),
-    "Lion8bit": (_BNB, "Lion8bit", {}),
-    "PagedLion8bit": (_BNB, "PagedLion8bit", {}),
-    "SGDNesterov": (("torch", "torch.optim."), "SGD", _NESTEROV),
-    "SGDNesterov8bit": (_BNB, "SGD8bit", _NESTEROV),
-    "AdaFactor": (("transformers", "transformers.optimization."), "Adafactor", {}),
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """What the trainer has to know of an optimizer besides that it is a torch.optim.Optimizer."""
+
+    package: str  # what pip installs
+    module: str
+    class_name: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # arguments that the name stands for
+    prepare: Callable[[OptimizerOptions, Fitted], Fitted] | None = None  # what it wants of rates and arguments
+    finds_rate: bool = False  # it multiplies the learning rate by a number that it finds
+    schedule_free: bool = False  # it averages weights in place of lowering the rate
+    float32_math: bool = False  # it computes in float32 whatever the format of the weights is
+    paged: bool = False  # its state can move out of GPU memory
+    fused_on_cpu: bool = False  # it takes `fused=True`, which makes it several times faster on a CPU
+    moments: int = 2  # numbers of its state for each trained number
+    moment_bits: int = 32
+
+
+def _of_torch(class_name: str, **traits: Any) -> OptimizerSpec:
+    return OptimizerSpec("torch", "torch.optim", class_name, **traits)
+
+
+def _of_bitsandbytes(class_name: str, bits: int = 8, **traits: Any) -> OptimizerSpec:
+    return OptimizerSpec("bitsandbytes", "bitsandbytes.optim", class_name, moment_bits=bits, float32_math=True, **traits)
+
+
+def _of_dadaptation(class_name: str, module: str = "dadaptation", moments: int = 3) -> OptimizerSpec:
+    return OptimizerSpec("dadaptation", module, class_name, prepare=finding_rate, finds_rate=True, moments=moments)
+
+
+def _of_schedulefree(class_name: str, moments: int = 2) -> OptimizerSpec:
+    return OptimizerSpec(
+        "schedulefree", "schedulefree", class_name, prepare=without_schedule, schedule_free=True, moments=moments
+    )
+
+
+_NESTEROV = {"nesterov": True, "momentum": 0.9}
+_DADAPT_ADAM = _of_dadaptation("DAdaptAdam")
+SPECS: dict[str, OptimizerSpec] = {
+    "AdamW": _of_torch("AdamW", fused_on_cpu=True),
+    "AdamW8bit": _of_bitsandbytes("AdamW8bit"),
+    "PagedAdamW": _of_bitsandbytes("PagedAdamW", bits=32, paged=True),
+    "PagedAdamW8bit": _of_bitsandbytes("PagedAdamW8bit", paged=True),
+    "PagedAdamW32bit": _of_bitsandbytes("PagedAdamW32bit", bits=32, paged=True),
+    "Lion": OptimizerSpec("lion-pytorch", "lion_pytorch", "Lion", moments=1),
+    "Lion8bit": _of_bitsandbytes("Lion8bit", moments=1),
+    "PagedLion8bit": _of_bitsandbytes("PagedLion8bit", moments=1, paged=True),
+    "SGDNesterov": _of_torch("SGD", defaults=_NESTEROV, moments=1),
+    "SGDNesterov8bit": _of_bitsandbytes("SGD8bit", defaults=_NESTEROV, moments=1),
+    "AdaFactor": OptimizerSpec("transformers", "transformers.optimization", "Adafactor", prepare=adafactor, moments=1),
     # Version 0.6 of sd-scripts, which the guides describe, means DAdaptAdam by this name; later ones mean DAdaptAdamPreprint.
-    "DAdaptation": (_DADAPT, "DAdaptAdam", {}),
-    "DAdaptAdam": (_DADAPT, "DAdaptAdam", {}),
-    "DAdaptAdaGrad": (_DADAPT, "DAdaptAdaGrad", {}),
-    "DAdaptAdan": (_DADAPT, "DAdaptAdan", {}),
-    "DAdaptLion": (_DADAPT, "DAdaptLion", {}),
-    "DAdaptSGD": (_DADAPT, "DAdaptSGD", {}),
-    "DAdaptAdamPreprint": (_DADAPT_EXPERIMENTAL, "DAdaptAdamPreprint", {}),
-    "DAdaptAdanIP": (_DADAPT_EXPERIMENTAL, "DAdaptAdanIP", {}),
-    "Prodigy": (("prodigyopt", "prodigyopt."), "Prodigy", {}),
-    "AdamWScheduleFree": (_SCHEDULE_FREE, "AdamWScheduleFree", {}),
-    "RAdamScheduleFree": (_SCHEDULE_FREE, "RAdamScheduleFree", {}),
-    "SGDScheduleFree": (_SCHEDULE_FREE, "SGDScheduleFree", {}),
+    "DAdaptation": _DADAPT_ADAM,
+    "DAdaptAdam": _DADAPT_ADAM,
+    "DAdaptAdaGrad": _of_dadaptation("DAdaptAdaGrad"),
+    "DAdaptAdan": _of_dadaptation("DAdaptAdan", moments=5),
+    "DAdaptLion": _of_dadaptation("DAdaptLion", moments=2),
+    "DAdaptSGD": _of_dadaptation("DAdaptSGD"),
+    "DAdaptAdamPreprint": _of_dadaptation("DAdaptAdamPreprint", "dadaptation.experimental"),
+    "DAdaptAdanIP": _of_dadaptation("DAdaptAdanIP", "dadaptation.experimental", moments=5),
+    "Prodigy": OptimizerSpec("prodigyopt", "prodigyopt", "Prodigy", prepare=finding_rate, finds_rate=True, moments=4),
+    "AdamWScheduleFree": _of_schedulefree("AdamWScheduleFree"),
+    "RAdamScheduleFree": _of_schedulefree("RAdamScheduleFree"),
+    "SGDScheduleFree": _of_schedulefree("SGDScheduleFree", moments=1),
 }
-OPTIMIZERS = tuple(_BY_NAME)
+OPTIMIZERS = tuple(SPECS)
 _ANY_CASE = {name.lower(): name for name in OPTIMIZERS}
+# Arguments that are no matter of --optimizer_args. A rate among them would do nothing: every group of parameters has its own.
+GIVEN_ELSEWHERE = {
+    "lr": "the learning rate is that of --learning_rate, --unet_lr and --text_encoder_lr; give it there",
+    "params": "what is trained is said by the options of the network",
+}
+# Ways of torch's AdamW to go over the parameters. In one call ("fused") the CPU takes 5 ms for SD 1.5's 256 at rank 4, in
+# the loop that it chooses by itself 25; a GPU does nearly as well by itself.
+_WAYS_OF_TORCH = {"fused", "foreach", "differentiable"}
 
 UNUSABLE = {"SparseAdam": "it takes sparse gradients only", "LBFGS": "it computes the loss several times a step"}
 
@@ -62,18 +103,29 @@ def optimizer_name(options: OptimizerOptions) -> str:
     return options.optimizer_type or "AdamW"
 
 
-def parse_key_values(words: Iterable[str] | None, option: str) -> dict[str, Any]:
-    """`key=value` words as a dictionary; values are Python literals (`0.01`, `True`, `(0.9,0.99)`), else text."""
-    values: dict[str, Any] = {}
-    for word in words or ():
-        key, sign, value = word.partition("=")
-        if not sign or not key.strip().isidentifier():
-            raise UserError(f"{option}: expected key=value, got '{word}'")
-        try:
-            values[key.strip()] = ast.literal_eval(value.strip())
-        except (ValueError, SyntaxError):
-            values[key.strip()] = value.strip()
-    return values
+def spec_named(name: str) -> OptimizerSpec:
+    """The traits of an optimizer by its name (any case) or dotted path, nothing being imported."""
+    if name.lower() in _ANY_CASE:
+        return SPECS[_ANY_CASE[name.lower()]]
+    module, _, class_name = name.rpartition(".")
+    return _spec(module or "torch.optim", class_name)
+
+
+def spec_of(cls: type) -> OptimizerSpec:
+    """The traits of an optimizer class."""
+    return _spec(cls.__module__, cls.__name__)
+
+
+def _spec(module: str, class_name: str) -> OptimizerSpec:
+    """The row of a class; for one that has none, what all classes of its package have in common."""
+    package = module.partition(".")[0]
+    kin = [spec for spec in SPECS.values() if spec.module.partition(".")[0] == package]
+    for spec in kin:
+        if spec.class_name == class_name:
+            return spec
+    if kin and (kin[0].finds_rate or kin[0].schedule_free or kin[0].float32_math):  # all of such a package are alike in that
+        return replace(kin[0], module=module, class_name=class_name, defaults={}, moments=2, moment_bits=32, paged=False)
+    return OptimizerSpec(package, module, class_name)
 
 
 def import_class(dotted: str, option: str, install: str | None = None) -> type:
@@ -92,8 +144,8 @@ def import_class(dotted: str, option: str, install: str | None = None) -> type:
 def optimizer_class(name: str) -> tuple[type, dict[str, Any]]:
     """The optimizer class for a name (any case) or a dotted path, and the arguments that the name stands for."""
     if name.lower() in _ANY_CASE:
-        (package, place), class_name, arguments = _BY_NAME[_ANY_CASE[name.lower()]]
-        return import_class(place + class_name, f"--optimizer_type {name}", package), arguments
+        spec = SPECS[_ANY_CASE[name.lower()]]
+        return import_class(f"{spec.module}.{spec.class_name}", f"--optimizer_type {name}", spec.package), dict(spec.defaults)
     if name.rpartition(".")[2] in UNUSABLE:
         raise UserError(f"--optimizer_type {name} cannot train a network here: {UNUSABLE[name.rpartition('.')[2]]}; use AdamW")
     if "." in name:
@@ -119,32 +171,25 @@ def create_optimizer(
     """
     name = optimizer_name(options)
     cls, defaults = optimizer_class(name)
-    given = parse_key_values(options.optimizer_args, "--optimizer_args")
-    if name.lower().startswith("paged") and device.type != "cuda":
+    given = arguments_for(cls, options.optimizer_args, "--optimizer_args", GIVEN_ELSEWHERE)
+    spec = spec_of(cls)
+    if spec.paged and device.type != "cuda":
         tell(f"--optimizer_type {name}: there is no GPU memory to move state out of; it does the same as {name[5:]} here")
-    fit = fitted(cls, options, groups, {**_in_one_call(cls, device, given), **defaults, **given})
+    in_one_call = {"fused": True} if spec.fused_on_cpu and device.type == "cpu" and not given.keys() & _WAYS_OF_TORCH else {}
+    fit = Fitted(groups, {"lr": options.learning_rate, **in_one_call, **defaults, **given})
+    fit = spec.prepare(options, fit) if spec.prepare else fit
     for note in fit.notes:
         tell(f"--optimizer_type {name}: {note}")
     try:
         optimizer = cls(fit.groups, **fit.arguments)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"--optimizer_args do not fit {name}: {error}") from error
+    except Exception as error:
+        raise UserError(f"--optimizer_args do not fit {name}: {one_line(error)}") from error
     if averages_weights(optimizer):
         optimizer.train()
     described = f"{cls.__module__}.{cls.__name__}"
     if given:
         described += "(" + ",".join(f"{key}={value}" for key, value in given.items()) + ")"
     return optimizer, described
-
-
-def _in_one_call(cls: type, device: torch.device, given: Iterable[str]) -> dict[str, bool]:
-    """Have torch's AdamW change all parameters in one call on a CPU.
-
-    That takes 5 ms for SD 1.5's 256 parameters at rank 4, where its loop over them takes 25. On a GPU it does nearly so
-    by itself. Whoever chooses a way by --optimizer_args gets that one.
-    """
-    chosen = {"fused", "foreach", "differentiable"} & set(given)
-    return {"fused": True} if cls is torch.optim.AdamW and device.type == "cpu" and not chosen else {}
 
 
 def averages_weights(optimizer: torch.optim.Optimizer) -> bool:

@@ -8,6 +8,7 @@ import torch
 
 from library.devices import DTYPES
 from library.errors import UserError
+from library.training.optimizers import spec_of
 from library.training.options import TrainNetworkOptions
 
 LEAST_FP16 = 2.0**-24  # the smallest number above 0
@@ -32,7 +33,7 @@ def check_half_weights(optimizer: torch.optim.Optimizer, name: str, dtype: torch
     Adam and its kin add eps = 1e-8 to the root that they divide by. Computed in the weights' own format that is 0 in fp16. Those
     of bitsandbytes and AdaFactor compute in float32.
     """
-    computes_in_float32 = type(optimizer).__module__.startswith("bitsandbytes")
+    computes_in_float32 = spec_of(type(optimizer)).float32_math
     for group in optimizer.param_groups:
         eps = group.get("eps")
         if dtype == torch.float16 and not computes_in_float32 and isinstance(eps, float) and eps < LEAST_FP16 / 2:

@@ -27,8 +27,7 @@ from library.training.fused_backward import check_fused_backward
 from library.training.idle_options import idle_options
 from library.training.metadata import as_data_url
 from library.training.network import check_network_args
-from library.training.optimizers import create_optimizer
-from library.training.options import TrainNetworkOptions
+from library.training.options import OptimizerOptions, TrainNetworkOptions
 from library.training.pictures import dataset_configs, open_dataset
 from library.training.plan import Plan, Start
 from library.training.precision import check_half_weights, trained_dtype
@@ -36,6 +35,7 @@ from library.training.resume import ResumedState, check_start, chosen_seed, open
 from library.training.saving import ModelFiles
 from library.training.schedules import create_schedule, waits_for_validation
 from library.training.trackers import check_trackers
+from library.training.trial import trial_optimizer, try_schedule
 
 MANY = 10**9  # steps of a run whose length is not known yet
 
@@ -99,7 +99,7 @@ def checks_of_options(options: TrainNetworkOptions, device: torch.device) -> Che
         lambda: missing_networks(options),
         lambda: check_network_args(options.network) if options.network.network_module else None,
         lambda: check_optimizer(options),
-        lambda: create_schedule(options.optimizer, trial_optimizer(options)[0], MANY) and None,
+        lambda: check_schedule(options.optimizer),
         lambda: check_trackers(options.logs),
         lambda: check_prompts(options),
         lambda: as_data_url(options.metadata.metadata_thumbnail or "data:") and None,
@@ -110,26 +110,23 @@ def checks_of_options(options: TrainNetworkOptions, device: torch.device) -> Che
 def checks_of_plan(options: TrainNetworkOptions, plan: Plan, dataset: TrainingDataset) -> Checks:
     """What depends on the number of pictures: schedule, disk space, and whether there are any to validate with."""
     return [
-        lambda: create_schedule(options.optimizer, trial_optimizer(options)[0], plan.max_steps) and None,
-        lambda: (
-            options.optimizer.fused_backward_pass and check_fused_backward(options, trial_optimizer(options)[0], plan.processes)
-        ),
+        lambda: try_schedule(options.optimizer, plan.max_steps),
+        lambda: check_fused_backward(options, plan.processes) if options.optimizer.fused_backward_pass else None,
         lambda: nothing_to_validate_with(options, dataset),
         lambda: too_little_space(space_needed(options, plan, dataset)) if options.output.output_dir else None,
     ]
 
 
-def trial_optimizer(options: TrainNetworkOptions) -> tuple[torch.optim.Optimizer, str]:
-    """The optimizer that was asked for, on a parameter that is nobody's: whether it is there, and takes its arguments."""
-    groups = [{"params": [torch.nn.Parameter(torch.zeros(2, 2))]}]
-    return create_optimizer(options.optimizer, groups, torch.device("cpu"), lambda note: None)
-
-
 def check_optimizer(options: TrainNetworkOptions) -> None:
-    """Whether there is such an optimizer, and whether it can do what else is asked."""
-    optimizer, name = trial_optimizer(options)
+    """Whether there is such an optimizer, whether it takes its arguments, and whether it can do what else is asked."""
+    optimizer, name = trial_optimizer(options.optimizer)
     check_half_weights(optimizer, name, trained_dtype(options))
     make_average(options.validation, [], optimizer)
+
+
+def check_schedule(options: OptimizerOptions) -> None:
+    """Whether there is such a schedule, for a run whose length is not known yet."""
+    create_schedule(options, trial_optimizer(options)[0], MANY)
 
 
 def missing_models(options: TrainNetworkOptions) -> Iterable[str]:

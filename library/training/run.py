@@ -32,7 +32,7 @@ from library.training.memory import compile_model, free_what_rests, pack_frozen_
 from library.training.metadata import RunMetadata, all_model_facts, run_facts
 from library.training.network import TrainedNetwork, build_network
 from library.training.optimizers import create_optimizer
-from library.training.options import TrainNetworkOptions, all_defaults
+from library.training.options import TrainNetworkOptions
 from library.training.plan import Plan
 from library.training.precision import HalfGradScaler, check_half_weights, trained_dtype
 from library.training.preflight import Ready, preflight
@@ -117,7 +117,7 @@ def prepare(options: TrainNetworkOptions, ready: Ready, accelerator: Accelerator
     average = make_average(options.validation, network.parameters, optimizer)
     in_use = partial(weights_in_use, optimizer, average)
     network.module.prepare_grad_etc(model.text_encoder, model.unet)
-    tracker = Tracker(options.logs, logged_options(options, all_defaults()) if options.logs.log_config else None, processes.main)
+    tracker = Tracker(options.logs, logged_options(options) if options.logs.log_config else None, processes.main)
     facts = run_facts(
         options, dataset.describe(), network, seed=seed, optimizer=optimizer_text, batches_per_epoch=plan.turns_per_epoch,
         epochs=plan.epochs, max_train_steps=plan.max_steps, processes=accelerator.num_processes,

@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from library.errors import UserError, unknown
-from library.training.optimizer_rules import is_schedule_free
-from library.training.optimizers import import_class, parse_key_values
+from library.errors import UserError, one_line, unknown
+from library.key_values import arguments_for, read_pairs
+from library.training.optimizers import import_class, spec_of
 from library.training.options import OptimizerOptions
 
 SCHEDULES = (
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt",
     "warmup_stable_decay", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "piecewise_constant", "reduce_lr_on_plateau",
 )  # fmt: skip
+
+# Arguments that are no matter of --lr_scheduler_args.
+GIVEN_ELSEWHERE = {
+    "optimizer": "it is that of --optimizer_type",
+    "last_epoch": "a schedule begins where the run does; to go on with a run give --resume",
+    "num_warmup_steps": "give --lr_warmup_steps",
+    "num_training_steps": "it is the number of steps of the run; give --max_train_steps",
+    "num_decay_steps": "give --lr_decay_steps",
+    "num_stable_steps": "it is what --lr_warmup_steps and --lr_decay_steps leave",
+    "min_lr_rate": "give --lr_scheduler_min_lr_ratio",
+}
 
 
 class OnPlateau(torch.optim.lr_scheduler.ReduceLROnPlateau):
@@ -51,15 +63,20 @@ def create_schedule(options: OptimizerOptions, optimizer: torch.optim.Optimizer,
     if options.lr_scheduler_type:
         return _custom_schedule(options, optimizer)
     check_name(options.lr_scheduler)
+    check_needs(options)
     warmup = steps_of(options.lr_warmup_steps, total_steps)
     if options.lr_scheduler in ("constant", "reduce_lr_on_plateau") and warmup:
         raise UserError(f"--lr_warmup_steps has no place in --lr_scheduler {options.lr_scheduler}; use constant_with_warmup")
     if warmup > total_steps:
         raise UserError(f"--lr_warmup_steps is {warmup}, more than all {total_steps} steps of the run")
+    make, own = _named_schedules(options, warmup, total_steps)[options.lr_scheduler]
+    given = arguments_for(make, options.lr_scheduler_args, "--lr_scheduler_args", GIVEN_ELSEWHERE)
     try:
-        return _makers(options, warmup, total_steps)[options.lr_scheduler](optimizer)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"the arguments do not fit --lr_scheduler {options.lr_scheduler}: {error}") from error
+        return make(optimizer, **{**own, **given})
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"the arguments do not fit --lr_scheduler {options.lr_scheduler}: {one_line(error)}") from error
 
 
 def check_name(name: str) -> None:
@@ -76,7 +93,7 @@ def _schedule_of_optimizer(options: OptimizerOptions, optimizer: torch.optim.Opt
         from transformers.optimization import AdafactorSchedule
 
         return AdafactorSchedule(optimizer, initial_lr=options.learning_rate)
-    if is_schedule_free(type(optimizer)):
+    if spec_of(type(optimizer)).schedule_free:
         return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     return None
 
@@ -88,56 +105,46 @@ def schedule_facts(options: OptimizerOptions, optimizer: torch.optim.Optimizer) 
     return {"ss_lr_scheduler": f"adafactor:{options.learning_rate}", "ss_learning_rate": None}
 
 
-def _makers(options: OptimizerOptions, warmup: int, total: int) -> dict[str, Callable]:
+def _named_schedules(options: OptimizerOptions, warmup: int, total: int) -> dict[str, tuple[Callable, dict[str, Any]]]:
+    """What makes the schedule of each name, and the arguments that come from options of their own."""
     from transformers import optimization as t
 
-    given = parse_key_values(options.lr_scheduler_args, "--lr_scheduler_args")
-    min_ratio = options.lr_scheduler_min_lr_ratio
-    decay = steps_of(options.lr_decay_steps, total)
-
-    def least() -> float:
-        return _required(min_ratio, "--lr_scheduler_min_lr_ratio", options.lr_scheduler)
-
+    ratio, decay = options.lr_scheduler_min_lr_ratio, steps_of(options.lr_decay_steps, total)
+    rise, course = {"num_warmup_steps": warmup}, {"num_warmup_steps": warmup, "num_training_steps": total}
+    cycles = {"num_cycles": options.lr_scheduler_num_cycles}
+    stages = {"num_stable_steps": max(0, total - warmup - decay), "num_decay_steps": decay}
     return {
-        "constant": lambda o: t.get_constant_schedule(o, **given),
-        "constant_with_warmup": lambda o: t.get_constant_schedule_with_warmup(o, warmup, **given),
-        "linear": lambda o: t.get_linear_schedule_with_warmup(o, warmup, total, **given),
-        "cosine": lambda o: t.get_cosine_schedule_with_warmup(o, warmup, total, **given),
-        "cosine_with_restarts": lambda o: t.get_cosine_with_hard_restarts_schedule_with_warmup(
-            o, warmup, total, **{"num_cycles": options.lr_scheduler_num_cycles, **given}
+        "constant": (t.get_constant_schedule, {}),
+        "constant_with_warmup": (t.get_constant_schedule_with_warmup, rise),
+        "linear": (t.get_linear_schedule_with_warmup, course),
+        "cosine": (t.get_cosine_schedule_with_warmup, course),
+        "cosine_with_restarts": (t.get_cosine_with_hard_restarts_schedule_with_warmup, course | cycles),
+        "polynomial": (t.get_polynomial_decay_schedule_with_warmup, course | {"power": options.lr_scheduler_power}),
+        "inverse_sqrt": (t.get_inverse_sqrt_schedule, rise | {"timescale": options.lr_scheduler_timescale}),
+        "warmup_stable_decay": (t.get_wsd_schedule, rise | stages | {"min_lr_ratio": ratio or 0.0}),
+        "cosine_with_min_lr": (t.get_cosine_with_min_lr_schedule_with_warmup, course | {"min_lr_rate": ratio}),
+        "cosine_warmup_with_min_lr": (
+            t.get_cosine_with_min_lr_schedule_with_warmup_lr_rate,
+            course | {"min_lr_rate": ratio},
         ),
-        "polynomial": lambda o: t.get_polynomial_decay_schedule_with_warmup(
-            o, warmup, total, **{"power": options.lr_scheduler_power, **given}
-        ),
-        "inverse_sqrt": lambda o: t.get_inverse_sqrt_schedule(
-            o, warmup, **{"timescale": options.lr_scheduler_timescale, **given}
-        ),
-        "warmup_stable_decay": lambda o: t.get_wsd_schedule(
-            o, num_warmup_steps=warmup, num_stable_steps=max(0, total - warmup - decay), num_decay_steps=decay,
-            **{"min_lr_ratio": min_ratio or 0.0, **given},
-        ),
-        "cosine_with_min_lr": lambda o: t.get_cosine_with_min_lr_schedule_with_warmup(
-            o, warmup, total, min_lr_rate=least(), **given
-        ),
-        "cosine_warmup_with_min_lr": lambda o: t.get_cosine_with_min_lr_schedule_with_warmup_lr_rate(
-            o, warmup, total, min_lr_rate=least(), **given
-        ),
-        "piecewise_constant": lambda o: _piecewise_constant(o, given),
-        "reduce_lr_on_plateau": lambda o: OnPlateau(o, **given),
-    }  # fmt: skip
+        "piecewise_constant": (_piecewise_constant, {}),
+        "reduce_lr_on_plateau": (OnPlateau, {}),
+    }
 
 
-def _piecewise_constant(optimizer: torch.optim.Optimizer, given: dict):
+def _piecewise_constant(optimizer: torch.optim.Optimizer, step_rules: str):
     from diffusers.optimization import get_piecewise_constant_schedule
 
-    rules = _required(given.get("step_rules"), "--lr_scheduler_args step_rules=1:10,0.1:20,0.01", "piecewise_constant")
-    return get_piecewise_constant_schedule(optimizer, str(rules))
+    return get_piecewise_constant_schedule(optimizer, step_rules)
 
 
-def _required(value, option: str, schedule: str):
-    if value is None:
-        raise UserError(f"--lr_scheduler {schedule} needs {option}")
-    return value
+def check_needs(options: OptimizerOptions) -> None:
+    """UserError for a schedule that lacks what it needs."""
+    name = options.lr_scheduler
+    if name in ("cosine_with_min_lr", "cosine_warmup_with_min_lr") and options.lr_scheduler_min_lr_ratio is None:
+        raise UserError(f"--lr_scheduler {name} needs --lr_scheduler_min_lr_ratio")
+    if name == "piecewise_constant" and "step_rules" not in read_pairs(options.lr_scheduler_args, "--lr_scheduler_args"):
+        raise UserError(f"--lr_scheduler {name} needs --lr_scheduler_args step_rules=1:10,0.1:20,0.01")
 
 
 def _custom_schedule(options: OptimizerOptions, optimizer: torch.optim.Optimizer):
@@ -148,7 +155,34 @@ def _custom_schedule(options: OptimizerOptions, optimizer: torch.optim.Optimizer
         )
     cls = import_class(name if "." in name else f"torch.optim.lr_scheduler.{name}", f"--lr_scheduler_type {name}")
     cls = OnPlateau if cls is torch.optim.lr_scheduler.ReduceLROnPlateau else cls
+    elsewhere = {key: GIVEN_ELSEWHERE[key] for key in ("optimizer", "last_epoch")}
+    given = arguments_for(cls, options.lr_scheduler_args, "--lr_scheduler_args", elsewhere)
     try:
-        return cls(optimizer, **parse_key_values(options.lr_scheduler_args, "--lr_scheduler_args"))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"--lr_scheduler_args do not fit {name}: {error}") from error
+        return cls(optimizer, **given)
+    except Exception as error:
+        raise UserError(f"--lr_scheduler_args do not fit {name}: {one_line(error)}") from error
+
+
+def schedule_name(options: OptimizerOptions) -> str:
+    """The option that names the schedule, with its value."""
+    if options.lr_scheduler_type:
+        return f"--lr_scheduler_type {options.lr_scheduler_type}"
+    return f"--lr_scheduler {options.lr_scheduler}"
+
+
+def walk_through(schedule: Any, name: str, total_steps: int) -> None:
+    """Take all steps of a run with a schedule, on an optimizer that is for this alone.
+
+    Raises UserError for one that ends before the run or computes no rate.
+    """
+    for step in range(1, total_steps + 1):
+        try:
+            schedule.step()
+            rates = [float(group["lr"]) for group in schedule.optimizer.param_groups]
+        except Exception as error:
+            raise UserError(
+                f"{name} does not last for the {total_steps} steps of the run: {one_line(error)} (at step {step}); "
+                "change --lr_scheduler_args or --max_train_steps"
+            ) from error
+        if not all(map(math.isfinite, rates)):
+            raise UserError(f"{name} gives no learning rate at step {step}, but {rates[0]}; change --lr_scheduler_args")

@@ -11,9 +11,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from tqdm import tqdm
 
+from library.command_line import option_fields
 from library.errors import UserError, one_line
+from library.option_traits import traits_of
 from library.text_files import parse_toml, read_text
 from library.training.options import LogOptions
 from library.training.tracking import LossRecord
@@ -166,22 +169,22 @@ def log_in_to_wandb(options: LogOptions) -> None:
         wandb.login(key=options.wandb_api_key)
 
 
-def logged_options(options: BaseModel, defaults: Mapping[str, Any]) -> dict[str, Any]:
+def logged_options(options: BaseModel) -> dict[str, Any]:
     """For --log_config: options that differ from their default, without paths and secrets."""
+    fields = option_fields(type(options))
     values = {name: value for group in options.model_dump().values() for name, value in group.items()}
-    changed = {name: value for name, value in values.items() if value != defaults[name] and not is_private(name, value)}
+    changed = {
+        name: value for name, value in values.items()
+        if value != fields[name].get_default() and not is_private(fields[name], value)
+    }  # fmt: skip
     return {name: value if isinstance(value, (int, float, str, bool)) else str(value) for name, value in changed.items()}
 
 
-def is_private(name: str, value: Any) -> bool:
-    """Whether an option holds a path or a secret."""
-    if any(part in name for part in ("token_", "keep_tokens", "max_token")):  # words of captions
-        return False
+def is_private(field: FieldInfo, value: Any) -> bool:
+    """Whether an option is a secret or holds a path: by its declaration, and any text that looks like a path."""
     texts = value if isinstance(value, (list, tuple)) else [value]
     looks_like_path = any(isinstance(text, str) and ("/" in text or "\\" in text) for text in texts)
-    return looks_like_path or any(
-        name.endswith(end) for end in ("_key", "_token", "_dir", "_path", "_file", "_config", "_prompts", "_weights")
-    )
+    return looks_like_path or traits_of(field).secret or traits_of(field).path
 
 
 def logging_folder(options: LogOptions) -> str | None:

@@ -261,6 +261,7 @@ def test_a_file_of_a_graphical_front_end_runs_as_it_is(tmp_path):
     assert options.augmentation.persistent_data_loader_workers is True and options.loss.noise_offset == 0.05
 
 
+@pytest.mark.option("config_file")
 def test_output_config_writes_what_config_file_reads(tmp_path):
     words = [
         "--network_dim=8",
@@ -298,6 +299,7 @@ def test_output_config_writes_what_config_file_reads(tmp_path):
         write_config(options, None)
 
 
+@pytest.mark.option("output_config")
 def test_the_trainer_writes_its_config_and_stops(tmp_path, monkeypatch, capsys):
     import train_network
 

@@ -59,6 +59,7 @@ def mean(values: np.ndarray) -> np.ndarray:
     return values.mean(axis=(1, 2, 3))
 
 
+@pytest.mark.option("v_parameterization", "zero_terminal_snr")
 @pytest.mark.parametrize("words", [[], ["--v_parameterization"], ["--v_parameterization", "--zero_terminal_snr"]])
 def test_mean_square_of_noise_and_velocity(case, words):
     ours, d = losses(case, *words)
@@ -90,6 +91,7 @@ def width(kind: str, t: np.ndarray, c: float, scale: float) -> np.ndarray:
     return (widths[kind] * scale).reshape(-1, 1, 1, 1)
 
 
+@pytest.mark.option("loss_type", "huber_schedule", "huber_c", "huber_scale")
 @pytest.mark.parametrize("schedule", ["constant", "exponential", "snr"])
 @pytest.mark.parametrize("kind", ["huber", "smooth_l1"])
 def test_trap_5_7_huber_losses_with_each_schedule_and_scale(case, kind, schedule):
@@ -124,6 +126,7 @@ WEIGHTINGS = [
 ]
 
 
+@pytest.mark.option("min_snr_gamma", "debiased_estimation_loss", "scale_v_pred_loss_like_noise_pred", "v_pred_like_loss")
 @pytest.mark.parametrize("words, weight", WEIGHTINGS, ids=[" ".join(words) for words, _ in WEIGHTINGS])
 def test_weightings_against_the_formulas(case, words, weight):
     ours, d = losses(case, *words)
@@ -160,6 +163,7 @@ def test_masks_multiply_errors_and_do_not_change_the_mean_s_size(case):
     assert not answer.grad[..., :4].any() and answer.grad[..., 4:].any()
 
 
+@pytest.mark.option("min_timestep", "max_timestep")
 def test_min_and_max_timestep():
     torch.manual_seed(0)
     z = torch.zeros(20_000, 1, 1, 1)

@@ -30,6 +30,7 @@ def test_without_options_it_is_plain_gaussian_noise(latents):
     assert torch.equal(sample_noise(latents, LossOptions()), torch.from_numpy(drawn(1, SHAPE)[0]).float())
 
 
+@pytest.mark.option("noise_offset")
 def test_noise_offset_adds_one_number_to_each_channel_of_each_sample(latents):
     e, n = drawn(2, SHAPE, (3, 4, 1, 1))
     torch.manual_seed(2)
@@ -42,6 +43,7 @@ def test_noise_offset_has_the_strength_asked_for():
     assert noise.var().item() == pytest.approx(1 + 0.25, rel=0.05)
 
 
+@pytest.mark.option("noise_offset_random_strength")
 def test_noise_offset_random_strength_is_one_uniform_number_a_batch(latents):
     n, u = drawn(3, (3, 4, 1, 1), (1,), uniform=(1,))
     torch.manual_seed(3)
@@ -50,6 +52,7 @@ def test_noise_offset_random_strength_is_one_uniform_number_a_batch(latents):
     assert 0 < u < 1
 
 
+@pytest.mark.option("adaptive_noise_scale")
 @pytest.mark.parametrize("scale", [0.3, -0.8])
 def test_adaptive_noise_scale_follows_the_mean_of_each_channel_and_never_turns_round(latents, scale):
     (n,) = drawn(4, (3, 4, 1, 1))
@@ -90,6 +93,7 @@ def test_trap_5_5_multires_levels_shrink_from_the_full_size():
     np.testing.assert_allclose(seen, total / total.std(ddof=1), atol=1e-5)
 
 
+@pytest.mark.option("multires_noise_iterations", "multires_noise_discount")
 def test_multires_noise_has_deviation_one_and_more_in_the_large():
     random.seed(0)
     torch.manual_seed(0)
@@ -116,6 +120,7 @@ def test_offset_comes_before_the_coarser_levels(latents):
     torch.testing.assert_close(both, add_coarser_levels(shifted, 2, 0.3))
 
 
+@pytest.mark.option("ip_noise_gamma", "ip_noise_gamma_random_strength")
 def test_ip_noise_gamma_perturbs_the_input_alone(latents):
     noise = torch.ones(SHAPE)
     (n,) = drawn(8, SHAPE)

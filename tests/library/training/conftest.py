@@ -12,9 +12,11 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors import safe_open
 
+from library.command_line import option_names
+from library.errors import unknown
 from library.models.model import save_stable_diffusion
 from library.testing import small_stable_diffusion
-from library.training.options import parse_options
+from library.training.options import TrainNetworkOptions, parse_options
 from library.training.run import train
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (40, 60, 220), "white": (250, 250, 250)}
@@ -74,3 +76,13 @@ def run(base_model, pictures, tmp_path) -> Callable[..., Run]:
         return Run(train(parse_options([*needed, *words])), folder)
 
     return start
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A mark `option` names options that there are."""
+    known = option_names(TrainNetworkOptions)
+    for item in items:
+        for mark in item.iter_markers("option"):
+            wrong = [name for name in mark.args if name not in known]
+            if wrong:
+                raise pytest.UsageError(f"{item.nodeid}: {unknown('option', wrong[0], known)}")

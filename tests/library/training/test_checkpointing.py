@@ -124,6 +124,7 @@ def test_a_network_that_cannot_be_counted_is_said_and_all_is_checkpointed(parts,
     )
 
 
+@pytest.mark.option("gradient_checkpointing", "gradient_checkpointing_budget")
 def test_a_run_with_a_budget_checkpoints_what_it_must_and_learns_the_same(tmp_path, monkeypatch, capsys):
     use_two_blocks(monkeypatch.setattr)
     pictures = picture_folder(tmp_path / "pictures", 2)

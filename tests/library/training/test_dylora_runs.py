@@ -35,6 +35,7 @@ def ranks(monkeypatch) -> list[tuple[str, int]]:
     return events
 
 
+@pytest.mark.option("network_module")
 def test_trap_3_3_the_batches_of_a_step_share_one_draw(run, ranks):
     done = run(*WORDS, "--max_train_steps=3", "--gradient_accumulation_steps=2", "--network_train_unet_only")
     assert [kind for kind, _ in ranks] == ["draw", "forward", "forward"] * 3
@@ -61,6 +62,7 @@ def test_the_document_s_c3lier_command_trains(run):
     assert any(t.shape[-1] == 3 for k, t in tensors.items() if k.endswith("lora_down.weight"))
 
 
+@pytest.mark.option("network_dropout", "network_args")
 def test_wrong_words_name_the_option(run):
     with pytest.raises(UserError, match="unit=3 does not divide the rank 8"):
         run(*WORDS[:-1], "unit=3", "--max_train_steps=1")

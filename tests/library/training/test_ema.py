@@ -35,6 +35,7 @@ def test_half_precision_weights_are_averaged_in_float32():
     assert average.weights[0].dtype == torch.float32 and 1 < average.weights[0][0] < 1 + 1 / 128
 
 
+@pytest.mark.option("ema_decay")
 @pytest.mark.parametrize("decay", [None, 0.5])
 def test_training_finds_its_weights_as_they_were_to_the_bit(decay):
     weight = nn.Parameter(torch.rand(1000))

@@ -106,6 +106,7 @@ def uploads(**more) -> Uploads:
     return Uploads(HubOptions(huggingface_repo_id="me/loras", huggingface_token=TOKEN, **more))
 
 
+@pytest.mark.option("huggingface_path_in_repo")
 def test_a_file_goes_into_its_folder_of_a_private_repository(hub, lora, capsys):
     copies = uploads(huggingface_path_in_repo="cats/")
     copies.prepare()
@@ -116,6 +117,7 @@ def test_a_file_goes_into_its_folder_of_a_private_repository(hub, lora, capsys):
     assert f"uploaded {lora} to me/loras" in printed.out and TOKEN not in printed.out + printed.err
 
 
+@pytest.mark.option("huggingface_repo_type", "huggingface_repo_visibility")
 def test_public_and_without_a_folder(hub, lora):
     copies = uploads(huggingface_repo_visibility="public", huggingface_repo_type="dataset")
     copies.prepare()
@@ -124,6 +126,7 @@ def test_public_and_without_a_folder(hub, lora):
     assert list(hub.files) == ["mine.safetensors"]
 
 
+@pytest.mark.option("async_upload")
 def test_in_the_background_all_arrive_before_the_end_and_before_a_removal(hub, tmp_path, monkeypatch):
     copies, may_go = uploads(async_upload=True), threading.Event()
     upload = copies._upload_file
@@ -169,6 +172,7 @@ def test_a_state_comes_back_as_it_went(hub, tmp_path):
         fetch_state("me/loras/runs/other", TOKEN)
 
 
+@pytest.mark.option("huggingface_token", "resume_from_huggingface", "save_state_to_huggingface", "huggingface_repo_id")
 def test_a_run_leaves_its_files_on_the_hub_and_goes_on_from_there_and_the_token_is_nowhere(hub, monkeypatch, tmp_path, capsys):
     use_two_blocks(monkeypatch.setattr)
     pictures, shared = (

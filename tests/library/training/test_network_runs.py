@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from library.errors import UserError
+from library.key_values import read_pairs
 from library.models.model import load_stable_diffusion
-from library.training.network import parse_network_args
 from networks.lora import create_network_from_weights
 
 
@@ -54,6 +54,6 @@ def test_the_chart_of_blocks_is_printed(run, capsys):
 
 
 def test_trap_2_5_words_are_split_at_the_first_sign():
-    assert parse_network_args(["preset=a=b", " conv_dim = 4 "]) == {"preset": "a=b", "conv_dim": "4"}
+    assert read_pairs(["preset=a=b", " conv_dim = 4 "], "--network_args") == {"preset": "a=b", "conv_dim": "4"}
     with pytest.raises(UserError, match="expected key=value, got 'conv_dim'"):
-        parse_network_args(["conv_dim"])
+        read_pairs(["conv_dim"], "--network_args")

@@ -8,17 +8,19 @@ import pytest
 import torch
 
 from library.errors import UserError
+from library.training.estimates import network_numbers, state_bytes
 from library.training.fused_backward import check_fused_backward, step_in_backward
 from library.training.optimizers import (
     OPTIMIZERS,
     create_optimizer,
     found_rates,
     optimizer_name,
-    parse_key_values,
+    spec_named,
     weights_to_use,
 )
 from library.training.options import OptimizerOptions, parse_options
 from library.training.schedules import create_schedule, schedule_facts
+from library.training.trial import trial_optimizer
 
 CPU = torch.device("cpu")
 NEEDED = ["--pretrained_model_name_or_path=m", "--train_data_dir=d", "--output_dir=o", "--network_module=networks.lora"]
@@ -34,6 +36,7 @@ def test_adamw_is_the_default_and_groups_keep_their_rate():
     assert optimizer.param_groups[0]["lr"] == 0.5
 
 
+@pytest.mark.option("optimizer_args")
 def test_arguments_reach_the_optimizer_and_its_name():
     options = OptimizerOptions(optimizer_type="adamw", optimizer_args=["weight_decay=0.2", "betas=(0.8, 0.9)"])
     optimizer, name = create_optimizer(options, groups(), CPU)
@@ -59,6 +62,7 @@ def test_adamw_in_one_call_is_the_plain_formula_in_float32():
     assert chosen.param_groups[0]["foreach"] and not chosen.param_groups[0]["fused"]
 
 
+@pytest.mark.option("use_8bit_adam")
 def test_adamw8bit_steps_on_a_cpu():
     optimizer, name = create_optimizer(OptimizerOptions(use_8bit_adam=True), groups(), CPU)
     parameter = optimizer.param_groups[0]["params"][0]
@@ -69,10 +73,12 @@ def test_adamw8bit_steps_on_a_cpu():
     assert torch.isfinite(parameter).all() and (parameter != before).all()
 
 
+@pytest.mark.option("use_lion_optimizer")
 def test_the_old_flag_means_lion():
     assert optimizer_name(OptimizerOptions(use_lion_optimizer=True)) == "Lion" and optimizer_name(OptimizerOptions()) == "AdamW"
 
 
+@pytest.mark.option("optimizer_type")
 def test_sgd_nesterov_has_momentum_unless_given():
     optimizer, _ = create_optimizer(OptimizerOptions(optimizer_type="SGDNesterov"), groups(), CPU)
     assert optimizer.param_groups[0]["momentum"] == 0.9 and optimizer.param_groups[0]["nesterov"]
@@ -124,10 +130,6 @@ def test_a_missing_package_is_reported_with_what_to_install(name, monkeypatch):
     assert f"\n{package}==" in listed, "the extras name what people are told to install"
 
 
-def test_literals():
-    assert parse_key_values(["a=1", "b=True", "c=text=2", "d=1e-3"], "o") == {"a": 1, "b": True, "c": "text=2", "d": 1e-3}
-
-
 # ---------------------------------------------------------------- every name
 
 
@@ -175,6 +177,7 @@ def test_trap_5_11_dadaptation_is_the_class_of_the_guides():
 # ---------------------------------------------------------------- rules
 
 
+@pytest.mark.option("learning_rate")
 def test_adafactor_with_relative_step_takes_no_rates_and_says_so(capsys):
     two = [{"params": [torch.nn.Parameter(torch.ones(4, 4))], "lr": rate} for rate in (0.1, 0.2)]
     options = OptimizerOptions(optimizer_type="AdaFactor", learning_rate=1e-3, unet_lr=0.1, lr_scheduler="cosine")
@@ -186,6 +189,7 @@ def test_adafactor_with_relative_step_takes_no_rates_and_says_so(capsys):
     assert schedule_facts(options, optimizer) == {"ss_lr_scheduler": "adafactor:0.001", "ss_learning_rate": None}
 
 
+@pytest.mark.option("max_grad_norm")
 def test_adafactor_with_rates_of_its_own(capsys):
     words = ["relative_step=False", "scale_parameter=False"]
     options = OptimizerOptions(optimizer_type="adafactor", learning_rate=0.3, optimizer_args=words)
@@ -321,8 +325,104 @@ def test_fused_steps_clip_each_parameter_by_itself():
         (["--optimizer_type=prodigyopt.prodigy._Found"], 1, "looks at all gradients"),
     ],
 )
-def test_what_cannot_be_fused_is_refused(stand_ins, words, processes, part):
+def test_what_cannot_be_fused_is_refused(words, processes, part):
     options = parse_options([*NEEDED, "--fused_backward_pass", *words])
-    optimizer, _ = create_optimizer(options.optimizer, [{"params": [torch.nn.Parameter(torch.ones(2))]}], CPU)
     with pytest.raises(UserError, match=f"--fused_backward_pass: .*{part}"):
-        check_fused_backward(options, optimizer, processes)
+        check_fused_backward(options, processes)
+
+
+# ---------------------------------------------------------------- traits
+
+
+@pytest.mark.parametrize(
+    "name, traits",
+    [
+        ("AdamW", {"fused_on_cpu"}),
+        ("torch.optim.AdamW", {"fused_on_cpu"}),
+        ("torch.optim.Adam", set()),
+        ("adamw8BIT", {"float32_math"}),
+        ("bitsandbytes.optim.Adam8bit", {"float32_math"}),
+        ("PagedAdamW", {"float32_math", "paged"}),
+        ("bitsandbytes.optim.adamw.PagedAdamW", {"float32_math", "paged"}),
+        ("Prodigy", {"finds_rate"}),
+        ("prodigyopt.prodigy.Prodigy", {"finds_rate"}),
+        ("dadaptation.SomeNewOne", {"finds_rate"}),
+        ("schedulefree.SGDScheduleFree", {"schedule_free"}),
+        ("transformers.optimization.Other", set()),
+    ],
+)
+def test_traits_belong_to_the_class_however_it_is_named(name, traits):
+    spec = spec_named(name)
+    every = ("fused_on_cpu", "float32_math", "paged", "finds_rate", "schedule_free")
+    assert {trait for trait in every if getattr(spec, trait)} == traits
+
+
+def test_a_state_is_as_large_as_the_optimizer_s():
+    needed = {}
+    for name in ("Lion8bit", "AdamW8bit", "Lion", "AdamW", "Prodigy"):
+        needed[name] = state_bytes(parse_options([*NEEDED, f"--optimizer_type={name}"]))
+    numbers = network_numbers(parse_options(NEEDED))
+    assert {name: size / numbers for name, size in needed.items()} == {
+        "Lion8bit": 5, "AdamW8bit": 6, "Lion": 8, "AdamW": 12, "Prodigy": 20
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------- the trial
+
+
+@pytest.mark.parametrize(
+    "words, part",
+    [
+        ({"optimizer_args": ["lr=1e-3"]}, "--optimizer_args lr=1e-3: .*--learning_rate"),
+        ({"optimizer_args": ["amsgrad=x"]}, "amsgrad=x: AdamW takes true or false"),
+        ({"optimizer_args": ["betas=0.9,0.99,0.999"]}, "betas=0.9,0.99,0.999: AdamW takes 2 numbers"),
+        ({"optimizer_type": "SGDNesterov", "optimizer_args": ["momentum=0"]}, "momentum"),
+        ({"optimizer_type": "Rprop", "optimizer_args": ["step_sizes=none,none"]}, "Rprop fails in its first step"),
+    ],
+)
+def test_an_optimizer_that_cannot_step_is_found_before_a_model_loads(words, part):
+    with pytest.raises(UserError, match=part):
+        trial_optimizer(OptimizerOptions(**words))
+
+
+def test_a_first_step_that_fails_is_one_line(monkeypatch):
+    class Failing(torch.optim.SGD):
+        def step(self, closure=None):
+            raise RuntimeError("no\nkernel")
+
+    class Exploding(torch.optim.SGD):
+        def step(self, closure=None):
+            self.param_groups[0]["params"][0].data.fill_(float("nan"))
+
+    monkeypatch.setattr(torch.optim, "Failing", Failing, raising=False)
+    monkeypatch.setattr(torch.optim, "Exploding", Exploding, raising=False)
+    with pytest.raises(UserError, match="--optimizer_type Failing fails in its first step: no kernel; change --optimizer_args"):
+        trial_optimizer(OptimizerOptions(optimizer_type="Failing"))
+    with pytest.raises(UserError, match="--optimizer_type Exploding makes NaN or infinity"):
+        trial_optimizer(OptimizerOptions(optimizer_type="Exploding"))
+
+
+def test_the_trial_prints_nothing(capsys):
+    pytest.importorskip("prodigyopt", reason="an extra of requirements-extras.txt")
+    chosen = OptimizerOptions(optimizer_type="Prodigy", learning_rate=1, optimizer_args=["decouple=True", "weight_decay=0.1"])
+    trial_optimizer(chosen)
+    assert capsys.readouterr().out == ""
+    create_optimizer(chosen, groups(), CPU)
+    assert "decoupled weight decay" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["false", "False", "False,", "no", "0"])
+def test_adafactor_s_relative_step_is_off_in_any_spelling(text, capsys):
+    words = [f"scale_parameter={text}", f"relative_step={text}", f"warmup_init={text}"]
+    optimizer, _ = create_optimizer(OptimizerOptions(optimizer_type="AdaFactor", optimizer_args=words), groups(), CPU)
+    assert [optimizer.param_groups[0][key] for key in ("scale_parameter", "relative_step", "warmup_init")] == [False] * 3
+    assert "computes its own learning rates" not in capsys.readouterr().out
+
+
+def test_all_arguments_in_one_pair_of_quotes_are_the_same_arguments():
+    one, many = (
+        create_optimizer(OptimizerOptions(optimizer_args=words), groups(), CPU)
+        for words in (["weight_decay=0.5 betas=0.8,0.9 amsgrad=true"], ["weight_decay=0.5", "betas=0.8,0.9", "amsgrad=True"])
+    )
+    assert one[1] == many[1] == "torch.optim.adamw.AdamW(weight_decay=0.5,betas=(0.8, 0.9),amsgrad=True)"
+    assert one[0].defaults == many[0].defaults

@@ -35,6 +35,7 @@ def packed(module: torch.nn.Module) -> int:
     return sum(isinstance(layer, (PackedConv2d, PackedLinear)) for layer in module.modules())
 
 
+@pytest.mark.option("fp8_base", "torch_compile", "dynamo_backend", "fused_backward_pass")
 def test_fused_and_packed_and_compiled_runs_do_as_the_plain_one(run, trainers, capsys, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, backend: compiled.append((type(self).__name__, backend)))
@@ -59,6 +60,7 @@ def test_a_run_freezes_its_convolutions_unless_a_compiler_does_more(run, trainer
     assert [type(trainer.model.unet.conv_in) is FrozenConv2d for trainer in trainers] == [True, False]
 
 
+@pytest.mark.option("fp8_base_unet")
 def test_fp8_base_unet_leaves_the_text_encoder(capsys):
     model = small_stable_diffusion(unet_channels=(32, 32, 64, 64), vae_channels=(32, 32, 32, 32), text_width=32, text_layers=1)
     pack_frozen_weights(parse_options(NEEDED), model, CPU)
@@ -94,6 +96,7 @@ class _Part:
         self.moved.append(where)
 
 
+@pytest.mark.option("lowram", "highvram")
 @pytest.mark.parametrize("words, moved", [([], ["cpu"]), (["--lowram"], []), (["--highvram"], [])])
 def test_parts_that_previews_need_leave_the_gpu_unless_told_otherwise(words, moved):
     class Model:
@@ -112,6 +115,7 @@ def test_parts_that_nothing_needs_any_more_are_freed(words):
     assert (Model.vae.moved, Model.text_encoder.moved) == (["meta"], [])
 
 
+@pytest.mark.option("vae")
 def test_models_go_straight_to_the_device_in_the_format_of_the_arithmetic(monkeypatch):
     class Stop(Exception):
         pass
@@ -135,6 +139,7 @@ def test_models_go_straight_to_the_device_in_the_format_of_the_arithmetic(monkey
     assert seen["vae"] == "other" and seen["device"] == Accelerator.device and seen["dtype"] == torch.bfloat16
 
 
+@pytest.mark.option("mem_eff_attn", "xformers")
 @pytest.mark.parametrize(
     "words, asked", [(["--xformers"], True), (["--xformers", "--mem_eff_attn"], False), (["--xformers", "--sdpa"], True)]
 )
@@ -146,6 +151,7 @@ def test_mem_eff_attn_wins_over_xformers(monkeypatch, words, asked):
     assert bool(calls) == asked
 
 
+@pytest.mark.option("sdpa")
 def test_attention_is_torch_s_which_keeps_no_matrix_of_all_pairs(base_model):
     from library.models.model import load_stable_diffusion
 
@@ -157,6 +163,7 @@ def test_attention_is_torch_s_which_keeps_no_matrix_of_all_pairs(base_model):
 # ---------------------------------------------------------------- masks and metadata files
 
 
+@pytest.mark.option("conditioning_data_dir", "masked_loss")
 def test_what_is_masked_out_makes_no_loss(run, trainers, pictures, tmp_path):
     for picture in pictures.glob("*.png"):
         (tmp_path / "masks").mkdir(exist_ok=True)
@@ -165,6 +172,15 @@ def test_what_is_masked_out_makes_no_loss(run, trainers, pictures, tmp_path):
     assert trainers[-1].losses.values == [0.0]
 
 
+@pytest.mark.option(
+    "in_json",
+    "on_bad_image",
+    "cache_latents_to_disk",
+    "vae_batch_size",
+    "persistent_data_loader_workers",
+    "max_data_loader_n_workers",
+    "network_alpha",
+)
 def test_in_json_trains_on_what_it_lists(run, trainers, tmp_path, monkeypatch):
     loaders, caches = [], []
     make_loader, cache = run_module.make_loader, TrainingDataset.cache_latents

@@ -181,6 +181,7 @@ def test_half_precision_and_autocast():
 # ---------------------------------------------------------------- options
 
 
+@pytest.mark.option("base_dtype")
 def test_formats_by_option():
     assert base_formats(options()) == {"unet": None, "text_encoder": None}
     assert base_formats(options("--base_dtype=nf4")) == {"unet": "nf4", "text_encoder": "nf4"}

@@ -20,6 +20,7 @@ def options(*words: str):
 # ---------------------------------------------------------------- 16-bit weights
 
 
+@pytest.mark.option("full_fp16", "full_bf16", "mixed_precision")
 def test_trained_weights_are_float32_unless_full():
     assert trained_dtype(options("--mixed_precision=fp16")) == torch.float32
     assert trained_dtype(options("--mixed_precision=fp16", "--full_fp16")) == torch.float16
@@ -75,6 +76,7 @@ def test_the_loss_scaler_takes_fp16_gradients():
         assert weight.tolist() == [0.75] * 4
 
 
+@pytest.mark.option("no_half_vae")
 def test_a_loss_of_nan_is_explained():
     good, bad = [torch.ones(2)], [torch.ones(2), torch.tensor([1.0, float("nan")])]
     half = ["--mixed_precision=fp16"]

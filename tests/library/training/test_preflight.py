@@ -114,6 +114,7 @@ CONTRADICTIONS = {
 }
 
 
+@pytest.mark.option("sample_every_n_steps")
 @pytest.mark.parametrize("words", CONTRADICTIONS)
 def test_options_that_contradict_each_other_are_named(words, folder):
     found = contradictions(options(*words, folder=folder))

@@ -15,7 +15,7 @@ from small_runs import picture_folder, tensors_of, train, use_two_blocks, words_
 from library.command_line import groups_of
 from library.errors import RunFailed, UserError
 from library.training import run as run_module
-from library.training.compatible import FREE_GROUPS, GROUPS
+from library.training.compatible import option_values
 from library.training.contradictions import contradictions
 from library.training.options import TrainNetworkOptions, parse_options
 from library.training.plan import Plan, Start
@@ -129,6 +129,7 @@ CASES = {
 EXTRAS = {"schedule-free": "schedulefree", "Prodigy": "prodigyopt"}  # packages that need not be installed
 
 
+@pytest.mark.option("resume", "save_state")
 @pytest.mark.parametrize("name", CASES)
 def test_trap_5_1_and_5_2_resumed_twice_is_as_never_stopped(run, interrupt_after, name, pictures, tmp_path):
     if name in EXTRAS:
@@ -162,6 +163,7 @@ def states(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_dir())
 
 
+@pytest.mark.option("save_state_on_train_end", "save_last_n_epochs_state", "save_last_n_steps_state")
 def test_names_of_states_and_which_are_removed(run, tmp_path):
     words = [*UNET, "--max_train_epochs=4", "--save_every_n_epochs=1", "--save_last_n_epochs=3", "--save_last_n_epochs_state=2"]
     run("epochs", *words, "--save_state")
@@ -312,5 +314,9 @@ def test_trap_5_2_an_initial_step_is_the_real_step(run, tmp_path):
     assert problem.startswith("--skip_until_initial_step needs")
 
 
-def test_every_group_of_options_is_compared_or_known_to_be_free():
-    assert set(groups_of(TrainNetworkOptions)) <= set(GROUPS) | FREE_GROUPS and not set(GROUPS) & FREE_GROUPS
+def test_what_a_resumed_run_needs_alike_is_declared_with_the_options():
+    free = {name for name, group in groups_of(TrainNetworkOptions).items() if not group.decides_what_is_trained}
+    assert free == {"state", "output", "metadata", "hub", "previews", "logs"}
+    compared = option_values(parse_options(["--vae=folder/v.safetensors"]))
+    assert compared["vae"] == "v.safetensors" and compared["learning_rate"] == 2e-6 and "xformers" not in compared
+    assert not compared.keys() & {"output_name", "save_every_n_steps", "max_train_steps", "seed"}

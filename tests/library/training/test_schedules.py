@@ -12,6 +12,7 @@ from library.errors import UserError
 from library.training import run as run_module
 from library.training.options import OptimizerOptions, steps_or_share
 from library.training.schedules import create_schedule, waits_for_validation
+from library.training.trial import try_schedule
 
 TOTAL = 40
 
@@ -43,6 +44,7 @@ def test_constant_with_warmup_in_steps_or_as_a_share(steps):
     )
 
 
+@pytest.mark.option("lr_scheduler", "lr_warmup_steps")
 def test_linear():
     wanted = [warmup(s, 8) if s < 8 else (TOTAL - s) / (TOTAL - 8) for s in range(TOTAL)]
     assert rates(lr_scheduler="linear", lr_warmup_steps=8) == pytest.approx(wanted)
@@ -53,22 +55,26 @@ def test_cosine():
     assert rates(lr_scheduler="cosine") == pytest.approx(wanted)
 
 
+@pytest.mark.option("lr_scheduler_num_cycles")
 def test_cosine_with_restarts():
     wanted = [(1 + math.cos(math.pi * (4 * s / TOTAL % 1))) / 2 for s in range(TOTAL)]
     assert rates(lr_scheduler="cosine_with_restarts", lr_scheduler_num_cycles=4) == pytest.approx(wanted)
 
 
+@pytest.mark.option("lr_scheduler_power")
 def test_polynomial():
     end = 1e-7 / 2
     wanted = [(1 - end) * (1 - s / TOTAL) ** 2 + end for s in range(TOTAL)]
     assert rates(lr_scheduler="polynomial", lr_scheduler_power=2) == pytest.approx(wanted)
 
 
+@pytest.mark.option("lr_scheduler_timescale")
 def test_inverse_sqrt():
     wanted = [1 / math.sqrt((s + 5) / 5) for s in range(TOTAL)]
     assert rates(lr_scheduler="inverse_sqrt", lr_scheduler_timescale=5) == pytest.approx(wanted)
 
 
+@pytest.mark.option("lr_decay_steps", "lr_scheduler_min_lr_ratio")
 def test_warmup_stable_decay():
     seen = rates(lr_scheduler="warmup_stable_decay", lr_warmup_steps=5, lr_decay_steps="0.5", lr_scheduler_min_lr_ratio=0.1)
     assert seen[5:20] == [1.0] * 15 and seen[0] == pytest.approx(0.1) and 0.1 <= seen[-1] < 0.15
@@ -139,6 +145,7 @@ def test_reduce_lr_on_plateau_follows_the_validation_loss(name):
     assert seen == [1, 1, 1, 0.5, 0.5, 0.5, 0.25] and optimizer.param_groups[0]["lr"] == 0.25
 
 
+@pytest.mark.option("lr_scheduler_type", "lr_scheduler_args")
 def test_any_class():
     seen = rates(lr_scheduler_type="StepLR", lr_scheduler_args=["step_size=10", "gamma=0.5"])
     assert (seen[0], seen[10], seen[20]) == (1, 0.5, 0.25)
@@ -163,3 +170,39 @@ def test_any_class():
 def test_wrong_input(options, part):
     with pytest.raises(UserError, match=part):
         rates(**options)
+
+
+def test_arguments_in_one_word_are_two():
+    options = OptimizerOptions(lr_scheduler_type="CosineAnnealingLR", lr_scheduler_args=["T_max=12 eta_min=0.0001"])
+    try_schedule(options, TOTAL)
+
+
+@pytest.mark.parametrize(
+    "options, part",
+    [
+        (
+            {"lr_scheduler_type": "OneCycleLR", "lr_scheduler_args": ["max_lr=1e-3", "total_steps=39"]},
+            "--lr_scheduler_type OneCycleLR does not last for the 40 steps of the run: .*change --lr_scheduler_args",
+        ),
+        (
+            {"lr_scheduler_type": "CosineAnnealingLR", "lr_scheduler_args": ["T_max=x"]},
+            "T_max=x: CosineAnnealingLR takes a number",
+        ),
+        (
+            {"lr_scheduler_type": "ExponentialLR", "lr_scheduler_args": ["gamma=1e30"]},
+            "gives no learning rate at step|does not last",
+        ),
+        ({"lr_scheduler_type": "StepLR", "lr_scheduler_args": ["step_size=0"]}, "StepLR"),
+        ({"lr_scheduler": "cosine", "lr_scheduler_args": ["num_training_steps=9"]}, "give --max_train_steps"),
+        ({"lr_scheduler": "cosine", "lr_scheduler_args": ["last_epoch=9"]}, "--resume"),
+        ({"lr_scheduler": "polynomial", "lr_scheduler_args": ["lr_end=9"]}, "lr_end"),
+    ],
+)
+def test_a_schedule_that_cannot_go_through_the_run_is_found_before_a_model_loads(options, part):
+    with pytest.raises(UserError, match=part):
+        try_schedule(OptimizerOptions(learning_rate=2.0, **options), TOTAL)
+
+
+def test_a_schedule_as_long_as_the_run_passes():
+    words = ["max_lr=1e-3", f"total_steps={TOTAL}"]
+    try_schedule(OptimizerOptions(lr_scheduler_type="OneCycleLR", lr_scheduler_args=words), TOTAL)

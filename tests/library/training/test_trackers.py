@@ -13,7 +13,7 @@ from small_runs import picture_folder, train, use_two_blocks, words_of_a_run
 
 from library.data.config import DatasetDefaults, datasets_from_file
 from library.errors import UserError
-from library.training.from_metadata import KEYS, print_from_metadata, split_outside_brackets
+from library.training.from_metadata import print_from_metadata, recorded_keys, split_outside_brackets
 from library.training.metadata import other_options
 from library.training.options import LogOptions, all_defaults, parse_options
 from library.training.sample_grid import write_sample_grid
@@ -101,10 +101,11 @@ def test_logged_options_hold_no_path_and_no_secret():
         "--network_module=networks.lora", "--huggingface_token=hf_x", "--wandb_api_key=k", "--learning_rate=1e-3",
         "--keep_tokens=2",
     ])  # fmt: skip
-    logged = logged_options(options, all_defaults())
+    logged = logged_options(options)
     assert logged == {"learning_rate": 1e-3, "network_module": "networks.lora", "keep_tokens": 2}
 
 
+@pytest.mark.option("log_with", "log_tracker_name", "wandb_run_name", "wandb_api_key", "log_tracker_config")
 def test_a_run_tells_wandb_its_settings(wandb, monkeypatch, tmp_path):
     use_two_blocks(monkeypatch.setattr)
     (tmp_path / "t.toml").write_text('[wandb]\ntags = ["cat"]\n', encoding="utf-8")
@@ -119,6 +120,7 @@ def test_a_run_tells_wandb_its_settings(wandb, monkeypatch, tmp_path):
     assert any("loss/current" in value[0] for value in values if isinstance(value, tuple)) and values[-1] == "finished"
 
 
+@pytest.mark.option("log_config")
 def test_a_run_tells_tensorboard_its_settings(monkeypatch, tmp_path):
     use_two_blocks(monkeypatch.setattr)
     pictures = picture_folder(tmp_path / "pictures", 1)
@@ -158,7 +160,9 @@ def test_the_command_from_the_metadata_is_accepted_and_says_the_same(words, monk
     capsys.readouterr()
     print_from_metadata(str(tmp_path / "out" / "mine.safetensors"), all_defaults())
     with safe_open(tmp_path / "out" / "mine.safetensors", "pt") as file:
-        assert {key for key in KEYS if key.startswith("ss_")} <= file.metadata().keys(), "else an option has no key at all"
+        assert {key for key in recorded_keys() if key.startswith("ss_")} <= file.metadata().keys(), (
+            "else an option has no key at all"
+        )
     command = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("accelerate"))
     again, given = parse_options(shlex.split(command)[5:]), parse_options(words)
     for group in ("network", "optimizer", "loss", "precision", "validation", "training"):

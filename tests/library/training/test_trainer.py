@@ -23,6 +23,7 @@ from library.training.trainer import Trainer
 # ---------------------------------------------------------------- files and their names
 
 
+@pytest.mark.option("save_every_n_epochs", "save_every_n_steps", "save_last_n_epochs")
 def test_files_of_a_run(run):
     result = run(
         "--max_train_epochs=4", "--save_every_n_epochs=1", "--save_last_n_epochs=2", "--save_every_n_steps=5", "--network_dim=2"
@@ -38,6 +39,7 @@ def test_files_of_a_run(run):
     assert all(t.dtype == torch.float32 for t in result.tensors().values())
 
 
+@pytest.mark.option("save_last_n_steps")
 def test_step_files_older_than_save_last_n_steps_are_removed(run):
     result = run(
         "--max_train_steps=6", "--save_every_n_steps=1", "--save_last_n_steps=3", "--network_train_unet_only", "--cache_latents"
@@ -45,6 +47,7 @@ def test_step_files_older_than_save_last_n_steps_are_removed(run):
     assert [name for name in result.files() if "step" in name] == [f"mine-step{n:08d}.safetensors" for n in (3, 4, 5, 6)]
 
 
+@pytest.mark.option("save_model_as", "save_precision")
 @pytest.mark.parametrize("kind", ["ckpt", "pt"])
 def test_pickled_formats_and_precision(run, kind):
     result = run("--max_train_steps=1", f"--save_model_as={kind}", "--save_precision=fp16")
@@ -52,6 +55,7 @@ def test_pickled_formats_and_precision(run, kind):
     assert tensors and all(tensor.dtype == torch.float16 for tensor in tensors.values())
 
 
+@pytest.mark.option("save_n_epoch_ratio")
 def test_save_n_epoch_ratio(run):
     result = run("--max_train_epochs=4", "--save_n_epoch_ratio=2", "--cache_latents", "--network_train_unet_only")
     assert [name for name in result.files() if name.startswith("mine-0")] == ["mine-000002.safetensors"]
@@ -65,6 +69,7 @@ def changed(result) -> set[str]:
     return {key.split("_")[1] for key, tensor in result.tensors().items() if "lora_up" in key and tensor.any()}
 
 
+@pytest.mark.option("network_train_unet_only", "network_train_text_encoder_only")
 @pytest.mark.parametrize(
     "words, parts",
     [
@@ -82,6 +87,7 @@ def test_only_what_is_asked_for_is_trained(run, words, parts):
     assert present == (parts if "only" in "".join(words) else {"te", "unet"})
 
 
+@pytest.mark.option("unet_lr", "text_encoder_lr")
 def test_learning_rates_reach_their_groups(run, monkeypatch):
     trainers = record_trainers(monkeypatch)
     run("--max_train_steps=1", "--unet_lr=1e-4", "--text_encoder_lr=5e-5")
@@ -105,6 +111,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
+@pytest.mark.option("seed")
 def test_same_seed_gives_the_same_bytes_with_any_number_of_workers_and_with_previews(run, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat --s 2\n", encoding="utf-8")
@@ -143,6 +150,7 @@ def plan(batches: int, *words: str) -> Plan:
     return Plan.of(parse_options([*needed, *words]), batches)
 
 
+@pytest.mark.option("max_train_epochs", "gradient_accumulation_steps")
 def test_plan_arithmetic():
     assert plan(10).epochs == 160 and plan(10).max_steps == 1600
     assert plan(10, "--max_train_epochs=3", "--gradient_accumulation_steps=4") == Plan(10, 4, 3, 9, 3)
@@ -223,6 +231,7 @@ def test_a_loss_of_nan_stops_the_run_names_step_and_picture_and_saves_nothing(ru
         run("--max_train_steps=6", "--save_every_n_steps=1")
 
 
+@pytest.mark.option("on_nonfinite_loss")
 def test_a_loss_of_nan_can_be_skipped(run, monkeypatch):
     original = Trainer.loss
     monkeypatch.setattr(Trainer, "loss", lambda self, batch: original(self, batch) * (math.nan if self.step == 2 else 1))
@@ -264,6 +273,7 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(run, monkeypatch, 
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.option("pretrained_model_name_or_path", "output_dir", "output_name", "v2")
 @pytest.mark.parametrize(
     "words, part",
     [
@@ -362,6 +372,7 @@ def test_trap_5_18_the_default_learning_rate_gets_a_warning(run, capsys):
 # ---------------------------------------------------------------- starting from files
 
 
+@pytest.mark.option("network_weights", "dim_from_weights", "network_dim")
 def test_continuing_from_a_file(run):
     first = run("--max_train_steps=2", "--network_dim=2")
     weights = f"--network_weights={first.folder / 'mine.safetensors'}"
@@ -375,6 +386,7 @@ def test_continuing_from_a_file(run):
     assert {t.shape for t in taken.tensors().values()} == {t.shape for t in first.tensors().values()}
 
 
+@pytest.mark.option("base_weights", "base_weights_multiplier")
 def test_base_weights_are_merged_into_the_model(run, monkeypatch):
     first = run("--max_train_steps=2", "--network_dim=2", "--learning_rate=1e-1")
     trainers = record_trainers(monkeypatch)
@@ -393,6 +405,7 @@ def test_base_weights_are_merged_into_the_model(run, monkeypatch):
     assert delta.abs().max() > 1e-4
 
 
+@pytest.mark.option("scale_weight_norms")
 def test_scale_weight_norms_bounds_every_module(run):
     tensors = run("--max_train_steps=3", "--learning_rate=1e-1", "--scale_weight_norms=0.01").tensors()
     names = [key.removesuffix(".alpha") for key in tensors if key.endswith(".alpha")]
@@ -425,6 +438,7 @@ def test_texts_that_change_or_are_trained_are_not_cached(run, monkeypatch):
     assert [t.text_cache for t in trainers] == [None, None]
 
 
+@pytest.mark.option("cache_latents")
 def test_cached_latents_are_the_vae_s(run, monkeypatch):
     trainers = record_trainers(monkeypatch)
     run("--max_train_steps=1", "--cache_latents", "--vae_batch_size=3", "--network_train_unet_only")
@@ -442,6 +456,7 @@ def test_bf16_trains_on_a_cpu(run):
     assert changed(result) == {"unet"}
 
 
+@pytest.mark.option("clip_skip", "max_token_length", "weighted_captions")
 @pytest.mark.parametrize("words", [["--noise_offset=0.5"], ["--min_snr_gamma=1e-4"], ["--v_parameterization"], ["--clip_skip=2"],
                                    ["--max_token_length=150"], ["--weighted_captions"]])  # fmt: skip
 def test_options_of_the_loss_and_the_text_do_something(run, monkeypatch, words, tmp_path, pictures):
@@ -457,6 +472,7 @@ def test_options_of_the_loss_and_the_text_do_something(run, monkeypatch, words, 
     assert losses[0] != losses[1]
 
 
+@pytest.mark.option("prior_loss_weight", "reg_data_dir", "train_data_dir")
 def test_prior_loss_weight_is_for_regularisation_pictures_only(run, monkeypatch, pictures, tmp_path):
     trainers = record_trainers(monkeypatch)
     train_folder, reg_folder = tmp_path / "t" / "1_cat", tmp_path / "r" / "1_animal"
@@ -477,6 +493,19 @@ OF_METADATA = [
 ]  # fmt: skip
 
 
+@pytest.mark.option(
+    "training_comment",
+    "metadata_title",
+    "metadata_author",
+    "metadata_description",
+    "metadata_license",
+    "metadata_tags",
+    "metadata_usage_hint",
+    "metadata_trigger_phrase",
+    "metadata_merged_from",
+    "metadata_preprocessor",
+    "metadata_is_negative_embedding",
+)
 def test_metadata(run, base_model, pictures):
     result = run(
         "--max_train_steps=1", "--network_args", "conv_dim=2", "--training_comment=hello", "--optimizer_args", "weight_decay=0.1",
@@ -501,6 +530,7 @@ def test_metadata(run, base_model, pictures):
     assert len(meta["sshs_model_hash"]) == 64 and len(meta["sshs_legacy_hash"]) == 8
 
 
+@pytest.mark.option("no_metadata")
 def test_trap_5_19_no_metadata_leaves_what_loaders_need(run):
     meta = run("--max_train_steps=1", "--no_metadata", "--network_train_unet_only").metadata()
     wanted = {
@@ -515,6 +545,7 @@ def test_trap_5_19_no_metadata_leaves_what_loaders_need(run):
     assert set(meta) == wanted
 
 
+@pytest.mark.option("dataset_config")
 def test_trap_5_20_metadata_with_a_dataset_file(run, pictures, tmp_path):
     config = tmp_path / "data.toml"
     config.write_text(
@@ -531,6 +562,7 @@ def test_trap_5_20_metadata_with_a_dataset_file(run, pictures, tmp_path):
     assert meta["modelspec.title"] == "mine" and meta["modelspec.sai_model_spec"] == "1.0.1"
 
 
+@pytest.mark.option("sample_prompts", "sample_every_n_epochs", "sample_at_first")
 def test_sample_pictures(run, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("# a comment\na cat --d 7 --s 2 --ss euler_a\n\na dog --w 96 --h 64 --s 2\n", encoding="utf-8")
@@ -555,6 +587,7 @@ def test_trap_5_13_sampling_every_0_steps_is_off(run, tmp_path):
     assert not (result.folder / "sample").exists()
 
 
+@pytest.mark.option("logging_dir", "log_prefix")
 def test_trap_5_4_every_rate_is_logged_once_under_its_name(run, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -569,6 +602,7 @@ def test_trap_5_4_every_rate_is_logged_once_under_its_name(run, tmp_path):
     assert [event.step for event in events.Scalars("loss/epoch_average")] == [1, 2]
 
 
+@pytest.mark.option("debug_dataset")
 def test_debug_dataset_writes_a_sheet_and_stops(run, capsys):
     result = run("--debug_dataset", "--pretrained_model_name_or_path=/no/model")
     assert str(result.folder / "debug_dataset.png") in capsys.readouterr().out

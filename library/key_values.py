@@ -1,0 +1,224 @@
+"""`key=value` words, as --optimizer_args, --lr_scheduler_args, --network_args and --highres_fix_upscaler_args have them.
+
+`read_pairs` splits them into texts, `arguments_for` makes of the texts what a function or class expects.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import math
+import re
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+from pydantic.errors import PydanticUndefinedAnnotation
+
+from library.errors import UserError, unknown
+
+SEPARATORS = ",; \t\r\n"  # between two pairs in one word
+_KEY = re.compile(r"[^\W\d]\w*\s*=(?!=)")
+_WORDS = {
+    **dict.fromkeys(("true", "yes", "on"), True),
+    **dict.fromkeys(("false", "no", "off"), False),
+    "none": None,
+    "null": None,
+}
+
+
+def read_pairs(words: Iterable[str] | None, option: str) -> dict[str, str]:
+    """The pairs as texts, by key. Several in one word, with blanks, commas or semicolons between them, are understood.
+
+    >>> read_pairs(["decouple=True weight_decay=0.1", "betas=(0.9, 0.99),"], "--optimizer_args")
+    {'decouple': 'True', 'weight_decay': '0.1', 'betas': '(0.9, 0.99)'}
+
+    Raises UserError for a word that is no pair, a key without a value, and a key with two different values.
+    """
+    pairs: dict[str, str] = {}
+    for pair in _pairs_of(_rejoined(words or (), option)):
+        key, _, value = (part.strip(SEPARATORS) for part in pair.partition("="))
+        value = value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'" else value
+        if not value:
+            raise UserError(f"{option}: '{key}' has no value; write {key}=value")
+        if pairs.setdefault(key, value) != value:
+            raise UserError(f"{option}: {key} is given twice, as {pairs[key]} and as {value}; give it once")
+    return pairs
+
+
+def _rejoined(words: Iterable[str], option: str) -> Iterable[str]:
+    """Words that begin with a key. One that does not is the rest of a list that the shell cut: `betas=(0.9,` `0.99)`."""
+    begun = ""
+    for word in filter(None, (str(word).strip(SEPARATORS[1:]) for word in words)):
+        if _KEY.match(word.lstrip(",")):
+            yield from [begun] if begun else []
+            begun = word.lstrip(SEPARATORS)
+        elif begun.endswith(",") or _depth(begun):
+            begun += f" {word}"
+        elif word != ",":
+            raise UserError(f"{option}: expected key=value, got '{word}'")
+    yield from [begun] if begun else []
+
+
+def _depth(text: str) -> int:
+    return sum((letter in "([{") - (letter in ")]}") for letter in text)
+
+
+def _pairs_of(words: Iterable[str]) -> Iterable[str]:
+    """Each word cut where a key stands behind a separator, outside brackets and quotes."""
+    for word in words:
+        start, depth, quote = 0, 0, ""
+        for position, letter in enumerate(word):
+            if quote or (letter in "\"'" and (depth or word[:position].rstrip().endswith("="))):
+                quote = "" if letter == quote else quote or letter
+            elif letter in SEPARATORS and depth <= 0 and _KEY.match(word, position + 1):
+                yield word[start:position]
+                start = position + 1
+            depth += 0 if quote else _depth(letter)
+        yield word[start:]
+
+
+def read_value(text: str) -> Any:
+    """A number, true or false, None, a tuple or list of such, as people spell them; text if it is none of these.
+
+    >>> [read_value(text) for text in ("1e-4", "false", "Off", "0.9,0.99", "[1, 2]", "inf", "cosine")]
+    [0.0001, False, False, (0.9, 0.99), [1, 2], inf, 'cosine']
+    """
+    text = text.strip()
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            pass
+    inner = text[1:-1] if text[:1] + text[-1:] in ("()", "[]") else text
+    items = _items(inner)
+    if len(items) > 1 or inner is not text:
+        values = [read_value(item) for item in items if item.strip()]
+        return values if text[:1] == "[" else tuple(values) if len(items) > 1 or not values else values[0]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+
+
+def _items(text: str) -> list[str]:
+    """Parts between commas that are in no bracket."""
+    items, depth = [""], 0
+    for letter in text:
+        depth += _depth(letter)
+        if letter == "," and not depth:
+            items.append("")
+        else:
+            items[-1] += letter
+    return items
+
+
+def arguments_for(
+    callee: Callable,
+    words: Iterable[str] | None,
+    option: str,
+    given_elsewhere: Mapping[str, str] | None = None,
+    read_other: Callable[[str], Any] = read_value,
+) -> dict[str, Any]:
+    """The pairs as keyword arguments of a function or class, each of the kind that its annotation or its default asks for.
+
+    given_elsewhere: parameters that are no matter of this option, with the words that say what to do instead.
+    read_other: how values are read that go to the callee's **kwargs.
+    Raises UserError, which names key and value, for an unknown key and for a value of another kind.
+    """
+    texts = read_pairs(words, option)
+    parameters = _parameters(callee)
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    values = {}
+    for key, text in texts.items():
+        if key in (given_elsewhere or {}):
+            raise UserError(f"{option} {key}={text}: {given_elsewhere[key]}")
+        if key in parameters:
+            values[key] = _fitting(callee, parameters[key], text, option)
+        elif open_ended or not parameters:
+            values[key] = read_other(text)
+        else:
+            known = [name for name in parameters if name not in (given_elsewhere or {})]
+            raise unknown(f"argument of {callee.__name__}", key, known, where=option)
+    return values
+
+
+def _parameters(callee: Callable) -> dict[str, inspect.Parameter]:
+    """What a callee takes, by name, with annotations that are types if they can be found; empty if it cannot be asked."""
+    try:
+        parameters = dict(inspect.signature(callee).parameters)
+    except (TypeError, ValueError):
+        return {}
+    try:
+        hints = typing.get_type_hints(callee.__init__ if isinstance(callee, type) else callee)
+    except Exception:  # an annotation may be any text
+        hints = {}
+    return {name: parameter.replace(annotation=hints.get(name, Any)) for name, parameter in parameters.items()}
+
+
+def _fitting(callee: Callable, parameter: inspect.Parameter, text: str, option: str) -> Any:
+    """The value of the right kind that a text stands for."""
+    kinds = [kind for kind in (parameter.annotation, _kind_of_default(parameter)) if kind is not Any]
+    value = read_value(text)
+    if isinstance(value, float) and math.isnan(value):
+        raise UserError(f"{option} {parameter.name}={text}: this is not a number; give one")
+    for candidate in _readings(value, text) if kinds else [value]:
+        if not kinds or any(_is_a(candidate, kind) for kind in kinds):
+            return candidate
+    raise UserError(f"{option} {parameter.name}={text}: {callee.__name__} takes {_in_words(kinds[-1])} there")
+
+
+def _readings(value: Any, text: str) -> Iterable[Any]:
+    """What a value may mean where another kind is expected, the likeliest first."""
+    yield value
+    if isinstance(value, int) and value in (0, 1):
+        yield bool(value)
+    if isinstance(value, float) and value.is_integer():
+        yield int(value)
+    if isinstance(value, (list, tuple)):
+        yield from (tuple(value), list(value))
+    yield text
+
+
+def _kind_of_default(parameter: inspect.Parameter) -> Any:
+    """The type that a default value suggests. A parameter without annotation that is None unless given is no text."""
+    default = parameter.default
+    if default is parameter.empty:
+        return Any
+    if isinstance(default, bool):
+        return bool
+    if isinstance(default, (int, float)):
+        return int | float
+    if isinstance(default, str):
+        return str
+    if isinstance(default, (list, tuple)) and all(isinstance(item, (int, float)) for item in default):
+        return tuple[(float | None,) * len(default)]
+    return bool | int | float | list | tuple | dict | None if default is None and parameter.annotation is Any else Any
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    try:
+        TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value, strict=True)
+    except ValidationError:
+        return False
+    except (PydanticUserError, PydanticUndefinedAnnotation, TypeError):  # an annotation that says nothing to pydantic
+        return not isinstance(value, str)
+    return True
+
+
+def _in_words(kind: Any) -> str:
+    members = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+    return " or ".join(dict.fromkeys(_member_in_words(member) for member in members if member is not types.NoneType))
+
+
+def _member_in_words(kind: Any) -> str:
+    words = {bool: "true or false", int: "a number", float: "a number", str: "a text"}
+    if typing.get_origin(kind) is tuple:
+        return f"{len(typing.get_args(kind))} numbers with commas between them"
+    if typing.get_origin(kind) is typing.Literal:
+        return " or ".join(map(str, typing.get_args(kind)))
+    return words.get(kind) or f"a {getattr(kind, '__name__', kind)}"
