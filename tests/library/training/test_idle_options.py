@@ -151,7 +151,6 @@ def test_all_are_told_once_and_together(capsys, monkeypatch):
     preflight.tell_notes(options, dataset, preflight.torch.device("cpu"))
     lines = capsys.readouterr().out.splitlines()
     assert (
-        lines[0]
-        == "given, but without effect: --huber_c (for --loss_type=huber, smooth_l1); --log_prefix (needs --logging_dir)"
+        lines[0] == "given, but without effect: --huber_c (for --loss_type=huber, smooth_l1); --log_prefix (needs --logging_dir)"
     )
     assert len(lines) == 2 and lines[1].startswith("memory: ")
