@@ -17,8 +17,11 @@ from typing import Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
-from library.errors import Problems, UserError, UserErrors, unknown
-from library.text_files import parse_toml, read_text
+from library.errors import Problems, UserError, UserErrors, nearest
+from library.option_files import read_option_tables
+
+LIKE = 0.7  # how like an unknown name a known one must be to be offered, from 0 to 1
+MOST_STRANGE = 12  # unknown names of a file that are listed; more would push the first off the screen
 
 
 class OptionGroup(BaseModel):
@@ -138,7 +141,7 @@ def parse_command_line(
             if name in refused.reasons:
                 wrong.append(f"--{name} is not supported: {refused.reasons[name]}")
             elif name not in names:
-                wrong.append(str(unknown("option", f"--{name}", [f"--{known}" for known in names])))
+                wrong.append(unknown_option(f"--{name}", [f"--{known}" for known in names]))
     problems.found += wrong
     parser = build_parser(options_class, description)
     parser.error = _raise_user_error  # type: ignore[method-assign]
@@ -146,6 +149,13 @@ def parse_command_line(
     if rest and not wrong:  # else they are the words of a wrong name
         raise UserError(f"unexpected word '{rest[0]}' on the command line; put values that hold spaces in quotes")
     return vars(known)
+
+
+def unknown_option(name: str, known: Iterable[str], where: str = "") -> str:
+    """What is wrong with an option's name, with the one that was meant if any is like it."""
+    close = nearest(name, known, cutoff=LIKE)
+    cure = f"did you mean '{close}'?" if close else "no option is like it (--help lists all); take it out"
+    return f"unknown option '{name}'{f' in {where}' if where else ''}; {cure}"
 
 
 def _raise_user_error(message: str) -> typing.NoReturn:
@@ -162,11 +172,12 @@ def config_file_path(name: str) -> Path:
 
 
 def read_config_file(options_class: type[BaseModel], path: Path, refused: Refused, problems: Problems) -> dict[str, Any]:
-    """Option values of a TOML file. Tables are flattened; their names do not matter. What is wrong goes to `problems`.
+    """Option values of a TOML or JSON file. Tables are flattened; their names do not matter. What is wrong goes to `problems`.
 
-    A refused option that asks for nothing is passed over: graphical front ends write every option they know.
+    A refused option that asks for nothing is passed over, and so is a name that is like none here: graphical front ends write
+    every option they know.
     """
-    content = parse_toml(read_text(path, "--config_file"), path)
+    content, strange = read_option_tables(path), 0
     names, fields = option_names(options_class), option_fields(options_class)
     values: dict[str, Any] = {}
     for key, value in _flatten(content):
@@ -176,13 +187,17 @@ def read_config_file(options_class: type[BaseModel], path: Path, refused: Refuse
             if not refused.is_harmless(key, value):
                 problems.found.append(f"'{key}' in {path} is not supported: {refused.reasons[key]}")
         elif key not in names:
-            problems.found.append(str(unknown("option", key, names, where=str(path))))
+            if value not in (False, "", [], None) or nearest(key, names, cutoff=LIKE):
+                strange += 1
+                problems.found += [unknown_option(key, names, where=str(path))] if strange <= MOST_STRANGE else []
         else:
             option = fields[key]
             if value == "" and option.get_default() is None:
                 continue  # as front ends write what is not given
             checked = problems.of(_checked_flag, key, value, is_flag(option), path)
             values |= {} if checked is None else {key: checked}
+    if strange > MOST_STRANGE:
+        problems.found.append(f"{path} holds {strange - MOST_STRANGE} more keys that are no options here")
     return values
 
 

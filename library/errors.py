@@ -59,13 +59,13 @@ class RunFailed(UserError):
     exit_code = 1
 
 
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name closest to `name`, or None if nothing is close."""
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The known name closest to `name`, or None if nothing is close. cutoff: the least likeness, from 0 to 1."""
     known = list(known)
-    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
     if not matches:
         by_lower = {k.lower(): k for k in known}
-        matches = [by_lower[m] for m in difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)]
+        matches = [by_lower[m] for m in difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=cutoff)]
     return matches[0] if matches else None
 
 

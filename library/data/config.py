@@ -46,6 +46,8 @@ REFUSED = {
     "cache_info": "sizes are read from picture headers at every start, which is fast, and captions anew; take it out",
 }
 HARMLESS = {"custom_attributes": {}, "network_multiplier": 1.0, "cache_info": False}
+# Keys that tell a file of training options from a dataset file.
+OF_TRAINING = {"pretrained_model_name_or_path", "network_module", "output_dir", "train_data_dir", "learning_rate"}
 # What a subset with a metadata_file takes from that file.
 NOT_WITH_METADATA = ("is_reg", "class_tokens", "caption_extension")
 COMMAND_LINE_ONLY = ("prior_loss_weight", "max_token_length", "debug_dataset")
@@ -59,6 +61,8 @@ def datasets_from_file(path: Path, defaults: DatasetDefaults) -> list[DatasetCon
     """Read `--dataset_config`. Raises UserErrors, naming file, table and key, with whatever is wrong in it."""
     path = Path(path)
     tables = read_config_file(path)
+    if "datasets" not in tables and {**tables, **_inner(tables)}.keys() & OF_TRAINING:
+        raise UserError(f"--dataset_config {path} holds options of the training; give it as --config_file={path}")
     problems = Problems()
     problems.of(_refuse_wrong_keys, tables, ("general", "datasets"), f"{path}, top level")
     general = tables.get("general", {})
@@ -70,6 +74,10 @@ def datasets_from_file(path: Path, defaults: DatasetDefaults) -> list[DatasetCon
         problems.of(_dataset_from_table, table, shared, defaults, path, f"{path}, {_DATASET} {number}")
         for number, table in enumerate(entries, start=1)
     )
+
+
+def _inner(tables: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for table in tables.values() if isinstance(table, dict) for key, value in table.items()}
 
 
 def _dataset_from_table(

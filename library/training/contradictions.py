@@ -43,8 +43,7 @@ def contradictions(options: TrainNetworkOptions) -> list[str]:
           for name in ("fp8_base", "fp8_base_unet")),
         (options.precision.torch_compile and options.precision.dynamo_backend == "no",
          "--dynamo_backend no switches off what --torch_compile asks for; take out one of them"),
-        ((previews.sample_every_n_epochs or previews.sample_every_n_steps or previews.sample_at_first)
-         and not previews.sample_prompts,
+        (previews.are_asked_for and not previews.sample_prompts,
          "--sample_every_n_epochs, --sample_every_n_steps and --sample_at_first need --sample_prompts"),
         (options.state.skip_until_initial_step
          and not (options.state.resume or options.state.initial_step or options.state.initial_epoch),

@@ -510,6 +510,11 @@ class PreviewOptions(OptionGroup):
     sample_at_first: bool = option(False, help="also sample before the first step")
     sample_sampler: Samplers = option("ddim", help="sampler", needs=("sample_prompts",))
 
+    @property
+    def are_asked_for(self) -> bool:
+        """Whether there is a moment at which to sample. Front ends name a prompt file also without one."""
+        return bool(self.sample_every_n_epochs or self.sample_every_n_steps or self.sample_at_first)
+
 
 class LogOptions(OptionGroup):
     """Logs and config file"""

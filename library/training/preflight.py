@@ -177,7 +177,7 @@ def nothing_to_validate_with(options: TrainNetworkOptions, dataset: TrainingData
 
 def check_prompts(options: TrainNetworkOptions) -> None:
     path = options.previews.sample_prompts
-    if path:
+    if path and options.previews.are_asked_for:
         read_prompt_file(Path(path), PromptSpec(sampler=options.previews.sample_sampler))
 
 

@@ -30,14 +30,20 @@ _REASONS: dict[str, str] = {
         ],
         _DEEPSPEED,
     ),
+    # SDXL and other families, as front ends write them for every run
+    **dict.fromkeys(
+        ["cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk"],
+        "captions are encoded once by themselves where the text encoder is not trained; leave it out",
+    ),
     # keys of graphical front ends
+    "model_train_type": "Stable Diffusion 1.x and 2.x are trained here; for them front ends write sd-lora",
     "epoch": "front ends make --max_train_steps of it; give --max_train_epochs",
     "noise_offset_type": "front ends switch between --noise_offset and --multires_noise_iterations by it; give these",
 }  # fmt: skip
 
 # Defaults of theirs, which say nothing: graphical front ends write them into every config file.
 _DEFAULTS = {
-    "zero_stage": 2, "huggingface_repo_visibility": "private",
+    "model_train_type": "sd-lora", "zero_stage": 2, "huggingface_repo_visibility": "private",
 }  # fmt: skip
 
 REFUSED = Refused(reasons=_REASONS, harmless=_DEFAULTS, of_front_ends=frozenset({"epoch", "noise_offset_type"}))

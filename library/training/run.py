@@ -172,7 +172,7 @@ def set_up_machine(options: TrainNetworkOptions, accelerator: Accelerator) -> No
 def preview_specs(options: TrainNetworkOptions, dataset: TrainingDataset) -> list[PromptSpec]:
     """The prompts of --sample_prompts; a size that they leave open is the training size of the first dataset."""
     path = options.previews.sample_prompts
-    if not path:
+    if not path or not options.previews.are_asked_for:
         return []
     width, height = dataset.table.configs[0].resolution
     return read_prompt_file(Path(path), PromptSpec(width=width, height=height, sampler=options.previews.sample_sampler))
