@@ -19,7 +19,7 @@ from pydantic.errors import PydanticUndefinedAnnotation
 
 from library.errors import UserError, unknown
 
-SEPARATORS = ",; \t\r\n"  # between two pairs in one word
+SEPARATORS = ",; \t\r\n"  # around pairs
 _KEY = re.compile(r"[^\W\d]\w*\s*=(?!=)")
 _WORDS = {
     **dict.fromkeys(("true", "yes", "on"), True),
