@@ -9,6 +9,9 @@ from pathlib import Path
 
 from library.errors import UserError
 
+# Loggers of libraries that advise to install what no run here uses: bitsandbytes names kernels of its 4-bit layers.
+ADVISE_NEEDLESSLY = ("bitsandbytes.backends.cpu.ops",)
+
 
 def is_main_process() -> bool:
     """Whether this is the first, or the only, process of a run, as the launcher says."""
@@ -73,6 +76,8 @@ def set_up_console(level: str | None, file: str | None, simple: bool) -> None:
     handler.addFilter(Once())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.captureWarnings(True)
+    for name in ADVISE_NEEDLESSLY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     handler.setLevel(threshold)
     own = logging.getLogger("library")
     own.setLevel(threshold)

@@ -30,7 +30,9 @@ _WORDS = {
 
 
 def read_pairs(words: Iterable[str] | None, option: str) -> dict[str, str]:
-    """The pairs as texts, by key. Several in one word, with blanks, commas or semicolons between them, are understood.
+    """The pairs as texts, by key. Several in one word, with blanks or semicolons between them, are understood.
+
+    A comma belongs to a list: behind the last pair one is passed over, between two pairs it is refused.
 
     >>> read_pairs(["decouple=True weight_decay=0.1", "betas=(0.9, 0.99),"], "--optimizer_args")
     {'decouple': 'True', 'weight_decay': '0.1', 'betas': '(0.9, 0.99)'}
@@ -38,7 +40,12 @@ def read_pairs(words: Iterable[str] | None, option: str) -> dict[str, str]:
     Raises UserError for a word that is no pair, a key without a value, and a key with two different values.
     """
     pairs: dict[str, str] = {}
-    for pair in _pairs_of(_rejoined(words or (), option)):
+    found = list(_pairs_of(_rejoined(words or (), option)))
+    for number, pair in enumerate(found, start=1):
+        if number < len(found) and pair.rstrip().endswith(","):
+            raise UserError(
+                f"{option}: a comma stands behind '{pair.rstrip(SEPARATORS)}'; put only a blank between two arguments"
+            )
         key, _, value = (part.strip(SEPARATORS) for part in pair.partition("="))
         value = value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'" else value
         if not value:
@@ -57,7 +64,9 @@ def _rejoined(words: Iterable[str], option: str) -> Iterable[str]:
             begun = word.lstrip(SEPARATORS)
         elif begun.endswith(",") or _depth(begun):
             begun += f" {word}"
-        elif word != ",":
+        elif word == ",":
+            begun += word
+        else:
             raise UserError(f"{option}: expected key=value, got '{word}'")
     yield from [begun] if begun else []
 
@@ -74,7 +83,7 @@ def _pairs_of(words: Iterable[str]) -> Iterable[str]:
             if quote or (letter in "\"'" and (depth or word[:position].rstrip().endswith("="))):
                 quote = "" if letter == quote else quote or letter
             elif letter in SEPARATORS and depth <= 0 and _KEY.match(word, position + 1):
-                yield word[start:position]
+                yield word[start : position + 1]
                 start = position + 1
             depth += 0 if quote else _depth(letter)
         yield word[start:]
@@ -130,19 +139,19 @@ def arguments_for(
     read_other: how values are read that go to the callee's **kwargs.
     Raises UserError, which names key and value, for an unknown key and for a value of another kind.
     """
-    texts = read_pairs(words, option)
+    texts, elsewhere = read_pairs(words, option), given_elsewhere or {}
     parameters = _parameters(callee)
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     values = {}
     for key, text in texts.items():
-        if key in (given_elsewhere or {}):
-            raise UserError(f"{option} {key}={text}: {given_elsewhere[key]}")
+        if key in elsewhere:
+            raise UserError(f"{option} {key}={text}: {elsewhere[key]}")
         if key in parameters:
             values[key] = _fitting(callee, parameters[key], text, option)
         elif open_ended or not parameters:
             values[key] = read_other(text)
         else:
-            known = [name for name in parameters if name not in (given_elsewhere or {})]
+            known = [name for name in parameters if name not in elsewhere]
             raise unknown(f"argument of {callee.__name__}", key, known, where=option)
     return values
 
@@ -154,7 +163,7 @@ def _parameters(callee: Callable) -> dict[str, inspect.Parameter]:
     except (TypeError, ValueError):
         return {}
     try:
-        hints = typing.get_type_hints(callee.__init__ if isinstance(callee, type) else callee)
+        hints = typing.get_type_hints(callee.__init__ if isinstance(callee, type) else callee)  # type: ignore[misc]
     except Exception:  # an annotation may be any text
         hints = {}
     return {name: parameter.replace(annotation=hints.get(name, Any)) for name, parameter in parameters.items()}
@@ -196,7 +205,7 @@ def _kind_of_default(parameter: inspect.Parameter) -> Any:
     if isinstance(default, str):
         return str
     if isinstance(default, (list, tuple)) and all(isinstance(item, (int, float)) for item in default):
-        return tuple[(float | None,) * len(default)]
+        return tuple.__class_getitem__((float | None,) * len(default))
     return bool | int | float | list | tuple | dict | None if default is None and parameter.annotation is Any else Any
 
 

@@ -28,7 +28,8 @@ def recorded_keys(options_class: type[BaseModel] = TrainNetworkOptions) -> dict[
 
 def recorded_dataset_keys(table: type[BaseModel]) -> dict[str, str]:
     """Key of the metadata of a run without a dataset file -> key of a dataset or subset."""
-    return {traits_of(field).record: name for name, field in table.model_fields.items() if traits_of(field).record}
+    records = {traits_of(field).record: name for name, field in table.model_fields.items()}
+    return {key: name for key, name in records.items() if key}
 
 
 NO_MODEL = "the model's folder is not recorded"

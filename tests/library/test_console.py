@@ -68,3 +68,10 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("x", encoding="utf-8")
     with pytest.raises(UserError, match="--console_log_file .*choose another file"):
         set_up_console(None, str(tmp_path / "file" / "log"), False)
+
+
+def test_advice_to_install_what_no_run_uses_is_not_shown(capsys):
+    set_up_console(None, None, True)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").warning("Please make sure you already `pip install kernels`")
+    logging.getLogger("bitsandbytes.optim").warning("something else")
+    assert capsys.readouterr().err == "warning: something else\n"

@@ -411,7 +411,7 @@ def test_the_trial_prints_nothing(capsys):
     assert "decoupled weight decay" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text", ["false", "False", "False,", "no", "0"])
+@pytest.mark.parametrize("text", ["false", "False", "no", "0"])
 def test_adafactor_s_relative_step_is_off_in_any_spelling(text, capsys):
     words = [f"scale_parameter={text}", f"relative_step={text}", f"warmup_init={text}"]
     optimizer, _ = create_optimizer(OptimizerOptions(optimizer_type="AdaFactor", optimizer_args=words), groups(), CPU)
