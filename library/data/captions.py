@@ -13,11 +13,7 @@ from pathlib import Path
 
 from library.data.config_keys import SubsetConfig, without
 from library.errors import UserError
-<<<<<<< Updated upstream
 from library.option_traits import fields_with
-=======
-from library.text_files import decoded, lines_of
->>>>>>> Stashed changes
 
 log = logging.getLogger(__name__)
 
@@ -50,22 +46,22 @@ def read_caption(image_path: Path, subset: SubsetConfig) -> str | None:
 
 def _caption_in(content: bytes, path: Path, subset: SubsetConfig) -> str:
     try:
-        text = decoded(content)
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"caption {path}: byte {error.start} is no UTF-8 ({error.reason}); save the file as UTF-8") from error
-    lines = [line.strip() for line in lines_of(text) if line.strip()]
+        raise UserError(f"caption {path}: byte {error.start} is no UTF-8; save the file as UTF-8") from error
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         log.warning("caption %s is empty; the picture is trained with an empty caption", path)
         return ""
     if len(lines) > 1 and not subset.enable_wildcard:
-        say_first_line_counts(path.parent)
+        _say_first_line_counts(path.parent)
     return "\n".join(lines) if subset.enable_wildcard else lines[0]
 
 
 @cache
-def say_first_line_counts(place: Path) -> None:
-    """Once a folder or metadata file: it may hold thousands of such captions."""
-    log.warning("%s: there are captions of more than one line; only the first line is used (enable_wildcard uses all)", place)
+def _say_first_line_counts(folder: Path) -> None:
+    """Once a folder: there may be thousands of such files."""
+    log.warning("%s: there are captions of more than one line; only the first line is used (enable_wildcard uses all)", folder)
 
 
 def process_caption(
@@ -111,23 +107,12 @@ def _with_prefix_and_suffix(caption: str, subset: SubsetConfig) -> str:
 
 
 def _choose_alternatives(caption: str, rng: random.Random) -> str:
-    """Replace each {a|b|c} by one of its parts, the inner ones first; {{ and }} are braces unless nesting explains them."""
-    escaped = caption.replace("{{", "\0").replace("}}", "\1")
-    nested = not _is_balanced(escaped) and _is_balanced(caption)  # such as {red|{light|dark}}
-    before, caption = "", caption if nested else escaped
-    while caption != before:
-        before, caption = caption, re.sub(r"\{([^{}]+)\}", lambda found: rng.choice(found[1].split("|")), caption)
+    """Replace each {a|b|c} by one of its parts; {{ and }} are braces."""
+    marks = {"{{": "\0", "}}": "\1"}
+    for braces, mark in marks.items():
+        caption = caption.replace(braces, mark)
+    caption = re.sub(r"\{([^{}]+)\}", lambda found: rng.choice(found[1].split("|")), caption)
     return caption.replace("\0", "{").replace("\1", "}")
-
-
-def _is_balanced(caption: str) -> bool:
-    """Whether each brace has its partner."""
-    depth = 0
-    for letter in caption:
-        depth += (letter == "{") - (letter == "}")
-        if depth < 0:
-            return False
-    return depth == 0
 
 
 def _split(caption: str, subset: SubsetConfig) -> tuple[list[str], list[str], list[str]]:

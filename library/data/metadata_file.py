@@ -15,11 +15,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from library.data.captions import count_tags, joint, say_first_line_counts
+from library.data.captions import count_tags, joint
 from library.data.config_keys import SubsetConfig
 from library.data.folders import image_suffixes
 from library.errors import UserError
-from library.text_files import lines_of, read_text
+from library.text_files import read_text
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def _entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(key of the picture, its values) in the file's order."""
     text = read_text(path, "metadata_file")
     if path.suffix.lower() == ".jsonl":
-        for number, line in enumerate(lines_of(text), start=1):
+        for number, line in enumerate(text.splitlines(), start=1):
             if line.strip():
                 entry = _parsed(line, path, number)
                 if not isinstance(entry, dict) or not isinstance(entry.get("image_path"), str):
@@ -82,8 +82,6 @@ def _entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _parsed(text: str, path: Path, line: int | None = None) -> Any:
     try:
         return json.loads(text)
-    except RecursionError as error:
-        raise UserError(f"{path}: the values are nested too deeply") from error
     except ValueError as error:
         place = f"line {line or getattr(error, 'lineno', 1)}, column {getattr(error, 'colno', 1)}"
         raise UserError(f"{path}, {place}: this is no JSON: {getattr(error, 'msg', error)}") from error
@@ -98,11 +96,9 @@ def _checked(entry: Any, place: str) -> dict[str, Any]:
 
 def _caption(entry: dict[str, Any], subset: SubsetConfig) -> str:
     """Caption and tags, joined; with enable_wildcard the tags follow each line of the caption, else its first line."""
-    lines = [line.strip() for line in lines_of(entry.get("caption") or "") if line.strip()]
-    if len(lines) > 1 and not subset.enable_wildcard:
-        say_first_line_counts(subset.metadata_file)
-        lines = lines[:1]
-    tags = " ".join(lines_of(entry.get("tags") or "")).strip()
+    lines = [line.strip() for line in (entry.get("caption") or "").splitlines() if line.strip()]
+    lines = lines if subset.enable_wildcard else lines[:1]
+    tags = " ".join((entry.get("tags") or "").split("\n")).strip()
     return "\n".join(joint(subset).join(part for part in (line, tags) if part) for line in lines or [""])
 
 
