@@ -34,9 +34,9 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from library.formats.lora_targets import lora_targets  # noqa: E402
 from library.formats.tensor_file import open_tensors  # noqa: E402
 from library.formats.tensor_output import rows_in, write_weights  # noqa: E402
-from networks.model_keys import lora_places  # noqa: E402
 
 GOALS = {  # times faster, seconds, times less memory, GB
     "svd_merge_lora 16 + 32 to 16": "200 x, 5 s",
@@ -69,9 +69,9 @@ def model_shapes() -> dict[str, tuple[int, ...]]:
 
 def make_files(folder: Path) -> None:
     shapes = model_shapes()
-    places = lora_places(shapes)
-    layers = {name: shapes[place.key] for name, place in places.items()}
-    keys = {place.key for place in places.values()}
+    targets = lora_targets(shapes)
+    layers = {name: shapes[target.key] for name, target in targets.items()}
+    keys = {target.key for target in targets.values()}
     plan = {name: (shape, torch.float16) for name, shape in shapes.items()}
 
     @lru_cache(4)
@@ -157,8 +157,8 @@ def cost(shape: tuple[int, int]) -> int:
 def matrix_shapes(folder: Path, with_3x3: bool) -> Counter:
     with open_tensors(folder / "model.safetensors") as file:
         found = Counter()
-        for name, place in lora_places(file.shapes).items():
-            shape = file.shapes[place.key]
+        for name, target in lora_targets(file.shapes).items():
+            shape = file.shapes[target.key]
             if with_3x3 or "_attentions_" in name or name.startswith("lora_te_"):
                 found[(shape[0], torch.Size(shape[1:]).numel())] += 1
         return found

@@ -16,10 +16,10 @@ if not __package__:  # run as a script: the repository, not this folder, is wher
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.formats.blocks import BASE, SD_BLOCKS, block_of
+from library.formats.lora_file import LoraFile, read_lora
 from library.formats.low_rank import LowRank, norm
 from library.formats.tensor_file import open_tensors
-from networks.command_line import Parser, run
-from networks.lora_file import LoraFile, read_lora
+from library.tools.command import Parser, run
 
 LONGEST = 200  # characters of a metadata value
 

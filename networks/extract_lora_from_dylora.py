@@ -16,11 +16,11 @@ if not __package__:  # run as a script: the repository, not this folder, is wher
 from tqdm import tqdm
 
 from library.errors import UserError
+from library.formats.lora_file import LoraFile, read_loras, write_lora
 from library.formats.low_rank import LowRank, split
-from library.formats.tensor_output import output_path
-from networks.command_line import Parser, run
-from networks.lora_file import LoraFile, read_loras, write_lora
-from networks.lora_metadata import changed
+from library.tools import lora_options
+from library.tools.command import Parser, run
+from library.tools.lora_metadata import changed
 
 
 def ranks_of(lora: LoraFile, unit: int) -> list[int]:
@@ -64,7 +64,7 @@ def main(words: Sequence[str] | None = None) -> None:
     (lora,) = read_loras([args.model])
     ranks = ranks_of(lora, unit_of(lora, args.unit))
     base = Path(args.save_to)
-    targets = [output_path(base.with_name(f"{base.stem}-{rank:04}{base.suffix}"), [source]) for rank in ranks]
+    targets = [lora_options.output_path(base.with_name(f"{base.stem}-{rank:04}{base.suffix}"), [source]) for rank in ranks]
     for rank, target in zip(tqdm(ranks, unit="file", desc="splitting"), targets, strict=True):
         modules = split_lora(lora, rank)
         metadata = changed(lora, modules, f"split from DyLoRA, rank {ranks[-1]} to {rank}")

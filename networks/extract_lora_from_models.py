@@ -20,16 +20,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from library.errors import UserError
+from library.formats.lora_file import write_lora
+from library.formats.lora_targets import Target, lora_targets
 from library.formats.low_rank import LowRank, best_low_rank, clamp, rank_for_share
+from library.formats.modelspec import base_model_version
 from library.formats.tensor_file import PRECISIONS, TensorFile, open_tensors
-from library.formats.tensor_output import output_path
 from library.parallel import on_matrices
-from networks.command_line import Parser, run
-from networks.lora_file import precision, write_lora
-from networks.lora_metadata import modelspec, network, without_modelspec
-from networks.merge_lora import check_model
-from networks.model_keys import Place, lora_places
-from networks.svd_merge_lora import Kept, check_at_least_one, check_device, check_quantile, named, print_kept
+from library.tools import lora_options
+from library.tools.checkpoint import check_model
+from library.tools.command import Parser, run
+from library.tools.kept import Kept, named, print_kept
+from library.tools.lora_metadata import modelspec_of, network, without_modelspec
 
 DIM = 4
 MOST = 128  # largest rank that --explained takes if --dim does not say otherwise
@@ -58,14 +59,14 @@ def extract(original: TensorFile, tuned: TensorFile, how: Extraction) -> tuple[d
     """The modules, the squared norms of difference and LoRA, and the names of the modules left out as not changed."""
     modules, kept, unchanged = {}, {}, []
     pairs = _pairs(original, tuned, how)
-    layers = (layer for key, places in pairs.items() for layer in _layers(original, tuned, key, places, how))
+    layers = (layer for key, targets in pairs.items() for layer in _layers(original, tuned, key, targets, how))
 
     def work(layer: tuple[str, Tensor, Tensor]) -> tuple[str, tuple[LowRank, tuple[float, float]] | None]:
         name, before, after = layer
         difference = _difference(before, after, how.min_diff)
         return name, None if difference is None else named(name, _module, difference, how)
 
-    count = sum(len(places) for places in pairs.values())
+    count = sum(len(targets) for targets in pairs.values())
     for name, result in tqdm(on_matrices(layers, work, how.device), total=count, unit="module", desc="extracting"):
         if result is None:
             unchanged.append(name)
@@ -74,32 +75,32 @@ def extract(original: TensorFile, tuned: TensorFile, how: Extraction) -> tuple[d
     return modules, kept, unchanged
 
 
-def _pairs(original: TensorFile, tuned: TensorFile, how: Extraction) -> dict[str, list[tuple[str, Place, Place]]]:
-    """The modules to extract with their places in both files, by the key of the tensor in the first. Sizes are checked."""
-    first, second = lora_places(original.shapes), lora_places(tuned.shapes)
+def _pairs(original: TensorFile, tuned: TensorFile, how: Extraction) -> dict[str, list[tuple[str, Target, Target]]]:
+    """The modules to extract with their targets in both files, by the key of the tensor in the first. Sizes are checked."""
+    first, second = lora_targets(original.shapes), lora_targets(tuned.shapes)
     if odd := next(iter(first.keys() ^ second.keys()), None):
         lacks = tuned if odd in first else original
         raise UserError(f"{lacks.path} has no layer {odd}, the other model has; they are not of one kind")
-    pairs: dict[str, list[tuple[str, Place, Place]]] = {}
-    for name, place in first.items():
-        shapes = original.shapes[place.key], tuned.shapes[second[name].key]
+    pairs: dict[str, list[tuple[str, Target, Target]]] = {}
+    for name, target in first.items():
+        shapes = original.shapes[target.key], tuned.shapes[second[name].key]
         if torch.Size(shapes[0]).numel() != torch.Size(shapes[1]).numel():
             raise UserError(f"{name} is {shapes[0]} in {original.path} and {shapes[1]} in {tuned.path}; they are not of one kind")
         if how.conv_dim is not None or "_attentions_" in name or name.startswith("lora_te_"):
-            pairs.setdefault(place.key, []).append((name, place, second[name]))
+            pairs.setdefault(target.key, []).append((name, target, second[name]))
     return pairs
 
 
 def _layers(
-    original: TensorFile, tuned: TensorFile, key: str, places: Sequence[tuple[str, Place, Place]], how: Extraction
+    original: TensorFile, tuned: TensorFile, key: str, targets: Sequence[tuple[str, Target, Target]], how: Extraction
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(name, weight before, weight after) of the layers in one tensor."""
-    before, after = original.view(key), tuned.view(places[0][2].key)
+    before, after = original.view(key), tuned.view(targets[0][2].key)
     if how.load is not None:
         before, after = before.to(how.load), after.to(how.load)
     after = after.view(before.shape)  # SD 2 has projections as Linear or as 1x1 convolution
-    for name, place, _ in places:
-        rows = place.rows(len(before))
+    for name, target, _ in targets:
+        rows = target.rows(len(before))
         yield name, before[rows], after[rows]
 
 
@@ -129,16 +130,15 @@ def metadata_of(
 ) -> dict[str, str]:
     """What the file says of itself."""
     facts = network(modules) | {"ss_v2": str(v2)}
-    facts["ss_base_model_version"] = ("sd_v2" if v2 else "sd_v1") + ("_v" if v_parameterization else "")
+    facts["ss_base_model_version"] = base_model_version(v2, v_parameterization)
     facts["ss_sd_model_name"] = original.name
     facts["ss_output_name"] = save_to.stem
     facts["ss_training_comment"] = f"extracted: {tuned.name} - {original.name}"
-    return facts | modelspec(save_to, facts, [tuned.stem, original.stem])
+    return facts | modelspec_of(save_to, facts, [tuned.stem, original.stem])
 
 
 def options() -> Parser:
     parser = Parser(__doc__.splitlines()[0])
-    words = list(PRECISIONS)
     parser.add_argument("--model_org", required=True, help="base model, .safetensors or .ckpt")
     parser.add_argument("--model_tuned", required=True, help="tuned model")
     parser.add_argument("--save_to", required=True, help="LoRA file to write: .safetensors, .ckpt or .pt")
@@ -151,30 +151,28 @@ def options() -> Parser:
     )
     parser.add_argument("--v2", action="store_true", help="the models are Stable Diffusion 2.x")
     parser.add_argument("--v_parameterization", action="store_true", help="metadata: the models predict v")
-    parser.add_argument("--device", default="cpu", help="where to calculate, such as cuda")
-    parser.add_argument("--load_precision", choices=words, help="cast both models to this first")
-    parser.add_argument("--save_precision", choices=words, default="float", help="dtype in the file")
-    parser.add_argument(
-        "--clamp_quantile", type=float, help="cut numbers above this quantile of sizes, such as 0.99; costs accuracy"
-    )
+    lora_options.add_device(parser)
+    lora_options.add_precision(parser, "--load_precision", text="cast both models to this first")
+    lora_options.add_precision(parser, "--save_precision", "float")
+    lora_options.add_clamp_quantile(parser)
     parser.add_argument(
         "--min_diff", type=float, default=1e-5, help="leave out modules whose norm changed by less than this part"
     )
-    parser.add_argument("--no_metadata", action="store_true", help="write only the metadata that loaders need")
+    lora_options.add_no_metadata(parser)
     return parser
 
 
 def _settings(args: argparse.Namespace) -> Extraction:
-    check_at_least_one("--dim", args.dim)
-    check_at_least_one("--conv_dim", args.conv_dim)
-    check_quantile(args.clamp_quantile)
-    check_device(args.device)
+    lora_options.check_at_least_one("--dim", args.dim)
+    lora_options.check_at_least_one("--conv_dim", args.conv_dim)
+    lora_options.check_quantile(args.clamp_quantile)
+    lora_options.check_device(args.device)
     if args.explained is not None and not 0 < args.explained <= 1:
         raise UserError(f"--explained {args.explained:g}: must be above 0 and at most 1")
     if not args.min_diff >= 0:
         raise UserError(f"--min_diff {args.min_diff:g}: must not be negative")
     dim = args.dim or (DIM if args.explained is None else MOST)
-    load = precision(args.load_precision)
+    load = lora_options.dtype_of(args.load_precision)
     return Extraction(dim, args.conv_dim, args.explained, args.min_diff, args.clamp_quantile, load, args.device)
 
 
@@ -182,7 +180,7 @@ def main(words: Sequence[str] | None = None) -> None:
     args = options().parse_args(words)
     how = _settings(args)
     paths = [Path(args.model_org), Path(args.model_tuned)]
-    save_to = output_path(args.save_to, paths)
+    save_to = lora_options.output_path(args.save_to, paths)
     for option, path in zip(("--model_org", "--model_tuned"), paths, strict=True):
         if path.is_dir():
             raise UserError(f"{option} {path} is a folder; make one file of it with tools/convert_diffusers20_original_sd.py")

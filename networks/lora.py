@@ -603,6 +603,8 @@ def save_tensors(tensors: Mapping[str, Tensor], file: str | os.PathLike, metadat
             hashes = suite("library.formats.lora_hashes")
             metadata = hashes.with_hashes(tensors, metadata) if hashes and metadata is not None else metadata
             safetensors.torch.save_file(dict(tensors), temporary, metadata)
+        elif writer := suite("library.formats.tensor_output"):
+            writer.save_pickled(tensors, temporary)  # as the A1111 web UI takes it, whose loader refuses what torch.save adds
         else:
             torch.save(dict(tensors), temporary)
         with open(temporary, "rb+") as stream:

@@ -21,13 +21,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from library.errors import UserError
+from library.formats.lora_file import LoraFile, all_names, read_loras, write_lora
+from library.formats.lora_targets import Target, is_v2, lora_targets
 from library.formats.low_rank import LowRank, shuffle, stack
 from library.formats.tensor_file import PRECISIONS, TensorFile, open_tensors
-from library.formats.tensor_output import output_path, rows_in, write_weights
-from networks.command_line import Parser, run
-from networks.lora_file import LoraFile, all_names, check_ratios, precision, read_loras, write_lora
-from networks.lora_metadata import base_model_version, merged, merged_from, modelspec, without_modelspec
-from networks.model_keys import UNET, Place, is_v2, lora_places
+from library.formats.tensor_output import rows_in, write_weights
+from library.tools import lora_options
+from library.tools.checkpoint import check_model
+from library.tools.command import Parser, run
+from library.tools.lora_metadata import base_model_of, merged, merged_from, modelspec_of, without_modelspec
 
 
 def merge_into_model(
@@ -45,16 +47,16 @@ def merge_into_model(
 
     save None: every tensor keeps its dtype. Tensors that are no part of the network (the noise schedule's) keep it always.
     """
-    places = lora_places(model.shapes)
-    if not places:
+    targets = lora_targets(model.shapes)
+    if not targets:
         raise UserError(f"{model.path} is no Stable Diffusion 1.x or 2.x checkpoint: its layers have other names")
-    changes: dict[str, list[tuple[Place, LowRank, float]]] = {}
+    changes: dict[str, list[tuple[Target, LowRank, float]]] = {}
     for lora, ratio in zip(loras, ratios, strict=True):
         for name, module in lora.modules.items():
-            if name in places:
-                _check_size(model, lora, name, places[name])
-                changes.setdefault(places[name].key, []).append((places[name], module, ratio))
-    unused = [name for name in all_names(loras) if name not in places]
+            if name in targets:
+                _check_size(model, lora, name, targets[name])
+                changes.setdefault(targets[name].key, []).append((targets[name], module, ratio))
+    unused = [name for name in all_names(loras) if name not in targets]
     if not changes:
         raise UserError(
             f"{model.path} has no layer for any module of the LoRAs, such as {unused[0]}; they are for another kind of model"
@@ -73,18 +75,18 @@ def merge_into_model(
     metadata = dict(model.metadata)
     if with_modelspec:
         v2 = is_v2(model.shapes)
-        facts = base_model_version(loras, v_parameterization) | ({"ss_v2": str(v2)} if v2 is not None else {})
+        facts = base_model_of(loras, v_parameterization) | ({"ss_v2": str(v2)} if v2 is not None else {})
         titles = [metadata.get("modelspec.title") or model.path.stem, *(lora.title for lora in loras)]
-        spec = modelspec(save_to, facts, titles, metadata.get("modelspec.resolution"), lora=False)
+        spec = modelspec_of(save_to, facts, titles, metadata.get("modelspec.resolution"), lora=False)
         metadata |= spec | {"ss_merged_from": merged_from(loras, ratios)}
     with progress:
         write_weights(save_to, plan, rows_of, metadata, model.numbers)
     return unused
 
 
-def _check_size(model: TensorFile, lora: LoraFile, name: str, place: Place) -> None:
-    out_size, *inside = model.shapes[place.key]
-    rows = place.rows(out_size)
+def _check_size(model: TensorFile, lora: LoraFile, name: str, target: Target) -> None:
+    out_size, *inside = model.shapes[target.key]
+    rows = target.rows(out_size)
     size = (rows.stop - rows.start, torch.Size(inside).numel())
     if lora.modules[name].matrix_shape != size:
         found = lora.modules[name].matrix_shape
@@ -99,19 +101,19 @@ def _saved_dtype(name: str, dtype: torch.dtype, save: torch.dtype | None) -> tor
     return save if save and dtype.is_floating_point and "." in name else dtype
 
 
-def _summed(changes: Sequence[tuple[Place, LowRank, float]]) -> dict[Place, tuple[Tensor, Tensor]]:
+def _summed(changes: Sequence[tuple[Target, LowRank, float]]) -> dict[Target, tuple[Tensor, Tensor]]:
     """The factors of the sum of ratio * scale * up @ down for each layer in a tensor: side by side, so it is one product."""
     result = {}
-    for place in {place for place, _, _ in changes}:
-        parts = [(module.scale * ratio, *module.matrices()) for where, module, ratio in changes if where == place]
-        result[place] = torch.cat([strength * up for strength, up, _ in parts], 1), torch.cat([down for _, _, down in parts])
+    for target in {target for target, _, _ in changes}:
+        parts = [(module.scale * ratio, *module.matrices()) for where, module, ratio in changes if where == target]
+        result[target] = torch.cat([strength * up for strength, up, _ in parts], 1), torch.cat([down for _, _, down in parts])
     return result
 
 
-def _merged(weight: Tensor, rows: slice, count: int, changes: Mapping[Place, tuple[Tensor, Tensor]]) -> Tensor:
+def _merged(weight: Tensor, rows: slice, count: int, changes: Mapping[Target, tuple[Tensor, Tensor]]) -> Tensor:
     """These float32 rows, of `count` in all, with the products of the factors added in place."""
-    for place, (up, down) in changes.items():
-        own = place.rows(count)
+    for target, (up, down) in changes.items():
+        own = target.rows(count)
         first, last = max(rows.start, own.start), min(rows.stop, own.stop)
         if first < last:
             part = weight[first - rows.start : last - rows.start]
@@ -129,33 +131,11 @@ def merge_loras(loras: Sequence[LoraFile], ratios: Sequence[float], shuffled: bo
     return result
 
 
-def check_model(model: TensorFile, v2: bool, loras: Sequence[LoraFile]) -> None:
-    """UserError if the checkpoint is of another generation than said, or than the LoRAs are for."""
-    found = is_v2(model.shapes)
-    if any(name.startswith("conditioner.") for name in model.shapes):
-        raise UserError(f"{model.path} is an SDXL checkpoint; only Stable Diffusion 1.x and 2.x can be used")
-    if found is None or not any(name.startswith(UNET) for name in model.shapes):
-        raise UserError(f"{model.path} is no Stable Diffusion checkpoint: it lacks the U-Net or the text encoder")
-    if found != v2:
-        raise UserError(
-            f"{model.path} is a Stable Diffusion {'2.x' if found else '1.x'} model; {'add' if found else 'leave out'} --v2"
-        )
-    for lora in loras:
-        if lora.v2 not in (None, found):
-            raise UserError(
-                f"{lora.path} is for SD {'2.x' if lora.v2 else '1.x'}, {model.path} is SD {'2.x' if found else '1.x'}"
-            )
-
-
 def options() -> Parser:
     parser = Parser(__doc__.splitlines()[0])
-    words = list(PRECISIONS)
     parser.add_argument("--sd_model", help="checkpoint to merge into; without it the LoRAs are merged into one LoRA")
     parser.add_argument("--save_to", required=True, help="file to write: .safetensors, .ckpt or .pt")
-    parser.add_argument("--models", nargs="*", default=[], help="LoRA files")
-    parser.add_argument(
-        "--ratios", nargs="*", type=float, default=[], help="strength of each LoRA, in the same order; may be negative"
-    )
+    lora_options.add_models(parser, "LoRA files")
     parser.add_argument("--v2", action="store_true", help="the model is Stable Diffusion 2.x")
     parser.add_argument(
         "--v_parameterization",
@@ -163,26 +143,22 @@ def options() -> Parser:
         default=None,
         help="metadata: the model predicts v (default: as the LoRAs say)",
     )
-    parser.add_argument(
-        "--precision",
-        choices=words,
-        default="float",
-        help="dtype to round sums to before --save_precision; products are always float",
-    )
-    parser.add_argument(
-        "--save_precision", choices=words, help="dtype in the file (default: a model's own; --precision for a LoRA)"
+    rounding = "dtype to round sums to before --save_precision; products are always float"
+    lora_options.add_precision(parser, "--precision", "float", rounding)
+    lora_options.add_precision(
+        parser, "--save_precision", text="dtype in the file (default: a model's own; --precision for a LoRA)"
     )
     parser.add_argument("--concat", action="store_true", help="LoRA with LoRA: put the factors side by side; that is always done")
     parser.add_argument("--shuffle", action="store_true", help="LoRA with LoRA: ranks in a random order, the result is the same")
-    parser.add_argument("--no_metadata", action="store_true", help="leave out modelspec keys; a LoRA keeps what loaders need")
+    lora_options.add_no_metadata(parser, "leave out modelspec keys; a LoRA keeps what loaders need")
     return parser
 
 
 def main(words: Sequence[str] | None = None) -> None:
     args = options().parse_args(words)
-    check_ratios(args.models, args.ratios)
+    lora_options.check_ratios(args.models, args.ratios)
     inputs = [Path(name) for name in (*args.models, *([args.sd_model] if args.sd_model else []))]
-    save_to = output_path(args.save_to, inputs)
+    save_to = lora_options.output_path(args.save_to, inputs)
     if args.sd_model:
         _into_model(args, save_to)
     else:
@@ -206,7 +182,7 @@ def _into_model(args: argparse.Namespace, save_to: Path) -> None:
             args.ratios,
             save_to,
             compute=PRECISIONS[args.precision],
-            save=precision(args.save_precision),
+            save=lora_options.dtype_of(args.save_precision),
             v_parameterization=args.v_parameterization,
             with_modelspec=not args.no_metadata,
         )

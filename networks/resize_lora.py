@@ -17,14 +17,14 @@ if not __package__:  # run as a script: the repository, not this folder, is wher
 from tqdm import tqdm
 
 from library.errors import UserError
+from library.formats.lora_file import LoraFile, read_loras, write_lora
 from library.formats.low_rank import Decomposition, LowRank, decompose, smallest_rank
 from library.formats.tensor_file import PRECISIONS
-from library.formats.tensor_output import output_path
 from library.parallel import on_matrices
-from networks.command_line import Parser, run
-from networks.lora_file import LoraFile, read_loras, write_lora
-from networks.lora_metadata import changed
-from networks.svd_merge_lora import Kept, check_at_least_one, check_device, named, print_kept, split_results
+from library.tools import lora_options
+from library.tools.command import Parser, run
+from library.tools.kept import Kept, named, print_kept, split_results
+from library.tools.lora_metadata import changed
 
 METHODS = ("sv_ratio", "sv_fro", "sv_cumulative")
 
@@ -74,16 +74,16 @@ def options() -> Parser:
     parser.add_argument("--dynamic_method", choices=METHODS, help="choose each module's rank by its singular values")
     target = "sv_ratio: keep those above the largest / this; sv_fro: keep this part of the norm; sv_cumulative: of their sum"
     parser.add_argument("--dynamic_param", type=float, help=target)
-    parser.add_argument("--device", default="cpu", help="where to calculate, such as cuda")
-    parser.add_argument("--save_precision", choices=list(PRECISIONS), default="float", help="dtype in the file")
+    lora_options.add_device(parser)
+    lora_options.add_precision(parser, "--save_precision", "float")
     parser.add_argument("--verbose", action="store_true", help="print a line about every module")
     return parser
 
 
 def _check(args: argparse.Namespace) -> None:
-    check_at_least_one("--new_rank", args.new_rank)
-    check_at_least_one("--new_conv_rank", args.new_conv_rank)
-    check_device(args.device)
+    lora_options.check_at_least_one("--new_rank", args.new_rank)
+    lora_options.check_at_least_one("--new_conv_rank", args.new_conv_rank)
+    lora_options.check_device(args.device)
     if (args.dynamic_method is None) != (args.dynamic_param is None):
         missing = "--dynamic_param" if args.dynamic_param is None else "--dynamic_method"
         raise UserError(f"{missing} is missing; --dynamic_method and --dynamic_param go together")
@@ -96,7 +96,7 @@ def _check(args: argparse.Namespace) -> None:
 def main(words: Sequence[str] | None = None) -> None:
     args = options().parse_args(words)
     _check(args)
-    save_to = output_path(args.save_to, [Path(args.model)])
+    save_to = lora_options.output_path(args.save_to, [Path(args.model)])
     (lora,) = read_loras([args.model])
     modules, kept = resize(
         lora,

@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.errors import UserError, run_entry
-from networks.command_line import Parser
+from library.tools.command import Parser
 
 FILE_SUFFIXES = (".safetensors", ".ckpt", ".pt")
 WORDS = ("fp16", "bf16", "float")

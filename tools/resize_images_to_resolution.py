@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from library.data.images import BadPicture, open_picture, to_rgb, turn_of
 from library.errors import RunFailed, UserError, run_entry
-from networks.command_line import Parser
+from library.tools.command import Parser
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 # Pillow's filters widen as a picture shrinks, so that fine patterns do not turn into false ones.

@@ -42,22 +42,6 @@ Plan = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype by n
 Contents = Iterator[tuple[str, memoryview]]  # tensors part by part, in order
 
 
-def output_path(
-    name: str | os.PathLike, inputs: Sequence[Path], suffixes: Sequence[str] = (".safetensors", ".ckpt", ".pt", ".pth")
-) -> Path:
-    """The path to write, checked: a known suffix, no folder, and none of the inputs."""
-    path = Path(name)
-    if path.suffix.lower() not in suffixes:
-        raise UserError(f"--save_to {name}: the suffix decides the format; use one of {', '.join(suffixes)}")
-    if path.is_dir():
-        raise UserError(f"--save_to {name} is a folder; give a file name")
-    found = path if path.exists() else Path(os.path.abspath(path))  # `new/../a`, where `new` is yet to be made
-    for other in inputs:
-        if found.exists() and other.exists() and os.path.samefile(found, other):
-            raise UserError(f"--save_to {name} would overwrite an input; give another name")
-    return path
-
-
 def write_weights(
     path: Path,
     plan: Plan,

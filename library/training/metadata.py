@@ -13,7 +13,6 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from library.data.config_keys import DatasetConfig, SubsetConfig
 from library.data.facts import DatasetFacts, SubsetFacts
 from library.errors import UserError
 from library.files import legacy_hash_of_file, sha256_of_file
+from library.formats.modelspec import MINIMUM, architecture, base_model_version, modelspec, prediction_type
 from library.key_values import read_pairs
 from library.option_traits import fields_with, traits_of
 from library.training.compatible import decisive_values
@@ -33,9 +33,6 @@ from library.training.from_metadata import recorded_dataset_keys
 from library.training.network import TrainedNetwork
 from library.training.options import ModelOptions, NetworkOptions, TrainNetworkOptions
 from library.training.trackers import is_private
-
-# What loaders need to use a file; all that --no_metadata leaves.
-MINIMUM = ("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args", "ss_v2", "ss_base_model_version")
 
 IDENTITY = ("ss_session_id", "ss_training_started_at", "modelspec.date")
 
@@ -145,25 +142,21 @@ def network_facts(options: NetworkOptions, trained: TrainedNetwork) -> dict[str,
 def model_spec(options: TrainNetworkOptions, datasets: Sequence[DatasetFacts]) -> dict[str, str]:
     """The modelspec.* keys (Stability AI's model metadata standard 1.0.1), which web interfaces show."""
     model = options.model
-    v2_size = "768-v" if model.v_parameterization else "512"
     sizes = [dataset.config.resolution for dataset in datasets]
     width, height = max(sizes, key=lambda size: size[0] * size[1])
     keys = {
-        "sai_model_spec": "1.0.1",
-        "architecture": (f"stable-diffusion-v2-{v2_size}" if model.v2 else "stable-diffusion-v1") + "/lora",
+        "architecture": architecture(model.v2, model.v_parameterization),
         "implementation": "diffusers",
         "implementation_version": f"sd-lora-suite/{__version__}",
         "title": options.metadata.metadata_title or options.output.output_name or f"LoRA@{time.time():.0f}",
         "resolution": f"{width}x{height}",
-        "date": datetime.now().isoformat(timespec="seconds"),
-        "prediction_type": "v" if model.v_parameterization else "epsilon",
+        "prediction_type": prediction_type(model.v_parameterization),
     }
     if model.clip_skip:
         keys["encoder_layer"] = str(model.clip_skip)
     if options.metadata.metadata_thumbnail:
         keys["thumbnail"] = as_data_url(options.metadata.metadata_thumbnail)
-    facts = {f"modelspec.{key}": value for key, value in keys.items()}
-    return facts | {key: value for key, value in recorded(options, "modelspec.").items() if value}
+    return modelspec(keys) | {key: value for key, value in recorded(options, "modelspec.").items() if value}
 
 
 def as_data_url(picture: str) -> str:
@@ -174,11 +167,6 @@ def as_data_url(picture: str) -> str:
     if not Path(picture).is_file() or not kind.startswith("image/"):
         raise UserError(f"--metadata_thumbnail {picture}: there is no such picture file; give a .png, .jpg or .webp file")
     return f"data:{kind};base64,{base64.b64encode(Path(picture).read_bytes()).decode('ascii')}"
-
-
-def base_model_version(v2: bool, v_parameterization: bool) -> str:
-    """`sd_v1`, `sd_v1_v`, `sd_v2` or `sd_v2_v`."""
-    return ("sd_v2" if v2 else "sd_v1") + ("_v" if v_parameterization else "")
 
 
 def all_model_facts(options: ModelOptions) -> dict[str, str]:

@@ -8,17 +8,17 @@ import torch
 from tool_files import checkpoint_tensors, load, lora_tensors, metadata_of, products, save_lora, small_model
 
 from library.errors import UserError
+from library.formats.lora_targets import lora_targets
 from library.formats.low_rank import delta
 from library.formats.tensor_file import open_tensors
 from networks.extract_lora_from_models import Extraction, extract, main
-from networks.model_keys import lora_places
 
 CONV_KINDS = ("conv1", "conv2", "_conv")
 
 
 def added(tensors, weights):
     """The checkpoint with a LoRA's products added in float64."""
-    places = lora_places({name: tuple(value.shape) for name, value in tensors.items()})
+    places = lora_targets({name: tuple(value.shape) for name, value in tensors.items()})
     result = {name: value.clone() for name, value in tensors.items()}
     for name, product in products(weights).items():
         rows = places[name].rows(len(result[places[name].key]))

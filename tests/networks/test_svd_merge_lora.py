@@ -11,7 +11,7 @@ from tool_files import assert_close, load, lora_tensors, metadata_of, products, 
 
 from library.errors import UserError
 from library.formats.blocks import block_of
-from networks.block_weights import LISTS, PRESETS, read_block_weights
+from library.tools.block_weights import LISTS, PRESETS, read_block_weights
 from networks.svd_merge_lora import main
 
 

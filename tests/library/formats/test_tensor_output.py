@@ -8,13 +8,13 @@ import zipfile
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from library.errors import UserError
 from library.formats import tensor_file, tensor_output
 from library.formats.low_rank import is_finite
 from library.formats.tensor_file import open_tensors
-from library.formats.tensor_output import output_path, rows_in, save_pickled, write_weights
+from library.formats.tensor_output import rows_in, save_pickled, write_weights
 
 TENSORS = {
     "b.weight": torch.randn(3, 5),
@@ -118,21 +118,6 @@ def test_a_flush_that_failed_is_not_forgotten(tmp_path, monkeypatch):
 def test_finite():
     assert is_finite(torch.full((4,), 3e38)) and is_finite(torch.full((100,), 60000.0).half()) and is_finite(torch.arange(3))
     assert not is_finite(torch.tensor([1.0, float("nan")])) and not is_finite(torch.tensor([float("-inf")]).bfloat16())
-
-
-def test_output_names(tmp_path):
-    source = tmp_path / "a.safetensors"
-    save_file({"x": torch.ones(1)}, source)
-    with pytest.raises(UserError, match="overwrite an input"):
-        output_path(tmp_path / "." / "a.safetensors", [source])
-    with pytest.raises(UserError, match="overwrite an input"):
-        output_path(tmp_path / "to be made" / ".." / "a.safetensors", [source])
-    with pytest.raises(UserError, match="suffix decides"):
-        output_path(tmp_path / "a.zip", [])
-    (tmp_path / "d.safetensors").mkdir()
-    with pytest.raises(UserError, match="is a folder"):
-        output_path(tmp_path / "d.safetensors", [])
-    assert output_path(str(tmp_path / "b.pt"), [source]) == tmp_path / "b.pt"
 
 
 def test_a_file_in_the_way_is_an_error_not_a_traceback(tmp_path):

@@ -9,7 +9,7 @@ from io import StringIO
 import pytest
 
 from library.errors import UserError
-from networks.command_line import run
+from library.tools.command import run
 
 
 class Left(BaseException):

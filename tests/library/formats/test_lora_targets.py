@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from library.formats.compvis import join_compvis
+from library.formats.lora_targets import Target, is_v2, lora_targets
 from library.models.architecture import sd2_configs, sd15_configs
 from library.models.clip import inner_text_model
 from library.models.parts import empty_text_encoder, empty_unet, empty_vae
 from networks.lora import find_layers
-from networks.model_keys import Place, is_v2, lora_places
 
-DATA = Path(__file__).parents[1] / "data"
+DATA = Path(__file__).parents[2] / "data"
 
 
 def compvis_shapes(configs: dict, v2: bool, old_clip_names: bool = False) -> tuple[dict[str, tuple[int, ...]], dict]:
@@ -34,11 +34,11 @@ def checkpoint(request):
 
 def test_every_layer_is_found_once_and_has_its_size(checkpoint):
     shapes, layers, v2 = checkpoint
-    places = lora_places(shapes)
-    assert set(places) == set(layers)
-    for name, place in places.items():
-        rows = place.rows(shapes[place.key][0])
-        assert (rows.stop - rows.start, *shapes[place.key][1:]) == tuple(layers[name].weight.shape), name
+    targets = lora_targets(shapes)
+    assert set(targets) == set(layers)
+    for name, target in targets.items():
+        rows = target.rows(shapes[target.key][0])
+        assert (rows.stop - rows.start, *shapes[target.key][1:]) == tuple(layers[name].weight.shape), name
     assert is_v2(shapes) is v2
 
 
@@ -46,11 +46,11 @@ def test_the_names_are_those_of_the_key_list(checkpoint):
     shapes, _, v2 = checkpoint
     with open(DATA / f"lora-keys-sd{2 if v2 else 15}.csv", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["key"].endswith(".alpha")]
-    assert {row["key"].removesuffix(".alpha") for row in rows} == set(lora_places(shapes))
+    assert {row["key"].removesuffix(".alpha") for row in rows} == set(lora_targets(shapes))
 
 
 def test_the_names_lead_to_the_same_weights_as_the_suite_loads():
-    """Every tensor is filled with its place in the file; then the loaded model's layers must hold the same numbers."""
+    """Every tensor is filled with its target in the file; then the loaded model's layers must hold the same numbers."""
     import torch
 
     from library.formats.compvis import split_compvis
@@ -67,17 +67,17 @@ def test_the_names_lead_to_the_same_weights_as_the_suite_loads():
         tensors = join_compvis(parts, v2=v2)
         assert split_compvis(tensors)[0]["unet"].keys() == parts["unet"].keys()
         layers = find_layers(model.text_encoder, model.unet, conv3x3=True)
-        places = lora_places({name: tuple(value.shape) for name, value in tensors.items()})
-        assert set(places) == set(layers)
-        for name, place in places.items():
-            tensor = tensors[place.key]
-            assert torch.equal(tensor[place.rows(len(tensor))], layers[name].weight), name
+        targets = lora_targets({name: tuple(value.shape) for name, value in tensors.items()})
+        assert set(targets) == set(layers)
+        for name, target in targets.items():
+            tensor = tensors[target.key]
+            assert torch.equal(tensor[target.rows(len(tensor))], layers[name].weight), name
 
 
 def test_rows_of_joined_query_key_value():
-    assert Place("k", 2).rows(12) == slice(8, 12) and Place("k").rows(12) == slice(0, 12)
+    assert Target("k", 2).rows(12) == slice(8, 12) and Target("k").rows(12) == slice(0, 12)
 
 
 def test_a_file_of_something_else_has_no_places():
-    assert lora_places({"first_stage_model.encoder.conv_in.weight": (4, 3, 3, 3)}) == {}
+    assert lora_targets({"first_stage_model.encoder.conv_in.weight": (4, 3, 3, 3)}) == {}
     assert is_v2({"a.weight": (1,)}) is None

@@ -1,25 +1,20 @@
-"""The metadata that the tools write into LoRA files: what was there, what changed, and what the file was made from.
-
-`ss_*` are the trainer's keys, `modelspec.*` those of the Stability AI model specification 1.0.1; all values are text.
-"""
+"""The metadata that the tools write into LoRA files: what was there, what changed, and what the file was made from."""
 
 from __future__ import annotations
 
-import datetime
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from library.formats.lora_file import LoraFile
 from library.formats.low_rank import LowRank
-from networks.lora_file import LoraFile
+from library.formats.modelspec import MINIMUM, architecture, base_model_version, modelspec, prediction_type, says_v
 
-MINIMUM = ("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args", "ss_v2", "ss_base_model_version")
 # Of one training run, so they do not hold for a mixture; all else that the sources agree on is carried over.
 _OF_ONE_RUN = ("sshs_", "ss_session_id", "ss_training_started_at", "ss_training_finished_at", "ss_output_name", "ss_network_")
-_V = "_v"
 
 
-def base_model_version(sources: Sequence[LoraFile], v_parameterization: bool | None) -> dict[str, str]:
+def base_model_of(sources: Sequence[LoraFile], v_parameterization: bool | None) -> dict[str, str]:
     """`ss_v2` and `ss_base_model_version`; v-prediction is what the option says, or else the sources.
 
     SD 2.x files that do not say what they predict are not marked as one or the other.
@@ -30,8 +25,8 @@ def base_model_version(sources: Sequence[LoraFile], v_parameterization: bool | N
         return {}
     if v_parameterization is None and said is None and v2:
         return {"ss_v2": "True"}
-    predicts_v = bool(said and said.endswith(_V)) if v_parameterization is None else v_parameterization
-    return {"ss_v2": str(v2), "ss_base_model_version": ("sd_v2" if v2 else "sd_v1") + (_V if predicts_v else "")}
+    predicts_v = says_v(said) if v_parameterization is None else v_parameterization
+    return {"ss_v2": str(v2), "ss_base_model_version": base_model_version(v2, predicts_v)}
 
 
 def network(modules: Mapping[str, LowRank]) -> dict[str, str]:
@@ -72,8 +67,8 @@ def merged(
     }
     comment = f"{how}: " + " + ".join(f"{ratio:g} x {lora.path.name}" for lora, ratio in zip(sources, ratios, strict=True))
     facts = {"ss_merged_from": merged_from(sources, ratios), "ss_training_comment": comment, "ss_output_name": save_to.stem}
-    facts |= base_model_version(sources, v_parameterization) | network(modules)
-    return carried | facts | modelspec(save_to, facts, [lora.title for lora in sources], first.get("modelspec.resolution"))
+    facts |= base_model_of(sources, v_parameterization) | network(modules)
+    return carried | facts | modelspec_of(save_to, facts, [lora.title for lora in sources], first.get("modelspec.resolution"))
 
 
 def merged_from(sources: Sequence[LoraFile], ratios: Sequence[float]) -> str:
@@ -103,25 +98,22 @@ def _merged_json(old: str, new: str) -> str:
         return new
 
 
-def modelspec(
+def modelspec_of(
     save_to: Path, facts: Mapping[str, str], titles: Sequence[str], resolution: str | None = None, lora: bool = True
 ) -> dict[str, str]:
     """The `modelspec.*` keys. Prediction type and resolution are left out where nothing says them."""
     version = facts.get("ss_base_model_version")
-    v2, predicts_v = facts.get("ss_v2") == "True", bool(version and version.endswith(_V))
-    spec = {
-        "sai_model_spec": "1.0.1",
+    v2, predicts_v = facts.get("ss_v2") == "True", says_v(version)
+    keys = {
         "implementation": "diffusers" if lora else "https://github.com/Stability-AI/generative-models",
         "title": save_to.stem,
-        "date": datetime.datetime.now().isoformat(timespec="seconds"),
         "merged_from": ", ".join(titles),
     }
     if "ss_v2" in facts and (version or not v2):
-        base = f"stable-diffusion-v2-{'768-v' if predicts_v else '512'}" if v2 else "stable-diffusion-v1"
-        spec["architecture"] = base + ("/lora" if lora else "")
-        spec["prediction_type"] = "v" if predicts_v else "epsilon"
-        spec["resolution"] = resolution or ("768x768" if v2 and predicts_v else "512x512")
-    return {f"modelspec.{key}": value for key, value in spec.items()}
+        keys["architecture"] = architecture(v2, predicts_v, lora)
+        keys["prediction_type"] = prediction_type(predicts_v)
+        keys["resolution"] = resolution or ("768x768" if v2 and predicts_v else "512x512")
+    return modelspec(keys)
 
 
 def without_modelspec(metadata: Mapping[str, str]) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from library.files import atomic_write
 from library.formats.lora_hashes import with_hashes
 from library.formats.lora_layouts import PeftConfig, find_factors
 from library.formats.low_rank import LowRank, is_finite
-from library.formats.tensor_file import PRECISIONS, open_tensors
+from library.formats.tensor_file import open_tensors
 from library.formats.tensor_output import save_pickled
 
 WIDTHS = {768: False, 1024: True}  # of the text encoder: SD 1.x, SD 2.x. Others are small models, of which they tell nothing.
@@ -114,21 +113,6 @@ def read_loras(files: Sequence[str]) -> list[LoraFile]:
 def all_names(loras: Sequence[LoraFile]) -> list[str]:
     """The modules of all files, each once, in the order of the files."""
     return list(dict.fromkeys(name for lora in loras for name in lora.modules))
-
-
-def check_ratios(models: Sequence[str], ratios: Sequence[float]) -> None:
-    """UserError unless there is one ratio a model, each a number."""
-    if not models:
-        raise UserError("--models: give at least one LoRA file")
-    if len(models) != len(ratios):
-        raise UserError(f"--ratios: {len(ratios)} given for {len(models)} models; give one for each, in the same order")
-    if wrong := [ratio for ratio in ratios if not math.isfinite(ratio)]:
-        raise UserError(f"--ratios: {wrong[0]} is no strength; give numbers such as 0.8")
-
-
-def precision(name: str | None) -> torch.dtype | None:
-    """The dtype of an option such as `fp16`; None if it is not given."""
-    return PRECISIONS[name] if name else None
 
 
 def tensors_of(modules: Mapping[str, LowRank], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

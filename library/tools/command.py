@@ -1,4 +1,4 @@
-"""What the LoRA tools' commands have in common: options without abbreviations, errors of one line, exit codes.
+"""What the commands of the tools have in common: options without abbreviations, errors of one line, exit codes.
 
 0: done; 2: the input was wrong; 130: interrupted. An error names what is wrong and what to do, and comes without a traceback.
 """
@@ -6,14 +6,13 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import NoReturn
 
-from library.errors import UserError
+from library.errors import UserError, unknown
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -36,16 +35,11 @@ class Parser(argparse.ArgumentParser):
         for word in words:
             option = word.split("=", 1)[0]
             if option.startswith("--") and option != "--" and option not in self._option_string_actions:
-                raise UserError(f"unknown option '{option}'; {self._cure(option)}")
+                raise unknown("option", option, (name for name in self._option_string_actions if name.startswith("--")))
         known, rest = self.parse_known_args(words, namespace)
         if rest:
             raise UserError(f"unexpected word '{rest[0]}' on the command line; put values that hold spaces in quotes")
         return known
-
-    def _cure(self, option: str) -> str:
-        options = [name for name in self._option_string_actions if name.startswith("--")]
-        close = difflib.get_close_matches(option, options, n=1) or difflib.get_close_matches(option.lower(), options, n=1)
-        return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(sorted(options))}"
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message.removeprefix("argument "))
@@ -55,7 +49,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     """Run a command's `main` and leave the process with its exit code."""
     import torch
 
-    # parallel.py has the threads. Torch's own would spin beside them while they wait, which on a busy machine costs most of it.
+    # library/parallel.py has the threads: torch's own would spin beside them while they wait, on a busy machine most of the time.
     torch.set_num_threads(1)
     for stream in (sys.stdout, sys.stderr):  # Windows consoles are often not UTF-8; a file name must never end a run
         if hasattr(stream, "reconfigure"):

@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from tool_files import assert_close, lora_tensors, products, save_lora, small_model
 
 from library.errors import UserError
+from library.formats.lora_file import read_lora, read_loras
 from library.formats.lora_layouts import lora_name
 from library.formats.low_rank import delta
-from networks.lora_file import read_lora, read_loras
 
 UNET = "mid_block.attentions.0.transformer_blocks.0.attn1"
 TEXT = "text_model.encoder.layers.0.self_attn.q_proj"

@@ -1,0 +1,58 @@
+"""Where the layers that LoRAs change lie in a checkpoint's file (CompVis layout), by LoRA name.
+
+`lora_unet_down_blocks_0_attentions_0_proj_in`, say, is `model.diffusion_model.input_blocks.1.1.proj_in.weight`. LoRA names are
+the layers' Diffusers names with underscores, so they follow from the one table of names in `names.py`. OpenCLIP, the text encoder
+of SD 2, holds query, key and value of a layer as one matrix, of which each LoRA module changes a third.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from library.formats.compvis import CompVisNames
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+_PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}
+# The layers outside of these blocks (conv_in, time_embedding, conv_out, ...) get no LoRA.
+_LAYERS = {
+    "unet": re.compile(r"(?:down_blocks|mid_block|up_blocks)\..+\.weight"),
+    "text_encoder": re.compile(r"encoder\.layers\.\d+\.(?:self_attn|mlp)\.\w+\.weight"),
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where the weight of one layer is: the tensor's key, or a third of the rows of the tensor (0 query, 1 key, 2 value)."""
+
+    key: str
+    third: int | None = None
+
+    def rows(self, count: int) -> slice:
+        """The rows of the tensor, which has `count` of them, that belong to the layer."""
+        if self.third is None:
+            return slice(0, count)
+        return slice(self.third * count // 3, (self.third + 1) * count // 3)
+
+
+def is_v2(names: Iterable[str]) -> bool | None:
+    """Whether a file with these tensors is SD 2.x, told by its text encoder; None if it holds none."""
+    found = CompVisNames(names)
+    return found.v2 if found.text_prefix else None
+
+
+def lora_targets(shapes: Shapes) -> dict[str, Target]:
+    """LoRA name -> target, of all layers that can have a LoRA, in the order of the file."""
+    names = CompVisNames(shapes)
+    targets: dict[str, Target] = {}
+    for key, shape in shapes.items():
+        placed = names.place(key, torch.empty(shape, device="meta"))
+        for third, (part, name, weight) in enumerate(placed):
+            if part in _LAYERS and weight.dim() > 1 and _LAYERS[part].fullmatch(name):
+                lora_name = _PREFIXES[part] + name.removesuffix(".weight").replace(".", "_")
+                targets[lora_name] = Target(key, third if len(placed) == 3 else None)
+    return targets

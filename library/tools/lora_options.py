@@ -1,0 +1,91 @@
+"""Options that several LoRA tools have: each declared once, with its check."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from library.errors import UserError
+from library.formats.tensor_file import PRECISIONS
+from library.tools.command import Parser
+
+
+def add_models(parser: Parser, text: str) -> None:
+    """--models and --ratios."""
+    parser.add_argument("--models", nargs="*", default=[], help=text)
+    ratios = "strength of each LoRA, in the same order; may be negative"
+    parser.add_argument("--ratios", nargs="*", type=float, default=[], help=ratios)
+
+
+def add_precision(parser: Parser, option: str, default: str | None = None, text: str = "dtype in the file") -> None:
+    """An option such as --save_precision; see `dtype_of`."""
+    parser.add_argument(option, choices=list(PRECISIONS), default=default, help=text)
+
+
+def add_device(parser: Parser) -> None:
+    """--device"""
+    parser.add_argument("--device", default="cpu", help="where to calculate, such as cuda")
+
+
+def add_clamp_quantile(parser: Parser) -> None:
+    """--clamp_quantile"""
+    text = "cut numbers above this quantile of sizes, such as 0.99; costs accuracy"
+    parser.add_argument("--clamp_quantile", type=float, help=text)
+
+
+def add_no_metadata(parser: Parser, text: str = "write only the metadata that loaders need") -> None:
+    """--no_metadata"""
+    parser.add_argument("--no_metadata", action="store_true", help=text)
+
+
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """The dtype of an option such as `fp16`; None if it is not given."""
+    return PRECISIONS[name] if name else None
+
+
+def output_path(
+    name: str | os.PathLike, inputs: Sequence[Path], suffixes: Sequence[str] = (".safetensors", ".ckpt", ".pt", ".pth")
+) -> Path:
+    """The path of --save_to, checked: a known suffix, no folder, and none of the inputs."""
+    path = Path(name)
+    if path.suffix.lower() not in suffixes:
+        raise UserError(f"--save_to {name}: the suffix decides the format; use one of {', '.join(suffixes)}")
+    if path.is_dir():
+        raise UserError(f"--save_to {name} is a folder; give a file name")
+    found = path if path.exists() else Path(os.path.abspath(path))  # `new/../a`, where `new` is yet to be made
+    for other in inputs:
+        if found.exists() and other.exists() and os.path.samefile(found, other):
+            raise UserError(f"--save_to {name} would overwrite an input; give another name")
+    return path
+
+
+def check_ratios(models: Sequence[str], ratios: Sequence[float]) -> None:
+    """UserError unless there is one ratio a model, each a number."""
+    if not models:
+        raise UserError("--models: give at least one LoRA file")
+    if len(models) != len(ratios):
+        raise UserError(f"--ratios: {len(ratios)} given for {len(models)} models; give one for each, in the same order")
+    if wrong := [ratio for ratio in ratios if not math.isfinite(ratio)]:
+        raise UserError(f"--ratios: {wrong[0]} is no strength; give numbers such as 0.8")
+
+
+def check_at_least_one(option: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise UserError(f"{option} {value}: must be at least 1")
+
+
+def check_quantile(value: float | None) -> None:
+    if value is not None and not 0 < value <= 1:
+        raise UserError(f"--clamp_quantile {value}: must be above 0 and at most 1")
+
+
+def check_device(name: str) -> None:
+    """UserError unless torch knows the device and has it."""
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: not to be had here ({str(error).splitlines()[0]}); use cpu") from error
