@@ -59,7 +59,7 @@ def suite(module: str, purpose: str | None = None) -> Any:
         try:
             return importlib.import_module(module)
         except ModuleNotFoundError as error:
-            if not module.startswith(error.name or "?"):
+            if (error.name or "").partition(".")[0] not in ("networks", "library"):
                 raise
     if purpose is None:
         return None
@@ -301,12 +301,12 @@ def parse_network_args(words: Mapping[str, Any], neuron_dropout: float | None = 
     """Read and check the words of `--network_args`; neuron_dropout is `--network_dropout`. ValueError names key and cure."""
     if lora_args := suite("networks.lora_args"):
         return lora_args.parse_network_args(words, neuron_dropout)
-    given = {
-        word: text for word, text in {**words, "dropout": neuron_dropout or words.get("dropout")}.items() if text is not None
-    }
+    given = {word: text for word, text in words.items() if text is not None}
+    if neuron_dropout is not None:
+        given["dropout"] = neuron_dropout
     for word in given:
         if word not in PLAIN_WORDS:
-            suite("networks.lora_args", f"the word {word}")
+            suite("networks.lora_args", f"network_args {word}")
     args = PlainArgs(**{word: PLAIN_WORDS[word](text) for word, text in given.items()})
     if wrong := next((word for word, share in args.dropouts.items() if not 0 <= share < 1), None):
         raise ValueError(f"{wrong}={given[wrong]}: must be at least 0 and below 1")
@@ -525,13 +525,10 @@ def modules_in(weights: Mapping[str, Tensor], known: Mapping[str, Any]) -> dict[
     plain = ("alpha", "lora_down.weight", "lora_up.weight")
     names = [key.removesuffix(".lora_down.weight") for key in weights if key.endswith(".lora_down.weight")]
     kinds = {name: LoRAModule for name in names if name in known and f"{name}.lora_up.weight" in weights}
-    foreign = suite("library.formats.foreign")
-    found = foreign and foreign.instead_of_a_lora(weights)
-    reason = f"they are {found[0]}" if found else ""
     if not kinds:
         raise ValueError(
             f"none of these weights ({len(names)} LoRA modules, {len(weights)} tensors) has a layer in this model; "
-            + (reason or "are they a LoRA for Stable Diffusion 1.x or 2.x?")
+            + (_instead(weights) or "are they a LoRA for this model?")
         )
     unused = []
     for key in weights:
@@ -542,11 +539,18 @@ def modules_in(weights: Mapping[str, Tensor], known: Mapping[str, Any]) -> dict[
             variants = suite("networks.variants", f"{key}, which no plain LoRA has,").VARIANTS
             kind = next((kind for kind in variants if tensor in kind.own_tensors), None)
             if kind is None:
-                raise ValueError(f"{key} is not supported; {reason or 'it is not part of a plain LoRA'}")
+                raise ValueError(f"{key} is not supported; {_instead(weights) or 'it is not part of a plain LoRA'}")
             kinds[name] = kind
     if unused:
         logger.warning("%d of %d tensors have no layer in this model, such as %s", len(unused), len(weights), unused[0])
     return kinds
+
+
+def _instead(weights: Mapping[str, Tensor]) -> str:
+    """`they are a LoHa file`, say; empty if nothing tells."""
+    foreign = suite("library.formats.foreign")
+    found = foreign.instead_of_a_lora(weights) if foreign else None
+    return f"they are {found[0]}" if found else ""
 
 
 def module_weights(weights: Mapping[str, Tensor], name: str, target: Layer | LoRAModule) -> tuple[Tensor, Tensor, float]:

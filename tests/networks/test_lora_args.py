@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import math
-from pathlib import Path
 
 import pytest
 
@@ -127,14 +125,6 @@ def test_defaults_are_rank_4_alpha_1_and_conv_alpha_1(model):
 
 
 # ---------------------------------------------------------------- blocks
-
-
-@pytest.mark.parametrize("version", ["sd15", "sd2"])
-def test_every_key_belongs_to_the_listed_block(version):
-    with open(Path(__file__).parents[1] / "data" / f"lora-keys-{version}.csv", encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            expected = None if row["block_index"] == "te" else int(row["block_index"])
-            assert SD_BLOCKS.block_index(row["key"].split(".")[0]) == expected, row["key"]
 
 
 def test_block_dims_of_the_document(model):

@@ -227,7 +227,7 @@ def test_weights_for_layers_that_a_model_lacks_are_counted(model, caplog):
         (["transformer.blocks.0.attn.to_q.lora_A.weight"], "a LoRA for another family of models"),
         (["lora_unet_mid_block_attentions_0_proj_in.lora_mid.weight"], "LoCon file with Tucker"),
         (["model.diffusion_model.out.2.bias"], "whole model"),
-        (["something.else"], "are they a LoRA for Stable Diffusion"),
+        (["something.else"], "are they a LoRA for this model"),
     ],
 )
 def test_other_files_are_named(model, keys, reason):
@@ -277,6 +277,7 @@ def test_bad_files_are_one_line_errors_and_pickled_code_never_runs(model, tmp_pa
 ALONE = """
 import sys
 sys.path.insert(0, ".")
+sys.modules["networks"] = sys.modules["library"] = None  # neither can be imported
 import torch
 from torch import nn
 import lora
@@ -291,25 +292,57 @@ class Transformer2DModel(nn.Module):
         super().__init__()
         self.proj_in = nn.Conv2d(6, 6, 1)
 
-text_encoder, unet = nn.Sequential(CLIPAttention()), nn.Sequential(Transformer2DModel())
+class ResnetBlock2D(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(6, 6, 3, padding=1)
+
+text_encoder, unet = nn.Sequential(CLIPAttention()), nn.Sequential(Transformer2DModel(), ResnetBlock2D())
 x, image = torch.ones(1, 6), torch.ones(1, 6, 2, 2)
-run = lambda: (text_encoder[0].q_proj(x).sum() + unet[0].proj_in(image).sum()).item()
+run = lambda: (text_encoder[0].q_proj(x).sum() + unet[1].conv1(unet[0].proj_in(image)).sum()).item()
 base = run()
-network = lora.create_network(1.0, 4, 1, None, text_encoder, unet)
+words = {"conv_dim": "2", "conv_alpha": "1", "dropout": "0.1", "rank_dropout": "0.1", "module_dropout": "0.1"}
+network = lora.create_network(1.0, 4, 1, None, text_encoder, unet, **words)
+assert {module.rank for module in network.loras} == {4, 2} and {module.dropout for module in network.loras} == {0.1}
 for module in network.loras:
     nn.init.ones_(module.lora_up.weight)
-network.save_weights("mine.safetensors", torch.float32, {})
+network.save_weights("mine.safetensors", torch.float32, {"ss_network_dim": "4"})
+network.save_weights("mine.pt", None, None)
 
 network, weights = lora.create_network_from_weights(0.5, "mine.safetensors", None, text_encoder, unet)
-network.apply_to(text_encoder, unet)
+network.eval().apply_to(text_encoder, unet)
 network.load_state_dict(weights)
 network.to("cpu", dtype=torch.float32)
 half = run()
-network.set_multiplier(1.0)
-assert abs((run() - base) - 2 * (half - base)) < 1e-4 and half != base
+network.set_multiplier(0.25)
+assert run() != half and half != base
+network.load_weights("mine.pt")
+network.set_multiplier(0.5)
+assert run() == half
 network.unapply()
 assert run() == base
-others = {name.split(".")[0] for name in sys.modules} & {"networks", "library", "diffusers", "transformers"}
+
+def refused(call, *parts):
+    try:
+        call()
+    except ValueError as error:
+        assert all(part in str(error) for part in parts), error
+    else:
+        raise AssertionError(f"not refused: {parts}")
+
+make = lambda **words: lora.create_network(1.0, 4, 1, None, text_encoder, unet, **words)
+load = lambda weights: lora.create_network_from_weights(1.0, None, None, text_encoder, unet, weights)
+refused(lambda: make(block_dims="4"), "block_dims", "networks/lora_args.py")
+refused(lambda: make(rank_dropout="1"), "rank_dropout", "below 1")
+refused(lambda: load({"unet.0.proj_in.lora_A.weight": x}), "unet.0.proj_in.lora_A.weight", "library/formats/lora_layouts.py")
+refused(lambda: load(weights | {"lora_unet_0_proj_in.dora_scale": x}), "dora_scale", "networks/variants.py")
+refused(network.summary, "networks/summary.py")
+refused(lambda: network.prepare_optimizer_params(1e-4, 1e-4, 1e-4), "networks/lora_training.py")
+
+network.merge_to(text_encoder, unet, weights)
+assert abs(run() - half) < 1e-4
+imported = {name.split(".")[0] for name, module in sys.modules.items() if module}
+others = imported & {"networks", "library", "diffusers", "transformers"}
 assert not others, others
 """
 

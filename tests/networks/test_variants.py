@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,7 +10,7 @@ from torch import nn
 
 import networks.lora
 from networks.lora import LoRAModule, create_network, create_network_from_weights
-from networks.variants import DoRAModule, OrthogonalModule, PissaModule
+from networks.variants import VARIANTS, DoRAModule, OrthogonalModule, PissaModule, Variant, register
 
 CONV = {"conv_dim": "4", "conv_alpha": "3"}
 LAYERS = [
@@ -319,32 +316,56 @@ def test_dora_files_give_the_same_weights_in_the_uis(model, loader, tmp_path):
         torch.testing.assert_close(loader(weight, *tensors), expected, atol=1e-5, rtol=1e-4)
 
 
-ALONE = """
-import sys; sys.path.insert(0, ".")
-import torch; from torch import nn
-import lora
-class Transformer2DModel(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.proj_in = nn.Conv2d(6, 6, 1)
-unet, name = nn.Sequential(Transformer2DModel()), "lora_unet_0_proj_in"
-weights = {f"{name}.lora_up.weight": torch.ones(6, 2, 1, 1), f"{name}.lora_down.weight": torch.ones(2, 6, 1, 1)}
-lora.create_network_from_weights(1.0, None, None, None, unet, weights)
-dora = weights | {f"{name}.dora_scale": torch.ones(1, 6, 1, 1)}
-for make, file in ((lambda: lora.create_network(1.0, 2, 1, None, None, unet, dora="True"), "networks/lora_args.py"),
-                   (lambda: lora.create_network_from_weights(1.0, None, None, None, unet, dora), "networks/variants.py")):
-    try:
-        make()
-    except ValueError as error:
-        assert file in str(error), error
-    else:
-        raise AssertionError("not refused")
-"""
+@pytest.fixture
+def registry():
+    before = list(VARIANTS)
+    yield
+    VARIANTS[:] = before
 
 
-def test_lora_py_alone_refuses_dora_by_name(tmp_path):
-    shutil.copy(networks.lora.__file__, tmp_path / "lora.py")
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", ALONE], check=False, cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+def test_a_variant_is_one_class_with_no_edit_elsewhere(model, tmp_path, registry):
+    @register
+    class Biased(Variant):
+        """A LoRA that adds a number of its own to the weight."""
+
+        title, word = "biased LoRA", "biased"
+        own_tensors = ("bias_of_weight",)
+
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.bias_of_weight = nn.Parameter(torch.zeros(()))
+
+        def forward(self, x):
+            layer = self.lora_down
+            ones = torch.ones(len(self.lora_up.weight), *layer.weight.shape[1:]) * self.bias_of_weight
+            if isinstance(layer, nn.Conv2d):
+                added = nn.functional.conv2d(x, ones, None, layer.stride, layer.padding, layer.dilation)
+            else:
+                added = nn.functional.linear(x, ones)
+            return super().forward(x) + added * self.multiplier
+
+        def from_file(self, weights):
+            return super().from_file(weights) | {"bias_of_weight": weights[f"{self.lora_name}.bias_of_weight"]}
+
+        @classmethod
+        def weight_change(cls, weights, name, layer, device=None):
+            return super().weight_change(weights, name, layer, device) + weights[f"{name}.bias_of_weight"]
+
+    base = outputs(model)
+    network = make_network(model, biased="True", rs_lora="True", **CONV)
+    assert all(isinstance(module, Biased) and module.scale in (1.0, 1.5) for module in network.loras)
+    network.apply_to(model.text_encoder, model.unet)
+    trained = outputs(model)
+    network.unapply()
+    assert (trained - base).abs().max() > 0.05
+    file = tmp_path / "a.safetensors"
+    network.save_weights(file, None, None)
+    loaded, weights = create_network_from_weights(1.0, file, None, model.text_encoder, model.unet)
+    loaded.load_state_dict(weights)
+    assert {type(module) for module in loaded.loras} == {Biased}
+    with pytest.raises(ValueError, match="is a biased LoRA in the weights; .* --network_args biased=True"):
+        make_network(model, **CONV).load_weights(file)
+    with pytest.raises(ValueError, match="dora=True and biased=True cannot be combined"):
+        make_network(model, dora="True", biased="True")
+    loaded.merge_to(model.text_encoder, model.unet, weights)
+    torch.testing.assert_close(outputs(model), trained, atol=3e-5, rtol=1e-3)
