@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from library.errors import UserError
+from library.safe_text import SafeFormatter
 
 # Loggers of libraries that advise to install what no run here uses: bitsandbytes names kernels of its 4-bit layers.
 ADVISE_NEEDLESSLY = ("bitsandbytes.backends.cpu.ops",)
@@ -95,7 +96,7 @@ def file_handler(file: str) -> logging.Handler:
         handler = logging.FileHandler(path, encoding="utf-8")
     except OSError as error:
         raise UserError(f"--console_log_file {path} cannot be written: {error.strerror}; choose another file") from error
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(SafeFormatter("%(asctime)s %(levelname)s %(message)s"))
     return handler
 
 
@@ -103,13 +104,15 @@ def console_handler(simple: bool) -> logging.Handler:
     """On a terminal coloured lines by rich, else plain ones, which other programs can read."""
     if simple or not sys.stderr.isatty():
         handler: logging.Handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(levelname_lower)s: %(message)s"))
+        handler.setFormatter(SafeFormatter("%(levelname_lower)s: %(message)s"))
         handler.addFilter(_lower_level)
         return handler
     from rich.console import Console
     from rich.logging import RichHandler
 
-    return RichHandler(console=Console(stderr=True), show_path=False, markup=False, log_time_format="%H:%M:%S")
+    handler = RichHandler(console=Console(stderr=True), show_path=False, markup=False, log_time_format="%H:%M:%S")
+    handler.setFormatter(SafeFormatter("%(message)s"))
+    return handler
 
 
 def _lower_level(record: logging.LogRecord) -> bool:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any, ParamSpec, TextIO, TypeVar
 
+from library.safe_text import SafeFormatter, on_terminal
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -91,7 +93,10 @@ class PatientStream:
 
     def write(self, text: str) -> int:
         with suppress(OSError):
-            self.stream.write(text)
+            try:
+                self.stream.write(text)
+            except UnicodeEncodeError:  # a stream of others, which could not be set
+                self.stream.write(text.encode("ascii", "backslashreplace").decode())
         return len(text)
 
     def flush(self) -> None:
@@ -113,13 +118,15 @@ def run_entry(main: Callable[[], int | None]) -> None:
     0: done; 2: the user's input was wrong (one line on stderr); 1: the run could not go on; 130: interrupted.
     """
     sys.stdout, sys.stderr = PatientStream(sys.stdout), PatientStream(sys.stderr)
-    logging.basicConfig(level=logging.WARNING, format="warning: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(SafeFormatter("warning: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
         code = main() or 0
     except UserError as error:
         sys.stdout.flush()
         for problem in getattr(error, "problems", [str(error)]):
-            print(f"error: {' '.join(problem.split())}", file=sys.stderr)
+            print(f"error: {on_terminal(' '.join(problem.split()))}", file=sys.stderr)
         code = error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

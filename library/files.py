@@ -12,19 +12,26 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from library.errors import UserError
+from safetensors import SafetensorError
+
+from library.errors import UserError, one_line
+from library.safe_text import as_unicode
 
 _UMASK = os.umask(0)  # it can only be read by setting it
 os.umask(_UMASK)
+
+# What writers raise for a full disk, a lost folder or a text that is no Unicode; safetensors and torch have errors of their own.
+WRITE_ERRORS = (OSError, SafetensorError, RuntimeError, UnicodeError)
 
 
 @contextmanager
 def _written_beside(path: Path, take_name: Callable[[Path], object]) -> Iterator[Path]:
     """Give a temporary path beside `path`; when the block ends well, flush the file to disk and let `take_name` name it.
 
-    The temporary name keeps the suffix, since writers choose a format by it. If the block raises, nothing is left.
+    The temporary name keeps the suffix, since writers choose a format by it; the rest is cut, as names end at 255 bytes.
+    If the block raises, nothing is left.
     """
-    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}")
+    temporary = path.with_name(f".{path.stem[:40]}.{uuid.uuid4().hex[:8]}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -32,8 +39,11 @@ def _written_beside(path: Path, take_name: Callable[[Path], object]) -> Iterator
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_UMASK)  # some writers make files that only their owner can read
         take_name(temporary)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; check the folder, its rights and free space") from error
+    except WRITE_ERRORS as error:
+        if isinstance(error, (NotImplementedError, RecursionError)):  # RuntimeErrors, and no fault of the disk
+            raise
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise UserError(f"cannot write {path}: {reason}; check the folder, its rights and free space") from error
     finally:
         with suppress(OSError):
             temporary.unlink()
@@ -48,9 +58,9 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write UTF-8 text atomically, with \\n line ends on every system."""
+    """Write UTF-8 text atomically, with \\n line ends on every system; what is no Unicode in it becomes U+FFFD."""
     with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.write_text(as_unicode(text), encoding="utf-8", newline="\n")
 
 
 def write_new(paths: Iterable[Path], write: Callable[[Path], object]) -> Path:

@@ -604,8 +604,10 @@ def save_tensors(tensors: Mapping[str, Tensor], file: str | os.PathLike, metadat
     temporary = file.with_name(f".{file.stem}.{uuid.uuid4().hex[:8]}{file.suffix}")
     try:
         if file.suffix == ".safetensors":
-            hashes = suite("library.formats.lora_hashes")
-            metadata = hashes.with_hashes(tensors, metadata) if hashes and metadata is not None else metadata
+            if metadata is not None:  # what is no Unicode in it (a file's name, say) cannot be written, and becomes "?"
+                metadata = {key: value.encode("utf-8", "replace").decode() for key, value in metadata.items()}
+                hashes = suite("library.formats.lora_hashes")
+                metadata = hashes.with_hashes(tensors, metadata) if hashes else metadata
             safetensors.torch.save_file(dict(tensors), temporary, metadata)
         elif writer := suite("library.formats.tensor_output"):
             writer.save_pickled(tensors, temporary)  # as the A1111 web UI takes it, whose loader refuses what torch.save adds

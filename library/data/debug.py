@@ -9,7 +9,9 @@ from PIL import Image
 from torch import Tensor
 
 from library.data.dataset import Batch, TrainingDataset
+from library.data.images import own_mark
 from library.files import atomic_write
+from library.safe_text import on_terminal
 from library.sheets import contact_sheet
 
 
@@ -31,7 +33,7 @@ def write_debug_sheet(dataset: TrainingDataset, output_dir: Path, batches: int =
     sheet = contact_sheet(rows, labels, [], title=f"First {len(rows)} of {dataset.num_batches} batches of epoch 1")
     path = Path(output_dir) / "debug_dataset.png"
     with atomic_write(path) as temporary:
-        sheet.save(temporary)
+        sheet.save(temporary, pnginfo=own_mark("debug sheet"))
     return path
 
 
@@ -44,7 +46,7 @@ def describe_batch(batch: Batch, dataset: TrainingDataset) -> str:
     """Bucket, and for each picture its file, loss weight, caption and tokens, over several lines."""
     lines = [f"epoch {batch.key[0]}, batch {batch.key[1]}: bucket {batch.size[0]}x{batch.size[1]}, {len(batch.paths)} pictures"]
     for i, (path, caption) in enumerate(zip(batch.paths, batch.captions, strict=True)):
-        lines.append(f"  {path} (loss weight {batch.loss_weights[i]:g})")
+        lines.append(f"  {on_terminal(path)} (loss weight {batch.loss_weights[i]:g})")
         lines.append(f"    caption: {caption!r}")
         if batch.masks is not None:
             lines.append(f"    mask: {batch.masks[i].mean():.0%} of the picture counts")

@@ -12,6 +12,7 @@ from library.data.buckets import BucketCount, bucket_info, bucket_table, count_b
 from library.data.captions import count_tags
 from library.data.config_keys import DatasetConfig, SubsetConfig
 from library.data.table import PictureTable
+from library.safe_text import as_unicode
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def describe(table: PictureTable) -> list[DatasetFacts]:
 
 
 def _source(subset: SubsetConfig) -> str:
-    return (subset.metadata_file or subset.image_dir).name
+    return as_unicode((subset.metadata_file or subset.image_dir).name)
 
 
 def _describe(table: PictureTable, number: int) -> DatasetFacts:

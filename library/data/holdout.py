@@ -12,6 +12,7 @@ import numpy as np
 from library.data.config_keys import DatasetConfig, SubsetConfig, without
 from library.errors import UserError
 from library.option_traits import fields_with
+from library.safe_text import bytes_of
 
 
 def hold_out(
@@ -45,7 +46,7 @@ def _chosen(stems: dict[int, str], share: float, seed: int) -> list[int]:
     for row, stem in stems.items():
         by_name.setdefault(stem, []).append(row)
     chosen: list[int] = []
-    for stem in sorted(by_name, key=lambda stem: hashlib.sha256(f"{seed}/held out/{stem}".encode()).digest()):
+    for stem in sorted(by_name, key=lambda stem: hashlib.sha256(bytes_of(f"{seed}/held out/{stem}")).digest()):
         if len(chosen) < wanted and len(chosen) + len(by_name[stem]) < len(stems):
             chosen += by_name[stem]
     return chosen

@@ -28,6 +28,9 @@ EMPTY = "the file is empty (0 bytes)"
 # Image generators write whole workflows into PNG text chunks; Pillow refuses those over 1 MiB.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 28
 
+# What training draws (plots, samples, sheets) carries this PNG text: --output_dir may be the data folder, and it is no data.
+OWN_IMAGE = "sd-lora-suite drew"
+
 ORIENTATION_TAG = 0x0112
 TURN_BY_ORIENTATION = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -65,6 +68,13 @@ def readable_formats() -> list[str]:
 
 
 FORMATS = readable_formats()
+
+
+def own_mark(kind: str) -> PngImagePlugin.PngInfo:
+    """For Pillow's `pnginfo`: marks an image as drawn by training. kind: "sample", say."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text(OWN_IMAGE, kind)
+    return info
 
 
 def open_picture(source: Path | io.BytesIO) -> Image.Image:

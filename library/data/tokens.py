@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from library.models.clip import CHUNK, count_tokens, tokenize, tokenize_weighted
+from library.safe_text import bytes_of
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class CaptionTokenizer:
         """Say once how many captions are cut, with an example; returns their number."""
         limit = self.max_token_length or CHUNK
         # A token is at least one byte, so a short text needs no counting.
-        candidates = [text for text in dict.fromkeys(captions) if len(text.encode()) > limit]
+        candidates = [text for text in dict.fromkeys(captions) if len(bytes_of(text)) > limit]
         long = [text for text in candidates if count_tokens(self.tokenizer, text, self.weighted) > limit]
         if long:
             tokens = count_tokens(self.tokenizer, long[0], self.weighted)

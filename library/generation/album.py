@@ -11,6 +11,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from library.files import write_new
+from library.safe_text import as_unicode
 
 MOST_WAITING = 16  # pictures in memory that are not yet written; with more the drawing waits
 
@@ -56,7 +57,7 @@ class Album:
     ) -> None:  # fmt: skip
         info = PngInfo()
         for key, value in text().items():
-            info.add_text(key, value)
+            info.add_text(key, as_unicode(value))
         path = write_new(names, lambda temporary: picture.save(temporary, pnginfo=info))
         self.saved.append(path)
         if then is not None:

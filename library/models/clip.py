@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from library.errors import UserError
 from library.imports import import_model_libraries
 from library.models.prompt_weights import parse_weights, split_at_breaks
+from library.safe_text import as_unicode
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
@@ -152,11 +153,13 @@ def _token_ids(tokenizer: CLIPTokenizer, texts: list[str]) -> list[list[int]]:
     """Token ids of each text without begin and end.
 
     `split_special_tokens` keeps text from being taken for special tokens: with SD 2's padding token "!", an exclamation mark
-    in a caption would otherwise become padding.
+    in a caption would otherwise become padding. Half an emoji, which is no Unicode, is left out.
     """
     if not texts:
         return []
-    ids = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
+    ids = tokenizer(
+        [as_unicode(text, instead="") for text in texts], add_special_tokens=False, split_special_tokens=True, verbose=False
+    ).input_ids
     words = getattr(tokenizer, ADDED_WORDS, None)
     return [[part for token in text for part in words.get(token, [token])] for text in ids] if words else ids
 

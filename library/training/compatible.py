@@ -16,6 +16,7 @@ from library.data.table import PictureTable
 from library.errors import UserError
 from library.models.model import StableDiffusion
 from library.option_traits import fields_with, traits_of
+from library.safe_text import bytes_of
 from library.training.options import TrainNetworkOptions
 
 START_ANEW = "to go on from its weights with other settings, give --network_weights a saved file instead of --resume"
@@ -99,7 +100,7 @@ def model_digest(model: StableDiffusion) -> str:
 def _digest(texts: Iterable[str]) -> str:
     digest = hashlib.sha256()
     for text in texts:
-        digest.update(text.encode() + b"\0")
+        digest.update(bytes_of(text) + b"\0")
     return digest.hexdigest()
 
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from library.errors import UserError
 from library.files import write_text
 from library.option_traits import traits_of
+from library.safe_text import as_unicode, is_unicode
 
 ABOUT_THE_FILE = ("config_file", "output_config")
 
@@ -20,6 +21,8 @@ def toml_value(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
+        if not is_unicode(value):
+            raise UserError(f"--output_config: TOML cannot hold {as_unicode(value)}, which is no UTF-8; rename it")
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(toml_value(part) for part in value)}]"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from library.data.images import OWN_IMAGE
+from library.errors import one_line
 from library.files import atomic_write
+from library.safe_text import on_terminal
 from library.training.tracking import LossRecord
 
 
@@ -28,9 +32,21 @@ def write_loss_plot(record: LossRecord, path: Path, title: str, validation: Sequ
     if record.rates:
         draw_rates(panels[1, 0], record)
     panels[-1, 0].set_xlabel("step")
-    figure.tight_layout()
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary)
+    with atomic_write(path) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # it draws a box then
+        figure.tight_layout()
+        figure.savefig(temporary, metadata={OWN_IMAGE: "loss plot"})
+
+
+def try_loss_plot(record: LossRecord, path: Path, title: str, validation: Sequence[tuple[int, float]] = ()) -> str:
+    """The same; what to tell of it: the path, or why there is no plot. When it is drawn, all that matters is saved already."""
+    if not record.values:
+        return "not drawn (there are no losses)"
+    try:
+        write_loss_plot(record, path, title, validation)
+    except Exception as error:  # a font that is damaged, a cache folder that cannot be written, a full disk
+        return f"not drawn ({one_line(error)})"
+    return str(path)
 
 
 def draw_losses(axes, record: LossRecord, title: str, validation: Sequence[tuple[int, float]]) -> None:
@@ -43,7 +59,8 @@ def draw_losses(axes, record: LossRecord, title: str, validation: Sequence[tuple
         axes.plot(record.steps[width - 1 :], means, color="#08519c", linewidth=1.8, label=f"mean of {width}")
     if validation:
         axes.plot(*zip(*validation, strict=True), color="#d94801", marker="o", markersize=4, linestyle=":", label="validation")
-    axes.set(ylabel="loss", title=title)
+    axes.set(ylabel="loss")
+    axes.set_title(" ".join(on_terminal(title).split()), parse_math=False)  # else a $ in it begins a formula
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import mimetypes
 import secrets
 import subprocess
@@ -28,11 +29,14 @@ from library.files import legacy_hash_of_file, sha256_of_file
 from library.formats.modelspec import MINIMUM, architecture, base_model_version, modelspec, prediction_type
 from library.key_values import read_pairs
 from library.option_traits import fields_with, traits_of
+from library.safe_text import as_data, as_unicode
 from library.training.compatible import decisive_values
 from library.training.from_metadata import recorded_dataset_keys
 from library.training.network import TrainedNetwork
 from library.training.options import ModelOptions, NetworkOptions, TrainNetworkOptions
 from library.training.trackers import is_private
+
+log = logging.getLogger(__name__)
 
 IDENTITY = ("ss_session_id", "ss_training_started_at", "modelspec.date")
 
@@ -70,8 +74,8 @@ class RunMetadata:
 
 
 def as_text(value: Any) -> str:
-    """JSON for dictionaries and lists, else what Python prints."""
-    return json.dumps(value) if isinstance(value, (dict, list)) else str(value)
+    """JSON for dictionaries and lists, else what Python prints; what is no Unicode (in a file's name, say) becomes U+FFFD."""
+    return json.dumps(as_data(value)) if isinstance(value, (dict, list)) else as_unicode(str(value))
 
 
 def run_facts(
@@ -182,7 +186,10 @@ def model_facts(kind: str, name_or_path: str) -> dict[str, str]:
     if path.is_dir():
         facts |= {f"ss_{kind}_hash": "IsADirectory", f"ss_new_{kind}_hash": "IsADirectory"}
     elif path.is_file():
-        facts |= {f"ss_{kind}_hash": legacy_hash_of_file(path), f"ss_new_{kind}_hash": sha256_of_file(path)}
+        try:
+            facts |= {f"ss_{kind}_hash": legacy_hash_of_file(path), f"ss_new_{kind}_hash": sha256_of_file(path)}
+        except OSError as error:  # moved away since it was loaded, perhaps; that must not keep what was trained from being saved
+            log.warning("the hashes of %s are not recorded: %s", path, error.strerror or error)
     return facts
 
 

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from PIL import Image
 from tqdm import tqdm
 
+from library.data.images import own_mark
 from library.errors import one_line
 from library.files import atomic_write
 from library.generation.generator import generate
@@ -90,7 +91,7 @@ class Previews:
             return None
         try:
             with atomic_write(self._path(moment, number, self.specs[number])) as temporary:
-                picture.save(temporary)
+                picture.save(temporary, pnginfo=own_mark("sample"))
         except Exception as error:
             return one_line(error)
         return None

@@ -27,7 +27,7 @@ from library.training.estimates import base_formats
 from library.training.frozen import freeze_convolutions
 from library.training.fused_backward import step_in_backward
 from library.training.hub import Uploads
-from library.training.loss_plot import write_loss_plot
+from library.training.loss_plot import try_loss_plot
 from library.training.memory import compile_model, free_what_rests, pack_frozen_weights
 from library.training.metadata import RunMetadata, all_model_facts, run_facts
 from library.training.network import TrainedNetwork, build_network
@@ -253,13 +253,12 @@ def summarize(trainer: Trainer, finished: bool, seconds: float) -> None:
     """The last screen: where the files are, the final loss, the speed, the memory."""
     output, files, losses = trainer.options.output, trainer.files, trainer.losses
     plot = files.folder / f"{output.output_name or 'last'}-loss.png"
-    if losses.values:
-        write_loss_plot(losses, plot, output.output_name or "loss", trainer.validations.history)
+    drawn = try_loss_plot(losses, plot, output.output_name or "loss", trainer.validations.history)
     trainer.tracker.finish()
     files.uploads.finish()
     last = files.written[-1]
     peak = peak_memory_bytes(trainer.accelerator.device)
-    rows = [("LoRA" if finished else "LoRA so far", str(last)), ("loss plot", str(plot))]
+    rows = [("LoRA" if finished else "LoRA so far", str(last)), ("loss plot", drawn)]
     if trainer.validations.best is not None:
         step, loss = trainer.validations.best
         rows.append(("best", f"{files.best_path()} (validation loss {loss:.5f} after step {step})"))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from library.data.images import own_mark
 from library.files import atomic_write
 from library.sheets import contact_sheet
 
@@ -25,7 +26,7 @@ def write_sample_grid(folder: Path, name: str | None, prompts: list[str], path: 
     labels = [prompts[number] if number < len(prompts) else f"prompt {number}" for number in numbers]
     sheet = contact_sheet(rows, labels, [label(moment) for moment in moments], title=name, cell=CELL)
     with atomic_write(path) as temporary:
-        sheet.save(temporary)
+        sheet.save(temporary, pnginfo=own_mark("samples"))
     return True
 
 

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from library.errors import RunFailed, UserError
+from library.errors import RunFailed, UserError, one_line
+from library.files import WRITE_ERRORS
 from library.formats.tensor_file import load_pickled
 from library.training.options import StateOptions
 from library.training.saving import ModelFiles
@@ -60,10 +61,9 @@ def write_state(folder: Path, state: State, is_first: bool = True) -> None:
         _write(temporary / RECORD, json.dumps(record, indent=1).encode())
         _sync_folder(temporary)
         _replace(folder, temporary)
-    except OSError as error:
-        raise RunFailed(
-            f"the state {folder} cannot be written: {error.strerror or error}; check the folder and free space"
-        ) from error
+    except WRITE_ERRORS as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise RunFailed(f"the state {folder} cannot be written: {reason}; check the folder and free space") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

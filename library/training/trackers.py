@@ -17,6 +17,7 @@ from tqdm import tqdm
 from library.command_line import option_fields
 from library.errors import UserError, one_line
 from library.option_traits import traits_of
+from library.safe_text import as_data
 from library.text_files import parse_toml, read_text
 from library.training.options import LogOptions
 from library.training.tracking import LossRecord
@@ -99,25 +100,25 @@ def start_trackers(options: LogOptions, config: Mapping[str, Any] | None) -> lis
         from accelerate.tracking import TensorBoardTracker
 
         folder = logging_folder(options)
-        started.append(_started("tensorboard", lambda: TensorBoardTracker(name, folder, **settings.get("tensorboard", {}))))
+        own = settings.get("tensorboard", {})
+        started.append(_started("tensorboard", lambda: TensorBoardTracker(name, folder, **own), config))
     if wants(options, "wandb"):
         from accelerate.tracking import WandBTracker
 
-        own = {"name": options.wandb_run_name} if options.wandb_run_name else {}
+        named = {"name": options.wandb_run_name} if options.wandb_run_name else {}
         if options.logging_dir:
-            own["dir"] = logging_folder(options)
+            named["dir"] = logging_folder(options)
         log_in_to_wandb(options)
-        started.append(_started("wandb", lambda: WandBTracker(name, **{**own, **settings.get("wandb", {})})))
-    for tracker in started:
-        if config:
-            tracker.store_init_configuration(dict(config))
+        started.append(_started("wandb", lambda: WandBTracker(name, **{**named, **settings.get("wandb", {})}), config))
     return started
 
 
-def _started(name: str, make: Callable[[], Any]) -> Any:
+def _started(name: str, make: Callable[[], Any], config: Mapping[str, Any] | None) -> Any:
     try:
         tracker = make()
         tracker.start()
+        if config:
+            tracker.store_init_configuration(as_data(dict(config)))
     except Exception as error:
         said = one_line(error, 200)
         cure = (

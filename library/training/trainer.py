@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from library.data.dataset import Batch, TrainingDataset
 from library.data.loader import EpochLoader
 from library.data.text_cache import TextCache
 from library.diffusion.loss import Objective
-from library.errors import RunFailed, UserError
+from library.errors import RunFailed, UserError, one_line
 from library.models.clip import encode_text
 from library.models.model import StableDiffusion, encode_image, evaluating, noise_process, predict_noise
 from library.processes import Processes
@@ -34,7 +35,7 @@ from library.training.plan import Plan
 from library.training.precision import explain_nonfinite
 from library.training.previews import Previews
 from library.training.randomness import seed_everything
-from library.training.saving import ModelFiles
+from library.training.saving import ModelFiles, NotSaved
 from library.training.schedules import OnPlateau
 from library.training.snapshot import capture
 from library.training.state import StateFiles
@@ -149,11 +150,15 @@ class Trainer:
         try:
             with self._failing_together():
                 yield
+        except NotSaved:  # it says where the weights are
+            raise
         except UserError as error:
             error.args = (f"{error}{self._save_what_is_good()}",)
             raise
+        except (OSError, SafetensorError, UnicodeError) as error:  # a full disk, say
+            raise RunFailed(f"{one_line(error)}{self._save_what_is_good()}") from error
         except Exception:
-            tqdm.write(self._save_what_is_good())
+            tqdm.write(self._save_what_is_good().removeprefix("; "))
             raise
 
     @contextmanager
@@ -169,11 +174,15 @@ class Trainer:
     def _save_what_is_good(self) -> str:
         """Save the network as it is, unless it holds a NaN, and say where; nothing if no step was done."""
         path = self.files.step_path(self.step)
-        with suppress(UserError):
-            if self.step and not path.exists():
-                self.files.save(path, self.network.module, self.metadata.at(self.step, self.epoch - 1))
-                return f"; what was trained until then is in {path}"
-        return ""
+        if not self.step or path in self.files.written:
+            return ""
+        try:
+            self.files.save(path, self.network.module, self.metadata.at(self.step, self.epoch - 1))
+        except NotSaved as error:
+            return f"; {error}"
+        except UserError:
+            return ""
+        return f"; what was trained until then is in {path}"
 
     def _start_epoch(self) -> None:
         """The network trains; the frozen model (which has no dropout) does so only for gradient checkpointing."""

@@ -15,6 +15,7 @@ from library.data.dataset import Batch, TrainingDataset
 from library.data.loader import load_batches
 from library.diffusion.process import TRAIN_TIMESTEPS
 from library.processes import Processes
+from library.safe_text import bytes_of
 from library.training.options import ValidationOptions
 from library.training.randomness import seed_everything, undisturbed
 
@@ -39,7 +40,7 @@ def fixed_noise(seed: int, names: list[str], timestep: int, shape: torch.Size) -
     """N(0, 1) of a shape (B, C, h, w) on the CPU: each picture's own, whatever batch it is in, and another at each timestep."""
     parts = []
     for name in names:
-        number = hashlib.sha256(f"{seed}/validation/{name}/{timestep}".encode()).digest()[:7]
+        number = hashlib.sha256(bytes_of(f"{seed}/validation/{name}/{timestep}")).digest()[:7]
         parts.append(torch.randn(shape[1:], generator=torch.Generator().manual_seed(int.from_bytes(number, "little"))))
     return torch.stack(parts)
 

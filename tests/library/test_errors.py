@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import os
 
 import pytest
@@ -46,3 +47,28 @@ def test_an_entry_passes_its_code_on_and_lets_bugs_show():
     assert ended.value.code == 3
     with pytest.raises(ZeroDivisionError):
         run_entry(lambda: 1 / 0)
+
+
+def test_what_is_no_unicode_or_steers_the_terminal_is_written_out(capsys):
+    def main():
+        logging.getLogger("library").warning("a\udce9 \x1b[2J")
+        raise UserError("b\udce9 \x1b[2J")
+
+    root = logging.getLogger()
+    handlers, root.handlers = root.handlers, []
+    try:
+        with pytest.raises(SystemExit):
+            run_entry(main)
+    finally:
+        root.handlers = handlers
+    assert capsys.readouterr().err.splitlines() == ["warning: a\ufffd \\x1b[2J", "error: b\ufffd \\x1b[2J"]
+
+
+def test_a_stream_that_cannot_be_set_takes_any_text():
+    class Plain:
+        def write(self, text: str) -> None:
+            text.encode()
+            self.text = text
+
+    stream = PatientStream(Plain())
+    assert stream.write("a\udce9") == 2 and stream.stream.text == "a\\udce9"

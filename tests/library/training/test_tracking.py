@@ -6,8 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
+from library.data.images import OWN_IMAGE
 from library.errors import RunFailed
-from library.training.loss_plot import write_loss_plot
+from library.training.loss_plot import try_loss_plot, write_loss_plot
 from library.training.tracking import LossRecord
 
 
@@ -45,3 +46,19 @@ def test_the_plot_is_a_picture(tmp_path, count):
     record.flush()
     write_loss_plot(record, tmp_path / "loss.png", "loss")
     assert Image.open(tmp_path / "loss.png").size[0] > 400
+
+
+@pytest.mark.parametrize("title", ["a$b", "price $5$6{", "caf\udce9\x1b[2J", "日本語 \U0001f600", r"\frac{1}{2} $\frac{$"])
+def test_a_plot_takes_any_name_as_it_is(tmp_path, title, recwarn):
+    record = LossRecord(window=3)
+    record.steps, record.values = [1, 2], [0.5, 0.25]
+    assert try_loss_plot(record, tmp_path / "loss.png", title) == str(tmp_path / "loss.png")
+    assert Image.open(tmp_path / "loss.png").text[OWN_IMAGE] == "loss plot" and not recwarn.list
+
+
+def test_a_plot_that_cannot_be_drawn_is_said_and_ends_nothing(tmp_path):
+    record = LossRecord(window=3)
+    assert try_loss_plot(record, tmp_path / "a.png", "a") == "not drawn (there are no losses)"
+    record.steps, record.values = [1], [0.5]
+    (tmp_path / "file").touch()
+    assert try_loss_plot(record, tmp_path / "file" / "a.png", "a").startswith("not drawn (cannot write ")
