@@ -180,10 +180,10 @@ def test_a_full_disk_while_a_lora_is_saved_ends_in_one_line_that_says_where_it_i
     monkeypatch.setattr(tempfile, "tempdir", str(elsewhere))
     save_file = safetensors.torch.save_file
 
-    def full_out(tensors, path, *more):
+    def full_out(tensors, path, *more, **named):
         if "elsewhere" not in str(path) and ".probe-" not in str(path):
             raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-        save_file(tensors, path, *more)
+        save_file(tensors, path, *more, **named)
 
     monkeypatch.setattr(safetensors.torch, "save_file", full_out)
     with pytest.raises(NotSaved, match=r"mine\.safetensors was not saved .*No space left.*its weights are in .*mine-rescued"):
