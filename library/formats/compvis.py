@@ -42,7 +42,7 @@ class CompVisNames:
         self._unet = unet_table(unet_layout(in_unet))
         self.unknown = [UNET_PREFIX + name for name in in_unet if renamed(name, self._unet) is None]  # of other families
         self._vae = vae_table_for(_inside(names, VAE_PREFIX))
-        self._unused_layer = f"transformer.resblocks.{open_clip_layers(names) - 1}." if self.v2 else None
+        self._unused_layer = f"transformer.resblocks.{open_clip_layers(names) - 1}." if self.v2 else ""
 
     def place(self, name: str, value: Tensor) -> list[tuple[str, str, Tensor]]:
         """(part, Diffusers name, tensor) of a CompVis tensor: three for OpenCLIP's joined attention, none for what is not used.

@@ -191,7 +191,7 @@ def _is_plain_zip(path: Path) -> bool:
 
 def _storage_start(value: Tensor) -> int:
     """Where in the file the storage of a tensor on the meta device begins, in bytes; 0 for one that is in memory."""
-    return value.untyped_storage()._checkpoint_offset if value.is_meta else 0
+    return (value.untyped_storage()._checkpoint_offset or 0) if value.is_meta else 0
 
 
 def open_tensors(path: Path) -> TensorFile:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
@@ -217,7 +217,7 @@ def _write_pickled(
     records = {"data.pkl": pickled.getvalue(), "version": b"3\n"}
     if sys.byteorder != "little":  # what readers assume, and the only one that the web UI's older loaders take
         records["byteorder"] = sys.byteorder.encode()
-    with zipfile.ZipFile(stream, "w") as archive:
+    with zipfile.ZipFile(cast(IO[bytes], stream), "w") as archive:
         for name, content in records.items():
             with _record(archive, stream, name, len(content)) as record:
                 record.write(content)
