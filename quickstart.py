@@ -248,7 +248,7 @@ def compile_imports():
     What fails here fails again, and better told, in the run itself.
     """
     print("  compiling", flush=True)
-    program = "import library.training.run; from library.imports import import_model_libraries; import_model_libraries()"
+    program = "import library.training.entry; from library.imports import import_model_libraries; import_model_libraries()"
     subprocess.call(
         [str(VENV_PYTHON), "-c", program],
         cwd=str(ROOT),

@@ -34,7 +34,7 @@ def main() -> int:
 
     set_up_console(options.logs.console_log_level, options.logs.console_log_file, options.logs.console_log_simple)
     with collector_resting():
-        from library.training.run import train
+        from library.training.entry import train
 
     return train(options)
 

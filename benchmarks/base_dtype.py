@@ -115,7 +115,8 @@ def training_losses(name: str, seed: int, steps: int, folder: Path) -> tuple[flo
     """Validation loss at the end, and mean training loss of the last fifth, of one run of the demo's command."""
     from accelerate.state import AcceleratorState
 
-    from library.training import run as run_module
+    from library.training.entry import train
+    from library.training.loop import Listener
     from library.training.options import parse_options
     from tools import demo
 
@@ -123,16 +124,16 @@ def training_losses(name: str, seed: int, steps: int, folder: Path) -> tuple[flo
     words = command[command.index("train_network.py") + 1 :]
     words += [f"--seed={seed}", "--validation_split=0.2", "--validation_seed=1", f"--validate_every_n_steps={steps}"]
     words += [] if name == PLAIN else [f"--base_dtype={name}"]
-    made = []
-    prepare = run_module.prepare
+    begun = []
+
+    class Watch(Listener):
+        def begin(self, run) -> None:
+            begun.append(run)
+
     AcceleratorState._reset_state(reset_partial_state=True)  # one process, many runs
-    run_module.prepare = lambda *args: made.append(prepare(*args)) or made[-1]
-    try:
-        run_module.train(parse_options(words))
-    finally:
-        run_module.prepare = prepare
-    trainer = made[0]
-    return trainer.validations.history[-1][1], statistics.mean(trainer.losses.values[-max(1, steps // 5) :])
+    train(parse_options(words), [Watch()])
+    (run,) = begun
+    return run.validator.record.history[-1][1], statistics.mean(run.losses.values[-max(1, steps // 5) :])
 
 
 # ---------------------------------------------------------------- tables

@@ -51,10 +51,10 @@ def measure(case: Case, share: float | None, folder: Path, steps: int) -> dict[s
 
     clock, times, found = Clock(), [], {}
 
-    def after_step(trainer) -> None:
+    def after_step(run) -> None:
         times.append(clock.read())
-        found["parts"] = sum(unit.gradient_checkpointing for unit in units(trainer.model.unet))
-        found["peak"] = peak_memory_bytes(trainer.accelerator.device) or 0
+        found["parts"] = sum(unit.gradient_checkpointing for unit in units(run.model.unet))
+        found["peak"] = peak_memory_bytes(run.accelerator.device) or 0
 
     train(words_of(case, share, folder, steps + 1), after_step)
     wall, processor = (statistics.median(column) for column in zip(*times[1:], strict=True))

@@ -31,19 +31,18 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "library" / "training")]
 os.environ["OMP_NUM_THREADS"] = "1"  # threads would not survive the fork
 
 import torch  # noqa: E402
-from small_runs import picture_folder, tensors_of, use_two_blocks, words_of_a_run  # noqa: E402
+from small_runs import AfterStep, picture_folder, tensors_of, use_two_blocks, words_of_a_run  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from library.errors import UserError  # noqa: E402
 from library.processes import Processes  # noqa: E402
-from library.training import run as run_module  # noqa: E402
 from library.training import state as state_module  # noqa: E402
+from library.training.entry import make_accelerator  # noqa: E402
 from library.training.options import parse_options  # noqa: E402
-from library.training.plan import Start  # noqa: E402
 from library.training.preflight import preflight  # noqa: E402
-from library.training.resume import ResumedState, begin_at  # noqa: E402
+from library.training.resume import begin_at, progress_of  # noqa: E402
+from library.training.setup import Run, prepare  # noqa: E402
 from library.training.state import find_state, read_state  # noqa: E402
-from library.training.trainer import Trainer  # noqa: E402
 
 STEPS = 16
 WORDS = (
@@ -56,8 +55,8 @@ WORDS = (
 class Child:
     """What a forked process does: go on from the newest whole state in a folder, and perhaps kill itself at a file operation."""
 
-    def __init__(self, trainer: Trainer, folder: Path, log: int) -> None:
-        self.trainer, self.folder, self.log = trainer, folder, log
+    def __init__(self, run: Run, folder: Path, log: int) -> None:
+        self.run, self.folder, self.log = run, folder, log
 
     def train(self, fatal_operation: int | None, fatal_write: int | None) -> None:
         """Ends the process: exit code 0 when the last step is done. The operation or write of that number is the last one."""
@@ -65,30 +64,26 @@ class Child:
             self._go_on()
             self._watch(fatal_operation, fatal_write)
             os.write(self.log, b"begin\n")
-            self.trainer.run()
+            self.run.train()
             os._exit(0)
         except BaseException as error:
             os.write(self.log, f"error {error!r}\n".encode())
             os._exit(1)
 
     def _go_on(self) -> None:
-        trainer = self.trainer
-        trainer.files.folder = trainer.states.files.folder = self.folder
+        self.run.files.folder = self.folder
         try:
-            folder = find_state(self.folder, "mine")
+            state = read_state(find_state(self.folder, "mine"))
         except UserError:
             return  # killed before the first state
-        resumed = ResumedState(folder, read_state(folder))
-        begin_at(trainer, Start(resumed.state.record["step"], *resumed.state.record["next"]), resumed)
+        begin_at(self.run, progress_of(state), state)
 
     def _watch(self, fatal_operation: int | None, fatal_write: int | None) -> None:
         """Report saved states, and count file operations towards the fatal one."""
-        save, write = self.trainer._save_state, state_module._write
-        count = Counter()
-
-        def saving(folder: Path) -> None:
-            save(folder)
-            os.write(self.log, f"saved {self.trainer.step}\n".encode())
+        write, count = state_module._write, Counter()
+        report = AfterStep(lambda run: os.write(self.log, f"saved {run.loop.progress.step}\n".encode()))
+        report.begin(self.run)
+        self.run.loop.listeners = [*self.run.loop.listeners, report]  # the last one: by then the state of the step is saved
 
         def writing(path: Path, content: bytes) -> list[int]:
             count["write"] += 1
@@ -105,13 +100,12 @@ class Child:
                 if count["operation"] == fatal_operation:
                     os.kill(os.getpid(), signal.SIGKILL)
 
-        self.trainer._save_state = saving
         state_module._write = writing
         if fatal_operation:
             sys.addaudithook(audit)
 
 
-def fork(trainer: Trainer, folder: Path, log: Path, **fatal: int | None) -> int:
+def fork(run: Run, folder: Path, log: Path, **fatal: int | None) -> int:
     """Start a child; gives its process number."""
     sys.stdout.flush()
     number = os.fork()
@@ -121,9 +115,7 @@ def fork(trainer: Trainer, folder: Path, log: Path, **fatal: int | None) -> int:
         silence = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silence, 1)
         os.dup2(silence, 2)
-        Child(trainer, folder, os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)).train(
-            fatal.get("operation"), fatal.get("write")
-        )
+        Child(run, folder, os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)).train(fatal.get("operation"), fatal.get("write"))
     return number
 
 
@@ -135,12 +127,12 @@ def wait_for_begin(log: Path, number: int) -> None:
             return
 
 
-def kill_once(trainer: Trainer, folder: Path, span: float, how: str) -> tuple[str, int]:
+def kill_once(run: Run, folder: Path, span: float, how: str) -> tuple[str, int]:
     """Train in a child until it is killed or done: ("killed" or "done", the last step whose state it had saved)."""
     log = folder.parent / "log"
     log.unlink(missing_ok=True)
     fatal = {"operation": {"operation": random.randint(1, 60)}, "write": {"write": random.randint(1, 25)}}.get(how, {})
-    number = fork(trainer, folder, log, **fatal)
+    number = fork(run, folder, log, **fatal)
     if how == "time":
         wait_for_begin(log, number)
         time.sleep(random.uniform(0, span))
@@ -182,21 +174,21 @@ def same(a, b) -> bool:
     return a == b
 
 
-def prepared(base: Path) -> Trainer:
-    """A trainer that is ready for its first step, with everything that the children share."""
+def prepared(base: Path) -> Run:
+    """A run that is ready for its first step, with everything that the children share."""
     use_two_blocks(setattr)
     options = parse_options(words_of_a_run(picture_folder(base / "pictures", 6), base / "whole", *WORDS))
-    accelerator = run_module.make_accelerator(options)
-    trainer = run_module.prepare(options, preflight(options, accelerator.device, 1), accelerator, Processes())
-    trainer.metadata.at(0, 0)  # waits for its thread, which would not survive the fork
-    return trainer
+    accelerator = make_accelerator(options)
+    run = prepare(options, preflight(options, accelerator.device, 1), accelerator, Processes())
+    run.metadata.at(0, 0)  # waits for its thread, which would not survive the fork
+    return run
 
 
 def experiment(base: Path, kills: int) -> dict:
     """Kill that often; raises SystemExit if a round did not end as it should."""
-    trainer = prepared(base)
+    run = prepared(base)
     started = time.perf_counter()
-    os.waitpid(fork(trainer, base / "whole", base / "log"), 0)
+    os.waitpid(fork(run, base / "whole", base / "log"), 0)
     step_time = (time.perf_counter() - started) / STEPS
     expected = content(base / "whole")
     counts, rounds, halves, lost = Counter(), 0, 0, []
@@ -208,7 +200,7 @@ def experiment(base: Path, kills: int) -> dict:
         while outcome == "killed":
             left = kills - sum(counts.values())
             how = random.choice(("time", "operation", "write")) if left > 0 else "never"
-            outcome, saved = kill_once(trainer, folder, 4 * step_time, how)
+            outcome, saved = kill_once(run, folder, 4 * step_time, how)
             if outcome == "killed":
                 counts[how] += 1
                 halves += any(folder.glob(".mine*-state.*"))

@@ -109,20 +109,21 @@ def make_pictures(folder: Path, size: int) -> None:
 # ---------------------------------------------------------------- measuring, in a process of its own
 
 
-def train(words: list[str], after_step: Callable) -> None:
-    """Train with these options; `after_step(trainer)` is called at the end of every step."""
+def train(words: list[str], after_step: Callable, begin: Callable = lambda run: None) -> None:
+    """Train with these options; `begin(run)` is called before the first step, `after_step(run)` at the end of every step."""
+    from library.training.entry import train
+    from library.training.loop import Listener
     from library.training.options import parse_options
-    from library.training.run import train
-    from library.training.trainer import Trainer
 
-    own = Trainer._after_step
+    class Watch(Listener):
+        def begin(self, run) -> None:
+            self.run = run
+            begin(run)
 
-    def both(trainer, progress) -> None:
-        own(trainer, progress)
-        after_step(trainer)
+        def after_step(self, progress, report) -> None:
+            after_step(self.run)
 
-    with mock.patch.object(Trainer, "_after_step", both):
-        train(parse_options(words))
+    train(parse_options(words), [Watch()])
 
 
 def clocked(owner: object, name: str, parts: dict[str, float], part: str):
@@ -191,9 +192,9 @@ def measure_time(case: Case, folder: Path, steps: int) -> dict[str, float]:
     """Medians in seconds, by turns; the first step of each does not count."""
     clock, ours, floors, floor = Clock(), [], [], []
 
-    def after_step(trainer) -> None:
+    def after_step(run) -> None:
         ours.append(clock.read())
-        floor[:] = floor or [floor_step(bare(trainer.model.unet), case)]
+        floor[:] = floor or [floor_step(bare(run.model.unet), case)]
         clock.read()
         floor[0]()
         floors.append(clock.read())
@@ -210,7 +211,7 @@ def measure_ours(case: Case, folder: Path, steps: int) -> dict[str, float]:
     from library.devices import peak_memory_bytes
 
     peaks = []
-    train(case.words(folder, 3), lambda trainer: peaks.append(peak_memory_bytes(trainer.accelerator.device) or 0))
+    train(case.words(folder, 3), lambda run: peaks.append(peak_memory_bytes(run.accelerator.device) or 0))
     return {"peak": peaks[-1]}
 
 
@@ -247,8 +248,7 @@ def measure_launch(case: Case, folder: Path, steps: int) -> dict[str, float]:
     modules = folder / "modules.json"
     with collector_resting():
         import library.training.preflight as preflight
-        import library.training.run as run
-        from library.training.trainer import Trainer
+        import library.training.setup as setup
 
         import_model_libraries()
         for name in json.loads(modules.read_text(encoding="utf-8")) if modules.exists() else ():
@@ -258,18 +258,16 @@ def measure_launch(case: Case, folder: Path, steps: int) -> dict[str, float]:
     started = float(os.environ["TRAIN_STEP_STARTED"])  # as the parent noted it
     parts = {"imports": time.time() - started}
 
-    def after_step(trainer) -> None:
+    def after_step(run) -> None:
         parts["to first step"] = time.perf_counter() - prepared[0]
         parts["whole"] = time.time() - started
 
     prepared: list[float] = []
-    own = Trainer.run
     with contextlib.ExitStack() as stack:
         stack.enter_context(clocked(preflight, "open_dataset", parts, "data"))
         for name, part in (("load_model", "model"), ("cache_latents", "data"), ("cache_text", "data")):
-            stack.enter_context(clocked(run, name, parts, part))
-        stack.enter_context(mock.patch.object(Trainer, "run", lambda t: (prepared.append(time.perf_counter()), own(t))[1]))
-        train(case.words(folder, 1), after_step)
+            stack.enter_context(clocked(setup, name, parts, part))
+        train(case.words(folder, 1), after_step, begin=lambda run: prepared.append(time.perf_counter()))
     parts["rest"] = 2 * parts["whole"] - sum(parts.values())
     modules.write_text(json.dumps(list(sys.modules)), encoding="utf-8")
     return parts
@@ -277,23 +275,25 @@ def measure_launch(case: Case, folder: Path, steps: int) -> dict[str, float]:
 
 def measure_aside(case: Case, folder: Path, steps: int) -> dict[str, float]:
     """Seconds of what a run does beside its steps: caching all latents, writing a file, 100 lines of the log, a preview."""
-    import library.training.run as run
+    import library.training.setup as setup
+    from library.training.tracking import StepLoss
 
     (folder / "prompts.txt").write_text(f"a red kite --w {case.size} --h {case.size} --s {SAMPLER_STEPS}\n", encoding="utf-8")
     found: dict[str, float] = {}
 
-    def after_step(trainer) -> None:
-        facts, names = trainer.metadata.at(trainer.step, trainer.epoch), trainer.network.group_names
-        with clocked(trainer.files, "save", found, "file"):
-            trainer.files.save(trainer.files.step_path(1), trainer.network.module, facts)
-        with clocked(trainer.tracker, "log_step", found, "log"):
+    def after_step(run) -> None:
+        facts = run.metadata.at(step=1, epoch=1)
+        rates = dict.fromkeys(run.network.group_names, 1e-4)
+        with clocked(run.files, "save", found, "file"):
+            run.files.save(run.files.step_path(1), run.network.module, facts)
+        with clocked(run.tracker, "log_step", found, "log"):
             for at in range(100, 200):
-                trainer.tracker.log_step(at, trainer.losses, trainer.schedule.get_last_lr(), names)
-        with clocked(trainer.previews, "_draw", found, "preview"):
-            trainer.previews._draw("e000001", step=1)
+                run.tracker.log_step(at, rates, {}, StepLoss(0.1, 0.1))
+        with clocked(run.previews, "draw", found, "preview"):
+            run.previews.draw("e000001", step=1)
 
     words = [*case.words(folder, 1), f"--logging_dir={folder / 'logs'}", f"--sample_prompts={folder / 'prompts.txt'}"]
-    with clocked(run, "cache_latents", found, "caching"):
+    with clocked(setup, "cache_latents", found, "caching"):
         train([word for word in words if word != "--cache_latents_to_disk"] + ["--sample_every_n_epochs=1000"], after_step)
     return found
 

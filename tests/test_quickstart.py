@@ -190,9 +190,9 @@ def test_set_up_compiles_what_a_training_imports(project, monkeypatch):
     programs = []
     monkeypatch.setattr(quickstart.subprocess, "call", lambda command, **_: programs.append(command[-1]) or 0)
     quickstart.set_up("demo")
-    compiled = [program for program in programs if "library.training.run" in program]
+    compiled = [program for program in programs if "library.training.entry" in program]
     assert len(compiled) == 1
-    code = f"{compiled[0]}; import sys; print('diffusers' in sys.modules and 'library.training.trainer' in sys.modules)"
+    code = f"{compiled[0]}; import sys; print('diffusers' in sys.modules and 'library.training.setup' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout.strip() == "True"
 
 

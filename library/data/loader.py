@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -58,8 +59,8 @@ def _ignore_interrupt(worker: int) -> None:
 class EpochLoader:
     """`for batch in loader.epoch(epoch, start=n)`: the batches of an epoch, from micro-batch n of this process on.
 
-    len(loader) is the number of turns in an epoch, the same in all processes. In the last one a process may have no batch: it
-    gets None, since it must take part in the step of the others. Errors in a worker arrive as UserError.
+    len(loader) is the number of micro-batches in an epoch, the same in all processes. For the last one a process may have no batch:
+    it gets None, since it must take part in the step of the others. Errors in a worker arrive as UserError.
     """
 
     def __init__(
@@ -77,6 +78,15 @@ class EpochLoader:
         yield from _batches(self.loader)
         if start + len(self.sampler) < len(self):
             yield None
+
+    def steps(self, epoch: int, start: int, size: int) -> Iterator[Iterator[Batch | None]]:
+        """The same in steps of `size` micro-batches; the last step of an epoch may have fewer. Use up each before the next.
+
+        Only one micro-batch of a step is in memory at a time, besides what the workers have ready.
+        """
+        batches = self.epoch(epoch, start)
+        for first in batches:
+            yield chain([first], islice(batches, size - 1))
 
 
 def _data_loader(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
-from library.training.optimizers import averages_weights, weights_to_use
+from library.training.optimizers import averaged_weights, averages_weights
 from library.training.options import ValidationOptions
 
 
@@ -45,9 +45,12 @@ def make_average(
 
 
 @contextmanager
-def weights_in_use(optimizer: torch.optim.Optimizer, average: ExponentialAverage | None) -> Iterator[None]:
-    """In this block the parameters hold what is validated, drawn with and saved; afterwards exactly what they held before."""
-    with weights_to_use(optimizer):
+def eval_weights(optimizer: torch.optim.Optimizer, average: ExponentialAverage | None) -> Iterator[None]:
+    """Within the block the parameters hold the EMA or the schedule-free average; afterwards, to the bit, what is trained.
+
+    The eval weights are those that are validated, used for previews and saved.
+    """
+    with averaged_weights(optimizer):
         if average is None:
             yield
             return

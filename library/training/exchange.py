@@ -1,6 +1,6 @@
 """One step in several processes: their gradients are added up, so that the weights change alike in all of them.
 
-P processes with A batches each do what one process with P * A batches a step does: the same batches (dealt out by turns), the
+P processes with A batches each do what one process with P * A batches a step does: the same batches (dealt out in turn), the
 same noise (drawn from the batch's place in the epoch), the same divisor. Only the order of additions differs, that is, rounding.
 The network is small, so its gradients travel in one buffer, together with the losses and with whether somebody asks to stop.
 """
@@ -43,6 +43,7 @@ class StepExchange:
     def __init__(self, processes: Processes, parameters: Sequence[torch.nn.Parameter], slots: int, losses: LossRecord) -> None:
         self.processes, self.parameters, self.slots, self.losses = processes, list(parameters), slots, losses
         self.active = processes.world > 1
+        self.asked_to_stop: Callable[[], bool] = lambda: False  # whether this process was asked to
         self._stop = False
         self._last: StepResult | None = None
         if self.active:
@@ -62,19 +63,19 @@ class StepExchange:
         tail[slot] = loss.detach()
         tail[self.slots + slot] = 1
 
-    def add_up(self, step: int, paths: Callable[[int], list[str]], *, stop: bool) -> None:
+    def add_up(self, step: int, paths: Callable[[int], list[str]]) -> None:
         """Replace the gradients by their sums over all processes, and tell them whether this one was asked to stop."""
         if not self.active:
             return
         self.check()
-        self._fill(stop=stop)
+        self._fill(stop=self.asked_to_stop())
         self._all_reduce(step, paths)
         self._take()
         self._parts()[2].zero_()
 
-    def stopping(self, asked: bool) -> bool:
-        """Whether all stop now: alone at once; else when all know, which is a step later. asked: this process was asked to."""
-        return self._stop if self.active else asked
+    def stopping(self) -> bool:
+        """Whether all stop now: alone as soon as it was asked to; else when all know, which is a step later."""
+        return self._stop if self.active else self.asked_to_stop()
 
     def finish(self) -> None:
         """After the last step: learn whether another process failed in or behind it."""

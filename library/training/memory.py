@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
+from torch import nn
 
 from library.devices import give_back_freed_memory
 from library.models.model import StableDiffusion
@@ -20,7 +23,7 @@ def pack_frozen_weights(options: TrainNetworkOptions, model: StableDiffusion, de
     saved = pack_weights(model.unet, formats["unet"], device)
     model.unet.to(device)
     if formats["text_encoder"]:
-        saved += pack_weights(model.text_encoder, formats["text_encoder"])  # where it is: it may rest
+        saved += pack_weights(model.text_encoder, formats["text_encoder"])  # where it is: it may be idle, on the CPU
     print(f"frozen weights in {formats['unet']}: {saved / 2**20:.0f} MiB less")
     packed = [layer for layer in model.unet.modules() if isinstance(layer, tuple(CLASSES.values()))]
     if not options.training.gradient_checkpointing and any("forward" in vars(layer) for layer in packed):
@@ -35,19 +38,16 @@ def compile_model(options: TrainNetworkOptions, model: StableDiffusion, trains_t
         compile_in_place([model.unet, *([model.text_encoder] if trains_text_encoder else [])], options.precision.dynamo_backend)
 
 
-def free_what_rests(
-    options: TrainNetworkOptions, model: StableDiffusion, *, vae_rests: bool, text_encoder_rests: bool, draws: bool
-) -> None:
-    """Free the memory of the parts that training does not touch: all of it, unless previews are drawn.
+def offload_idle_parts(options: TrainNetworkOptions, idle: Iterable[nn.Module], *, keep_for_previews: bool) -> None:
+    """Take parts of the model that training does not use off the GPU, or free them for good where no preview needs them.
 
-    For these they move off the GPU, and are fetched back for the pictures. With --lowram main memory is the scarcer one, and with
-    --highvram nothing is scarce: then they stay.
+    Previews fetch them back for their images. With --lowram main memory is the scarcer one, and with --highvram none is scarce: then
+    parts that previews need stay where they are.
     """
-    if draws and (options.precision.lowram or options.precision.highvram):
+    if keep_for_previews and (options.precision.lowram or options.precision.highvram):
         return
-    resting = [part for part, rests in ((model.vae, vae_rests), (model.text_encoder, text_encoder_rests)) if rests]
-    for part in resting:
-        part.to("cpu" if draws else "meta")
+    for part in idle:
+        part.to("cpu" if keep_for_previews else "meta")
     give_back_freed_memory()
     if torch.cuda.is_available() and not options.precision.highvram:
         torch.cuda.empty_cache()

@@ -193,14 +193,14 @@ def create_optimizer(
 
 
 def averages_weights(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether it trains one set of weights and means another, their average, to be used: the schedule-free ones do."""
+    """Whether eval() swaps in averaged weights, as schedule-free optimizers do."""
     optimizer = getattr(optimizer, "optimizer", optimizer)  # as accelerate wraps it
     return callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
 
 
 @contextmanager
-def weights_to_use(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Within the block the network has the weights that are meant to be used, afterwards those that are trained, bit for bit."""
+def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Within the block the parameters hold a schedule-free optimizer's averaged weights, afterwards the trained ones, bit for bit."""
     if not averages_weights(optimizer):
         yield
         return

@@ -1,4 +1,4 @@
-"""How long a run is: steps, epochs, and the batches of a step."""
+"""How long a run is: steps, epochs, and the batches of a step; and how far it has come."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from library.training.options import StateOptions, TrainNetworkOptions
 class Plan:
     """How long a run is. An epoch is every batch once; a step is one change of the weights.
 
-    The batches of an epoch are dealt out to the processes; a turn is one batch for each of them. So `processes` with
-    `accumulation` turns a step do what one process with `processes * accumulation` batches a step does.
+    The batches of an epoch are dealt out to the processes in turn, so a micro-batch is one batch for each of them. `processes` with
+    `accumulation` micro-batches a step do what one process with `processes * accumulation` batches a step does.
     """
 
     batches_per_epoch: int
@@ -34,29 +34,21 @@ class Plan:
 
     @property
     def batches_per_step(self) -> int:
-        """Batches of a whole step over all processes."""
+        """Batches of a step over all processes."""
         return self.accumulation * self.processes
 
     @property
-    def turns_per_epoch(self) -> int:
+    def micro_batches_per_epoch(self) -> int:
         """Batches of an epoch for each process; the last one may be missing on some."""
         return -(-self.batches_per_epoch // self.processes)
 
-    def first_of_step(self, turn: int) -> int:
-        """Position in the epoch of the first batch in the step to which this turn belongs."""
-        return (turn - turn % self.accumulation) * self.processes
+    def first_of_step(self, position: int) -> int:
+        """Number in the epoch, over all processes, of the first batch of the step that begins at a process's `position`."""
+        return position * self.processes
 
-    def group_size(self, turn: int) -> int:
-        """Batches, over all processes, in the step to which this turn of an epoch belongs."""
-        return min(self.batches_per_step, self.batches_per_epoch - self.first_of_step(turn))
-
-    def starts_step(self, turn: int) -> bool:
-        """Whether a step begins with this turn."""
-        return turn % self.accumulation == 0
-
-    def ends_step(self, turn: int) -> bool:
-        """Whether the weights change after this turn."""
-        return (turn + 1) % self.accumulation == 0 or turn + 1 == self.turns_per_epoch
+    def step_size(self, position: int) -> int:
+        """Batches, over all processes, of the step that begins at `position`."""
+        return min(self.batches_per_step, self.batches_per_epoch - self.first_of_step(position))
 
     def epoch_of(self, step: int) -> int:
         """The epoch, from 1, to which the step after `step` steps belongs."""
@@ -64,15 +56,15 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Start:
-    """Where a run begins: after so many steps, after so many turns of an epoch. Everything counts from there."""
+class Progress:
+    """How far a run has come, and so where it goes on: after `step` steps, at micro-batch `position` of `epoch`."""
 
     step: int = 0
     epoch: int = 1
     position: int = 0
 
     @classmethod
-    def of(cls, options: StateOptions, plan: Plan, resumed: Start | None) -> Start:
+    def at_start(cls, options: StateOptions, plan: Plan, resumed: Progress | None) -> Progress:
         """Where the resumed state is, else where --initial_step (or --initial_epoch) says.
 
         These two win over a state's own place. With --skip_until_initial_step the data before the step are left out, else its
@@ -92,3 +84,17 @@ class Start:
                 "raise --max_train_steps or --max_train_epochs"
             )
         return start
+
+    @property
+    def whole_epochs(self) -> int:
+        """Epochs that are done."""
+        return self.epoch - 1
+
+    def after_step(self, plan: Plan) -> Progress:
+        """Where the run is when the next step is done."""
+        return Progress(self.step + 1, self.epoch, min(self.position + plan.accumulation, plan.micro_batches_per_epoch))
+
+    def after_epoch(self, plan: Plan) -> Progress:
+        """At the beginning of the next epoch, if this one is whole."""
+        is_whole = self.position == plan.micro_batches_per_epoch
+        return Progress(self.step, self.epoch + 1, 0) if is_whole else self

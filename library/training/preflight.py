@@ -29,11 +29,12 @@ from library.training.metadata import as_data_url
 from library.training.network import check_network_args
 from library.training.options import OptimizerOptions, TrainNetworkOptions
 from library.training.pictures import dataset_configs, open_dataset
-from library.training.plan import Plan, Start
+from library.training.plan import Plan, Progress
 from library.training.precision import check_half_weights, trained_dtype
-from library.training.resume import ResumedState, check_start, chosen_seed, open_state
+from library.training.resume import check_start, chosen_seed, open_state
 from library.training.saving import ModelFiles
 from library.training.schedules import create_schedule, waits_for_validation
+from library.training.state import State
 from library.training.trackers import check_trackers
 from library.training.trial import trial_optimizer, try_schedule
 
@@ -49,8 +50,8 @@ class Ready:
     dataset: TrainingDataset
     seed: int
     plan: Plan | None = None
-    resumed: ResumedState | None = None
-    start: Start | None = None
+    resumed: State | None = None
+    start: Progress | None = None
 
 
 def preflight(options: TrainNetworkOptions, device: torch.device, world: int) -> Ready:

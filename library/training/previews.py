@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
@@ -19,45 +20,51 @@ from library.generation.generator import generate
 from library.generation.prompts import PromptSpec
 from library.models.model import StableDiffusion, evaluating
 from library.processes import Processes
+from library.training.loop import Listener
 from library.training.options import TrainNetworkOptions
+from library.training.plan import Progress
 from library.training.sample_grid import write_sample_grid
+from library.training.step import StepReport
 from library.training.trackers import Tracker
 
+if TYPE_CHECKING:
+    from library.training.setup import Run
 
-class Previews:
+
+class Previews(Listener):
     """Draws the prompts with the model as it is now into `<output_dir>/sample`. A picture that fails never ends the run."""
 
     def __init__(
         self, options: TrainNetworkOptions, specs: list[PromptSpec], model: StableDiffusion, network: torch.nn.Module,
         accelerator: Accelerator, tracker: Tracker, processes: Processes,
-        weights_to_use: Callable[[], AbstractContextManager] = nullcontext,
+        eval_weights: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:  # fmt: skip
-        self.weights_to_use = weights_to_use
+        self.eval_weights = eval_weights
         self.options, self.specs, self.model, self.network = options, specs, model, network
         self.accelerator, self.tracker, self.processes = accelerator, tracker, processes
-        self.seconds = 0.0  # spent on drawing so far
         self.folder = Path(options.output.output_dir) / "sample"
 
-    def at_first(self) -> None:
+    def begin(self, run: Run) -> None:
         """Before the first step, if --sample_at_first."""
-        if self.options.previews.sample_at_first:
-            self._draw("e000000", step=0)
+        if self.options.previews.sample_at_first and not run.loop.progress.step:
+            self.draw("e000000", step=0)
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, progress: Progress, report: StepReport) -> None:
         """After every --sample_every_n_steps steps; --sample_every_n_epochs wins over it."""
         interval = self.options.previews.sample_every_n_steps or 0
-        if interval > 0 and step % interval == 0 and not self._by_epoch():
-            self._draw(f"{step:06d}", step)
+        if interval > 0 and progress.step % interval == 0 and not self._by_epoch():
+            self.draw(f"{progress.step:06d}", progress.step)
 
-    def after_epoch(self, epoch: int, step: int) -> None:
+    def after_epoch(self, progress: Progress, epoch: int) -> None:
         """At the end of every --sample_every_n_epochs epochs."""
         if self._by_epoch() and epoch % self.options.previews.sample_every_n_epochs == 0:
-            self._draw(f"e{epoch:06d}", step)
+            self.draw(f"e{epoch:06d}", progress.step)
 
     def _by_epoch(self) -> bool:
         return (self.options.previews.sample_every_n_epochs or 0) > 0
 
-    def _draw(self, moment: str, step: int) -> None:
+    def draw(self, moment: str, step: int) -> None:
+        """Draw all prompts; `moment` becomes part of the files' names. The processes share the work."""
         started = time.perf_counter()
         drawn: dict[int, Image.Image | str] = {}
         for part in self.processes.gather(self._own_share()):
@@ -77,7 +84,7 @@ class Previews:
     def _own_share(self) -> dict[int, Image.Image | str]:
         """The pictures that this process draws, by number; in place of one that failed, the reason."""
         drawn: dict[int, Image.Image | str] = {}
-        with self._models_on_device(), self.weights_to_use(), evaluating(self.network):
+        with self._models_on_device(), self.eval_weights(), evaluating(self.network):
             for number, spec in self.processes.share(list(enumerate(self.specs))):
                 try:
                     drawn[number] = self._draw_one(spec)
@@ -126,7 +133,7 @@ class Previews:
 
     @contextmanager
     def _models_on_device(self):
-        """Text encoder and VAE may rest on the CPU while training; bring them in for the pictures and back."""
+        """Text encoder and VAE may be on the CPU while training; bring them to the device for the images and back."""
         parts = (self.model.text_encoder, self.model.vae)
         homes = [next(part.parameters()).device for part in parts]
         for part in parts:

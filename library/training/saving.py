@@ -31,15 +31,15 @@ class NotSaved(RunFailed):
 class ModelFiles:
     """Names and rotation of the network files of one run.
 
-    Files are written within `weights_to_use()`, where the network has the weights that are meant to be used.
+    Files are written within `eval_weights()`, where the network has the weights that are meant to be used.
     """
 
     def __init__(
-        self, options: OutputOptions, weights_to_use: Callable[[], AbstractContextManager] = nullcontext,
+        self, options: OutputOptions, eval_weights: Callable[[], AbstractContextManager] = nullcontext,
         uploads: Uploads | None = None, writes: bool = True,
     ) -> None:  # fmt: skip
         """writes: whether this process writes files; in a run of several only the main one does."""
-        self.options, self.weights_to_use = options, weights_to_use
+        self.options, self.eval_weights = options, eval_weights
         self.uploads, self.writes = uploads, writes
         self.folder = Path(options.output_dir)
         self.written: list[Path] = []
@@ -103,7 +103,7 @@ class ModelFiles:
         except RunFailed:  # what the network holds must not be saved
             raise
         except Exception as error:  # a full disk, rights, or anything that a network module of others raises
-            with self.weights_to_use():
+            with self.eval_weights():
                 weights = dict(network.state_dict())
             kept = keep_elsewhere(path, write, lambda temporary: write_plain(temporary, weights, shown_as=path))
             where = (
@@ -116,7 +116,7 @@ class ModelFiles:
 
     def _write(self, file: Path, network: torch.nn.Module, metadata: dict[str, str], shown_as: Path) -> None:
         dtype = DTYPES[self.options.save_precision] if self.options.save_precision else None
-        with self.weights_to_use():
+        with self.eval_weights():
             try:
                 network.save_weights(str(file), dtype, metadata)
             except UnicodeError:  # a ValueError too, but one of the name or the metadata

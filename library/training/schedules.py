@@ -105,6 +105,11 @@ def schedule_facts(options: OptimizerOptions, optimizer: torch.optim.Optimizer) 
     return {"ss_lr_scheduler": f"adafactor:{options.learning_rate}", "ss_learning_rate": None}
 
 
+def finds_rates_in_step(optimizer: torch.optim.Optimizer) -> bool:
+    """AdaFactor with its own rates computes them within its step, and its schedule tells them only after it."""
+    return bool(optimizer.param_groups[0].get("relative_step"))
+
+
 def _named_schedules(options: OptimizerOptions, warmup: int, total: int) -> dict[str, tuple[Callable, dict[str, Any]]]:
     """What makes the schedule of each name, and the arguments that come from options of their own."""
     from transformers import optimization as t

@@ -1,78 +1,102 @@
-"""What belongs to the state of a run, and how it is put back: so that a run that goes on does what it would have done anyway."""
+"""The state of a run is the state of each of its parts; put back, the run does what it would have done anyway."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from library.data.table import PictureTable
 from library.errors import RunFailed, UserError
-from library.training.compatible import START_ANEW, check_same_run
+from library.training.compatible import START_ANEW, check_same_run, fingerprint
+from library.training.metadata import RunMetadata
+from library.training.options import TrainNetworkOptions
+from library.training.plan import Plan, Progress
 from library.training.randomness import random_state, set_random_state
 from library.training.state import State
 
-if TYPE_CHECKING:
-    from library.training.trainer import Trainer
+
+class Stateful(Protocol):
+    """A part of a run that has something to remember."""
+
+    def state(self) -> State: ...
+
+    def load_state(self, state: State) -> None: ...
 
 
-def capture(trainer: Trainer) -> State:
-    """The state of a run between two steps. Raises RunFailed if the network holds a NaN."""
-    trainer.losses.flush()
-    network = network_tensors(trainer.network.module)
-    broken = [name for name, tensor in network.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
-    if broken:
-        raise RunFailed(
-            f"no state was saved: {broken[0]} holds NaN or infinity; lower --learning_rate or use --mixed_precision bf16"
-        )
-    losses, loss_numbers = trainer.losses.state()
-    state = State(
-        record={
-            "output_name": trainer.options.output.output_name,
-            "step": trainer.step, "next": trainer.next, "seed": trainer.seed, "max_steps": trainer.plan.max_steps,
-            "skipped": trainer.skipped, "losses": loss_numbers, "validations": trainer.validations.state(),
-            "metadata": trainer.metadata.identity(),
-            "run": trainer.fingerprint,
-        },
-        tensors={"network": network, "losses": losses},
-        objects={
-            "optimizer": trainer.optimizer.state_dict(),
-            "schedule": trainer.schedule.state_dict(),
-            "random": random_state(trainer.accelerator.device),
-        },
-    )  # fmt: skip
-    if trainer.average is not None:
-        state.record["average_updates"] = trainer.average.updates
-        state.tensors["average"] = {str(number): weight for number, weight in enumerate(trainer.average.weights)}
-    if trainer.accelerator.scaler is not None:
-        state.objects["scaler"] = trainer.accelerator.scaler.state_dict()
-    return state
+class Snapshot:
+    """Takes and restores the state of a run between two steps. parts: in the order in which they are restored."""
+
+    def __init__(self, parts: Sequence[Stateful]) -> None:
+        self.parts = parts
+
+    def take(self, progress: Progress) -> State:
+        """Raises RunFailed if the network holds a NaN."""
+        own = State(record={"step": progress.step, "next": (progress.epoch, progress.position)})
+        return State.of([own, *(part.state() for part in self.parts)])
+
+    def restore(self, state: State) -> None:
+        """Raises UserError, saying what differs, if the state is that of another run."""
+        for part in self.parts:
+            part.load_state(state)
 
 
-def restore(trainer: Trainer, state: State, folder: Path) -> None:
-    """Put a run where the state's run was. Raises UserError, saying what differs, if the state is that of another run."""
-    check_same_run(state.record, trainer.fingerprint, folder)
-    load_network(trainer.network.module, state.tensors["network"], folder)
-    if trainer.average is not None:
-        trainer.average.updates = state.record["average_updates"]
-        for number, weight in enumerate(trainer.average.weights):
-            weight.copy_(state.tensors["average"][str(number)])
-    load_optimizer(trainer.optimizer, state.objects["optimizer"])
-    trainer.schedule.load_state_dict(state.objects["schedule"])
-    if trainer.accelerator.scaler is not None and "scaler" in state.objects:
-        trainer.accelerator.scaler.load_state_dict(state.objects["scaler"])
-    trainer.losses.load_state(state.tensors["losses"], state.record["losses"])
-    trainer.validations.load_state(state.record["validations"])
-    trainer.metadata.take_identity(state.record["metadata"])
-    trainer.skipped = state.record["skipped"]
-    set_random_state(state.objects["random"], trainer.accelerator.device)
+class RunIdentity:
+    """Which run a state belongs to. model: the digest of the frozen model."""
+
+    def __init__(
+        self, options: TrainNetworkOptions, table: PictureTable, model: str, plan: Plan, seed: int, metadata: RunMetadata
+    ) -> None:
+        self.options, self.table, self.model, self.plan, self.seed, self.metadata = options, table, model, plan, seed, metadata
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """By which a state is known to be one of this run; it reads through all captions, so only runs with states make it."""
+        return fingerprint(self.options, self.table, self.model, self.plan.processes)
+
+    def state(self) -> State:
+        """Seed and length, what was trained on what, and the metadata that all files of the run share."""
+        record = {
+            "output_name": self.options.output.output_name, "seed": self.seed, "max_steps": self.plan.max_steps,
+            "metadata": self.metadata.identity(), "run": self.fingerprint,
+        }  # fmt: skip
+        return State(record)
+
+    def load_state(self, state: State) -> None:
+        """Be the run of the state. Raises UserError, saying what differs, if this is another one."""
+        check_same_run(state.record, self.fingerprint, state.folder)
+        self.metadata.take_identity(state.record["metadata"])
+
+
+class RandomNumbers:
+    """All generators that a run draws from."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def state(self) -> State:
+        return State(objects={"random": random_state(self.device)})
+
+    def load_state(self, state: State) -> None:
+        set_random_state(state.objects["random"], self.device)
 
 
 def network_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Copies of everything a network holds, by name: what is trained, what is not, and buffers."""
     return {name: tensor.detach().clone() for name, tensor in (*module.named_parameters(), *module.named_buffers())}
+
+
+def refuse_nonfinite(network: Mapping[str, Tensor]) -> None:
+    """Raises RunFailed if a tensor holds NaN or infinity: such a state is worth nothing."""
+    broken = [name for name, tensor in network.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
+    if broken:
+        raise RunFailed(
+            f"no state was saved: {broken[0]} holds NaN or infinity; lower --learning_rate or use --mixed_precision bf16"
+        )
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ import shutil
 import time
 import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,11 +38,22 @@ VERSION = 1
 
 @dataclass
 class State:
-    """All that a run needs to go on. `record` is data for JSON."""
+    """What a run, or a part of it, needs to go on. `record` is data for JSON. folder: where it was read from, for messages."""
 
-    record: dict[str, Any]
+    record: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     objects: dict[str, Any] = field(default_factory=dict)
+    folder: Path = Path()
+
+    @classmethod
+    def of(cls, parts: Iterable[State]) -> State:
+        """The states of several parts as one; each has keys of its own."""
+        whole = cls()
+        for part in parts:
+            whole.record |= part.record
+            whole.tensors |= part.tensors
+            whole.objects |= part.objects
+        return whole
 
 
 # ---------------------------------------------------------------- writing
@@ -177,7 +188,7 @@ def read_state(folder: Path) -> State:
     problem = record if isinstance(record, str) else _damage(folder, record)
     if problem:
         raise UserError(f"--resume {folder}: {problem}; resume from another state")
-    state = State(record)
+    state = State(record, folder=folder)
     for name in record["files"]:
         stem, suffix = os.path.splitext(name)
         if suffix == ".safetensors":

@@ -20,7 +20,7 @@ from library.option_traits import traits_of
 from library.safe_text import as_data
 from library.text_files import parse_toml, read_text
 from library.training.options import LogOptions
-from library.training.tracking import LossRecord
+from library.training.tracking import LossRecord, StepLoss
 
 
 class Tracker:
@@ -36,16 +36,13 @@ class Tracker:
         self._trackers = start_trackers(options, config) if active else []
 
     def log_step(
-        self, step: int, losses: LossRecord, rates: list[float], names: list[str], found_rates: list[float] | None = None
+        self, step: int, rates: Mapping[str, float], found_rates: Mapping[str, float], loss: StepLoss | None = None
     ) -> None:
-        """Values after an optimizer step; the loss is that of the newest batch that was read.
-
-        `found_rates`: the rates in force where the optimizer finds them by itself.
-        """
-        values = {f"lr/{name}": rate for name, rate in zip(names, rates, strict=True)}
-        values |= {f"lr/d*lr/{name}": rate for name, rate in zip(names, found_rates or [], strict=False)}
-        if losses.current is not None:
-            values |= {"loss/current": losses.current, "loss/average": losses.average}
+        """Learning rates by group and the loss of a step. found_rates: those in force where the optimizer finds them itself."""
+        values = {f"lr/{name}": rate for name, rate in rates.items()}
+        values |= {f"lr/d*lr/{name}": rate for name, rate in found_rates.items()}
+        if loss is not None:
+            values |= {"loss/current": loss.current, "loss/average": loss.average}
         self.log(values, step)
 
     def log_epoch(self, epoch: int, losses: LossRecord) -> None:

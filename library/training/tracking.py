@@ -1,9 +1,9 @@
-"""The losses of a run, and what else is drawn beside them."""
+"""The losses and learning rates of a run."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -41,8 +41,18 @@ class PendingLoss:
         yield self.step, self._loss.values()[0], self.paths
 
 
+@dataclass(frozen=True)
+class StepLoss:
+    """The loss of one step: `current`, the mean over its batches; `average`, that over an epoch's worth of batches at its end."""
+
+    current: float
+    average: float
+
+
 class Readable(Protocol):
-    """Losses that are read later."""
+    """Losses that are read later; `step` is theirs."""
+
+    step: int
 
     def read(self) -> Iterator[tuple[int, float, list[str]]]: ...
 
@@ -64,6 +74,7 @@ class LossRecord:
     def __post_init__(self) -> None:
         self._recent: deque[float] = deque(maxlen=max(1, self.window))
         self._sum = 0.0
+        self._by_step: dict[int, tuple[list[float], float]] = {}  # losses and average at its end, of steps not taken yet
 
     def add(self, step: int, loss: torch.Tensor, paths: list[str]) -> None:
         """Hand over the loss of one batch; the one before it is read. Raises RunFailed if that is not finite."""
@@ -90,10 +101,22 @@ class LossRecord:
         self._sum += value
         self.steps.append(step)
         self.values.append(value)
+        of_step, _ = self._by_step.get(step, ([], 0.0))
+        self._by_step[step] = ([*of_step, value], self._sum / len(self._recent))
 
-    def add_rates(self, step: int, names: list[str], rates: list[float]) -> None:
-        """The learning rates with which a step was done."""
-        for name, rate in zip(names, map(float, rates), strict=True):  # AdaFactor's own are tensors
+    def take(self, step: int) -> StepLoss | None:
+        """The loss of a step that is done, once; None if all its batches were skipped. Waits if it has not arrived yet."""
+        if self._pending is not None and self._pending.step <= step:
+            self.flush()
+        if step not in self._by_step:
+            return None
+        values, average = self._by_step.pop(step)
+        return StepLoss(sum(values) / len(values), average)
+
+    def add_rates(self, step: int, rates: Mapping[str, float]) -> None:
+        """The learning rates, by group, with which a step was done."""
+        for name, rate in rates.items():
+            rate = float(rate)  # AdaFactor's own are tensors
             points = self.rates.setdefault(name, [])
             if not points or points[-1][1] != rate:
                 points.append((step, rate))
@@ -110,6 +133,10 @@ class LossRecord:
         self._recent.extend(self.values[len(self.values) - numbers["recent"] :])
         self._sum = numbers["sum"]
         self.rates = {name: [(step, rate) for step, rate in points] for name, points in numbers["rates"].items()}
+
+    def shown(self) -> dict[str, str]:
+        """The newest loss that was read and the average, for the progress bar."""
+        return {"loss": f"{self.current:.4f}", "average": f"{self.average:.4f}"} if self.values else {}
 
     @property
     def current(self) -> float | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,29 +62,16 @@ class Validation:
     ) -> None:  # fmt: skip
         self.dataset, self.timesteps, self.num_workers = dataset, timesteps, num_workers
         self.device, self.processes = device, processes
-        self.options = options
-        self.seconds = 0.0  # spent on validating so far
         self.seed = seed if options.validation_seed is None else options.validation_seed
         self.batches = min(dataset.num_batches, options.max_validation_steps or dataset.num_batches)
-
-    def due_after_step(self, step: int) -> bool:
-        """Whether --validate_every_n_steps asks for it."""
-        every = self.options.validate_every_n_steps
-        return bool(every and step % every == 0)
-
-    def due_after_epoch(self, epoch: int) -> bool:
-        """Whether --validate_every_n_epochs (unset: 1) asks for it."""
-        return epoch % (self.options.validate_every_n_epochs or 1) == 0
 
     def loss(self, loss_at: LossAt) -> float:
         """Mean over pictures and timesteps, the same number in all processes, which share the batches.
 
         No generator is left disturbed.
         """
-        started = time.perf_counter()
         own = self.processes.together(lambda: self._own_losses(loss_at))
         parts = self.processes.gather((own.sum().item(), len(own)))
-        self.seconds += time.perf_counter() - started
         return sum(total for total, _ in parts) / sum(count for _, count in parts)
 
     @torch.no_grad()

@@ -29,7 +29,7 @@ from library.generation.options import GenerateOptions
 from library.generation.prompts import PromptSpec, read_prompt_file
 from library.models.model import save_stable_diffusion
 from library.testing import small_stable_diffusion
-from library.training import run as run_module
+from library.training import entry
 from library.training.optimizers import OPTIMIZERS
 from library.training.options import LogOptions, TrainNetworkOptions, parse_options
 from library.training.refused_options import REFUSED
@@ -182,7 +182,7 @@ def test_every_command_runs(command, place, capsys, monkeypatch):
     parse_options(words)  # as it stands
     options = parse_options(made_small(words))
     expected = forget_output(words, options)
-    assert run_module.train(options) == 0
+    assert entry.train(options) == 0
     assert expected.stat().st_size > 0
     if expected.suffix == ".safetensors":
         with safe_open(expected, "pt") as file:
@@ -380,7 +380,7 @@ def test_the_program_says_so(start, place, monkeypatch):
     monkeypatch.setitem(sys.modules, "lion_pytorch", None)  # not installed
     message = next(m for m in messages(ENGLISH, 0) if m.startswith(start))
     with pytest.raises(UserError) as error:
-        run_module.train(parse_options([*BASE, *ERRORS[start]]))
+        entry.train(parse_options([*BASE, *ERRORS[start]]))
     assert as_pattern(message).search(str(error.value))
     assert not Path("out/new.safetensors").exists()
 
@@ -389,10 +389,10 @@ def test_the_program_says_so(start, place, monkeypatch):
 def test_the_program_notes_so(start, place, monkeypatch, capfd, caplog):
     if torch.cuda.is_available() and start != "no picture has a .caption file":
         pytest.skip("there is a GPU")
-    monkeypatch.setattr(run_module, "cpu_has_fast_bf16", lambda: False)
+    monkeypatch.setattr(entry, "cpu_has_fast_bf16", lambda: False)
     message = next(m for m in messages(ENGLISH, 1) if m.startswith(start))
     words = [word for word in BASE if "dataset_config" not in word or "--dataset_config=" not in NOTES[start]]
     words += [word for word in NOTES[start] if word != "--dataset_config="]
     with pytest.raises(UserError):  # weights that are none end the run, so that it is short
-        run_module.train(parse_options([*words, "--network_weights=data.toml"]))
+        entry.train(parse_options([*words, "--network_weights=data.toml"]))
     assert as_pattern(message).search("".join(capfd.readouterr()) + caplog.text)

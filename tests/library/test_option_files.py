@@ -12,7 +12,7 @@ from library.errors import UserError
 from library.training.contradictions import contradictions
 from library.training.options import parse_options
 from library.training.preflight import check_prompts
-from library.training.run import preview_specs
+from library.training.setup import preview_specs
 
 
 def parsed(tmp_path: Path, text: str, name: str = "c.toml"):

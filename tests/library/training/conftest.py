@@ -16,8 +16,9 @@ from library.command_line import option_names
 from library.errors import unknown
 from library.models.model import save_stable_diffusion
 from library.testing import small_stable_diffusion
+from library.training.entry import train
+from library.training.loop import Listener
 from library.training.options import TrainNetworkOptions, parse_options
-from library.training.run import train
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (40, 60, 220), "white": (250, 250, 250)}
 
@@ -62,10 +63,14 @@ class Run:
 
 @pytest.fixture
 def run(base_model, pictures, tmp_path) -> Callable[..., Run]:
-    """`run("--max_train_steps=2", ...)` trains in this process, on no worker processes, into a new folder each time."""
+    """`run("--max_train_steps=2", ...)` trains in this process, on no worker processes, into a new folder each time.
+
+    Listeners among the arguments are the run's.
+    """
     count = iter(range(100))
 
-    def start(*words: str, data: str | None = None) -> Run:
+    def start(*given: str | Listener, data: str | None = None) -> Run:
+        words = [word for word in given if isinstance(word, str)]
         folder = tmp_path / f"out{next(count)}"
         AcceleratorState._reset_state(reset_partial_state=True)  # one process, many runs
         needed = [
@@ -73,7 +78,7 @@ def run(base_model, pictures, tmp_path) -> Callable[..., Run]:
             "--resolution=64", f"--output_dir={folder}", "--output_name=mine", "--network_module=networks.lora", "--seed=1",
             "--learning_rate=1e-3", "--max_data_loader_n_workers=0",
         ]  # fmt: skip
-        return Run(train(parse_options([*needed, *words])), folder)
+        return Run(train(parse_options([*needed, *words]), [one for one in given if isinstance(one, Listener)]), folder)
 
     return start
 

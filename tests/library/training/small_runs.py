@@ -19,9 +19,10 @@ from safetensors import safe_open
 
 from library.models.model import StableDiffusion
 from library.testing import small_stable_diffusion
-from library.training import run as run_module
+from library.training import entry, setup, summary
+from library.training.loop import Listener
 from library.training.options import parse_options
-from library.training.trainer import Trainer
+from library.training.setup import Run
 
 
 @lru_cache(maxsize=1)
@@ -58,24 +59,43 @@ def words_of_a_run(pictures: Path, output: Path, *words: str) -> list[str]:
 
 
 def use_two_blocks(replace: Callable[[object, str, object], None]) -> None:
-    """Let the trainer work with that model; `replace` is monkeypatch.setattr, or setattr in a process that ends."""
-    replace(run_module, "load_stable_diffusion", lambda *args, **kwargs: copy.deepcopy(two_blocks()))
-    replace(run_module, "try_loss_plot", lambda *args: "not drawn in tests")
-    replace(run_module, "all_model_facts", lambda options: {})
+    """Let runs work with that model; `replace` is monkeypatch.setattr, or setattr in a process that ends."""
+    replace(setup, "load_stable_diffusion", lambda *args, **kwargs: copy.deepcopy(two_blocks()))
+    replace(summary, "try_loss_plot", lambda *args: "not drawn in tests")
+    replace(setup, "all_model_facts", lambda options: {})
 
 
-def train(words: list[str]) -> Trainer:
-    """Train in this process and give the trainer as it was at the end."""
-    made: list[Trainer] = []
-    prepare = run_module.prepare
+class Recorder(Listener):
+    """Keeps the runs that begin."""
+
+    def __init__(self) -> None:
+        self.runs: list[Run] = []
+
+    def begin(self, run: Run) -> None:
+        self.runs.append(run)
+
+
+class AfterStep(Listener):
+    """Calls `action(run)` after a step: after all of them, or after those of a number."""
+
+    def __init__(self, action: Callable[[Run], object], step: int | None = None) -> None:
+        self.action, self.step = action, step
+
+    def begin(self, run: Run) -> None:
+        self.run = run
+
+    def after_step(self, progress, report) -> None:
+        if self.step in (None, progress.step):
+            self.action(self.run)
+
+
+def train(words: list[str], *listeners: Listener) -> Run:
+    """Train in this process and give the run as it was at the end."""
+    recorder = Recorder()
     AcceleratorState._reset_state(reset_partial_state=True)  # one process, many runs
-    run_module.prepare = lambda *args: made.append(prepare(*args)) or made[-1]
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # progress bars
-            run_module.train(parse_options(words))
-    finally:
-        run_module.prepare = prepare
-    return made[0]
+    with contextlib.redirect_stderr(io.StringIO()):  # progress bars
+        entry.train(parse_options(words), [recorder, *listeners])
+    return recorder.runs[0]
 
 
 def tensors_of(path: Path) -> dict[str, torch.Tensor]:

@@ -131,8 +131,8 @@ def test_a_run_with_a_budget_checkpoints_what_it_must_and_learns_the_same(tmp_pa
     more = ["--max_train_steps=2", "--gradient_checkpointing"]
     switched = []
     for budget in ([], ["--gradient_checkpointing_budget=99"]):
-        trainer = train(words_of_a_run(pictures, tmp_path / f"out{len(budget)}", *more, *budget))
-        switched.append({unit.gradient_checkpointing for unit in units(trainer.model.unet)})
+        made = train(words_of_a_run(pictures, tmp_path / f"out{len(budget)}", *more, *budget))
+        switched.append({unit.gradient_checkpointing for unit in units(made.model.unet)})
     assert switched == [{True}, {False}]
     assert "0 of" in capsys.readouterr().out
     ends = [tensors_of(tmp_path / f"out{n}" / "mine.safetensors") for n in (0, 1)]

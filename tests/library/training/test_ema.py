@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from library.errors import UserError
-from library.training.ema import ExponentialAverage, make_average, weights_in_use
+from library.training.ema import ExponentialAverage, eval_weights, make_average
 from library.training.options import ValidationOptions
 
 
@@ -44,7 +44,7 @@ def test_training_finds_its_weights_as_they_were_to_the_bit(decay):
     with torch.no_grad():
         weight.mul_(1.7)
     before = weight.detach().clone()
-    with pytest.raises(ZeroDivisionError), weights_in_use(optimizer, average):
+    with pytest.raises(ZeroDivisionError), eval_weights(optimizer, average):
         assert torch.equal(weight.detach(), average.weights[0] if decay else before)
         assert torch.equal(weight.detach(), before) == (decay is None)
         raise ZeroDivisionError

@@ -12,11 +12,11 @@ from library.training.estimates import network_numbers, state_bytes
 from library.training.fused_backward import check_fused_backward, step_in_backward
 from library.training.optimizers import (
     OPTIMIZERS,
+    averaged_weights,
     create_optimizer,
     found_rates,
     optimizer_name,
     spec_named,
-    weights_to_use,
 )
 from library.training.options import OptimizerOptions, parse_options
 from library.training.schedules import create_schedule, schedule_facts
@@ -268,7 +268,7 @@ def test_averaged_weights_are_there_to_be_used_and_gone_bit_for_bit(stand_ins, c
     optimizer, _ = create_optimizer(options, [{"params": [weight]}], CPU)
     assert "warmup_steps=100" in capsys.readouterr().out
     before = weight.detach().clone()
-    with weights_to_use(optimizer):
+    with averaged_weights(optimizer):
         torch.testing.assert_close(weight, before / 3)
         assert not torch.equal(weight / 3 * 3 * 3, before)
     assert torch.equal(weight, before)
@@ -278,7 +278,7 @@ def test_averaged_weights_are_there_to_be_used_and_gone_bit_for_bit(stand_ins, c
         schedule.step()
     assert schedule.get_last_lr() == [1e-4]
     plain = torch.optim.SGD([weight])
-    with weights_to_use(plain):
+    with averaged_weights(plain):
         assert torch.equal(weight, before)
 
 

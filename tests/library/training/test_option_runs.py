@@ -7,13 +7,14 @@ import json
 import pytest
 import torch
 from PIL import Image
+from small_runs import Recorder
 
 from library.data.dataset import TrainingDataset
 from library.testing import small_stable_diffusion
-from library.training import run as run_module
+from library.training import setup
 from library.training.contradictions import contradictions
 from library.training.frozen import FrozenConv2d
-from library.training.memory import free_what_rests, pack_frozen_weights
+from library.training.memory import offload_idle_parts, pack_frozen_weights
 from library.training.options import parse_options
 from library.training.packing import PackedConv2d, PackedLinear
 
@@ -23,12 +24,9 @@ QUICK = ["--max_train_steps=2", "--network_train_unet_only", "--network_dim=1"]
 
 
 @pytest.fixture
-def trainers(monkeypatch) -> list:
-    """Every trainer that is made."""
-    made: list = []
-    original = run_module.prepare
-    monkeypatch.setattr(run_module, "prepare", lambda *a: made.append(original(*a)) or made[-1])
-    return made
+def recorder() -> Recorder:
+    """A listener that keeps the runs to which it is given."""
+    return Recorder()
 
 
 def packed(module: torch.nn.Module) -> int:
@@ -36,28 +34,28 @@ def packed(module: torch.nn.Module) -> int:
 
 
 @pytest.mark.option("fp8_base", "torch_compile", "dynamo_backend", "fused_backward_pass")
-def test_fused_and_packed_and_compiled_runs_do_as_the_plain_one(run, trainers, capsys, monkeypatch):
+def test_fused_and_packed_and_compiled_runs_do_as_the_plain_one(run, recorder, capsys, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, backend: compiled.append((type(self).__name__, backend)))
     words = [*QUICK, "--max_grad_norm=0"]
-    plain, fused = (run(*words, *more).tensors() for more in ([], ["--fused_backward_pass"]))
+    plain, fused = (run(*words, *more, recorder).tensors() for more in ([], ["--fused_backward_pass"]))
     assert all(torch.equal(plain[key], fused[key]) for key in plain)
-    assert not compiled and not packed(trainers[-1].model.unet)
-    assert [bool(t.network.parameters[0]._post_accumulate_grad_hooks) for t in trainers] == [False, True]
+    assert not compiled and not packed(recorder.runs[-1].model.unet)
+    assert [bool(t.network.parameters[0]._post_accumulate_grad_hooks) for t in recorder.runs] == [False, True]
     capsys.readouterr()
-    other = run(*words, "--fp8_base", "--gradient_checkpointing", "--torch_compile", "--dynamo_backend=eager").tensors()
+    other = run(*words, "--fp8_base", "--gradient_checkpointing", "--torch_compile", "--dynamo_backend=eager", recorder).tensors()
     assert compiled == [("UNet2DConditionModel", "eager")]
-    assert packed(trainers[-1].model.unet) > 100 and packed(trainers[-1].model.text_encoder) > 5
+    assert packed(recorder.runs[-1].model.unet) > 100 and packed(recorder.runs[-1].model.text_encoder) > 5
     assert "frozen weights in fp8" in capsys.readouterr().out
     ups = [torch.cat([t.flatten() for k, t in tensors.items() if "lora_up" in k]) for tensors in (plain, other)]
     assert torch.cosine_similarity(*ups, dim=0) > 0.5 and not torch.equal(*ups)
 
 
-def test_a_run_freezes_its_convolutions_unless_a_compiler_does_more(run, trainers, monkeypatch):
+def test_a_run_freezes_its_convolutions_unless_a_compiler_does_more(run, recorder, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, backend: None)
     for words in ([], ["--torch_compile", "--dynamo_backend=eager"]):
-        run(*QUICK, *words)
-    assert [type(trainer.model.unet.conv_in) is FrozenConv2d for trainer in trainers] == [True, False]
+        run(*QUICK, *words, recorder)
+    assert [type(made.model.unet.conv_in) is FrozenConv2d for made in recorder.runs] == [True, False]
 
 
 @pytest.mark.option("fp8_base_unet")
@@ -102,7 +100,7 @@ def test_parts_that_previews_need_leave_the_gpu_unless_told_otherwise(words, mov
     class Model:
         vae, text_encoder = _Part(), _Part()
 
-    free_what_rests(parse_options([*NEEDED, *words]), Model, vae_rests=True, text_encoder_rests=True, draws=True)
+    offload_idle_parts(parse_options([*NEEDED, *words]), [Model.vae, Model.text_encoder], keep_for_previews=True)
     assert Model.vae.moved == Model.text_encoder.moved == moved
 
 
@@ -111,7 +109,7 @@ def test_parts_that_nothing_needs_any_more_are_freed(words):
     class Model:
         vae, text_encoder = _Part(), _Part()
 
-    free_what_rests(parse_options([*NEEDED, *words]), Model, vae_rests=True, text_encoder_rests=False, draws=False)
+    offload_idle_parts(parse_options([*NEEDED, *words]), [Model.vae], keep_for_previews=False)
     assert (Model.vae.moved, Model.text_encoder.moved) == (["meta"], [])
 
 
@@ -126,16 +124,16 @@ def test_models_go_straight_to_the_device_in_the_format_of_the_arithmetic(monkey
         seen.update(more)
         raise Stop
 
-    monkeypatch.setattr(run_module, "load_stable_diffusion", load)
+    monkeypatch.setattr(setup, "load_stable_diffusion", load)
 
     class Accelerator:
         device = torch.device("cuda", 0)
 
     with pytest.raises(Stop):  # packed weights alone go there
-        run_module.load_model(parse_options([*NEEDED, "--base_dtype=int8"]), Accelerator)
+        setup.load_model(parse_options([*NEEDED, "--base_dtype=int8"]), Accelerator)
     assert seen["device"] == "cpu"
     with pytest.raises(Stop):
-        run_module.load_model(parse_options([*NEEDED, "--lowram", "--mixed_precision=bf16", "--vae=other"]), Accelerator)
+        setup.load_model(parse_options([*NEEDED, "--lowram", "--mixed_precision=bf16", "--vae=other"]), Accelerator)
     assert seen["vae"] == "other" and seen["device"] == Accelerator.device and seen["dtype"] == torch.bfloat16
 
 
@@ -145,9 +143,9 @@ def test_models_go_straight_to_the_device_in_the_format_of_the_arithmetic(monkey
 )
 def test_mem_eff_attn_wins_over_xformers(monkeypatch, words, asked):
     calls = []
-    monkeypatch.setattr(run_module, "load_stable_diffusion", lambda *a, **k: type("Model", (), {"unet": None}))
-    monkeypatch.setattr(run_module, "use_xformers", lambda *a: calls.append(a))
-    run_module.load_model(parse_options([*NEEDED, *words]), type("A", (), {"device": torch.device("cpu")}))
+    monkeypatch.setattr(setup, "load_stable_diffusion", lambda *a, **k: type("Model", (), {"unet": None}))
+    monkeypatch.setattr(setup, "use_xformers", lambda *a: calls.append(a))
+    setup.load_model(parse_options([*NEEDED, *words]), type("A", (), {"device": torch.device("cpu")}))
     assert bool(calls) == asked
 
 
@@ -164,12 +162,12 @@ def test_attention_is_torch_s_which_keeps_no_matrix_of_all_pairs(base_model):
 
 
 @pytest.mark.option("conditioning_data_dir", "masked_loss")
-def test_what_is_masked_out_makes_no_loss(run, trainers, pictures, tmp_path):
+def test_what_is_masked_out_makes_no_loss(run, recorder, pictures, tmp_path):
     for picture in pictures.glob("*.png"):
         (tmp_path / "masks").mkdir(exist_ok=True)
         Image.new("L", (64, 64), 0).save(tmp_path / "masks" / picture.name)
-    run("--max_train_steps=1", *QUICK[1:], "--masked_loss", f"--conditioning_data_dir={tmp_path / 'masks'}")
-    assert trainers[-1].losses.values == [0.0]
+    run("--max_train_steps=1", *QUICK[1:], "--masked_loss", f"--conditioning_data_dir={tmp_path / 'masks'}", recorder)
+    assert recorder.runs[-1].losses.values == [0.0]
 
 
 @pytest.mark.option(
@@ -181,10 +179,10 @@ def test_what_is_masked_out_makes_no_loss(run, trainers, pictures, tmp_path):
     "max_data_loader_n_workers",
     "network_alpha",
 )
-def test_in_json_trains_on_what_it_lists(run, trainers, tmp_path, monkeypatch):
+def test_in_json_trains_on_what_it_lists(run, recorder, tmp_path, monkeypatch):
     loaders, caches = [], []
-    make_loader, cache = run_module.make_loader, TrainingDataset.cache_latents
-    monkeypatch.setattr(run_module, "make_loader", lambda *a, **more: loaders.append(more) or make_loader(*a, **more))
+    make_loader, cache = setup.make_loader, TrainingDataset.cache_latents
+    monkeypatch.setattr(setup, "make_loader", lambda *a, **more: loaders.append(more) or make_loader(*a, **more))
     monkeypatch.setattr(TrainingDataset, "cache_latents", lambda self, *a, **more: caches.append(more) or cache(self, *a, **more))
     see_through = tmp_path / "clear.png"
     Image.new("RGBA", (64, 64), (255, 0, 0, 0)).save(see_through)
@@ -199,11 +197,12 @@ def test_in_json_trains_on_what_it_lists(run, trainers, tmp_path, monkeypatch):
         "--network_alpha=3",
     ]
     words += ["--persistent_data_loader_workers", "--max_data_loader_n_workers=0"]
-    result = run("--max_train_steps=1", *QUICK[1:], *words, data="--train_batch_size=1")
+    result = run("--max_train_steps=1", *QUICK[1:], *words, recorder, data="--train_batch_size=1")
     assert loaders[0]["persistent"] and loaders[0]["num_workers"] == 0
     assert caches[0]["batch_size"] == 2 and caches[0]["to_disk"] and len(list((tmp_path / ".latents").iterdir())) == 1
     assert {tensor.item() for key, tensor in result.tensors().items() if key.endswith(".alpha")} == {3.0}
-    assert trainers[-1].dataset[(1, 0)].captions == ["c, t"] and trainers[-1].losses.values == [0.0]
+    made = recorder.runs[-1]
+    assert made.data.train[(1, 0)].captions == ["c, t"] and made.losses.values == [0.0]
     metadata = result.metadata()
     assert json.loads(metadata["ss_dataset_dirs"]) == {"meta.json": {"n_repeats": 1, "img_count": 1}}
     assert json.loads(metadata["ss_tag_frequency"]) == {"meta.json": {"t": 1}}

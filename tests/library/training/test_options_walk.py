@@ -21,9 +21,9 @@ from library.processes import Processes, timeout
 from library.training.metadata import model_spec
 from library.training.options import TrainNetworkOptions, parse_options
 from library.training.pictures import dataset_defaults
-from library.training.plan import Plan, Start
+from library.training.plan import Plan, Progress
 from library.training.refused_options import REFUSED
-from library.training.run import preview_specs
+from library.training.setup import preview_specs
 from library.training.validation import Validation, ValidationRecord
 
 TESTS = Path(__file__).resolve().parents[2]
@@ -80,7 +80,7 @@ def options(*words: str) -> TrainNetworkOptions:
 def test_where_a_run_begins():
     def start(*words: str) -> tuple[int, int, int]:
         chosen = options("--max_train_steps=50", *words)
-        found = Start.of(chosen.state, Plan.of(chosen, 10), None)
+        found = Progress.at_start(chosen.state, Plan.of(chosen, 10), None)
         return found.step, found.epoch, found.position
 
     assert start() == (0, 1, 0) and Plan.of(options("--max_train_steps=50"), 10).max_steps == 50
@@ -130,7 +130,7 @@ def test_the_entry_hands_on_what_is_its_own(monkeypatch):
 
     calls = []
     monkeypatch.setattr(train_network, "set_up_console", lambda *a: calls.append(a))
-    monkeypatch.setattr("library.training.run.train", lambda *a: 0)
+    monkeypatch.setattr("library.training.entry.train", lambda *a: 0)
     monkeypatch.setattr("library.training.from_metadata.print_from_metadata", lambda *a: calls.append(a[:1]) or 0)
     words = ["--console_log_level=ERROR", "--console_log_file=x.log", "--console_log_simple"]
     for more in (words, ["--from_metadata=x.safetensors"]):

@@ -116,22 +116,22 @@ def outcomes(place, base_model):
 def alone(place, base_model):
     """The losses and the file of one process with twice the batches a step."""
     from accelerate.state import AcceleratorState
+    from small_runs import Recorder
 
-    from library.training import run as run_module
+    from library.training.entry import train
 
     def start(name: str, *more: str):
         AcceleratorState._reset_state(reset_partial_state=True)
-        made, original, threads = [], run_module.prepare, torch.get_num_threads()
+        recorder, threads = Recorder(), torch.get_num_threads()
         torch.set_num_threads(
             1
         )  # as each of two has on two cores: sums in another order make other last digits, and Adam divides by them
-        run_module.prepare = lambda *a: made.append(original(*a)) or made[-1]
+        given = words(place, base_model, name, *more, "--gradient_accumulation_steps=2")
         try:
-            assert run_module.train(parse_options(words(place, base_model, name, *more, "--gradient_accumulation_steps=2"))) == 0
+            assert train(parse_options(given), [recorder]) == 0
         finally:
-            run_module.prepare = original
             torch.set_num_threads(threads)
-        return made[0]
+        return recorder.runs[0]
 
     return start
 
@@ -175,7 +175,7 @@ def test_a_state_saved_by_two_processes_goes_on_in_two_bit_for_bit(outcomes, pla
 def test_validation_is_shared_out_and_measures_the_same(outcomes, alone, place):
     assert [outcome.code for outcome in outcomes["validated"]] == [0, 0], outcomes["validated"]
     found = re.findall(r"^validation after step (\d+): ([\d.]+)", outcomes["validated"][0].printed, re.MULTILINE)
-    wanted = alone("validated-alone", *VALIDATED).validations.history
+    wanted = alone("validated-alone", *VALIDATED).validator.record.history
     assert [int(step) for step, _ in found] == [step for step, _ in wanted] == [1, 2]
     assert [float(loss) for _, loss in found] == pytest.approx([loss for _, loss in wanted], abs=2e-5)
     assert (place / "validated" / "mine-best.safetensors").is_file()
@@ -226,6 +226,6 @@ def test_plan_deals_each_batch_to_one_step_once(batches, processes, accumulation
     several = Plan.of(parse_options([*needed, f"--gradient_accumulation_steps={accumulation}"]), batches, processes)
     single = Plan.of(parse_options([*needed, f"--gradient_accumulation_steps={accumulation * processes}"]), batches)
     assert several.steps_per_epoch == single.steps_per_epoch and several.max_steps == single.max_steps
-    sizes = [several.group_size(turn) for turn in range(several.turns_per_epoch) if several.ends_step(turn)]
+    sizes = [several.step_size(position) for position in range(0, several.micro_batches_per_epoch, accumulation)]
     assert sum(sizes) == batches and len(sizes) == several.steps_per_epoch
-    assert sizes == [single.group_size(position) for position in range(batches) if single.ends_step(position)]
+    assert sizes == [single.step_size(position) for position in range(0, batches, single.accumulation)]

@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from small_runs import picture_folder, tensors_of, train, use_two_blocks, words_of_a_run
+from small_runs import AfterStep, picture_folder, tensors_of, train, use_two_blocks, words_of_a_run
 
 from library.command_line import groups_of
 from library.errors import RunFailed, UserError
-from library.training import run as run_module
+from library.training import setup
 from library.training.compatible import option_values
 from library.training.contradictions import contradictions
 from library.training.options import TrainNetworkOptions, parse_options
-from library.training.plan import Plan, Start
-from library.training.trainer import Trainer
+from library.training.plan import Plan, Progress
+from library.training.setup import Run
 
 UNET = ("--network_train_unet_only", "--cache_latents")
 # Keys of a file that tell when it was made, or which run made it. The second hash covers them.
@@ -32,36 +32,27 @@ def pictures(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def run(pictures, tmp_path, monkeypatch) -> Callable[..., Trainer]:
-    """`run("a", "--max_train_steps=3")` trains into the folder `a` and gives the trainer as it was at the end."""
+def run(pictures, tmp_path, monkeypatch) -> Callable[..., Run]:
+    """`run("a", "--max_train_steps=3")` trains into the folder `a` and gives the run as it was at the end."""
     use_two_blocks(monkeypatch.setattr)
-    return lambda folder, *words: train(words_of_a_run(pictures, tmp_path / folder, *words))
+    return lambda folder, *words, after=(): train(words_of_a_run(pictures, tmp_path / folder, *words), *after)
 
 
-@pytest.fixture
-def interrupt_after(monkeypatch) -> Callable[[int | None], None]:
-    """`interrupt_after(2)`: from now on Ctrl-C comes in the second step of a run."""
-    update, chosen = Trainer._update, []
-
-    def interrupting(self):
-        update(self)
-        if chosen[-1:] == [self.step + 1]:
-            signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(Trainer, "_update", interrupting)
-    return chosen.append
+def interrupt(step: int) -> list[AfterStep]:
+    """Ctrl-C comes in this step."""
+    return [AfterStep(lambda run: signal.raise_signal(signal.SIGINT), step)]
 
 
-def everything(trainer: Trainer) -> dict[str, Any]:
+def everything(run: Run) -> dict[str, Any]:
     """All that a run holds at its end, as it lies in memory."""
     return {
-        "network": dict(trainer.network.module.named_parameters()) | dict(trainer.network.module.named_buffers()),
-        "optimizer": trainer.optimizer.state_dict(),
-        "schedule": trainer.schedule.state_dict(),
-        "average": trainer.average.weights if trainer.average else None,
-        "losses": (trainer.losses.steps, trainer.losses.values, trainer.losses.average),
-        "validations": trainer.validations.state(),
-        "place": (trainer.step, trainer.next),
+        "network": dict(run.network.module.named_parameters()) | dict(run.network.module.named_buffers()),
+        "optimizer": run.step.optimizer.state_dict(),
+        "schedule": run.step.schedule.state_dict(),
+        "average": run.step.average.weights if run.step.average else None,
+        "losses": (run.losses.steps, run.losses.values, run.losses.average, run.losses.rates),
+        "validations": run.validator.record.state(),
+        "progress": run.loop.progress,
     }
 
 
@@ -131,21 +122,22 @@ EXTRAS = {"schedule-free": "schedulefree", "Prodigy": "prodigyopt"}  # packages 
 
 @pytest.mark.option("resume", "save_state")
 @pytest.mark.parametrize("name", CASES)
-def test_trap_5_1_and_5_2_resumed_twice_is_as_never_stopped(run, interrupt_after, name, pictures, tmp_path):
+def test_trap_5_1_and_5_2_resumed_twice_is_as_never_stopped(run, name, pictures, tmp_path):
     if name in EXTRAS:
         pytest.importorskip(EXTRAS[name])
     (tmp_path / "data.toml").write_text(MANY.format(pictures.as_posix()), encoding="utf-8")
     words = [f"--dataset_config={tmp_path / 'data.toml'}" if word == "--dataset_config=DATA" else word for word in CASES[name]]
     whole = run("whole", *words)
     total, parts = whole.plan.max_steps, tmp_path / "parts"
-    interrupt_after(2)
-    run("parts", *words, "--save_state")
-    interrupt_after(total - 2)
-    middle = run("parts", *words, "--save_state", f"--resume={parts / 'mine-step00000002-state'}")
-    assert middle.step == total - 2 and middle.losses.steps[0] == 1, "trap 5.2: the counter goes on"
-    interrupt_after(None)
-    part = run("parts", *words, "--save_state", f"--resume={parts}")
-    assert (middle.first_step, part.first_step) == (2, total - 2), "each went on and did not begin anew"
+    run("parts", *words, "--save_state", after=interrupt(2))
+    begun = []
+    counted = AfterStep(lambda run: begun.append(run.loop.progress.step))
+    middle = run(
+        "parts", *words, "--save_state", f"--resume={parts / 'mine-step00000002-state'}", after=[*interrupt(total - 2), counted]
+    )
+    assert middle.loop.progress.step == total - 2 and middle.losses.steps[0] == 1, "trap 5.2: the counter goes on"
+    part = run("parts", *words, "--save_state", f"--resume={parts}", after=[counted])
+    assert begun == list(range(3, total + 1)), "each went on and did not begin anew"
     assert same(everything(whole), everything(part))
     assert len(part.losses.values) == len(whole.losses.values) >= total
     ours, theirs = tmp_path / "whole" / "mine.safetensors", parts / "mine.safetensors"
@@ -206,7 +198,7 @@ def a_state(tmp_path_factory, pictures) -> Path:
     ],
 )
 def test_a_state_of_another_run_is_refused_before_the_model_is_loaded(run, a_state, words, message, monkeypatch):
-    monkeypatch.setattr("library.training.run.load_stable_diffusion", lambda *args, **more: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("library.training.setup.load_stable_diffusion", lambda *args, **more: pytest.fail("the model was loaded"))
     with pytest.raises(UserError) as caught:
         run("out", *UNET, "--max_train_steps=4", *words, f"--resume={a_state}")
     assert message in str(caught.value) and "\n" not in str(caught.value)
@@ -222,7 +214,7 @@ def test_other_pictures_captions_and_models_are_refused(run, a_state, tmp_path, 
     with pytest.raises(UserError, match="the captions changed; to go on from its weights"):
         run("out", *words, f"--train_data_dir={more}")
     picture_folder(more)
-    load = run_module.load_stable_diffusion
+    load = setup.load_stable_diffusion
 
     def other(*args, **kwargs):
         model = load()
@@ -230,7 +222,7 @@ def test_other_pictures_captions_and_models_are_refused(run, a_state, tmp_path, 
             next(model.unet.parameters()).add_(1e-3)
         return model
 
-    monkeypatch.setattr(run_module, "load_stable_diffusion", other)
+    monkeypatch.setattr(setup, "load_stable_diffusion", other)
     with pytest.raises(UserError, match="the base model has other weights"):
         run("out", *words, f"--train_data_dir={more}")
 
@@ -241,10 +233,10 @@ def test_what_may_differ_and_where_things_lie(run, a_state, tmp_path):
     words = [
         word for word in words_of_a_run(moved, tmp_path / "out", *UNET, "--max_train_steps=3") if not word.startswith("--seed")
     ]
-    trainer = train(
+    trained = train(
         [*words, f"--resume={a_state.parent}", "--output_name=new", "--save_every_n_steps=3", "--gradient_checkpointing"]
     )
-    assert trainer.step == 3 and trainer.seed == 1
+    assert trained.loop.progress.step == 3 and trained.seed == 1
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["new-step00000003.safetensors", "new.safetensors"]
 
 
@@ -254,17 +246,13 @@ def test_killed_after_the_last_step_the_last_file_is_still_written(run, a_state,
     assert "only the last files are written" in capsys.readouterr().out
 
 
-def test_a_network_that_is_nan_has_no_state(run, tmp_path, monkeypatch):
-    update = Trainer._update
+def test_a_network_that_is_nan_has_no_state(run, tmp_path):
+    @torch.no_grad()
+    def poison(run):
+        run.network.parameters[0].fill_(torch.nan)
 
-    def poison(self):
-        update(self)
-        with torch.no_grad():
-            self.network.parameters[0].fill_(torch.nan)
-
-    monkeypatch.setattr(Trainer, "_update", poison)
     with pytest.raises(RunFailed, match="no state was saved: .* holds NaN"):
-        run("out", *UNET, "--max_train_steps=1", "--save_state")
+        run("out", *UNET, "--max_train_steps=1", "--save_state", after=[AfterStep(poison)])
     assert states(tmp_path / "out") == []
 
 
@@ -280,25 +268,27 @@ def plan(batches: int, *words: str) -> tuple[Plan, Any]:
 @pytest.mark.parametrize(
     "words, start",
     [
-        ([], Start(0, 1, 0)),
-        (["--initial_epoch=3"], Start(6, 3, 0)),
-        (["--initial_epoch=3", "--initial_step=4"], Start(4, 2, 0)),
-        (["--initial_step=4", "--skip_until_initial_step"], Start(4, 2, 4)),
-        (["--initial_epoch=2", "--skip_until_initial_step"], Start(3, 2, 0)),
+        ([], Progress(0, 1, 0)),
+        (["--initial_epoch=3"], Progress(6, 3, 0)),
+        (["--initial_epoch=3", "--initial_step=4"], Progress(4, 2, 0)),
+        (["--initial_step=4", "--skip_until_initial_step"], Progress(4, 2, 4)),
+        (["--initial_epoch=2", "--skip_until_initial_step"], Progress(3, 2, 0)),
     ],
 )
 def test_trap_5_3_the_start_is_counted_in_optimizer_steps(words, start):
     """10 batches, 4 a step: 3 steps an epoch, of 4, 4 and 2 batches."""
-    assert Start.of(*reversed(plan(10, "--gradient_accumulation_steps=4", "--max_train_epochs=9", *words)), None) == start
+    assert (
+        Progress.at_start(*reversed(plan(10, "--gradient_accumulation_steps=4", "--max_train_epochs=9", *words)), None) == start
+    )
 
 
 def test_a_state_s_own_place_counts_unless_another_is_asked_for():
-    place = Start(5, 2, 8)
+    place = Progress(5, 2, 8)
     for words, start in (([], place), (["--initial_step=5"], place), (["--skip_until_initial_step", "--resume=x"], place),
-                         (["--initial_step=6"], Start(6, 3, 0))):  # fmt: skip
-        assert Start.of(*reversed(plan(10, "--gradient_accumulation_steps=4", *words)), place) == start
+                         (["--initial_step=6"], Progress(6, 3, 0))):  # fmt: skip
+        assert Progress.at_start(*reversed(plan(10, "--gradient_accumulation_steps=4", *words)), place) == start
     with pytest.raises(UserError, match="nothing is left to train"):
-        Start.of(*reversed(plan(10, "--max_train_steps=5", "--initial_step=5")), None)
+        Progress.at_start(*reversed(plan(10, "--max_train_steps=5", "--initial_step=5")), None)
 
 
 def test_trap_5_2_an_initial_step_is_the_real_step(run, tmp_path):
@@ -306,10 +296,10 @@ def test_trap_5_2_an_initial_step_is_the_real_step(run, tmp_path):
     whole = run("whole", *words)
     part = run("part", *words, "--initial_step=6", "--skip_until_initial_step")
     assert sorted(path.name for path in (tmp_path / "part").glob("*-step*")) == ["mine-step00000008.safetensors"]
-    assert part.losses.steps == [7, 8] and part.schedule.get_last_lr() == whole.schedule.get_last_lr()
-    assert part.first_step == 6 and part.next == whole.next
+    assert part.losses.steps == [7, 8] and part.step.schedule.get_last_lr() == whole.step.schedule.get_last_lr()
+    assert part.loop.progress == whole.loop.progress == Progress(8, 2, 3)
     anew = run("anew", *words, "--initial_step=6")
-    assert anew.next == (2, 2) and whole.next == (2, 3), "without it the data of the epoch begin anew"
+    assert anew.loop.progress == Progress(8, 2, 2), "without it the data of the epoch begin anew"
     (problem,) = contradictions(parse_options(words_of_a_run(tmp_path, tmp_path, "--skip_until_initial_step")))
     assert problem.startswith("--skip_until_initial_step needs")
 

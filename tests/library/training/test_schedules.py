@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from library.errors import UserError
-from library.training import run as run_module
+from library.training import setup
 from library.training.options import OptimizerOptions, steps_or_share
 from library.training.schedules import create_schedule, waits_for_validation
 from library.training.trial import try_schedule
@@ -113,7 +113,7 @@ def test_trap_5_9_the_warm_up_does_not_depend_on_the_number_of_processes(monkeyp
             ticking.step()
             seen.append(optimizer.param_groups[0]["lr"])
         assert seen == wanted[hand_over]
-    assert "schedule=schedule" in inspect.getsource(run_module.prepare), "what ticks is the first of these"
+    assert "schedule=schedule" in inspect.getsource(setup.make_step), "what ticks is the first of these"
 
 
 def test_arguments_reach_named_schedules_too():

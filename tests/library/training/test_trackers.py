@@ -18,7 +18,6 @@ from library.training.metadata import other_options
 from library.training.options import LogOptions, all_defaults, parse_options
 from library.training.sample_grid import write_sample_grid
 from library.training.trackers import Tracker, check_trackers, logged_options
-from library.training.tracking import LossRecord
 
 
 @pytest.fixture
@@ -73,7 +72,7 @@ def test_a_tracker_that_lacks_something_names_what_to_install(wandb, monkeypatch
 
 def test_trap_5_4_each_rate_is_logged_once_under_its_own_name(wandb):
     tracker = Tracker(LogOptions(log_with="wandb"))
-    tracker.log_step(1, LossRecord(window=1), [1e-4, 2e-4], ["textencoder", "unet"])
+    tracker.log_step(1, {"textencoder": 1e-4, "unet": 2e-4}, {})
     assert wandb[-1] == ({"lr/textencoder": 1e-4, "lr/unet": 2e-4}, 1)
 
 

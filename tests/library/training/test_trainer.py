@@ -10,15 +10,18 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from small_runs import AfterStep, Recorder
 
 from library import __version__
 from library.errors import RunFailed, UserError
 from library.models.model import load_stable_diffusion
-from library.training import run as run_module
+from library.processes import Processes
+from library.training import setup
 from library.training.options import parse_options
-from library.training.plan import Plan
+from library.training.plan import Plan, Progress
 from library.training.randomness import seed_everything
-from library.training.trainer import Trainer
+from library.training.setup import Run
+from library.training.validation import Validation
 
 # ---------------------------------------------------------------- files and their names
 
@@ -88,19 +91,43 @@ def test_only_what_is_asked_for_is_trained(run, words, parts):
 
 
 @pytest.mark.option("unet_lr", "text_encoder_lr")
-def test_learning_rates_reach_their_groups(run, monkeypatch):
-    trainers = record_trainers(monkeypatch)
-    run("--max_train_steps=1", "--unet_lr=1e-4", "--text_encoder_lr=5e-5")
-    rates = dict(zip(trainers[0].network.group_names, (g["lr"] for g in trainers[0].optimizer.param_groups), strict=True))
+def test_learning_rates_reach_their_groups(run, recorder):
+    run("--max_train_steps=1", "--unet_lr=1e-4", "--text_encoder_lr=5e-5", recorder)
+    (made,) = recorder.runs
+    rates = dict(zip(made.network.group_names, (g["lr"] for g in made.step.optimizer.param_groups), strict=True))
     assert rates == {"unet": 1e-4, "textencoder": 5e-5}
 
 
-def record_trainers(monkeypatch) -> list[Trainer]:
-    """Every trainer that is made from now on."""
-    made: list[Trainer] = []
-    original = run_module.prepare
-    monkeypatch.setattr(run_module, "prepare", lambda *a: made.append(original(*a)) or made[-1])
-    return made
+@pytest.fixture
+def recorder() -> Recorder:
+    """A listener that keeps the runs to which it is given."""
+    return Recorder()
+
+
+class BeforeUpdates(Recorder):
+    """Calls `action(run)` before every step of the optimizer."""
+
+    def __init__(self, action) -> None:
+        super().__init__()
+        self.action = action
+
+    def begin(self, run: Run) -> None:
+        super().begin(run)
+        run.step.optimizer.optimizer.register_step_pre_hook(lambda *_: self.action(run))
+
+
+class InForward(Recorder):
+    """What the U-Net gives in step `step` is `change(output)`."""
+
+    def __init__(self, step: int, change) -> None:
+        super().__init__()
+        self.step, self.change = step, change
+
+    def begin(self, run: Run) -> None:
+        super().begin(run)
+        run.model.unet.register_forward_hook(
+            lambda module, inputs, output: self.change(output) if run.loop.progress.step + 1 == self.step else output
+        )
 
 
 # ---------------------------------------------------------------- the same again
@@ -155,66 +182,57 @@ def test_plan_arithmetic():
     assert plan(10).epochs == 160 and plan(10).max_steps == 1600
     assert plan(10, "--max_train_epochs=3", "--gradient_accumulation_steps=4") == Plan(10, 4, 3, 9, 3)
     last = plan(10, "--gradient_accumulation_steps=4")
-    assert [last.group_size(p) for p in (0, 3, 4, 7, 8, 9)] == [4, 4, 4, 4, 2, 2]
-    assert [p for p in range(10) if last.ends_step(p)] == [3, 7, 9]
+    assert [last.step_size(p) for p in (0, 4, 8)] == [4, 4, 2]
+    progress, seen = Progress(), []
+    for _ in range(4):
+        progress = progress.after_step(last)
+        seen.append((progress.step, progress.epoch, progress.position))
+        progress = progress.after_epoch(last)
+    assert seen == [(1, 1, 4), (2, 1, 8), (3, 1, 10), (4, 2, 4)]
 
 
-def test_accumulated_gradients_are_the_mean_over_the_batches_of_a_step(run, monkeypatch):
-    trainers, seen = record_trainers(monkeypatch), []
-    original = Trainer._update
-
-    def update(self):
-        seen.append([p.grad.clone() for p in self.network.parameters])
-        original(self)
-
-    monkeypatch.setattr(Trainer, "_update", update)
+def test_accumulated_gradients_are_the_mean_over_the_batches_of_a_step(run):
+    seen = []
+    gradients = BeforeUpdates(lambda run: seen.append([p.grad.clone() for p in run.network.parameters]))
     words = ["--network_train_unet_only", "--max_grad_norm=0", "--learning_rate=1e-30", "--optimizer_type=SGD"]
-    run("--max_train_steps=4", *words)
+    run("--max_train_steps=4", *words, gradients)
     single, _ = list(seen), seen.clear()
-    run("--max_train_steps=1", "--gradient_accumulation_steps=4", *words)
-    assert len(trainers) == 2 and len(single) == 4 and len(seen) == 1
+    run("--max_train_steps=1", "--gradient_accumulation_steps=4", *words, gradients)
+    assert len(gradients.runs) == 2 and len(single) == 4 and len(seen) == 1
     for index, accumulated in enumerate(seen[0]):
         torch.testing.assert_close(accumulated, sum(g[index] for g in single) / 4, rtol=1e-4, atol=1e-7)
 
 
-def test_trap_5_8_warm_up_is_counted_in_optimizer_steps(run, monkeypatch):
-    trainers, rates = record_trainers(monkeypatch), []
-    original = Trainer._update
-    monkeypatch.setattr(Trainer, "_update", lambda self: rates.append(self.optimizer.param_groups[0]["lr"]) or original(self))
+def test_trap_5_8_warm_up_is_counted_in_optimizer_steps(run):
+    rates = []
+    used = BeforeUpdates(lambda run: rates.append(run.step.optimizer.param_groups[0]["lr"]))
     run("--max_train_steps=4", "--gradient_accumulation_steps=2", "--lr_scheduler=constant_with_warmup", "--lr_warmup_steps=2",
-        "--network_train_unet_only", "--cache_latents")  # fmt: skip
+        "--network_train_unet_only", "--cache_latents", used)  # fmt: skip
     assert rates == pytest.approx([0, 0.5e-3, 1e-3, 1e-3])
-    assert trainers[0].step == 4
+    assert used.runs[0].loop.progress.step == 4
 
 
 # ---------------------------------------------------------------- learning
 
 
-@torch.no_grad()
-def held_out_loss(trainer: Trainer) -> float:
+def loss_at_fixed_noise(run: Run) -> float:
     """Mean loss over the pictures at four fixed timesteps with noise that training never drew."""
-    from library.models.model import predict_noise
-
-    trainer.network.module.eval()
-    torch.manual_seed(999)
-    losses = []
-    for position in range(trainer.plan.batches_per_epoch):
-        batch = trainer.dataset[(1, position)]
-        latents, context = trainer._latents(batch), trainer._context(batch)
-        for t in (200, 400, 600, 800):
-            noised = trainer.objective.noised(latents, torch.full((len(latents),), t))
-            prediction = predict_noise(trainer.model.unet, noised.noisy, noised.t, context)
-            losses.append(trainer.objective.losses(prediction, noised).mean())
-    return torch.stack(losses).mean().item()
+    run.network.module.eval()
+    timesteps = [200, 400, 600, 800]
+    options, device = run.options.validation, torch.device("cpu")
+    return Validation(run.data.train, options, device, Processes(), seed=999, timesteps=timesteps, num_workers=0).loss(
+        run.step.loss.unweighted
+    )
 
 
-def test_learning_happens_and_each_part_helps(run, monkeypatch):
-    trainers, losses = record_trainers(monkeypatch), {}
+def test_learning_happens_and_each_part_helps(run, recorder):
+    losses = {}
     for name, words in {"both": [], "unet": ["--text_encoder_lr=0"], "text": ["--unet_lr=0"]}.items():
-        run("--max_train_steps=30", "--train_batch_size=4", "--cache_latents", "--network_dim=8", "--network_alpha=8", *words)
-        losses[name] = held_out_loss(trainers[-1])
-        trainers[-1].network.module.set_multiplier(0)
-        start = held_out_loss(trainers[-1])
+        run("--max_train_steps=30", "--train_batch_size=4", "--cache_latents", "--network_dim=8", "--network_alpha=8", *words,
+            recorder)  # fmt: skip
+        losses[name] = loss_at_fixed_noise(recorder.runs[-1])
+        recorder.runs[-1].network.module.set_multiplier(0)
+        start = loss_at_fixed_noise(recorder.runs[-1])
     assert losses["both"] < losses["unet"] < start and losses["both"] < losses["text"] < start
     # Measured: 1.10 of 1.37; the text encoder's part is worth 0.02, the U-Net's 0.18.
     assert losses["both"] < 0.85 * start
@@ -224,47 +242,43 @@ def test_learning_happens_and_each_part_helps(run, monkeypatch):
 # ---------------------------------------------------------------- things that go wrong
 
 
-def test_a_loss_of_nan_stops_the_run_names_step_and_picture_and_saves_nothing(run, monkeypatch):
-    original = Trainer.loss
-    monkeypatch.setattr(Trainer, "loss", lambda self, batch: original(self, batch) * (math.nan if self.step == 2 else 1))
+def nan_in_step_3() -> InForward:
+    def change(output):
+        output.sample = output.sample * math.nan
+        return output
+
+    return InForward(3, change)
+
+
+def test_a_loss_of_nan_stops_the_run_names_step_and_picture_and_saves_nothing(run):
     with pytest.raises(RunFailed, match=r"nan at step 3 \(pictures: .*\.png\)"):
-        run("--max_train_steps=6", "--save_every_n_steps=1")
+        run("--max_train_steps=6", "--save_every_n_steps=1", nan_in_step_3())
 
 
 @pytest.mark.option("on_nonfinite_loss")
-def test_a_loss_of_nan_can_be_skipped(run, monkeypatch):
-    original = Trainer.loss
-    monkeypatch.setattr(Trainer, "loss", lambda self, batch: original(self, batch) * (math.nan if self.step == 2 else 1))
-    result = run("--max_train_steps=4", "--on_nonfinite_loss=skip")
+def test_a_loss_of_nan_can_be_skipped(run):
+    result = run("--max_train_steps=4", "--on_nonfinite_loss=skip", nan_in_step_3())
     assert result.metadata()["ss_steps"] == "4"
     assert all(torch.isfinite(tensor).all() for tensor in result.tensors().values())
 
 
-def test_nan_weights_are_never_saved(run, monkeypatch, tmp_path):
-    original = Trainer._update
+def test_nan_weights_are_never_saved(run, tmp_path):
+    @torch.no_grad()
+    def poison(run):
+        run.network.parameters[0].fill_(math.nan)
 
-    def poison(self):
-        original(self)
-        with torch.no_grad():
-            self.network.parameters[0].fill_(math.nan)
-
-    monkeypatch.setattr(Trainer, "_update", poison)
     with pytest.raises(RunFailed, match="NaN"):
-        run("--max_train_steps=1")
+        run("--max_train_steps=1", AfterStep(poison))
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(run, monkeypatch, capsys):
-    original = Trainer._update
+def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(run, capsys):
+    def interrupt(output):
+        signal.raise_signal(signal.SIGINT)
+        return output
 
-    def interrupt(self):
-        original(self)
-        if self.step == 1:
-            signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(Trainer, "_update", interrupt)
     before = signal.getsignal(signal.SIGINT)
-    result = run("--max_train_steps=9")
+    result = run("--max_train_steps=9", InForward(2, interrupt))
     assert result.code == 130
     assert result.files() == ["mine-loss.png", "mine-step00000002.safetensors"]
     assert result.metadata("mine-step00000002.safetensors")["ss_steps"] == "2"
@@ -305,43 +319,31 @@ def test_wrong_input_is_one_line(run, words, part):
     [["--network_args", "conv_dm=4"], ["--lr_scheduler=cosin"], ["--optimizer_type=AdmW"], [f"--output_dir={__file__}/out"]],
 )
 def test_what_is_misspelt_is_found_before_the_model_is_loaded(run, monkeypatch, words):
-    monkeypatch.setattr(run_module, "load_stable_diffusion", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(setup, "load_stable_diffusion", lambda *a, **k: pytest.fail("the model was loaded"))
     with pytest.raises(UserError):
         run(*words)
 
 
-def test_what_was_trained_is_kept_when_a_picture_cannot_be_read(run, tmp_path, monkeypatch):
+def test_what_was_trained_is_kept_when_a_picture_cannot_be_read(run, tmp_path):
     picture = tmp_path / "data" / "a.png"
     picture.parent.mkdir()
     Image.new("RGB", (64, 64), "red").save(picture)
-    original = Trainer._update
-
-    def update(self):
-        original(self)
-        if self.step == 2:
-            picture.unlink()
-
-    monkeypatch.setattr(Trainer, "_update", update)
     with pytest.raises(UserError, match=r"a\.png.*what was trained until then is in .*mine-step0000000\d\.safetensors"):
-        run("--max_train_steps=9", data=f"--train_data_dir={picture.parent}")
+        run("--max_train_steps=9", AfterStep(lambda run: picture.unlink(), 3), data=f"--train_data_dir={picture.parent}")
     assert len(list(tmp_path.rglob("mine-step*.safetensors"))) == 1
 
 
-def test_a_bug_or_a_full_memory_keeps_what_was_trained_too(run, monkeypatch, tmp_path):
-    original = Trainer.loss
+def test_a_bug_or_a_full_memory_keeps_what_was_trained_too(run, tmp_path):
     for error, raised, words in (
         (ZeroDivisionError(), ZeroDivisionError, ""),
         (torch.OutOfMemoryError("full"), RunFailed, "--cache_latents"),
     ):
 
-        def fail(self, batch, error=error):
-            if self.step == 1:
-                raise error
-            return original(self, batch)
+        def fail(output, error=error):
+            raise error
 
-        monkeypatch.setattr(Trainer, "loss", fail)
         with pytest.raises(raised, match=words):
-            run("--max_train_steps=3", "--network_train_unet_only", "--cache_latents")
+            run("--max_train_steps=3", "--network_train_unet_only", "--cache_latents", InForward(2, fail))
     assert len(list(tmp_path.rglob("mine-step00000001.safetensors"))) == 2
 
 
@@ -387,17 +389,17 @@ def test_continuing_from_a_file(run):
 
 
 @pytest.mark.option("base_weights", "base_weights_multiplier")
-def test_base_weights_are_merged_into_the_model(run, monkeypatch):
+def test_base_weights_are_merged_into_the_model(run, recorder):
     first = run("--max_train_steps=2", "--network_dim=2", "--learning_rate=1e-1")
-    trainers = record_trainers(monkeypatch)
-    run("--max_train_steps=1", "--network_dim=2")
+    run("--max_train_steps=1", "--network_dim=2", recorder)
     run(
+        recorder,
         "--max_train_steps=1",
         "--network_dim=2",
         f"--base_weights={first.folder / 'mine.safetensors'}",
         "--base_weights_multiplier=0.5",
     )
-    plain, merged = (t.model.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_v.weight for t in trainers)
+    plain, merged = (t.model.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_v.weight for t in recorder.runs)
     name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_v"
     tensors = first.tensors()
     delta = tensors[f"{name}.lora_up.weight"] @ tensors[f"{name}.lora_down.weight"] * tensors[f"{name}.alpha"] / 2
@@ -419,33 +421,30 @@ def test_scale_weight_norms_bounds_every_module(run):
 # ---------------------------------------------------------------- cached text and latents, precision
 
 
-def test_cached_texts_are_what_the_text_encoder_says(run, monkeypatch):
-    trainers = record_trainers(monkeypatch)
-    run("--max_train_steps=1", "--network_train_unet_only")
-    trainer = trainers[0]
-    assert trainer.text_cache is not None
-    batch = trainer.dataset[(1, 0)]
-    cached, trainer.text_cache = trainer._context(batch), None
-    assert next(trainer.model.text_encoder.parameters()).is_meta  # freed: nothing needs it any more
-    trainer.model.text_encoder = load_stable_diffusion(trainer.options.model.pretrained_model_name_or_path).text_encoder
-    torch.testing.assert_close(cached, trainer._context(batch), rtol=1e-4, atol=1e-5)
+def test_cached_texts_are_what_the_text_encoder_says(run, recorder):
+    run("--max_train_steps=1", "--network_train_unet_only", recorder)
+    (made,) = recorder.runs
+    loss, batch = made.step.loss, made.data.train[(1, 0)]
+    assert loss.texts is not None
+    cached, loss.texts = loss.context(batch), None
+    assert next(made.model.text_encoder.parameters()).is_meta  # freed: nothing needs it any more
+    made.model.text_encoder = load_stable_diffusion(made.options.model.pretrained_model_name_or_path).text_encoder
+    torch.testing.assert_close(cached, loss.context(batch), rtol=1e-4, atol=1e-5)
 
 
-def test_texts_that_change_or_are_trained_are_not_cached(run, monkeypatch):
-    trainers = record_trainers(monkeypatch)
-    run("--max_train_steps=1")
-    run("--max_train_steps=1", "--network_train_unet_only", "--shuffle_caption", "--caption_separator= ")
-    assert [t.text_cache for t in trainers] == [None, None]
+def test_texts_that_change_or_are_trained_are_not_cached(run, recorder):
+    run("--max_train_steps=1", recorder)
+    run("--max_train_steps=1", "--network_train_unet_only", "--shuffle_caption", "--caption_separator= ", recorder)
+    assert [made.step.loss.texts for made in recorder.runs] == [None, None]
 
 
 @pytest.mark.option("cache_latents")
-def test_cached_latents_are_the_vae_s(run, monkeypatch):
-    trainers = record_trainers(monkeypatch)
-    run("--max_train_steps=1", "--cache_latents", "--vae_batch_size=3", "--network_train_unet_only")
-    run("--max_train_steps=1", "--network_train_unet_only")
-    batches = [trainer.dataset[(1, 0)] for trainer in trainers]
+def test_cached_latents_are_the_vae_s(run, recorder):
+    run("--max_train_steps=1", "--cache_latents", "--vae_batch_size=3", "--network_train_unet_only", recorder)
+    run("--max_train_steps=1", "--network_train_unet_only", recorder)
+    batches = [made.data.train[(1, 0)] for made in recorder.runs]
     assert [batch.latents is not None for batch in batches] == [True, False]
-    cached, plain = (trainer._latents(batch) for trainer, batch in zip(trainers, batches, strict=True))
+    cached, plain = (made.step.loss.latents(batch) for made, batch in zip(recorder.runs, batches, strict=True))
     torch.testing.assert_close(cached, plain, rtol=0.05, atol=0.05)  # two samples of one narrow posterior
 
 
@@ -459,29 +458,27 @@ def test_bf16_trains_on_a_cpu(run):
 @pytest.mark.option("clip_skip", "max_token_length", "weighted_captions")
 @pytest.mark.parametrize("words", [["--noise_offset=0.5"], ["--min_snr_gamma=1e-4"], ["--v_parameterization"], ["--clip_skip=2"],
                                    ["--max_token_length=150"], ["--weighted_captions"]])  # fmt: skip
-def test_options_of_the_loss_and_the_text_do_something(run, monkeypatch, words, tmp_path, pictures):
-    trainers = record_trainers(monkeypatch)
+def test_options_of_the_loss_and_the_text_do_something(run, recorder, words, tmp_path, pictures):
     folder = tmp_path / "weighted"
     folder.mkdir()
     Image.new("RGB", (64, 64), "red").save(folder / "a.png")
     (folder / "a.txt").write_text("a (red:1.5) square " + "long " * 90, encoding="utf-8")
     losses = []
     for more in ([], words):
-        run("--max_train_steps=1", *more, data=f"--train_data_dir={folder}")
-        losses.append(trainers[-1].losses.values[0])
+        run("--max_train_steps=1", *more, recorder, data=f"--train_data_dir={folder}")
+        losses.append(recorder.runs[-1].losses.values[0])
     assert losses[0] != losses[1]
 
 
 @pytest.mark.option("prior_loss_weight", "reg_data_dir", "train_data_dir")
-def test_prior_loss_weight_is_for_regularisation_pictures_only(run, monkeypatch, pictures, tmp_path):
-    trainers = record_trainers(monkeypatch)
+def test_prior_loss_weight_is_for_regularisation_pictures_only(run, recorder, pictures, tmp_path):
     train_folder, reg_folder = tmp_path / "t" / "1_cat", tmp_path / "r" / "1_animal"
     for folder, colour in ((train_folder, "red"), (reg_folder, "blue")):
         folder.mkdir(parents=True)
         Image.new("RGB", (64, 64), colour).save(folder / "a.png")
     data = f"--train_data_dir={tmp_path / 't'}"
-    run("--max_train_epochs=1", f"--reg_data_dir={tmp_path / 'r'}", "--prior_loss_weight=0", data=data)
-    losses = trainers[0].losses.values
+    run("--max_train_epochs=1", f"--reg_data_dir={tmp_path / 'r'}", "--prior_loss_weight=0", recorder, data=data)
+    losses = recorder.runs[0].losses.values
     assert sorted(loss == 0 for loss in losses) == [False, True]
 
 

@@ -12,7 +12,7 @@ from small_runs import picture_folder, tensors_of, train, use_two_blocks, words_
 from library.errors import UserError
 from library.training import validation as validation_module
 from library.training.randomness import random_state, undisturbed
-from library.training.trainer import Trainer
+from library.training.setup import Run
 from library.training.validation import Validation, ValidationRecord, fixed_noise, validation_timesteps
 
 UNET = ("--network_train_unet_only", "--cache_latents", "--validation_split=0.4")
@@ -24,7 +24,7 @@ def pictures(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def run(pictures, tmp_path, monkeypatch) -> Callable[..., Trainer]:
+def run(pictures, tmp_path, monkeypatch) -> Callable[..., Run]:
     use_two_blocks(monkeypatch.setattr)
     return lambda folder, *words: train(words_of_a_run(pictures, tmp_path / folder, *words))
 
@@ -58,9 +58,9 @@ def test_training_has_the_same_bytes_with_validation_and_without(run, tmp_path):
     words = ("--max_train_steps=4", "--network_dropout=0.2", "--flip_aug", *UNET)
     often = run("often", *words, "--validate_every_n_steps=1")
     never = run("never", *words, "--validate_every_n_epochs=100")
-    assert [step for step, _ in often.validations.history] == [1, 2, 3, 4]
-    assert [step for step, _ in never.validations.history] == [4], "the last weights are always measured"
-    assert never.validations.history[-1] == often.validations.history[-1]
+    assert [step for step, _ in often.validator.record.history] == [1, 2, 3, 4]
+    assert [step for step, _ in never.validator.record.history] == [4], "the last weights are always measured"
+    assert never.validator.record.history[-1] == often.validator.record.history[-1]
     a, b = (tensors_of(tmp_path / name / "mine.safetensors") for name in ("often", "never"))
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
     assert often.losses.values == never.losses.values
@@ -69,7 +69,7 @@ def test_training_has_the_same_bytes_with_validation_and_without(run, tmp_path):
 
 def test_fixed_noise_and_timesteps_make_a_smooth_curve(run, monkeypatch):
     words = ("--max_train_steps=8", "--validate_every_n_steps=1", "--learning_rate=1e-5", *UNET)
-    fixed = [loss for _, loss in run("fixed", *words).validations.history]
+    fixed = [loss for _, loss in run("fixed", *words).validator.record.history]
     drawn = iter(range(10**9))
     monkeypatch.setattr(validation_module, "fixed_noise", lambda seed, names, t, shape: fixed_noise(next(drawn), names, t, shape))
 
@@ -78,7 +78,7 @@ def test_fixed_noise_and_timesteps_make_a_smooth_curve(run, monkeypatch):
 
     at = Validation._at
     monkeypatch.setattr(Validation, "_at", anywhere)
-    random = [loss for _, loss in run("random", *words).validations.history]
+    random = [loss for _, loss in run("random", *words).validator.record.history]
     variances = [torch.tensor(curve, dtype=torch.float64).diff().var().item() for curve in (fixed, random)]
     print(f"variance of the changes from validation to validation: fixed {variances[0]:.3g}, random {variances[1]:.3g}")
     assert variances[0] < variances[1] / 1000
@@ -88,8 +88,8 @@ def test_the_best_weights_are_kept_and_patience_ends_the_run(run, tmp_path, monk
     losses = iter([3.0, 2.0, 2.0, 2.5, 1.0])
     monkeypatch.setattr(Validation, "loss", lambda self, loss_at: next(losses))
     words = ("--max_train_steps=9", "--validate_every_n_steps=1", "--save_every_n_steps=1", *UNET)
-    trainer = run("out", *words, "--early_stopping_patience=2", "--save_state")
-    assert trainer.step == 4 and trainer.validations.best == (2, 2.0), "an equal loss is no better one"
+    early = run("out", *words, "--early_stopping_patience=2", "--save_state")
+    assert early.loop.progress.step == 4 and early.validator.record.best == (2, 2.0), "an equal loss is no better one"
     best, second, last = (tensors_of(tmp_path / "out" / f"mine{end}.safetensors") for end in ("-best", "-step00000002", ""))
     assert all(torch.equal(best[key], second[key]) for key in best)
     assert not all(torch.equal(best[key], last[key]) for key in best)
@@ -99,9 +99,9 @@ def test_the_best_weights_are_kept_and_patience_ends_the_run(run, tmp_path, monk
         and "after step 4: 2 validations were not better" in out
     )
     again = run("out", *words, "--early_stopping_patience=2", f"--resume={tmp_path / 'out'}")
-    assert again.step == 4 and "2 validations brought nothing better" in capsys.readouterr().out
+    assert again.loop.progress.step == 4 and "2 validations brought nothing better" in capsys.readouterr().out
     more = run("out", *words, "--early_stopping_patience=3", f"--resume={tmp_path / 'out'}", "--max_train_steps=5")
-    assert more.step == 5 and more.validations.best == (5, 1.0)
+    assert more.loop.progress.step == 5 and more.validator.record.best == (5, 1.0)
 
 
 def test_a_loss_of_nan_is_never_the_best():
@@ -119,10 +119,10 @@ def test_the_average_is_what_is_validated_and_saved_and_training_goes_on_without
         assert torch.equal(a, b)
     saved = tensors_of(tmp_path / "averaged" / "mine.safetensors")
     assert not all(torch.equal(saved[key], tensor) for key, tensor in tensors_of(tmp_path / "plain" / "mine.safetensors").items())
-    with averaged.weights_to_use():
+    with averaged.validator.eval_weights():
         held = averaged.network.module.state_dict()
         assert all(torch.equal(held[key], saved[key]) for key in held)
-    assert plain.validations.history[-1][1] != averaged.validations.history[-1][1]
+    assert plain.validator.record.history[-1][1] != averaged.validator.record.history[-1][1]
 
 
 def test_at_most_max_validation_steps_batches_and_each_the_same(run, monkeypatch):
@@ -146,10 +146,10 @@ def test_rates_fall_when_the_validation_loss_does_not_and_resume_as_they_were(ru
         *UNET,
     ]
     whole = run("whole", "--max_train_steps=5", *words)
-    assert whole.schedule.get_last_lr() == [0.25e-3] and whole.losses.rates["unet"][-1] == (4, 0.5e-3)
+    assert whole.step.schedule.get_last_lr() == [0.25e-3] and whole.losses.rates["unet"][-1] == (4, 0.5e-3)
     run("out", "--max_train_steps=2", "--save_state", *words)
     again = run("out", "--max_train_steps=5", "--save_state", *words, f"--resume={tmp_path / 'out'}")
-    assert again.schedule.state_dict() == whole.schedule.state_dict()
+    assert again.step.schedule.state_dict() == whole.step.schedule.state_dict()
     a, b = (tensors_of(tmp_path / name / "mine.safetensors") for name in ("whole", "out"))
     assert all(torch.equal(a[key], b[key]) for key in a)
 

@@ -93,33 +93,34 @@ def one_run(main, words: list[str], printed: Path) -> dict:
         sys.stdout.flush()
     return {
         "code": code, "error": error, "printed": printed.read_bytes()[start:].decode(),
-        "losses": made[0].losses.values if made else [], "rates": made[0].schedule.get_last_lr() if made else [],
+        "losses": made[0].losses.values if made else [], "rates": made[0].step.schedule.get_last_lr() if made else [],
     }  # fmt: skip
 
 
 def watch(words: list[str]):
-    """Keep the trainer that is made, and send this process a SIGINT after the step asked for; and a function that undoes this."""
+    """Keep the run that is made, and send this process a SIGINT after the step asked for; and a function that undoes this."""
     from accelerate.state import AcceleratorState
 
-    from library.training.trainer import Trainer
+    from library.training import entry
+    from library.training.loop import Listener
 
     AcceleratorState._reset_state(reset_partial_state=True)
     asked = next((word.partition("=")[2] for word in words if word.startswith("--interrupt_at=")), "-1,-1")
-    made, run, after_step = [], Trainer.run, Trainer._after_step
+    rank, step = map(int, asked.split(","))
+    made, train = [], entry.train
 
-    def kept(self):
-        made.append(self)
-        return run(self)
+    class Watch(Listener):
+        def begin(self, run):
+            made.append(run)
 
-    def interrupted(self, *arguments):
-        after_step(self, *arguments)
-        if [self.processes.rank, self.step] == list(map(int, asked.split(","))):
-            os.kill(os.getpid(), signal.SIGINT)
+        def after_step(self, progress, report):
+            if (int(os.environ["RANK"]), progress.step) == (rank, step):
+                os.kill(os.getpid(), signal.SIGINT)
 
     def undo():
-        Trainer.run, Trainer._after_step = run, after_step
+        entry.train = train
 
-    Trainer.run, Trainer._after_step = kept, interrupted
+    entry.train = lambda options: train(options, [Watch()])
     return made, undo
 
 

@@ -1,0 +1,80 @@
+"""One training run from its options to its files: checks, set-up, the loop, the last screen."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+
+from library.data.debug import write_debug_sheet
+from library.devices import cpu_has_fast_bf16, keep_freed_memory, use_all_cores
+from library.processes import EndedElsewhere, Processes, launched_world, timeout
+from library.training.loop import Listener
+from library.training.options import TrainNetworkOptions
+from library.training.precision import HalfGradScaler
+from library.training.preflight import preflight
+from library.training.setup import prepare
+from library.training.summary import summarize
+
+
+def train(options: TrainNetworkOptions, listeners: Sequence[Listener] = ()) -> int:
+    """Train as the options say. Returns the exit code: 0, or 130 after Ctrl-C.
+
+    Of several processes all end with the same code, and only rank 0 prints. listeners: called after those of the run itself.
+    """
+    accelerator = make_accelerator(options)
+    processes = Processes()
+    try:
+        with processes.ending_together():
+            return train_here(options, accelerator, processes, listeners)
+    except EndedElsewhere as error:
+        return error.exit_code
+    except KeyboardInterrupt:  # no time to wait for the others
+        processes.broken = True
+        raise
+    finally:
+        processes.close()
+
+
+def train_here(
+    options: TrainNetworkOptions, accelerator: Accelerator, processes: Processes, listeners: Sequence[Listener] = ()
+) -> int:
+    """Train as one of the processes of a run."""
+    set_up_machine(options, accelerator)
+    ready = processes.on_main(lambda: preflight(options, accelerator.device, processes.world))
+    print(ready.dataset.bucket_table())
+    if options.data.debug_dataset:
+        sheet = processes.on_main(lambda: write_debug_sheet(ready.dataset, Path(options.output.output_dir)))
+        print(f"the pictures are in {sheet}")
+        return 0
+    run = prepare(options, ready, accelerator, processes, listeners)
+    started = time.perf_counter()
+    outcome = run.train()
+    seconds = time.perf_counter() - started
+    skipped = sum(processes.gather(run.step.skipped))
+    processes.on_main(lambda: summarize(run, outcome, seconds, skipped))
+    return 0 if outcome.is_finished else 130
+
+
+def make_accelerator(options: TrainNetworkOptions) -> Accelerator:
+    """The accelerator; with several processes it connects them. Without a GPU they talk through gloo."""
+    return Accelerator(
+        cpu=launched_world() > 1 and not torch.cuda.is_available(),  # else accelerate would run them side by side, each alone
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout(options.training.ddp_timeout))],
+        mixed_precision=options.training.mixed_precision,
+    )
+
+
+def set_up_machine(options: TrainNetworkOptions, accelerator: Accelerator) -> None:
+    """Memory, threads and loss scaler."""
+    if options.precision.full_fp16:
+        accelerator.scaler = HalfGradScaler(accelerator.device.type)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
+        print(f"no GPU: training on the CPU, {use_all_cores()} threads")
+        if options.training.mixed_precision == "bf16" and not cpu_has_fast_bf16():
+            print("this processor has no bf16 units: --mixed_precision no is many times faster here")

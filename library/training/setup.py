@@ -1,0 +1,301 @@
+"""Setting up a run in stages that each return what they made: data, model, network, places in memory, and the run itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from library.data.dataset import TrainingDataset
+from library.data.loader import make_loader
+from library.data.text_cache import TextCache
+from library.devices import DTYPES, use_xformers
+from library.diffusion.loss import Objective
+from library.generation.prompts import PromptSpec, read_prompt_file
+from library.models.clip import tokenize, tokenize_weighted
+from library.models.model import StableDiffusion, encode_text, load_stable_diffusion, noise_process, vae_fingerprint
+from library.processes import Processes
+from library.training.batch_loss import BatchLoss
+from library.training.checkpointing import use_gradient_checkpointing
+from library.training.compatible import model_digest
+from library.training.ema import eval_weights, make_average
+from library.training.estimates import base_formats
+from library.training.exchange import StepExchange
+from library.training.frozen import freeze_convolutions
+from library.training.fused_backward import step_in_backward
+from library.training.hub import Uploads
+from library.training.loop import Listener, Loop, Outcome
+from library.training.memory import compile_model, offload_idle_parts, pack_frozen_weights
+from library.training.metadata import RunMetadata, all_model_facts, run_facts
+from library.training.network import TrainedNetwork, build_network
+from library.training.optimizers import create_optimizer
+from library.training.options import TrainNetworkOptions
+from library.training.plan import Plan
+from library.training.precision import check_half_weights, explain_nonfinite, trained_dtype
+from library.training.preflight import Ready
+from library.training.previews import Previews
+from library.training.randomness import seed_everything
+from library.training.resume import begin_at
+from library.training.saves import SavedStates, SavedWeights
+from library.training.saving import ModelFiles
+from library.training.schedules import create_schedule, schedule_facts
+from library.training.snapshot import RandomNumbers, RunIdentity, Snapshot
+from library.training.state import StateFiles
+from library.training.step import TrainStep
+from library.training.step_log import StepLog
+from library.training.summary import print_plan
+from library.training.trackers import Tracker, logged_options
+from library.training.tracking import LossRecord
+from library.training.validation import Validation, open_validation, validation_timesteps
+from library.training.validator import Validator
+
+
+@dataclass(frozen=True)
+class Data:
+    """The images of a run: those to train on, those held out, and the prompts of its previews."""
+
+    train: TrainingDataset
+    held_out: TrainingDataset | None
+    prompts: list[PromptSpec]
+
+    @property
+    def datasets(self) -> list[TrainingDataset]:
+        """Those there are."""
+        return [self.train, self.held_out] if self.held_out else [self.train]
+
+
+@dataclass(frozen=True)
+class Attached:
+    """A network on its model. model_digest: of the model that it is trained on, with all that was merged into it."""
+
+    network: TrainedNetwork
+    model_digest: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that a run is made of, ready for the first step. What changes while it runs is in `loop` and its listeners."""
+
+    options: TrainNetworkOptions
+    accelerator: Accelerator
+    plan: Plan
+    seed: int
+    data: Data
+    model: StableDiffusion
+    network: TrainedNetwork
+    step: TrainStep
+    loop: Loop
+    losses: LossRecord
+    tracker: Tracker
+    metadata: RunMetadata
+    files: ModelFiles
+    states: StateFiles
+    previews: Previews
+    validator: Validator
+    snapshot: Snapshot
+
+    def train(self) -> Outcome:
+        """All steps from `loop.progress` on."""
+        for listener in self.loop.listeners:
+            listener.begin(self)
+        return self.loop.run()
+
+
+def prepare(
+    options: TrainNetworkOptions, ready: Ready, accelerator: Accelerator, processes: Processes, listeners: Sequence[Listener] = ()
+) -> Run:
+    """Everything between the images and the first step. listeners: called after those of the run itself."""
+    data = open_data(options, ready)
+    model = load_model(options, accelerator)
+    for dataset in data.datasets:
+        cache_latents(options, dataset, model, processes)
+    attached = attach_network(options, ready.seed, model, accelerator.device, processes)
+    texts = cache_text(options, data.datasets, model, attached.network)
+    place_in_memory(options, data, model, attached.network, texts, accelerator)
+    run = make_run(options, ready, data, model, attached, texts, accelerator, processes, listeners)
+    begin_at(run, ready.start, ready.resumed)
+    return run
+
+
+def open_data(options: TrainNetworkOptions, ready: Ready) -> Data:
+    """The indexed images, parted into those for training and those for validation, and the prompts of --sample_prompts."""
+    dataset = ready.dataset
+    prompts = preview_specs(options, dataset)
+    dataset.max_train_steps = ready.plan.max_steps
+    return Data(dataset, open_validation(dataset), prompts)
+
+
+def attach_network(
+    options: TrainNetworkOptions, seed: int, model: StableDiffusion, device: torch.device, processes: Processes
+) -> Attached:
+    """The network on the model, on the device, with the same weights in all processes."""
+    seed_everything(seed)
+    network = build_network(options.network, options.optimizer, model)
+    network.module.to(device, trained_dtype(options))
+    processes.same_weights(network.module)
+    return Attached(network, model_digest(model))
+
+
+def place_in_memory(
+    options: TrainNetworkOptions, data: Data, model: StableDiffusion, network: TrainedNetwork, texts: TextCache | None,
+    accelerator: Accelerator,
+) -> None:  # fmt: skip
+    """Bring the frozen model into the form in which it takes the least memory and time."""
+    is_idle = ((model.vae, data.train.latents is not None), (model.text_encoder, texts is not None))
+    offload_idle_parts(options, [part for part, idle in is_idle if idle], keep_for_previews=bool(data.prompts))
+    pack_frozen_weights(options, model, accelerator.device)
+    if not options.precision.torch_compile:  # torch.compile already drops activations that it does not need
+        freeze_convolutions(model.unet)
+    if options.training.gradient_checkpointing:
+        use_gradient_checkpointing(options, model, network, data.train, accelerator.autocast)
+    compile_model(options, model, network.trains_text_encoder)
+
+
+def make_run(
+    options: TrainNetworkOptions, ready: Ready, data: Data, model: StableDiffusion, attached: Attached, texts: TextCache | None,
+    accelerator: Accelerator, processes: Processes, listeners: Sequence[Listener],
+) -> Run:  # fmt: skip
+    """Optimizer, step, files and listeners."""
+    plan, seed, network = ready.plan, ready.seed, attached.network
+    optimizer, optimizer_text = create_optimizer(options.optimizer, network.groups, accelerator.device)
+    check_half_weights(optimizer, optimizer_text, trained_dtype(options))
+    step = make_step(options, optimizer, plan, seed, data, model, network, texts, accelerator, processes)
+    used_weights = partial(eval_weights, optimizer, step.average)
+    tracker = Tracker(options.logs, logged_options(options) if options.logs.log_config else None, processes.main)
+    facts = run_facts(
+        options, data.train.describe(), network, seed=seed, optimizer=optimizer_text, epochs=plan.epochs,
+        batches_per_epoch=plan.micro_batches_per_epoch, max_train_steps=plan.max_steps, processes=accelerator.num_processes,
+    ) | schedule_facts(options.optimizer, optimizer)  # fmt: skip
+    print_plan(options, plan, network, seed)
+    uploads = Uploads(options.hub, active=processes.main)
+    uploads.prepare()
+    metadata = RunMetadata(facts, lambda: all_model_facts(options.model), options.metadata.no_metadata)
+    files = ModelFiles(options.output, used_weights, uploads, writes=processes.main)
+    states = StateFiles(options.state, files)
+
+    weights = SavedWeights(files, network.module, metadata, step.losses, plan, processes)
+    previews = Previews(options, data.prompts, model, network.module, accelerator, tracker, processes, used_weights)
+    validator = Validator(
+        options.validation, make_validation(options, data, seed, accelerator.device, processes), loss=step.loss,
+        network=network, schedule=step.schedule, eval_weights=used_weights, weights=weights, tracker=tracker,
+    )  # fmt: skip
+    identity = RunIdentity(options, data.train.table, attached.model_digest, plan, seed, metadata)
+    own: list[Listener] = [StepLog(step.losses, tracker), weights, previews, validator]
+    snapshot = Snapshot([identity, *own, step, RandomNumbers(accelerator.device)])
+    own.append(SavedStates(states, snapshot, weights, processes))
+    loader = make_loader(
+        data.train, num_workers=options.augmentation.max_data_loader_n_workers,
+        persistent=options.augmentation.persistent_data_loader_workers, pin_memory=accelerator.device.type == "cuda",
+        rank=processes.rank, world=processes.world,
+    )  # fmt: skip
+    loop = Loop(plan, step, loader, [*own, *listeners], processes, weights.rescue, ready.start)
+    return Run(
+        options, accelerator, plan, seed, data, model, network, step, loop, step.losses, tracker, metadata, files, states,
+        previews, validator, snapshot,
+    )  # fmt: skip
+
+
+def make_step(
+    options: TrainNetworkOptions, optimizer: torch.optim.Optimizer, plan: Plan, seed: int, data: Data, model: StableDiffusion,
+    network: TrainedNetwork, texts: TextCache | None, accelerator: Accelerator, processes: Processes,
+) -> TrainStep:  # fmt: skip
+    """The step with its loss, schedule and average."""
+    schedule = create_schedule(options.optimizer, optimizer, plan.max_steps)
+    if options.optimizer.fused_backward_pass:
+        step_in_backward(optimizer, options.optimizer.max_grad_norm)
+    average = make_average(options.validation, network.parameters, optimizer)
+    network.module.prepare_grad_etc(model.text_encoder, model.unet)
+    losses = LossRecord(window=plan.batches_per_epoch, explain=lambda: explain_nonfinite(options, network.parameters))
+    process = noise_process(model, options.loss.zero_terminal_snr)
+    loss = BatchLoss(
+        model, Objective(options.loss, process, accelerator.device), texts, device=accelerator.device,
+        autocast=accelerator.autocast, trains_text_encoder=network.trains_text_encoder, clip_skip=options.model.clip_skip,
+    )  # fmt: skip
+    return TrainStep(
+        options, accelerator, loss=loss, network=network, optimizer=accelerator.prepare(optimizer), schedule=schedule,
+        average=average, exchange=StepExchange(processes, network.parameters, plan.batches_per_step, losses), losses=losses,
+        plan=plan, seed=seed, paths=data.train.paths,
+    )  # fmt: skip
+
+
+def make_validation(
+    options: TrainNetworkOptions, data: Data, seed: int, device: torch.device, processes: Processes
+) -> Validation | None:
+    """The measurement on the images held out, if there are any."""
+    if data.held_out is None:
+        return None
+    return Validation(
+        data.held_out, options.validation, device, processes, seed=seed,
+        num_workers=options.augmentation.max_data_loader_n_workers,
+        timesteps=validation_timesteps(options.loss.min_timestep, options.loss.max_timestep),
+    )  # fmt: skip
+
+
+def preview_specs(options: TrainNetworkOptions, dataset: TrainingDataset) -> list[PromptSpec]:
+    """The prompts of --sample_prompts; a size that they leave open is the training size of the first dataset."""
+    path = options.previews.sample_prompts
+    if not path or not options.previews.are_asked_for:
+        return []
+    width, height = dataset.table.configs[0].resolution
+    return read_prompt_file(Path(path), PromptSpec(width=width, height=height, sampler=options.previews.sample_sampler))
+
+
+def load_model(options: TrainNetworkOptions, accelerator: Accelerator) -> StableDiffusion:
+    """The frozen model in the dtype it computes in, on the device; a U-Net that is going to be packed waits in main memory."""
+    chosen, is_packed = options.model, base_formats(options)["unet"]
+    model = load_stable_diffusion(
+        chosen.pretrained_model_name_or_path, v2=chosen.v2, v_parameterization=chosen.v_parameterization, vae=chosen.vae,
+        dtype=DTYPES[options.training.mixed_precision], device="cpu" if is_packed else accelerator.device,
+    )  # fmt: skip
+    if is_packed:
+        model.text_encoder.to(accelerator.device)
+        model.vae.to(accelerator.device)
+    if chosen.no_half_vae:
+        model.vae.to(torch.float32)
+    if chosen.xformers and not chosen.mem_eff_attn:
+        use_xformers(model.unet, accelerator.device)
+    return model
+
+
+def cache_latents(options: TrainNetworkOptions, dataset: TrainingDataset, model: StableDiffusion, processes: Processes) -> None:
+    """Encode all pictures once, if --cache_latents or --cache_latents_to_disk; several processes share the work."""
+    chosen = options.augmentation
+    if not (chosen.cache_latents or chosen.cache_latents_to_disk):
+        return
+
+    @torch.inference_mode()
+    def encode(images: torch.Tensor, seeds: list[int]) -> torch.Tensor:
+        posterior = model.vae.encode(images.to(model.vae.device, model.vae.dtype)).latent_dist
+        noise = torch.stack([torch.randn(posterior.mean.shape[1:], generator=torch.Generator().manual_seed(s)) for s in seeds])
+        return (posterior.mean.float() + posterior.std.float() * noise.to(posterior.mean.device)).cpu()
+
+    dataset.cache_latents(
+        encode, batch_size=chosen.vae_batch_size, to_disk=chosen.cache_latents_to_disk, fingerprint=vae_fingerprint(model.vae),
+        share=(processes.rank, processes.world), gather=processes.gather,
+    )  # fmt: skip
+
+
+def cache_text(
+    options: TrainNetworkOptions, datasets: list[TrainingDataset], model: StableDiffusion, network: TrainedNetwork
+) -> TextCache | None:
+    """Encode all captions once, if the text encoder is not trained and the captions do not change without end."""
+    found = [None if network.trains_text_encoder else dataset.caption_variants() for dataset in datasets]
+    if None in found:
+        return None
+    variants = [caption for captions in found for caption in captions]
+    captions = options.captions
+
+    @torch.no_grad()
+    def encode(texts: list[str]) -> torch.Tensor:
+        if captions.weighted_captions:
+            ids, weights = tokenize_weighted(model.tokenizer, texts, captions.max_token_length)
+            weights = weights.to(model.text_encoder.device)
+        else:
+            ids, weights = tokenize(model.tokenizer, texts, captions.max_token_length), None
+        return encode_text(model.text_encoder, ids.to(model.text_encoder.device), options.model.clip_skip, weights).cpu()
+
+    return TextCache.build(variants, encode, batch_size=16)
