@@ -59,8 +59,8 @@ def _ignore_interrupt(worker: int) -> None:
 class EpochLoader:
     """`for batch in loader.epoch(epoch, start=n)`: the batches of an epoch, from micro-batch n of this process on.
 
-    len(loader) is the number of micro-batches in an epoch, the same in all processes. For the last one a process may have no batch:
-    it gets None, since it must take part in the step of the others. Errors in a worker arrive as UserError.
+    len(loader) is the number of micro-batches in an epoch, the same in all processes. For the last one a process may have no
+    batch: it gets None, since it must take part in the step of the others. Errors in a worker arrive as UserError.
     """
 
     def __init__(

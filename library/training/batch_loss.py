@@ -1,4 +1,4 @@
-"""From a batch to its loss: latents, text, noise, and what the model makes of them. All that asks the model while training is here."""
+"""From a batch to its loss: latents, text, noise and the model's prediction. All that asks the model while training is here."""
 
 from __future__ import annotations
 

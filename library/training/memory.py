@@ -41,8 +41,8 @@ def compile_model(options: TrainNetworkOptions, model: StableDiffusion, trains_t
 def offload_idle_parts(options: TrainNetworkOptions, idle: Iterable[nn.Module], *, keep_for_previews: bool) -> None:
     """Take parts of the model that training does not use off the GPU, or free them for good where no preview needs them.
 
-    Previews fetch them back for their images. With --lowram main memory is the scarcer one, and with --highvram none is scarce: then
-    parts that previews need stay where they are.
+    Previews fetch them back for their images. With --lowram main memory is the scarcer one, and with --highvram none is scarce:
+    then parts that previews need stay where they are.
     """
     if keep_for_previews and (options.precision.lowram or options.precision.highvram):
         return

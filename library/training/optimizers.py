@@ -200,7 +200,7 @@ def averages_weights(optimizer: torch.optim.Optimizer) -> bool:
 
 @contextmanager
 def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Within the block the parameters hold a schedule-free optimizer's averaged weights, afterwards the trained ones, bit for bit."""
+    """Within the block the parameters hold a schedule-free optimizer's averages, afterwards the trained weights, bit for bit."""
     if not averages_weights(optimizer):
         yield
         return

@@ -12,8 +12,8 @@ from library.training.options import StateOptions, TrainNetworkOptions
 class Plan:
     """How long a run is. An epoch is every batch once; a step is one change of the weights.
 
-    The batches of an epoch are dealt out to the processes in turn, so a micro-batch is one batch for each of them. `processes` with
-    `accumulation` micro-batches a step do what one process with `processes * accumulation` batches a step does.
+    The batches of an epoch are dealt out to the processes in turn, so a micro-batch is one batch for each of them. `processes`
+    with `accumulation` micro-batches a step do what one process with `processes * accumulation` batches a step does.
     """
 
     batches_per_epoch: int

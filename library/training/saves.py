@@ -1,4 +1,4 @@
-"""When the network's files and the states of the run are written. Their names and how they are written: saving.py and state.py."""
+"""When the network's files and the states of the run are written. How they are named and written: saving.py and state.py."""
 
 from __future__ import annotations
 

@@ -6,18 +6,25 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from accelerate.state import PartialState
 from PIL import Image
 from safetensors import safe_open
 from small_runs import picture_folder, train, use_two_blocks, words_of_a_run
+from transformers.optimization import Adafactor
 
 from library.data.config import DatasetDefaults, datasets_from_file
 from library.errors import UserError
 from library.training.from_metadata import print_from_metadata, recorded_keys, split_outside_brackets
+from library.training.loop import Listener, Stop
 from library.training.metadata import other_options
 from library.training.options import LogOptions, all_defaults, parse_options
+from library.training.plan import Progress
 from library.training.sample_grid import write_sample_grid
+from library.training.step import StepReport
+from library.training.step_log import StepLog
 from library.training.trackers import Tracker, check_trackers, logged_options
+from library.training.tracking import LossRecord
 
 
 @pytest.fixture
@@ -74,6 +81,72 @@ def test_trap_5_4_each_rate_is_logged_once_under_its_own_name(wandb):
     tracker = Tracker(LogOptions(log_with="wandb"))
     tracker.log_step(1, {"textencoder": 1e-4, "unet": 2e-4}, {})
     assert wandb[-1] == ({"lr/textencoder": 1e-4, "lr/unet": 2e-4}, 1)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_what_is_logged_for_a_step_is_that_step_s(wandb, monkeypatch, tmp_path, accumulation):
+    """Losses and rates under the number of their step, the last one included, also where steps were skipped or saved at."""
+    use_two_blocks(monkeypatch.setattr)
+    rates = []
+
+    class Used(Listener):
+        def begin(self, run):
+            run.step.optimizer.optimizer.register_step_pre_hook(
+                lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"])
+            )
+
+    run = train(
+        words_of_a_run(
+            picture_folder(tmp_path / "pictures"), tmp_path / "out", "--max_train_steps=7", "--log_with=wandb",
+            "--save_every_n_steps=3", "--lr_scheduler=linear", "--lr_warmup_steps=2", f"--gradient_accumulation_steps={accumulation}", "--save_state",
+        ),
+        Used(),
+    )  # fmt: skip
+    logged = [(step, values) for values, step in (call for call in wandb if isinstance(call, tuple)) if "lr/unet" in values]
+    assert [step for step, _ in logged] == [1, 2, 3, 4, 5, 6, 7]
+    assert [values["lr/unet"] for _, values in logged] == rates and len(set(rates)) == 7
+    for step, values in logged:
+        own = [loss for at, loss in zip(run.losses.steps, run.losses.values, strict=True) if at == step]
+        so_far = [loss for at, loss in zip(run.losses.steps, run.losses.values, strict=True) if at <= step][-5:]
+        assert values["loss/current"] == sum(own) / len(own) and len(own) <= accumulation
+        assert values["loss/average"] == pytest.approx(sum(so_far) / len(so_far))
+    assert dict(run.losses.rates["unet"]) == dict(zip(range(1, 8), rates, strict=True)), "the plot shows the same"
+
+
+def test_a_step_without_a_loss_is_logged_with_its_rates(wandb):
+    record = LossRecord(window=2)
+    log = StepLog(record, Tracker(LogOptions(log_with="wandb")))
+    for step, loss in ((1, 4.0), (2, None), (3, 2.0)):
+        if loss is not None:
+            record.add(step, torch.tensor(loss), [])
+        log.after_step(Progress(step, 1, step), StepReport({"unet": step / 10}, {}))
+    log.at_end(Progress(3, 1, 3), Stop.DONE)
+    log_of = {step: values for values, step in (call for call in wandb if isinstance(call, tuple))}
+    assert log_of == {
+        1: {"lr/unet": 0.1, "loss/current": 4.0, "loss/average": 4.0},
+        2: {"lr/unet": 0.2},
+        3: {"lr/unet": 0.3, "loss/current": 2.0, "loss/average": 3.0},
+    }
+
+
+def test_adafactor_s_own_rates_are_those_of_the_step(wandb, monkeypatch, tmp_path):
+    """Its schedule computes them from the optimizer's state, so they are there only after the step."""
+    use_two_blocks(monkeypatch.setattr)
+    used = []
+    own = Adafactor._get_lr
+    monkeypatch.setattr(Adafactor, "_get_lr", staticmethod(lambda group, state: used.append(own(group, state)) or used[-1]))
+
+    class Used(Listener):
+        def begin(self, run):
+            optimizer = run.step.optimizer.optimizer
+            optimizer.register_step_pre_hook(lambda *_: used.clear())
+            optimizer.register_step_post_hook(lambda *_: first.append(float(used[0])))
+
+    first: list[float] = []
+    words = ["--max_train_steps=4", "--log_with=wandb", "--optimizer_type=AdaFactor", "--network_train_unet_only"]
+    train(words_of_a_run(picture_folder(tmp_path / "pictures"), tmp_path / "out", *words), Used())
+    logged = [values["lr/unet"] for values, _ in (call for call in wandb if isinstance(call, tuple)) if "lr/unet" in values]
+    assert [float(rate) for rate in logged] == pytest.approx(first) and len(set(first)) > 1
 
 
 def test_a_tracker_that_fails_is_said_once_and_left_alone(wandb, capsys):
