@@ -40,19 +40,27 @@ class Validator(Listener):
 
     def after_step(self, progress: Progress, report: StepReport) -> None:
         """After every --validate_every_n_steps steps."""
-        every = self.options.validate_every_n_steps
-        if every and progress.step % every == 0:
+        if self.is_due_after_step(progress.step):
             self.validate(progress.step, progress.whole_epochs, "step", progress.step)
 
     def after_epoch(self, progress: Progress, epoch: int) -> None:
         """After every --validate_every_n_epochs (unset: 1) whole epochs."""
-        if progress.whole_epochs == epoch and epoch % (self.options.validate_every_n_epochs or 1) == 0:
+        if progress.whole_epochs == epoch and self.is_due_after_epoch(epoch):
             self.validate(progress.step, epoch - 1, "epoch", epoch)  # counts as within the epoch, as files named for a step do
 
     def at_end(self, progress: Progress, stop: Stop) -> None:
         """The weights that are saved as the result."""
         if stop is not Stop.INTERRUPTED and not self.record.is_done_at(progress.step):
             self.validate(progress.step, progress.whole_epochs, "step", progress.step)
+
+    def is_due_after_step(self, step: int) -> bool:
+        """Whether --validate_every_n_steps asks for it."""
+        every = self.options.validate_every_n_steps
+        return bool(every and step % every == 0)
+
+    def is_due_after_epoch(self, epoch: int) -> bool:
+        """Whether --validate_every_n_epochs (unset: 1) asks for it."""
+        return epoch % (self.options.validate_every_n_epochs or 1) == 0
 
     def validate(self, step: int, epochs: int, kind: str, number: int) -> None:
         """Measure the loss, once for the same weights, and save the best ones. kind, number: how it is logged."""

@@ -24,7 +24,8 @@ from library.training.pictures import dataset_defaults
 from library.training.plan import Plan, Progress
 from library.training.refused_options import REFUSED
 from library.training.setup import preview_specs
-from library.training.validation import Validation, ValidationRecord
+from library.training.validation import Validation
+from library.training.validator import Validator
 
 TESTS = Path(__file__).resolve().parents[2]
 NEEDED = ["--pretrained_model_name_or_path=m", "--train_data_dir=d", "--output_dir=o", "--network_module=networks.lora"]
@@ -96,15 +97,16 @@ def test_when_to_validate_and_when_to_stop():
     )
     dataset = SimpleNamespace(num_batches=9)
     validation = Validation(dataset, chosen.validation, torch.device("cpu"), Processes(), seed=1, timesteps=[], num_workers=0)
-    assert [validation.due_after_step(step) for step in (3, 4, 8)] == [False, True, True]
-    assert [validation.due_after_epoch(epoch) for epoch in (1, 2)] == [False, True]
+    rest = {name: None for name in ("loss", "network", "schedule", "eval_weights", "weights", "tracker")}
+    validator = Validator(chosen.validation, validation, **rest)
+    assert [validator.is_due_after_step(step) for step in (3, 4, 8)] == [False, True, True]
+    assert [validator.is_due_after_epoch(epoch) for epoch in (1, 2)] == [False, True]
     assert validation.batches == 3
-    record = ValidationRecord()
-    exhausted = []
+    stops = []
     for step, loss in enumerate((1.0, 0.5, 0.7)):
-        record.add(step, loss)
-        exhausted.append(record.is_exhausted(chosen.validation.early_stopping_patience))
-    assert exhausted == [False, False, True]
+        validator.record.add(step, loss)
+        stops.append(validator.wants_to_stop())
+    assert stops == [False, False, True]
 
 
 @pytest.mark.option("sample_sampler")

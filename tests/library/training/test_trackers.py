@@ -98,7 +98,8 @@ def test_what_is_logged_for_a_step_is_that_step_s(wandb, monkeypatch, tmp_path, 
     run = train(
         words_of_a_run(
             picture_folder(tmp_path / "pictures"), tmp_path / "out", "--max_train_steps=7", "--log_with=wandb",
-            "--save_every_n_steps=3", "--lr_scheduler=linear", "--lr_warmup_steps=2", f"--gradient_accumulation_steps={accumulation}", "--save_state",
+            "--save_every_n_steps=3", "--lr_scheduler=linear", "--lr_warmup_steps=2",
+            f"--gradient_accumulation_steps={accumulation}", "--save_state",
         ),
         Used(),
     )  # fmt: skip
