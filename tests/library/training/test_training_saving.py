@@ -7,6 +7,7 @@ import tempfile
 import pytest
 import safetensors.torch
 import torch
+from library.training.trainer import Trainer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
@@ -14,7 +15,6 @@ from library.errors import RunFailed, UserError
 from library.training import saving, state
 from library.training.options import OutputOptions
 from library.training.saving import ModelFiles, NotSaved
-from library.training.trainer import Trainer
 from tests.library.training.small_runs import picture_folder, tensors_of, train, use_two_blocks, words_of_a_run
 
 
