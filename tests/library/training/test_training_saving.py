@@ -7,7 +7,6 @@ import tempfile
 import pytest
 import safetensors.torch
 import torch
-from library.training.trainer import Trainer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
@@ -15,7 +14,7 @@ from library.errors import RunFailed, UserError
 from library.training import saving, state
 from library.training.options import OutputOptions
 from library.training.saving import ModelFiles, NotSaved
-from tests.library.training.small_runs import picture_folder, tensors_of, train, use_two_blocks, words_of_a_run
+from tests.library.training.small_runs import AfterStep, picture_folder, tensors_of, train, use_two_blocks, words_of_a_run
 
 
 class Network(torch.nn.Module):
@@ -206,9 +205,12 @@ def test_an_old_file_of_the_name_does_not_keep_what_is_trained_from_being_saved(
     old = out / "mine-step00000001.safetensors"
     out.mkdir()
     old.write_bytes(b"of an earlier run")
-    monkeypatch.setattr(Trainer, "_save_last", lambda *_: (_ for _ in ()).throw(UserError("it broke")))
+
+    def fail(run):
+        raise UserError("it broke")
+
     with pytest.raises(UserError, match="it broke; what was trained until then is in"):
-        train(words_of_a_run(data, out, "--max_train_steps=1"))
+        train(words_of_a_run(data, out, "--max_train_steps=2"), AfterStep(fail))
     assert tensors_of(old)
 
 
