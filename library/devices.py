@@ -9,9 +9,9 @@ import sys
 import torch
 
 from library.errors import UserError
-from library.formats.tensor_file import PRECISIONS
+from library.formats.precision import PRECISIONS, dtype_of
 
-DTYPES = {"no": torch.float32, **PRECISIONS}
+DTYPES = {"no": torch.float32, **{precision: dtype_of(precision) for precision in PRECISIONS}}
 
 
 def check_precision(mixed_precision: str, device: torch.device) -> None:

@@ -5,7 +5,6 @@ A rank's LoRA is the first rows and columns of the factors, at the scale that th
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,39 +12,8 @@ from pathlib import Path
 if not __package__:  # run as a script: the repository, not this folder, is where modules are looked for
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tqdm import tqdm
-
-from library.errors import UserError
-from library.formats.lora_file import LoraFile, read_loras, write_lora
-from library.formats.low_rank import LowRank, split
 from library.tools import lora_options
 from library.tools.command import Parser, run
-from library.tools.lora_metadata import changed
-
-
-def ranks_of(lora: LoraFile, unit: int) -> list[int]:
-    """unit, 2 * unit, ... and the rank of the file itself."""
-    largest = max(module.rank for module in lora.modules.values())
-    return [*range(unit, largest, unit), largest]
-
-
-def split_lora(lora: LoraFile, rank: int) -> dict[str, LowRank]:
-    """The LoRA of the first `rank` ranks; modules that have fewer keep what they have."""
-    return {name: split(module, rank) for name, module in lora.modules.items()}
-
-
-def unit_of(lora: LoraFile, given: int | None) -> int:
-    """The unit that is given, or that the file was trained with."""
-    try:
-        trained = json.loads(lora.metadata.get("ss_network_args", "{}")).get("unit")
-        unit = given if given is not None else int(trained)
-    except (ValueError, TypeError, AttributeError):
-        raise UserError(
-            f"--unit is missing, and {lora.path} does not say what it was trained with; give it, such as --unit 4"
-        ) from None
-    if unit < 1:
-        raise UserError(f"--unit {unit}: must be at least 1")
-    return unit
 
 
 def options() -> Parser:
@@ -60,6 +28,13 @@ def options() -> Parser:
 
 def main(words: Sequence[str] | None = None) -> None:
     args = options().parse_args(words)
+
+    from tqdm import tqdm
+
+    from library.formats.lora_file import read_loras, write_lora
+    from library.tools.dylora_ranks import ranks_of, split_lora, unit_of
+    from library.tools.lora_metadata import changed
+
     source = Path(args.model)
     (lora,) = read_loras([args.model])
     ranks = ranks_of(lora, unit_of(lora, args.unit))

@@ -8,61 +8,18 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 if not __package__:  # run as a script: the repository, not this folder, is where modules are looked for
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tqdm import tqdm
-
 from library.errors import UserError
-from library.formats.lora_file import LoraFile, read_loras, write_lora
-from library.formats.low_rank import Decomposition, LowRank, decompose, smallest_rank
-from library.formats.tensor_file import PRECISIONS
-from library.parallel import on_matrices
+from library.formats.precision import dtype_of
 from library.tools import lora_options
 from library.tools.command import Parser, run
-from library.tools.kept import Kept, named, print_kept, split_results
-from library.tools.lora_metadata import changed
 
 METHODS = ("sv_ratio", "sv_fro", "sv_cumulative")
-
-
-def resize(
-    lora: LoraFile,
-    new_rank: int,
-    new_conv_rank: int | None = None,
-    *,
-    method: str | None = None,
-    target: float = 0.0,
-    device: str = "cpu",
-    report: Callable[[str], None] | None = None,
-) -> tuple[dict[str, LowRank], Kept]:
-    """Every module cut to `new_rank`, or `new_conv_rank` if it is a 3x3 convolution; with `method`, to the smallest rank up to
-    that which reaches `target` (see `smallest_rank`). No rank grows. report: gets a line about every module."""
-
-    def work(name: str) -> tuple[LowRank, tuple[float, float]]:
-        module = lora.modules[name]
-        limit = min(new_conv_rank or new_rank if module.is_3x3 else new_rank, module.rank)
-        found = named(name, decompose, module, device, limit)
-        rank = min(limit, smallest_rank(found.s, method, target)) if method else limit
-        result = found.low_rank(rank, module, module.scale)
-        if report:
-            report(_line(name, found, result))
-        return result, (found.total**2, (found.total * found.kept(rank)) ** 2)
-
-    names = list(lora.modules)
-    results = on_matrices(names, work, device)
-    return split_results(names, tqdm(results, total=len(names), unit="module", desc="resizing", disable=report is not None))
-
-
-def _line(name: str, found: Decomposition, module: LowRank) -> str:
-    s, rank = found.s, min(module.rank, len(found.s))
-    share = float(s[:rank].sum() / s.sum()) if s[0] > 0 else 1.0
-    ratio = float(s[0] / s[rank - 1]) if s[rank - 1] > 0 else float("inf")
-    kept = f"sum {share:6.1%} norm {found.kept(rank):6.1%} ratio {ratio:.1f}"
-    return f"{name:75} rank {module.rank:3} alpha {module.alpha:<8.4g} {kept}"
 
 
 def options() -> Parser:
@@ -83,7 +40,6 @@ def options() -> Parser:
 def _check(args: argparse.Namespace) -> None:
     lora_options.check_at_least_one("--new_rank", args.new_rank)
     lora_options.check_at_least_one("--new_conv_rank", args.new_conv_rank)
-    lora_options.check_device(args.device)
     if (args.dynamic_method is None) != (args.dynamic_param is None):
         missing = "--dynamic_param" if args.dynamic_param is None else "--dynamic_method"
         raise UserError(f"{missing} is missing; --dynamic_method and --dynamic_param go together")
@@ -97,6 +53,12 @@ def main(words: Sequence[str] | None = None) -> None:
     args = options().parse_args(words)
     _check(args)
     save_to = lora_options.output_path(args.save_to, [Path(args.model)])
+    from library.formats.lora_file import read_loras, write_lora
+    from library.tools.kept import print_kept
+    from library.tools.lora_metadata import changed
+    from library.tools.resize import resize
+
+    lora_options.check_device(args.device)
     (lora,) = read_loras([args.model])
     modules, kept = resize(
         lora,
@@ -114,7 +76,7 @@ def main(words: Sequence[str] | None = None) -> None:
     if args.dynamic_method:
         comment = f"Dynamic resize with {args.dynamic_method}: {args.dynamic_param:g} from {old}"
         facts = {"ss_network_dim": "Dynamic", "ss_network_alpha": "Dynamic"}
-    write_lora(save_to, modules, changed(lora, modules, comment, **facts), PRECISIONS[args.save_precision])
+    write_lora(save_to, modules, changed(lora, modules, comment, **facts), dtype_of(args.save_precision))
     print_kept(kept)
     lower = sum(
         module.rank < (args.new_conv_rank or args.new_rank if module.is_3x3 else args.new_rank)

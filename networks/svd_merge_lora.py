@@ -7,60 +7,17 @@ factors alone, so it takes seconds. What could not be kept is printed.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 if not __package__:  # run as a script: the repository, not this folder, is where modules are looked for
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tqdm import tqdm
-
 from library.errors import UserError
-from library.formats.blocks import block_of
-from library.formats.lora_file import LoraFile, all_names, read_loras, write_lora
-from library.formats.low_rank import LowRank, clamp, decompose, stack
-from library.formats.tensor_file import PRECISIONS
-from library.parallel import on_matrices
+from library.formats.precision import dtype_of
 from library.tools import lora_options
 from library.tools.block_weights import read_block_weights
 from library.tools.command import Parser, run
-from library.tools.kept import Kept, named, print_kept, split_results
-from library.tools.lora_metadata import merged, without_modelspec
-
-
-def svd_merge(
-    loras: Sequence[LoraFile],
-    ratios: Sequence[float],
-    new_rank: int,
-    new_conv_rank: int | None = None,
-    *,
-    block_weights: Sequence[Mapping[str, float]] | None = None,
-    device: str = "cpu",
-    clamp_quantile: float | None = None,
-) -> tuple[dict[str, LowRank], Kept]:
-    """The sum of ratio * block weight * LoRA, each module cut to `new_rank`, or `new_conv_rank` if it is a 3x3 convolution.
-
-    Where the ranks of the parts are fewer together, the sum is exact and has those.
-    """
-    weights = block_weights or [{}] * len(loras)
-
-    def work(name: str) -> tuple[LowRank, tuple[float, float]]:
-        block = block_of(name)
-        parts = [
-            (lora.modules[name], ratio * by_block.get(block, 1.0))
-            for lora, ratio, by_block in zip(loras, ratios, weights, strict=True)
-            if name in lora.modules
-        ]
-        total = stack(parts)
-        limit = new_conv_rank or new_rank if total.is_3x3 else new_rank
-        found = named(name, decompose, total, device, limit)
-        module = found.low_rank(limit, total)
-        kept = (found.total**2, (found.total * found.kept(limit)) ** 2)
-        return (clamp(module, clamp_quantile) if clamp_quantile is not None else module), kept
-
-    names = all_names(loras)
-    results = tqdm(on_matrices(names, work, device), total=len(names), unit="module", desc="merging")
-    return split_results(names, results)
 
 
 def options() -> Parser:
@@ -91,11 +48,16 @@ def main(words: Sequence[str] | None = None) -> None:
     lora_options.check_at_least_one("--new_rank", args.new_rank)
     lora_options.check_at_least_one("--new_conv_rank", args.new_conv_rank)
     lora_options.check_quantile(args.clamp_quantile)
-    lora_options.check_device(args.device)
     if args.lbw is not None and len(args.lbw) != len(args.models):
         raise UserError(f"--lbw: {len(args.lbw)} given for {len(args.models)} models; give one for each, in the same order")
     save_to = lora_options.output_path(args.save_to, [Path(name) for name in args.models])
     block_weights = [read_block_weights(text) for text in args.lbw] if args.lbw is not None else None
+    from library.formats.lora_file import read_loras, write_lora
+    from library.tools.kept import print_kept
+    from library.tools.lora_metadata import merged, without_modelspec
+    from library.tools.svd_merge import svd_merge
+
+    lora_options.check_device(args.device)
     loras = read_loras(args.models)
     modules, kept = svd_merge(
         loras,
@@ -109,7 +71,7 @@ def main(words: Sequence[str] | None = None) -> None:
     metadata = merged(loras, args.ratios, modules, save_to, "merged by SVD", args.v_parameterization)
     if args.lbw is not None:
         metadata["ss_training_comment"] += f"; by block: {' | '.join(args.lbw)}"
-    dtype = PRECISIONS[args.save_precision or args.precision]
+    dtype = dtype_of(args.save_precision or args.precision)
     write_lora(save_to, modules, without_modelspec(metadata) if args.no_metadata else metadata, dtype)
     print_kept(kept)
     if args.clamp_quantile is not None:

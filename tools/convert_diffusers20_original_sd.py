@@ -127,7 +127,7 @@ def predicts_v(source: Path) -> bool:
 def convert(args: argparse.Namespace, target: Path) -> None:
     import torch
 
-    from library.formats.tensor_file import PRECISIONS
+    from library.formats.precision import dtype_of
     from library.models.model import load_stable_diffusion, save_stable_diffusion
 
     source = Path(args.model_to_load)
@@ -136,7 +136,7 @@ def convert(args: argparse.Namespace, target: Path) -> None:
     if v2 is None:
         raise UserError(f"{args.model_to_load} is not on this machine, so its generation is not known; add --v1 or --v2")
     chosen = args.save_precision_as or next((name for name in WORDS if getattr(args, name)), None)
-    dtype = PRECISIONS[chosen] if chosen else stored_dtype(source) or torch.float32
+    dtype = dtype_of(chosen) if chosen else stored_dtype(source) or torch.float32
     v = args.v_parameterization or predicts_v(source)
     model = load_stable_diffusion(args.model_to_load, v2=v2, v_parameterization=v, dtype=dtype)
     counters = (args.epoch, args.global_step)

@@ -47,10 +47,8 @@ class Parser(argparse.ArgumentParser):
 
 def run(main: Callable[[], None]) -> NoReturn:
     """Run a command's `main` and leave the process with its exit code."""
-    import torch
-
     # library/parallel.py has the threads: torch's own would spin beside them while they wait, on a busy machine most of the time.
-    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # torch reads it when it is imported, which is after the options are read
     for stream in (sys.stdout, sys.stderr):  # Windows consoles are often not UTF-8; a file name must never end a run
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")

@@ -7,10 +7,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from library.errors import UserError
-from library.formats.tensor_file import PRECISIONS
+from library.formats.precision import PRECISIONS
 from library.tools.command import Parser
 
 
@@ -22,7 +20,7 @@ def add_models(parser: Parser, text: str) -> None:
 
 
 def add_precision(parser: Parser, option: str, default: str | None = None, text: str = "dtype in the file") -> None:
-    """An option such as --save_precision; see `dtype_of`."""
+    """An option such as --save_precision."""
     parser.add_argument(option, choices=list(PRECISIONS), default=default, help=text)
 
 
@@ -40,11 +38,6 @@ def add_clamp_quantile(parser: Parser) -> None:
 def add_no_metadata(parser: Parser, text: str = "write only the metadata that loaders need") -> None:
     """--no_metadata"""
     parser.add_argument("--no_metadata", action="store_true", help=text)
-
-
-def dtype_of(name: str | None) -> torch.dtype | None:
-    """The dtype of an option such as `fp16`; None if it is not given."""
-    return PRECISIONS[name] if name else None
 
 
 def output_path(
@@ -84,7 +77,9 @@ def check_quantile(value: float | None) -> None:
 
 
 def check_device(name: str) -> None:
-    """UserError unless torch knows the device and has it."""
+    """UserError unless torch knows the device and has it. Imports torch: to be called after all other checks."""
+    import torch
+
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:

@@ -11,7 +11,8 @@ from library.errors import UserError
 from library.formats.lora_targets import lora_targets
 from library.formats.low_rank import delta
 from library.formats.tensor_file import open_tensors
-from networks.extract_lora_from_models import Extraction, extract, main
+from library.tools.extract import Extraction, extract
+from networks.extract_lora_from_models import main
 
 CONV_KINDS = ("conv1", "conv2", "_conv")
 

@@ -28,6 +28,7 @@ def exit_code(main, monkeypatch) -> int:
         raise Left(code)
 
     monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # run sets it for good
     with pytest.raises(Left) as left:
         run(main)
     return left.value.args[0]

@@ -1,0 +1,96 @@
+"""What is in a LoRA file, as lines of text."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from library.formats.blocks import BASE, SD_BLOCKS, block_of
+from library.formats.lora_file import LoraFile
+from library.formats.low_rank import LowRank, norm
+from library.formats.tensor_file import TensorFile
+
+LONGEST = 200  # characters of a metadata value
+
+
+def report(lora: LoraFile) -> Iterator[str]:
+    """The lines of the report."""
+    modules = lora.modules
+    bad = [name for name, module in modules.items() if not module.is_finite()]
+    yield f"file: {lora.path}"
+    yield f"number of LoRA modules: {len(modules)}"
+    yield f"for: {_generation(lora)}; dtype {str(lora.dtype).removeprefix('torch.')}; made by: {maker(lora)}"
+    yield f"NaN or infinity: {f'in {len(bad)} modules' if bad else 'none'}"
+    yield ""
+    width = max(len(name) for name in modules)
+    yield f"{'module':{width}} {'kind':6} {'in':>5} {'out':>5} {'rank':>4} {'alpha':>8} {'|down|':>9} {'|up|':>9} {'|delta|':>9}"
+    for name, module in modules.items():
+        yield f"{name:{width}} {_row(module)}"
+    yield ""
+    yield from _blocks(modules)
+    yield ""
+    yield "metadata:" if lora.metadata else "metadata: none"
+    for key in sorted(lora.metadata):
+        value = lora.metadata[key]
+        yield f"  {key}: {value if len(value) <= LONGEST else f'{value[:LONGEST]}... ({len(value)} characters)'}"
+
+
+def _row(module: LowRank) -> str:
+    """Mean absolute numbers of the factors, and the norm of the whole addition."""
+    out_size, in_size = module.matrix_shape
+    positions = module.down[0, 0].numel() if module.down.dim() == 4 else 1
+    kind = "linear" if module.down.dim() == 2 else f"conv{int(math.sqrt(positions))}"
+    means = [float(factor.abs().mean()) for factor in module.matrices()[::-1]]
+    flag = "" if module.is_finite() else "  NaN or infinity"
+    sizes = f"{kind:6} {in_size // positions:5} {out_size:5} {module.rank:4} {module.alpha:8.4g}"
+    return f"{sizes} {means[0]:9.3g} {means[1]:9.3g} {_norm(module):9.4g}{flag}"
+
+
+def _norm(module: LowRank) -> float:
+    return norm(module) if module.is_finite() else math.nan
+
+
+def _blocks(modules: dict[str, LowRank]) -> Iterator[str]:
+    yield f"{'block':12} {'modules':>7} {'ranks':>9} {'|delta|':>9}"
+    by_block: dict[str, list[LowRank]] = {}
+    for name, module in modules.items():
+        by_block.setdefault(block_of(name), []).append(module)
+    for block in (BASE, *SD_BLOCKS.names):
+        if block in by_block:
+            found = by_block[block]
+            ranks = sorted({module.rank for module in found})
+            text = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
+            total = math.sqrt(sum(_norm(module) ** 2 for module in found))
+            yield f"{'text encoder' if block == BASE else block:12} {len(found):7} {text:>9} {total:9.4g}"
+
+
+def _generation(lora: LoraFile) -> str:
+    if lora.v2 is None:
+        return "unknown generation"
+    return "Stable Diffusion 2.x" if lora.v2 else "Stable Diffusion 1.x"
+
+
+def maker(lora: LoraFile) -> str:
+    """Which program made the file, as far as its metadata tell."""
+    metadata = lora.metadata
+    if "lora_adapter_metadata" in metadata or metadata.get("format") == "pt" and len(metadata) == 1:
+        return "Diffusers or peft"
+    if "ss_merged_from" in metadata or "extracted:" in metadata.get("ss_training_comment", ""):
+        return "the tools of this suite"
+    if "ss_network_module" in metadata:
+        return f"a trainer of kohya's kind ({metadata['ss_network_module']})"
+    return "unknown"
+
+
+def tensors(file: TensorFile) -> Iterator[str]:
+    """A line about every tensor of the file."""
+    yield f"tensors: {len(file.shapes)} ({_counts(file.dtypes.values())})"
+    for key in sorted(file.shapes):
+        yield f"  {key} {tuple(file.shapes[key])} {str(file.dtypes[key]).removeprefix('torch.')}"
+
+
+def _counts(dtypes: Iterable[torch.dtype]) -> str:
+    return ", ".join(f"{count} {str(dtype).removeprefix('torch.')}" for dtype, count in Counter(dtypes).items())

@@ -1,0 +1,48 @@
+"""A LoRA of a lower rank: every module becomes the best of its new rank, at the same strength."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tqdm import tqdm
+
+from library.formats.lora_file import LoraFile
+from library.formats.low_rank import Decomposition, LowRank, decompose, smallest_rank
+from library.parallel import on_matrices
+from library.tools.kept import Kept, named, split_results
+
+
+def resize(
+    lora: LoraFile,
+    new_rank: int,
+    new_conv_rank: int | None = None,
+    *,
+    method: str | None = None,
+    target: float = 0.0,
+    device: str = "cpu",
+    report: Callable[[str], None] | None = None,
+) -> tuple[dict[str, LowRank], Kept]:
+    """Every module cut to `new_rank`, or `new_conv_rank` if it is a 3x3 convolution; with `method`, to the smallest rank up to
+    that which reaches `target` (see `smallest_rank`). No rank grows. report: gets a line about every module."""
+
+    def work(name: str) -> tuple[LowRank, tuple[float, float]]:
+        module = lora.modules[name]
+        limit = min(new_conv_rank or new_rank if module.is_3x3 else new_rank, module.rank)
+        found = named(name, decompose, module, device, limit)
+        rank = min(limit, smallest_rank(found.s, method, target)) if method else limit
+        result = found.low_rank(rank, module, module.scale)
+        if report:
+            report(_line(name, found, result))
+        return result, (found.total**2, (found.total * found.kept(rank)) ** 2)
+
+    names = list(lora.modules)
+    results = on_matrices(names, work, device)
+    return split_results(names, tqdm(results, total=len(names), unit="module", desc="resizing", disable=report is not None))
+
+
+def _line(name: str, found: Decomposition, module: LowRank) -> str:
+    s, rank = found.s, min(module.rank, len(found.s))
+    share = float(s[:rank].sum() / s.sum()) if s[0] > 0 else 1.0
+    ratio = float(s[0] / s[rank - 1]) if s[rank - 1] > 0 else float("inf")
+    kept = f"sum {share:6.1%} norm {found.kept(rank):6.1%} ratio {ratio:.1f}"
+    return f"{name:75} rank {module.rank:3} alpha {module.alpha:<8.4g} {kept}"
