@@ -23,12 +23,12 @@ def main() -> int:
         time.sleep(2)  # the launcher ends all when one ends, and the main process shall have its word first
         return error.exit_code
     if options.logs.output_config:
-        from library.training.config_output import write_config
+        from library.training.outputs.config_output import write_config
 
         print(f"the options are in {write_config(options, options.logs.config_file)}")
         return 0
     if options.metadata.from_metadata:
-        from library.training.from_metadata import print_from_metadata
+        from library.training.outputs.from_metadata import print_from_metadata
 
         return print_from_metadata(options.metadata.from_metadata, all_defaults())
 

@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from benchmarks.train_step import conditions  # noqa: E402
-from library.training.packing import CLASSES, FORMATS, pack_layer, pack_weights  # noqa: E402
+from library.training.memory.packing import CLASSES, FORMATS, pack_layer, pack_weights  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "base_dtype.md"
 PLAIN = "none"
@@ -64,7 +64,7 @@ def saved_bytes(kind: type, shape: tuple[int, ...], name: str, dtype: torch.dtyp
 
 def estimate(name: str) -> float:
     """GiB that the pre-flight of a run tells: 512 px, batch 1, fp16, U-Net only, rank 4, gradient checkpointing."""
-    from library.training.estimates import estimated_bytes
+    from library.training.checks.estimates import estimated_bytes
     from library.training.options import parse_options
 
     words = ["--mixed_precision=fp16", "--network_train_unet_only", "--gradient_checkpointing"]

@@ -30,7 +30,7 @@ HEAD = ["| checkpointed | parts | a step, s | of processor time, s | peak, GB |"
 
 def words_of(case: Case, share: float | None, folder: Path, steps: int) -> list[str]:
     """The command line of a run; share: how much of what checkpointing saves is to be saved."""
-    from library.training.estimates import estimated_bytes
+    from library.training.checks.estimates import estimated_bytes
     from library.training.options import parse_options
 
     words = case.words(folder, steps)
@@ -47,7 +47,7 @@ def words_of(case: Case, share: float | None, folder: Path, steps: int) -> list[
 def measure(case: Case, share: float | None, folder: Path, steps: int) -> dict[str, float]:
     """Medians of the steps after the first, peak bytes, and the number of parts that were checkpointed."""
     from library.devices import peak_memory_bytes
-    from library.training.checkpointing import units
+    from library.training.memory.gradient_checkpointing import units
 
     clock, times, found = Clock(), [], {}
 

@@ -176,7 +176,7 @@ def bare(unet):
     """The same U-Net with the same tensors and the library's own layers, without what is attached to it."""
     from torch import nn
 
-    from library.training.frozen import FrozenConv2d
+    from library.training.memory.frozen import FrozenConv2d
 
     twin = copy.deepcopy(unet, {id(tensor): tensor for tensor in (*unet.parameters(), *unet.buffers())})
     for module in twin.modules():
@@ -247,7 +247,7 @@ def measure_launch(case: Case, folder: Path, steps: int) -> dict[str, float]:
 
     modules = folder / "modules.json"
     with collector_resting():
-        import library.training.preflight as preflight
+        import library.training.checks.preflight as preflight
         import library.training.setup as setup
 
         import_model_libraries()
@@ -276,7 +276,7 @@ def measure_launch(case: Case, folder: Path, steps: int) -> dict[str, float]:
 def measure_aside(case: Case, folder: Path, steps: int) -> dict[str, float]:
     """Seconds of what a run does beside its steps: caching all latents, writing a file, 100 lines of the log, a preview."""
     import library.training.setup as setup
-    from library.training.tracking import StepLoss
+    from library.training.outputs.tracking import StepLoss
 
     (folder / "prompts.txt").write_text(f"a red kite --w {case.size} --h {case.size} --s {SAMPLER_STEPS}\n", encoding="utf-8")
     found: dict[str, float] = {}

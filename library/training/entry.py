@@ -13,12 +13,12 @@ from accelerate.utils import InitProcessGroupKwargs
 from library.data.debug import write_debug_sheet
 from library.devices import cpu_has_fast_bf16, keep_freed_memory, use_all_cores
 from library.processes import EndedElsewhere, Processes, launched_world, timeout
+from library.training.checks.preflight import preflight
 from library.training.loop import Listener
+from library.training.memory.precision import HalfGradScaler
 from library.training.options import TrainNetworkOptions
-from library.training.precision import HalfGradScaler
-from library.training.preflight import preflight
+from library.training.outputs.summary import summarize
 from library.training.setup import prepare
-from library.training.summary import summarize
 
 
 def train(options: TrainNetworkOptions, listeners: Sequence[Listener] = ()) -> int:

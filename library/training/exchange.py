@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from library.processes import EndedElsewhere, Processes, lost_process
-from library.training.tracking import LossRecord, OnItsWay
+from library.training.outputs.tracking import LossRecord, OnItsWay
 
 
 class StepResult:

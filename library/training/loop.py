@@ -17,9 +17,9 @@ from library.data.loader import EpochLoader
 from library.errors import RunFailed, UserError, one_line
 from library.processes import Processes
 from library.training.interrupt import stop_on_interrupt
+from library.training.outputs.saving import NotSaved
 from library.training.plan import Plan, Progress
-from library.training.saving import NotSaved
-from library.training.state import State
+from library.training.run_state.state import State
 from library.training.step import StepReport, TrainStep
 
 if TYPE_CHECKING:

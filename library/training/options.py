@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, Field
 from library.command_line import OptionGroup, groups_of, parse
 from library.diffusion.samplers import SAMPLERS
 from library.option_traits import IN_OTHER_WORDS, option
-from library.training.refused_options import REFUSED
+from library.training.checks.refused_options import REFUSED
 
 Samplers = Literal[tuple(SAMPLERS)]  # type: ignore[valid-type]
 

@@ -20,36 +20,36 @@ from library.models.clip import tokenize, tokenize_weighted
 from library.models.model import StableDiffusion, encode_text, load_stable_diffusion, noise_process, vae_fingerprint
 from library.processes import Processes
 from library.training.batch_loss import BatchLoss
-from library.training.checkpointing import use_gradient_checkpointing
-from library.training.compatible import model_digest
-from library.training.ema import eval_weights, make_average
-from library.training.estimates import base_formats
+from library.training.checks.estimates import base_formats
+from library.training.checks.preflight import Ready
 from library.training.exchange import StepExchange
-from library.training.frozen import freeze_convolutions
-from library.training.fused_backward import step_in_backward
-from library.training.hub import Uploads
 from library.training.loop import Listener, Loop, Outcome
-from library.training.memory import compile_model, offload_idle_parts, pack_frozen_weights
-from library.training.metadata import RunMetadata, all_model_facts, run_facts
+from library.training.memory.frozen import freeze_convolutions
+from library.training.memory.gradient_checkpointing import use_gradient_checkpointing
+from library.training.memory.placement import compile_model, offload_idle_parts, pack_frozen_weights
+from library.training.memory.precision import check_half_weights, explain_nonfinite, trained_dtype
 from library.training.network import TrainedNetwork, build_network
-from library.training.optimizers import create_optimizer
+from library.training.optimization.ema import eval_weights, make_average
+from library.training.optimization.fused_backward import step_in_backward
+from library.training.optimization.optimizers import create_optimizer
+from library.training.optimization.schedules import create_schedule, schedule_facts
 from library.training.options import TrainNetworkOptions
+from library.training.outputs.hub import Uploads
+from library.training.outputs.metadata import RunMetadata, all_model_facts, run_facts
+from library.training.outputs.previews import Previews
+from library.training.outputs.saves import SavedStates, SavedWeights
+from library.training.outputs.saving import ModelFiles
+from library.training.outputs.step_log import StepLog
+from library.training.outputs.summary import print_plan
+from library.training.outputs.trackers import Tracker, logged_options
+from library.training.outputs.tracking import LossRecord
 from library.training.plan import Plan
-from library.training.precision import check_half_weights, explain_nonfinite, trained_dtype
-from library.training.preflight import Ready
-from library.training.previews import Previews
 from library.training.randomness import seed_everything
-from library.training.resume import begin_at
-from library.training.saves import SavedStates, SavedWeights
-from library.training.saving import ModelFiles
-from library.training.schedules import create_schedule, schedule_facts
-from library.training.snapshot import RandomNumbers, RunIdentity, Snapshot
-from library.training.state import StateFiles
+from library.training.run_state.compatible import model_digest
+from library.training.run_state.resume import begin_at
+from library.training.run_state.snapshot import RandomNumbers, RunIdentity, Snapshot
+from library.training.run_state.state import StateFiles
 from library.training.step import TrainStep
-from library.training.step_log import StepLog
-from library.training.summary import print_plan
-from library.training.trackers import Tracker, logged_options
-from library.training.tracking import LossRecord
 from library.training.validation import Validation, open_validation, validation_timesteps
 from library.training.validator import Validator
 

@@ -11,17 +11,17 @@ from tqdm import tqdm
 
 from library.data.dataset import Batch
 from library.training.batch_loss import BatchLoss
-from library.training.ema import ExponentialAverage
 from library.training.exchange import StepExchange
 from library.training.network import TrainedNetwork
-from library.training.optimizers import found_rates
+from library.training.optimization.ema import ExponentialAverage
+from library.training.optimization.optimizers import found_rates
+from library.training.optimization.schedules import finds_rates_in_step
 from library.training.options import TrainNetworkOptions
+from library.training.outputs.tracking import LossRecord, describe_nonfinite
 from library.training.plan import Plan, Progress
 from library.training.randomness import seed_everything
-from library.training.schedules import finds_rates_in_step
-from library.training.snapshot import load_network, load_optimizer, network_tensors, refuse_nonfinite
-from library.training.state import State
-from library.training.tracking import LossRecord, describe_nonfinite
+from library.training.run_state.snapshot import load_network, load_optimizer, network_tensors, refuse_nonfinite
+from library.training.run_state.state import State
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ from library.models.model import evaluating
 from library.training.batch_loss import BatchLoss
 from library.training.loop import Listener, Stop
 from library.training.network import TrainedNetwork
+from library.training.optimization.schedules import OnPlateau
 from library.training.options import ValidationOptions
+from library.training.outputs.saves import SavedWeights
+from library.training.outputs.trackers import Tracker
 from library.training.plan import Progress
-from library.training.saves import SavedWeights
-from library.training.schedules import OnPlateau
-from library.training.state import State
+from library.training.run_state.state import State
 from library.training.step import StepReport
-from library.training.trackers import Tracker
 from library.training.validation import Validation, ValidationRecord
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from benchmarks.base_dtype import PLAIN, bytes_of, estimate, write
-from library.training.packing import FORMATS, pack_weights
+from library.training.memory.packing import FORMATS, pack_weights
 
 
 @pytest.mark.parametrize("name", FORMATS)

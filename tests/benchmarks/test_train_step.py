@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from benchmarks import train_step
 from benchmarks.train_step import CASES, Case, Table
-from library.training.frozen import FrozenConv2d
+from library.training.memory.frozen import FrozenConv2d
 from library.training.options import parse_options
 from tests.library.training.small_runs import two_blocks, use_two_blocks
 

@@ -30,11 +30,11 @@ from library.generation.prompts import PromptSpec, read_prompt_file
 from library.models.model import save_stable_diffusion
 from library.testing import small_stable_diffusion
 from library.training import entry
-from library.training.optimizers import OPTIMIZERS
+from library.training.checks.refused_options import REFUSED
+from library.training.optimization.optimizers import OPTIMIZERS
+from library.training.optimization.schedules import SCHEDULES
 from library.training.options import LogOptions, TrainNetworkOptions, parse_options
-from library.training.refused_options import REFUSED
-from library.training.schedules import SCHEDULES
-from library.training.trackers import tracker_settings
+from library.training.outputs.trackers import tracker_settings
 from networks.lora import create_network
 from networks.lora_args import readers
 

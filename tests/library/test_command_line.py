@@ -9,9 +9,9 @@ import pytest
 
 from library.command_line import option_names
 from library.errors import UserError
-from library.training.config_output import write_config
+from library.training.checks.refused_options import REFUSED
 from library.training.options import TrainNetworkOptions, parse_options
-from library.training.refused_options import REFUSED
+from library.training.outputs.config_output import write_config
 
 NEEDED = ["--pretrained_model_name_or_path=m", "--train_data_dir=d", "--output_dir=o", "--network_module=networks.lora"]
 OPTIONS_CSV = Path(__file__).parents[1] / "data" / "options-train_network.csv"

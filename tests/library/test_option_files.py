@@ -9,9 +9,9 @@ import pytest
 
 from library.data.config import DatasetDefaults, datasets_from_file
 from library.errors import UserError
-from library.training.contradictions import contradictions
+from library.training.checks.contradictions import contradictions
+from library.training.checks.preflight import check_prompts
 from library.training.options import parse_options
-from library.training.preflight import check_prompts
 from library.training.setup import preview_specs
 
 

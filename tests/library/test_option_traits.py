@@ -15,13 +15,13 @@ from library.data.config_keys import SubsetConfig, without
 from library.data.holdout import still
 from library.errors import UserError
 from library.option_traits import option, traits_of
-from library.training.compatible import option_values
-from library.training.config_output import options_as_toml
-from library.training.from_metadata import recorded_dataset_keys, recorded_keys, recorded_options
-from library.training.idle_options import declared
-from library.training.metadata import other_options, recorded
+from library.training.checks.idle_options import declared
 from library.training.options import LossOptions, TrainNetworkOptions
-from library.training.trackers import logged_options
+from library.training.outputs.config_output import options_as_toml
+from library.training.outputs.from_metadata import recorded_dataset_keys, recorded_keys, recorded_options
+from library.training.outputs.metadata import other_options, recorded
+from library.training.outputs.trackers import logged_options
+from library.training.run_state.compatible import option_values
 
 
 class MadeUpLoss(LossOptions):

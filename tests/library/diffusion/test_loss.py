@@ -11,7 +11,7 @@ import torch
 from library.diffusion.loss import Objective
 from library.diffusion.process import NoiseProcess
 from library.errors import UserError
-from library.training.contradictions import contradictions
+from library.training.checks.contradictions import contradictions
 from library.training.options import LossOptions, TrainNetworkOptions, parse_options
 
 CPU = torch.device("cpu")

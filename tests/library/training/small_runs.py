@@ -19,9 +19,10 @@ from safetensors import safe_open
 
 from library.models.model import StableDiffusion
 from library.testing import small_stable_diffusion
-from library.training import entry, setup, summary
+from library.training import entry, setup
 from library.training.loop import Listener
 from library.training.options import parse_options
+from library.training.outputs import summary
 from library.training.setup import Run
 
 

@@ -12,11 +12,11 @@ from small_runs import Recorder
 from library.data.dataset import TrainingDataset
 from library.testing import small_stable_diffusion
 from library.training import setup
-from library.training.contradictions import contradictions
-from library.training.frozen import FrozenConv2d
-from library.training.memory import offload_idle_parts, pack_frozen_weights
+from library.training.checks.contradictions import contradictions
+from library.training.memory.frozen import FrozenConv2d
+from library.training.memory.packing import PackedConv2d, PackedLinear
+from library.training.memory.placement import offload_idle_parts, pack_frozen_weights
 from library.training.options import parse_options
-from library.training.packing import PackedConv2d, PackedLinear
 
 NEEDED = ["--pretrained_model_name_or_path=m", "--train_data_dir=d", "--output_dir=o", "--network_module=networks.lora"]
 CPU = torch.device("cpu")

@@ -18,11 +18,11 @@ from PIL import Image
 from library.command_line import option_names
 from library.data.config import DatasetDefaults
 from library.processes import Processes, timeout
-from library.training.metadata import model_spec
+from library.training.checks.refused_options import REFUSED
+from library.training.datasets import dataset_defaults
 from library.training.options import TrainNetworkOptions, parse_options
-from library.training.pictures import dataset_defaults
+from library.training.outputs.metadata import model_spec
 from library.training.plan import Plan, Progress
-from library.training.refused_options import REFUSED
 from library.training.setup import preview_specs
 from library.training.validation import Validation
 from library.training.validator import Validator
@@ -133,7 +133,7 @@ def test_the_entry_hands_on_what_is_its_own(monkeypatch):
     calls = []
     monkeypatch.setattr(train_network, "set_up_console", lambda *a: calls.append(a))
     monkeypatch.setattr("library.training.entry.train", lambda *a: 0)
-    monkeypatch.setattr("library.training.from_metadata.print_from_metadata", lambda *a: calls.append(a[:1]) or 0)
+    monkeypatch.setattr("library.training.outputs.from_metadata.print_from_metadata", lambda *a: calls.append(a[:1]) or 0)
     words = ["--console_log_level=ERROR", "--console_log_file=x.log", "--console_log_simple"]
     for more in (words, ["--from_metadata=x.safetensors"]):
         monkeypatch.setattr("sys.argv", ["train_network.py", *NEEDED, *more])

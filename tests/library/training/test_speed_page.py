@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from library.training.estimates import estimated_bytes
+from library.training.checks.estimates import estimated_bytes
 from library.training.options import parse_options
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "speed.md").read_text(encoding="utf-8")

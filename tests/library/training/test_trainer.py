@@ -349,7 +349,7 @@ def test_a_bug_or_a_full_memory_keeps_what_was_trained_too(run, tmp_path):
 
 def test_a_sample_picture_that_fails_never_ends_the_run(run, tmp_path, monkeypatch, capsys):
     (tmp_path / "prompts.txt").write_text("a cat --s 1\na dog --s 1\n", encoding="utf-8")
-    from library.training import previews
+    from library.training.outputs import previews
 
     drawn = previews.generate
 

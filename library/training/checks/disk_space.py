@@ -1,0 +1,85 @@
+"""Whether the files that a run is going to write fit on their disks."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from library.data.cache import FOLDER
+from library.data.dataset import TrainingDataset
+from library.training.checks.estimates import network_file_bytes, state_bytes
+from library.training.options import TrainNetworkOptions
+from library.training.outputs.saving import ModelFiles
+from library.training.plan import Plan
+
+ENOUGH = 1.1  # times the space that the files need
+
+
+def space_needed(options: TrainNetworkOptions, plan: Plan, dataset: TrainingDataset) -> dict[Path, int]:
+    """Bytes that the run is about to write, by folder."""
+    epochs, steps = saves(options, plan)
+    output, state = options.output, options.state
+    files = 1 + at_once(epochs, output.save_last_n_epochs) + at_once(steps, steps_kept(options, output.save_last_n_steps))
+    files += bool(dataset.table.held_out.any())  # the best one
+    states = 0
+    if state.save_state:
+        kept = steps_kept(options, state.save_last_n_steps_state or output.save_last_n_steps)
+        states += at_once(epochs, state.save_last_n_epochs_state or output.save_last_n_epochs) + at_once(steps, kept)
+    states += state.save_state or state.save_state_on_train_end
+    needed = {Path(output.output_dir): files * network_file_bytes(options) + states * state_bytes(options)}
+    if options.augmentation.cache_latents_to_disk:
+        table = dataset.table
+        for subset in table.subsets:
+            rows = range(subset.start, subset.end)
+            used = (table.bucket_size(row) for row in rows if table.repeats[row] or table.held_out[row])
+            folder = subset.config.image_dir
+            latents = sum(width * height for width, height in used) // 64 * 16 * (2 if subset.config.flip_aug else 1)
+            needed[folder] = needed.get(folder, 0) + max(0, latents - bytes_in(folder / FOLDER))
+    return needed
+
+
+def saves(options: TrainNetworkOptions, plan: Plan) -> tuple[int, int]:
+    """How often the run saves after an epoch, and after a step, the end apart."""
+    by_epoch, by_step = ModelFiles(options.output).epoch_interval(plan.epochs), options.output.save_every_n_steps
+    return (plan.epochs - 1) // by_epoch if by_epoch else 0, plan.max_steps // by_step if by_step else 0
+
+
+def steps_kept(options: TrainNetworkOptions, steps: int | None) -> int | None:
+    """How many step saves are there after the oldest were removed, if those older than so many steps are."""
+    interval = options.output.save_every_n_steps
+    return steps // interval + 1 if steps and interval else None
+
+
+def at_once(saved: int, kept: int | None) -> int:
+    """How many of the saved are there at one time: a new one is written before an old one goes."""
+    return min(saved, kept + 1) if kept else saved
+
+
+def too_little_space(needed: dict[Path, int]) -> Iterable[str]:
+    """Folders on whose disk there is too little room; several folders may share a disk."""
+    by_disk: dict[int, tuple[int, list[Path]]] = {}
+    for folder, size in needed.items():
+        disk = existing(folder).stat().st_dev
+        before, folders = by_disk.get(disk, (0, []))
+        by_disk[disk] = (before + size, [*folders, folder])
+    for size, folders in by_disk.values():
+        free = shutil.disk_usage(existing(folders[0])).free
+        if size * ENOUGH > free:
+            named = ", ".join(map(str, folders))
+            yield (
+                f"the disk of {named} has {free / 2**30:.2f} GiB free and the run writes about {size / 2**30:.2f} GiB; "
+                "make room, keep fewer files (--save_last_n_epochs, --save_last_n_epochs_state, --save_precision=fp16) "
+                "or choose another --output_dir"
+            )
+
+
+def bytes_in(folder: Path) -> int:
+    """Size of the files lying directly in a folder, which need not be there."""
+    return sum(entry.stat().st_size for entry in os.scandir(folder) if entry.is_file()) if folder.is_dir() else 0
+
+
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    return next((place for place in (folder, *folder.absolute().parents) if place.exists()), Path.cwd())

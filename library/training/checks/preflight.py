@@ -1,0 +1,199 @@
+"""Everything that can be found out before a model loads, found out in one pass.
+
+All problems are told together, each with its cure, so that nobody mends one after the other.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from library.data.dataset import TrainingDataset
+from library.devices import check_precision, memory_there
+from library.errors import Problems
+from library.formats.tensor_file import MODEL_SUFFIXES, open_tensors
+from library.generation.prompts import PromptSpec, read_prompt_file
+from library.models.families import refuse_other_families
+from library.training.checks.contradictions import contradictions
+from library.training.checks.disk_space import space_needed, too_little_space
+from library.training.checks.estimates import estimated_bytes, largest_batch
+from library.training.checks.idle_options import idle_options
+from library.training.checks.trial import trial_optimizer, try_schedule
+from library.training.datasets import dataset_configs, open_dataset
+from library.training.memory.compiling import check_backend
+from library.training.memory.precision import check_half_weights, trained_dtype
+from library.training.network import check_network_args
+from library.training.optimization.ema import make_average
+from library.training.optimization.fused_backward import check_fused_backward
+from library.training.optimization.schedules import create_schedule, waits_for_validation
+from library.training.options import OptimizerOptions, TrainNetworkOptions
+from library.training.outputs.metadata import as_data_url
+from library.training.outputs.saving import ModelFiles
+from library.training.outputs.trackers import check_trackers
+from library.training.plan import Plan, Progress
+from library.training.run_state.resume import check_start, chosen_seed, open_state
+from library.training.run_state.state import State
+
+MANY = 10**9  # steps of a run whose length is not known yet
+
+Checks = list[Callable[[], Iterable[str] | None]]  # a check returns what is wrong, or raises it as a UserError
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What was opened on the way: the pictures, the seed, and where the run begins. debug_dataset needs no plan and no start."""
+
+    dataset: TrainingDataset
+    seed: int
+    plan: Plan | None = None
+    resumed: State | None = None
+    start: Progress | None = None
+
+
+def preflight(options: TrainNetworkOptions, device: torch.device, world: int) -> Ready:
+    """Check all that can be checked without a model. Raises UserErrors with everything that is wrong.
+
+    The pictures are looked at even if an option is wrong already: what is wrong with them is told in the same breath.
+    """
+    problems = Problems()
+    problems.found += contradictions(options)
+    debug = options.data.debug_dataset
+    run_checks(problems, [] if debug else checks_of_options(options, device))
+    has_pictures = options.data.dataset_config or options.data.train_data_dir or options.data.in_json
+    configs = problems.of(dataset_configs, options) if has_pictures else None
+    resumed = None if debug else problems.of(open_state, options)
+    seed = problems.of(chosen_seed, options, resumed) or 0
+    dataset = problems.of(open_dataset, options, configs, seed) if configs else None
+    if dataset is None or debug:
+        problems.tell()
+        return Ready(dataset, seed)
+    dataset.world = world
+    plan = Plan.of(options, dataset.num_batches, world)
+    run_checks(problems, checks_of_plan(options, plan, dataset))
+    start = problems.of(check_start, options, plan, dataset, resumed)
+    problems.tell()
+    tell_notes(options, dataset, device)
+    return Ready(dataset, seed, plan, resumed, start)
+
+
+def run_checks(problems: Problems, checks: Checks) -> None:
+    """Do all checks, whatever they find."""
+    for check in checks:
+        problems.found += problems.of(_found, check) or []
+
+
+def _found(check: Callable[[], Iterable[str] | None]) -> list[str]:
+    return list(check() or ())
+
+
+def checks_of_options(options: TrainNetworkOptions, device: torch.device) -> Checks:
+    """Paths, folders, names and packages: what needs no look at the pictures."""
+    return [
+        lambda: check_precision(options.training.mixed_precision, device),
+        lambda: missing_models(options),
+        lambda: check_model_file(options.model.pretrained_model_name_or_path),
+        lambda: ModelFiles(options.output).check_folder() if options.output.output_dir else None,
+        lambda: missing_networks(options),
+        lambda: check_network_args(options.network) if options.network.network_module else None,
+        lambda: check_optimizer(options),
+        lambda: check_schedule(options.optimizer),
+        lambda: check_trackers(options.logs),
+        lambda: check_prompts(options),
+        lambda: as_data_url(options.metadata.metadata_thumbnail or "data:") and None,
+        lambda: check_backend(options.precision.dynamo_backend, device) if options.precision.torch_compile else None,
+    ]
+
+
+def checks_of_plan(options: TrainNetworkOptions, plan: Plan, dataset: TrainingDataset) -> Checks:
+    """What depends on the number of pictures: schedule, disk space, and whether there are any to validate with."""
+    return [
+        lambda: try_schedule(options.optimizer, plan.max_steps),
+        lambda: check_fused_backward(options, plan.processes) if options.optimizer.fused_backward_pass else None,
+        lambda: nothing_to_validate_with(options, dataset),
+        lambda: too_little_space(space_needed(options, plan, dataset)) if options.output.output_dir else None,
+    ]
+
+
+def check_optimizer(options: TrainNetworkOptions) -> None:
+    """Whether there is such an optimizer, whether it takes its arguments, and whether it can do what else is asked."""
+    optimizer, name = trial_optimizer(options.optimizer)
+    check_half_weights(optimizer, name, trained_dtype(options))
+    make_average(options.validation, [], optimizer)
+
+
+def check_schedule(options: OptimizerOptions) -> None:
+    """Whether there is such a schedule, for a run whose length is not known yet."""
+    create_schedule(options, trial_optimizer(options)[0], MANY)
+
+
+def missing_models(options: TrainNetworkOptions) -> Iterable[str]:
+    """Models that look like files or folders and are not there. Other names may be those of the hub."""
+    for option in ("pretrained_model_name_or_path", "vae"):
+        name = getattr(options.model, option)
+        if name and looks_like_path(name) and not Path(name).exists():
+            cure = "~ is not understood here, write the folder out" if name.startswith("~") else "check the path"
+            yield f"--{option}: there is no file or folder {name}; {cure} (looked in {Path.cwd()})"
+
+
+def check_model_file(name: str | None) -> None:
+    """Whether a .safetensors file is whole at its beginning, and a model of this family; others show when they are loaded."""
+    path = Path(name or "")
+    if path.suffix == ".safetensors" and path.is_file():
+        with open_tensors(path) as file:
+            refuse_other_families(path, file.shapes)
+
+
+def looks_like_path(name: str) -> bool:
+    """Whether a name cannot be `user/model` of the hub, or would be a strange one: its first half is a folder here."""
+    in_folder = "/" in name and Path(name).parent.is_dir()
+    return (
+        Path(name).suffix in MODEL_SUFFIXES
+        or bool(re.match(r"[./~]|[A-Za-z]:", name))
+        or "\\" in name
+        or name.count("/") > 1
+        or in_folder
+    )
+
+
+def missing_networks(options: TrainNetworkOptions) -> Iterable[str]:
+    chosen = options.network
+    named = [("network_weights", chosen.network_weights)] + [("base_weights", path) for path in chosen.base_weights or ()]
+    for option, path in named:
+        if path and not Path(path).is_file():
+            yield f"--{option} {path}: there is no such file; check the path (looked in {Path.cwd()})"
+
+
+def nothing_to_validate_with(options: TrainNetworkOptions, dataset: TrainingDataset) -> Iterable[str]:
+    wanted = {
+        "early_stopping_patience": options.validation.early_stopping_patience,
+        "lr_scheduler reduce_lr_on_plateau": waits_for_validation(options.optimizer),
+    }
+    for name in [name for name, value in wanted.items() if value and not dataset.table.held_out.any()]:
+        yield f"--{name} needs pictures to validate with; give --validation_split 0.1, say, or the key in the dataset file"
+
+
+def check_prompts(options: TrainNetworkOptions) -> None:
+    path = options.previews.sample_prompts
+    if path and options.previews.are_asked_for:
+        read_prompt_file(Path(path), PromptSpec(sampler=options.previews.sample_sampler))
+
+
+def tell_notes(options: TrainNetworkOptions, dataset: TrainingDataset, device: torch.device) -> None:
+    """What is allowed and most likely not meant, and how much memory will be used."""
+    rates = options.optimizer
+    if rates.learning_rate == 2e-6 and not (rates.unet_lr or rates.text_encoder_lr):
+        print("--learning_rate is 2e-6, far too low for a LoRA to learn anything; 1e-4 is usual")
+    idle = idle_options(options, dataset.table.configs)
+    if idle:
+        print(f"given, but without effect: {'; '.join(idle)}")
+    needed, (there, whose) = estimated_bytes(options, *largest_batch(dataset)), memory_there(device)
+    cure = (
+        "; if it does not fit: --gradient_checkpointing, --cache_latents, a smaller batch or --resolution"
+        if needed > there
+        else ""
+    )
+    print(f"memory: about {needed / 2**30:.1f} of {whose} {there / 2**30:.1f} GiB will be used (a rough estimate){cure}")

@@ -1,0 +1,134 @@
+"""--base_dtype: the frozen model's large weights in 8 or 4 bits each, unpacked layer by layer where they are used.
+
+int8: whole numbers from -127 to 127, with one factor for each row of a weight.
+fp8:  float8_e4m3fn, 3 bits behind the leading one, with such a factor too. Without it most numbers of Stable Diffusion's weights,
+      around 0.02, fall below 2**-6, where the format loses digits.
+nf4:  4 bits, one of 16 numbers that cut a normal distribution into equal parts, with one factor for every 64 weights (Dettmers et
+      al. 2023, arXiv 2305.14314; the numbers are those of its appendix E).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from library.training.memory.frozen import FrozenConv2d, FrozenLayer, can_be_frozen
+
+FP8 = torch.float8_e4m3fn
+BLOCK = 64  # weights of nf4 that share a factor
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+LEAST = 1e-12  # the factor of nothing but zeros
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a weight (out, ...) is kept: pack gives its small numbers and their factors, unpack of these and the shape floats."""
+
+    pack: Callable[[Tensor], tuple[Tensor, Tensor]]
+    unpack: Callable[[Tensor, Tensor, torch.Size], Tensor]
+    bits: float  # of one weight with its share of the factors
+
+
+def _pack_rows(weight: Tensor, kind: torch.dtype, largest: float) -> tuple[Tensor, Tensor]:
+    """Every row scaled so that its largest number is the largest of the format."""
+    scale = weight.abs().flatten(1).amax(dim=1).clamp(min=LEAST) / largest
+    scale = scale.view(-1, *[1] * (weight.ndim - 1))
+    numbers = weight / scale
+    return (numbers if kind.is_floating_point else numbers.round()).to(kind), scale
+
+
+def _unpack_rows(packed: Tensor, scale: Tensor, shape: torch.Size) -> Tensor:
+    return packed.to(scale.dtype) * scale
+
+
+def _pack_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Two weights a byte, the first in the upper half; the last block is filled up with zeros."""
+    flat = weight.flatten()
+    blocks = F.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
+    scale = blocks.abs().amax(dim=1, keepdim=True).clamp(min=LEAST).to(torch.bfloat16)
+    levels = torch.tensor(NF4, device=weight.device)
+    nearest = torch.bucketize(blocks / scale.float(), (levels[1:] + levels[:-1]) / 2).to(torch.uint8).flatten()
+    return nearest[::2] << 4 | nearest[1::2], scale
+
+
+def _unpack_nf4(packed: Tensor, scale: Tensor, shape: torch.Size) -> Tensor:
+    """Looked up by pairs: a table has the two numbers of every byte."""
+    levels = torch.tensor(NF4, device=packed.device, dtype=scale.dtype)
+    pairs = torch.cartesian_prod(levels, levels)
+    numbers = F.embedding(packed.int(), pairs).view(-1, BLOCK) * scale
+    return numbers.flatten()[: shape.numel()].view(shape)
+
+
+FORMATS = {
+    "int8": Format(partial(_pack_rows, kind=torch.int8, largest=127.0), _unpack_rows, 8),
+    "fp8": Format(partial(_pack_rows, kind=FP8, largest=torch.finfo(FP8).max), _unpack_rows, 8),
+    "nf4": Format(_pack_nf4, _unpack_nf4, 4 + 16 / BLOCK),
+}
+
+
+# ---------------------------------------------------------------- layers
+
+
+class _Packed(FrozenLayer):
+    """A layer whose weight is kept packed. `weight` unpacks it, so that whatever reads it goes on working."""
+
+    packed: Tensor
+    scale: Tensor
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight in the type it had, made anew at every reading."""
+        return self.format.unpack(self.packed, self.scale.float(), self.shape).to(self.dtype)
+
+    @property
+    def weight_type(self) -> torch.dtype:
+        return self.dtype
+
+
+class PackedLinear(_Packed, nn.Linear):
+    """A frozen linear layer, its weight packed."""
+
+    def result(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def gradient_to_input(self, gradient: Tensor, shape: torch.Size) -> Tensor:
+        return gradient @ self.weight
+
+
+class PackedConv2d(_Packed, FrozenConv2d):
+    """A frozen convolution, its weight packed."""
+
+
+CLASSES: dict[type[nn.Module], type[_Packed]] = {nn.Linear: PackedLinear, nn.Conv2d: PackedConv2d}
+
+
+@torch.no_grad()
+def pack_weights(model: nn.Module, name: str, device: torch.device | None = None) -> int:
+    """Keep the weights of all linear and convolution layers in this format; biases, norms and embeddings stay.
+
+    Layers with trainable weights, and those of a class of their own, are left alone. device: where packed weights go, a layer
+    at a time; None: they stay where they are. Returns the bytes saved.
+    """
+    layers = [layer for layer in model.modules() if type(layer) in CLASSES and can_be_frozen(layer)]
+    return sum(pack_layer(layer, name, device) for layer in layers)
+
+
+def pack_layer(layer: nn.Module, name: str, device: torch.device | None = None) -> int:
+    """Pack the weight of one layer, in place: hooks and whatever else is attached to the layer stay. Returns the bytes saved."""
+    weight = layer.weight
+    packed, scale = FORMATS[name].pack(weight.to(device, torch.float32))
+    del layer.weight
+    layer.__class__ = CLASSES[type(layer)]
+    layer.format, layer.shape, layer.dtype = FORMATS[name], weight.shape, weight.dtype
+    layer.packed = nn.Parameter(packed, requires_grad=False)  # parameters, so that they count and move as weights do
+    layer.register_buffer("scale", scale, persistent=False)
+    return weight.nbytes - packed.nbytes - scale.nbytes

@@ -1,0 +1,53 @@
+"""What the options say about memory and speed of the frozen model, once the network is attached to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from library.devices import give_back_freed_memory
+from library.models.model import StableDiffusion
+from library.training.checks.estimates import base_formats
+from library.training.memory.compiling import compile_in_place
+from library.training.memory.packing import CLASSES, pack_weights
+from library.training.options import TrainNetworkOptions
+
+
+def pack_frozen_weights(options: TrainNetworkOptions, model: StableDiffusion, device: torch.device) -> None:
+    """--base_dtype, --fp8_base and --fp8_base_unet: 8 or 4 bits for the large weights from now on, the U-Net on the device."""
+    formats = base_formats(options)
+    if not formats["unet"]:
+        return
+    saved = pack_weights(model.unet, formats["unet"], device)
+    model.unet.to(device)
+    if formats["text_encoder"]:
+        saved += pack_weights(model.text_encoder, formats["text_encoder"])  # where it is: it may be idle, on the CPU
+    print(f"frozen weights in {formats['unet']}: {saved / 2**20:.0f} MiB less")
+    packed = [layer for layer in model.unet.modules() if isinstance(layer, tuple(CLASSES.values()))]
+    if not options.training.gradient_checkpointing and any("forward" in vars(layer) for layer in packed):
+        print(
+            "this network module keeps the unpacked weights until the backward pass: add --gradient_checkpointing to save memory"
+        )
+
+
+def compile_model(options: TrainNetworkOptions, model: StableDiffusion, trains_text_encoder: bool) -> None:
+    """--torch_compile."""
+    if options.precision.torch_compile:
+        compile_in_place([model.unet, *([model.text_encoder] if trains_text_encoder else [])], options.precision.dynamo_backend)
+
+
+def offload_idle_parts(options: TrainNetworkOptions, idle: Iterable[nn.Module], *, keep_for_previews: bool) -> None:
+    """Take parts of the model that training does not use off the GPU, or free them for good where no preview needs them.
+
+    Previews fetch them back for their images. With --lowram main memory is the scarcer one, and with --highvram none is scarce:
+    then parts that previews need stay where they are.
+    """
+    if keep_for_previews and (options.precision.lowram or options.precision.highvram):
+        return
+    for part in idle:
+        part.to("cpu" if keep_for_previews else "meta")
+    give_back_freed_memory()
+    if torch.cuda.is_available() and not options.precision.highvram:
+        torch.cuda.empty_cache()

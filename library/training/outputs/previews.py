@@ -1,0 +1,145 @@
+"""Sample pictures while training, as --sample_prompts and --sample_every_n_* ask for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from tqdm import tqdm
+
+from library.data.images import own_mark
+from library.errors import one_line
+from library.files import atomic_write
+from library.generation.generator import generate
+from library.generation.prompts import PromptSpec
+from library.models.model import StableDiffusion, evaluating
+from library.processes import Processes
+from library.training.loop import Listener
+from library.training.options import TrainNetworkOptions
+from library.training.outputs.sample_grid import write_sample_grid
+from library.training.outputs.trackers import Tracker
+from library.training.plan import Progress
+from library.training.step import StepReport
+
+if TYPE_CHECKING:
+    from library.training.setup import Run
+
+
+class Previews(Listener):
+    """Draws the prompts with the model as it is now into `<output_dir>/sample`. A picture that fails never ends the run."""
+
+    def __init__(
+        self, options: TrainNetworkOptions, specs: list[PromptSpec], model: StableDiffusion, network: torch.nn.Module,
+        accelerator: Accelerator, tracker: Tracker, processes: Processes,
+        eval_weights: Callable[[], AbstractContextManager] = nullcontext,
+    ) -> None:  # fmt: skip
+        self.eval_weights = eval_weights
+        self.options, self.specs, self.model, self.network = options, specs, model, network
+        self.accelerator, self.tracker, self.processes = accelerator, tracker, processes
+        self.folder = Path(options.output.output_dir) / "sample"
+
+    def begin(self, run: Run) -> None:
+        """Before the first step, if --sample_at_first."""
+        if self.options.previews.sample_at_first and not run.loop.progress.step:
+            self.draw("e000000", step=0)
+
+    def after_step(self, progress: Progress, report: StepReport) -> None:
+        """After every --sample_every_n_steps steps; --sample_every_n_epochs wins over it."""
+        interval = self.options.previews.sample_every_n_steps or 0
+        if interval > 0 and progress.step % interval == 0 and not self._by_epoch():
+            self.draw(f"{progress.step:06d}", progress.step)
+
+    def after_epoch(self, progress: Progress, epoch: int) -> None:
+        """At the end of every --sample_every_n_epochs epochs."""
+        if self._by_epoch() and epoch % self.options.previews.sample_every_n_epochs == 0:
+            self.draw(f"e{epoch:06d}", progress.step)
+
+    def _by_epoch(self) -> bool:
+        return (self.options.previews.sample_every_n_epochs or 0) > 0
+
+    def draw(self, moment: str, step: int) -> None:
+        """Draw all prompts; `moment` becomes part of the files' names. The processes share the work."""
+        started = time.perf_counter()
+        drawn: dict[int, Image.Image | str] = {}
+        for part in self.processes.gather(self._own_share()):
+            drawn |= part
+        pictures = {}
+        for number, result in sorted(drawn.items()):
+            if isinstance(result, str) or (problem := self._write(result, moment, number)):
+                tqdm.write(f"sample {number} failed: {result if isinstance(result, str) else problem}")
+            else:
+                pictures[f"sample_{number}"] = result
+        self.tracker.log_pictures(step, pictures)
+        self._write_grid()
+        seconds = time.perf_counter() - started
+        self.seconds += seconds
+        tqdm.write(f"{len(pictures)} sample pictures in {self.folder} ({seconds:.0f} s)")
+
+    def _own_share(self) -> dict[int, Image.Image | str]:
+        """The pictures that this process draws, by number; in place of one that failed, the reason."""
+        drawn: dict[int, Image.Image | str] = {}
+        with self._models_on_device(), self.eval_weights(), evaluating(self.network):
+            for number, spec in self.processes.share(list(enumerate(self.specs))):
+                try:
+                    drawn[number] = self._draw_one(spec)
+                except Exception as error:  # whatever it was, hours of training must not be lost for a picture
+                    drawn[number] = one_line(error)
+        return drawn
+
+    def _write(self, picture: Image.Image, moment: str, number: int) -> str | None:
+        """Save a picture, on the main process; what went wrong, if anything."""
+        if not self.processes.main:
+            return None
+        try:
+            with atomic_write(self._path(moment, number, self.specs[number])) as temporary:
+                picture.save(temporary, pnginfo=own_mark("sample"))
+        except Exception as error:
+            return one_line(error)
+        return None
+
+    def _write_grid(self) -> None:
+        """All pictures of the run so far on one sheet next to the LoRA."""
+        if not self.processes.main:
+            return
+        name = self.options.output.output_name
+        path = Path(self.options.output.output_dir) / f"{name or 'last'}-samples.png"
+        try:
+            write_sample_grid(self.folder, name, [spec.prompt for spec in self.specs], path)
+        except Exception as error:
+            tqdm.write(f"{path} was not drawn: {one_line(error)}")
+
+    def _draw_one(self, spec: PromptSpec) -> Image.Image:
+        drawn = generate(
+            self.model,
+            [spec],
+            clip_skip=self.options.model.clip_skip,
+            max_token_length=self.options.captions.max_token_length or 225,
+            autocast=self.accelerator.autocast,
+            zero_terminal_snr=self.options.loss.zero_terminal_snr,
+        )
+        return next(iter(drawn))[1]
+
+    def _path(self, moment: str, number: int, spec: PromptSpec) -> Path:
+        """`{output_name_}{moment}_{number}_{time}{_seed}.png`."""
+        name = self.options.output.output_name
+        seed = "" if spec.seed is None else f"_{spec.seed}"
+        return self.folder / f"{name + '_' if name else ''}{moment}_{number:02d}_{time.strftime('%Y%m%d%H%M%S')}{seed}.png"
+
+    @contextmanager
+    def _models_on_device(self):
+        """Text encoder and VAE may be on the CPU while training; bring them to the device for the images and back."""
+        parts = (self.model.text_encoder, self.model.vae)
+        homes = [next(part.parameters()).device for part in parts]
+        for part in parts:
+            part.to(self.accelerator.device)
+        try:
+            yield
+        finally:
+            for part, home in zip(parts, homes, strict=True):
+                part.to(home)

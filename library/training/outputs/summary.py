@@ -1,0 +1,65 @@
+"""What a run prints before its first step and after its last one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from library.devices import DTYPES, peak_memory_bytes
+from library.training.loop import Outcome, Stop
+from library.training.network import TrainedNetwork
+from library.training.options import TrainNetworkOptions
+from library.training.outputs.loss_plot import try_loss_plot
+from library.training.plan import Plan
+
+if TYPE_CHECKING:
+    from library.training.setup import Run
+
+
+def print_plan(options: TrainNetworkOptions, plan: Plan, network: TrainedNetwork, seed: int) -> None:
+    """The network and the length of the run."""
+    if hasattr(network.module, "summary"):
+        precision = options.output.save_precision
+        print(f"network {options.network.network_module}: {network.module.summary(DTYPES[precision] if precision else None)}")
+    else:
+        print(f"network {options.network.network_module}: {sum(p.numel() for p in network.parameters):,} trainable numbers")
+    shared = f" ({plan.accumulation} on each of {plan.processes} processes)" if plan.processes > 1 else ""
+    print(
+        f"plan: {plan.max_steps} steps of {plan.batches_per_step} batch{'es' if plan.batches_per_step > 1 else ''}{shared}, "
+        f"{plan.batches_per_epoch} batches an epoch, {plan.epochs} epochs; seed {seed}"
+    )
+
+
+def summarize(run: Run, outcome: Outcome, seconds: float, skipped: int) -> None:
+    """The last screen: where the files are, the final loss, the speed, the memory. skipped: batches, of all processes."""
+    name, files, losses, validations = run.options.output.output_name, run.files, run.losses, run.validator.record
+    step, finished = outcome.progress.step, outcome.is_finished
+    plot = files.folder / f"{name or 'last'}-loss.png"
+    drawn = try_loss_plot(losses, plot, name or "loss", validations.history)
+    run.tracker.finish()
+    files.uploads.finish()
+    last = files.written[-1]
+    peak = peak_memory_bytes(run.accelerator.device)
+    rows = [("LoRA" if finished else "LoRA so far", str(last)), ("loss plot", drawn)]
+    if validations.best is not None:
+        at, loss = validations.best
+        rows.append(("best", f"{files.best_path()} (validation loss {loss:.5f} after step {at})"))
+    rows += [("also saved", str(path)) for path in files.written[:-1]]
+    if losses.average is not None:
+        rows.append(("loss", f"{losses.average:.4f} (mean of the last epoch)"))
+    rows.append(("speed", f"{outcome.seconds_per_step:.3f} s a step, {outcome.steps} steps in {seconds:.0f} s"))
+    if peak:
+        rows.append(("peak memory", f"{peak / 2**30:.2f} GiB"))
+    if skipped:
+        rows.append(("skipped", f"{skipped} batches whose loss was not finite"))
+    if outcome.stop is Stop.EARLY:
+        rows.append(("stopped early", f"after step {step}: {validations.without_improvement} validations were not better"))
+    if not finished and run.states.at_end:
+        rows.append(("to go on", f"run the same command with --resume={run.states.step_path(step)}"))
+    elif not finished:
+        rows.append(("to go on", f"run the same command with --network_weights={last} --dim_from_weights"))
+    width = max(len(label) for label, _ in rows)
+    tqdm.write("")
+    for label, value in rows:
+        tqdm.write(f"  {label:<{width}}  {value}")

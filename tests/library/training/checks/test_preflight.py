@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from library.data.config_keys import DatasetConfig, SubsetConfig
+from library.data.dataset import TrainingDataset
+from library.errors import UserError, run_entry
+from library.training.checks import disk_space, preflight
+from library.training.checks.contradictions import contradictions
+from library.training.checks.estimates import estimated_bytes, largest_batch, network_file_bytes
+from library.training.options import parse_options
+from library.training.plan import Plan
+
+
+def options(*words: str, folder: Path = Path()):
+    needed = ["--pretrained_model_name_or_path=some/model", f"--train_data_dir={folder}", "--output_dir", str(folder / "out"),
+              "--network_module=networks.lora", "--resolution=64", "--learning_rate=1e-4"]  # fmt: skip
+    return parse_options([*needed, *words])
+
+
+usage = namedtuple("usage", "total used free")
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    return tmp_path
+
+
+CPU = preflight.torch.device("cpu")
+
+
+def problems(chosen) -> list[str]:
+    with pytest.raises(UserError) as error:
+        preflight.preflight(chosen, CPU, 1)
+    return error.value.problems
+
+
+def test_everything_that_is_wrong_is_told_at_once_with_its_cure(folder):
+    (folder / "file").write_text("x", encoding="utf-8")
+    found = problems(options(
+        "--pretrained_model_name_or_path=gone.safetensors", "--vae=gone.pt", "--train_data_dir=gone", "--reg_data_dir=gone2",
+        "--network_weights=gone.pt", "--base_weights=gone2.pt", "--network_args", "conv_dm=4", "--optimizer_type=AdamV",
+        "--sample_prompts=gone.txt", "--sample_at_first", "--metadata_thumbnail=gone.png", "--resume=gone-state",
+        f"--output_dir={folder / 'file' / 'out'}", f"--logging_dir={folder / 'file' / 'logs'}", "--mixed_precision=fp16",
+        "--skip_until_initial_step", "--early_stopping_patience=1", "--full_bf16", "--torch_compile", "--dynamo_backend=eagr",
+    ))  # fmt: skip
+    starts = [
+        "--full_bf16 needs", "--mixed_precision fp16 needs a GPU",
+        "--pretrained_model_name_or_path: there is no file", "--vae: there is no file", "--output_dir",
+        "--network_weights gone.pt", "--base_weights gone2.pt",
+        "--network_module networks.lora: unknown network_args key 'conv_dm'", "--optimizer_type AdamV", "--logging_dir",
+        "--sample_prompts gone.txt", "--metadata_thumbnail gone.png", "--dynamo_backend eagr",
+        "--train_data_dir=gone: no such folder", "--reg_data_dir=gone2: no such folder", "--resume gone-state",
+    ]  # fmt: skip
+    assert len(found) == len(starts), found
+    for problem, start in zip(found, starts, strict=True):
+        assert problem.startswith(start) and ("; " in problem or "did you mean" in problem or "needs" in problem), problem
+
+
+def test_what_the_pictures_bring_to_light_is_told_in_the_same_breath(folder, monkeypatch):
+    monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda path: usage(0, 0, 0))
+    (folder / "broken.png").write_bytes(b"no picture")
+    found = problems(options("--lr_scheduler=cosine", "--vae=gone.pt", folder=folder))
+    assert [part in text for part, text in zip(("--vae", "broken.png"), found, strict=True)] == [True, True], found
+    (folder / "broken.png").unlink()
+    words = [
+        "--lr_scheduler=cosine",
+        "--lr_warmup_steps=5",
+        "--max_train_steps=4",
+        "--early_stopping_patience=1",
+        "--initial_step=9",
+    ]
+    found = problems(options("--vae=gone.pt", *words, folder=folder))
+    parts = ("--vae", "--lr_warmup_steps is 5", "--early_stopping_patience needs", "GiB free", "9 steps are done and 4")
+    assert [part in text for part, text in zip(parts, found, strict=True)] == [True] * 5, found
+
+
+def test_a_file_that_is_no_model_is_told_with_the_rest(folder):
+    page = folder / "page.safetensors"
+    page.write_text("<!DOCTYPE html><html>not found</html>", encoding="utf-8")
+    found = problems(options(f"--pretrained_model_name_or_path={page}", "--vae=gone.pt", folder=folder))
+    assert len(found) == 2 and "is a web page" in found[1]
+
+
+def test_a_wrong_schedule_is_told_beside_missing_pictures(folder):
+    found = problems(options("--train_data_dir=gone", "--lr_scheduler=cosin", folder=folder))
+    assert len(found) == 2 and "did you mean 'cosine'" in found[0]
+
+
+def test_missing_masks_are_told_with_the_rest(folder):
+    found = problems(options("--masked_loss", "--conditioning_data_dir=gone", "--vae=gone.pt", folder=folder))
+    assert len(found) == 2 and found[1].startswith("--conditioning_data_dir=gone: there is no folder gone")
+
+
+def test_each_problem_has_a_line_and_the_exit_code_is_2(folder, capsys):
+    chosen = options("--vae=gone.pt", "--network_weights=gone.pt", folder=folder)
+    with pytest.raises(SystemExit) as end:
+        run_entry(lambda: preflight.preflight(chosen, CPU, 1))
+    lines = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and len(lines) == 2 and all(line.startswith("error: --") for line in lines)
+
+
+CONTRADICTIONS = {
+    ("--use_8bit_adam", "--optimizer_type=Lion"): ["--use_8bit_adam", "--optimizer_type"],
+    ("--sample_every_n_steps=5",): ["--sample_every_n_steps", "--sample_prompts"],
+    ("--dim_from_weights",): ["--network_weights"],
+    ("--log_with=all",): ["--log_with all needs --logging_dir"],
+    ("--log_with=tensorboard",): ["--log_with tensorboard needs --logging_dir"],
+}
+
+
+@pytest.mark.option("sample_every_n_steps")
+@pytest.mark.parametrize("words", CONTRADICTIONS)
+def test_options_that_contradict_each_other_are_named(words, folder):
+    found = contradictions(options(*words, folder=folder))
+    assert len(found) == 1 and all(part in found[0] for part in CONTRADICTIONS[words])
+
+
+def test_contradictions_are_told_together_and_with_the_rest(folder):
+    found = problems(options("--dim_from_weights", "--sample_at_first", "--log_with=tensorboard", "--vae=gone.pt", folder=folder))
+    assert len(found) == 4
+
+
+def test_all_that_is_missing_is_said_at_once():
+    found = problems(parse_options([]))
+    starts = (
+        "--pretrained_model_name_or_path is missing",
+        "no pictures: give --dataset_config",
+        "--network_module",
+        "--output_dir",
+    )
+    assert [text.startswith(start) for text, start in zip(found, starts, strict=True)] == [True] * 4
+
+
+def test_nothing_wrong_passes_and_hub_names_are_left_to_the_hub(folder):
+    ready = preflight.preflight(options("--max_train_steps=3", folder=folder), CPU, 1)
+    assert len(ready.dataset.table) == 1 and ready.plan.max_steps == 3 and ready.start.step == 0
+
+
+@pytest.mark.parametrize(
+    "name, is_path",
+    [
+        ("runwayml/stable-diffusion-v1-5", False), ("some-model", False), ("./model", True), ("../model", True),
+        ("~/model", True), ("/models/mine", True), ("C:/models/mine", True), ("models\\mine", True), ("a/b/c", True),
+        ("mine.safetensors", True), ("there/model", True),
+    ],
+)  # fmt: skip
+def test_what_looks_like_a_path_is_no_name_of_the_hub(name, is_path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    assert preflight.looks_like_path(name) is is_path
+    missing = list(preflight.missing_models(options(f"--pretrained_model_name_or_path={name}", f"--vae={name}")))
+    assert len(missing) == (2 if is_path else 0)
+
+
+def dataset(folder: Path, **more) -> TrainingDataset:
+    return TrainingDataset(
+        [DatasetConfig(resolution=(64, 64), subsets=(SubsetConfig(image_dir=folder, flip_aug=True),), **more)], seed=1
+    )
+
+
+def space(chosen, folder: Path) -> float:
+    """Bytes that are planned for the output folder, in files of the network."""
+    plan = Plan.of(chosen, 1)
+    return disk_space.space_needed(chosen, plan, dataset(folder))[folder / "out"] / network_file_bytes(chosen)
+
+
+def test_a_disk_that_is_too_small_is_told_before_the_model_loads(folder, monkeypatch):
+    words = ["--network_dim=128", "--max_train_epochs=10", "--save_every_n_epochs=1", "--flip_aug"]
+    chosen = options(*words, "--cache_latents_to_disk", folder=folder)
+    assert space(chosen, folder) == 10 and 280e6 < network_file_bytes(chosen) < 320e6
+    needed = disk_space.space_needed(chosen, Plan.of(chosen, 1), dataset(folder))
+    assert needed[folder] == 2 * 8 * 8 * 4 * 4  # two latents of 4 x 8 x 8 float32
+    monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda path: usage(0, 0, 10 * network_file_bytes(chosen)))
+    found = problems(chosen)
+    assert len(found) == 1 and "GiB free and the run writes about" in found[0] and "--save_last_n_epochs" in found[0]
+    preflight.preflight(options(*words, "--save_last_n_epochs=2", folder=folder), CPU, 1)
+    assert len(problems(options(*words, "--save_last_n_epochs=2", "--save_state", folder=folder))) == 1
+
+
+def test_states_and_the_best_file_are_counted(folder):
+    Image.new("RGB", (64, 64)).save(folder / "b.png")
+    words = ["--max_train_epochs=10", "--save_every_n_epochs=1"]  # a state is three times as large as a file
+    assert space(options(*words, "--save_state", folder=folder), folder) == 10 + 3 * 10
+    assert space(options(*words, "--save_state", "--ema_decay=0.9", folder=folder), folder) == 10 + 4 * 10
+    assert space(options(*words, "--save_state", "--save_last_n_epochs_state=1", folder=folder), folder) == 10 + 3 * 3
+    assert space(options(*words, "--save_state_on_train_end", folder=folder), folder) == 10 + 3
+    steps = ["--max_train_steps=100", "--save_every_n_steps=10", "--save_last_n_steps=20"]  # 3 are kept and 1 more is written
+    assert space(options(*steps, folder=folder), folder) == 1 + 4
+    assert space(options(*steps, "--save_state", "--save_last_n_steps_state=10", folder=folder), folder) == 1 + 4 + 3 * (3 + 1)
+    held_out = dataset(folder, validation_split=0.5)
+    chosen = options("--max_train_steps=1", folder=folder)
+    assert disk_space.space_needed(chosen, Plan.of(chosen, 1), held_out)[folder / "out"] == 2 * network_file_bytes(chosen)
+
+
+def test_latents_that_lie_there_already_need_no_space(folder):
+    chosen = options("--cache_latents_to_disk", folder=folder)
+    (folder / ".latents").mkdir()
+    (folder / ".latents" / "a").write_bytes(bytes(1500))
+    assert disk_space.space_needed(chosen, Plan.of(chosen, 1), dataset(folder))[folder] == 2 * 8 * 8 * 4 * 4 - 1500
+
+
+def test_memory_is_estimated_by_what_counts(folder):
+    batch = largest_batch(dataset(folder))
+    plain, half, saving, large = (
+        estimated_bytes(options(*words, folder=folder), *batch)
+        for words in ([], ["--mixed_precision=fp16"], ["--gradient_checkpointing"], ["--network_dim=128"])
+    )
+    assert half < plain and saving < plain < large
+    assert 4e9 < plain < 6e9  # full size, float32, one tiny picture
+
+
+def test_memory_that_is_short_is_told_with_what_helps(folder, monkeypatch, capsys):
+    for there, short in ((2**33, False), (2**31, True)):
+        monkeypatch.setattr(preflight, "memory_there", lambda device, there=there: (there, "the GPU's"))
+        preflight.tell_notes(options(folder=folder), dataset(folder), CPU)
+        out = capsys.readouterr().out
+        assert f"of the GPU's {there / 2**30:.1f} GiB will be used" in out and ("--gradient_checkpointing" in out) is short
+    monkeypatch.undo()
+    preflight.tell_notes(options(folder=folder), dataset(folder), CPU)
+    assert "of this machine's free" in capsys.readouterr().out
