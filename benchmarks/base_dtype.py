@@ -38,8 +38,9 @@ PICTURES, TIMESTEPS = 8, (50, 250, 450, 650, 850)
 
 def model_bytes(name: str, dtype: torch.dtype = torch.float16) -> tuple[int, int]:
     """Bytes of SD 1.5's U-Net and text encoder in this format. Layers of the same shape are packed once."""
-    from library.models.architecture import sd15_configs
-    from library.models.parts import empty_text_encoder, empty_unet
+    from library.models.clip import empty_text_encoder
+    from library.models.unet import empty_unet
+    from library.testing import sd15_configs
 
     configs = sd15_configs()
     models = empty_unet(configs["unet"]), empty_text_encoder(configs["text_encoder"])
@@ -64,12 +65,13 @@ def saved_bytes(kind: type, shape: tuple[int, ...], name: str, dtype: torch.dtyp
 
 def estimate(name: str) -> float:
     """GiB that the pre-flight of a run tells: 512 px, batch 1, fp16, U-Net only, rank 4, gradient checkpointing."""
+    from library.testing import full_size_header
     from library.training.checks.estimates import estimated_bytes
     from library.training.options import parse_options
 
     words = ["--mixed_precision=fp16", "--network_train_unet_only", "--gradient_checkpointing"]
     options = parse_options([*words, *([] if name == PLAIN else [f"--base_dtype={name}"])])
-    return estimated_bytes(options, 1, (512, 512)) / 2**30
+    return estimated_bytes(options, full_size_header(), 1, (512, 512)) / 2**30
 
 
 # ---------------------------------------------------------------- quality
@@ -82,8 +84,8 @@ def output_errors(names: list[str]) -> dict[str, float]:
     from PIL import Image
 
     from library.diffusion.process import NoiseProcess
-    from library.models.clip import tokenize
-    from library.models.model import encode_image, encode_text, load_stable_diffusion, predict_noise
+    from library.models.clip import encode_text, tokenize
+    from library.models.loading import load_stable_diffusion
     from tools.demo import BASE_MODEL
 
     model = load_stable_diffusion(str(BASE_MODEL))
@@ -91,18 +93,18 @@ def output_errors(names: list[str]) -> dict[str, float]:
     pixels = [np.asarray(Image.open(file).convert("RGB").resize((64, 64), Image.Resampling.BOX)) for file in files]
     images = torch.tensor(np.stack(pixels)).permute(0, 3, 1, 2) / 127.5 - 1
     captions = [file.with_suffix(".txt").read_text(encoding="utf-8").strip() for file in files]
-    context = encode_text(model.text_encoder, tokenize(model.tokenizer, captions))
+    context = encode_text(model.text_encoders[0], tokenize(model.tokenizers, captions)["ids"])
     generator = torch.Generator().manual_seed(1)
-    latents = encode_image(model.vae, images, generator) * model.vae.config.scaling_factor
+    latents = model.vae.encode(images).latent_dist.sample(generator) * model.vae.config.scaling_factor
     noise, process = torch.randn(latents.shape, generator=generator), NoiseProcess()
 
     def outputs(unet: torch.nn.Module) -> torch.Tensor:
         times = [torch.full((len(files),), timestep) for timestep in TIMESTEPS]
-        return torch.stack([predict_noise(unet, process.add_noise(latents, noise, t), t, context) for t in times])
+        return torch.stack([unet(process.add_noise(latents, noise, t), t, encoder_hidden_states=context).sample for t in times])
 
-    plain, errors = outputs(model.unet), {PLAIN: 0.0}
+    plain, errors = outputs(model.denoiser), {PLAIN: 0.0}
     for name in names:
-        packed = copy.deepcopy(model.unet)
+        packed = copy.deepcopy(model.denoiser)
         pack_weights(packed, name)
         errors[name] = ((outputs(packed) - plain).norm() / plain.norm()).item()
     return errors

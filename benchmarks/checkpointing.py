@@ -30,6 +30,7 @@ HEAD = ["| checkpointed | parts | a step, s | of processor time, s | peak, GB |"
 
 def words_of(case: Case, share: float | None, folder: Path, steps: int) -> list[str]:
     """The command line of a run; share: how much of what checkpointing saves is to be saved."""
+    from library.testing import full_size_header
     from library.training.checks.estimates import estimated_bytes
     from library.training.options import parse_options
 
@@ -38,7 +39,8 @@ def words_of(case: Case, share: float | None, folder: Path, steps: int) -> list[
         return words
     size = (case.size, case.size)
     plain, least = (
-        estimated_bytes(parse_options([*words, *more]), case.batch, size) for more in ([], ["--gradient_checkpointing"])
+        estimated_bytes(parse_options([*words, *more]), full_size_header(), case.batch, size)
+        for more in ([], ["--gradient_checkpointing"])
     )
     budget = [f"--gradient_checkpointing_budget={(plain - share * (plain - least)) / 2**30}"] if share < 1 else []
     return [*words, "--gradient_checkpointing", *budget]
@@ -53,7 +55,7 @@ def measure(case: Case, share: float | None, folder: Path, steps: int) -> dict[s
 
     def after_step(run) -> None:
         times.append(clock.read())
-        found["parts"] = sum(unit.gradient_checkpointing for unit in units(run.model.unet))
+        found["parts"] = sum(unit.gradient_checkpointing for unit in units(run.model.denoiser))
         found["peak"] = peak_memory_bytes(run.accelerator.device) or 0
 
     train(words_of(case, share, folder, steps + 1), after_step)

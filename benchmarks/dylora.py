@@ -32,8 +32,7 @@ from torch import Tensor, nn
 
 from library.diffusion.process import NoiseProcess
 from library.formats.low_rank import LowRank, split
-from library.models.clip import tokenize
-from library.models.model import encode_image, encode_text, predict_noise
+from library.models.clip import encode_text, tokenize
 from library.testing import small_stable_diffusion
 from networks import dylora, lora
 
@@ -47,12 +46,12 @@ class Task:
 
     def __init__(self) -> None:
         model = small_stable_diffusion(unet_channels=(64, 64), vae_channels=(32, 32, 32, 32), text_layers=1)
-        self.unet = model.unet
+        self.unet = model.denoiser
         files = sorted(PICTURES.glob("*.webp"))
         pictures = torch.stack([_picture(file) for file in files])
         captions = [file.with_suffix(".txt").read_text(encoding="utf-8").strip() for file in files]
         with torch.no_grad():
-            self.texts = encode_text(model.text_encoder, tokenize(model.tokenizer, captions))
+            self.texts = encode_text(model.text_encoders[0], tokenize(model.tokenizers, captions)["ids"])
             self.plain, self.inverted = (_latents(model.vae, sign * pictures) for sign in (1, -1))
         self.latents = self.plain
         self.validation = torch.arange(0, len(files), 5)
@@ -61,7 +60,7 @@ class Task:
     def loss(self, chosen: Tensor, generator: torch.Generator) -> Tensor:
         z, noise = self.latents[chosen], torch.randn(len(chosen), *self.latents.shape[1:], generator=generator)
         t = torch.randint(0, PROCESS.timesteps, (len(chosen),), generator=generator)
-        prediction = predict_noise(self.unet, PROCESS.add_noise(z, noise, t), t, self.texts[chosen])
+        prediction = self.unet(PROCESS.add_noise(z, noise, t), t, encoder_hidden_states=self.texts[chosen]).sample
         return (prediction.float() - noise.float()).square().mean()
 
     @torch.no_grad()
@@ -101,7 +100,7 @@ def _picture(file: Path) -> Tensor:
 
 def _latents(vae: nn.Module, pictures: Tensor) -> Tensor:
     torch.manual_seed(0)
-    return torch.cat([encode_image(vae, part) for part in pictures.split(30)]) * vae.config.scaling_factor
+    return torch.cat([vae.encode(part).latent_dist.sample() for part in pictures.split(30)]) * vae.config.scaling_factor
 
 
 def make(task: Task, kind: str, rank: int, seed: int, rate: float) -> tuple[lora.LoRANetwork, list[dict]]:

@@ -56,7 +56,7 @@ def make_pipeline(model, lora: Path | None):
     from library.diffusion.samplers import make_scheduler
 
     logging.set_verbosity_error()
-    parts = (model.vae, model.text_encoder, model.tokenizer, model.unet, make_scheduler("ddim", NoiseProcess()))
+    parts = (model.vae, model.text_encoders[0], model.tokenizers[0], model.denoiser, make_scheduler("ddim", NoiseProcess()))
     pipe = StableDiffusionPipeline(*parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     if lora is not None:
@@ -76,7 +76,7 @@ def fresh_model(device: str):
     from library.testing import small_stable_diffusion
 
     model = small_stable_diffusion(seed=0)
-    for part in (model.unet, model.vae, model.text_encoder):
+    for part in (model.denoiser, model.vae, model.text_encoders[0]):
         part.to(device)
     return model
 
@@ -86,7 +86,7 @@ def write_lora(model, path: Path) -> None:
 
     from networks.lora import create_network
 
-    network = create_network(1.0, 16, 16, None, model.text_encoder, model.unet, conv_dim="8", conv_alpha="8")
+    network = create_network(1.0, 16, 16, None, model.text_encoders[0], model.denoiser, conv_dim="8", conv_alpha="8")
     for part in network.loras:
         torch.nn.init.normal_(part.lora_up.weight, std=0.02)
     network.save_weights(path, torch.float32, {})
@@ -194,7 +194,7 @@ def start_up(program: str, folder: Path) -> list[float]:
 
 def compare_start_ups(folder: Path, rounds: int) -> list[str]:
     """A table with a row for each, medians of rounds in which they take turns."""
-    from library.models.model import save_stable_diffusion
+    from library.models.saving import save_stable_diffusion
 
     save_stable_diffusion(fresh_model("cpu"), folder / "model")
     programs = {"ours": OURS, "pipeline": THEIRS}

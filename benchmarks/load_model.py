@@ -28,25 +28,32 @@ def make_file(path: Path, kind: str) -> dict[str, float]:
     """Write a full-size SD 1.5 with random fp16 weights."""
     from safetensors.torch import save_file
 
-    from library.formats.compvis import join_compvis
-    from library.models.architecture import sd15_configs
-    from library.models.clip import load_tokenizer
-    from library.models.model import StableDiffusion, save_stable_diffusion
-    from library.models.parts import empty_text_encoder, empty_unet, empty_vae, fill, text_weights
+    from library.formats.compvis import SD1_LAYOUT, join_compvis
+    from library.models import sd1
+    from library.models.clip import empty_text_encoder, load_tokenizer
+    from library.models.family import Model
+    from library.models.modules import fill, weights_of
+    from library.models.saving import save_stable_diffusion
+    from library.models.unet import empty_unet
+    from library.models.vae import empty_vae
+    from library.testing import sd15_configs
 
     configs = sd15_configs()
     unet, vae = empty_unet(configs["unet"]), empty_vae(configs["vae"])
     text_encoder = empty_text_encoder(configs["text_encoder"])
-    parts = {"unet": unet.state_dict(), "vae": vae.state_dict(), "text_encoder": text_weights(text_encoder)}
+    parts = {"unet": unet.state_dict(), "vae": vae.state_dict(), "text_encoder": weights_of(text_encoder)}
     for weights in parts.values():
         for name, value in weights.items():
             weights[name] = torch.empty(value.shape, dtype=torch.float16).uniform_(-0.05, 0.05)
     if kind == "folder":
         for part, module in (("unet", unet), ("vae", vae), ("text_encoder", text_encoder)):
-            fill(module, parts[part], "random")
-        save_stable_diffusion(StableDiffusion(load_tokenizer(False), text_encoder, vae, unet, False, False, "random"), path)
+            fill(module, parts[part], "random", part)
+        save_stable_diffusion(
+            Model(sd1.FAMILY, {"unet": unet, "vae": vae, "text_encoder": text_encoder}, [load_tokenizer()], "epsilon", "random"),
+            path,
+        )
         return {}
-    tensors = {name: value.contiguous() for name, value in join_compvis(parts, v2=False).items()}
+    tensors = {name: value.contiguous() for name, value in join_compvis(parts, SD1_LAYOUT).items()}
     if kind == "safetensors":
         save_file(tensors, path)
     else:
@@ -64,13 +71,13 @@ def measure_load(path: Path, dtype: torch.dtype) -> dict[str, float]:
     from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: F401  imports are not what is measured
     from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
 
-    from library.models.model import load_stable_diffusion
+    from library.models.loading import load_stable_diffusion
 
     before, cpu = rss(), time.process_time()
     start = time.perf_counter()
     model = load_stable_diffusion(str(path), dtype=dtype)
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-    weights = sum(value.nbytes for part in (model.unet, model.vae, model.text_encoder) for value in part.parameters())
+    weights = sum(value.nbytes for part in (model.denoiser, model.vae, model.text_encoders[0]) for value in part.parameters())
     return {"seconds": seconds, "cpu": cpu, "weights": weights, "peak": rss() - before}
 
 

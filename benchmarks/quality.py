@@ -43,7 +43,8 @@ from torch import Tensor  # noqa: E402
 from library.errors import UserError, run_entry  # noqa: E402
 from library.generation.generator import generate  # noqa: E402
 from library.generation.prompts import PromptSpec  # noqa: E402
-from library.models.model import StableDiffusion, load_stable_diffusion  # noqa: E402
+from library.models.family import Model  # noqa: E402
+from library.models.loading import load_stable_diffusion  # noqa: E402
 from library.sheets import contact_sheet  # noqa: E402
 from tools import demo  # noqa: E402
 from tools.base_model.names import NAMES, STYLES, prompt_of  # noqa: E402
@@ -65,7 +66,7 @@ class Setting:
     base: Path
     source: Path
     judge: Perceptual
-    model: StableDiffusion
+    model: Model
     figures: dict[str, list[float]] = field(default_factory=dict)
 
     def add(self, name: str, value: float) -> None:
@@ -79,7 +80,7 @@ class Setting:
         return real_pictures(self.source, style, names)
 
 
-def draw(model: StableDiffusion, prompts: list[str], seed: int) -> Tensor:
+def draw(model: Model, prompts: list[str], seed: int) -> Tensor:
     """(B, 3, 64, 64) in -1..1, one picture a prompt, each from noise of its own."""
     specs = [
         PromptSpec(prompt=prompt, width=SIZE, height=SIZE, seed=1000 * seed + number, **demo.DRAWING)

@@ -243,7 +243,7 @@ def make_inputs(folder: Path) -> None:
     if folder.exists():
         return
     sys.path.insert(0, str(ROOT))
-    from library.models.model import save_stable_diffusion
+    from library.models.saving import save_stable_diffusion
     from library.testing import small_stable_diffusion
 
     unfinished = folder.with_name(f".{folder.name}-unfinished")
@@ -258,7 +258,7 @@ def make_inputs(folder: Path) -> None:
     save_lora(unfinished / "lora_b.safetensors", sd1, seed=4)
     save_lora(unfinished / "lora_sd2.safetensors", sd2, seed=5)
     save_lora(unfinished / "dylora.safetensors", sd1, seed=6, module="dylora", unit="2")
-    change_weights(sd1.unet, seed=7)
+    change_weights(sd1.denoiser, seed=7)
     save_stable_diffusion(sd1, unfinished / "tuned.safetensors")
     for number, (width, height) in enumerate(IMAGE_SIZES):
         random_image((width, height), number).save(unfinished / "images" / f"{number}.png")
@@ -278,12 +278,12 @@ def save_lora(path: Path, model: Any, seed: int, module: str = "lora", **network
 
     generator = torch.Generator().manual_seed(seed)
     network = importlib.import_module(f"networks.{module}").create_network(
-        1.0, 4, 2.0, model.vae, model.text_encoder, model.unet, **network_args
+        1.0, 4, 2.0, model.vae, model.text_encoders[0], model.denoiser, **network_args
     )
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.copy_((torch.rand(parameter.shape, generator=generator) - 0.5) * 0.2)
-    version = "sd_v2" if model.v2 else "sd_v1"
+    version = model.family.records.base_model_version["epsilon"]
     record = {
         "ss_network_module": f"networks.{module}",
         "ss_base_model_version": version,

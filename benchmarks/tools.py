@@ -53,18 +53,21 @@ LARGEST = 1280**3  # rows^2 x columns of the costliest decomposition that is run
 
 def model_shapes() -> dict[str, tuple[int, ...]]:
     """Names and shapes of a full-size SD 1.5 checkpoint."""
-    from library.formats.compvis import join_compvis
-    from library.models.architecture import sd15_configs
-    from library.models.parts import empty_text_encoder, empty_unet, empty_vae, text_weights
+    from library.formats.compvis import SD1_LAYOUT, join_compvis
+    from library.models.clip import empty_text_encoder
+    from library.models.modules import weights_of
+    from library.models.unet import empty_unet
+    from library.models.vae import empty_vae
+    from library.testing import sd15_configs
 
     configs = sd15_configs()
-    text = text_weights(empty_text_encoder(configs["text_encoder"]))
+    text = weights_of(empty_text_encoder(configs["text_encoder"]))
     parts = {
         "unet": empty_unet(configs["unet"]).state_dict(),
         "vae": empty_vae(configs["vae"]).state_dict(),
         "text_encoder": text,
     }
-    return {name: tuple(value.shape) for name, value in join_compvis(parts, v2=False).items()}
+    return {name: tuple(value.shape) for name, value in join_compvis(parts, SD1_LAYOUT).items()}
 
 
 def make_files(folder: Path) -> None:
@@ -180,7 +183,7 @@ def plain_resize(folder: Path) -> float:
 
 
 def plain_extract(folder: Path) -> float:
-    from library.models.model import load_stable_diffusion
+    from library.models.loading import load_stable_diffusion
 
     started = time.perf_counter()
     models = [load_stable_diffusion(str(folder / f"{name}.safetensors")) for name in ("model", "tuned")]
@@ -200,15 +203,16 @@ def keep(parts: tuple[Tensor, Tensor, Tensor], rank: int) -> tuple[Tensor, Tenso
 
 
 def plain_merge(folder: Path) -> None:
-    from library.models.model import load_stable_diffusion, save_stable_diffusion
+    from library.models.loading import load_stable_diffusion
+    from library.models.saving import save_stable_diffusion
     from networks.lora import create_network_from_weights
 
     model = load_stable_diffusion(str(folder / "model.safetensors"), dtype=torch.float32)
     for rank, ratio in ((16, 0.8), (32, 0.5)):
         network, weights = create_network_from_weights(
-            ratio, folder / f"rank{rank}.safetensors", None, model.text_encoder, model.unet
+            ratio, folder / f"rank{rank}.safetensors", None, model.text_encoders[0], model.denoiser
         )
-        network.merge_to(model.text_encoder, model.unet, weights)
+        network.merge_to(model.text_encoders[0], model.denoiser, weights)
     save_stable_diffusion(model, folder / MADE / "merged.safetensors", torch.float16)
 
 

@@ -81,16 +81,15 @@ class Case:
 def make_model(folder: Path, small: bool) -> None:
     """An fp16 checkpoint with random weights, of SD 1.5's shapes or those of the tiny model, and the U-Net's configuration."""
     from benchmarks.load_model import make_file
-    from library.models.architecture import sd15_configs
-    from library.models.model import save_stable_diffusion
-    from library.testing import small_stable_diffusion
+    from library.models.saving import save_stable_diffusion
+    from library.testing import sd15_configs, small_stable_diffusion
 
     if small:
         model = small_stable_diffusion()
         save_stable_diffusion(model, folder / "model.safetensors")
     else:
         make_file(folder / "model.safetensors", "safetensors")
-    config = dict(model.unet.config) if small else sd15_configs()["unet"]
+    config = dict(model.denoiser.config) if small else sd15_configs()["unet"]
     (folder / "unet.json").write_text(json.dumps(config), encoding="utf-8")
 
 
@@ -194,7 +193,7 @@ def measure_time(case: Case, folder: Path, steps: int) -> dict[str, float]:
 
     def after_step(run) -> None:
         ours.append(clock.read())
-        floor[:] = floor or [floor_step(bare(run.model.unet), case)]
+        floor[:] = floor or [floor_step(bare(run.model.denoiser), case)]
         clock.read()
         floor[0]()
         floors.append(clock.read())
@@ -220,7 +219,7 @@ def measure_floor(case: Case, folder: Path, steps: int) -> dict[str, float]:
     import torch
 
     from library.devices import DTYPES, peak_memory_bytes
-    from library.models.parts import empty_unet
+    from library.models.unet import empty_unet
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     unet = (

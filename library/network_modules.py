@@ -22,7 +22,7 @@ from library.files import read_safetensors_header
 from library.key_values import read_value
 
 if TYPE_CHECKING:
-    from library.models.model import StableDiffusion
+    from library.models.family import Model
 
 
 def import_network_module(name: str) -> ModuleType:
@@ -74,30 +74,13 @@ def _cure_for_missing(name: str) -> str:
     return f"known: {', '.join(_own_modules())}; a module of your own must be importable from this folder"
 
 
-class WithTextModel(torch.nn.Module):
-    """A text encoder with the level `text_model` above its layers, which `CLIPTextModel` lost in transformers 5.6.
-
-    Files have that level in their names, and modules of others make names by walking through the text encoder.
-    """
-
-    def __init__(self, text_encoder: torch.nn.Module) -> None:
-        super().__init__()
-        self.text_model = text_encoder
-
-
-def named_text_encoder(module: ModuleType, text_encoder: torch.nn.Module) -> torch.nn.Module:
-    """The text encoder as a network module should see it to give its layers the names that files have; ours know them anyway."""
-    knows_names = is_ours(module) or hasattr(text_encoder, "text_model")
-    return text_encoder if knows_names else WithTextModel(text_encoder)
-
-
 def is_ours(module: ModuleType) -> bool:
     """Whether it is a network module of this suite, and not one of others such as `lycoris.kohya`."""
     return module.__name__.startswith("networks.")
 
 
 def network_from_file(
-    module: ModuleType, file: str, strength: float, model: StableDiffusion, *, where: str, merges: bool = False,
+    module: ModuleType, file: str, strength: float, model: Model, *, where: str, merges: bool = False,
     **arguments: Any,
 ) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:  # fmt: skip
     """A network for the weights of this file, not yet applied or loaded, and these weights.
@@ -105,7 +88,7 @@ def network_from_file(
     Where a module of others fails at a file of its own, as LyCORIS 4.1 does at ia3 and some lokr files, the network is made as
     the file's metadata says. arguments: those of --network_args. merges: `merge_to` will be called.
     """
-    parts = (model.vae, named_text_encoder(module, model.text_encoder), model.unet)
+    parts = (model.vae, *model.for_networks())
     with user_errors(where):
         try:
             return module.create_network_from_weights(strength, str(file), *parts, **arguments)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from library.models.architecture import LATENT_CHANNELS, text_config, unet_config, vae_config
-from library.models.clip import inner_text_model, load_tokenizer
-from library.models.parts import StableDiffusion, empty_text_encoder, empty_unet, empty_vae, fill, ready
+from library.diffusion.process import Prediction
+from library.models import sd1, sd2
+from library.models.clip import load_tokenizer, text_config
+from library.models.family import Config, Family, Model
+from library.models.loading import Header
+from library.models.modules import fill, ready, weights_of
+from library.models.unet import LATENT_CHANNELS, unet_config
+from library.models.vae import vae_config
 
 LATENT_SPREAD = 5.5  # standard deviation of real latents, so that 0.18215 brings these to about 1 too
 LATENT_LOG_VARIANCE = -12.0  # real posteriors are narrow: a sample is close to its mean
@@ -26,28 +32,71 @@ def small_stable_diffusion(
     text_width: int = 64,
     text_layers: int = 2,
     dtype: torch.dtype = torch.float32,
-) -> StableDiffusion:
+) -> Model:
     """A model of SD 1's (or 2's) blocks, names and vocabulary, but narrow; channels are multiples of 32 (group norm).
 
     The weights are uniform numbers from a seeded generator, which are the same on every machine, and scaled so that signals keep
     their size: predictions depend on picture, timestep and text. The VAE's 8 x 8 pixels to a latent are as in the real one.
     """
+    family, prediction = sd2.FAMILY if v2 else sd1.FAMILY, "v" if v_parameterization else "epsilon"
+    configs = {
+        "unet": small_unet_config(family, prediction, unet_channels, text_width),
+        "vae": vae_config(vae_channels, layers=1),
+        "text_encoder": text_config(text_width, text_layers, activation="gelu" if v2 else "quick_gelu"),
+    }
+    return small_model(family, configs, seed, prediction, dtype)
+
+
+def small_model(
+    family: Family,
+    configs: dict[str, Config],
+    seed: int = 0,
+    prediction: Prediction = "epsilon",
+    dtype: torch.dtype = torch.float32,
+) -> Model:
+    """A model of any family with parts of these configurations, and random weights as above."""
     generator = torch.Generator().manual_seed(seed)
-    unet = empty_unet(unet_config(unet_channels, context_width=text_width, v2=v2, v_parameterization=v_parameterization))
-    vae = empty_vae(vae_config(vae_channels, layers=1))
-    text_encoder = empty_text_encoder(text_config(text_width, text_layers, v2=v2))
-    for module in (unet, vae, text_encoder):
-        fill(module, _random_weights(inner_text_model(module), generator, dtype), "the small model")
+    parts = {}
+    for part in family.parts:
+        parts[part.name] = module = part.build(configs[part.name])
+        fill(module, _random_weights(module, generator, dtype), "the small model", part.title)
         ready(module)
-    _narrow_posterior(vae)
-    return StableDiffusion(load_tokenizer(v2), text_encoder, vae, unet, v2, v_parameterization, f"small seed {seed}")
+        if part.role == "vae":
+            _narrow_posterior(module)
+    tokenizers = [load_tokenizer(padding) for padding in family.text.paddings]
+    return Model(family, parts, tokenizers, prediction, f"small seed {seed}")
+
+
+def sd15_configs() -> dict[str, Config]:
+    """The full-size SD 1.5 as configurations `unet`, `vae` and `text_encoder`."""
+    return {
+        "unet": unet_config((320, 640, 1280, 1280), context_width=768),
+        "vae": vae_config((128, 256, 512, 512)),
+        "text_encoder": text_config(768, 12),
+    }
+
+
+def sd2_configs() -> dict[str, Config]:
+    """The full-size SD 2.x that predicts velocity; its text encoder has 23 of OpenCLIP's 24 layers."""
+    return {
+        "unet": unet_config((320, 640, 1280, 1280), context_width=1024, **SD2_UNET, sample_size=96),
+        "vae": vae_config((128, 256, 512, 512)),
+        "text_encoder": text_config(1024, 23, activation="gelu"),
+    }
+
+
+SD2_UNET = {"heads": None, "linear_projection": True, "upcast_attention": True}
+
+
+def small_unet_config(family: Family, prediction: Prediction, channels: tuple[int, ...], text_width: int) -> Config:
+    own = {**SD2_UNET, "sample_size": 96 if prediction == "v" else 64} if family is sd2.FAMILY else {}
+    return unet_config(channels, context_width=text_width, **own)
 
 
 def _random_weights(module: nn.Module, generator: torch.Generator, dtype: torch.dtype) -> dict[str, Tensor]:
     weights = {}
-    for name, value in module.state_dict().items():
-        if not name.endswith("position_ids"):
-            weights[name] = _random_weight(name, value.shape, generator).to(dtype)
+    for name, value in weights_of(module).items():
+        weights[name] = _random_weight(name, value.shape, generator).to(dtype)
     return weights
 
 
@@ -74,3 +123,19 @@ def _narrow_posterior(vae: Any) -> None:
         weight[LATENT_CHANNELS:] = 0
         bias[LATENT_CHANNELS:] = LATENT_LOG_VARIANCE
         vae.post_quant_conv.weight /= LATENT_SPREAD
+
+
+def header_of(model: Model) -> Header:
+    """The header that a file of this model has."""
+    return Header(model.family, {name: _shapes(module) for name, module in model.parts.items()})
+
+
+@cache
+def full_size_header(v2: bool = False) -> Header:
+    """The header of a full-size SD 1.5 or 2.x, as of a file."""
+    family, configs = (sd2.FAMILY, sd2_configs()) if v2 else (sd1.FAMILY, sd15_configs())
+    return Header(family, {part.name: _shapes(part.build(configs[part.name])) for part in family.parts})
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in weights_of(module).items()}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from library.formats.compvis import join_compvis
 from library.models.clip import inner_text_model
-from library.models.parts import StableDiffusion
+from library.models.family import Model
 from library.testing import small_stable_diffusion
 from networks.lora import find_layers
 
@@ -21,24 +21,24 @@ EXTRAS = {"betas": torch.linspace(0, 1, 9), "model_ema.decay": torch.tensor(0.99
 
 
 @cache
-def small_model(v2: bool = False, seed: int = 0) -> StableDiffusion:
+def small_model(v2: bool = False, seed: int = 0) -> Model:
     return small_stable_diffusion(seed=seed, v2=v2, **CHANNELS)
 
 
-def checkpoint_tensors(model: StableDiffusion, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def checkpoint_tensors(model: Model, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """What a CompVis file of the model holds, with a few extra keys, as files in the wild have them."""
-    text = {k: v for k, v in inner_text_model(model.text_encoder).state_dict().items() if not k.endswith("position_ids")}
-    parts = {"unet": model.unet.state_dict(), "vae": model.vae.state_dict(), "text_encoder": text}
-    joined = join_compvis(parts, v2=model.v2)
+    text = {k: v for k, v in inner_text_model(model.text_encoders[0]).state_dict().items() if not k.endswith("position_ids")}
+    parts = {"unet": model.denoiser.state_dict(), "vae": model.vae.state_dict(), "text_encoder": text}
+    joined = join_compvis(parts, model.family.layout)
     return {k: v.to(dtype).contiguous() for k, v in joined.items()} | EXTRAS
 
 
-def layers_of(model: StableDiffusion) -> dict[str, torch.nn.Module]:
-    return find_layers(model.text_encoder, model.unet, conv3x3=True)
+def layers_of(model: Model) -> dict[str, torch.nn.Module]:
+    return find_layers(model.text_encoders[0], model.denoiser, conv3x3=True)
 
 
 def lora_tensors(
-    model: StableDiffusion, rank: int = 4, alpha: float | None = 2.0, seed: int = 0, conv3x3: bool = True, only: str = ""
+    model: Model, rank: int = 4, alpha: float | None = 2.0, seed: int = 0, conv3x3: bool = True, only: str = ""
 ) -> dict[str, Tensor]:
     """A random LoRA for the model, in kohya's layout."""
     generator = torch.Generator().manual_seed(seed)

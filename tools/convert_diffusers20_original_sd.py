@@ -106,18 +106,6 @@ def stored_dtype(source: Path):
     return None
 
 
-def is_v2(source: Path) -> bool | None:
-    """Whether the model is SD 2.x by what it holds; None if that cannot be seen."""
-    if source.is_file():
-        from library.formats.compvis import CompVisNames
-        from library.formats.tensor_file import open_tensors
-
-        with open_tensors(source) as file:
-            return CompVisNames(file.shapes).v2
-    config = source / "text_encoder" / "config.json"
-    return json.loads(config.read_text(encoding="utf-8")).get("hidden_act") == "gelu" if config.is_file() else None
-
-
 def predicts_v(source: Path) -> bool:
     """What a Diffusers folder's scheduler says."""
     config = source / "scheduler" / "scheduler_config.json"
@@ -128,21 +116,20 @@ def convert(args: argparse.Namespace, target: Path) -> None:
     import torch
 
     from library.formats.precision import dtype_of
-    from library.models.model import load_stable_diffusion, save_stable_diffusion
+    from library.models.loading import load_stable_diffusion
+    from library.models.saving import save_stable_diffusion
 
     source = Path(args.model_to_load)
     metadata = read_metadata(args.metadata)
-    v2 = args.v2 or (not args.v1 and is_v2(source))
-    if v2 is None:
-        raise UserError(f"{args.model_to_load} is not on this machine, so its generation is not known; add --v1 or --v2")
+    v2 = args.v2 if args.v1 or args.v2 else None
     chosen = args.save_precision_as or next((name for name in WORDS if getattr(args, name)), None)
     dtype = dtype_of(chosen) if chosen else stored_dtype(source) or torch.float32
     v = args.v_parameterization or predicts_v(source)
-    model = load_stable_diffusion(args.model_to_load, v2=v2, v_parameterization=v, dtype=dtype)
+    model = load_stable_diffusion(args.model_to_load, v2=v2, prediction="v" if v else "epsilon", dtype=dtype)
     counters = (args.epoch, args.global_step)
     numbers = None if counters == (None, None) else {"epoch": args.epoch or 0, "global_step": args.global_step or 0}
     save_stable_diffusion(model, target, dtype, metadata, numbers)
-    print(f"saved {target}: SD {'2.x' if v2 else '1.x'}, {str(dtype).removeprefix('torch.')}")
+    print(f"saved {target}: {model.family.title}, {str(dtype).removeprefix('torch.')}")
 
 
 def main(words: Sequence[str] | None = None) -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from library.generation.prompts import PromptSpec
-    from library.models.model import StableDiffusion
+    from library.models.family import Model
 
 BASE_MODEL = ROOT / "assets" / "base-model"  # a Diffusers folder; assets/MODEL_CARD.md
 DATASET = ROOT / "assets" / "example" / "dataset.toml"
@@ -160,7 +160,7 @@ def draw_sheet(base: Path, lora: Path, held_out: dict[str, Path], resolution: in
     from PIL import Image
 
     from library.generation.prompts import PromptSpec
-    from library.models.model import load_stable_diffusion
+    from library.models.loading import load_stable_diffusion
     from library.sheets import contact_sheet
 
     model = load_stable_diffusion(str(base))
@@ -182,18 +182,20 @@ def draw_sheet(base: Path, lora: Path, held_out: dict[str, Path], resolution: in
         picture.save(temporary)
 
 
-def draw(model: StableDiffusion, specs: list[PromptSpec]) -> list[Image.Image]:
+def draw(model: Model, specs: list[PromptSpec]) -> list[Image.Image]:
     from library.generation.generator import generate
 
     return [made.picture for made in generate(model, specs, batch_size=len(specs))]
 
 
-def add_lora(model: StableDiffusion, lora: Path) -> None:
+def add_lora(model: Model, lora: Path) -> None:
     """Add the LoRA to the model's weights at full strength."""
     from networks.lora import create_network_from_weights
 
-    network, weights = create_network_from_weights(1.0, lora, model.vae, model.text_encoder, model.unet, for_inference=True)
-    network.merge_to(model.text_encoder, model.unet, weights)
+    network, weights = create_network_from_weights(
+        1.0, lora, model.vae, model.text_encoders[0], model.denoiser, for_inference=True
+    )
+    network.merge_to(model.text_encoders[0], model.denoiser, weights)
 
 
 def report(output: Path, lora: Path, sheet: Path, command: list[str]) -> None:

@@ -43,7 +43,7 @@ def main() -> int:
     args = parse_arguments()
     import torch
 
-    from library.models.model import save_stable_diffusion
+    from library.models.saving import save_stable_diffusion
     from tools.base_model.autoencoder import Collection, train_autoencoder
     from tools.base_model.fetch import fetch
     from tools.base_model.painter import train_painter

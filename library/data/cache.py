@@ -28,6 +28,7 @@ from library.data.pixels import Placed, cut, mask_bytes, placed, read_bytes, to_
 from library.data.table import PictureTable
 from library.errors import UserError
 from library.files import atomic_write, read_safetensors_header
+from library.models.family import LatentSpace
 from library.option_traits import fields_with
 from library.parallel import ahead
 
@@ -65,7 +66,7 @@ def cache_path(picture: Path, key: str) -> Path:
 
 
 def is_whole(path: Path, names: list[str], size: tuple[int, int]) -> bool:
-    """Whether a cache file is there with all its tensors; a damaged one is told, and made again."""
+    """Whether a cache file is there with all its tensors, of `size` (rows, columns); a damaged one is told, and made again."""
     if not path.exists():
         return False
     try:
@@ -73,8 +74,7 @@ def is_whole(path: Path, names: list[str], size: tuple[int, int]) -> bool:
     except (UserError, OSError) as error:
         log.warning("cached latents are made again: %s", error)
         return False
-    expected = [size[1] // 8, size[0] // 8]
-    return all(header.get(name, {}).get("shape", [])[1:] == expected for name in names)
+    return all(header.get(name, {}).get("shape", [])[1:] == list(size) for name in names)
 
 
 @dataclass(frozen=True)
@@ -171,11 +171,11 @@ class LatentCaching:
 
     def __init__(
         self, table: PictureTable, encode: EncodeImages, *, batch_size: int, to_disk: bool, fingerprint: str, workers: int | None,
-        share: tuple[int, int] = (0, 1),
+        latent_space: LatentSpace, share: tuple[int, int] = (0, 1),
     ) -> None:  # fmt: skip
         refuse_augmentations(table)
         self.table, self.encode, self.batch_size = table, encode, batch_size
-        self.to_disk, self.fingerprint, self.share = to_disk, fingerprint, share
+        self.to_disk, self.fingerprint, self.share, self.latent_space = to_disk, fingerprint, share, latent_space
         self.workers = workers or min(16, 2 * (os.cpu_count() or 1))
         self.memory = MemoryLatents(table)
         self.keys: dict[int, str] = {}
@@ -210,10 +210,10 @@ class LatentCaching:
         content = read_bytes(place.path)
         mask = mask_bytes(place)
         key = latent_key(content, place, self.fingerprint, mask)
-        if self.to_disk and is_whole(cache_path(place.path, key), self.names(row), place.size):
+        if self.to_disk and is_whole(cache_path(place.path, key), self.names(row), self.latent_space.size(*place.size)):
             return Prepared(row, place, key, None)
         pixels, values = cut(place, content, mask)
-        return Prepared(row, place, key, pixels, None if values is None else latent_mask(values))
+        return Prepared(row, place, key, pixels, None if values is None else latent_mask(values, self.latent_space))
 
     def names(self, row: int) -> list[str]:
         """Tensors that the file of a picture must hold; a mask from the alpha channel may be missing, as the channel may."""

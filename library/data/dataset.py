@@ -10,7 +10,7 @@ import copy
 import logging
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -25,9 +25,10 @@ from library.data.config_keys import DatasetConfig
 from library.data.holdout import still
 from library.data.masks import latent_mask
 from library.data.order import EpochOrder, EpochPlanner
-from library.data.pixels import augmented, to_tensor
+from library.data.pixels import augmented, placed, to_tensor
 from library.data.table import build_table
 from library.data.tokens import CaptionTokenizer
+from library.models.family import SD_LATENTS, LatentSpace, Tokens
 
 log = logging.getLogger(__name__)
 
@@ -41,17 +42,17 @@ class Batch:
     paths: list[str]
     captions: list[str]  # after shuffling, dropout, ...
     loss_weights: Tensor  # (B,) float32: 1, or prior_loss_weight for regularisation pictures
+    sizes: Tensor  # (B, 6) int64: original height, width; cut off at top, left after resizing; height, width of the batch
     images: Tensor | None = None  # (B, 3, H, W) float32, -1..1
-    latents: Tensor | None = None  # (B, 4, H/8, W/8) float32, not scaled
-    input_ids: Tensor | None = None  # (B, chunks, 77) int64; None without a tokenizer
-    token_weights: Tensor | None = None  # (B, chunks, 77) float32; only with weighted_captions
+    latents: Tensor | None = None  # (B, C, h, w) float32, not scaled
+    tokens: Tokens = field(default_factory=dict)  # see library.models.clip.tokenize; empty without tokenizers
     masks: Tensor | None = None  # (B, 1, H/8, W/8) float32, 0..1: how much of the error counts; only if a picture has a mask
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory; the DataLoader calls this with pin_memory=True."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         pinned: dict[str, Any] = {name: value.pin_memory() for name, value in values.items() if isinstance(value, Tensor)}
-        return replace(self, **pinned)
+        return replace(self, tokens={name: value.pin_memory() for name, value in self.tokens.items()}, **pinned)
 
 
 class TrainingDataset(Dataset):
@@ -59,7 +60,7 @@ class TrainingDataset(Dataset):
 
     `dataset[(epoch, position)]` gives a Batch. `max_train_steps` (of which a token_warmup_step below 1 is a share) may
     be set later, but before a loader is made. `world` processes take the batches of an epoch by turns.
-    `on_bad_image`: see `index_folders`. Without a tokenizer batches hold no input_ids.
+    `on_bad_image`: see `index_folders`. Without tokenizers batches hold no tokens. `latent_space`: that of the model.
     """
 
     def __init__(
@@ -67,7 +68,8 @@ class TrainingDataset(Dataset):
         datasets: Sequence[DatasetConfig],
         *,
         seed: int,
-        tokenizer: Any | None = None,
+        tokenizers: Sequence[Any] = (),
+        latent_space: LatentSpace = SD_LATENTS,
         max_token_length: int | None = None,
         weighted_captions: bool = False,
         prior_loss_weight: float = 1.0,
@@ -84,9 +86,10 @@ class TrainingDataset(Dataset):
         self.loss_weights = np.where(self.table.is_reg(), prior_loss_weight, 1.0).astype(np.float32)
         self.planner = EpochPlanner(self.table, seed)
         self.latents: MemoryLatents | DiskLatents | None = None
-        self.tokenizer = None
-        if tokenizer is not None:
-            self.tokenizer = CaptionTokenizer(tokenizer, max_token_length, weighted_captions)
+        self.latent_space = latent_space
+        self.tokenizer: CaptionTokenizer | None = None
+        if tokenizers:
+            self.tokenizer = CaptionTokenizer(tokenizers, max_token_length, weighted_captions)
             self.tokenizer.warn_of_long(self.table.captions)
         self._last_order: tuple[int, EpochOrder] | None = None
 
@@ -132,13 +135,14 @@ class TrainingDataset(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> Batch:
         epoch, position = key
         rows = self.epoch_order(epoch)[position].tolist()
-        captions, masks = [], []
+        captions, masks, sizes = [], [], []
         pictures: list[Any] = []  # arrays of pixels or tensors of latents
         for slot, row in enumerate(rows):
             rng = random.Random(f"{self.seed}/picture/{epoch}/{position}/{slot}")
             captions.append(self._caption(row, rng, epoch, position))
-            picture, mask = self._picture(row, rng)
+            picture, mask, size = self._picture(row, rng)
             pictures.append(picture)
+            sizes.append(size)
             masks.append(mask)
         batch = Batch(
             key=(epoch, position),
@@ -146,16 +150,17 @@ class TrainingDataset(Dataset):
             paths=self.paths(epoch, position),
             captions=captions,
             loss_weights=torch.from_numpy(self.loss_weights[rows]),
+            sizes=torch.tensor(sizes),
         )
         if self.latents is None:
             batch.images = to_tensor(pictures)
         else:
             batch.latents = torch.stack(pictures)
         if any(mask is not None for mask in masks):
-            blank = torch.ones(1, batch.size[1] // 8, batch.size[0] // 8)
+            blank = torch.ones(1, *self.latent_space.size(*batch.size))
             batch.masks = torch.stack([blank if mask is None else mask for mask in masks])
         if self.tokenizer is not None:
-            batch.input_ids, batch.token_weights = self.tokenizer(captions)
+            batch.tokens = self.tokenizer(captions)
         return batch
 
     def _caption(self, row: int, rng: random.Random, epoch: int, position: int) -> str:
@@ -168,8 +173,8 @@ class TrainingDataset(Dataset):
             max_train_steps=self.max_train_steps,
         )
 
-    def _picture(self, row: int, rng: random.Random) -> tuple[Tensor | np.ndarray, Tensor | None]:
-        """Pixels (H, W, 3) uint8 or latents (4, h, w), and mask (1, h, w).
+    def _picture(self, row: int, rng: random.Random) -> tuple[Tensor | np.ndarray, Tensor | None, tuple[int, ...]]:
+        """Pixels (H, W, 3) uint8 or latents (C, h, w), mask (1, h, w), and the sizes as in `Batch`.
 
         The flip is drawn first: it is the same with and without a cache.
         """
@@ -177,11 +182,12 @@ class TrainingDataset(Dataset):
         picture: Tensor | np.ndarray
         if self.latents is not None:
             picture, mask = self.latents.get(row, flipped)
+            place = placed(self.table, row)
         else:
-            pixels, values = augmented(self.table, row, rng)
+            pixels, values, place = augmented(self.table, row, rng)
             picture = pixels[:, ::-1] if flipped else pixels
-            mask = None if values is None else latent_mask(values)
-        return picture, mask.flip(2) if flipped and mask is not None else mask
+            mask = None if values is None else latent_mask(values, self.latent_space)
+        return picture, (mask.flip(2) if flipped and mask is not None else mask), place.sizes(flipped)
 
     def cache_latents(
         self, encode: EncodeImages, *, batch_size: int, to_disk: bool, fingerprint: str, workers: int | None = None,
@@ -189,14 +195,15 @@ class TrainingDataset(Dataset):
     ) -> None:  # fmt: skip
         """Encode every picture once; batches then hold `latents` in place of `images`.
 
-        `encode(images, seeds)`: (B, 3, H, W) float32 in -1..1 on the CPU and one seed a picture -> (B, 4, H/8, W/8).
+        `encode(images, seeds)`: (B, 3, H, W) float32 in -1..1 on the CPU and one seed a picture -> (B, C, h, w).
         `fingerprint` names whatever else decides the result: weights and dtype of the VAE.
         `share`: (rank, world), if several processes share the work; `gather` then gives all of them the values of all.
         To be called before a loader is made.
         """
         caching = LatentCaching(
-            self.table, encode, batch_size=batch_size, to_disk=to_disk, fingerprint=fingerprint, workers=workers, share=share
-        )
+            self.table, encode, batch_size=batch_size, to_disk=to_disk, fingerprint=fingerprint, workers=workers, share=share,
+            latent_space=self.latent_space,
+        )  # fmt: skip
         self.latents = caching.run()
         if share[1] > 1:
             self.latents.join(gather)

@@ -50,7 +50,7 @@ def describe_batch(batch: Batch, dataset: TrainingDataset) -> str:
         lines.append(f"    caption: {caption!r}")
         if batch.masks is not None:
             lines.append(f"    mask: {batch.masks[i].mean():.0%} of the picture counts")
-        if batch.input_ids is not None and dataset.tokenizer is not None:
-            tokens = dataset.tokenizer.readable(batch.input_ids[i])
+        if batch.tokens and dataset.tokenizer is not None:
+            tokens = dataset.tokenizer.readable(batch.tokens["ids"][i])
             lines.append(f"    {len(tokens)} tokens: {' '.join(tokens)}")
     return "\n".join(lines)

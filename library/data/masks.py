@@ -14,6 +14,7 @@ from library.data.config_keys import DatasetConfig, SubsetConfig
 from library.data.folders import image_suffixes
 from library.data.images import BadPicture, decode, size_of
 from library.errors import UserError
+from library.models.family import LatentSpace
 
 NAMED_AT_MOST = 5
 
@@ -92,8 +93,8 @@ def decode_mask(content: bytes, path: Path) -> np.ndarray:
         raise UserError(f"mask {path}: {error}") from error
 
 
-def latent_mask(mask: np.ndarray) -> Tensor:
-    """The mask at the size of latents by averaging areas: (H, W) uint8 -> (1, H // 8, W // 8) float32 in 0..1."""
+def latent_mask(mask: np.ndarray, space: LatentSpace) -> Tensor:
+    """The mask at the size of latents by averaging areas: (H, W) uint8 -> (1, h, w) float32 in 0..1."""
     height, width = mask.shape
     values = torch.tensor(mask, dtype=torch.float32).div_(255)
-    return F.interpolate(values[None, None], (height // 8, width // 8), mode="area")[0]
+    return F.interpolate(values[None, None], space.size(width, height), mode="area")[0]

@@ -30,6 +30,16 @@ class Placed:
     mask: Path | None = None
     alpha_mask: bool = False
 
+    def sizes(self, mirrored: bool) -> tuple[int, ...]:
+        """Original height and width, what is cut off at top and left after resizing, height and width of the result.
+
+        Of a mirrored picture the other side is its left.
+        """
+        left, top = self.corner
+        if mirrored:
+            left = self.resized[0] - self.size[0] - left
+        return *self.seen[::-1], top, left, *self.size[::-1]
+
 
 def placed(table: PictureTable, row: int) -> Placed:
     """The cut in the middle, without any augmentation."""
@@ -76,8 +86,11 @@ def mask_bytes(place: Placed) -> bytes | None:
     return read_bytes(place.mask) if place.mask else None
 
 
-def augmented(table: PictureTable, row: int, rng: random.Random) -> tuple[np.ndarray, np.ndarray | None]:
-    """Pixels (H, W, 3) uint8 and mask (H, W) uint8 of a picture, with its subset's random cut and colours (not the flip)."""
+def augmented(table: PictureTable, row: int, rng: random.Random) -> tuple[np.ndarray, np.ndarray | None, Placed]:
+    """Pixels (H, W, 3) uint8 and mask (H, W) uint8 of a picture, with its subset's random cut and colours (not the flip).
+
+    Also the cut that was made.
+    """
     config, place = table.config(row), placed(table, row)
     faces = config.face_crop_aug_range
     face = face_of(place.path.stem) if faces else None
@@ -88,7 +101,7 @@ def augmented(table: PictureTable, row: int, rng: random.Random) -> tuple[np.nda
         corner = random_corner(resized, place.size, rng)
     place = replace(place, resized=resized, corner=corner)
     pixels, mask = cut(place, read_bytes(place.path), mask_bytes(place))
-    return shift_colours(pixels, rng) if config.color_aug else pixels, mask
+    return (shift_colours(pixels, rng) if config.color_aug else pixels), mask, place
 
 
 def to_tensor(pixels: list[np.ndarray]) -> Tensor:

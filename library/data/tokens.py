@@ -9,27 +9,30 @@ from typing import Any
 
 from torch import Tensor
 
-from library.models.clip import CHUNK, count_tokens, tokenize, tokenize_weighted
+from library.models.clip import CHUNK, count_tokens, tokenize
 from library.safe_text import bytes_of
 
 log = logging.getLogger(__name__)
 
 
 class CaptionTokenizer:
-    """captions -> (ids, weights), both (B, chunks, 77); weights is None unless captions are weighted."""
+    """captions -> what the text encoders read; see `library.models.clip.tokenize`. `tokenizers`: one for each encoder."""
 
-    def __init__(self, tokenizer: Any, max_token_length: int | None = None, weighted: bool = False) -> None:
-        self.tokenizer, self.max_token_length, self.weighted = tokenizer, max_token_length, weighted
+    def __init__(self, tokenizers: Sequence[Any], max_token_length: int | None = None, weighted: bool = False) -> None:
+        self.tokenizers, self.max_token_length, self.weighted = tokenizers, max_token_length, weighted
         # Else the library's own threads complain about every loader process that is forked after their first use.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-    def __call__(self, captions: list[str]) -> tuple[Tensor, Tensor | None]:
-        if self.weighted:
-            return tokenize_weighted(self.tokenizer, captions, self.max_token_length)
-        return tokenize(self.tokenizer, captions, self.max_token_length), None
+    def __call__(self, captions: list[str]) -> dict[str, Tensor]:
+        return tokenize(self.tokenizers, captions, self.max_token_length, self.weighted)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The first one, by which tokens are counted and shown: all have the same words."""
+        return self.tokenizers[0]
 
     def readable(self, input_ids: Tensor) -> list[str]:
-        """The words of one caption's ids (chunks, 77), without begin, end and padding."""
+        """The words of one caption's ids (chunks, 77) for the first encoder, without begin, end and padding."""
         around = {self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id}
         ids = [token for token in input_ids.flatten().tolist() if token not in around]
         return [token.replace("</w>", "") for token in self.tokenizer.convert_ids_to_tokens(ids)]

@@ -59,10 +59,10 @@ class NoiseProcess:
     def scheduler_config(self) -> dict[str, Any]:
         """The schedule under the names that Diffusers' schedulers give it; zero terminal SNR apart."""
         return {
-            "num_train_timesteps": self.timesteps,
             "beta_start": self.beta_start,
             "beta_end": self.beta_end,
             "beta_schedule": "scaled_linear",
+            "num_train_timesteps": self.timesteps,
             "prediction_type": "v_prediction" if self.predicts_velocity else "epsilon",
         }
 

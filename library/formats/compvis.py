@@ -1,9 +1,14 @@
-"""A CompVis checkpoint taken apart into its three models and put together again, without losing a tensor."""
+"""A model in one file, in CompVis' layout: taken apart into its parts and put together again, without losing a tensor.
+
+What differs between families is a `Layout`: how each part is named, and below which prefix.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,51 +31,75 @@ from library.formats.names import (
     vae_to_diffusers,
 )
 
-PARTS = ("unet", "vae", "text_encoder")
-Parts = dict[str, dict[str, Tensor]]  # "unet", "vae", "text_encoder" -> Diffusers name (text: without `text_model.`) -> tensor
+Parts = dict[str, dict[str, Tensor]]  # part -> Diffusers name (text encoders: without `text_model.`) -> tensor
+# A weight under its name in the file -> the same under its names in the part.
+Rename = Callable[[str, Tensor], Iterable[tuple[str, Tensor]]]
 
 
-class CompVisNames:
-    """Where each tensor of a CompVis checkpoint belongs, worked out from the names of all of them."""
+@dataclass(frozen=True)
+class PartLayout:
+    """One part: the naming of its weights, and the prefixes that occur; the first one is written."""
 
-    def __init__(self, names: Iterable[str]):
+    part: str
+    naming: Literal["unet", "vae", "clip", "open_clip"]
+    prefixes: tuple[str, ...]
+
+
+Layout = tuple[PartLayout, ...]
+
+_UNET_AND_VAE = (PartLayout("unet", "unet", (UNET_PREFIX,)), PartLayout("vae", "vae", (VAE_PREFIX,)))
+SD1_LAYOUT: Layout = (*_UNET_AND_VAE, PartLayout("text_encoder", "clip", (CLIP_PREFIX, OLD_CLIP_PREFIX)))
+SD2_LAYOUT: Layout = (*_UNET_AND_VAE, PartLayout("text_encoder", "open_clip", (OPEN_CLIP_PREFIX,)))
+
+
+LAYOUTS = (SD1_LAYOUT, SD2_LAYOUT)
+
+
+def layout_of(names: Iterable[str], layouts: Sequence[Layout] = LAYOUTS) -> Layout | None:
+    """The layout whose text encoders a file with these tensors holds: widths say nothing of small models. None: it holds none."""
+    names = list(names)
+
+    def holds(row: PartLayout) -> bool:
+        return any(name.startswith(row.prefixes) for name in names)
+
+    texts = {layout: [row for row in layout if row.naming in ("clip", "open_clip")] for layout in layouts}
+    return next((layout for layout in layouts if all(map(holds, texts[layout]))), None)
+
+
+class SingleFileNames:
+    """Where each tensor of a single file belongs, worked out from the names of all of them."""
+
+    def __init__(self, names: Iterable[str], layout: Layout):
         names = list(names)
-        prefixes = (OPEN_CLIP_PREFIX, CLIP_PREFIX, OLD_CLIP_PREFIX)
-        self.text_prefix = next((prefix for prefix in prefixes if any(name.startswith(prefix) for name in names)), None)
-        self.v2 = self.text_prefix == OPEN_CLIP_PREFIX
-        in_unet = _inside(names, UNET_PREFIX)
-        self._unet = unet_table(unet_layout(in_unet))
-        self.unknown = [UNET_PREFIX + name for name in in_unet if renamed(name, self._unet) is None]  # of other families
-        self._vae = vae_table_for(_inside(names, VAE_PREFIX))
-        self._unused_layer = f"transformer.resblocks.{open_clip_layers(names) - 1}." if self.v2 else ""
+        self.prefixes: dict[str, str] = {}  # of the parts that are in the file
+        self.unknown: list[str] = []  # weights of the U-Net that are of other families
+        self._renames: dict[str, Rename] = {}
+        for row in layout:
+            prefix = next((prefix for prefix in row.prefixes if any(name.startswith(prefix) for name in names)), None)
+            if prefix is None:
+                continue
+            self.prefixes[row.part] = prefix
+            self._renames[row.part] = _RENAMES[row.naming](_inside(names, prefix))
+            if row.naming == "unet":
+                rename, nothing = self._renames[row.part], torch.empty(0)
+                self.unknown += [prefix + name for name in _inside(names, prefix) if not rename(name, nothing)]
 
     def place(self, name: str, value: Tensor) -> list[tuple[str, str, Tensor]]:
-        """(part, Diffusers name, tensor) of a CompVis tensor: three for OpenCLIP's joined attention, none for what is not used.
+        """(part, Diffusers name, tensor) of a tensor: three for OpenCLIP's joined attention, none for what is not used.
 
         Not used are: the noise schedule, averaged (EMA) weights, position_ids, and of OpenCLIP the last layer (SD 2 was trained
         on the one before), text_projection and logit_scale.
         """
-        if name.startswith(UNET_PREFIX):
-            new = renamed(name[len(UNET_PREFIX) :], self._unet)
-            return [] if new is None else [("unet", new, value)]
-        if name.startswith(VAE_PREFIX):
-            new = renamed(name[len(VAE_PREFIX) :], self._vae)
-            return [] if new is None else [("vae", new, vae_to_diffusers(new, value))]
-        if self.text_prefix and name.startswith(self.text_prefix):
-            return [("text_encoder", new, part) for new, part in self._place_text(name[len(self.text_prefix) :], value)]
+        for part, prefix in self.prefixes.items():
+            if name.startswith(prefix):
+                return [(part, new, tensor) for new, tensor in self._renames[part](name[len(prefix) :], value)]
         return []
 
-    def _place_text(self, name: str, value: Tensor) -> list[tuple[str, Tensor]]:
-        if self.v2:
-            return [] if name.startswith(self._unused_layer) else list(open_clip_to_diffusers(name, value).items())
-        used = name.startswith(("embeddings.", "encoder.", "final_layer_norm.")) and not name.endswith("position_ids")
-        return [(name, value)] if used else []
 
-
-def split_compvis(tensors: Mapping[str, Tensor]) -> tuple[Parts, dict[str, Tensor]]:
-    """The three models of a CompVis state dictionary, and the tensors that belong to none under the names they had."""
-    names = CompVisNames(tensors)
-    parts: Parts = {part: {} for part in PARTS}
+def split_compvis(tensors: Mapping[str, Tensor], layout: Layout) -> tuple[Parts, dict[str, Tensor]]:
+    """The parts of a single file's state dictionary, and the tensors that belong to none under the names they had."""
+    names = SingleFileNames(tensors, layout)
+    parts: Parts = {row.part: {} for row in layout}
     extra = {}
     for name, value in tensors.items():
         placed = names.place(name, value)
@@ -82,35 +111,70 @@ def split_compvis(tensors: Mapping[str, Tensor]) -> tuple[Parts, dict[str, Tenso
 
 
 def join_compvis(
-    parts: Parts, *, v2: bool, extra: Mapping[str, Tensor] | None = None, old_clip_names: bool = False
+    parts: Parts, layout: Layout, *, extra: Mapping[str, Tensor] | None = None, prefixes: Mapping[str, str] | None = None
 ) -> dict[str, Tensor]:
-    """The reverse of `split_compvis`: a CompVis state dictionary, with `extra` as it is.
+    """The reverse of `split_compvis`: the state dictionary of a single file, with `extra` as it is.
 
-    Without an `extra` that holds it, OpenCLIP's unused last layer becomes a copy of the one before, and text_projection and
-    logit_scale neutral values, since programs that read SD 2 files expect them.
+    `prefixes` of parts win over those of the layout. Without an `extra` that holds it, OpenCLIP's unused last layer becomes a
+    copy of the one before, and text_projection and logit_scale neutral values, since programs that read SD 2 files expect them.
     """
-    result = {UNET_PREFIX + name: value for name, value in unet_to_compvis(parts["unet"]).items()}
-    result |= {VAE_PREFIX + name: value for name, value in vae_to_compvis_all(parts["vae"]).items()}
-    if v2:
-        text = {OPEN_CLIP_PREFIX + name: value for name, value in clip_to_open_clip(parts["text_encoder"]).items()}
-        if not extra or open_clip_layers(extra) == 0:
-            text |= _unused_open_clip(text)
-    else:
-        prefix = OLD_CLIP_PREFIX if old_clip_names else CLIP_PREFIX
-        text = {prefix + name: value for name, value in parts["text_encoder"].items()}
-    return result | text | dict(extra or {})
+    result: dict[str, Tensor] = {}
+    for row in layout:
+        prefix = (prefixes or {}).get(row.part, row.prefixes[0])
+        named = {prefix + name: value for name, value in _TO_FILE[row.naming](parts[row.part]).items()}
+        if row.naming == "open_clip" and (not extra or open_clip_layers(extra) == 0):
+            named |= _unused_open_clip(named, prefix)
+        result |= named
+    return result | dict(extra or {})
 
 
-def _unused_open_clip(text: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _rename_unet(names: list[str]) -> Rename:
+    table = unet_table(unet_layout(names))
+    return lambda name, value: [] if (new := renamed(name, table)) is None else [(new, value)]
+
+
+def _rename_vae(names: list[str]) -> Rename:
+    table = vae_table_for(names)
+    return lambda name, value: [] if (new := renamed(name, table)) is None else [(new, vae_to_diffusers(new, value))]
+
+
+def _rename_clip(names: list[str]) -> Rename:
+    def rename(name: str, value: Tensor) -> list[tuple[str, Tensor]]:
+        used = name.startswith(("embeddings.", "encoder.", "final_layer_norm.")) and not name.endswith("position_ids")
+        return [(name, value)] if used else []
+
+    return rename
+
+
+def _rename_open_clip(names: list[str]) -> Rename:
+    unused_layer = f"transformer.resblocks.{open_clip_layers(names) - 1}."
+    return lambda name, value: [] if name.startswith(unused_layer) else open_clip_to_diffusers(name, value).items()
+
+
+_RENAMES: dict[str, Callable[[list[str]], Rename]] = {
+    "unet": _rename_unet,
+    "vae": _rename_vae,
+    "clip": _rename_clip,
+    "open_clip": _rename_open_clip,
+}
+_TO_FILE: dict[str, Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]] = {
+    "unet": unet_to_compvis,
+    "vae": vae_to_compvis_all,
+    "clip": lambda weights: weights,
+    "open_clip": clip_to_open_clip,
+}
+
+
+def _unused_open_clip(text: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Stand-ins for what an OpenCLIP file has beyond what SD 2 uses."""
     layers = open_clip_layers(text)
     last, new = f".resblocks.{layers - 1}.", f".resblocks.{layers}."
-    like = text[OPEN_CLIP_PREFIX + "ln_final.weight"]
+    like = text[prefix + "ln_final.weight"]
     copies = {re.sub(re.escape(last), new, name): value.clone() for name, value in text.items() if last in name}
     width = like.shape[0]
     return copies | {
-        OPEN_CLIP_PREFIX + "text_projection": torch.ones(width, width, dtype=like.dtype, device=like.device),
-        OPEN_CLIP_PREFIX + "logit_scale": torch.ones((), dtype=like.dtype, device=like.device),
+        prefix + "text_projection": torch.ones(width, width, dtype=like.dtype, device=like.device),
+        prefix + "logit_scale": torch.ones((), dtype=like.dtype, device=like.device),
     }
 
 

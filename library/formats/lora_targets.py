@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from library.formats.compvis import CompVisNames
+from library.formats.compvis import SD1_LAYOUT, SD2_LAYOUT, SingleFileNames, layout_of
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -41,13 +41,13 @@ class Target:
 
 def is_v2(names: Iterable[str]) -> bool | None:
     """Whether a file with these tensors is SD 2.x, told by its text encoder; None if it holds none."""
-    found = CompVisNames(names)
-    return found.v2 if found.text_prefix else None
+    found = layout_of(names)
+    return found is SD2_LAYOUT if found else None
 
 
 def lora_targets(shapes: Shapes) -> dict[str, Target]:
     """LoRA name -> target, of all layers that can have a LoRA, in the order of the file."""
-    names = CompVisNames(shapes)
+    names = SingleFileNames(shapes, layout_of(shapes) or SD1_LAYOUT)
     targets: dict[str, Target] = {}
     for key, shape in shapes.items():
         placed = names.place(key, torch.empty(shape, device="meta"))

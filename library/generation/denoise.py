@@ -8,30 +8,46 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
-from library.models.model import predict_noise
+from library.models.family import Conditioning
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
+    from library.models.family import Model
+
 
 @dataclass
-class Contexts:
-    """What the U-Net reads beside the latents of B pictures, each (B, N, width).
+class Guidance:
+    """A denoiser under guidance: predicts for B latents what `guide` makes of one, two or three predictions.
 
-    Guidance is off without `negative`. With `empty` too, the negative prompt has a scale of its own. With regions `positive` is
-    (P * B, N, width): the first sub-prompt of every picture, then the second of every picture, and so on.
+    Guidance is off without `negative`. With `empty` too, the negative prompt has a scale of its own. With regions the context of
+    `positive` is (P * B, N, width): the first sub-prompt of every image, then the second of every image, and so on.
+    scales, negative_scales: one for each image. sizes (B, 6): as in `library.data.dataset.Batch`.
     """
 
-    positive: Tensor
-    negative: Tensor | None = None
-    empty: Tensor | None = None
+    model: Model
+    sizes: Tensor
+    positive: Conditioning
+    negative: Conditioning | None
+    empty: Conditioning | None
+    scales: list[float]
+    negative_scales: list[float]
 
-    @property
-    def rows(self) -> list[Tensor]:
-        """In the order in which the U-Net gets them."""
-        return [rows for rows in (self.empty, self.negative, self.positive) if rows is not None]
+    def __post_init__(self) -> None:
+        conditionings = [part for part in (self.empty, self.negative, self.positive) if part is not None]
+        self.predictions = len(conditionings)
+        self.dtype = next(self.model.denoiser.parameters()).dtype
+        self._conditioning = Conditioning.cat(conditionings).to(self.dtype)
+        self._sizes = torch.cat([self.sizes] * self.predictions)
+
+    def __call__(self, noisy: Tensor, t: Tensor) -> Tensor:
+        """The guided prediction, float32, at `noisy` (B, C, h, w) and one timestep."""
+        rows = torch.cat([noisy] * self.predictions).to(self.dtype)
+        predicted = self.model.predict(rows, t, self._conditioning, self._sizes).float()
+        factors = [torch.tensor(values, device=noisy.device).view(-1, 1, 1, 1) for values in (self.scales, self.negative_scales)]
+        return guide(predicted.chunk(self.predictions), *factors)
 
 
 def start_noise(generators: list[Generator], channels: int, height: int, width: int) -> Tensor:
@@ -40,36 +56,27 @@ def start_noise(generators: list[Generator], channels: int, height: int, width: 
 
 
 def denoise(
-    unet: nn.Module,
+    predict: Callable[[Tensor, Tensor], Tensor],
     scheduler: SchedulerMixin,
     latents: Tensor,
-    contexts: Contexts,
     *,
-    scales: list[float],
     generators: list[Generator],
-    negative_scales: list[float] | None = None,
     timesteps: Tensor | None = None,
     after_step: Callable[[Tensor, Tensor | None], Tensor] | None = None,
     on_step: Callable[[], object] | None = None,
 ) -> Tensor:
     """Follow the scheduler from `latents` (B, C, h, w), which have the noise of its first timestep, to clean ones, float32.
 
-    scales, negative_scales: of the guidance, one a picture; see `guide`. generators: one a picture; the sampler's own noise is
-    drawn from them. timesteps: a part of the scheduler's, to begin later. after_step: gets the latents after each step and the
+    predict: (noisy latents, timestep) -> prediction, both (B, C, h, w). generators: one for each image; the sampler's own noise
+    is drawn from them. timesteps: a part of the scheduler's, to begin later. after_step: gets the latents after each step and the
     timestep that comes next (None after the last), and returns the latents to go on with.
     """
     latents = latents.float()
-    dtype = next(unet.parameters()).dtype
-    predictions = len(contexts.rows)
-    context = torch.cat(contexts.rows).to(dtype)
-    factors = [torch.tensor(values, device=latents.device).view(-1, 1, 1, 1) for values in (scales, negative_scales or scales)]
     draws = "generator" in inspect.signature(scheduler.step).parameters
     step_options = {"generator": generators} if draws else {}
     timesteps = scheduler.timesteps if timesteps is None else timesteps
     for index, timestep in enumerate(timesteps):
-        noisy = scheduler.scale_model_input(torch.cat([latents] * predictions), timestep)
-        predicted = predict_noise(unet, noisy.to(dtype), timestep, context).float()
-        predicted = guide(predicted.chunk(predictions), *factors)
+        predicted = predict(scheduler.scale_model_input(latents, timestep), timestep)
         latents = scheduler.step(predicted, timestep, latents, **step_options, return_dict=False)[0]
         if after_step is not None:
             latents = after_step(latents, timesteps[index + 1] if index + 1 < len(timesteps) else None)

@@ -14,16 +14,16 @@ from library.formats.tensor_file import load_pickled
 from library.models.clip import add_word, inner_text_model
 
 if TYPE_CHECKING:
-    from library.models.model import StableDiffusion
+    from library.models.family import Model
 
 
-def add_embeddings(model: StableDiffusion, files: list[str]) -> list[str]:
+def add_embeddings(model: Model, files: list[str]) -> list[str]:
     """Teach tokenizer and text encoder the word that each file is named after; returns the words.
 
     A file with several vectors needs the word once in a prompt, where it takes as many tokens. Raises UserError, naming the
     file, for a word that the tokenizer has already, and for vectors of another width than the model's.
     """
-    table: Any = inner_text_model(model.text_encoder).get_submodule("embeddings.token_embedding")
+    table: Any = inner_text_model(model.text_encoders[0]).get_submodule("embeddings.token_embedding")
     words = []
     for file in files:
         path, vectors = Path(file), read_vectors(Path(file))
@@ -33,10 +33,10 @@ def add_embeddings(model: StableDiffusion, files: list[str]) -> list[str]:
                 f"{path} has vectors of {vectors.shape[1]} numbers, the model's text encoder {table.weight.shape[1]}; "
                 "it is for another Stable Diffusion version"
             )
-        if word in model.tokenizer.get_vocab() or f"{word.lower()}</w>" in model.tokenizer.get_vocab():
+        if word in model.tokenizers[0].get_vocab() or f"{word.lower()}</w>" in model.tokenizers[0].get_vocab():
             raise UserError(f"{path}: '{word}' is a word of the vocabulary already; give the file another name")
         first = len(table.weight)
-        add_word(model.tokenizer, word, [first + place for place in range(len(vectors))])
+        add_word(model.tokenizers[0], word, [first + place for place in range(len(vectors))])
         table.weight = torch.nn.Parameter(torch.cat([table.weight, vectors.to(table.weight)]), requires_grad=False)
         table.num_embeddings = len(table.weight)
         words.append(word)

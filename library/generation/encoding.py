@@ -8,12 +8,13 @@ from collections.abc import Hashable
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from library.models.clip import CHUNK, count_chunks, encode_text, tokenize_prompts
+from library.models.clip import CHUNK, count_chunks, tokenize_prompts
+from library.models.family import Conditioning
 
 if TYPE_CHECKING:
-    from library.models.model import StableDiffusion
+    from library.models.family import Model
 
 log = logging.getLogger(__name__)
 
@@ -26,30 +27,32 @@ class PromptCache:
 
     def __init__(self, most: int = 1000) -> None:
         self.most = most
-        self._kept: OrderedDict[Hashable, Tensor] = OrderedDict()
+        self._kept: OrderedDict[Hashable, Conditioning] = OrderedDict()
         self._chunks: dict[str, int] = {}  # of every text so far
 
     @torch.no_grad()
     def encode(
-        self, model: StableDiffusion, texts: list[str], chunks: int, clip_skip: int | None = None, state: Hashable = ()
-    ) -> Tensor:
-        """Embeddings (B, chunks * 75 + 2, width). `state` says which networks act on the text encoder now."""
+        self, model: Model, texts: list[str], chunks: int, clip_skip: int | None = None, state: Hashable = ()
+    ) -> Conditioning:
+        """A row for each text. `state` says which networks act on the text encoder now."""
         keys = {text: (text, chunks, clip_skip, state) for text in texts}
         new = [text for text, key in keys.items() if key not in self._kept]
         if new:
-            self._kept.update(zip([keys[text] for text in new], encode_prompts(model, new, chunks, clip_skip), strict=True))
-        embeddings = torch.stack([self._kept[keys[text]] for text in texts])
+            self._kept.update(
+                zip([keys[text] for text in new], encode_prompts(model, new, chunks, clip_skip).split(), strict=True)
+            )
+        encoded = Conditioning.cat([self._kept[keys[text]] for text in texts])
         for key in keys.values():
             self._kept.move_to_end(key)
         while len(self._kept) > self.most:
             self._kept.popitem(last=False)
-        return embeddings
+        return encoded
 
-    def chunks_needed(self, model: StableDiffusion, texts: list[str], max_token_length: int) -> int:
+    def chunks_needed(self, model: Model, texts: list[str], max_token_length: int) -> int:
         """How many chunks of 75 tokens are read of these texts; of one that is cut it says so, once."""
         most = max(1, max_token_length // CHUNK)
         for text in [text for text in texts if text not in self._chunks]:
-            self._chunks[text] = needed = count_chunks(model.tokenizer, text)
+            self._chunks[text] = needed = count_chunks(model.tokenizers[0], text)
             if needed > most:
                 why = " (BREAK begins a new one)" if "BREAK" in text else ""
                 log.warning(
@@ -59,12 +62,9 @@ class PromptCache:
         return min(max(self._chunks[text] for text in texts), most)
 
 
-def encode_prompts(model: StableDiffusion, texts: list[str], chunks: int, clip_skip: int | None = None) -> Tensor:
-    """Embeddings (B, chunks * 75 + 2, width) of prompts with their weights."""
-    ids, weights = tokenize_prompts(model.tokenizer, texts, chunks)
-    device = device_of(model.text_encoder)
-    weighted = bool((weights != 1).any())
-    return encode_text(model.text_encoder, ids.to(device), clip_skip, weights.to(device) if weighted else None)
+def encode_prompts(model: Model, texts: list[str], chunks: int, clip_skip: int | None = None) -> Conditioning:
+    """A row for each prompt, with the weights in it."""
+    return model.encode_text(tokenize_prompts(model.tokenizers, texts, chunks), clip_skip)
 
 
 def short(text: str) -> str:

@@ -28,10 +28,10 @@ from library.generation.networks import Networks
 from library.generation.painter import Canvas, Painter
 from library.generation.prompts import PromptSpec
 from library.generation.regional import Regions
-from library.models.model import evaluating
+from library.models.modules import evaluating
 
 if TYPE_CHECKING:
-    from library.models.model import StableDiffusion
+    from library.models.family import Model
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Made(NamedTuple):
 
 
 def generate(
-    model: StableDiffusion,
+    model: Model,
     specs: Iterable[PromptSpec],
     *,
     batch_size: int = 1,
@@ -118,7 +118,7 @@ def _make(
         return results
     spec, model = canvases[0].job.spec, painter.model
     try:
-        with evaluating(model.text_encoder, model.unet, model.vae):
+        with evaluating(*model.parts.values()):
             results += _stages(painter, canvases, highres, progress)
     except UserError as error:
         results += [(canvas.job.spec, error) for canvas in canvases]

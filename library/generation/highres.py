@@ -14,11 +14,10 @@ from torch.nn import functional as F
 from library.errors import UserError
 from library.generation.image_input import resized
 from library.key_values import arguments_for
-from library.models.model import pixels_per_latent
 from library.network_modules import user_errors
 
 if TYPE_CHECKING:
-    from library.models.model import StableDiffusion
+    from library.models.family import Model
 
 SIDE_STEP = 32
 
@@ -59,7 +58,7 @@ class Highres:
         return self.upscaler.support_latents() if self.upscaler is not None else self.latent_upscaling
 
 
-def load_upscaler(module_name: str, args: str | None, model: StableDiffusion) -> Any:
+def load_upscaler(module_name: str, args: str | None, model: Model) -> Any:
     """What `create_upscaler(**args)` of the module of this name returns, on the model's device and in its dtype.
 
     It has `support_latents()`, whether it enlarges latents, and `upscale(vae, pictures, latents, dtype, width, height,
@@ -74,11 +73,11 @@ def load_upscaler(module_name: str, args: str | None, model: StableDiffusion) ->
     words = arguments_for(module.create_upscaler, [args] if args else [], "--highres_fix_upscaler_args", read_other=str)
     with user_errors(f"--highres_fix_upscaler {module_name}"):
         upscaler = module.create_upscaler(**words)
-    return upscaler.to(model.unet.dtype).to(model.unet.device)
+    return upscaler.to(model.denoiser.dtype).to(model.denoiser.device)
 
 
 def enlarge(
-    highres: Highres, model: StableDiffusion, pictures: list[Image.Image] | None, latents: Tensor | None, size: tuple[int, int],
+    highres: Highres, model: Model, pictures: list[Image.Image] | None, latents: Tensor | None, size: tuple[int, int],
     at_once: int,
 ) -> tuple[list[Image.Image] | None, Tensor | None]:  # fmt: skip
     """The first stage, pictures or latents (B, C, h, w), in the full size (width, height) in pixels; one of the two is None."""
@@ -86,10 +85,9 @@ def enlarge(
     if highres.upscaler is not None:
         count = len(pictures if latents is None else latents)
         result = highres.upscaler.upscale(
-            model.vae, pictures, latents, model.unet.dtype, width, height, batch_size=count, vae_batch_size=at_once
+            model.vae, pictures, latents, model.denoiser.dtype, width, height, batch_size=count, vae_batch_size=at_once
         )
         return (None, result.float()) if isinstance(result, torch.Tensor) else (list(result), None)
     if latents is not None:
-        downscale = pixels_per_latent(model.vae)
-        return None, F.interpolate(latents, (height // downscale, width // downscale), mode="bilinear", align_corners=False)
+        return None, F.interpolate(latents, model.latents.size(width, height), mode="bilinear", align_corners=False)
     return [resized(picture, size) for picture in pictures], None

@@ -15,7 +15,9 @@ from library.data.images import BadPicture, decode, size_of
 from library.errors import UserError
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, SchedulerMixin
+    from diffusers import SchedulerMixin
+
+    from library.models.family import Model
 
 SIDE_STEP = 32  # the sides of a picture that gives the size are rounded down to a multiple of this
 
@@ -60,18 +62,16 @@ def to_pixels(pictures: list[Image.Image]) -> Tensor:
     return torch.from_numpy(values / 127.5 - 1).permute(0, 3, 1, 2)
 
 
-def encode_pictures(vae: AutoencoderKL, pictures: list[Image.Image], generators: list[Generator], at_once: int = 1) -> Tensor:
-    """Latents (B, 4, H/8, W/8) as the U-Net knows them, float32: each a sample of the posterior drawn from its own generator."""
-    weight, latents = next(vae.parameters()), []
+def encode_pictures(model: Model, pictures: list[Image.Image], generators: list[Generator], at_once: int = 1) -> Tensor:
+    """Latents (B, C, h, w) as the denoiser knows them, float32: each a sample of the posterior drawn from its own generator."""
+    parts = []
     for start in range(0, len(pictures), at_once):
-        pixels = to_pixels(pictures[start : start + at_once]).to(weight.device, weight.dtype)
-        posterior = vae.encode(pixels).latent_dist
-        for mean, deviation, generator in zip(posterior.mean, posterior.std, generators[start : start + at_once], strict=True):
-            noise = torch.randn((1, *mean.shape), generator=generator).to(mean)
-            latents.append((mean + deviation * noise[0]).float() * vae.config.scaling_factor)
-    result = torch.stack(latents)
+        chosen = slice(start, start + at_once)
+        parts.append(model.encode_images(to_pixels(pictures[chosen]), generators[chosen]))
+    result = model.latents.scaled(torch.cat(parts))
     if not result.isfinite().all():
-        raise UserError(f"the VAE overflows in {weight.dtype} on the picture given; add --no_half_vae or give another --vae")
+        dtype = next(model.vae.parameters()).dtype
+        raise UserError(f"the VAE overflows in {dtype} on the picture given; add --no_half_vae or give another --vae")
     return result
 
 

@@ -15,10 +15,9 @@ from library.generation.networks import Networks
 from library.generation.prompt_loras import split_loras
 from library.generation.prompts import MOST_STEPS, PromptSpec, check_negative_scale, split_regions
 from library.generation.regional import Regions
-from library.models.model import pixels_per_latent
 
 if TYPE_CHECKING:
-    from library.models.model import StableDiffusion
+    from library.models.family import Model
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ def batches(jobs: Iterable[Job | tuple[PromptSpec, UserError]], size: int) -> It
 
 
 def make_job(
-    model: StableDiffusion, spec: PromptSpec, max_token_length: int, networks: Networks | None, regions: Regions | None,
+    model: Model, spec: PromptSpec, max_token_length: int, networks: Networks | None, regions: Regions | None,
     encodings: PromptCache,
 ) -> Job:  # fmt: skip
     """The job for a spec. Raises UserError for one that cannot be made."""
@@ -83,14 +82,14 @@ def make_job(
     return Job(spec, tuple(prompts), encodings.chunks_needed(model, texts, max_token_length), tuple(multipliers), loras)
 
 
-def _check_size(model: StableDiffusion, spec: PromptSpec) -> None:
-    step = pixels_per_latent(model.vae)
+def _check_size(model: Model, spec: PromptSpec) -> None:
+    step = model.latents.pixels_per_latent
     if spec.width % step or spec.height % step or min(spec.width, spec.height) < step:
         size = f"{spec.width} x {spec.height}"
         raise UserError(f"prompt '{short(spec.prompt)}': size {size} is not possible; use multiples of {step}")
 
 
-def _check_numbers(model: StableDiffusion, spec: PromptSpec) -> None:
+def _check_numbers(model: Model, spec: PromptSpec) -> None:
     where = f"prompt '{short(spec.prompt)}'"
     check_sampler(spec.sampler, where)
     if not 1 <= spec.steps <= MOST_STEPS:
@@ -101,4 +100,4 @@ def _check_numbers(model: StableDiffusion, spec: PromptSpec) -> None:
     if spec.mask is not None and spec.image is None:
         raise UserError(f"{where}: a mask needs a picture to begin from; give --image_path too")
     if spec.deep_shrink is not None:
-        check_deep_shrink(spec.deep_shrink, len(model.unet.config.block_out_channels))
+        check_deep_shrink(spec.deep_shrink, len(model.denoiser.config.block_out_channels))

@@ -9,18 +9,20 @@ from typing import TYPE_CHECKING
 import torch
 
 from library.devices import keep_freed_memory, use_xformers
+from library.diffusion.process import Prediction
 from library.errors import UserError
-from library.models.model import load_stable_diffusion
+from library.models.loading import load_stable_diffusion
 
 if TYPE_CHECKING:
-    from library.models.model import StableDiffusion
+    from library.models.family import Model
 
 
 def load_model(
-    ckpt: str, *, v2: bool = False, v_parameterization: bool = False, vae: str | None = None, dtype: torch.dtype = torch.float32,
+    ckpt: str, *, v2: bool | None = None, prediction: Prediction = "epsilon", vae: str | None = None,
+    dtype: torch.dtype = torch.float32,
     no_half_vae: bool = False, device: torch.device | str | None = None, xformers: bool = False, channels_last: bool = False,
     vae_tiling: bool = False,
-) -> StableDiffusion:  # fmt: skip
+) -> Model:  # fmt: skip
     """The model of --ckpt: a file, a Diffusers folder, a hub id, or a pattern such as `models/*-v3*` that one file matches.
 
     no_half_vae: the VAE stays in float32. device: None takes the GPU if there is one. vae_tiling: the VAE works in overlapping
@@ -31,15 +33,13 @@ def load_model(
         raise UserError("--fp16 needs a GPU and none was found; leave it out")
     if device.type == "cpu":
         keep_freed_memory()
-    model = load_stable_diffusion(
-        resolve_pattern(ckpt), v2=v2, v_parameterization=v_parameterization, vae=vae, dtype=dtype, device=device
-    )
+    model = load_stable_diffusion(resolve_pattern(ckpt), v2=v2, prediction=prediction, vae=vae, dtype=dtype, device=device)
     if no_half_vae:
         model.vae.to(torch.float32)
     if xformers:
-        use_xformers(model.unet, device)
+        use_xformers(model.denoiser, device)
     if channels_last:
-        for part in (model.unet, model.vae):
+        for part in (model.denoiser, model.vae):
             part.to(memory_format=torch.channels_last)
     if vae_tiling:
         model.vae.enable_tiling()

@@ -24,13 +24,12 @@ from library.network_modules import (
     check_module_arguments,
     import_network_module,
     module_arguments,
-    named_text_encoder,
     network_from_file,
     user_errors,
 )
 
 if TYPE_CHECKING:
-    from library.models.model import StableDiffusion
+    from library.models.family import Model
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +55,7 @@ class Networks:
     get back their own values, bit for bit, before the next one. What is merged is part of the model for good.
     """
 
-    def __init__(self, model: StableDiffusion, *, pre_calc: bool = False, lora_dir: Path | None = None) -> None:
+    def __init__(self, model: Model, *, pre_calc: bool = False, lora_dir: Path | None = None) -> None:
         self.model, self.pre_calc = model, pre_calc
         self._named = PromptLoras(lora_dir)
         self.merged: list[tuple[Path, float]] = []
@@ -74,7 +73,7 @@ class Networks:
         multipliers: list[float] | None = None,
         args: list[str] | None = None,
         *,
-        model: StableDiffusion,
+        model: Model,
         merge: bool = False,
         merge_first: int | None = None,
         pre_calc: bool = False,
@@ -192,12 +191,12 @@ class Networks:
         if self.pre_calc:
             return self._note_own_weights(loaded)
         with user_errors(str(loaded.path)):
-            network.apply_to(named_text_encoder(loaded.module, model.text_encoder), model.unet, True, True)
+            network.apply_to(*model.for_networks(), True, True)
             result = network.load_state_dict(loaded.weights, strict=False)
         missing = [key for key in result.missing_keys if not key.endswith(".alpha")]
         if missing:
             log.warning(f"{loaded.path} lacks {len(missing)} weights of its network, such as {missing[0]}")
-        network.to(model.unet.device, model.unet.dtype).eval().requires_grad_(False)
+        network.to(model.denoiser.device, model.denoiser.dtype).eval().requires_grad_(False)
         loaded.weights = {}
 
     def _merge(self, loaded: LoadedNetwork, strength: float) -> None:
@@ -209,14 +208,13 @@ class Networks:
         network.set_multiplier(strength)
         model = self.model
         with user_errors(str(loaded.path)), torch.no_grad():
-            text_encoder = named_text_encoder(loaded.module, model.text_encoder)
-            network.merge_to(text_encoder, model.unet, loaded.weights, model.unet.dtype, model.unet.device)
+            network.merge_to(*model.for_networks(), loaded.weights, model.denoiser.dtype, model.denoiser.device)
 
     # ---- pre_calc
 
     def _parameters(self) -> dict[str, Tensor]:
-        parts = {"te": self.model.text_encoder, "unet": self.model.unet}
-        return {f"{part} {name}": value for part, module in parts.items() for name, value in module.named_parameters()}
+        parts = [part.name for part in self.model.family.parts if part.role != "vae"]
+        return {f"{part} {name}": value for part in parts for name, value in self.model.parts[part].named_parameters()}
 
     @torch.no_grad()
     def _note_own_weights(self, loaded: LoadedNetwork) -> None:

@@ -15,19 +15,19 @@ from torch import Generator, Tensor
 from library.diffusion.samplers import make_scheduler
 from library.errors import UserError
 from library.generation.deep_shrink import shrinking
-from library.generation.denoise import Contexts, denoise, start_noise
+from library.generation.denoise import Guidance, denoise, start_noise
 from library.generation.encoding import PromptCache, device_of, short
 from library.generation.image_input import composite, encode_pictures, keep_outside, latent_masks, run_steps
 from library.generation.jobs import Job
 from library.generation.networks import Networks
 from library.generation.prompts import LARGEST_SEED, PromptSpec
 from library.generation.regional import Regions
-from library.models.model import decode_latents, noise_process, pixels_per_latent
+from library.models.family import Conditioning
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
-    from library.models.model import StableDiffusion
+    from library.models.family import Model
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Painter:
     """The models with everything that stays the same from batch to batch."""
 
     def __init__(
-        self, model: StableDiffusion, *, clip_skip: int | None, zero_terminal_snr: bool, networks: Networks | None,
+        self, model: Model, *, clip_skip: int | None, zero_terminal_snr: bool, networks: Networks | None,
         regions: Regions | None, texts: PromptCache | None, autocast: Callable[[], AbstractContextManager],
         vae_batch_size: int | float | None,
     ) -> None:  # fmt: skip
@@ -63,10 +63,9 @@ class Painter:
         self.autocast, self.vae_batch_size = autocast, vae_batch_size
         # Made once a sampler, as some take a second to make; `set_timesteps` resets them for each batch.
         self.scheduler_of: Callable[[str], SchedulerMixin] = cache(
-            partial(make_scheduler, process=noise_process(model, zero_terminal_snr))
+            partial(make_scheduler, process=model.process(zero_terminal_snr))
         )
-        self.channels = model.vae.config.latent_channels
-        self.downscale = pixels_per_latent(model.vae)
+        self.latents = model.latents
 
     def vae_batch(self, count: int) -> int:
         """How many of `count` pictures the VAE gets at once."""
@@ -75,15 +74,15 @@ class Painter:
 
     # ---- text
 
-    def contexts(self, jobs: list[Job]) -> Contexts:
-        """Embeddings for the batch; afterwards the networks have the strengths that the U-Net is to have."""
+    def guidance(self, jobs: list[Job], size: tuple[int, int]) -> Guidance:
+        """The denoiser with the texts of the batch; afterwards the networks have the strengths that the denoiser is to have."""
         first, networks, multipliers = jobs[0], self.networks, jobs[0].multipliers
 
-        def encode(texts: list[str], strengths: tuple[float, ...]) -> Tensor:
+        def encode(texts: list[str], strengths: tuple[float, ...]) -> Conditioning:
             if networks is not None:
                 networks.set(strengths, first.loras)
             state = networks.state if networks is not None else ()
-            return self.texts.encode(self.model, texts, first.chunks, self.clip_skip, state).to(device_of(self.model.unet))
+            return self.texts.encode(self.model, texts, first.chunks, self.clip_skip, state).to(device_of(self.model.denoiser))
 
         def only(index: int | None) -> tuple[float, ...]:
             """With regions, a network acts on its own sub-prompt alone."""
@@ -98,7 +97,12 @@ class Painter:
         parts = [encode([job.prompts[part] for job in jobs], only(part)) for part in range(len(first.prompts))]
         if networks is not None:
             networks.set(multipliers, first.loras)
-        return Contexts(torch.cat(parts), negative, empty)
+        positive = parts[0] if len(parts) == 1 else parts[0].attending([part["context"] for part in parts])
+        width, height = size
+        sizes = torch.tensor([[height, width, 0, 0, height, width]] * len(jobs), device=device_of(self.model.denoiser))
+        scales = [job.spec.scale for job in jobs]
+        negative_scales = scales if empty is None else [job.spec.negative_scale or 0.0 for job in jobs]
+        return Guidance(self.model, sizes, positive, negative, empty, scales, negative_scales)
 
     # ---- latents
 
@@ -110,13 +114,13 @@ class Painter:
 
         on_step: called after each step with its share of all.
         """
-        spec, device = canvases[0].job.spec, device_of(self.model.unet)
+        spec, device = canvases[0].job.spec, device_of(self.model.denoiser)
         seeds = [(canvas.job.spec.seed + seed_shift) % (LARGEST_SEED + 1) for canvas in canvases]
         generators = [Generator("cpu").manual_seed(seed) for seed in seeds]
         scheduler = self.scheduler_of(spec.sampler)
         scheduler.set_timesteps(steps, device=device)
         clean = self._clean_latents(canvases, generators, device)
-        noise = start_noise(generators, self.channels, size[1] // self.downscale, size[0] // self.downscale).to(device)
+        noise = start_noise(generators, self.latents.channels, *self.latents.size(*size)).to(device)
         timesteps, after_step = scheduler.timesteps, None
         if clean is not None:
             skipped = (steps - run_steps(steps, strength)) * scheduler.order
@@ -131,12 +135,10 @@ class Painter:
             masks = latent_masks([canvas.mask for canvas in canvases], *noise.shape[2:]).to(device)
             after_step = keep_outside(scheduler, clean, noise, masks)
         with self.autocast():
-            contexts = self.contexts([canvas.job for canvas in canvases])
-            with self._special_unet(spec, contexts, noise):
+            guidance = self.guidance([canvas.job for canvas in canvases], size)
+            with self._special_unet(spec, guidance, noise):
                 return denoise(
-                    self.model.unet, scheduler, latents, contexts, scales=[canvas.job.spec.scale for canvas in canvases],
-                    negative_scales=[canvas.job.spec.negative_scale or 0.0 for canvas in canvases],
-                    generators=generators, timesteps=timesteps, after_step=after_step,
+                    guidance, scheduler, latents, generators=generators, timesteps=timesteps, after_step=after_step,
                     on_step=partial(on_step, 1 / len(timesteps)) if on_step else None,
                 )  # fmt: skip
 
@@ -146,15 +148,15 @@ class Painter:
         if canvases[0].latents is not None:
             return torch.stack([canvas.latents for canvas in canvases]).to(device)
         pictures = [canvas.picture for canvas in canvases]
-        return encode_pictures(self.model.vae, pictures, generators, self.vae_batch(len(pictures))).to(device)
+        return encode_pictures(self.model, pictures, generators, self.vae_batch(len(pictures))).to(device)
 
-    def _special_unet(self, spec: PromptSpec, contexts: Contexts, noise: Tensor) -> AbstractContextManager[Any]:
+    def _special_unet(self, spec: PromptSpec, guidance: Guidance, noise: Tensor) -> AbstractContextManager[Any]:
         stack = ExitStack()
-        stack.enter_context(shrinking(self.model.unet, spec.deep_shrink))
+        stack.enter_context(shrinking(self.model.denoiser, spec.deep_shrink))
         if self.regions is not None:
-            batch, plain = len(noise), len(contexts.rows) - 1
-            parts = len(contexts.positive) // batch
-            stack.enter_context(self.regions.acting(self.model.unet, batch, parts, plain, *noise.shape[2:]))
+            batch, plain = len(noise), guidance.predictions - 1
+            parts = len(guidance.positive["context"]) // batch
+            stack.enter_context(self.regions.acting(self.model.denoiser, batch, parts, plain, *noise.shape[2:]))
         return stack
 
     # ---- pixels
@@ -182,8 +184,8 @@ class Painter:
 
     def _decode(self, canvases: list[Canvas]) -> None:
         weight = next(self.model.vae.parameters())
-        latents = torch.stack([canvas.latents for canvas in canvases]).to(weight.device, weight.dtype)
-        for canvas, pixels in zip(canvases, decode_latents(self.model.vae, latents), strict=True):
+        latents = torch.stack([canvas.latents for canvas in canvases])
+        for canvas, pixels in zip(canvases, self.model.decode(latents), strict=True):
             if pixels.isfinite().all():
                 picture = to_picture(pixels)
                 canvas.picture = picture if canvas.mask is None else composite(picture, canvas.source, canvas.mask)

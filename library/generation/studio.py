@@ -24,7 +24,7 @@ from library.generation.prompts import PromptSpec
 from library.generation.regional import Regions
 from library.generation.vae_slices import slice_vae
 from library.models.clip import CHUNK, inner_text_model
-from library.models.model import StableDiffusion, pixels_per_latent
+from library.models.family import Model
 
 DEFAULT_NETWORK_MODULE = "networks.lora"
 
@@ -97,29 +97,29 @@ class Studio:
         return self.highres.first_size(spec.width, spec.height) if self.highres else None
 
 
-def default_size(model: StableDiffusion) -> tuple[int, int]:
+def default_size(model: Model) -> tuple[int, int]:
     """Width and height that the model was made for: as its file says, or else its architecture (512; SD 2 with velocity 768)."""
     if model.path is not None and model.path.suffix.lower() == ".safetensors" and model.path.is_file():
         said = read_safetensors_header(model.path).get("__metadata__", {}).get("modelspec.resolution", "")
         sides = re.fullmatch(r"(\d+)x(\d+)", said)
         if sides and all(int(side) >= 64 and int(side) % 8 == 0 for side in sides.groups()):
             return int(sides[1]), int(sides[2])
-    side = model.unet.config.sample_size * pixels_per_latent(model.vae)
+    side = model.denoiser.config.sample_size * model.latents.pixels_per_latent
     return side, side
 
 
-def _load(options: GenerateOptions) -> StableDiffusion:
+def _load(options: GenerateOptions) -> Model:
     chosen, speed = options.model, options.speed
     for file in [*(options.network.network_weights or ()), *(chosen.textual_inversion_embeddings or ())]:
         if not Path(file).exists():
             option = "--network_weights" if file in (options.network.network_weights or ()) else "--textual_inversion_embeddings"
             raise UserError(f"{option} {file}: there is no such file")
     model = load_model(
-        chosen.ckpt, v2=chosen.v2, v_parameterization=chosen.v_parameterization, vae=chosen.vae,
+        chosen.ckpt, v2=chosen.v2, prediction="v" if chosen.v_parameterization else "epsilon", vae=chosen.vae,
         dtype=torch.float16 if speed.fp16 else torch.bfloat16 if speed.bf16 else torch.float32, no_half_vae=speed.no_half_vae,
         xformers=speed.xformers or speed.diffusers_xformers, channels_last=speed.opt_channels_last, vae_tiling=speed.vae_tiling,
     )  # fmt: skip
-    layers = len(inner_text_model(model.text_encoder).encoder.layers)
+    layers = len(inner_text_model(model.text_encoders[0]).encoder.layers)
     if (chosen.clip_skip or 1) > layers:
         raise UserError(f"--clip_skip {chosen.clip_skip}: the model's text encoder has {layers} layers; give 1 to {layers}")
     if speed.vae_slices:
@@ -132,7 +132,7 @@ def _load(options: GenerateOptions) -> StableDiffusion:
     return model
 
 
-def _load_networks(options: GenerateOptions, model: StableDiffusion) -> Networks:
+def _load_networks(options: GenerateOptions, model: Model) -> Networks:
     chosen = options.network
     files = chosen.network_weights or []
     modules = chosen.network_module or ([DEFAULT_NETWORK_MODULE] if files else [])
@@ -143,7 +143,7 @@ def _load_networks(options: GenerateOptions, model: StableDiffusion) -> Networks
     )  # fmt: skip
 
 
-def _highres(options: GenerateOptions, model: StableDiffusion) -> Highres | None:
+def _highres(options: GenerateOptions, model: Model) -> Highres | None:
     chosen = options.highres
     if chosen.highres_fix_scale is None:
         return None

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
 from library.imports import import_model_libraries
+from library.models.modules import count_numbers
 from library.models.prompt_weights import parse_weights, split_at_breaks
 from library.safe_text import as_unicode
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
+
+    from library.models.family import Conditioning, Config, Model, Shapes, Tokens
 
 CLIP_BPE = Path(__file__).resolve().parents[2] / "assets" / "clip-bpe"
 VOCABULARY = 49408
@@ -26,13 +30,59 @@ ADDED_WORDS = "words_of_several_tokens"  # attribute of a tokenizer: token id ->
 Chunk = list[tuple[int, float]]  # (token id, weight), at most CHUNK of them
 
 
-def load_tokenizer(v2: bool) -> CLIPTokenizer:
-    """CLIP's tokenizer from `assets/clip-bpe`, offline. SD 2 fills chunks with "!" (id 0), SD 1 with the end token (49407)."""
+def load_tokenizer(padding: str = "<|endoftext|>") -> CLIPTokenizer:
+    """CLIP's tokenizer from `assets/clip-bpe`, offline; `padding` is the token that fills chunks."""
     import_model_libraries()
     from transformers import CLIPTokenizer
 
-    padding = "!" if v2 else "<|endoftext|>"
     return CLIPTokenizer.from_pretrained(str(CLIP_BPE), pad_token=padding, model_max_length=CHUNK_WITH_ENDS)
+
+
+def text_config(
+    width: int, layers: int, *, activation: str = "quick_gelu", inner_width: int | None = None, vocabulary: int = VOCABULARY,
+    positions: int = CHUNK_WITH_ENDS,
+) -> Config:  # fmt: skip
+    """transformers' configuration of a CLIP text encoder: one head for each 64 channels; OpenCLIP's activation is `gelu`."""
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": inner_width or 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": max(1, width // 64),
+        "max_position_embeddings": positions,
+        "hidden_act": activation,
+        "projection_dim": width,
+        "bos_token_id": 49406,
+        "eos_token_id": 49407,
+        "pad_token_id": 1,  # transformers' own value; padding is done by the tokenizer
+    }
+
+
+def read_text_config(shapes: Shapes, *, activation: str = "quick_gelu") -> Config:
+    """The configuration of the text encoder whose weights have these names (without `text_model.`) and shapes."""
+    vocabulary, width = shapes["embeddings.token_embedding.weight"]
+    return text_config(
+        width,
+        count_numbers(shapes, r"encoder\.layers\.(\d+)\.mlp\.fc1\.weight"),
+        activation=activation,
+        inner_width=shapes["encoder.layers.0.mlp.fc1.weight"][0],
+        vocabulary=vocabulary,
+        positions=shapes["embeddings.position_embedding.weight"][0],
+    )
+
+
+def empty_text_encoder(config: Mapping[str, Any]) -> CLIPTextModel:
+    """A CLIP text encoder of this transformers configuration on the meta device."""
+    import_model_libraries()
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    with torch.device("meta"):
+        return CLIPTextModel(CLIPTextConfig.from_dict(dict(config)))
+
+
+def path_in_files(path: str) -> str:
+    """The path of a text encoder's layer in files: they have the level `text_model`, whatever the version of transformers."""
+    return path if path == "text_model" or path.startswith(("text_model.", "text_projection")) else f"text_model.{path}"
 
 
 def add_word(tokenizer: CLIPTokenizer, word: str, ids: list[int]) -> None:
@@ -46,29 +96,47 @@ def add_word(tokenizer: CLIPTokenizer, word: str, ids: list[int]) -> None:
     setattr(tokenizer, ADDED_WORDS, {**getattr(tokenizer, ADDED_WORDS, {}), ids[0]: ids})
 
 
-def tokenize(tokenizer: CLIPTokenizer, captions: list[str], max_token_length: int | None = None) -> Tensor:
-    """Token ids (B, chunks, 77), int64. `max_token_length` is 75 (None), 150 or 225; longer text is cut there.
+def tokenize(
+    tokenizers: Sequence[CLIPTokenizer], texts: Sequence[str], max_token_length: int | None = None, weighted: bool = False
+) -> Tokens:
+    """Captions for every text encoder: `ids` (B, chunks, 77), int64, and with `weighted` `weights` of that shape, float32.
 
-    Every chunk is begin token, up to 75 tokens, end token, padding; the text encoder sees each chunk on its own.
+    The second encoder's are `ids_2` and `weights_2`. `max_token_length` is 75 (None), 150 or 225; longer text is cut there. Every
+    chunk is begin token, up to 75 tokens, end token, padding; the text encoder sees each chunk on its own.
     """
-    chunks = _chunks_of(max_token_length)
-    filled = [_fill([[(token, 1.0) for token in ids]]) for ids in _token_ids(tokenizer, captions)]
-    return _to_tensors(tokenizer, filled, chunks)[0]
+    return _by_encoder(tokenizers, texts, _chunks_of(max_token_length), weighted, keeps_weights=weighted)
 
 
-def tokenize_weighted(
-    tokenizer: CLIPTokenizer, captions: list[str], max_token_length: int | None = None
+def tokenize_prompts(tokenizers: Sequence[CLIPTokenizer], prompts: Sequence[str], chunks: int) -> Tokens:
+    """The same for prompts, of which weights are always read; there are none in the result where all are 1."""
+    return _by_encoder(tokenizers, prompts, chunks, weighted=True, keeps_weights=False)
+
+
+def _by_encoder(
+    tokenizers: Sequence[CLIPTokenizer], texts: Sequence[str], chunks: int, weighted: bool, keeps_weights: bool
+) -> Tokens:
+    tokens: Tokens = {}
+    for number, tokenizer in enumerate(tokenizers, 1):
+        end = "" if number == 1 else f"_{number}"
+        ids, weights = token_chunks(tokenizer, texts, chunks, weighted)
+        tokens[f"ids{end}"] = ids
+        if keeps_weights or bool((weights != 1).any()):
+            tokens[f"weights{end}"] = weights
+    return tokens
+
+
+def token_chunks(
+    tokenizer: CLIPTokenizer, texts: Sequence[str], chunks: int | None, weighted: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """As `tokenize`, for text with weights such as `(word:1.2)`: ids and weights, both (B, chunks, 77), weights float32."""
-    return tokenize_prompts(tokenizer, captions, chunks=_chunks_of(max_token_length))
+    """Ids and weights (B, chunks, 77); `chunks` None: as many as the longest text needs.
 
-
-def tokenize_prompts(tokenizer: CLIPTokenizer, prompts: list[str], chunks: int | None = None) -> tuple[Tensor, Tensor]:
-    """Ids and weights (B, chunks, 77) of weighted prompts; `chunks` None: as many as the longest of them needs.
-
-    Pieces of different weight are tokenised separately; BREAK fills the rest of its chunk with padding.
+    With weights such as `(word:1.2)`, pieces of different weight are tokenised separately; BREAK fills the rest of its chunk with
+    padding.
     """
-    filled = [_weighted_chunks(tokenizer, prompt) for prompt in prompts]
+    if weighted:
+        filled = [_weighted_chunks(tokenizer, text) for text in texts]
+    else:
+        filled = [_fill([[(token, 1.0) for token in ids]]) for ids in _token_ids(tokenizer, list(texts))]
     return _to_tensors(tokenizer, filled, chunks or max(map(len, filled), default=1))
 
 
@@ -99,6 +167,14 @@ def encode_text(
     if weights is None:
         return joined
     return apply_weights(joined, _join_chunks(weights.to(joined.device).unsqueeze(-1)))
+
+
+def last_layer_conditioning(model: Model, tokens: Tokens, clip_skip: int | None = None) -> Conditioning:
+    """SD 1 and 2: `context` is the wanted layer of the one encoder, after the final layer norm."""
+    from library.models.family import Conditioning
+
+    (encoder,) = model.text_encoders
+    return Conditioning({"context": encode_text(encoder, tokens["ids"], clip_skip, tokens.get("weights"))})
 
 
 def apply_weights(embeddings: Tensor, weights: Tensor) -> Tensor:

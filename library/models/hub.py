@@ -39,6 +39,18 @@ def download_model(name: str) -> Path:
     return Path(folder)
 
 
+def download_configs(name: str) -> Path:
+    """A folder with the configurations of a model on the hub, without its weights. Raises UserError if they cannot be had."""
+    only_local = not _hub_answers(name, ("model_index.json",))
+    from huggingface_hub import snapshot_download
+
+    try:
+        with _quiet():
+            return Path(snapshot_download(name, allow_patterns=["*.json", "*/*.json"], local_files_only=only_local))
+    except Exception as error:  # the hub's clients raise errors of many libraries
+        raise _unavailable(name, error) from error
+
+
 def download_vae(name: str, dtype: torch.dtype) -> AutoencoderKL:
     """The VAE of a repository on the hub: at its top, or in its folder `vae`. Raises UserError if it cannot be had."""
     only_local = not _hub_answers(name, ("config.json", "vae/config.json"))

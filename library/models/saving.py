@@ -16,16 +16,16 @@ from torch import Tensor
 from library.diffusion.process import NoiseProcess
 from library.errors import UserError
 from library.files import atomic_write
-from library.formats.compvis import CompVisNames, Parts, join_compvis
-from library.formats.names import OLD_CLIP_PREFIX
+from library.formats.compvis import Parts, SingleFileNames, join_compvis
 from library.formats.tensor_file import MODEL_SUFFIXES, open_tensors
 from library.formats.tensor_output import save_pickled
-from library.models.clip import CLIP_BPE, VOCABULARY
-from library.models.parts import StableDiffusion, text_weights
+from library.models.clip import CLIP_BPE, VOCABULARY, path_in_files
+from library.models.family import Family, Model
+from library.models.modules import weights_of
 
 
 def save_stable_diffusion(
-    model: StableDiffusion,
+    model: Model,
     path: str | os.PathLike,
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
@@ -46,8 +46,8 @@ def save_stable_diffusion(
             raise UserError(f"{path}: a Diffusers folder has no place for metadata; save as .safetensors")
         _save_folder(model, parts, path)
         return
-    extra, own_numbers, old_clip_names = _source_extras(model, dtype)
-    tensors = join_compvis(parts, v2=model.v2, extra=extra, old_clip_names=old_clip_names)
+    extra, own_numbers, prefixes = _source_extras(model, dtype)
+    tensors = join_compvis(parts, model.family.layout, extra=extra, prefixes=prefixes)
     tensors = {name: value.contiguous() for name, value in tensors.items()}
     if path.suffix.lower() == ".safetensors":
         _save_safetensors(tensors, path, dict(metadata or {}))
@@ -58,8 +58,8 @@ def save_stable_diffusion(
             save_pickled(tensors, temporary, numbers or own_numbers)
 
 
-def _parts(model: StableDiffusion, dtype: torch.dtype | None) -> Parts:
-    weights = {"unet": model.unet.state_dict(), "vae": model.vae.state_dict(), "text_encoder": text_weights(model.text_encoder)}
+def _parts(model: Model, dtype: torch.dtype | None) -> Parts:
+    weights = {name: weights_of(module) for name, module in model.parts.items()}
     return {part: {name: value.detach().to("cpu", dtype) for name, value in values.items()} for part, values in weights.items()}
 
 
@@ -71,19 +71,19 @@ def _refuse_nan(parts: Parts, path: Path) -> None:
                 raise UserError(f"{path} was not written: {where} holds values that are not finite")
 
 
-def _source_extras(model: StableDiffusion, dtype: torch.dtype | None) -> tuple[dict[str, Tensor], dict[str, Any], bool]:
-    """Tensors of the model's own CompVis file that are no part of it, its counters, and whether it names CLIP in the old way."""
+def _source_extras(model: Model, dtype: torch.dtype | None) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]:
+    """Tensors of the model's own CompVis file that are no part of it, its counters, and the prefixes of its parts."""
     if model.path is None or not model.path.is_file():
-        return {}, {}, False
+        return {}, {}, {}
     with open_tensors(model.path) as file:
-        names = CompVisNames(file.shapes)
+        names = SingleFileNames(file.shapes, model.family.layout)
         extra = {
             # Names without a dot are the noise schedule's tables, which stay float32 in half-precision files too.
             name: file.read(name, dtype if "." in name else None)
             for name, shape in file.shapes.items()
             if not names.place(name, torch.empty(shape, device="meta"))
         }
-        return extra, dict(file.numbers), names.text_prefix == OLD_CLIP_PREFIX
+        return extra, dict(file.numbers), names.prefixes
 
 
 def _save_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -93,7 +93,7 @@ def _save_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[
         save_file(dict(tensors), temporary, metadata={"format": "pt", **metadata})
 
 
-def _save_folder(model: StableDiffusion, parts: Parts, path: Path) -> None:
+def _save_folder(model: Model, parts: Parts, path: Path) -> None:
     """Write the folder beside its place, then move it there whole. An older Diffusers model of that name is replaced."""
     if path.exists() and not ((path / "model_index.json").is_file() or path.is_dir() and not any(path.iterdir())):
         raise UserError(f"{path} exists and is no Diffusers model; give another name or move it away")
@@ -114,26 +114,26 @@ def _save_folder(model: StableDiffusion, parts: Parts, path: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _write_folder(model: StableDiffusion, parts: Parts, folder: Path) -> None:
-    for part, module in (("unet", model.unet), ("vae", model.vae)):
-        module.save_config(folder / part)
-        _save_safetensors(parts[part], folder / part / "diffusion_pytorch_model.safetensors", {})
-    model.text_encoder.config.save_pretrained(folder / "text_encoder")
-    # Whatever the transformers version, the names on disk have `text_model.`: every program reads those.
-    text = {f"text_model.{name}": value for name, value in parts["text_encoder"].items()}
-    _save_safetensors(text, folder / "text_encoder" / "model.safetensors", {})
-    _write_tokenizer(model, folder / "tokenizer")
-    _write_json(
-        folder / "scheduler" / "scheduler_config.json",
-        _scheduler_config(NoiseProcess("v" if model.v_parameterization else "epsilon")),
-    )
-    _write_json(folder / "model_index.json", _model_index())
+def _write_folder(model: Model, parts: Parts, folder: Path) -> None:
+    tokenizers = iter(model.tokenizers)
+    for part in model.family.parts:
+        module, place, weights = model.parts[part.name], folder / part.name, parts[part.name]
+        if part.role == "text":
+            module.config.save_pretrained(place)
+            # Whatever the transformers version, the names on disk have `text_model.`: every program reads those.
+            weights = {path_in_files(name): value for name, value in weights.items()}
+            _write_tokenizer(next(tokenizers), folder / part.tokenizer)
+        else:
+            module.save_config(place)
+        _save_safetensors(weights, place / f"{part.weight_files[0]}.safetensors", {})
+    _write_json(folder / "scheduler" / "scheduler_config.json", _scheduler_config(model.process()))
+    _write_json(folder / "model_index.json", _model_index(model.family))
 
 
-def _write_tokenizer(model: StableDiffusion, folder: Path) -> None:
+def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
     """vocab.json and merges.txt beside what this version of transformers writes, which older programs cannot read."""
-    model.tokenizer.save_pretrained(folder)
-    if len(model.tokenizer) == VOCABULARY:
+    tokenizer.save_pretrained(folder)
+    if len(tokenizer) == VOCABULARY:
         for name in ("vocab.json", "merges.txt"):
             shutil.copyfile(CLIP_BPE / name, folder / name)
 
@@ -149,19 +149,18 @@ def _scheduler_config(process: NoiseProcess) -> dict[str, Any]:
     }
 
 
-def _model_index() -> dict[str, Any]:
+def _model_index(family: Family) -> dict[str, Any]:
+    parts = {part.name: list(part.library) for part in family.parts}
+    parts |= {part.tokenizer: ["transformers", "CLIPTokenizer"] for part in family.text_parts}
     return {
-        "_class_name": "StableDiffusionPipeline",
+        "_class_name": family.pipeline,
         "_diffusers_version": _diffusers_version(),
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
         "requires_safety_checker": False,
         "safety_checker": [None, None],
         "scheduler": ["diffusers", "DDIMScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
+        **dict(sorted(parts.items())),
     }
 
 

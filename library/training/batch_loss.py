@@ -11,8 +11,7 @@ from torch import Tensor
 from library.data.dataset import Batch
 from library.data.text_cache import TextCache
 from library.diffusion.loss import Objective
-from library.models.clip import encode_text
-from library.models.model import StableDiffusion, encode_image, predict_noise
+from library.models.family import Conditioning, Model
 
 
 class BatchLoss:
@@ -22,7 +21,7 @@ class BatchLoss:
     """
 
     def __init__(
-        self, model: StableDiffusion, objective: Objective, texts: TextCache | None, *, device: torch.device,
+        self, model: Model, objective: Objective, texts: TextCache | None, *, device: torch.device,
         autocast: Callable[[], AbstractContextManager], trains_text_encoder: bool, clip_skip: int | None,
     ) -> None:  # fmt: skip
         self.model, self.objective, self.texts, self.device, self.autocast = model, objective, texts, device, autocast
@@ -30,10 +29,10 @@ class BatchLoss:
 
     def __call__(self, batch: Batch) -> Tensor:
         """The loss to train with, a float32 scalar."""
-        latents, context = self.latents(batch), self.context(batch)
+        latents, conditioning = self.latents(batch), self.conditioning(batch)
         noised = self.objective.noised(latents)
         with self.autocast():
-            prediction = predict_noise(self.model.unet, noised.noisy, noised.t, context)
+            prediction = self.model.predict(noised.noisy, noised.t, conditioning, self.sizes(batch))
         masks = None if batch.masks is None else batch.masks.to(latents.device, non_blocking=True)
         losses = self.objective.losses(prediction, noised, masks)
         return (losses * batch.loss_weights.to(losses.device, non_blocking=True)).mean()
@@ -43,24 +42,25 @@ class BatchLoss:
         latents = self.latents(batch)
         noised = self.objective.at(latents, noise_of(latents.shape), t)
         with self.autocast():
-            prediction = predict_noise(self.model.unet, noised.noisy, t, self.context(batch))
+            prediction = self.model.predict(noised.noisy, t, self.conditioning(batch), self.sizes(batch))
         return (prediction.float() - noised.target.float()).square().flatten(1).mean(dim=1)
 
     def latents(self, batch: Batch) -> Tensor:
-        """Scaled latents (B, 4, h, w), float32."""
-        vae = self.model.vae
+        """Scaled latents (B, C, h, w), float32."""
         if batch.latents is not None:
             latents = batch.latents.to(self.device, non_blocking=True)
         else:
             with torch.no_grad():
-                latents = encode_image(vae, batch.images.to(self.device, vae.dtype, non_blocking=True)).float()
-        return latents * vae.config.scaling_factor
+                latents = self.model.encode_images(batch.images)
+        return self.model.latents.scaled(latents)
 
-    def context(self, batch: Batch) -> Tensor:
-        """Embeddings of the captions (B, N, width)."""
+    def conditioning(self, batch: Batch) -> Conditioning:
+        """What the denoiser reads of the captions."""
         if self.texts is not None:
             return self.texts.lookup(batch.captions).to(self.device, non_blocking=True)
-        weights = None if batch.token_weights is None else batch.token_weights.to(self.device, non_blocking=True)
         with torch.set_grad_enabled(self.trains_text_encoder and torch.is_grad_enabled()), self.autocast():
-            ids = batch.input_ids.to(self.device, non_blocking=True)
-            return encode_text(self.model.text_encoder, ids, self.clip_skip, weights)
+            return self.model.encode_text(batch.tokens, self.clip_skip)
+
+    def sizes(self, batch: Batch) -> Tensor:
+        """(B, 6), as in the batch."""
+        return batch.sizes.to(self.device, non_blocking=True)

@@ -8,6 +8,7 @@ from library.data.config import DatasetConfig, DatasetDefaults, datasets_from_fi
 from library.data.dataset import TrainingDataset
 from library.data.masks import check_masks
 from library.models.clip import load_tokenizer
+from library.models.family import Family
 from library.training.options import TrainNetworkOptions
 
 
@@ -42,12 +43,13 @@ def dataset_configs(options: TrainNetworkOptions) -> list[DatasetConfig]:
     return configs
 
 
-def open_dataset(options: TrainNetworkOptions, configs: list[DatasetConfig], seed: int) -> TrainingDataset:
-    """Index the pictures; no model is needed for that."""
+def open_dataset(options: TrainNetworkOptions, configs: list[DatasetConfig], seed: int, family: Family) -> TrainingDataset:
+    """Index the pictures; of the model only its family is needed for that."""
     return TrainingDataset(
         configs,
         seed=seed,
-        tokenizer=load_tokenizer(options.model.v2),
+        tokenizers=[load_tokenizer(padding) for padding in family.text.paddings],
+        latent_space=family.latents,
         max_token_length=options.captions.max_token_length,
         weighted_captions=options.captions.weighted_captions,
         prior_loss_weight=options.data.prior_loss_weight,

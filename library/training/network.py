@@ -10,13 +10,12 @@ import torch
 
 from library.errors import UserError
 from library.key_values import read_pairs
-from library.models.model import StableDiffusion
+from library.models.family import Model
 from library.network_modules import (
     check_merge,
     check_module_arguments,
     import_network_module,
     module_arguments,
-    named_text_encoder,
     network_from_file,
     user_errors,
 )
@@ -56,21 +55,20 @@ def check_network_args(options: NetworkOptions) -> None:
             module.parse_network_args(module_arguments(module, arguments), options.network_dropout)
 
 
-def merge_base_weights(options: NetworkOptions, module: ModuleType, model: StableDiffusion) -> None:
+def merge_base_weights(options: NetworkOptions, module: ModuleType, model: Model) -> None:
     """Merge the files of --base_weights into the model, each at its strength, before anything is trained on it."""
     strengths = options.base_weights_multiplier or []
-    text_encoder = named_text_encoder(module, model.text_encoder)
     for index, path in enumerate(options.base_weights or ()):
         strength = strengths[index] if index < len(strengths) else 1.0
         where = f"--base_weights {path}"
         check_merge(module, strength, where)
         network, weights = network_from_file(module, path, strength, model, where=where, merges=True, for_inference=True)
         with user_errors(where):
-            network.merge_to(text_encoder, model.unet, weights, model.unet.dtype, model.unet.device)
+            network.merge_to(*model.for_networks(), weights, model.denoiser.dtype, model.denoiser.device)
         print(f"merged {path} into the model at strength {strength}")
 
 
-def build_network(network: NetworkOptions, optimizer: OptimizerOptions, model: StableDiffusion) -> TrainedNetwork:
+def build_network(network: NetworkOptions, optimizer: OptimizerOptions, model: Model) -> TrainedNetwork:
     """Create the network as the options say, attach it to the model, and make its parameter groups.
 
     The frozen model must already be on its device and in its dtype. A part whose learning rate is 0 is attached and saved, but
@@ -98,17 +96,17 @@ def build_network(network: NetworkOptions, optimizer: OptimizerOptions, model: S
     )
 
 
-def check_max_norm(instance: torch.nn.Module, model: StableDiffusion) -> None:
+def check_max_norm(instance: torch.nn.Module, model: Model) -> None:
     """A network that cannot shrink its modules says so now, and not after the first step."""
     if not hasattr(instance, "apply_max_norm_regularization"):
         raise UserError("--scale_weight_norms: this network module has no such thing; leave the option out")
     with user_errors("--scale_weight_norms"):
-        instance.apply_max_norm_regularization(1e9, model.unet.device)  # so large that it changes nothing
+        instance.apply_max_norm_regularization(1e9, model.denoiser.device)  # so large that it changes nothing
 
 
-def _create(options: NetworkOptions, module: ModuleType, model: StableDiffusion) -> torch.nn.Module:
+def _create(options: NetworkOptions, module: ModuleType, model: Model) -> torch.nn.Module:
     arguments = module_arguments(module, read_pairs(options.network_args, "--network_args"))
-    parts = (model.vae, named_text_encoder(module, model.text_encoder), model.unet)
+    parts = (model.vae, *model.for_networks())
     if options.network_dropout is not None:
         arguments["neuron_dropout"] = options.network_dropout
     if options.dim_from_weights:
@@ -119,11 +117,10 @@ def _create(options: NetworkOptions, module: ModuleType, model: StableDiffusion)
         return module.create_network(1.0, dim, options.network_alpha, *parts, **arguments)
 
 
-def _attach(options: NetworkOptions, instance: torch.nn.Module, model: StableDiffusion) -> None:
+def _attach(options: NetworkOptions, instance: torch.nn.Module, model: Model) -> None:
     with user_errors(f"--network_module {options.network_module}", import_network_module(options.network_module)):
         instance.apply_to(
-            model.text_encoder,
-            model.unet,
+            *model.for_networks(),
             not options.network_train_unet_only,
             not options.network_train_text_encoder_only,
         )

@@ -77,6 +77,11 @@ class ModelOptions(OptionGroup):
     )
     sdpa: bool = option(False, help="attention by torch (this is the default)", resume="free")
 
+    @property
+    def prediction(self) -> Literal["epsilon", "v"]:
+        """What the model predicts: noise, or velocity."""
+        return "v" if self.v_parameterization else "epsilon"
+
 
 class DataOptions(OptionGroup):
     """Pictures"""

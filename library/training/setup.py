@@ -16,8 +16,10 @@ from library.data.text_cache import TextCache
 from library.devices import DTYPES, use_xformers
 from library.diffusion.loss import Objective
 from library.generation.prompts import PromptSpec, read_prompt_file
-from library.models.clip import tokenize, tokenize_weighted
-from library.models.model import StableDiffusion, encode_text, load_stable_diffusion, noise_process, vae_fingerprint
+from library.models.clip import tokenize
+from library.models.family import Conditioning, Model
+from library.models.loading import Header, load_stable_diffusion
+from library.models.vae import vae_fingerprint
 from library.processes import Processes
 from library.training.batch_loss import BatchLoss
 from library.training.checks.estimates import base_formats
@@ -85,7 +87,7 @@ class Run:
     plan: Plan
     seed: int
     data: Data
-    model: StableDiffusion
+    model: Model
     network: TrainedNetwork
     step: TrainStep
     loop: Loop
@@ -115,7 +117,7 @@ def prepare(
         cache_latents(options, dataset, model, processes)
     attached = attach_network(options, ready.seed, model, accelerator.device, processes)
     texts = cache_text(options, data.datasets, model, attached.network)
-    place_in_memory(options, data, model, attached.network, texts, accelerator)
+    place_in_memory(options, data, model, ready.header, attached.network, texts, accelerator)
     run = make_run(options, ready, data, model, attached, texts, accelerator, processes, listeners)
     begin_at(run, ready.start, ready.resumed)
     return run
@@ -129,9 +131,7 @@ def open_data(options: TrainNetworkOptions, ready: Ready) -> Data:
     return Data(dataset, open_validation(dataset), prompts)
 
 
-def attach_network(
-    options: TrainNetworkOptions, seed: int, model: StableDiffusion, device: torch.device, processes: Processes
-) -> Attached:
+def attach_network(options: TrainNetworkOptions, seed: int, model: Model, device: torch.device, processes: Processes) -> Attached:
     """The network on the model, on the device, with the same weights in all processes."""
     seed_everything(seed)
     network = build_network(options.network, options.optimizer, model)
@@ -141,22 +141,22 @@ def attach_network(
 
 
 def place_in_memory(
-    options: TrainNetworkOptions, data: Data, model: StableDiffusion, network: TrainedNetwork, texts: TextCache | None,
+    options: TrainNetworkOptions, data: Data, model: Model, header: Header, network: TrainedNetwork, texts: TextCache | None,
     accelerator: Accelerator,
 ) -> None:  # fmt: skip
     """Bring the frozen model into the form in which it takes the least memory and time."""
-    is_idle = ((model.vae, data.train.latents is not None), (model.text_encoder, texts is not None))
-    offload_idle_parts(options, [part for part, idle in is_idle if idle], keep_for_previews=bool(data.prompts))
+    idle = ([model.vae] if data.train.latents is not None else []) + (model.text_encoders if texts is not None else [])
+    offload_idle_parts(options, idle, keep_for_previews=bool(data.prompts))
     pack_frozen_weights(options, model, accelerator.device)
     if not options.precision.torch_compile:  # torch.compile already drops activations that it does not need
-        freeze_convolutions(model.unet)
+        freeze_convolutions(model.denoiser)
     if options.training.gradient_checkpointing:
-        use_gradient_checkpointing(options, model, network, data.train, accelerator.autocast)
+        use_gradient_checkpointing(options, model, network, data.train, header, accelerator.autocast)
     compile_model(options, model, network.trains_text_encoder)
 
 
 def make_run(
-    options: TrainNetworkOptions, ready: Ready, data: Data, model: StableDiffusion, attached: Attached, texts: TextCache | None,
+    options: TrainNetworkOptions, ready: Ready, data: Data, model: Model, attached: Attached, texts: TextCache | None,
     accelerator: Accelerator, processes: Processes, listeners: Sequence[Listener],
 ) -> Run:  # fmt: skip
     """Optimizer, step, files and listeners."""
@@ -167,7 +167,7 @@ def make_run(
     used_weights = partial(eval_weights, optimizer, step.average)
     tracker = Tracker(options.logs, logged_options(options) if options.logs.log_config else None, processes.main)
     facts = run_facts(
-        options, data.train.describe(), network, seed=seed, optimizer=optimizer_text, epochs=plan.epochs,
+        options, data.train.describe(), network, model.family.records, seed=seed, optimizer=optimizer_text, epochs=plan.epochs,
         batches_per_epoch=plan.micro_batches_per_epoch, max_train_steps=plan.max_steps, processes=accelerator.num_processes,
     ) | schedule_facts(options.optimizer, optimizer)  # fmt: skip
     print_plan(options, plan, network, seed)
@@ -200,7 +200,7 @@ def make_run(
 
 
 def make_step(
-    options: TrainNetworkOptions, optimizer: torch.optim.Optimizer, plan: Plan, seed: int, data: Data, model: StableDiffusion,
+    options: TrainNetworkOptions, optimizer: torch.optim.Optimizer, plan: Plan, seed: int, data: Data, model: Model,
     network: TrainedNetwork, texts: TextCache | None, accelerator: Accelerator, processes: Processes,
 ) -> TrainStep:  # fmt: skip
     """The step with its loss, schedule and average."""
@@ -208,9 +208,9 @@ def make_step(
     if options.optimizer.fused_backward_pass:
         step_in_backward(optimizer, options.optimizer.max_grad_norm)
     average = make_average(options.validation, network.parameters, optimizer)
-    network.module.prepare_grad_etc(model.text_encoder, model.unet)
+    network.module.prepare_grad_etc(*model.for_networks())
     losses = LossRecord(window=plan.batches_per_epoch, explain=lambda: explain_nonfinite(options, network.parameters))
-    process = noise_process(model, options.loss.zero_terminal_snr)
+    process = model.process(options.loss.zero_terminal_snr)
     loss = BatchLoss(
         model, Objective(options.loss, process, accelerator.device), texts, device=accelerator.device,
         autocast=accelerator.autocast, trains_text_encoder=network.trains_text_encoder, clip_skip=options.model.clip_skip,
@@ -244,24 +244,24 @@ def preview_specs(options: TrainNetworkOptions, dataset: TrainingDataset) -> lis
     return read_prompt_file(Path(path), PromptSpec(width=width, height=height, sampler=options.previews.sample_sampler))
 
 
-def load_model(options: TrainNetworkOptions, accelerator: Accelerator) -> StableDiffusion:
+def load_model(options: TrainNetworkOptions, accelerator: Accelerator) -> Model:
     """The frozen model in the dtype it computes in, on the device; a U-Net that is going to be packed waits in main memory."""
     chosen, is_packed = options.model, base_formats(options)["unet"]
     model = load_stable_diffusion(
-        chosen.pretrained_model_name_or_path, v2=chosen.v2, v_parameterization=chosen.v_parameterization, vae=chosen.vae,
+        chosen.pretrained_model_name_or_path, v2=chosen.v2, prediction=chosen.prediction, vae=chosen.vae,
         dtype=DTYPES[options.training.mixed_precision], device="cpu" if is_packed else accelerator.device,
     )  # fmt: skip
     if is_packed:
-        model.text_encoder.to(accelerator.device)
-        model.vae.to(accelerator.device)
+        for part in (*model.text_encoders, model.vae):
+            part.to(accelerator.device)
     if chosen.no_half_vae:
         model.vae.to(torch.float32)
     if chosen.xformers and not chosen.mem_eff_attn:
-        use_xformers(model.unet, accelerator.device)
+        use_xformers(model.denoiser, accelerator.device)
     return model
 
 
-def cache_latents(options: TrainNetworkOptions, dataset: TrainingDataset, model: StableDiffusion, processes: Processes) -> None:
+def cache_latents(options: TrainNetworkOptions, dataset: TrainingDataset, model: Model, processes: Processes) -> None:
     """Encode all pictures once, if --cache_latents or --cache_latents_to_disk; several processes share the work."""
     chosen = options.augmentation
     if not (chosen.cache_latents or chosen.cache_latents_to_disk):
@@ -269,9 +269,7 @@ def cache_latents(options: TrainNetworkOptions, dataset: TrainingDataset, model:
 
     @torch.inference_mode()
     def encode(images: torch.Tensor, seeds: list[int]) -> torch.Tensor:
-        posterior = model.vae.encode(images.to(model.vae.device, model.vae.dtype)).latent_dist
-        noise = torch.stack([torch.randn(posterior.mean.shape[1:], generator=torch.Generator().manual_seed(s)) for s in seeds])
-        return (posterior.mean.float() + posterior.std.float() * noise.to(posterior.mean.device)).cpu()
+        return model.encode_images(images, [torch.Generator().manual_seed(seed) for seed in seeds]).cpu()
 
     dataset.cache_latents(
         encode, batch_size=chosen.vae_batch_size, to_disk=chosen.cache_latents_to_disk, fingerprint=vae_fingerprint(model.vae),
@@ -280,7 +278,7 @@ def cache_latents(options: TrainNetworkOptions, dataset: TrainingDataset, model:
 
 
 def cache_text(
-    options: TrainNetworkOptions, datasets: list[TrainingDataset], model: StableDiffusion, network: TrainedNetwork
+    options: TrainNetworkOptions, datasets: list[TrainingDataset], model: Model, network: TrainedNetwork
 ) -> TextCache | None:
     """Encode all captions once, if the text encoder is not trained and the captions do not change without end."""
     found = [None if network.trains_text_encoder else dataset.caption_variants() for dataset in datasets]
@@ -290,12 +288,8 @@ def cache_text(
     captions = options.captions
 
     @torch.no_grad()
-    def encode(texts: list[str]) -> torch.Tensor:
-        if captions.weighted_captions:
-            ids, weights = tokenize_weighted(model.tokenizer, texts, captions.max_token_length)
-            weights = weights.to(model.text_encoder.device)
-        else:
-            ids, weights = tokenize(model.tokenizer, texts, captions.max_token_length), None
-        return encode_text(model.text_encoder, ids.to(model.text_encoder.device), options.model.clip_skip, weights).cpu()
+    def encode(texts: list[str]) -> Conditioning:
+        tokens = tokenize(model.tokenizers, texts, captions.max_token_length, captions.weighted_captions)
+        return model.encode_text(tokens, options.model.clip_skip).to("cpu")
 
     return TextCache.build(variants, encode, batch_size=16)

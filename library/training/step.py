@@ -100,17 +100,18 @@ class TrainStep:
         model, module = self.loss.model, self.network.module
         module.train()
         is_checkpointed = self.options.training.gradient_checkpointing
-        model.unet.train(is_checkpointed)
-        model.text_encoder.train(is_checkpointed and self.network.trains_text_encoder)
+        model.denoiser.train(is_checkpointed)
+        for encoder in model.text_encoders:
+            encoder.train(is_checkpointed and self.network.trains_text_encoder)
         seed_everything(self.seed, epoch)
-        module.on_epoch_start(model.text_encoder, model.unet)
+        module.on_epoch_start(*model.for_networks())
 
     def _draw_for_the_network(self, progress: Progress) -> None:
         """Let a network that draws something for each step, as DyLoRA its rank, do so: once a step, alike in all processes."""
         hook = getattr(self.network.module, "on_step_start", None)
         if hook is not None:
             seed_everything(self.seed, progress.epoch, self.plan.first_of_step(progress.position))
-            hook(self.loss.model.text_encoder, self.loss.model.unet)
+            hook(*self.loss.model.for_networks())
 
     def _backward(self, progress: Progress, batch: Batch) -> bool:
         """Forward and backward of one batch; its loss is divided by the number of batches in the step. False: it was skipped.

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 import torch
 from tqdm import tqdm
 
-from library.models.model import evaluating
+from library.models.modules import evaluating
 from library.training.batch_loss import BatchLoss
 from library.training.loop import Listener, Stop
 from library.training.network import TrainedNetwork
@@ -92,7 +92,7 @@ class Validator(Listener):
     def _measure(self, validation: Validation) -> float:
         started = time.perf_counter()
         model = self.loss.model
-        with self.eval_weights(), evaluating(self.network.module, model.unet, model.text_encoder):
+        with self.eval_weights(), evaluating(self.network.module, model.denoiser, *model.text_encoders):
             loss = validation.loss(self.loss.unweighted)
         self.seconds += time.perf_counter() - started
         return loss

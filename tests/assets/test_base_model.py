@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 
 from library.generation.generator import generate
 from library.generation.prompts import PromptSpec
-from library.models.clip import tokenize
-from library.models.model import encode_text, load_stable_diffusion, predict_noise, save_stable_diffusion
+from library.models.clip import encode_text, tokenize
+from library.models.loading import load_stable_diffusion
+from library.models.saving import save_stable_diffusion
 from networks.lora import create_network
 from tools.base_model.names import prompt_of
 
@@ -34,11 +35,11 @@ def test_forty_megabytes_hold_it_all_in_fp16():
 
 
 def test_every_lora_name_of_stable_diffusion_1_exists(base):
-    network = create_network(1.0, 4, 4, base.vae, base.text_encoder, base.unet, conv_dim="4", conv_alpha="1")
+    network = create_network(1.0, 4, 4, base.vae, base.text_encoders[0], base.denoiser, conv_dim="4", conv_alpha="1")
     found = {name.partition(".")[0] for name in network.state_dict()}
     with open(ROOT / "tests" / "data" / "lora-keys-sd15.csv", encoding="utf-8", newline="") as file:
         wanted = {row["key"].partition(".")[0] for row in csv.DictReader(file)}
-    text_layers = base.text_encoder.config.num_hidden_layers  # fewer than the 12 of full size
+    text_layers = base.text_encoders[0].config.num_hidden_layers  # fewer than the 12 of full size
     wanted = {
         name for name in wanted if not name.startswith("lora_te") or int(name.split("_layers_")[1].split("_")[0]) < text_layers
     }
@@ -50,7 +51,7 @@ def test_one_file_in_compvis_layout_holds_the_same_model(base, tmp_path):
     save_stable_diffusion(base, tmp_path / "base.safetensors", torch.float16)
     again = load_stable_diffusion(str(tmp_path / "base.safetensors"))
     for part in ("unet", "vae", "text_encoder"):
-        first, second = getattr(base, part).state_dict(), getattr(again, part).state_dict()
+        first, second = base.parts[part].state_dict(), again.parts[part].state_dict()
         assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -61,9 +62,9 @@ def test_diffusers_loads_it_as_it_is(base):
     pipeline = StableDiffusionPipeline.from_pretrained(BASE, local_files_only=True).to(torch.float32)
     prompt = prompt_of("3d", "hot dog")
     context, _ = pipeline.encode_prompt(prompt, "cpu", 1, False)
-    ids = tokenize(base.tokenizer, [prompt])
+    ids = tokenize(base.tokenizers, [prompt])["ids"]
     latents = torch.randn(1, 4, 8, 8)
-    ours = predict_noise(base.unet, latents, torch.tensor([500]), encode_text(base.text_encoder, ids))
+    ours = base.denoiser(latents, torch.tensor([500]), encoder_hidden_states=encode_text(base.text_encoders[0], ids)).sample
     torch.testing.assert_close(pipeline.unet(latents, 500, context).sample, ours)
 
 

@@ -27,7 +27,7 @@ from library.diffusion.samplers import SAMPLERS
 from library.errors import UserError
 from library.generation.options import GenerateOptions
 from library.generation.prompts import PromptSpec, read_prompt_file
-from library.models.model import save_stable_diffusion
+from library.models.saving import save_stable_diffusion
 from library.testing import small_stable_diffusion
 from library.training import entry
 from library.training.checks.refused_options import REFUSED
@@ -118,7 +118,7 @@ def prepared(tmp_path_factory) -> Path:
     for name in ("data.toml", "settings.toml"):
         (folder / name).write_text(small_text(named_block(name)), encoding="utf-8")
     (folder / "prompts.txt").write_text("sks cat --w 64 --h 64 --s 2 --d 1\n", encoding="utf-8")
-    lora = create_network(1.0, 4, 4.0, model.vae, model.text_encoder, model.unet)
+    lora = create_network(1.0, 4, 4.0, model.vae, model.text_encoders[0], model.denoiser)
     lora.save_weights(
         folder / "out" / "mine.safetensors",
         None,

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
-from library.models.model import save_stable_diffusion
+from library.models.saving import save_stable_diffusion
 from library.testing import small_stable_diffusion
 
 ROOT = Path(__file__).parents[2]

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from library.models.model import save_stable_diffusion
+from library.models.saving import save_stable_diffusion
 from library.testing import small_stable_diffusion
 
 

@@ -26,7 +26,7 @@ from tool_files import (
 
 from library.errors import UserError
 from library.formats import tensor_output
-from library.models.model import load_stable_diffusion
+from library.models.loading import load_stable_diffusion
 from networks.lora import create_network_from_weights
 from networks.merge_lora import main
 
@@ -68,9 +68,9 @@ def test_merged_model_is_what_the_network_module_makes_of_it(files):
     expected = load_stable_diffusion(str(folder / "model.safetensors"), v2=bool(v2))
     for name, ratio in (("a", 0.8), ("b", -0.5)):
         network, weights = create_network_from_weights(
-            ratio, str(folder / f"{name}.safetensors"), expected.vae, expected.text_encoder, expected.unet
+            ratio, str(folder / f"{name}.safetensors"), expected.vae, expected.text_encoders[0], expected.denoiser
         )
-        network.merge_to(expected.text_encoder, expected.unet, weights)
+        network.merge_to(expected.text_encoders[0], expected.denoiser, weights)
     found, wanted = layers_of(ours), layers_of(expected)
     assert len(found) > 100
     for name in wanted:

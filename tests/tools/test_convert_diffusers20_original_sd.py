@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from library.errors import UserError
-from library.models.model import save_stable_diffusion
+from library.models.saving import save_stable_diffusion
 from library.testing import small_stable_diffusion
 from tools.convert_diffusers20_original_sd import main
 
@@ -81,7 +81,7 @@ def test_wrong_input(model, tmp_path):
     for words, message in cases:
         with pytest.raises(UserError, match=message):
             convert(source, *words)
-    with pytest.raises(UserError, match="add --v1 or --v2"):
+    with pytest.raises(UserError, match="neither a file nor a folder here"):
         convert("nobody/nothing", tmp_path / "m.ckpt")
     (tmp_path / "bad.safetensors").write_bytes(source.read_bytes()[:500])
     with pytest.raises(UserError, match="bad.safetensors"):

@@ -14,8 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from library.errors import UserError
-from library.models.architecture import SCALING_FACTOR
-from library.models.model import load_stable_diffusion
+from library.models.family import LatentSpace
+from library.models.loading import load_stable_diffusion
 from tools import make_base_model
 from tools.base_model import augment, autoencoder, fetch, names, painter, perceptual, pictures, training
 from tools.base_model.perceptual import Perceptual
@@ -109,7 +109,7 @@ def check_model(folder):
     table = weights(folder)["text_encoder/text_model.embeddings.token_embedding.weight"]
     assert table.dtype == torch.float16
     used = table.abs().sum(dim=1) > 0
-    ids = model.tokenizer("a twemoji emoji of a key, food").input_ids
+    ids = model.tokenizers[0]("a twemoji emoji of a key, food").input_ids
     assert used[ids].all() and used.sum() < 30
     with Image.open(folder / "sheet-000003.png") as sheet:
         assert sheet.size == (64, 3 * 64)
@@ -203,7 +203,7 @@ def test_scaled_latents_have_deviation_one_and_decode_to_the_same_picture():
         autoencoder.scale_latents(vae, images)
         posterior = vae.encode(images).latent_dist
         after = vae.decode(posterior.mode()).sample
-    scaled = posterior.mode() * SCALING_FACTOR
+    scaled = posterior.mode() * LatentSpace().scale
     assert scaled.mean(dim=(0, 2, 3)).abs().max() < 1e-4
     assert abs(float(scaled.std()) - 1) < 0.02
     assert torch.allclose(before, after, atol=1e-4)

@@ -19,7 +19,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from library.models.architecture import LATENT_CHANNELS, SCALING_FACTOR, vae_config
+from library.models.family import LatentSpace
+from library.models.unet import LATENT_CHANNELS
+from library.models.vae import vae_config
 from tools.base_model.augment import augmented
 from tools.base_model.names import AUTOENCODER_STYLES, NAMES, STYLES
 from tools.base_model.perceptual import Perceptual
@@ -191,7 +193,7 @@ def scale_latents(vae: nn.Module, pictures: Tensor) -> None:
     """Give the latents mean 0 and, times 0.18215, deviation 1, by folding both into the 1 x 1 convolutions around them."""
     latents = torch.cat([vae.encode(part).latent_dist.mode() for part in pictures.split(16)])
     mean = latents.mean(dim=(0, 2, 3))
-    factor = 1 / (SCALING_FACTOR * (latents - mean[:, None, None]).std())
+    factor = 1 / (LatentSpace().scale * (latents - mean[:, None, None]).std())
     weight, bias = vae.quant_conv.weight, vae.quant_conv.bias
     bias[:LATENT_CHANNELS] -= mean
     weight[:LATENT_CHANNELS] *= factor

@@ -14,9 +14,11 @@ from library.data.dataset import Batch, TrainingDataset
 from library.diffusion.process import NoiseProcess, sample_timesteps
 from library.generation.generator import generate
 from library.generation.prompts import PromptSpec
-from library.models.architecture import text_config, unet_config
-from library.models.clip import inner_text_model, load_tokenizer
-from library.models.model import StableDiffusion, encode_text, predict_noise, vae_fingerprint
+from library.models import sd1
+from library.models.clip import encode_text, inner_text_model, load_tokenizer, text_config
+from library.models.family import Model
+from library.models.unet import unet_config
+from library.models.vae import vae_fingerprint
 from tools.base_model.names import STYLES, prompt_of
 from tools.base_model.training import Average, Checkpoint, clip_and_step, rate_at
 
@@ -50,16 +52,16 @@ batch_size = {batch}
 class Painter:
     """What is trained, with the parts around it."""
 
-    model: StableDiffusion
+    model: Model
     dataset: TrainingDataset
     process: NoiseProcess = NoiseProcess()
 
     def loss(self, batch: Batch, noise: Tensor, t: Tensor) -> Tensor:
         """The noise's mean squared error of each sample, (B,), not weighted."""
         latents = batch.latents * self.model.vae.config.scaling_factor
-        context = encode_text(self.model.text_encoder, batch.input_ids)
+        context = encode_text(self.model.text_encoders[0], batch.tokens["ids"])
         noisy = self.process.add_noise(latents, noise, t)
-        return (predict_noise(self.model.unet, noisy, t, context) - noise).square().flatten(1).mean(dim=1)
+        return (self.model.denoiser(noisy, t, encoder_hidden_states=context).sample - noise).square().flatten(1).mean(dim=1)
 
 
 def new_painter(vae: torch.nn.Module, named: Path, seed: int) -> Painter:
@@ -68,13 +70,13 @@ def new_painter(vae: torch.nn.Module, named: Path, seed: int) -> Painter:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(seed)
-    config = unet_config(UNET_CHANNELS, context_width=TEXT_WIDTH, v2=False)
+    config = unet_config(UNET_CHANNELS, context_width=TEXT_WIDTH)
     config["sample_size"] = 8  # latents of 64 pixels: the size that is drawn where nobody says another
     unet = UNet2DConditionModel.from_config(config)
-    text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(text_config(TEXT_WIDTH, TEXT_LAYERS, v2=False)))
-    tokenizer = load_tokenizer(v2=False)
-    model = StableDiffusion(tokenizer, text_encoder, vae, unet, False, False, "base model")
-    dataset = TrainingDataset(datasets_from_file(dataset_file(named), DatasetDefaults()), seed=seed, tokenizer=tokenizer)
+    text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(text_config(TEXT_WIDTH, TEXT_LAYERS)))
+    tokenizer = load_tokenizer()
+    model = Model(sd1.FAMILY, {"unet": unet, "vae": vae, "text_encoder": text_encoder}, [tokenizer], "epsilon", "base model")
+    dataset = TrainingDataset(datasets_from_file(dataset_file(named), DatasetDefaults()), seed=seed, tokenizers=[tokenizer])
     dataset.cache_latents(
         lambda images, _: vae.encode(images).latent_dist.mode(), batch_size=32, to_disk=False, fingerprint=vae_fingerprint(vae)
     )
@@ -98,14 +100,14 @@ def teach_reading(painter: Painter, steps: int) -> float:
     """
     first = painter.dataset[1, 0].latents
     reader = torch.nn.Linear(TEXT_WIDTH, first[0].numel())
-    parameters = [*painter.model.text_encoder.parameters(), *reader.parameters()]
+    parameters = [*painter.model.text_encoders[0].parameters(), *reader.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=READING_RATE, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     error = 1.0
     for step in range(steps):
         epoch, position = divmod(step, painter.dataset.num_batches)
         batch = painter.dataset[epoch + 1, position]
         wanted = batch.latents * painter.model.vae.config.scaling_factor
-        told = reader(encode_text(painter.model.text_encoder, batch.input_ids).mean(dim=1)).view_as(wanted)
+        told = reader(encode_text(painter.model.text_encoders[0], batch.tokens["ids"]).mean(dim=1)).view_as(wanted)
         loss = (told - wanted).square().mean()
         loss.backward()
         clip_and_step(optimizer, rate_at(step, steps, READING_RATE, warm_up=50))
@@ -122,19 +124,25 @@ def loss_weights(snr: Tensor) -> Tensor:
     return snr.clamp(LEAST, GAMMA) / snr
 
 
-def train_painter(vae: torch.nn.Module, named: Path, work: Path, steps: int, seed: int = 1) -> StableDiffusion:
+def train_painter(vae: torch.nn.Module, named: Path, work: Path, steps: int, seed: int = 1) -> Model:
     """The model with averaged weights after `steps` steps; goes on from the checkpoint in `work`."""
     painter = new_painter(vae, named, seed)
-    parts = (painter.model.unet, painter.model.text_encoder)
+    parts = (painter.model.denoiser, painter.model.text_encoders[0])
     parameters = [parameter for part in parts for parameter in part.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=PEAK_RATE, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     average = Average(parts, EMA_DECAY)
     checkpoint = Checkpoint(work / "painter.pt", average, optimizer)
-    averaged = StableDiffusion(painter.model.tokenizer, average.averages[1], vae, average.averages[0], False, False, "base model")
+    averaged = Model(
+        sd1.FAMILY,
+        {"unet": average.averages[0], "vae": vae, "text_encoder": average.averages[1]},
+        [painter.model.tokenizers[0]],
+        "epsilon",
+        "base model",
+    )
     first, started, total = checkpoint.load(), time.time(), 0.0
     if first == 0:
         print(f"the text encoder reads with an error of {teach_reading(painter, READING_STEPS):.3f}", flush=True)
-        average.averages[1].load_state_dict(painter.model.text_encoder.state_dict())
+        average.averages[1].load_state_dict(painter.model.text_encoders[0].state_dict())
     for part in parts:
         part.train()
     for step in range(first, steps):
@@ -175,7 +183,7 @@ def validation_loss(painter: Painter, batches: int = 4) -> float:
     return float(torch.stack(losses).mean())
 
 
-def draw_sheet(model: StableDiffusion, path: Path) -> None:
+def draw_sheet(model: Model, path: Path) -> None:
     """Sixteen names in the three styles, one row a style."""
     from PIL import Image
 
@@ -191,10 +199,10 @@ def draw_sheet(model: StableDiffusion, path: Path) -> None:
 
 
 @torch.no_grad()
-def zero_unused_tokens(model: StableDiffusion, dataset: TrainingDataset) -> None:
+def zero_unused_tokens(model: Model, dataset: TrainingDataset) -> None:
     """Clear the embeddings of tokens that no caption has, which training never touched, so that the file packs small."""
-    used = {token for ids in model.tokenizer([*dataset.table.captions, ""]).input_ids for token in ids}
-    table = inner_text_model(model.text_encoder).embeddings.token_embedding.weight
+    used = {token for ids in model.tokenizers[0]([*dataset.table.captions, ""]).input_ids for token in ids}
+    table = inner_text_model(model.text_encoders[0]).embeddings.token_embedding.weight
     unused = torch.ones(len(table), dtype=torch.bool)
     unused[list(used)] = False
     table[unused] = 0

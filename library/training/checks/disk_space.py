@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Iterable
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from library.data.cache import FOLDER
 from library.data.dataset import TrainingDataset
+from library.models.loading import Header
 from library.training.checks.estimates import network_file_bytes, state_bytes
 from library.training.options import TrainNetworkOptions
 from library.training.outputs.saving import ModelFiles
@@ -17,7 +19,7 @@ from library.training.plan import Plan
 ENOUGH = 1.1  # times the space that the files need
 
 
-def space_needed(options: TrainNetworkOptions, plan: Plan, dataset: TrainingDataset) -> dict[Path, int]:
+def space_needed(options: TrainNetworkOptions, plan: Plan, dataset: TrainingDataset, header: Header) -> dict[Path, int]:
     """Bytes that the run is about to write, by folder."""
     epochs, steps = saves(options, plan)
     output, state = options.output, options.state
@@ -28,14 +30,15 @@ def space_needed(options: TrainNetworkOptions, plan: Plan, dataset: TrainingData
         kept = steps_kept(options, state.save_last_n_steps_state or output.save_last_n_steps)
         states += at_once(epochs, state.save_last_n_epochs_state or output.save_last_n_epochs) + at_once(steps, kept)
     states += state.save_state or state.save_state_on_train_end
-    needed = {Path(output.output_dir): files * network_file_bytes(options) + states * state_bytes(options)}
+    needed = {Path(output.output_dir): files * network_file_bytes(options, header) + states * state_bytes(options, header)}
     if options.augmentation.cache_latents_to_disk:
         table = dataset.table
         for subset in table.subsets:
             rows = range(subset.start, subset.end)
             used = (table.bucket_size(row) for row in rows if table.repeats[row] or table.held_out[row])
             folder = subset.config.image_dir
-            latents = sum(width * height for width, height in used) // 64 * 16 * (2 if subset.config.flip_aug else 1)
+            positions = sum(math.prod(dataset.latent_space.size(*size)) for size in used)
+            latents = positions * dataset.latent_space.channels * 4 * (2 if subset.config.flip_aug else 1)  # float32
             needed[folder] = needed.get(folder, 0) + max(0, latents - bytes_in(folder / FOLDER))
     return needed
 

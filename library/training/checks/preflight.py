@@ -15,9 +15,10 @@ import torch
 from library.data.dataset import TrainingDataset
 from library.devices import check_precision, memory_there
 from library.errors import Problems
-from library.formats.tensor_file import MODEL_SUFFIXES, open_tensors
+from library.formats.tensor_file import MODEL_SUFFIXES
 from library.generation.prompts import PromptSpec, read_prompt_file
-from library.models.families import refuse_other_families
+from library.models.loading import Header, read_header
+from library.models.registry import FAMILIES
 from library.training.checks.contradictions import contradictions
 from library.training.checks.disk_space import space_needed, too_little_space
 from library.training.checks.estimates import estimated_bytes, largest_batch
@@ -49,6 +50,7 @@ class Ready:
 
     dataset: TrainingDataset
     seed: int
+    header: Header | None = None  # of the model
     plan: Plan | None = None
     resumed: State | None = None
     start: Progress | None = None
@@ -64,20 +66,21 @@ def preflight(options: TrainNetworkOptions, device: torch.device, world: int) ->
     debug = options.data.debug_dataset
     run_checks(problems, [] if debug else checks_of_options(options, device))
     has_pictures = options.data.dataset_config or options.data.train_data_dir or options.data.in_json
+    header = None if debug else problems.of(read_model_header, options)
     configs = problems.of(dataset_configs, options) if has_pictures else None
     resumed = None if debug else problems.of(open_state, options)
     seed = problems.of(chosen_seed, options, resumed) or 0
-    dataset = problems.of(open_dataset, options, configs, seed) if configs else None
+    dataset = problems.of(open_dataset, options, configs, seed, header.family if header else FAMILIES[0]) if configs else None
     if dataset is None or debug:
         problems.tell()
         return Ready(dataset, seed)
     dataset.world = world
     plan = Plan.of(options, dataset.num_batches, world)
-    run_checks(problems, checks_of_plan(options, plan, dataset))
+    run_checks(problems, checks_of_plan(options, plan, dataset, header))
     start = problems.of(check_start, options, plan, dataset, resumed)
     problems.tell()
-    tell_notes(options, dataset, device)
-    return Ready(dataset, seed, plan, resumed, start)
+    tell_notes(options, dataset, device, header)
+    return Ready(dataset, seed, header, plan, resumed, start)
 
 
 def run_checks(problems: Problems, checks: Checks) -> None:
@@ -95,7 +98,6 @@ def checks_of_options(options: TrainNetworkOptions, device: torch.device) -> Che
     return [
         lambda: check_precision(options.training.mixed_precision, device),
         lambda: missing_models(options),
-        lambda: check_model_file(options.model.pretrained_model_name_or_path),
         lambda: ModelFiles(options.output).check_folder() if options.output.output_dir else None,
         lambda: missing_networks(options),
         lambda: check_network_args(options.network) if options.network.network_module else None,
@@ -108,13 +110,13 @@ def checks_of_options(options: TrainNetworkOptions, device: torch.device) -> Che
     ]
 
 
-def checks_of_plan(options: TrainNetworkOptions, plan: Plan, dataset: TrainingDataset) -> Checks:
+def checks_of_plan(options: TrainNetworkOptions, plan: Plan, dataset: TrainingDataset, header: Header | None) -> Checks:
     """What depends on the number of pictures: schedule, disk space, and whether there are any to validate with."""
     return [
         lambda: try_schedule(options.optimizer, plan.max_steps),
         lambda: check_fused_backward(options, plan.processes) if options.optimizer.fused_backward_pass else None,
         lambda: nothing_to_validate_with(options, dataset),
-        lambda: too_little_space(space_needed(options, plan, dataset)) if options.output.output_dir else None,
+        lambda: too_little_space(space_needed(options, plan, dataset, header)) if options.output.output_dir and header else None,
     ]
 
 
@@ -139,12 +141,12 @@ def missing_models(options: TrainNetworkOptions) -> Iterable[str]:
             yield f"--{option}: there is no file or folder {name}; {cure} (looked in {Path.cwd()})"
 
 
-def check_model_file(name: str | None) -> None:
-    """Whether a .safetensors file is whole at its beginning, and a model of this family; others show when they are loaded."""
-    path = Path(name or "")
-    if path.suffix == ".safetensors" and path.is_file():
-        with open_tensors(path) as file:
-            refuse_other_families(path, file.shapes)
+def read_model_header(options: TrainNetworkOptions) -> Header | None:
+    """The family of the model and the shapes of its weights; None if there is no such file, which is reported already."""
+    name = options.model.pretrained_model_name_or_path
+    if not name or (looks_like_path(name) and not Path(name).exists()):
+        return None
+    return read_header(name, options.model.v2)
 
 
 def looks_like_path(name: str) -> bool:
@@ -182,7 +184,7 @@ def check_prompts(options: TrainNetworkOptions) -> None:
         read_prompt_file(Path(path), PromptSpec(sampler=options.previews.sample_sampler))
 
 
-def tell_notes(options: TrainNetworkOptions, dataset: TrainingDataset, device: torch.device) -> None:
+def tell_notes(options: TrainNetworkOptions, dataset: TrainingDataset, device: torch.device, header: Header) -> None:
     """What is allowed and most likely not meant, and how much memory will be used."""
     rates = options.optimizer
     if rates.learning_rate == 2e-6 and not (rates.unet_lr or rates.text_encoder_lr):
@@ -190,7 +192,7 @@ def tell_notes(options: TrainNetworkOptions, dataset: TrainingDataset, device: t
     idle = idle_options(options, dataset.table.configs)
     if idle:
         print(f"given, but without effect: {'; '.join(idle)}")
-    needed, (there, whose) = estimated_bytes(options, *largest_batch(dataset)), memory_there(device)
+    needed, (there, whose) = estimated_bytes(options, header, *largest_batch(dataset)), memory_there(device)
     cure = (
         "; if it does not fit: --gradient_checkpointing, --cache_latents, a smaller batch or --resolution"
         if needed > there

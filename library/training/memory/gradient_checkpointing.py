@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from library.data.dataset import TrainingDataset
 from library.errors import one_line
-from library.models.model import StableDiffusion, evaluating, predict_noise
+from library.models.family import Conditioning, Model
+from library.models.loading import Header
+from library.models.modules import evaluating
 from library.training.checks.estimates import WORKSPACE, fixed_bytes, largest_batch
 from library.training.network import TrainedNetwork
 from library.training.options import TrainNetworkOptions
@@ -23,12 +25,18 @@ GIB = 2**30
 
 
 def use_gradient_checkpointing(
-    options: TrainNetworkOptions, model: StableDiffusion, network: TrainedNetwork, dataset: TrainingDataset, autocast: Callable
+    options: TrainNetworkOptions,
+    model: Model,
+    network: TrainedNetwork,
+    dataset: TrainingDataset,
+    header: Header,
+    autocast: Callable,
 ) -> None:
     """Switch checkpointing on, everywhere or where the budget wants it. autocast: the context of the run's arithmetic."""
-    model.unet.enable_gradient_checkpointing()
+    model.denoiser.enable_gradient_checkpointing()
     if network.trains_text_encoder:
-        model.text_encoder.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        for encoder in model.text_encoders:
+            encoder.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     network.module.enable_gradient_checkpointing()
     budget = options.training.gradient_checkpointing_budget
     if budget is None:
@@ -38,12 +46,12 @@ def use_gradient_checkpointing(
     except Exception as error:  # a network module of others may do what cannot be done without content
         reason = one_line(error, 100)
         print(f"--gradient_checkpointing_budget: cannot count with this network module ({reason}); all is checkpointed")
-        model.unet.enable_gradient_checkpointing()
+        model.denoiser.enable_gradient_checkpointing()
         return
-    fixed = fixed_bytes(options)
+    fixed = fixed_bytes(options, header)
     chosen, activations = choose(*kept, (budget * GIB - fixed) / WORKSPACE)
     needed = (fixed + activations * WORKSPACE) / GIB
-    parts = units(model.unet)
+    parts = units(model.denoiser)
     for index, part in enumerate(parts):
         part.gradient_checkpointing = index in chosen
     cure = "" if needed <= budget else "; it cannot be less: take a smaller batch or --resolution, or --base_dtype"
@@ -73,25 +81,27 @@ def choose(plain: Sequence[int], checkpointed: Sequence[int], budget: float) -> 
 
 
 def count_kept(
-    options: TrainNetworkOptions, model: StableDiffusion, network: TrainedNetwork, dataset: TrainingDataset, autocast: Callable
+    options: TrainNetworkOptions, model: Model, network: TrainedNetwork, dataset: TrainingDataset, autocast: Callable
 ) -> tuple[list[int], list[int]]:
     """Bytes that each unit keeps of the largest batch until the backward pass, without and with checkpointing."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    unet = model.unet
+    unet = model.denoiser
     batch, (width, height) = largest_batch(dataset)
     tokens = (options.captions.max_token_length or 75) + 2
     found = []
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, evaluating(network.module), autocast():
         weights = [tensor for module in (unet, network.module) for tensor in (*module.parameters(), *module.buffers())]
         own = weights + [fake.from_tensor(weight) for weight in weights]  # some operations keep the one, some the other
-        noisy = torch.empty(batch, unet.config.in_channels, height // 8, width // 8, device=unet.device)
-        context = torch.empty(batch, tokens, unet.config.cross_attention_dim, device=unet.device, dtype=unet.dtype)
+        noisy = torch.empty(batch, unet.config.in_channels, *model.latents.size(width, height), device=unet.device)
+        shapes = model.family.text.shapes(model, tokens)
+        text = {name: torch.empty(batch, *shape, device=unet.device, dtype=unet.dtype) for name, shape in shapes.items()}
+        sizes = torch.zeros(batch, 6, dtype=torch.int64, device=unet.device)
         times = torch.zeros(batch, dtype=torch.int64, device=unet.device)
         for unit_is_checkpointed in (False, True):
             for unit in units(unet):
                 unit.gradient_checkpointing = unit_is_checkpointed
-            found.append(_kept(units(unet), lambda: predict_noise(unet, noisy, times, context), own))
+            found.append(_kept(units(unet), lambda: model.predict(noisy, times, Conditioning(text), sizes), own))
     return found[0], found[1]
 
 

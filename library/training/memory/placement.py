@@ -8,34 +8,36 @@ import torch
 from torch import nn
 
 from library.devices import give_back_freed_memory
-from library.models.model import StableDiffusion
+from library.models.family import Model
 from library.training.checks.estimates import base_formats
 from library.training.memory.compiling import compile_in_place
 from library.training.memory.packing import CLASSES, pack_weights
 from library.training.options import TrainNetworkOptions
 
 
-def pack_frozen_weights(options: TrainNetworkOptions, model: StableDiffusion, device: torch.device) -> None:
+def pack_frozen_weights(options: TrainNetworkOptions, model: Model, device: torch.device) -> None:
     """--base_dtype, --fp8_base and --fp8_base_unet: 8 or 4 bits for the large weights from now on, the U-Net on the device."""
     formats = base_formats(options)
     if not formats["unet"]:
         return
-    saved = pack_weights(model.unet, formats["unet"], device)
-    model.unet.to(device)
-    if formats["text_encoder"]:
-        saved += pack_weights(model.text_encoder, formats["text_encoder"])  # where it is: it may be idle, on the CPU
+    saved = pack_weights(model.denoiser, formats["unet"], device)
+    model.denoiser.to(device)
+    for encoder in model.text_encoders if formats["text_encoder"] else ():
+        saved += pack_weights(encoder, formats["text_encoder"])  # where it is: it may be idle, on the CPU
     print(f"frozen weights in {formats['unet']}: {saved / 2**20:.0f} MiB less")
-    packed = [layer for layer in model.unet.modules() if isinstance(layer, tuple(CLASSES.values()))]
+    packed = [layer for layer in model.denoiser.modules() if isinstance(layer, tuple(CLASSES.values()))]
     if not options.training.gradient_checkpointing and any("forward" in vars(layer) for layer in packed):
         print(
             "this network module keeps the unpacked weights until the backward pass: add --gradient_checkpointing to save memory"
         )
 
 
-def compile_model(options: TrainNetworkOptions, model: StableDiffusion, trains_text_encoder: bool) -> None:
+def compile_model(options: TrainNetworkOptions, model: Model, trains_text_encoder: bool) -> None:
     """--torch_compile."""
     if options.precision.torch_compile:
-        compile_in_place([model.unet, *([model.text_encoder] if trains_text_encoder else [])], options.precision.dynamo_backend)
+        compile_in_place(
+            [model.denoiser, *(model.text_encoders if trains_text_encoder else [])], options.precision.dynamo_backend
+        )
 
 
 def offload_idle_parts(options: TrainNetworkOptions, idle: Iterable[nn.Module], *, keep_for_previews: bool) -> None:

@@ -26,8 +26,9 @@ from library.data.config_keys import DatasetConfig, SubsetConfig
 from library.data.facts import DatasetFacts, SubsetFacts
 from library.errors import UserError
 from library.files import legacy_hash_of_file, sha256_of_file
-from library.formats.modelspec import MINIMUM, architecture, base_model_version, modelspec, prediction_type
+from library.formats.modelspec import MINIMUM, modelspec
 from library.key_values import read_pairs
+from library.models.family import Records
 from library.option_traits import fields_with, traits_of
 from library.safe_text import as_data, as_unicode
 from library.training.network import TrainedNetwork
@@ -82,6 +83,7 @@ def run_facts(
     options: TrainNetworkOptions,
     datasets: Sequence[DatasetFacts],
     trained: TrainedNetwork,
+    records: Records,
     *,
     seed: int,
     optimizer: str,
@@ -103,7 +105,7 @@ def run_facts(
         "ss_max_train_steps": max_train_steps,
         "ss_lr_scheduler": rates.lr_scheduler_type or rates.lr_scheduler,
         **network_facts(network, trained),
-        "ss_base_model_version": base_model_version(model.v2, model.v_parameterization),
+        "ss_base_model_version": records.base_model_version[model.prediction],
         "ss_cache_latents": options.augmentation.cache_latents or options.augmentation.cache_latents_to_disk,
         "ss_seed": seed,
         "ss_optimizer": optimizer,
@@ -114,7 +116,7 @@ def run_facts(
     other = other_options(options)
     if other:
         facts["ss_other_options"] = other
-    return facts | data_facts(options, datasets, processes) | model_spec(options, datasets)
+    return facts | data_facts(options, datasets, processes) | model_spec(options, datasets, records)
 
 
 def recorded(options: BaseModel, prefix: str) -> dict[str, Any]:
@@ -143,18 +145,18 @@ def network_facts(options: NetworkOptions, trained: TrainedNetwork) -> dict[str,
     return {"ss_network_dim": dim, "ss_network_alpha": alpha}
 
 
-def model_spec(options: TrainNetworkOptions, datasets: Sequence[DatasetFacts]) -> dict[str, str]:
+def model_spec(options: TrainNetworkOptions, datasets: Sequence[DatasetFacts], records: Records) -> dict[str, str]:
     """The modelspec.* keys (Stability AI's model metadata standard 1.0.1), which web interfaces show."""
     model = options.model
     sizes = [dataset.config.resolution for dataset in datasets]
     width, height = max(sizes, key=lambda size: size[0] * size[1])
     keys = {
-        "architecture": architecture(model.v2, model.v_parameterization),
+        "architecture": records.architecture[model.prediction] + "/lora",
         "implementation": "diffusers",
         "implementation_version": f"sd-lora-suite/{__version__}",
         "title": options.metadata.metadata_title or options.output.output_name or f"LoRA@{time.time():.0f}",
         "resolution": f"{width}x{height}",
-        "prediction_type": prediction_type(model.v_parameterization),
+        "prediction_type": model.prediction,
     }
     if model.clip_skip:
         keys["encoder_layer"] = str(model.clip_skip)

@@ -18,7 +18,8 @@ from library.errors import one_line
 from library.files import atomic_write
 from library.generation.generator import generate
 from library.generation.prompts import PromptSpec
-from library.models.model import StableDiffusion, evaluating
+from library.models.family import Model
+from library.models.modules import evaluating
 from library.processes import Processes
 from library.training.loop import Listener
 from library.training.options import TrainNetworkOptions
@@ -35,7 +36,7 @@ class Previews(Listener):
     """Draws the prompts with the model as it is now into `<output_dir>/sample`. A picture that fails never ends the run."""
 
     def __init__(
-        self, options: TrainNetworkOptions, specs: list[PromptSpec], model: StableDiffusion, network: torch.nn.Module,
+        self, options: TrainNetworkOptions, specs: list[PromptSpec], model: Model, network: torch.nn.Module,
         accelerator: Accelerator, tracker: Tracker, processes: Processes,
         eval_weights: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:  # fmt: skip
@@ -134,7 +135,7 @@ class Previews(Listener):
     @contextmanager
     def _models_on_device(self):
         """Text encoder and VAE may be on the CPU while training; bring them to the device for the images and back."""
-        parts = (self.model.text_encoder, self.model.vae)
+        parts = (*self.model.text_encoders, self.model.vae)
         homes = [next(part.parameters()).device for part in parts]
         for part in parts:
             part.to(self.accelerator.device)

@@ -14,7 +14,7 @@ from library.command_line import option_fields
 from library.data.config_keys import SubsetConfig
 from library.data.table import PictureTable
 from library.errors import UserError
-from library.models.model import StableDiffusion
+from library.models.family import Model
 from library.option_traits import fields_with, traits_of
 from library.safe_text import bytes_of
 from library.training.options import TrainNetworkOptions
@@ -88,10 +88,10 @@ def data_settings(table: PictureTable) -> dict[str, Any]:
     return settings
 
 
-def model_digest(model: StableDiffusion) -> str:
+def model_digest(model: Model) -> str:
     """A checksum over the first numbers of every weight of the frozen model: quick, and it tells models apart."""
     digest = hashlib.sha256()
-    for part in (model.unet, model.text_encoder, model.vae):
+    for part in (model.denoiser, *model.text_encoders, model.vae):
         starts = [weight.detach().flatten()[:8].float() for weight in part.parameters()]
         digest.update(torch.cat(starts).cpu().numpy().tobytes())
     return digest.hexdigest()

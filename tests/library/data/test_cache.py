@@ -18,6 +18,7 @@ from library.data.dataset import TrainingDataset
 from library.data.loader import make_loader
 from library.data.text_cache import TextCache
 from library.errors import UserError
+from library.models.family import Conditioning
 
 SIZES = [(64, 64), (96, 48), (64, 64), (48, 96)]
 
@@ -283,11 +284,12 @@ def test_text_cache_encodes_each_caption_once():
 
     def encode(captions):
         asked.append(list(captions))
-        return torch.stack([torch.full((77, 4), float(len(caption)), dtype=torch.float16) for caption in captions])
+        rows = [torch.full((77, 4), float(len(caption)), dtype=torch.float16) for caption in captions]
+        return Conditioning({"context": torch.stack(rows)})
 
     texts = TextCache.build(["dog", "a cat", "", "dog", "horses"], encode, batch_size=3)
     assert asked == [["dog", "a cat", ""], ["horses"]]
-    states = texts.lookup(["horses", "dog", "dog", ""])
+    states = texts.lookup(["horses", "dog", "dog", ""])["context"]
     assert states.shape == (4, 77, 4) and states.dtype == torch.float16 and states[:, 0, 0].tolist() == [6, 3, 3, 0]
     with pytest.raises(KeyError):
         texts.lookup(["bird"])

@@ -65,7 +65,7 @@ def used(dataset, epoch):
 
 def same(a, b):
     assert a.captions == b.captions and a.paths == b.paths and a.key == b.key and a.size == b.size
-    for name in ("images", "latents", "input_ids", "token_weights", "loss_weights"):
+    for name in ("images", "latents", "sizes", "loss_weights"):
         left, right = getattr(a, name), getattr(b, name)
         assert (left is None) == (right is None) and (left is None or torch.equal(left, right))
 
@@ -77,7 +77,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_tokenizer(False)
+    return load_tokenizer()
 
 
 def lively(folder):
@@ -85,7 +85,7 @@ def lively(folder):
 
 
 def test_a_batch_holds_what_training_needs(folder, tokenizer):
-    dataset = TrainingDataset([config(subset(folder))], seed=1, tokenizer=tokenizer)
+    dataset = TrainingDataset([config(subset(folder))], seed=1, tokenizers=[tokenizer])
     assert len(dataset) == dataset.num_batches
     for position in range(len(dataset)):
         batch = dataset[(1, position)]
@@ -93,7 +93,7 @@ def test_a_batch_holds_what_training_needs(folder, tokenizer):
         assert 1 <= count <= 3 and batch.key == (1, position) and batch.latents is None
         assert batch.images.shape == (count, 3, batch.size[1], batch.size[0]) and batch.images.dtype == torch.float32
         assert batch.images.min() >= -1 and batch.images.max() <= 1 and batch.images.min() < -0.8 and batch.images.max() > 0.8
-        assert batch.input_ids.shape == (count, 1, 77) and batch.token_weights is None
+        assert batch.tokens["ids"].shape == (count, 1, 77) and batch.tokens.keys() == {"ids"}
         assert batch.loss_weights.tolist() == [1.0] * count
         for path, caption in zip(batch.paths, batch.captions, strict=True):
             assert caption == f"dog, number {int(path[-7:-4])}, Blue sky"
@@ -207,7 +207,7 @@ def test_balancing_of_regularisation_pictures(folder, tmp_path, caplog):
 @pytest.mark.parametrize("workers", [1, 4])
 def test_batches_are_the_same_with_any_number_of_workers(folder, tokenizer, workers, monkeypatch):
     monkeypatch.setattr("library.data.loader.cores_for_this_process", lambda: 4)
-    dataset = TrainingDataset([lively(folder)], seed=9, tokenizer=tokenizer)
+    dataset = TrainingDataset([lively(folder)], seed=9, tokenizers=[tokenizer])
     loader = make_loader(dataset, num_workers=workers, persistent=True)
     for epoch in (1, 2):
         for position, batch in enumerate(loader.epoch(epoch)):
@@ -218,7 +218,7 @@ def test_batches_are_the_same_with_any_number_of_workers(folder, tokenizer, work
 def test_a_pickled_dataset_is_small_and_gives_the_same(folder, tokenizer):
     """On Windows and macOS each loader process gets it so; test_cache.py starts one."""
     assert len(pickle.dumps(TrainingDataset([lively(folder)], seed=9))) < 20_000
-    dataset = TrainingDataset([lively(folder)], seed=9, tokenizer=tokenizer)
+    dataset = TrainingDataset([lively(folder)], seed=9, tokenizers=[tokenizer])
     same(pickle.loads(pickle.dumps(dataset))[(3, 2)], dataset[(3, 2)])
 
 
@@ -351,7 +351,7 @@ def test_more_uses_than_memory_holds_are_refused(tmp_path):
 def test_only_a_longer_limit_is_advised(tmp_path, tokenizer, caplog, limit, cure):
     folder = make_folder(tmp_path, 1)
     (folder / "000.txt").write_text("very " * 240, encoding="utf-8")
-    TrainingDataset([config(subset(folder))], seed=1, tokenizer=tokenizer, max_token_length=limit)
+    TrainingDataset([config(subset(folder))], seed=1, tokenizers=[tokenizer], max_token_length=limit)
     assert caplog.messages[-1].endswith(cure) and ("--max_token_length" in cure or "--max" not in caplog.text)
 
 
@@ -367,12 +367,12 @@ def test_weighted_captions_and_long_ones(tmp_path, tokenizer, caplog):
     (folder / "000.txt").write_text("(red:1.5) dog " + "very " * 90, encoding="utf-8")
     (folder / "001.txt").write_text("(red:1.5) dog", encoding="utf-8")
     with caplog.at_level(logging.WARNING):
-        dataset = TrainingDataset([config(subset(folder))], seed=1, tokenizer=tokenizer, weighted_captions=True)
+        dataset = TrainingDataset([config(subset(folder))], seed=1, tokenizers=[tokenizer], weighted_captions=True)
     assert caplog.text.count("longer than 75 tokens") == 1 and "1 captions" in caplog.text and "with 92 tokens" in caplog.text
     batch = dataset[(1, 0)]
-    assert batch.token_weights.shape == batch.input_ids.shape and batch.token_weights.max() == 1.5
-    long = TrainingDataset([config(subset(folder))], seed=1, tokenizer=tokenizer, max_token_length=225)
-    assert long[(1, 0)].input_ids.shape[1:] == (3, 77)
+    assert batch.tokens["weights"].shape == batch.tokens["ids"].shape and batch.tokens["weights"].max() == 1.5
+    long = TrainingDataset([config(subset(folder))], seed=1, tokenizers=[tokenizer], max_token_length=225)
+    assert long[(1, 0)].tokens["ids"].shape[1:] == (3, 77)
 
 
 def test_missing_captions_are_said(tmp_path, caplog):
@@ -449,7 +449,7 @@ def test_facts_for_the_metadata(folder, tmp_path):
 
 
 def test_trap_4_17_debug_sheet_is_written_and_ends(folder, tmp_path, tokenizer, capsys):
-    dataset = TrainingDataset([config(subset(folder))], seed=1, tokenizer=tokenizer)
+    dataset = TrainingDataset([config(subset(folder))], seed=1, tokenizers=[tokenizer])
     path = write_debug_sheet(dataset, tmp_path / "new folder", batches=3)
     with Image.open(path) as sheet:
         assert sheet.width > 192 and len(sheet.convert("RGB").getcolors(1 << 24)) > 1000

@@ -14,6 +14,7 @@ from library.data.dataset import TrainingDataset
 from library.data.debug import describe_batch
 from library.data.masks import check_masks, latent_mask
 from library.errors import UserError
+from library.models.family import LatentSpace
 
 
 def half(width: int, height: int) -> np.ndarray:
@@ -106,7 +107,7 @@ def test_alpha_channel_as_mask(data, cached):
         made.cache_latents(encode, batch_size=3, to_disk=True, fingerprint="v")
     batch = made[(1, 0)]
     by_name = {Path(path).stem: mask for path, mask in zip(batch.paths, batch.masks, strict=True)}
-    wanted = latent_mask(half(64, 64))
+    wanted = latent_mask(half(64, 64), LatentSpace())
     assert torch.equal(by_name["see-through"], wanted) and torch.equal(by_name["turned"], wanted)
     assert (by_name["whole"] == 1).all()
     assert dataset(data, masks=False)[(1, 0)].masks is None
@@ -116,7 +117,7 @@ def test_latent_mask_averages_areas():
     values = np.zeros((16, 24), dtype=np.uint8)
     values[:8, :4] = 255
     values[8:, 16:] = 51
-    np.testing.assert_allclose(latent_mask(values)[0], [[0.5, 0, 0], [0, 0, 0.2]], atol=1e-6)
+    np.testing.assert_allclose(latent_mask(values, LatentSpace())[0], [[0.5, 0, 0], [0, 0, 0.2]], atol=1e-6)
 
 
 def test_masks_in_a_dataset_file_and_for_some_subsets_only(data):

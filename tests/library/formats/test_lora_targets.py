@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from library.formats.compvis import join_compvis
+from library.formats.compvis import SD1_LAYOUT, SD2_LAYOUT, join_compvis
 from library.formats.lora_targets import Target, is_v2, lora_targets
-from library.models.architecture import sd2_configs, sd15_configs
-from library.models.clip import inner_text_model
-from library.models.parts import empty_text_encoder, empty_unet, empty_vae
+from library.formats.names import OLD_CLIP_PREFIX
+from library.models.clip import empty_text_encoder, inner_text_model
+from library.models.unet import empty_unet
+from library.models.vae import empty_vae
+from library.testing import sd2_configs, sd15_configs
 from networks.lora import find_layers
 
 DATA = Path(__file__).parents[2] / "data"
@@ -22,7 +24,9 @@ def compvis_shapes(configs: dict, v2: bool, old_clip_names: bool = False) -> tup
     unet, vae, text = empty_unet(configs["unet"]), empty_vae(configs["vae"]), empty_text_encoder(configs["text_encoder"])
     parts = {"unet": unet.state_dict(), "vae": vae.state_dict()}
     parts["text_encoder"] = {k: v for k, v in inner_text_model(text).state_dict().items() if not k.endswith("position_ids")}
-    joined = join_compvis(parts, v2=v2, old_clip_names=old_clip_names)
+    joined = join_compvis(
+        parts, SD2_LAYOUT if v2 else SD1_LAYOUT, prefixes={"text_encoder": OLD_CLIP_PREFIX} if old_clip_names else None
+    )
     return {name: tuple(value.shape) for name, value in joined.items()}, find_layers(text, unet, conv3x3=True)
 
 
@@ -59,14 +63,15 @@ def test_the_names_lead_to_the_same_weights_as_the_suite_loads():
     for v2 in (False, True):
         model = small_stable_diffusion(v2=v2)
         parts = {
-            "unet": model.unet.state_dict(),
+            "unet": model.denoiser.state_dict(),
             "vae": model.vae.state_dict(),
-            "text_encoder": inner_text_model(model.text_encoder).state_dict(),
+            "text_encoder": inner_text_model(model.text_encoders[0]).state_dict(),
         }
         parts["text_encoder"] = {k: v for k, v in parts["text_encoder"].items() if not k.endswith("position_ids")}
-        tensors = join_compvis(parts, v2=v2)
-        assert split_compvis(tensors)[0]["unet"].keys() == parts["unet"].keys()
-        layers = find_layers(model.text_encoder, model.unet, conv3x3=True)
+        layout = SD2_LAYOUT if v2 else SD1_LAYOUT
+        tensors = join_compvis(parts, layout)
+        assert split_compvis(tensors, layout)[0]["unet"].keys() == parts["unet"].keys()
+        layers = find_layers(model.text_encoders[0], model.denoiser, conv3x3=True)
         targets = lora_targets({name: tuple(value.shape) for name, value in tensors.items()})
         assert set(targets) == set(layers)
         for name, target in targets.items():

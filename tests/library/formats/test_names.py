@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from library.formats.compvis import join_compvis, split_compvis
+from library.formats.compvis import SD1_LAYOUT, SD2_LAYOUT, join_compvis, split_compvis
 from library.formats.names import OLD_CLIP_PREFIX, OPEN_CLIP_PREFIX, modern_vae_name
-from library.models.architecture import sd2_configs, sd15_configs
-from library.models.parts import empty_text_encoder, empty_unet, empty_vae, text_weights
+from library.models.clip import empty_text_encoder
+from library.models.modules import weights_of
+from library.models.unet import empty_unet
+from library.models.vae import empty_vae
+from library.testing import sd2_configs, sd15_configs
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["v1", "v2"])
@@ -23,7 +26,7 @@ def full_size(v2):
     states = {
         "unet": empty_unet(configs["unet"]).state_dict(),
         "vae": empty_vae(configs["vae"]).state_dict(),
-        "text_encoder": text_weights(empty_text_encoder(configs["text_encoder"])),
+        "text_encoder": weights_of(empty_text_encoder(configs["text_encoder"])),
     }
     count = iter(range(1, 10_000))
     return {
@@ -42,8 +45,8 @@ def summary(tensors):
 
 
 def test_full_size_there_and_back(full_size, v2):
-    compvis = join_compvis(full_size, v2=v2)
-    parts, extra = split_compvis(compvis)
+    compvis = join_compvis(full_size, SD2_LAYOUT if v2 else SD1_LAYOUT)
+    parts, extra = split_compvis(compvis, SD2_LAYOUT if v2 else SD1_LAYOUT)
     for part, values in full_size.items():
         assert summary(parts[part]) == summary(values)
     # And from CompVis' side, with what real files hold beside the models.
@@ -51,13 +54,13 @@ def test_full_size_there_and_back(full_size, v2):
     compvis["model_ema.diffusion_modelinput_blocks00weight"] = torch.ones(3)
     if not v2:
         compvis["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
-    parts, extra = split_compvis(compvis)
+    parts, extra = split_compvis(compvis, SD2_LAYOUT if v2 else SD1_LAYOUT)
     assert ("betas" in extra) and len(extra) >= 3 - v2
-    assert summary(join_compvis(parts, v2=v2, extra=extra)) == summary(compvis)
+    assert summary(join_compvis(parts, SD2_LAYOUT if v2 else SD1_LAYOUT, extra=extra)) == summary(compvis)
 
 
 def test_full_size_names_are_those_of_real_files(full_size, v2):
-    shapes = {name: tuple(value.shape) for name, value in join_compvis(full_size, v2=v2).items()}
+    shapes = {name: tuple(value.shape) for name, value in join_compvis(full_size, SD2_LAYOUT if v2 else SD1_LAYOUT).items()}
     unet, vae = "model.diffusion_model.", "first_stage_model."
     context = 1024 if v2 else 768
     known = {
@@ -99,7 +102,7 @@ def test_full_size_as_diffusers_converts(full_size, v2):
     from diffusers.loaders import single_file_utils as theirs
 
     configs = sd2_configs() if v2 else sd15_configs()
-    compvis = join_compvis(full_size, v2=v2)
+    compvis = join_compvis(full_size, SD2_LAYOUT if v2 else SD1_LAYOUT)
     assert summary(theirs.convert_ldm_unet_checkpoint(dict(compvis), configs["unet"])) == summary(full_size["unet"])
     assert summary(theirs.convert_ldm_vae_checkpoint(dict(compvis), configs["vae"])) == summary(full_size["vae"])
     if v2:
@@ -113,24 +116,32 @@ def test_full_size_as_diffusers_converts(full_size, v2):
 
 def test_small_values_are_bit_identical(small_models, v2):
     model = small_models[v2]
-    parts = {"unet": model.unet.state_dict(), "vae": model.vae.state_dict(), "text_encoder": text_weights(model.text_encoder)}
-    compvis = join_compvis(parts, v2=v2)
-    back, extra = split_compvis(compvis)
+    parts = {
+        "unet": model.denoiser.state_dict(),
+        "vae": model.vae.state_dict(),
+        "text_encoder": weights_of(model.text_encoders[0]),
+    }
+    compvis = join_compvis(parts, SD2_LAYOUT if v2 else SD1_LAYOUT)
+    back, extra = split_compvis(compvis, SD2_LAYOUT if v2 else SD1_LAYOUT)
     for part, values in parts.items():
         assert back[part].keys() == values.keys()
         assert all(torch.equal(back[part][name], value) for name, value in values.items())
-    again = join_compvis(back, v2=v2, extra=extra)
+    again = join_compvis(back, SD2_LAYOUT if v2 else SD1_LAYOUT, extra=extra)
     assert again.keys() == compvis.keys()
     assert all(torch.equal(again[name], value) for name, value in compvis.items())
 
 
 def test_old_clip_names_there_and_back(small_models):
     model = small_models[False]
-    parts = {"unet": model.unet.state_dict(), "vae": model.vae.state_dict(), "text_encoder": text_weights(model.text_encoder)}
-    old = join_compvis(parts, v2=False, old_clip_names=True)
+    parts = {
+        "unet": model.denoiser.state_dict(),
+        "vae": model.vae.state_dict(),
+        "text_encoder": weights_of(model.text_encoders[0]),
+    }
+    old = join_compvis(parts, SD1_LAYOUT, prefixes={"text_encoder": OLD_CLIP_PREFIX})
     assert OLD_CLIP_PREFIX + "final_layer_norm.weight" in old
     assert not any("text_model" in name for name in old)
-    back, extra = split_compvis(old)
+    back, extra = split_compvis(old, SD1_LAYOUT)
     assert not extra and back["text_encoder"].keys() == parts["text_encoder"].keys()
 
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 from reference_pipelines import SMALL
 
-from library.generation import painter
 from library.generation.generator import generate
+from library.models.family import Model
 from library.testing import small_stable_diffusion
 
 
@@ -26,12 +26,12 @@ def latents_of(monkeypatch):
     def run(model, specs, **options):
         seen = []
 
-        def decode(vae, latents):
+        def decode(model, latents):
             seen.extend(latents.clone())
             return latents[:, :3].repeat_interleave(8, 2).repeat_interleave(8, 3)
 
         with monkeypatch.context() as patched:
-            patched.setattr(painter, "decode_latents", decode)
+            patched.setattr(Model, "decode", decode)
             list(generate(model, specs, **options))
         return seen
 

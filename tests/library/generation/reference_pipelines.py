@@ -18,7 +18,7 @@ def make_pipeline(kind: str, model, scheduler):
     import diffusers
 
     logging.getLogger("diffusers").setLevel(logging.ERROR)
-    parts = (model.vae, model.text_encoder, model.tokenizer, model.unet, scheduler)
+    parts = (model.vae, model.text_encoders[0], model.tokenizers[0], model.denoiser, scheduler)
     pipeline_class = getattr(diffusers, f"StableDiffusion{kind}Pipeline")
     pipe = pipeline_class(*parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)

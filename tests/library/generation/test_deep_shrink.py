@@ -26,7 +26,7 @@ def deep_model():
 def sizes_of_features(model, spec, latents_size=(8, 16), timestep=700):
     """(height, width) at the end of every block, on the way down and up."""
     sizes, handles = [], []
-    for block in (*model.unet.down_blocks, *model.unet.up_blocks):
+    for block in (*model.denoiser.down_blocks, *model.denoiser.up_blocks):
 
         def note(_, inputs, output):
             features = output[0] if isinstance(output, tuple) else output
@@ -34,8 +34,8 @@ def sizes_of_features(model, spec, latents_size=(8, 16), timestep=700):
 
         handles.append(block.register_forward_hook(note))
     latents = torch.randn(1, 4, *latents_size, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(), shrinking(model.unet, spec):
-        result = model.unet(latents, torch.tensor(timestep), encoder_hidden_states=torch.zeros(1, 77, 64)).sample
+    with torch.no_grad(), shrinking(model.denoiser, spec):
+        result = model.denoiser(latents, torch.tensor(timestep), encoder_hidden_states=torch.zeros(1, 77, 64)).sample
     for handle in handles:
         handle.remove()
     assert result.shape == latents.shape

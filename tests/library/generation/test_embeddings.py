@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from library.errors import UserError
 from library.generation.embeddings import add_embeddings
-from library.models.clip import encode_text, tokenize_prompts
+from library.models.clip import encode_text, token_chunks
 from library.testing import small_stable_diffusion
 
 
@@ -19,7 +19,7 @@ def model():
 
 
 def ids_of(model, prompt):
-    ids, weights = tokenize_prompts(model.tokenizer, [prompt])
+    ids, weights = token_chunks(model.tokenizers[0], [prompt], None)
     return [token for token in ids.flatten().tolist() if token < 49406 or token > 49407], weights
 
 
@@ -29,15 +29,15 @@ def test_words_become_their_vectors_and_everything_else_stays(model, tmp_path):
     torch.save({"string_to_token": {"*": 265}, "string_to_param": {"*": torch.ones(2, 64)}, "name": "x"}, tmp_path / "web-ui.pt")
     torch.save({"<thing>": torch.zeros(64)}, tmp_path / "thing1.bin")
     before, _ = ids_of(model, "a photo, xmystyle")
-    plain = encode_text(model.text_encoder, tokenize_prompts(model.tokenizer, ["a photo"])[0])
+    plain = encode_text(model.text_encoders[0], token_chunks(model.tokenizers[0], ["a photo"], None)[0])
     files = [str(tmp_path / name) for name in ("mystyle.safetensors", "web-ui.pt", "thing1.bin")]
     assert add_embeddings(model, files) == ["mystyle", "web-ui", "thing1"]
-    table = model.text_encoder.get_input_embeddings().weight
+    table = model.text_encoders[0].get_input_embeddings().weight
     assert torch.equal(table[49408:49411], vectors) and torch.equal(table[49411:49413], torch.ones(2, 64)) and len(table) == 49414
     assert ids_of(model, "mystyle")[0] == [49408, 49409, 49410]
     assert ids_of(model, "web-ui, thing1")[0] == [49411, 49412, 267, 49413]
     assert ids_of(model, "a photo, xmystyle")[0] == before
-    assert torch.equal(encode_text(model.text_encoder, tokenize_prompts(model.tokenizer, ["a photo"])[0]), plain)
+    assert torch.equal(encode_text(model.text_encoders[0], token_chunks(model.tokenizers[0], ["a photo"], None)[0]), plain)
 
 
 def test_a_weight_holds_for_all_its_vectors(model, tmp_path):

@@ -42,7 +42,7 @@ def test_other_chunks_clip_skip_and_networks_need_another_encoding(model, encode
 def test_the_texts_used_last_are_kept(model, encoded):
     texts = PromptCache(most=2)
     for text in ("a", "b", "a", "c", "a", "b"):
-        rows = texts.encode(model, [text, text], 1)
+        rows = texts.encode(model, [text, text], 1)["context"]
         assert torch.equal(rows[0], rows[1])
     assert encoded == [["a"], ["b"], ["c"], ["b"]]
     assert len(texts.encode(model, ["a", "b", "c"], 1)) == 3

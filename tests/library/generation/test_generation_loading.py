@@ -14,7 +14,7 @@ from library.errors import UserError
 from library.generation.generator import generate
 from library.generation.loading import load_model
 from library.generation.prompts import PromptSpec
-from library.models.model import save_stable_diffusion
+from library.models.saving import save_stable_diffusion
 
 CAT = PromptSpec("a cat", "blurry", width=64, height=64, seed=7, steps=2)
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # NumPy 2 about Diffusers' code, not ours
@@ -30,11 +30,11 @@ def saved(model, tmp_path_factory):
 
 def test_pattern_precision_and_layout(saved, model, latents_of):
     loaded = load_model(str(saved.parent / "small-v*.safetensors"), device="cpu", channels_last=True)
-    assert loaded.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert loaded.denoiser.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     for ours, expected in zip(latents_of(loaded, [CAT]), latents_of(model, [CAT]), strict=True):
         torch.testing.assert_close(ours, expected, **CLOSE)
     half = load_model(str(saved), device="cpu", dtype=torch.bfloat16, no_half_vae=True)
-    assert half.unet.dtype == half.text_encoder.dtype == torch.bfloat16 and half.vae.dtype == torch.float32
+    assert half.denoiser.dtype == half.text_encoders[0].dtype == torch.bfloat16 and half.vae.dtype == torch.float32
 
 
 def test_xformers_without_a_gpu_is_told_and_makes_the_same(saved, model, latents_of, capsys):

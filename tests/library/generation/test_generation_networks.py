@@ -29,7 +29,7 @@ def write_lora(path, model, seed=0, module=lora, **network_args):
     """A LoRA strong enough to be seen, with 3x3 convolutions."""
     torch.manual_seed(seed)
     network_args = network_args or {"conv_dim": "4", "conv_alpha": "4"}
-    network = module.create_network(1.0, 4, 4, None, model.text_encoder, model.unet, **network_args)
+    network = module.create_network(1.0, 4, 4, None, model.text_encoders[0], model.denoiser, **network_args)
     for part in network.loras:
         torch.nn.init.normal_(part.lora_up.weight, std=0.1)
     network.save_weights(path, torch.float32, {})
@@ -49,7 +49,7 @@ def files(model, tmp_path_factory):
 @pytest.fixture
 def load(model):
     """`Networks.load` on the model, which is as it was after the test."""
-    weights = {part: [value.clone() for value in getattr(model, part).parameters()] for part in ("text_encoder", "unet")}
+    weights = {part: [value.clone() for value in model.parts[part].parameters()] for part in ("text_encoder", "unet")}
     loaded = []
 
     def run(files, multipliers=None, modules=("networks.lora",), args=None, **options):
@@ -62,7 +62,7 @@ def load(model):
         networks.close()
     with torch.no_grad():
         for part, values in weights.items():
-            for parameter, value in zip(getattr(model, part).parameters(), values, strict=True):
+            for parameter, value in zip(model.parts[part].parameters(), values, strict=True):
                 parameter.copy_(value)
 
 
@@ -112,7 +112,7 @@ def test_latents_equal_those_of_load_lora_weights_with_every_sampler(model, file
 
 @pytest.mark.parametrize("pre_calc", [False, True])
 def test_strengths_change_from_picture_to_picture_and_the_model_comes_back_bit_for_bit(model, files, load, latents_of, pre_calc):
-    before = [value.clone() for part in (model.text_encoder, model.unet) for value in part.parameters()]
+    before = [value.clone() for part in (model.text_encoders[0], model.denoiser) for value in part.parameters()]
     none = latents_of(model, [CAT])[0]
     networks = load(files, [0.5], pre_calc=pre_calc)
     specs = [replace(CAT, multipliers=m) for m in (None, (0.5, 1.0), (0.0,), (1.0, -0.7), (0.0, 0.0), (1.0, -0.7))]
@@ -121,7 +121,7 @@ def test_strengths_change_from_picture_to_picture_and_the_model_comes_back_bit_f
     assert torch.equal(default, same) and torch.equal(other, other_again)
     assert (default - none).abs().max() > 0.1 and (default - other).abs().max() > 0.1
     networks.close()
-    after = [value for part in (model.text_encoder, model.unet) for value in part.parameters()]
+    after = [value for part in (model.text_encoders[0], model.denoiser) for value in part.parameters()]
     assert all(torch.equal(one, two) for one, two in zip(before, after, strict=True))
     assert torch.equal(latents_of(model, [CAT])[0], none)
 
@@ -228,7 +228,7 @@ def test_files_in_diffusers_layouts(model, files, load, latents_of, tmp_path, la
     from safetensors.torch import load_file, save_file
 
     sides = {"lora_down": "lora_A", "lora_up": "lora_B"} if layout == "peft" else {"lora_down": "lora.down", "lora_up": "lora.up"}
-    paths = {name.replace(".", "_"): f"unet.{name}" for name, _ in model.unet.named_modules()}
+    paths = {name.replace(".", "_"): f"unet.{name}" for name, _ in model.denoiser.named_modules()}
     renamed = {}
     for key, tensor in load_file(files[0]).items():
         name, _, rest = key.partition(".")

@@ -15,14 +15,14 @@ from reference_pipelines import SMALL, pipeline_latents
 from library.diffusion.process import NoiseProcess
 from library.diffusion.samplers import SAMPLERS, make_scheduler
 from library.errors import UserError
-from library.generation import painter
-from library.generation.denoise import Contexts, denoise, start_noise
+from library.generation.denoise import denoise, start_noise
 from library.generation.encoding import PromptCache
 from library.generation.generator import generate
 from library.generation.painter import Painter, to_picture
 from library.generation.prompts import PromptSpec
 from library.models.clip import count_chunks
-from library.models.model import evaluating
+from library.models.family import Model
+from library.models.modules import evaluating
 from library.testing import small_stable_diffusion
 
 pytestmark = [
@@ -56,7 +56,7 @@ def test_v_prediction_and_sd2_equal_diffusers_own_pipeline(v_model, latents_of, 
     torch.testing.assert_close(
         ours, pipeline_latents(v_model, make_scheduler(sampler, NoiseProcess("v")), spec), rtol=1e-3, atol=1e-3
     )
-    (noise_prediction,) = latents_of(replace(v_model, v_parameterization=False), [spec])
+    (noise_prediction,) = latents_of(replace(v_model, prediction="epsilon"), [spec])
     assert (noise_prediction - ours).abs().max() > 0.05
 
 
@@ -89,7 +89,7 @@ def test_trap_6_9_same_seed_same_picture_whatever_the_batch(model, latents_of, s
 
 def test_trap_6_10_a_long_neighbour_does_not_change_a_picture(model, latents_of):
     long = replace(DOG, prompt=LONG)
-    assert count_chunks(model.tokenizer, LONG) > 1
+    assert count_chunks(model.tokenizers[0], LONG) > 1
     torch.testing.assert_close(
         latents_of(model, [CAT, long, CAT], batch_size=3)[0], latents_of(model, [CAT])[0], rtol=1e-3, atol=1e-3
     )
@@ -99,8 +99,8 @@ def test_trap_6_10_a_long_neighbour_does_not_change_a_picture(model, latents_of)
 def test_prompt_and_negative_prompt_are_padded_to_the_longer_of_the_two(model):
     for texts in ([CAT.prompt, LONG], [LONG, CAT.negative_prompt]):
         cache = PromptCache()
-        embeddings = cache.encode(model, texts, cache.chunks_needed(model, texts, 225))
-        assert embeddings.shape[:2] == (2, 2 * 75 + 2)
+        encoded = cache.encode(model, texts, cache.chunks_needed(model, texts, 225))
+        assert encoded["context"].shape[:2] == (2, 2 * 75 + 2)
     assert PromptCache().chunks_needed(model, [CAT.prompt, CAT.negative_prompt], 225) == 1
 
 
@@ -169,15 +169,15 @@ def test_very_few_steps_work(model, sampler, steps):
 
 def test_neither_random_state_nor_modes_nor_gradients_of_the_caller_change(model):
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
-    model.unet.train()
-    model.unet.mid_block.eval()
+    model.denoiser.train()
+    model.denoiser.mid_block.eval()
     before = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
-    modes = [part.training for part in model.unet.modules()]
+    modes = [part.training for part in model.denoiser.modules()]
     for _ in generate(model, [replace(CAT, seed=None, sampler="euler_a", steps=2)] * 2):
         assert torch.is_grad_enabled()  # also between two pictures
-        assert [part.training for part in model.unet.modules()] == modes
+        assert [part.training for part in model.denoiser.modules()] == modes
     assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
-    model.unet.eval()
+    model.denoiser.eval()
 
 
 def test_modes_come_back_after_an_error():
@@ -191,15 +191,15 @@ def test_modes_come_back_after_an_error():
 def test_dropout_is_off_while_pictures_are_made(latents_of):
     model = small_stable_diffusion(seed=0, **SMALL)
     expected = latents_of(model, [CAT])[0]
-    model.unet.mid_block.resnets[0].dropout.p = 0.9
-    model.unet.train()
+    model.denoiser.mid_block.resnets[0].dropout.p = 0.9
+    model.denoiser.train()
     assert torch.equal(latents_of(model, [CAT])[0], expected)
 
 
 def test_broken_weights_are_named_and_the_other_pictures_go_on(model):
-    broken = replace(model, unet=small_stable_diffusion(seed=0, **SMALL).unet)
+    broken = replace(model, parts={**model.parts, "unet": small_stable_diffusion(seed=0, **SMALL).denoiser})
     with torch.no_grad():
-        broken.unet.conv_out.bias.fill_(float("nan"))
+        broken.denoiser.conv_out.bias.fill_(float("nan"))
     with pytest.raises(UserError, match=r"'a photo of a cat' \(seed 7\) gave NaN or infinite latents"):
         list(generate(broken, [CAT]))
     failed = []
@@ -208,7 +208,7 @@ def test_broken_weights_are_named_and_the_other_pictures_go_on(model):
 
 
 def test_a_vae_that_overflows_is_named(model):
-    broken = replace(model, vae=small_stable_diffusion(seed=0, **SMALL).vae)
+    broken = replace(model, parts={**model.parts, "vae": small_stable_diffusion(seed=0, **SMALL).vae})
     with torch.no_grad():
         broken.vae.decoder.conv_out.bias.fill_(float("inf"))
         broken.vae.decoder.conv_out.weight.fill_(float("nan"))
@@ -258,21 +258,21 @@ def test_what_nobody_foresaw_ends_its_pictures_and_not_the_run(model, monkeypatc
 
 
 def test_pictures_are_decoded_together_as_told_and_one_by_one_where_memory_is_short(model, monkeypatch):
-    sizes, decode = [], painter.decode_latents
+    sizes, decode = [], Model.decode
 
-    def decoding(vae, latents, most=9):
+    def decoding(model, latents, most=9):
         sizes.append(len(latents))
         if len(latents) > most:
             raise torch.cuda.OutOfMemoryError("no")
-        return decode(vae, latents)
+        return decode(model, latents)
 
-    monkeypatch.setattr(painter, "decode_latents", decoding)
+    monkeypatch.setattr(Model, "decode", decoding)
     specs = [replace(CAT, steps=1, seed=seed) for seed in range(4)]
     for wanted, expected in ((None, [4]), (3, [3, 1]), (0.5, [2, 2]), (0.1, [1, 1, 1, 1])):
         sizes.clear()
         assert len(list(generate(model, specs, batch_size=4, vae_batch_size=wanted))) == 4
         assert sizes == expected
-    monkeypatch.setattr(painter, "decode_latents", lambda vae, latents: decoding(vae, latents, most=1))
+    monkeypatch.setattr(Model, "decode", lambda model, latents: decoding(model, latents, most=1))
     sizes.clear()
     assert len(list(generate(model, specs, batch_size=4))) == 4
     assert sizes == [4, 1, 1, 1, 1]
@@ -310,12 +310,12 @@ def test_trap_5_13_the_noise_does_not_depend_on_the_device():
 def test_trap_5_13_gpu_and_cpu_make_the_same_picture(model, latents_of):
     specs = [replace(CAT, sampler=sampler) for sampler in SAMPLERS]
     on_cpu = latents_of(model, specs)
-    for part in (model.unet, model.text_encoder, model.vae):
+    for part in (model.denoiser, model.text_encoders[0], model.vae):
         part.to("cuda")
     try:
         on_gpu = latents_of(model, specs, batch_size=2)
     finally:
-        for part in (model.unet, model.text_encoder, model.vae):
+        for part in (model.denoiser, model.text_encoders[0], model.vae):
             part.to("cpu")
     for sampler, one, other in zip(SAMPLERS, on_cpu, on_gpu, strict=True):
         assert (one - other.cpu()).abs().max() < 0.02, sampler
@@ -330,19 +330,12 @@ def test_pixels_are_rounded_and_clipped():
 
 @pytest.mark.parametrize("sampler", DISTINCT)
 def test_trap_6_9_every_sampler_draws_from_the_pictures_own_generators(sampler):
-    class Still(torch.nn.Linear):
-        def forward(self, noisy, timesteps, encoder_hidden_states):
-            return type("Output", (), {"sample": noisy * 0.5})
-
-    unet = Still(1, 1)
-
     def run(batch):
         scheduler = make_scheduler(sampler, NoiseProcess())
         scheduler.set_timesteps(6)
         generators = [torch.Generator().manual_seed(seed) for seed in batch]
         noise = start_noise(generators, 4, 4, 4) * scheduler.init_noise_sigma
-        context = torch.zeros(len(batch), 77, 8)
-        return denoise(unet, scheduler, noise, Contexts(context), scales=[1.0] * len(batch), generators=generators)
+        return denoise(lambda noisy, timestep: noisy * 0.5, scheduler, noise, generators=generators)
 
     state = torch.get_rng_state()
     torch.testing.assert_close(run([5, 6, 7])[1], run([6])[0])

@@ -127,7 +127,7 @@ def test_wrong_requests_are_named(model, spec, tmp_path, change, message):
 
 
 def test_a_vae_that_overflows_on_the_source_is_named(model, spec):
-    broken = replace(model, vae=small_stable_diffusion(seed=0, **SMALL).vae)
+    broken = replace(model, parts={**model.parts, "vae": small_stable_diffusion(seed=0, **SMALL).vae})
     with torch.no_grad():
         broken.vae.encoder.conv_in.bias.fill_(float("nan"))
     with pytest.raises(UserError, match="VAE overflows.*no_half_vae"):

@@ -28,7 +28,7 @@ CLOSE = {"rtol": 1e-3, "atol": 1e-3}
 
 def write_lora(path, model, seed):
     torch.manual_seed(seed)
-    network = lora.create_network(1.0, 2, 2, None, model.text_encoder, model.unet, conv_dim="2", conv_alpha="2")
+    network = lora.create_network(1.0, 2, 2, None, model.text_encoders[0], model.denoiser, conv_dim="2", conv_alpha="2")
     for part in network.loras:
         torch.nn.init.normal_(part.lora_up.weight, std=0.15)
     network.save_weights(path, torch.float32, {})
@@ -87,12 +87,12 @@ def test_cross_attention_is_mixed_as_documented(model, files, load, tmp_path):
     networks = load(files, 1.0, 0.5)
     regions = Regions.load(colours(tmp_path / "mask.png", RED, GREEN), networks)
     name = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
-    attention = model.unet.get_submodule(name)
+    attention = model.denoiser.get_submodule(name)
     width = attention.to_q.in_features
     torch.manual_seed(0)
     hidden, context = torch.randn(2, 64, width), torch.randn(3, 5, 64)  # negative and wanted; negative, cat and dog
     networks.set((1.0, 0.5))
-    with torch.no_grad(), regions.acting(model.unet, 1, 2, 1, 8, 8):
+    with torch.no_grad(), regions.acting(model.denoiser, 1, 2, 1, 8, 8):
         negative, mixed = attention(hidden, encoder_hidden_states=context)
     modules = {}
     for side in ("q", "k", "v", "out_0"):
@@ -131,16 +131,16 @@ def test_each_network_sees_its_own_sub_prompt_alone(model, files, load, tmp_path
     regions = Regions.load(colours(tmp_path / "mask.png", RED, GREEN), networks)
     options = {"clip_skip": None, "zero_terminal_snr": False, "texts": None, "autocast": None, "vae_batch_size": 1}
     job = make_job(model, SPEC, 75, networks, regions, PromptCache())
-    contexts = Painter(model, networks=networks, regions=regions, **options).contexts([job])
+    guidance = Painter(model, networks=networks, regions=regions, **options).guidance([job], (64, 64))
     assert networks.state == tuple(
         (loaded.number, strength) for loaded, strength in zip(networks.loaded, (1.0, 0.5), strict=True)
     )
     for text, strengths, rows in (
-        ("a cat", (1.0, 0.0), contexts.positive[0]), ("a dog", (0.0, 0.5), contexts.positive[1]),
-        ("blurry", (0.0, 0.0), contexts.negative[0]),
+        ("a cat", (1.0, 0.0), guidance.positive["context"][0]), ("a dog", (0.0, 0.5), guidance.positive["context"][1]),
+        ("blurry", (0.0, 0.0), guidance.negative["context"][0]),
     ):  # fmt: skip
         networks.set(strengths)
-        torch.testing.assert_close(PromptCache().encode(model, [text], 1)[0], rows, **CLOSE)
+        torch.testing.assert_close(PromptCache().encode(model, [text], 1)["context"][0], rows, **CLOSE)
 
 
 def test_a_network_changes_its_part_of_the_picture_most(model, files, load, latents_of, tmp_path):

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from library.errors import UserError
-from library.models.model import load_stable_diffusion, load_vae, vae_fingerprint
+from library.models.loading import load_stable_diffusion, load_vae
+from library.models.vae import vae_fingerprint
 
 COMMIT = "0123456789" * 4
 
@@ -66,8 +67,8 @@ def test_without_network_a_model_fetched_before_is_used(cache, unreachable, save
     model = load_stable_diffusion("somebody/some-model")
     assert model.path is None and model.name == "somebody/some-model"
     for part in ("text_encoder", "vae", "unet"):
-        theirs = getattr(small_models[False], part).state_dict()
-        assert all(torch.equal(theirs[name], value) for name, value in getattr(model, part).state_dict().items())
+        theirs = small_models[False].parts[part].state_dict()
+        assert all(torch.equal(theirs[name], value) for name, value in model.parts[part].state_dict().items())
     assert not caplog.text and "Hub" not in "".join(capfd.readouterr())
 
 

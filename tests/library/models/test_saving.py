@@ -8,7 +8,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
-from library.models.model import load_stable_diffusion, save_stable_diffusion
+from library.models.loading import load_stable_diffusion
+from library.models.saving import save_stable_diffusion
 from library.testing import small_stable_diffusion
 
 
@@ -89,7 +90,7 @@ def test_metadata(tmp_path, small_models):
 def test_values_that_are_not_finite_are_never_saved(tmp_path):
     model = small_stable_diffusion()
     with torch.no_grad():
-        model.unet.conv_out.bias[1] = float("nan")
+        model.denoiser.conv_out.bias[1] = float("nan")
     for name in ("m.safetensors", "m.ckpt", "folder"):
         with pytest.raises(UserError, match="conv_out.bias of the unet holds values that are not finite"):
             save_stable_diffusion(model, tmp_path / name)
@@ -124,7 +125,7 @@ def test_diffusers_opens_the_folder_offline(small_models, saved_models, v2, tmp_
     save_stable_diffusion(model, tmp_path / "model")
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "model", local_files_only=True)
     for part in ("unet", "vae", "text_encoder"):
-        assert_same_tensors(dict(getattr(pipe, part).state_dict()), dict(getattr(model, part).state_dict()))
+        assert_same_tensors(dict(getattr(pipe, part).state_dict()), dict(model.parts[part].state_dict()))
     assert pipe.scheduler.config.beta_end == 0.012 and pipe.scheduler.config.prediction_type == "epsilon"
     assert pipe.tokenizer("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
     assert pipe("a cat", num_inference_steps=1, height=32, width=32, output_type="np").images.std() > 0
@@ -146,5 +147,5 @@ def test_diffusers_reads_our_single_file_as_we_do(small_models, saved_models, v2
         str(saved_models[v2, "model.safetensors"]), config=str(saved_models[v2, "folder"]), local_files_only=True
     )
     for part in ("unet", "vae", "text_encoder"):
-        theirs, ours = getattr(pipe, part).state_dict(), getattr(small_models[v2], part).state_dict()
+        theirs, ours = getattr(pipe, part).state_dict(), small_models[v2].parts[part].state_dict()
         assert_same_tensors(dict(theirs), dict(ours))

@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from library.command_line import option_names
 from library.errors import unknown
-from library.models.model import save_stable_diffusion
+from library.models.saving import save_stable_diffusion
 from library.testing import small_stable_diffusion
 from library.training.entry import train
 from library.training.loop import Listener

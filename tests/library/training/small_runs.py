@@ -17,9 +17,10 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors import safe_open
 
-from library.models.model import StableDiffusion
-from library.testing import small_stable_diffusion
+from library.models.family import Model
+from library.testing import header_of, small_stable_diffusion
 from library.training import entry, setup
+from library.training.checks import preflight
 from library.training.loop import Listener
 from library.training.options import parse_options
 from library.training.outputs import summary
@@ -27,13 +28,13 @@ from library.training.setup import Run
 
 
 @lru_cache(maxsize=1)
-def two_blocks() -> StableDiffusion:
+def two_blocks() -> Model:
     """The model: text encoder and VAE of the small one, a U-Net of two levels."""
     from diffusers import UNet2DConditionModel
 
     model = small_stable_diffusion(unet_channels=(32, 32, 64, 64), vae_channels=(32, 32, 32, 32), text_width=32, text_layers=1)
     torch.manual_seed(0)
-    model.unet = UNet2DConditionModel(
+    model.parts["unet"] = UNet2DConditionModel(
         block_out_channels=(32, 32), layers_per_block=1, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=32, attention_head_dim=4, norm_num_groups=8,
     ).requires_grad_(False).eval()  # fmt: skip
@@ -61,6 +62,7 @@ def words_of_a_run(pictures: Path, output: Path, *words: str) -> list[str]:
 
 def use_two_blocks(replace: Callable[[object, str, object], None]) -> None:
     """Let runs work with that model; `replace` is monkeypatch.setattr, or setattr in a process that ends."""
+    replace(preflight, "read_header", lambda *args: header_of(two_blocks()))
     replace(setup, "load_stable_diffusion", lambda *args, **kwargs: copy.deepcopy(two_blocks()))
     replace(summary, "try_loss_plot", lambda *args: "not drawn in tests")
     replace(setup, "all_model_facts", lambda options: {})

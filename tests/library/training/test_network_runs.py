@@ -7,7 +7,7 @@ import torch
 
 from library.errors import UserError
 from library.key_values import read_pairs
-from library.models.model import load_stable_diffusion
+from library.models.loading import load_stable_diffusion
 from networks.lora import create_network_from_weights
 
 
@@ -25,12 +25,14 @@ def test_each_kind_trains_and_its_file_loads(run, base_model, capsys, words, ran
     assert "LoRA modules" in capsys.readouterr().out
     assert done.metadata()["ss_network_dim"] == str(rank)
     model = load_stable_diffusion(str(base_model))
-    network, weights = create_network_from_weights(1.0, done.folder / "mine.safetensors", None, model.text_encoder, model.unet)
+    network, weights = create_network_from_weights(
+        1.0, done.folder / "mine.safetensors", None, model.text_encoders[0], model.denoiser
+    )
     network.load_state_dict(weights)
     assert {module.rank for module in network.loras} == {rank}
-    before = [p.clone() for p in model.unet.parameters()]
-    network.merge_to(model.text_encoder, model.unet, weights)
-    changed = sum(not torch.equal(a, b) for a, b in zip(before, model.unet.parameters(), strict=True))
+    before = [p.clone() for p in model.denoiser.parameters()]
+    network.merge_to(model.text_encoders[0], model.denoiser, weights)
+    changed = sum(not torch.equal(a, b) for a, b in zip(before, model.denoiser.parameters(), strict=True))
     assert changed == len(network.parts["lora_unet"])
 
 

@@ -40,12 +40,12 @@ def test_fused_and_packed_and_compiled_runs_do_as_the_plain_one(run, recorder, c
     words = [*QUICK, "--max_grad_norm=0"]
     plain, fused = (run(*words, *more, recorder).tensors() for more in ([], ["--fused_backward_pass"]))
     assert all(torch.equal(plain[key], fused[key]) for key in plain)
-    assert not compiled and not packed(recorder.runs[-1].model.unet)
+    assert not compiled and not packed(recorder.runs[-1].model.denoiser)
     assert [bool(t.network.parameters[0]._post_accumulate_grad_hooks) for t in recorder.runs] == [False, True]
     capsys.readouterr()
     other = run(*words, "--fp8_base", "--gradient_checkpointing", "--torch_compile", "--dynamo_backend=eager", recorder).tensors()
     assert compiled == [("UNet2DConditionModel", "eager")]
-    assert packed(recorder.runs[-1].model.unet) > 100 and packed(recorder.runs[-1].model.text_encoder) > 5
+    assert packed(recorder.runs[-1].model.denoiser) > 100 and packed(recorder.runs[-1].model.text_encoders[0]) > 5
     assert "frozen weights in fp8" in capsys.readouterr().out
     ups = [torch.cat([t.flatten() for k, t in tensors.items() if "lora_up" in k]) for tensors in (plain, other)]
     assert torch.cosine_similarity(*ups, dim=0) > 0.5 and not torch.equal(*ups)
@@ -55,22 +55,22 @@ def test_a_run_freezes_its_convolutions_unless_a_compiler_does_more(run, recorde
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, backend: None)
     for words in ([], ["--torch_compile", "--dynamo_backend=eager"]):
         run(*QUICK, *words, recorder)
-    assert [type(made.model.unet.conv_in) is FrozenConv2d for made in recorder.runs] == [True, False]
+    assert [type(made.model.denoiser.conv_in) is FrozenConv2d for made in recorder.runs] == [True, False]
 
 
 @pytest.mark.option("fp8_base_unet")
 def test_fp8_base_unet_leaves_the_text_encoder(capsys):
     model = small_stable_diffusion(unet_channels=(32, 32, 64, 64), vae_channels=(32, 32, 32, 32), text_width=32, text_layers=1)
     pack_frozen_weights(parse_options(NEEDED), model, CPU)
-    assert not packed(model.unet) and not capsys.readouterr().out
+    assert not packed(model.denoiser) and not capsys.readouterr().out
     pack_frozen_weights(parse_options([*NEEDED, "--fp8_base_unet"]), model, CPU)
-    assert packed(model.unet) > 100 and not packed(model.text_encoder)
+    assert packed(model.denoiser) > 100 and not packed(model.text_encoders[0])
     assert "frozen weights in fp8" in (said := capsys.readouterr().out) and "save memory" not in said
 
 
 def test_a_network_that_takes_the_place_of_layers_is_told_to_checkpoint(capsys):
     model = small_stable_diffusion(unet_channels=(32, 32, 64, 64), vae_channels=(32, 32, 32, 32), text_width=32, text_layers=1)
-    model.unet.conv_in.forward = lambda x: x  # as LyCORIS does
+    model.denoiser.conv_in.forward = lambda x: x  # as LyCORIS does
     pack_frozen_weights(parse_options([*NEEDED, "--base_dtype=int8", "--gradient_checkpointing"]), model, CPU)
     assert "save memory" not in capsys.readouterr().out
     pack_frozen_weights(parse_options([*NEEDED, "--base_dtype=int8"]), model, CPU)
@@ -98,19 +98,19 @@ class _Part:
 @pytest.mark.parametrize("words, moved", [([], ["cpu"]), (["--lowram"], []), (["--highvram"], [])])
 def test_parts_that_previews_need_leave_the_gpu_unless_told_otherwise(words, moved):
     class Model:
-        vae, text_encoder = _Part(), _Part()
+        vae, text_encoders = _Part(), [_Part()]
 
-    offload_idle_parts(parse_options([*NEEDED, *words]), [Model.vae, Model.text_encoder], keep_for_previews=True)
-    assert Model.vae.moved == Model.text_encoder.moved == moved
+    offload_idle_parts(parse_options([*NEEDED, *words]), [Model.vae, *Model.text_encoders], keep_for_previews=True)
+    assert Model.vae.moved == Model.text_encoders[0].moved == moved
 
 
 @pytest.mark.parametrize("words", [[], ["--lowram"], ["--highvram"]])
 def test_parts_that_nothing_needs_any_more_are_freed(words):
     class Model:
-        vae, text_encoder = _Part(), _Part()
+        vae, text_encoders = _Part(), [_Part()]
 
     offload_idle_parts(parse_options([*NEEDED, *words]), [Model.vae], keep_for_previews=False)
-    assert (Model.vae.moved, Model.text_encoder.moved) == (["meta"], [])
+    assert (Model.vae.moved, Model.text_encoders[0].moved) == (["meta"], [])
 
 
 @pytest.mark.option("vae")
@@ -143,7 +143,7 @@ def test_models_go_straight_to_the_device_in_the_format_of_the_arithmetic(monkey
 )
 def test_mem_eff_attn_wins_over_xformers(monkeypatch, words, asked):
     calls = []
-    monkeypatch.setattr(setup, "load_stable_diffusion", lambda *a, **k: type("Model", (), {"unet": None}))
+    monkeypatch.setattr(setup, "load_stable_diffusion", lambda *a, **k: type("Model", (), {"denoiser": None}))
     monkeypatch.setattr(setup, "use_xformers", lambda *a: calls.append(a))
     setup.load_model(parse_options([*NEEDED, *words]), type("A", (), {"device": torch.device("cpu")}))
     assert bool(calls) == asked
@@ -151,10 +151,10 @@ def test_mem_eff_attn_wins_over_xformers(monkeypatch, words, asked):
 
 @pytest.mark.option("sdpa")
 def test_attention_is_torch_s_which_keeps_no_matrix_of_all_pairs(base_model):
-    from library.models.model import load_stable_diffusion
+    from library.models.loading import load_stable_diffusion
 
     model = load_stable_diffusion(str(base_model))
-    processors = {type(p).__name__ for p in model.unet.attn_processors.values()}
+    processors = {type(p).__name__ for p in model.denoiser.attn_processors.values()}
     assert processors == {"AttnProcessor2_0"}
 
 

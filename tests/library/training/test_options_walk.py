@@ -17,6 +17,7 @@ from PIL import Image
 
 from library.command_line import option_names
 from library.data.config import DatasetDefaults
+from library.models import sd1
 from library.processes import Processes, timeout
 from library.training.checks.refused_options import REFUSED
 from library.training.datasets import dataset_defaults
@@ -122,7 +123,7 @@ def test_the_sampler_of_prompts_that_name_none(tmp_path):
 def test_a_thumbnail_is_kept_as_a_picture(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     datasets = [SimpleNamespace(config=SimpleNamespace(resolution=(64, 64)))]
-    found = model_spec(options(f"--metadata_thumbnail={tmp_path / 'a.png'}"), datasets)
+    found = model_spec(options(f"--metadata_thumbnail={tmp_path / 'a.png'}"), datasets, sd1.FAMILY.records)
     assert found["modelspec.thumbnail"].startswith("data:image/png;base64,iVBOR")
 
 

@@ -15,7 +15,7 @@ from two_processes import ROOT, launch  # beside this file
 
 from library.data.config_keys import DatasetConfig, SubsetConfig
 from library.data.dataset import TrainingDataset
-from library.models.model import save_stable_diffusion
+from library.models.saving import save_stable_diffusion
 from library.testing import small_stable_diffusion
 from library.training.options import parse_options
 from library.training.plan import Plan

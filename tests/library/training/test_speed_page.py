@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from library.testing import full_size_header
 from library.training.checks.estimates import estimated_bytes
 from library.training.options import parse_options
 
@@ -21,7 +22,7 @@ WORDS = [
 @pytest.mark.parametrize("card, size, batch, checkpointing, estimate", ROWS)
 def test_estimate_is_the_programs_and_fits_the_card(card, size, batch, checkpointing, estimate):
     options = parse_options([*WORDS, *["--gradient_checkpointing"] * (checkpointing == "yes")])
-    needed = estimated_bytes(options, int(batch), (int(size), int(size)))
+    needed = estimated_bytes(options, full_size_header(), int(batch), (int(size), int(size)))
     assert f"{needed / 2**30:.1f}" == estimate
     assert needed < 0.9 * int(card) * 10**9
 

@@ -10,8 +10,8 @@ import torch
 
 from library.errors import UserError
 from library.generation.networks import Networks
-from library.models.model import load_stable_diffusion, predict_noise
-from library.network_modules import import_network_module, named_text_encoder
+from library.models.loading import load_stable_diffusion
+from library.network_modules import import_network_module
 
 pytest.importorskip("lycoris.kohya", reason="an extra: pip install lycoris-lora")
 
@@ -47,9 +47,9 @@ def test_files_of_lycoris_do_in_pictures_what_they_did_in_training(base_model, t
         pytest.skip("LyCORIS 3 has no ia3 for this interface")
     model, again = (load_stable_diffusion(str(base_model)) for _ in range(2))
     module, file = import_network_module("lycoris.kohya"), tmp_path / "mine.safetensors"
-    text_encoder = named_text_encoder(module, model.text_encoder)
-    network = module.create_network(1.0, 2, 1.0, model.vae, text_encoder, model.unet, algo=algo)
-    network.apply_to(text_encoder, model.unet, True, True)
+    text_encoder, _ = model.for_networks()
+    network = module.create_network(1.0, 2, 1.0, model.vae, text_encoder, model.denoiser, algo=algo)
+    network.apply_to(text_encoder, model.denoiser, True, True)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     words = {"ss_network_module": "lycoris.kohya", "ss_network_dim": "2", "ss_network_alpha": "1.0"}
@@ -59,7 +59,7 @@ def test_files_of_lycoris_do_in_pictures_what_they_did_in_training(base_model, t
 
     @torch.no_grad()
     def predicted(of):
-        return predict_noise(of.unet, noisy, torch.tensor([500]), of.text_encoder(tokens).last_hidden_state)
+        return of.denoiser(noisy, torch.tensor([500]), encoder_hidden_states=of.text_encoders[0](tokens).last_hidden_state).sample
 
     base = predicted(again)
     networks = Networks.load(["lycoris.kohya"], [str(file)], model=again)

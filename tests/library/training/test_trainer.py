@@ -14,7 +14,7 @@ from small_runs import AfterStep, Recorder
 
 from library import __version__
 from library.errors import RunFailed, UserError
-from library.models.model import load_stable_diffusion
+from library.models.loading import load_stable_diffusion
 from library.processes import Processes
 from library.training import setup
 from library.training.options import parse_options
@@ -125,7 +125,7 @@ class InForward(Recorder):
 
     def begin(self, run: Run) -> None:
         super().begin(run)
-        run.model.unet.register_forward_hook(
+        run.model.denoiser.register_forward_hook(
             lambda module, inputs, output: self.change(output) if run.loop.progress.step + 1 == self.step else output
         )
 
@@ -399,7 +399,7 @@ def test_base_weights_are_merged_into_the_model(run, recorder):
         f"--base_weights={first.folder / 'mine.safetensors'}",
         "--base_weights_multiplier=0.5",
     )
-    plain, merged = (t.model.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_v.weight for t in recorder.runs)
+    plain, merged = (t.model.denoiser.mid_block.attentions[0].transformer_blocks[0].attn1.to_v.weight for t in recorder.runs)
     name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_v"
     tensors = first.tensors()
     delta = tensors[f"{name}.lora_up.weight"] @ tensors[f"{name}.lora_down.weight"] * tensors[f"{name}.alpha"] / 2
@@ -426,10 +426,10 @@ def test_cached_texts_are_what_the_text_encoder_says(run, recorder):
     (made,) = recorder.runs
     loss, batch = made.step.loss, made.data.train[(1, 0)]
     assert loss.texts is not None
-    cached, loss.texts = loss.context(batch), None
-    assert next(made.model.text_encoder.parameters()).is_meta  # freed: nothing needs it any more
-    made.model.text_encoder = load_stable_diffusion(made.options.model.pretrained_model_name_or_path).text_encoder
-    torch.testing.assert_close(cached, loss.context(batch), rtol=1e-4, atol=1e-5)
+    cached, loss.texts = loss.conditioning(batch)["context"], None
+    assert next(made.model.text_encoders[0].parameters()).is_meta  # freed: nothing needs it any more
+    loss.model = load_stable_diffusion(made.options.model.pretrained_model_name_or_path)
+    torch.testing.assert_close(cached, loss.conditioning(batch)["context"], rtol=1e-4, atol=1e-5)
 
 
 def test_texts_that_change_or_are_trained_are_not_cached(run, recorder):
@@ -621,12 +621,19 @@ def test_diffusers_loads_every_key_and_draws_the_same(run, base_model, words):
     for ours in (False, True):
         model = load_stable_diffusion(str(base_model))
         pipe = StableDiffusionPipeline(
-            model.vae, model.text_encoder, model.tokenizer, model.unet, DDIMScheduler(), None, None, requires_safety_checker=False
+            model.vae,
+            model.text_encoders[0],
+            model.tokenizers[0],
+            model.denoiser,
+            DDIMScheduler(),
+            None,
+            None,
+            requires_safety_checker=False,
         )
         pipe.set_progress_bar_config(disable=True)
         if ours:
-            network, weights = create_network_from_weights(1.0, file, model.vae, model.text_encoder, model.unet)
-            network.apply_to(model.text_encoder, model.unet)
+            network, weights = create_network_from_weights(1.0, file, model.vae, model.text_encoders[0], model.denoiser)
+            network.apply_to(model.text_encoders[0], model.denoiser)
             network.load_state_dict(weights)
         else:
             pipe.load_lora_weights(str(file))

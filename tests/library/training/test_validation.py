@@ -64,7 +64,7 @@ def test_training_has_the_same_bytes_with_validation_and_without(run, tmp_path):
     a, b = (tensors_of(tmp_path / name / "mine.safetensors") for name in ("often", "never"))
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
     assert often.losses.values == never.losses.values
-    assert often.network.module.training and not often.model.unet.training
+    assert often.network.module.training and not often.model.denoiser.training
 
 
 def test_fixed_noise_and_timesteps_make_a_smooth_curve(run, monkeypatch):

@@ -13,7 +13,7 @@ from PIL import Image
 from library.generation import studio
 from library.generation.options import parse_options
 from library.generation.session import run
-from library.models.model import save_stable_diffusion
+from library.models.saving import save_stable_diffusion
 from library.testing import small_stable_diffusion
 from networks.lora import create_network
 
@@ -26,7 +26,7 @@ def gen_files(tmp_path_factory) -> Path:
     save_stable_diffusion(model, folder / "model.safetensors")
     save_stable_diffusion(model, folder / "model")
     for seed, name in enumerate(("mine", "style", "mine-000002", "mine-000004")):
-        lora = create_network(1.0, 2, 2.0, model.vae, model.text_encoder, model.unet)
+        lora = create_network(1.0, 2, 2.0, model.vae, model.text_encoders[0], model.denoiser)
         generator = torch.Generator().manual_seed(seed)
         for parameter in lora.parameters():
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2

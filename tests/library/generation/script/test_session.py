@@ -17,8 +17,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from library.errors import UserError
-from library.generation import painter, studio
 from library.generation import session as session_module
+from library.generation import studio
+from library.models.family import Model
 
 ROOT = Path(__file__).parents[4]
 
@@ -135,12 +136,13 @@ def test_without_sizes_a_picture_has_the_model_s_own(gen_files, tmp_path):
     from safetensors.torch import load_file
 
     from library.generation.studio import default_size
-    from library.models.model import load_stable_diffusion, save_stable_diffusion
+    from library.models.loading import load_stable_diffusion
+    from library.models.saving import save_stable_diffusion
     from library.testing import small_stable_diffusion
 
     model = load_stable_diffusion(str(gen_files / "model.safetensors"))
     assert default_size(model) == (512, 512)
-    model.unet.register_to_config(sample_size=8)  # as that of the base model
+    model.denoiser.register_to_config(sample_size=8)  # as that of the base model
     save_stable_diffusion(model, tmp_path / "folder")
     assert default_size(load_stable_diffusion(str(tmp_path / "folder"))) == (64, 64)
     small = {"unet_channels": (32, 32, 32, 32), "vae_channels": (32, 32, 32, 32), "text_width": 32, "text_layers": 1}
@@ -183,7 +185,7 @@ def interrupted(monkeypatch):
 
 
 def test_an_error_that_nobody_foresaw_costs_its_picture_alone(draw, monkeypatch, tmp_path, capsys):
-    decode = painter.decode_latents
+    decode = Model.decode
     outcomes = iter([None, RuntimeError("cuDNN is\nunhappy"), None])
 
     def sometimes(*arguments):
@@ -192,7 +194,7 @@ def test_an_error_that_nobody_foresaw_costs_its_picture_alone(draw, monkeypatch,
             raise error
         return decode(*arguments)
 
-    monkeypatch.setattr(painter, "decode_latents", sometimes)
+    monkeypatch.setattr(Model, "decode", sometimes)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a\nb\nc\n", encoding="utf-8")
     made = draw(f"--from_file={prompts}", "--sequential_file_name")

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from library.data.config_keys import DatasetConfig, SubsetConfig
+from library.testing import full_size_header
 from library.training.checks import preflight
 from library.training.checks.contradictions import contradictions
 from library.training.checks.idle_options import idle_options
@@ -148,7 +149,7 @@ def test_all_are_told_once_and_together(capsys, monkeypatch):
     dataset = type("Dataset", (), {"table": type("Table", (), {"configs": configs()})})
     monkeypatch.setattr(preflight, "largest_batch", lambda dataset: (1, (64, 64)))
     monkeypatch.setattr(preflight, "estimated_bytes", lambda *a: 0)
-    preflight.tell_notes(options, dataset, preflight.torch.device("cpu"))
+    preflight.tell_notes(options, dataset, preflight.torch.device("cpu"), full_size_header())
     lines = capsys.readouterr().out.splitlines()
     assert (
         lines[0] == "given, but without effect: --huber_c (for --loss_type=huber, smooth_l1); --log_prefix (needs --logging_dir)"

@@ -9,6 +9,7 @@ from PIL import Image
 from library.data.config_keys import DatasetConfig, SubsetConfig
 from library.data.dataset import TrainingDataset
 from library.errors import UserError, run_entry
+from library.testing import full_size_header
 from library.training.checks import disk_space, preflight
 from library.training.checks.contradictions import contradictions
 from library.training.checks.estimates import estimated_bytes, largest_batch, network_file_bytes
@@ -23,6 +24,13 @@ def options(*words: str, folder: Path = Path()):
 
 
 usage = namedtuple("usage", "total used free")
+
+
+@pytest.fixture(autouse=True)
+def full_size(monkeypatch):
+    """The model that is named is a full-size SD 1.5, without a file or the hub."""
+    read = preflight.read_header
+    monkeypatch.setattr(preflight, "read_header", lambda name, v2: read(name, v2) if Path(name).exists() else full_size_header())
 
 
 @pytest.fixture
@@ -137,7 +145,7 @@ def test_all_that_is_missing_is_said_at_once():
     assert [text.startswith(start) for text, start in zip(found, starts, strict=True)] == [True] * 4
 
 
-def test_nothing_wrong_passes_and_hub_names_are_left_to_the_hub(folder):
+def test_nothing_wrong_passes(folder):
     ready = preflight.preflight(options("--max_train_steps=3", folder=folder), CPU, 1)
     assert len(ready.dataset.table) == 1 and ready.plan.max_steps == 3 and ready.start.step == 0
 
@@ -167,16 +175,20 @@ def dataset(folder: Path, **more) -> TrainingDataset:
 def space(chosen, folder: Path) -> float:
     """Bytes that are planned for the output folder, in files of the network."""
     plan = Plan.of(chosen, 1)
-    return disk_space.space_needed(chosen, plan, dataset(folder))[folder / "out"] / network_file_bytes(chosen)
+    return disk_space.space_needed(chosen, plan, dataset(folder), full_size_header())[folder / "out"] / network_file_bytes(
+        chosen, full_size_header()
+    )
 
 
 def test_a_disk_that_is_too_small_is_told_before_the_model_loads(folder, monkeypatch):
     words = ["--network_dim=128", "--max_train_epochs=10", "--save_every_n_epochs=1", "--flip_aug"]
     chosen = options(*words, "--cache_latents_to_disk", folder=folder)
-    assert space(chosen, folder) == 10 and 280e6 < network_file_bytes(chosen) < 320e6
-    needed = disk_space.space_needed(chosen, Plan.of(chosen, 1), dataset(folder))
+    assert space(chosen, folder) == 10 and 280e6 < network_file_bytes(chosen, full_size_header()) < 320e6
+    needed = disk_space.space_needed(chosen, Plan.of(chosen, 1), dataset(folder), full_size_header())
     assert needed[folder] == 2 * 8 * 8 * 4 * 4  # two latents of 4 x 8 x 8 float32
-    monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda path: usage(0, 0, 10 * network_file_bytes(chosen)))
+    monkeypatch.setattr(
+        disk_space.shutil, "disk_usage", lambda path: usage(0, 0, 10 * network_file_bytes(chosen, full_size_header()))
+    )
     found = problems(chosen)
     assert len(found) == 1 and "GiB free and the run writes about" in found[0] and "--save_last_n_epochs" in found[0]
     preflight.preflight(options(*words, "--save_last_n_epochs=2", folder=folder), CPU, 1)
@@ -195,20 +207,25 @@ def test_states_and_the_best_file_are_counted(folder):
     assert space(options(*steps, "--save_state", "--save_last_n_steps_state=10", folder=folder), folder) == 1 + 4 + 3 * (3 + 1)
     held_out = dataset(folder, validation_split=0.5)
     chosen = options("--max_train_steps=1", folder=folder)
-    assert disk_space.space_needed(chosen, Plan.of(chosen, 1), held_out)[folder / "out"] == 2 * network_file_bytes(chosen)
+    assert disk_space.space_needed(chosen, Plan.of(chosen, 1), held_out, full_size_header())[
+        folder / "out"
+    ] == 2 * network_file_bytes(chosen, full_size_header())
 
 
 def test_latents_that_lie_there_already_need_no_space(folder):
     chosen = options("--cache_latents_to_disk", folder=folder)
     (folder / ".latents").mkdir()
     (folder / ".latents" / "a").write_bytes(bytes(1500))
-    assert disk_space.space_needed(chosen, Plan.of(chosen, 1), dataset(folder))[folder] == 2 * 8 * 8 * 4 * 4 - 1500
+    assert (
+        disk_space.space_needed(chosen, Plan.of(chosen, 1), dataset(folder), full_size_header())[folder]
+        == 2 * 8 * 8 * 4 * 4 - 1500
+    )
 
 
 def test_memory_is_estimated_by_what_counts(folder):
     batch = largest_batch(dataset(folder))
     plain, half, saving, large = (
-        estimated_bytes(options(*words, folder=folder), *batch)
+        estimated_bytes(options(*words, folder=folder), full_size_header(), *batch)
         for words in ([], ["--mixed_precision=fp16"], ["--gradient_checkpointing"], ["--network_dim=128"])
     )
     assert half < plain and saving < plain < large
@@ -218,9 +235,9 @@ def test_memory_is_estimated_by_what_counts(folder):
 def test_memory_that_is_short_is_told_with_what_helps(folder, monkeypatch, capsys):
     for there, short in ((2**33, False), (2**31, True)):
         monkeypatch.setattr(preflight, "memory_there", lambda device, there=there: (there, "the GPU's"))
-        preflight.tell_notes(options(folder=folder), dataset(folder), CPU)
+        preflight.tell_notes(options(folder=folder), dataset(folder), CPU, full_size_header())
         out = capsys.readouterr().out
         assert f"of the GPU's {there / 2**30:.1f} GiB will be used" in out and ("--gradient_checkpointing" in out) is short
     monkeypatch.undo()
-    preflight.tell_notes(options(folder=folder), dataset(folder), CPU)
+    preflight.tell_notes(options(folder=folder), dataset(folder), CPU, full_size_header())
     assert "of this machine's free" in capsys.readouterr().out

@@ -58,7 +58,7 @@ def test_few_positions_of_the_whole_batch_are_a_product(monkeypatch, shape, by_p
 
 
 def test_a_whole_unet_computes_the_same_and_layers_that_learn_are_left_alone():
-    unet = small_stable_diffusion().unet.requires_grad_(False)
+    unet = small_stable_diffusion().denoiser.requires_grad_(False)
     unet.conv_in.requires_grad_(True)
     twin = copy.deepcopy(unet)
     freeze_convolutions(twin)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from library.errors import UserError
-from library.models.model import predict_noise
+from library.testing import full_size_header
 from library.training.checks.estimates import WORKSPACE, estimated_bytes, fixed_bytes
 from library.training.memory import gradient_checkpointing as checkpointing
 from library.training.memory.gradient_checkpointing import GIB, choose, count_kept, units, use_gradient_checkpointing
@@ -36,13 +37,12 @@ def dataset_of(*buckets: tuple[int, tuple[int, int]]):
 @pytest.fixture(scope="module")
 def parts():
     """Model, network, and what is needed to count: a batch of two pictures of 64 px."""
-    model = copy.copy(two_blocks())
-    model.unet = copy.deepcopy(model.unet).train()
-    network = create_network(1.0, 2, 2, None, None, model.unet, conv_dim=2)
-    network.apply_to(None, model.unet, False, True)
+    model = replace(two_blocks(), parts={**two_blocks().parts, "unet": copy.deepcopy(two_blocks().denoiser).train()})
+    network = create_network(1.0, 2, 2, None, None, model.denoiser, conv_dim=2)
+    network.apply_to(None, model.denoiser, False, True)
     for lora in network.loras:
         nn.init.normal_(lora.lora_up.weight, std=0.1)
-    model.unet.enable_gradient_checkpointing()
+    model.denoiser.enable_gradient_checkpointing()
     return model, SimpleNamespace(module=network, trains_text_encoder=False), dataset_of((1, (64, 64)), (2, (64, 64)))
 
 
@@ -50,7 +50,7 @@ def step(model, network) -> tuple[int, list[torch.Tensor]]:
     """Bytes that one step of two pictures keeps, and the gradients."""
     torch.manual_seed(3)
     x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([500, 20]), torch.randn(2, 77, 32)
-    weights = [tensor for module in (model.unet, network) for tensor in (*module.parameters(), *module.buffers())]
+    weights = [tensor for module in (model.denoiser, network) for tensor in (*module.parameters(), *module.buffers())]
     kept = {weight.untyped_storage().data_ptr(): 0 for weight in weights}
     holds = []
 
@@ -63,7 +63,7 @@ def step(model, network) -> tuple[int, list[torch.Tensor]]:
 
     network.zero_grad()
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        y = predict_noise(model.unet, x, t, context)
+        y = model.denoiser(x, t, encoder_hidden_states=context).sample
     y.square().mean().backward()
     return sum(kept.values()), [p.grad.clone() for p in network.parameters()]
 
@@ -71,10 +71,10 @@ def step(model, network) -> tuple[int, list[torch.Tensor]]:
 def test_what_is_counted_is_what_is_kept_and_gradients_are_the_plain_ones(parts):
     model, network, dataset = parts
     plain, checkpointed = count_kept(options(), model, network, dataset, contextlib.nullcontext)
-    choices = [set(), set(range(0, len(units(model.unet)), 2)), set(range(len(units(model.unet))))]
+    choices = [set(), set(range(0, len(units(model.denoiser)), 2)), set(range(len(units(model.denoiser))))]
     gradients = []
     for chosen in choices:
-        for index, unit in enumerate(units(model.unet)):
+        for index, unit in enumerate(units(model.denoiser)):
             unit.gradient_checkpointing = index in chosen
         kept, found = step(model, network.module)
         counted = sum(checkpointed[i] if i in chosen else plain[i] for i in range(len(plain)))
@@ -96,15 +96,15 @@ def test_the_largest_savings_come_first_and_no_more_than_needed():
 def test_a_budget_between_none_and_all_is_met(parts, capsys):
     model, network, dataset = parts
     plain, checkpointed = (sum(kept) for kept in count_kept(options(), model, network, dataset, contextlib.nullcontext))
-    fixed = fixed_bytes(options())
+    fixed = fixed_bytes(options(), full_size_header())
     found = []
     for activations in (plain + 1, (plain + checkpointed) // 2, 1):
         budget = (fixed + activations * WORKSPACE) / GIB
         chosen = options(f"--gradient_checkpointing_budget={budget!r}")
-        use_gradient_checkpointing(chosen, model, network, dataset, contextlib.nullcontext)
-        found.append(sum(unit.gradient_checkpointing for unit in units(model.unet)))
+        use_gradient_checkpointing(chosen, model, network, dataset, full_size_header(), contextlib.nullcontext)
+        found.append(sum(unit.gradient_checkpointing for unit in units(model.denoiser)))
     lines = capsys.readouterr().out.splitlines()
-    parts_there = len(units(model.unet))
+    parts_there = len(units(model.denoiser))
     assert found[0] == 0 < found[1] < found[2] <= parts_there
     assert [f"{count} of {parts_there} parts" in line for count, line in zip(found, lines, strict=True)] == [True] * 3
     assert "cannot be less" in lines[2] and "cannot be less" not in lines[1]
@@ -116,10 +116,10 @@ def test_a_network_that_cannot_be_counted_is_said_and_all_is_checkpointed(parts,
 
     monkeypatch.setattr(checkpointing, "count_kept", fails)
     chosen = options("--gradient_checkpointing_budget=9")
-    use_gradient_checkpointing(chosen, *parts, contextlib.nullcontext)
+    use_gradient_checkpointing(chosen, *parts, full_size_header(), contextlib.nullcontext)
     model = parts[0]
     assert (
-        all(unit.gradient_checkpointing for unit in units(model.unet))
+        all(unit.gradient_checkpointing for unit in units(model.denoiser))
         and "no data); all is checkpointed" in capsys.readouterr().out
     )
 
@@ -132,7 +132,7 @@ def test_a_run_with_a_budget_checkpoints_what_it_must_and_learns_the_same(tmp_pa
     switched = []
     for budget in ([], ["--gradient_checkpointing_budget=99"]):
         made = train(words_of_a_run(pictures, tmp_path / f"out{len(budget)}", *more, *budget))
-        switched.append({unit.gradient_checkpointing for unit in units(made.model.unet)})
+        switched.append({unit.gradient_checkpointing for unit in units(made.model.denoiser)})
     assert switched == [{True}, {False}]
     assert "0 of" in capsys.readouterr().out
     ends = [tensors_of(tmp_path / f"out{n}" / "mine.safetensors") for n in (0, 1)]
@@ -141,9 +141,12 @@ def test_a_run_with_a_budget_checkpoints_what_it_must_and_learns_the_same(tmp_pa
 
 def test_estimate_of_a_budget_lies_between_none_and_all():
     half, batch = ["--mixed_precision=fp16"], (4, (512, 512))
-    plain = estimated_bytes(parse_options([*NEEDED, *half]), *batch)
-    least = estimated_bytes(options(*half), *batch)
-    estimates = [estimated_bytes(options(*half, f"--gradient_checkpointing_budget={budget}"), *batch) for budget in (1, 5, 99)]
+    plain = estimated_bytes(parse_options([*NEEDED, *half]), full_size_header(), *batch)
+    least = estimated_bytes(options(*half), full_size_header(), *batch)
+    estimates = [
+        estimated_bytes(options(*half, f"--gradient_checkpointing_budget={budget}"), full_size_header(), *batch)
+        for budget in (1, 5, 99)
+    ]
     assert estimates == [least, 5 * 2**30, plain] and least < 5 * 2**30 < plain
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from library.errors import UserError
+from library.testing import full_size_header
 from library.training.checks.contradictions import contradictions
 from library.training.checks.estimates import base_formats, fixed_bytes, frozen_bytes
 from library.training.memory.packing import FORMATS, NF4, PackedConv2d, PackedLinear, pack_layer, pack_weights
@@ -27,7 +28,7 @@ def options(*words: str):
 
 @pytest.fixture
 def unet():
-    return copy.deepcopy(two_blocks().unet)
+    return copy.deepcopy(two_blocks().denoiser)
 
 
 def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -210,10 +211,12 @@ def test_wrong_formats_and_names(word, part):
 def test_estimates_know_the_formats():
     half = ["--mixed_precision=fp16"]
     cases = ([], ["--base_dtype=int8"], ["--base_dtype=nf4"], ["--fp8_base_unet"])
-    sizes = [frozen_bytes(options(*half, *more)) / 1e9 for more in cases]
+    sizes = [frozen_bytes(options(*half, *more), full_size_header()) / 1e9 for more in cases]
     assert sizes == pytest.approx([2.132, 1.188, 0.746, 1.273], abs=0.001)
-    assert fixed_bytes(options(*half)) - fixed_bytes(options(*half, "--fp8_base")) == pytest.approx(0.944e9, rel=1e-3)
-    assert frozen_bytes(options()) / 1e9 == pytest.approx(4.264, abs=0.001)
+    assert fixed_bytes(options(*half), full_size_header()) - fixed_bytes(
+        options(*half, "--fp8_base"), full_size_header()
+    ) == pytest.approx(0.944e9, rel=1e-3)
+    assert frozen_bytes(options(), full_size_header()) / 1e9 == pytest.approx(4.264, abs=0.001)
 
 
 # ---------------------------------------------------------------- runs
@@ -231,7 +234,7 @@ def test_a_run_on_a_packed_model_learns_draws_and_goes_on_exactly(words, tmp_pat
     drawing = [f"--sample_prompts={tmp_path / 'prompts.txt'}", "--sample_every_n_steps=2"]
     whole = train(words("whole", "--max_train_steps=4", *drawing))
     assert "frozen weights in nf4" in capsys.readouterr().out
-    assert isinstance(whole.model.unet.conv_in, PackedConv2d) and isinstance(whole.model.vae.decoder.conv_in, nn.Conv2d)
+    assert isinstance(whole.model.denoiser.conv_in, PackedConv2d) and isinstance(whole.model.vae.decoder.conv_in, nn.Conv2d)
     assert not isinstance(whole.model.vae.decoder.conv_in, PackedConv2d)
     assert len(list((tmp_path / "whole" / "sample").glob("*.png"))) == 2
     train(words("half", "--max_train_steps=4", "--save_every_n_steps=2", "--save_state"))

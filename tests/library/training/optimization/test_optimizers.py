@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from library.errors import UserError
+from library.testing import full_size_header
 from library.training.checks.estimates import network_numbers, state_bytes
 from library.training.checks.trial import trial_optimizer
 from library.training.optimization.fused_backward import check_fused_backward, step_in_backward
@@ -360,8 +361,8 @@ def test_traits_belong_to_the_class_however_it_is_named(name, traits):
 def test_a_state_is_as_large_as_the_optimizer_s():
     needed = {}
     for name in ("Lion8bit", "AdamW8bit", "Lion", "AdamW", "Prodigy"):
-        needed[name] = state_bytes(parse_options([*NEEDED, f"--optimizer_type={name}"]))
-    numbers = network_numbers(parse_options(NEEDED))
+        needed[name] = state_bytes(parse_options([*NEEDED, f"--optimizer_type={name}"]), full_size_header())
+    numbers = network_numbers(parse_options(NEEDED), full_size_header())
     assert {name: size / numbers for name, size in needed.items()} == {
         "Lion8bit": 5, "AdamW8bit": 6, "Lion": 8, "AdamW": 12, "Prodigy": 20
     }  # fmt: skip

@@ -219,7 +219,7 @@ def test_other_pictures_captions_and_models_are_refused(run, a_state, tmp_path, 
     def other(*args, **kwargs):
         model = load()
         with torch.no_grad():
-            next(model.unet.parameters()).add_(1e-3)
+            next(model.denoiser.parameters()).add_(1e-3)
         return model
 
     monkeypatch.setattr(setup, "load_stable_diffusion", other)

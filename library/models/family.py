@@ -1,0 +1,260 @@
+"""What a family of models is: one frozen value, with nothing to inherit from. And a loaded model of one.
+
+A field is in `Family` only because two families differ in it and trainer, data, generation or tools need it. Nobody outside
+library/models compares a family's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Generator, Tensor, nn
+
+from library.diffusion.process import NoiseProcess, Prediction
+from library.formats.compvis import Layout
+
+Shapes = Mapping[str, tuple[int, ...]]
+Config = dict[str, Any]
+Tokens = dict[str, Tensor]  # what text encoders read: "ids" and, of weighted text, "weights", (B, chunks, 77) each
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the denoiser reads beside latents and timestep: named tensors, a row for each image. SD: context (B, N, width)."""
+
+    tensors: Mapping[str, Tensor]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def to(self, *args: Any, **kwargs: Any) -> Conditioning:
+        """As `Tensor.to`, for every tensor."""
+        return Conditioning({name: value.to(*args, **kwargs) for name, value in self.tensors.items()})
+
+    def rows(self, index: Any) -> Conditioning:
+        """Some of the rows: a slice, or a list of indices."""
+        return Conditioning({name: value[index] for name, value in self.tensors.items()})
+
+    def split(self) -> Iterator[Conditioning]:
+        """Every row on its own."""
+        return (self.rows(slice(row, row + 1)) for row in range(len(self)))
+
+    def attending(self, contexts: Sequence[Tensor]) -> Conditioning:
+        """The same with these contexts, one after the other, in place of its own; with regions there are several to an image."""
+        return Conditioning({**self.tensors, "context": torch.cat(list(contexts))})
+
+    @staticmethod
+    def cat(parts: Sequence[Conditioning]) -> Conditioning:
+        """The rows of all, one after the other."""
+        return Conditioning({name: torch.cat([part[name] for part in parts]) for name in parts[0].tensors})
+
+
+@dataclass(frozen=True)
+class LatentSpace:
+    """The latents of a VAE, and how they are brought to about unit variance: (latents - shift) * scale."""
+
+    channels: int = 4
+    pixels_per_latent: int = 8  # on a side
+    scale: float = 0.18215
+    shift: float = 0.0
+
+    def scaled(self, latents: Tensor) -> Tensor:
+        """Latents of the VAE as the denoiser knows them."""
+        return ((latents - self.shift) if self.shift else latents) * self.scale
+
+    def unscaled(self, latents: Tensor) -> Tensor:
+        """The reverse of `scaled`."""
+        plain = latents / self.scale
+        return plain + self.shift if self.shift else plain
+
+    def size(self, width: int, height: int) -> tuple[int, int]:
+        """Rows and columns of the latents of an image."""
+        return height // self.pixels_per_latent, width // self.pixels_per_latent
+
+
+SD_LATENTS = LatentSpace()  # those of SD 1 and 2
+
+
+@dataclass(frozen=True)
+class Part:
+    """One network of a model. Its name is that of its folder in Diffusers' layout."""
+
+    name: str
+    role: Literal["denoiser", "vae", "text"]
+    title: str  # for messages
+    build: Callable[[Mapping[str, Any]], nn.Module]  # on the meta device
+    read_config: Callable[[Shapes, Prediction], Config]
+    library: tuple[str, str]  # package and class, as model_index.json has them
+    weight_files: tuple[str, ...]  # without suffix, in the part's folder
+    lora_prefix: str | None = None
+    file_path: Callable[[str], str | None] | None = None  # path of a layer -> its path in LoRA files; None: the same
+
+    @property
+    def tokenizer(self) -> str:
+        """The folder of a text encoder's tokenizer."""
+        return self.name.replace("text_encoder", "tokenizer")
+
+
+@dataclass(frozen=True)
+class TextRules:
+    """How text becomes a `Conditioning`: a tokenizer for each text encoder, by what it pads with, and the encoding."""
+
+    paddings: tuple[str, ...]
+    encode: Callable[[Model, Tokens, int | None], Conditioning]
+    shapes: Callable[[Model, int], Mapping[str, tuple[int, ...]]]  # of a row, by the number of tokens
+
+
+@dataclass(frozen=True)
+class Records:
+    """What files say about the family, by what the model predicts."""
+
+    v2: bool  # ss_v2
+    base_model_version: Mapping[Prediction, str]
+    architecture: Mapping[Prediction, str]  # modelspec.architecture
+
+
+@dataclass(frozen=True)
+class Family:
+    """Everything in which one family of models differs from others."""
+
+    name: str
+    title: str  # for messages
+    parts: tuple[Part, ...]
+    layout: Layout  # the names in a single file
+    pipeline: str  # the class in model_index.json
+    owns_folder: Callable[[Mapping[str, Config]], bool]  # by the configurations of a folder's parts
+    text: TextRules
+    predict: Callable[[Model, Tensor, Tensor, Conditioning, Tensor], Tensor]  # (model, noisy, t, conditioning, sizes)
+    records: Records
+    latents: LatentSpace = SD_LATENTS
+    process: Callable[[Prediction], NoiseProcess] = NoiseProcess
+    kept_bytes: tuple[int, int] = (206_000, 33_000)  # see library/training/estimates.py
+
+    def __reduce__(self) -> tuple[Callable[[str], Family], tuple[str]]:
+        """Between processes a family travels by its name, as its functions may be local ones."""
+        from library.models.registry import by_name
+
+        return by_name, (self.name,)
+
+    @property
+    def text_parts(self) -> list[Part]:
+        return [part for part in self.parts if part.role == "text"]
+
+
+@dataclass
+class Model:
+    """A model ready for use: every part in eval mode, no parameter asking for gradients."""
+
+    family: Family
+    parts: dict[str, nn.Module]
+    tokenizers: list[Any]  # one for each text encoder
+    prediction: Prediction
+    name: str  # as the user gave it
+    path: Path | None = None  # the file or folder if it is on this machine, None for a hub id or a model made in memory
+    _views: tuple[nn.Module | list[nn.Module], nn.Module] | None = field(default=None, init=False, repr=False, compare=False)
+
+    @property
+    def denoiser(self) -> nn.Module:
+        return self.parts[next(part.name for part in self.family.parts if part.role == "denoiser")]
+
+    @property
+    def vae(self) -> nn.Module:
+        return self.parts[next(part.name for part in self.family.parts if part.role == "vae")]
+
+    @property
+    def text_encoders(self) -> list[nn.Module]:
+        return [self.parts[part.name] for part in self.family.text_parts]
+
+    @property
+    def latents(self) -> LatentSpace:
+        """That of the VAE which is loaded."""
+        config = self.vae.config
+        return replace(
+            self.family.latents,
+            channels=config.latent_channels,
+            pixels_per_latent=2 ** (len(config.block_out_channels) - 1),
+            scale=config.scaling_factor,
+            shift=getattr(config, "shift_factor", None) or 0.0,
+        )
+
+    def process(self, zero_terminal_snr: bool = False) -> NoiseProcess:
+        """How latents are noised for this model, and what it predicts."""
+        return replace(self.family.process(self.prediction), zero_terminal_snr=zero_terminal_snr)
+
+    def predict(self, noisy: Tensor, t: Tensor, conditioning: Conditioning, sizes: Tensor) -> Tensor:
+        """What the denoiser sees in `noisy` (B, C, h, w): the noise, or the velocity.
+
+        `t` (B,), or one for all, are 0..999; `sizes` (B, 6) are those of `library.data.dataset.Batch`.
+        """
+        return self.family.predict(self, noisy, t, conditioning, sizes)
+
+    def encode_text(self, tokens: Tokens, clip_skip: int | None = None) -> Conditioning:
+        """Differentiable in the text encoders' weights; `clip_skip` N: the Nth layer from the end (None: the family's own)."""
+        device = next(self.text_encoders[0].parameters()).device
+        moved = {name: value.to(device, non_blocking=True) for name, value in tokens.items()}
+        return self.family.text.encode(self, moved, clip_skip)
+
+    def encode_images(self, images: Tensor, generators: Sequence[Generator] | None = None) -> Tensor:
+        """Latents (B, C, h, w), float32, of images (B, 3, H, W) in -1..1: a sample of the posterior, not scaled.
+
+        Its noise comes from torch's global generator, or from a CPU generator for each image, so that it does not depend on
+        what is encoded together.
+        """
+        weight = next(self.vae.parameters())
+        posterior = self.vae.encode(images.to(weight.device, weight.dtype, non_blocking=True)).latent_dist
+        if generators is None:
+            return posterior.sample().float()
+        mean = posterior.mean
+        noise = torch.stack([torch.randn(mean.shape[1:], generator=generator) for generator in generators])
+        return mean.float() + posterior.std.float() * noise.to(mean.device)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in -1..1 of latents (B, C, h, w) as the denoiser knows them."""
+        weight = next(self.vae.parameters())
+        return self.vae.decode(self.latents.unscaled(latents.to(weight.device, weight.dtype))).sample.clamp(-1, 1)
+
+    def for_networks(self) -> tuple[nn.Module | list[nn.Module], nn.Module]:
+        """Text encoders (one alone, several as a list) and denoiser as network modules see them: with the paths of LoRA files."""
+        if self._views is None:
+            encoders = [renamed_view(self.parts[part.name], part.file_path) for part in self.family.text_parts]
+            denoiser = next(part for part in self.family.parts if part.role == "denoiser")
+            view = renamed_view(self.parts[denoiser.name], denoiser.file_path)
+            self._views = (encoders[0] if len(encoders) == 1 else encoders), view
+        return self._views
+
+
+def renamed_view(root: nn.Module, file_path: Callable[[str], str | None] | None) -> nn.Module:
+    """The same layers in a tree whose paths are those of files; nodes keep their class names, by which layers are chosen.
+
+    A path for which `file_path` gives None is left out. For a model to call use `root`: a view computes nothing.
+    """
+    if file_path is None or all(file_path(path) == path for path, _ in root.named_modules() if path):
+        return root
+    view = _node(type(root).__name__)
+    for path, module in root.named_modules():
+        new = file_path(path) if path else None
+        if not new:
+            continue
+        parent = view
+        *above, last = new.split(".")
+        for name in above:
+            if name not in parent._modules:
+                parent.add_module(name, _node("Module"))
+            parent = parent._modules[name]
+        is_layer = next(module.children(), None) is None
+        if is_layer:
+            parent.add_module(last, module)
+        elif last not in parent._modules:
+            parent.add_module(last, _node(type(module).__name__))
+    return view
+
+
+def _node(class_name: str) -> nn.Module:
+    return type(class_name, (nn.Module,), {})()

@@ -1,0 +1,72 @@
+"""The families of models that are known, and which of them a model is of: told by names, shapes and configurations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from library.errors import UserError
+from library.formats.compvis import layout_of
+from library.formats.foreign import instead_of_a_model
+from library.formats.names import UNET_PREFIX
+from library.models import sd1, sd2
+from library.models.family import Config, Family, Shapes
+
+FAMILIES: tuple[Family, ...] = (sd1.FAMILY, sd2.FAMILY)
+
+
+def by_name(name: str) -> Family:
+    """The family of this name."""
+    return next(family for family in FAMILIES if family.name == name)
+
+
+_INPUT_CHANNELS = {
+    9: "an in-painting model (9 input channels)",
+    8: "an instruct-pix2pix model (8 input channels)",
+    7: "an upscaler (7 input channels)",
+    5: "a depth model (5 input channels)",
+}
+
+
+def detect(path: Path, shapes: Shapes) -> Family:
+    """The family of a single file with these tensors: that whose text encoders it holds.
+
+    Widths say nothing of small models. Raises UserError, saying what the file is instead, if it is no model of a known family.
+    """
+    if not shapes:
+        raise UserError(f"{path} holds no tensors; it is no model file")
+    if what := instead_of_a_model(shapes):
+        raise UserError(f"{path} is {what}")
+    if any(name.startswith(UNET_PREFIX + "input_blocks.") for name in shapes):
+        layout = layout_of(shapes, [family.layout for family in FAMILIES])
+        found = (family for family in FAMILIES if family.layout == layout)
+        return next(found, FAMILIES[0])  # without a text encoder it is incomplete, which is found where it is loaded
+    if any(name.startswith(("down_blocks.", "encoder.", "text_model.", "first_stage_model.")) for name in shapes):
+        raise UserError(f"{path} is one part of a model, not a whole one; give the whole file or the folder of all parts")
+    raise UserError(f"{path} is no Stable Diffusion model: it holds {len(shapes)} tensors such as {next(iter(shapes))}")
+
+
+def detect_folder(folder: Path, pipeline: str, configs: Mapping[str, Config]) -> Family:
+    """The family of a Diffusers folder with this pipeline and these configurations of its parts."""
+    for family in FAMILIES:
+        texts = [part.name for part in family.text_parts]
+        if pipeline == family.pipeline and all(name in configs for name in texts) and family.owns_folder(configs):
+            return family
+    if any(other in pipeline for other in ("XL", "Diffusion3", "Flux")):
+        raise UserError(f"{folder} is a model of another family ({pipeline}); use an SD 1.x or 2.x model")
+    return next((family for family in FAMILIES if "text_encoder" in configs and family.owns_folder(configs)), FAMILIES[0])
+
+
+def check_v2(source: str, family: Family, v2: bool) -> None:
+    """Raise UserError if the user's `--v2` does not fit the model."""
+    if family.records.v2 and not v2:
+        raise UserError(f"{source} is an SD 2.x model; add --v2 (and --v_parameterization if it is one for 768 px)")
+    if v2 and not family.records.v2:
+        raise UserError(f"{source} is an {family.title} model; leave out --v2")
+
+
+def refuse_other_inputs(source: str, family: Family, channels: int) -> None:
+    """Raise UserError unless the denoiser takes plain latents."""
+    if channels != family.latents.channels:
+        what = _INPUT_CHANNELS.get(channels, f"a model with {channels} input channels")
+        raise UserError(f"{source} is {what}, which is not supported; use the plain text-to-image model it was made from")
