@@ -29,6 +29,13 @@ class UserErrors(UserError):
         self.problems = problems
 
 
+def problem_of_path(error: OSError) -> UserError | None:
+    """What to say of a path that the system will not look at (rights, a long name, a link to itself); None without a path."""
+    if error.filename is None:
+        return None
+    return UserError(f"{error.filename}: {error.strerror or error}; check the path and the rights of its folders")
+
+
 class Problems:
     """Collects what is wrong, so that it can be told all at once."""
 
@@ -36,12 +43,17 @@ class Problems:
         self.found: list[str] = []
 
     def of(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
-        """What `work` gives for these arguments; None if it raises a UserError, whose words are kept."""
+        """What `work` gives for these arguments; None if it raises a UserError or cannot look at a path, whose words are kept."""
         try:
             return work(*args, **kwargs)
         except UserError as error:
             self.found += getattr(error, "problems", [str(error)])
-            return None
+        except OSError as error:
+            problem = problem_of_path(error)
+            if problem is None:
+                raise
+            self.found.append(str(problem))
+        return None
 
     def results(self, found: Iterable[T | None]) -> list[T]:
         """What `of` gave, several times; raises UserErrors if anything was wrong."""
@@ -128,6 +140,13 @@ def run_entry(main: Callable[[], int | None]) -> None:
         for problem in getattr(error, "problems", [str(error)]):
             print(f"error: {on_terminal(' '.join(problem.split()))}", file=sys.stderr)
         code = error.exit_code
+    except OSError as error:
+        problem = problem_of_path(error)
+        if problem is None:
+            raise
+        sys.stdout.flush()
+        print(f"error: {on_terminal(str(problem))}", file=sys.stderr)
+        code = problem.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130

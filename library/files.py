@@ -6,9 +6,11 @@ import hashlib
 import json
 import os
 import struct
+import unicodedata
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,27 @@ os.umask(_UMASK)
 
 # What writers raise for a full disk, a lost folder or a text that is no Unicode; safetensors and torch have errors of their own.
 WRITE_ERRORS = (OSError, SafetensorError, RuntimeError, UnicodeError)
+
+
+def as_on_disk(path: Path) -> Path:
+    """The path, or one that looks the same and is there: é may be one letter, or e and an accent, by system and archive."""
+    if str(path).isascii() or os.path.lexists(path):
+        return path
+    parent = as_on_disk(path.parent) if path.parent != path else path
+    names_by_look.cache_clear()  # what is asked for may have been made a moment ago
+    return parent / names_by_look(parent).get(unicodedata.normalize("NFC", path.name), path.name)
+
+
+@lru_cache(maxsize=256)
+def names_by_look(folder: Path) -> dict[str, str]:
+    """The names in a folder by their composed form, which tells what looks the same; empty if there is no such folder.
+
+    Of two names that look the same the one in composed form counts. Looked up once a folder.
+    """
+    try:
+        return {unicodedata.normalize("NFC", name): name for name in sorted(os.listdir(folder))}
+    except OSError:
+        return {}
 
 
 @contextmanager

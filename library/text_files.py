@@ -14,11 +14,43 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+_MARKS = (
+    (b"\xef\xbb\xbf", "utf-8"),
+    (b"\xff\xfe\0\0", "utf-32-le"),  # before the mark of UTF-16, with which it begins
+    (b"\0\0\xfe\xff", "utf-32-be"),
+    (b"\xff\xfe", "utf-16-le"),
+    (b"\xfe\xff", "utf-16-be"),
+)
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines of a text. `splitlines` also cuts at U+2028, U+0085 and six more, which captions and JSON may hold."""
+    return re.split("\r\n|\n|\r", text)
+
+
+def decoded(content: bytes) -> str:
+    """The text in a file: UTF-8, or UTF-16 and UTF-32 as their mark says; UTF-16 without a mark if every other byte is NUL.
+
+    Raises UnicodeDecodeError for anything else.
+    """
+    for mark, encoding in _MARKS:
+        if content.startswith(mark):
+            return content[len(mark) :].decode(encoding)
+    text = content.decode("utf-8") if b"\0" not in content else content.decode(_utf_16_by_nuls(content))
+    if "\0" in text:
+        raise UnicodeDecodeError("utf-8", content, content.index(0), content.index(0) + 1, "NUL stands in no text")
+    return text
+
+
+def _utf_16_by_nuls(content: bytes) -> str:
+    """Latin letters have a NUL as their high byte, which comes second in UTF-16-LE."""
+    return "utf-16-le" if content[1::2].count(0) >= content[::2].count(0) else "utf-16-be"
+
 
 def read_text(path: Path, option: str) -> str:
-    """The content of a UTF-8 file. `option` is named where there is no such file."""
+    """The content of a text file: see `decoded`. `option` is named where there is no such file."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return decoded(path.read_bytes())
     except FileNotFoundError as error:
         raise UserError(f"{option} {path}: no such file; looked in {Path.cwd()}") from error
     except UnicodeDecodeError as error:
@@ -41,7 +73,7 @@ def _toml_error(path: Path, text: str, message: str) -> UserError:
     # The parser says "reason (at line 3, column 5)".
     place = re.search(r"\(at (?:line (\d+), column (\d+)|end of document)\)", message)
     reason = message[: place.start()].strip() if place else message
-    lines = text.splitlines() or [""]
+    lines = lines_of(text)
     number = int(place.group(1)) if place and place.group(1) else len(lines)
     column = place.group(2) if place and place.group(2) else str(len(lines[-1]) + 1)
     line = lines[min(number, len(lines)) - 1]

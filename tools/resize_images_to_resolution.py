@@ -96,11 +96,14 @@ def load(path: Path, with_alpha: bool) -> Image.Image:
     """The upright picture in RGB, or RGBA if it is transparent and `with_alpha`. Raises BadPicture."""
     with open_picture(path) as image:
         turn = turn_of(image)
-        profile = image.info.get("icc_profile") if image.mode in ("RGB", "RGBA", "P") else None
+        # The copy keeps numbers and profile; colours of other kinds of images become sRGB.
+        profile = image.info.pop("icc_profile", None) if image.mode in ("RGB", "RGBA", "P") else None
         try:
             image.load()
             pixels = image.convert("RGBA") if with_alpha and image.has_transparency_data else to_rgb(image)
-        except (OSError, ValueError, SyntaxError, EOFError, IndexError, MemoryError) as error:
+        except BadPicture:
+            raise
+        except Exception as error:  # each decoder has errors of its own
             raise BadPicture(f"cut off or damaged ({error})") from error
     pixels = pixels if turn is None else pixels.transpose(turn)
     pixels.info = {"icc_profile": profile} if profile else {}

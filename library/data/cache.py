@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from library.data.images import has_other_colours, has_transparency
 from library.data.masks import latent_mask
 from library.data.pixels import Placed, cut, mask_bytes, placed, read_bytes, to_tensor
 from library.data.table import PictureTable
@@ -52,6 +53,11 @@ def latent_key(content: bytes, place: Placed, fingerprint: str, mask: bytes | No
     }
     if mask is not None or place.alpha_mask:
         parts["mask"] = "alpha" if mask is None else hashlib.sha256(mask).hexdigest()
+    # Not the version, which would change the latents of all other images too: their noise comes from this key.
+    if has_other_colours(content):
+        parts["colours"] = "sRGB"
+    if mask is not None and has_transparency(mask):
+        parts["erased"] = "black"
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 

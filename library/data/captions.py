@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import random
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from functools import cache
@@ -13,7 +15,9 @@ from pathlib import Path
 
 from library.data.config_keys import SubsetConfig, without
 from library.errors import UserError
+from library.files import names_by_look
 from library.option_traits import fields_with
+from library.text_files import decoded, lines_of
 
 log = logging.getLogger(__name__)
 
@@ -33,35 +37,44 @@ def read_caption(image_path: Path, subset: SubsetConfig) -> str | None:
     The first line that is not blank counts; with enable_wildcard all of them do, kept apart by line ends.
     An empty file is an empty caption, and is said. Raises UserError if the file is no UTF-8.
     """
-    for path in caption_candidates(image_path, subset.caption_extension):
+    for path in map(_as_on_disk, caption_candidates(image_path, subset.caption_extension)):
         try:
             content = path.read_bytes()
         except FileNotFoundError:
             continue
         except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:  # with the suffix; so there is no such file
+                continue
             raise UserError(f"caption {path} cannot be read: {error.strerror or error}") from error
         return _caption_in(content, path, subset)
     return subset.class_tokens
 
 
+def _as_on_disk(path: Path) -> Path:
+    """The caption's path, with the accents of its name as its folder has them: image and caption may come from two systems."""
+    if path.name.isascii():
+        return path
+    return path.with_name(names_by_look(path.parent).get(unicodedata.normalize("NFC", path.name), path.name))
+
+
 def _caption_in(content: bytes, path: Path, subset: SubsetConfig) -> str:
     try:
-        text = content.decode("utf-8-sig")
+        text = decoded(content)
     except UnicodeDecodeError as error:
-        raise UserError(f"caption {path}: byte {error.start} is no UTF-8; save the file as UTF-8") from error
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+        raise UserError(f"caption {path}: byte {error.start} is no UTF-8 ({error.reason}); save the file as UTF-8") from error
+    lines = [line.strip() for line in lines_of(text) if line.strip()]
     if not lines:
         log.warning("caption %s is empty; the picture is trained with an empty caption", path)
         return ""
     if len(lines) > 1 and not subset.enable_wildcard:
-        _say_first_line_counts(path.parent)
+        say_first_line_counts(path.parent)
     return "\n".join(lines) if subset.enable_wildcard else lines[0]
 
 
 @cache
-def _say_first_line_counts(folder: Path) -> None:
-    """Once a folder: there may be thousands of such files."""
-    log.warning("%s: there are captions of more than one line; only the first line is used (enable_wildcard uses all)", folder)
+def say_first_line_counts(place: Path) -> None:
+    """Once a folder or metadata file: it may hold thousands of such captions."""
+    log.warning("%s: there are captions of more than one line; only the first line is used (enable_wildcard uses all)", place)
 
 
 def process_caption(
@@ -107,12 +120,23 @@ def _with_prefix_and_suffix(caption: str, subset: SubsetConfig) -> str:
 
 
 def _choose_alternatives(caption: str, rng: random.Random) -> str:
-    """Replace each {a|b|c} by one of its parts; {{ and }} are braces."""
-    marks = {"{{": "\0", "}}": "\1"}
-    for braces, mark in marks.items():
-        caption = caption.replace(braces, mark)
-    caption = re.sub(r"\{([^{}]+)\}", lambda found: rng.choice(found[1].split("|")), caption)
+    """Replace each {a|b|c} by one of its parts, the inner ones first; {{ and }} are braces unless nesting explains them."""
+    escaped = caption.replace("{{", "\0").replace("}}", "\1")
+    nested = not _is_balanced(escaped) and _is_balanced(caption)  # such as {red|{light|dark}}
+    before, caption = "", caption if nested else escaped
+    while caption != before:
+        before, caption = caption, re.sub(r"\{([^{}]+)\}", lambda found: rng.choice(found[1].split("|")), caption)
     return caption.replace("\0", "{").replace("\1", "}")
+
+
+def _is_balanced(caption: str) -> bool:
+    """Whether each brace has its partner."""
+    depth = 0
+    for letter in caption:
+        depth += (letter == "{") - (letter == "}")
+        if depth < 0:
+            return False
+    return depth == 0
 
 
 def _split(caption: str, subset: SubsetConfig) -> tuple[list[str], list[str], list[str]]:

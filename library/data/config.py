@@ -25,8 +25,9 @@ from library.data.config_keys import (
     describe_problem,
     optional_keys,
 )
-from library.data.folders import check_pictures, picture_subsets
+from library.data.folders import check_pictures, picture_subsets, warn_of_inner_images
 from library.errors import Problems, UserError, UserErrors, unknown
+from library.files import as_on_disk
 
 __all__ = [
     "DatasetConfig",
@@ -70,10 +71,18 @@ def datasets_from_file(path: Path, defaults: DatasetDefaults) -> list[DatasetCon
         raise UserError(f"{path}: write {_GENERAL} once, with single brackets")
     shared = problems.of(_checked, _DATASET_TABLE, general, f"{path}, {_GENERAL}")
     entries = problems.of(_list_of_tables, tables, "datasets", _DATASET, str(path)) or []
-    return problems.results(
+    datasets = problems.results(
         problems.of(_dataset_from_table, table, shared, defaults, path, f"{path}, {_DATASET} {number}")
         for number, table in enumerate(entries, start=1)
     )
+    _warn_of_inner_images(datasets)
+    return datasets
+
+
+def _warn_of_inner_images(datasets: list[DatasetConfig], more_used: Collection[Path] = ()) -> None:
+    subsets = [subset for dataset in datasets for subset in dataset.subsets]
+    used = [folder for subset in subsets for folder in (subset.image_dir, subset.conditioning_data_dir) if folder]
+    warn_of_inner_images((s.image_dir for s in subsets if s.metadata_file is None), [*used, *more_used])
 
 
 def _inner(tables: dict[str, Any]) -> dict[str, Any]:
@@ -114,14 +123,20 @@ def datasets_from_folders(
         if parent is None:
             continue
         for found in problems.of(picture_subsets, parent, option) or ():
-            place = masks / found.image_dir.relative_to(parent) if masks and not is_reg else None
+            place = masks / found.image_dir.relative_to(as_on_disk(parent)) if masks and not is_reg else None
+            place = place and as_on_disk(place)
             own = {"num_repeats": found.num_repeats, "class_tokens": found.class_tokens, "conditioning_data_dir": place}
             own = {key: value for key, value in own.items() if value is not None}
             if place and not place.is_dir():
                 problems.found.append(f"--conditioning_data_dir={masks}: there is no folder {place} for {found.image_dir}")
             subsets.append(problems.of(_subset_of_folder, {**values, **own, "is_reg": is_reg}, found.image_dir, option))
     problems.of(_require_resolution, values, where)
-    return [_dataset(values, problems.results(subsets), where)]
+    dataset = _dataset(values, problems.results(subsets), where)
+    parents = [folder for folder in (train_data_dir, reg_data_dir, masks) if folder]
+    # Of those directly below the parent folder `picture_subsets` speaks.
+    inner = [subset for subset in dataset.subsets if os.path.abspath(subset.image_dir) not in map(os.path.abspath, parents)]
+    _warn_of_inner_images([dataset.model_copy(update={"subsets": tuple(inner)})], parents)
+    return [dataset]
 
 
 def _subset_of_folder(values: dict[str, Any], image_dir: Path, option: str) -> SubsetConfig:
@@ -133,7 +148,8 @@ def _subset_of_folder(values: dict[str, Any], image_dir: Path, option: str) -> S
 def datasets_from_metadata(in_json: Path, image_dir: Path | None, defaults: DatasetDefaults) -> list[DatasetConfig]:
     """One dataset from `--in_json`, whose pictures lie in `--train_data_dir`, else where the file says or beside it."""
     where, problems = f"--in_json={in_json}", Problems()
-    if not Path(in_json).is_file():
+    in_json, image_dir = as_on_disk(Path(in_json)), image_dir and as_on_disk(image_dir)
+    if not in_json.is_file():
         problems.found.append(f"{where}: no such file; looked in {Path.cwd()}")
     if image_dir is not None and not Path(image_dir).is_dir():
         problems.found.append(f"--train_data_dir={image_dir}: no such folder; looked in {Path.cwd()}")
@@ -240,7 +256,7 @@ def _wrong_key(key: str, allowed: Collection[str], place: str) -> UserError:
 def _existing(given: Path, path: Path, where: str, key: str) -> Path:
     """The folder or file of a key: relative to the current directory, else to the dataset file."""
     beside, is_file = path.parent / given, key == "metadata_file"
-    for candidate in (given, beside):
+    for candidate in (as_on_disk(given), as_on_disk(beside)):
         if candidate.is_file() if is_file else candidate.is_dir():
             return candidate
         if candidate.exists():

@@ -5,27 +5,49 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from library.errors import UserError
+from library.files import as_on_disk
 
 log = logging.getLogger(__name__)
 
 NAMED_AT_MOST = 10
-# Pictures that are left out, but never without a word.
-UNREAD_SUFFIXES = frozenset({".heic", ".heif", ".jfif", ".ppm", ".tga", ".psd", ".svg"})
+# Images that are left out, but never without a word.
+UNREAD_SUFFIXES = frozenset((
+    ".heic", ".heif", ".hif", ".jxl", ".avif", ".avifs", ".jp2", ".j2k", ".jpf", ".jpx", ".jxr", ".wdp", ".hdp", ".tga",
+    ".psd", ".psb", ".svg", ".svgz", ".exr", ".hdr", ".dds", ".qoi", ".pcx", ".sgi", ".rgb", ".xcf", ".kra", ".clip", ".eps",
+    ".ai", ".cur", ".icns", ".dng", ".cr2", ".cr3", ".nef", ".nrw", ".arw", ".srf", ".sr2", ".orf", ".rw2", ".raf", ".pef",
+    ".srw", ".raw", ".x3f", ".3fr", ".erf", ".kdc", ".mrw",
+))  # fmt: skip
+# Files beside images that are none; of any other unknown name the content tells.
+OTHER_SUFFIXES = frozenset((
+    ".txt", ".caption", ".tags", ".json", ".jsonl", ".csv", ".tsv", ".toml", ".yaml", ".yml", ".md", ".html", ".xml", ".xmp",
+    ".aae", ".log", ".npz", ".npy", ".pt", ".pth", ".ckpt", ".safetensors", ".zip", ".rar", ".7z", ".tar", ".gz", ".py",
+    ".sh", ".bat", ".ps1", ".ini", ".db", ".url", ".lnk", ".mp4", ".mov", ".webm", ".mkv", ".avi", ".mp3", ".wav", ".pdf",
+    ".doc", ".docx",
+))  # fmt: skip
+LOOKED_INTO_AT_MOST = 100
 
 
 @lru_cache(maxsize=1)
 def image_suffixes() -> tuple[str, ...]:
-    """Suffixes that count as pictures, lower case; upper case counts as well. AVIF and JPEG XL if Pillow can read them."""
+    """Suffixes that count as images, lower case; upper case counts as well. AVIF, JPEG 2000 and JPEG XL if Pillow can read them.
+
+    The first ones are the usual ones, in the order in which a metadata file's names without suffix are completed.
+    """
     from PIL import features
 
     suffixes = [".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"]
     if "avif" in features.get_supported_modules() or importlib.util.find_spec("pillow_avif"):
-        suffixes.append(".avif")
+        suffixes += [".avif", ".avifs"]
+    if "jpg_2000" in features.get_supported_codecs():
+        suffixes += [".jp2", ".j2k", ".jpf", ".jpx"]
+    suffixes += [".apng", ".jpe", ".jfif", ".jif", ".jpg_large", ".jpg_orig", ".png_large"]
+    suffixes += [".dib", ".ppm", ".pgm", ".pbm", ".pnm", ".ico"]
     if importlib.util.find_spec("pillow_jxl"):
         suffixes.append(".jxl")
     return tuple(suffixes)
@@ -42,10 +64,17 @@ def _scan(folder: Path) -> tuple[list[str], list[str]]:
         with os.scandir(folder) as entries:  # tells files from folders without a system call for each
             for entry in entries:
                 if not entry.name.startswith("."):
-                    (folders if entry.is_dir() else files).append(entry.name)
+                    (folders if _is_folder(entry) else files).append(entry.name)
     except OSError as error:
         raise UserError(f"folder {folder} cannot be read: {error.strerror or error}") from error
     return sorted(files), sorted(folders)
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -77,13 +106,72 @@ def check_pictures(folder: Path, caption_extension: str, where: str) -> None:
         below = [child.name for child in _subfolders(folder) if _has_images(child)]
         cure = f"; there are some in its subfolder {below[0]}, give each such folder a subset of its own" if below else ""
         raise UserError(f"{where}: no picture ({suffixes}) lies in {folder}{cure}")
-    unread = [name for name in names if os.path.splitext(name)[1].lower() in UNREAD_SUFFIXES]
+    unread = _unread_images(folder, [name for name in names if not _is_image(name)], caption_extension)
     if unread:
         more = f" and {len(unread) - NAMED_AT_MOST} more" if len(unread) > NAMED_AT_MOST else ""
         log.warning(
             "%s: pictures left out: %s%s; convert them to one of %s", folder, ", ".join(unread[:NAMED_AT_MOST]), more, suffixes
         )
     _warn_of_other_captions(folder, names, images, caption_extension)
+
+
+def _unread_images(folder: Path, names: list[str], caption_extension: str) -> list[str]:
+    """Those of the files that are images by their suffix or, where that says nothing, by their content."""
+    unread, unknown = [], []
+    for name in names:
+        suffix = os.path.splitext(name)[1].lower()
+        if suffix in UNREAD_SUFFIXES:
+            unread.append(name)
+        elif suffix not in OTHER_SUFFIXES and not name.lower().endswith(caption_extension.lower()):
+            unknown.append(name)
+    return sorted(unread + [name for name in unknown[:LOOKED_INTO_AT_MOST] if _holds_an_image(folder / name)])
+
+
+def _holds_an_image(path: Path) -> bool:
+    from library.data.images import BadPicture, open_picture
+
+    try:
+        open_picture(path).close()
+    except BadPicture:
+        return False
+    return True
+
+
+def warn_of_inner_images(folders: Iterable[Path], used: Iterable[Path]) -> None:
+    """Say which folders below these hold images that no subset uses. used: folders that subsets use, for images or masks."""
+    seen = {os.path.realpath(folder) for folder in used}
+    for folder in dict.fromkeys(folders):
+        inner = [os.path.relpath(below, folder) for below in _unused_below(folder, seen)]
+        if inner:
+            more = f" and {len(inner) - NAMED_AT_MOST} more" if len(inner) > NAMED_AT_MOST else ""
+            log.warning(
+                "%s: images in folders inside it are left out: %s%s; give each such folder a subset of its own",
+                folder, ", ".join(inner[:NAMED_AT_MOST]), more,
+            )  # fmt: skip
+
+
+def _unused_below(folder: Path, seen: set[str]) -> Iterator[Path]:
+    """Folders below that hold images of people, each once; `seen` grows, so that links in a circle have an end."""
+    for below in _subfolders(folder):
+        real = os.path.realpath(below)
+        if real in seen:
+            continue
+        seen.add(real)
+        try:
+            if any(not _is_drawn_by_training(image) for image in list_images(below)[:3]):
+                yield below
+            yield from _unused_below(below, seen)
+        except UserError as error:
+            log.warning("%s; it is left out", error)
+
+
+def _is_drawn_by_training(path: Path) -> bool:
+    from library.data.images import BadPicture, header_of
+
+    try:
+        return header_of(path)[1]
+    except BadPicture:
+        return False
 
 
 def _warn_of_other_captions(folder: Path, names: list[str], images: list[str], extension: str) -> None:
@@ -123,13 +211,14 @@ def picture_subsets(parent: Path, option: str) -> list[FolderSubset]:
     other subfolders that hold pictures are. Pictures may lie one level deeper than those folders.
     Raises UserError if the folder is missing or holds no picture.
     """
+    parent = as_on_disk(parent)
     if not parent.is_dir():
         raise UserError(
             f"{option}={parent}: {'this is a file, not a folder' if parent.exists() else 'no such folder'}; "
             f"looked in {Path.cwd()}"
         )
     found = [FolderSubset(parent)] if _has_images(parent) else []
-    if found and _repeats_and_class(parent.resolve().name):
+    if found and _repeats_and_class(Path(os.path.abspath(parent)).name):
         log.warning(
             "%s=%s: a name such as 10_cat counts for subfolders only; give the folder above to have it count", option, parent
         )

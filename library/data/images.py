@@ -1,7 +1,7 @@
 """One picture: from the bytes of a file to RGB pixels of the size that training wants.
 
-What people see is what the network sees: EXIF rotation is applied, transparent parts become white, 16-bit grey is
-scaled, and of an animation the first frame is taken.
+What people see is what the network sees: EXIF rotation is applied, colours are brought from the image's profile to sRGB,
+transparent parts become white, 16-bit grey is scaled, and of an animation the first frame is taken.
 """
 
 from __future__ import annotations
@@ -9,12 +9,22 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import io
+import logging
+import threading
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 import cv2
 import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
+
+from library.data.colours import BadProfile, as_srgb
+from library.errors import one_line
+
+log = logging.getLogger(__name__)
 
 # Loader processes and threads work in parallel already; OpenCV's own threads would also hang after a fork.
 cv2.setNumThreads(1)
@@ -24,6 +34,7 @@ Image.MAX_IMAGE_PIXELS = None
 # Its remarks on damaged EXIF data and the like name no file; what makes a picture unusable is raised as an error anyway.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 MAX_PIXELS = 1_000_000_000
+MOST_AT_ONCE = 100_000_000
 EMPTY = "the file is empty (0 bytes)"
 # Image generators write whole workflows into PNG text chunks; Pillow refuses those over 1 MiB.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 28
@@ -63,7 +74,7 @@ def readable_formats() -> list[str]:
         if importlib.util.find_spec(plug_in):
             importlib.import_module(plug_in)
     Image.init()
-    wanted = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "JXL")
+    wanted = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "JXL", "JPEG2000", "PPM", "ICO")
     return [name for name in wanted if name in Image.OPEN]
 
 
@@ -83,8 +94,8 @@ def open_picture(source: Path | io.BytesIO) -> Image.Image:
         image = Image.open(source, formats=FORMATS)
     except UnidentifiedImageError as error:
         raise BadPicture("no picture, or cut off in its header") from error
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
-        raise BadPicture(getattr(error, "strerror", None) or str(error)) from error
+    except Exception as error:  # the decoders raise all sorts of errors for a damaged file
+        raise BadPicture(getattr(error, "strerror", None) or one_line(error)) from error
     width, height = image.size
     if width * height > MAX_PIXELS:
         image.close()
@@ -127,10 +138,15 @@ def _webp_size(path: Path) -> tuple[int, int] | None:
 
 def size_of(path: Path) -> tuple[int, int]:
     """Width and height of the upright picture, from the file's header. Raises BadPicture."""
+    return header_of(path)[0]
+
+
+def header_of(path: Path) -> tuple[tuple[int, int], bool]:
+    """Size of the upright image, and whether training drew it (a plot, a sample, a sheet). Raises BadPicture."""
     try:
         size = _webp_size(path) if path.suffix.lower() == ".webp" else None
         if size is not None:
-            return size
+            return size, False
         if not path.stat().st_size:
             raise BadPicture(EMPTY)
     except OSError as error:
@@ -143,44 +159,138 @@ def size_of(path: Path) -> tuple[int, int]:
             Image.Transpose.ROTATE_90,
             Image.Transpose.ROTATE_270,
         )
-    return (height, width) if turned else (width, height)
+        return (height, width) if turned else (width, height), OWN_IMAGE in image.info
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB: transparent parts on white (as viewers show them), 16-bit grey scaled rather than cut off."""
+def to_rgb(image: Image.Image, background: str = "white", file: str = "") -> Image.Image:
+    """8-bit sRGB: transparent parts on white (as viewers show them), 16-bit grey scaled rather than cut off.
+
+    background: another colour for transparent parts. file: its name, for the warning of a profile that cannot be used.
+    """
     if image.mode.startswith("I"):  # "I;16" and its byte orders; "I" is what older Pillow gives for a 16-bit PNG
         grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
-        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+        scaled = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+        scaled.info = {"icc_profile": image.info.get("icc_profile")}
+        image = scaled
     if image.mode == "F":
         raise BadPicture("pixels are floating-point numbers; save it as PNG")
+    try:
+        rgb = as_srgb(image)
+    except BadProfile as error:
+        _say_bad_profile(file, str(error))
+        rgb = None
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+        rgba = image.convert("RGBA")
+        if rgb is not None:
+            rgb.putalpha(rgba.getchannel("A"))
+            rgba = rgb
+        return Image.alpha_composite(Image.new("RGBA", image.size, background), rgba).convert("RGB")
+    return image.convert("RGB") if rgb is None else rgb
 
 
-def decode(content: bytes) -> np.ndarray:
-    """The upright picture in a file's bytes as (H, W, 3) uint8 RGB. Raises BadPicture."""
-    return decode_with_alpha(content)[0]
+@lru_cache(maxsize=4096)
+def _say_bad_profile(file: str, reason: str) -> None:
+    """Once a file, since it is decoded again in every epoch."""
+    log.warning("%s: its colour profile is not used (%s), its colours are taken for sRGB", file or "an image", reason)
 
 
-def decode_with_alpha(content: bytes) -> tuple[np.ndarray, np.ndarray | None]:
-    """The same, and its alpha channel as (H, W) uint8; None for a picture that has no transparency."""
+def decode(content: bytes, file: str = "") -> np.ndarray:
+    """The upright picture in a file's bytes as (H, W, 3) uint8 sRGB. Raises BadPicture. file: its name, for warnings."""
+    return decode_with_alpha(content, file)[0]
+
+
+def decode_values(content: bytes) -> np.ndarray:
+    """The red channel of an upright image that holds values rather than colours, such as a mask: (H, W) uint8.
+
+    Transparent parts become black, since what was erased is 0; a colour profile is ignored. Raises BadPicture.
+    """
+    return _decoded(content, _values)[0]
+
+
+def _values(image: Image.Image) -> tuple[Image.Image, None]:
+    image.info.pop("icc_profile", None)
+    return to_rgb(image, background="black").getchannel("R"), None
+
+
+def decode_with_alpha(content: bytes, file: str = "") -> tuple[np.ndarray, np.ndarray | None]:
+    """As `decode`, and the alpha channel as (H, W) uint8; None for a picture that has no transparency."""
+
+    def colours(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+        alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+        return to_rgb(image, file=file), alpha
+
+    return _decoded(content, colours)
+
+
+def _decoded(
+    content: bytes, convert: Callable[[Image.Image], tuple[Image.Image, Image.Image | None]]
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """What `convert` makes of the image in a file's bytes, upright. Raises BadPicture."""
     if not content:
         raise BadPicture(EMPTY)
     with open_picture(io.BytesIO(content)) as image:
         turn = turn_of(image)
         try:
             image.load()
-            alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
-            rgb = to_rgb(image)
+            rgb, alpha = convert(image)
+        except BadPicture:
+            raise
         except MemoryError as error:
             raise BadPicture(f"not enough memory for its {image.width} x {image.height} pixels") from error
-        except (OSError, ValueError, SyntaxError, EOFError, IndexError) as error:
-            raise BadPicture(f"cut off or damaged ({error})") from error
+        except Exception as error:  # OSError, RuntimeError, ZeroDivisionError ...: each decoder has its own
+            raise BadPicture(f"cut off or damaged ({one_line(error)})") from error
     if turn is not None:
         rgb, alpha = rgb.transpose(turn), None if alpha is None else alpha.transpose(turn)
     return np.asarray(rgb), None if alpha is None else np.asarray(alpha)
+
+
+def has_other_colours(content: bytes) -> bool:
+    """Whether a file's bytes hold a colour profile that changes its colours. Reads the header only."""
+    try:
+        with open_picture(io.BytesIO(content)) as image:
+            pixel = Image.new(image.mode, (1, 1))
+            pixel.info["icc_profile"] = image.info.get("icc_profile")
+            return as_srgb(pixel) is not None
+    except (BadPicture, BadProfile, ValueError):  # ValueError: a mode of which there are no new images
+        return False
+
+
+def has_transparency(content: bytes) -> bool:
+    """Whether parts of the image in a file's bytes may be transparent. Reads the header only."""
+    try:
+        with open_picture(io.BytesIO(content)) as image:
+            return image.has_transparency_data
+    except BadPicture:
+        return False
+
+
+class _Room:
+    """How many pixels are being decoded in this process."""
+
+    def __init__(self) -> None:
+        self.pixels = 0
+        self.changed = threading.Condition()
+
+
+_room = _Room()
+
+
+@contextmanager
+def room_for(size: tuple[int, int]) -> Iterator[None]:
+    """Wait until an image of this size may be decoded: threads together hold MOST_AT_ONCE pixels, or one larger image.
+
+    A pixel takes about 13 bytes on its way from the file to its bucket.
+    """
+    pixels = size[0] * size[1]
+    with _room.changed:
+        _room.changed.wait_for(lambda: not _room.pixels or _room.pixels + pixels <= MOST_AT_ONCE)
+        _room.pixels += pixels
+    try:
+        yield
+    finally:
+        with _room.changed:
+            _room.pixels -= pixels
+            _room.changed.notify_all()
 
 
 def fit(

@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from library.data.folders import list_images
-from library.data.images import BadPicture, decode, size_of
+from library.data.images import BadPicture, decode, header_of, room_for, size_of
 from library.errors import UserError
 from library.parallel import ahead
 
@@ -56,16 +56,19 @@ def in_threads(work: Callable, items: Sequence, progress: str, chunk: int = CHUN
             yield from results
 
 
-def _size_or_reason(path: Path) -> tuple[int, int] | str:
+def _size_or_reason(path: Path) -> tuple[int, int] | str | None:
+    """The size, or why the file cannot be used; None for an image that training drew, which is no data."""
     try:
-        return size_of(path)
+        size, is_own = header_of(path)
+        return None if is_own else size
     except BadPicture as error:
         return str(error)
 
 
 def _decoding_problem(path: Path) -> str | None:
     try:
-        decode(path.read_bytes())
+        with room_for(size_of(path)):
+            decode(path.read_bytes(), str(path))
     except BadPicture as error:
         return str(error)
     except OSError as error:
@@ -88,6 +91,12 @@ def _report_bad(bad: list[tuple[Path, str]], on_bad_image: str) -> None:
         )
 
 
+def _report_own(own: list[Path]) -> None:
+    if own:
+        named = ", ".join(path.name for path in own[:NAMED_AT_MOST]) + (", ..." if len(own) > NAMED_AT_MOST else "")
+        log.warning("%s: %d plots or samples of training are left out: %s", own[0].parent, len(own), named)
+
+
 def index_folders(folders: Sequence[Path], on_bad_image: str = "refuse") -> dict[Path, Pictures]:
     """Find the pictures of every folder and read their sizes from the headers.
 
@@ -105,14 +114,15 @@ def index_pictures(sources: Mapping[Path, tuple[Path, list[str]]], on_bad_image:
     results = list(in_threads(_size_or_reason, paths, "reading picture sizes"))
     if on_bad_image == "skip":
         problems = in_threads(_decoding_problem, paths, "checking pictures", chunk=1)
-        results = [problem or result for result, problem in zip(results, problems, strict=True)]
+        results = [result and (problem or result) for result, problem in zip(results, problems, strict=True)]
     _report_bad([(path, result) for path, result in zip(paths, results, strict=True) if isinstance(result, str)], on_bad_image)
+    _report_own([path for path, result in zip(paths, results, strict=True) if result is None])
 
     index, start = {}, 0
     for source, (folder, names) in sources.items():
         own = results[start : start + len(names)]
         start += len(own)
-        good = [(name, size) for name, size in zip(names, own, strict=True) if not isinstance(size, str)]
+        good = [(name, size) for name, size in zip(names, own, strict=True) if isinstance(size, tuple)]
         sizes = np.array([size for _, size in good], dtype=np.int32).reshape(-1, 2)
         index[source] = Pictures(folder, [name for name, _ in good], sizes)
     return index

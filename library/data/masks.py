@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 from library.data.config_keys import DatasetConfig, SubsetConfig
 from library.data.folders import image_suffixes
-from library.data.images import BadPicture, decode, size_of
+from library.data.images import BadPicture, decode_values, size_of
 from library.errors import UserError
 from library.models.family import LatentSpace
 
@@ -58,8 +59,8 @@ def find_masks(subset: SubsetConfig, names: Sequence[str], sizes: np.ndarray) ->
         parent = folder if Path(name).is_absolute() else (folder / name).parent
         if parent not in there:
             files = sorted(parent.iterdir()) if parent.is_dir() else []
-            there[parent] = {file.stem: file for file in files if file.suffix.lower() in image_suffixes()}
-        mask = there[parent].get(Path(name).stem)
+            there[parent] = {_look(file): file for file in files if file.suffix.lower() in image_suffixes()}
+        mask = there[parent].get(_look(Path(name)))
         if mask is None:
             missing.append(name)
         else:
@@ -74,6 +75,11 @@ def find_masks(subset: SubsetConfig, names: Sequence[str], sizes: np.ndarray) ->
     return found
 
 
+def _look(path: Path) -> str:
+    """The stem in composed form: image and mask may come from two systems, which write accents in two ways."""
+    return unicodedata.normalize("NFC", path.stem)
+
+
 def _check_shape(mask: Path, width: int, height: int) -> None:
     try:
         mask_width, mask_height = size_of(mask)
@@ -86,9 +92,9 @@ def _check_shape(mask: Path, width: int, height: int) -> None:
 
 
 def decode_mask(content: bytes, path: Path) -> np.ndarray:
-    """The red channel of a mask's file, (H, W) uint8."""
+    """The red channel of a mask's file, (H, W) uint8; what was erased in it does not count."""
     try:
-        return decode(content)[..., 0]
+        return decode_values(content)
     except BadPicture as error:
         raise UserError(f"mask {path}: {error}") from error
 

@@ -9,17 +9,18 @@ from __future__ import annotations
 import json
 import logging
 import os
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from library.data.captions import count_tags, joint
+from library.data.captions import count_tags, joint, say_first_line_counts
 from library.data.config_keys import SubsetConfig
 from library.data.folders import image_suffixes
 from library.errors import UserError
-from library.text_files import read_text
+from library.files import as_on_disk, names_by_look
+from library.text_files import lines_of, read_text
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ def _entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(key of the picture, its values) in the file's order."""
     text = read_text(path, "metadata_file")
     if path.suffix.lower() == ".jsonl":
-        for number, line in enumerate(text.splitlines(), start=1):
+        for number, line in enumerate(lines_of(text), start=1):
             if line.strip():
                 entry = _parsed(line, path, number)
                 if not isinstance(entry, dict) or not isinstance(entry.get("image_path"), str):
@@ -82,6 +83,8 @@ def _entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _parsed(text: str, path: Path, line: int | None = None) -> Any:
     try:
         return json.loads(text)
+    except RecursionError as error:
+        raise UserError(f"{path}: the values are nested too deeply") from error
     except ValueError as error:
         place = f"line {line or getattr(error, 'lineno', 1)}, column {getattr(error, 'colno', 1)}"
         raise UserError(f"{path}, {place}: this is no JSON: {getattr(error, 'msg', error)}") from error
@@ -96,9 +99,11 @@ def _checked(entry: Any, place: str) -> dict[str, Any]:
 
 def _caption(entry: dict[str, Any], subset: SubsetConfig) -> str:
     """Caption and tags, joined; with enable_wildcard the tags follow each line of the caption, else its first line."""
-    lines = [line.strip() for line in (entry.get("caption") or "").splitlines() if line.strip()]
-    lines = lines if subset.enable_wildcard else lines[:1]
-    tags = " ".join((entry.get("tags") or "").split("\n")).strip()
+    lines = [line.strip() for line in lines_of(entry.get("caption") or "") if line.strip()]
+    if len(lines) > 1 and not subset.enable_wildcard:
+        say_first_line_counts(subset.metadata_file)
+        lines = lines[:1]
+    tags = " ".join(lines_of(entry.get("tags") or "")).strip()
     return "\n".join(joint(subset).join(part for part in (line, tags) if part) for line in lines or [""])
 
 
@@ -114,28 +119,17 @@ def _picture_of(key: str, folder: Path) -> str | None:
 
 def _with_suffix(path: Path) -> Path | None:
     """The picture that a path means: itself, or the first one of this name with a suffix of pictures."""
-    names = _names_in(path.parent)
-    suffixes = image_suffixes()
-    if path.name in names and path.suffix.lower() in suffixes:
-        return path
-    for suffix in suffixes:
-        for candidate in (path.name + suffix, path.name + suffix.upper()):
-            if candidate in names:
-                return path.with_name(candidate)
+    names = names_by_look(as_on_disk(path.parent))  # one look into a folder serves all keys of it
+    own, suffixes = unicodedata.normalize("NFC", path.name), image_suffixes()
+    ends = ("", *(end for suffix in suffixes for end in (suffix, suffix.upper())))
+    for candidate in (own + end for end in ends):
+        if candidate in names and os.path.splitext(candidate)[1].lower() in suffixes:
+            return as_on_disk(path.parent) / names[candidate]
     return None
 
 
-@lru_cache(maxsize=4096)
-def _names_in(folder: Path) -> frozenset[str]:
-    """One look into a folder serves all keys of it."""
-    try:
-        return frozenset(os.listdir(folder))
-    except OSError:
-        return frozenset()
-
-
 def _report(path: Path, folder: Path, missing: list[str], unknown: set[str], on_bad_image: str) -> None:
-    _names_in.cache_clear()
+    names_by_look.cache_clear()
     if unknown:
         log.warning("%s: not used: %s", path, ", ".join(sorted(unknown)))
     if not missing:

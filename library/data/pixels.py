@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from library.data.augment import face_crop, face_of, random_corner, shift_colours
-from library.data.images import BadPicture, decode_with_alpha, fit
+from library.data.images import BadPicture, decode_with_alpha, fit, room_for
 from library.data.masks import decode_mask
 from library.data.table import PictureTable
 from library.errors import UserError
@@ -67,8 +67,13 @@ def cut(place: Placed, content: bytes, mask: bytes | None) -> tuple[np.ndarray, 
 
     `mask` is the content of the mask's file. Raises UserError, naming the file, if one cannot be decoded.
     """
+    with room_for(place.seen):
+        return _cut(place, content, mask)
+
+
+def _cut(place: Placed, content: bytes, mask: bytes | None) -> tuple[np.ndarray, np.ndarray | None]:
     try:
-        rgb, alpha = decode_with_alpha(content)
+        rgb, alpha = decode_with_alpha(content, str(place.path))
     except BadPicture as error:
         raise UserError(f"{place.path}: {error}; mend or remove it, or give --on_bad_image=skip") from error
     if rgb.shape[1::-1] != place.seen:

@@ -20,6 +20,7 @@ from library.data.index import NAMED_AT_MOST, Pictures, in_threads, index_folder
 from library.data.masks import find_masks, is_masked
 from library.data.metadata_file import Metadata, read_metadata
 from library.errors import UserError
+from library.safe_text import as_unicode, is_unicode
 
 log = logging.getLogger(__name__)
 
@@ -107,17 +108,17 @@ def build_table(configs: Sequence[DatasetConfig], on_bad_image: str = "refuse", 
     `seed` chooses the pictures held out for validation where validation_seed is not given.
     """
     every = [subset for config in configs for subset in config.subsets]
-    metadata = {subset.metadata_file: read_metadata(subset, on_bad_image) for subset in every if subset.metadata_file}
-    index = index_folders([subset.image_dir for subset in every if not subset.metadata_file], on_bad_image)
-    listed = {s.metadata_file: (s.image_dir, metadata[s.metadata_file].names) for s in every if s.metadata_file}
+    metadata = [read_metadata(subset, on_bad_image) if subset.metadata_file else None for subset in every]
+    listed = {_source(s): (s.image_dir, found.names) for s, found in zip(every, metadata, strict=True) if found}
+    folders = [subset.image_dir for subset in every if not subset.metadata_file]
+    index = {(None, folder): found for folder, found in index_folders(folders, on_bad_image).items()}
     index |= index_pictures(listed, on_bad_image)
+    pictures = [index[_source(subset)] for subset in every]
+    numbers = [number for number, config in enumerate(configs) for _ in config.subsets]
     subsets: list[Subset] = []
-    for number, config in enumerate(configs):
-        for subset in config.subsets:
-            start, source = subsets[-1].end if subsets else 0, subset.metadata_file or subset.image_dir
-            tags = metadata[source].tags if subset.metadata_file else None
-            subsets.append(Subset(subset, number, start, start + len(index[source]), tags))
-    pictures = [index[subset.config.metadata_file or subset.config.image_dir] for subset in subsets]
+    for subset, number, part, found in zip(every, numbers, pictures, metadata, strict=True):
+        start = subsets[-1].end if subsets else 0
+        subsets.append(Subset(subset, number, start, start + len(part), found.tags if found else None))
     sizes = np.concatenate([part.sizes for part in pictures])
     row_subset = np.repeat(np.arange(len(subsets), dtype=np.int32), [len(part) for part in pictures])
     names = [name for part in pictures for name in part.names]
@@ -134,9 +135,7 @@ def build_table(configs: Sequence[DatasetConfig], on_bad_image: str = "refuse", 
         subsets=subsets,
         buckets=buckets,
         names=names,
-        captions=[
-            text for subset, part in zip(subsets, pictures, strict=True) for text in _captions(subset.config, part, metadata)
-        ],
+        captions=[text for own in zip(every, pictures, metadata, strict=True) for text in _captions(*own)],
         subset=row_subset,
         sizes=sizes,
         repeats=np.concatenate([_repeats(subsets, number, held_out) for number in range(len(configs))]),
@@ -144,6 +143,11 @@ def build_table(configs: Sequence[DatasetConfig], on_bad_image: str = "refuse", 
         masks=_masks(subsets, pictures),
         **columns,
     )
+
+
+def _source(subset: SubsetConfig) -> tuple[Path | None, Path]:
+    """What decides which pictures a subset has: two datasets may read one metadata file with different folders."""
+    return subset.metadata_file, subset.image_dir
 
 
 def _masks(subsets: list[Subset], pictures: list[Pictures]) -> list[Path | None] | None:
@@ -155,10 +159,22 @@ def _masks(subsets: list[Subset], pictures: list[Pictures]) -> list[Path | None]
     return masks
 
 
-def _captions(subset: SubsetConfig, pictures: Pictures, metadata: dict[Path, Metadata]) -> list[str]:
-    """The raw caption of each picture; empty ones for want of a file and of class tokens are said."""
-    if subset.metadata_file:
-        return [metadata[subset.metadata_file].captions[name] for name in pictures.names]
+def _captions(subset: SubsetConfig, pictures: Pictures, metadata: Metadata | None) -> list[str]:
+    """The raw caption of each picture, as Unicode."""
+    found = [metadata.captions[name] for name in pictures.names] if metadata else _captions_beside(subset, pictures)
+    broken = [name for name, caption in zip(pictures.names, found, strict=True) if not is_unicode(caption)]
+    if broken:
+        log.warning(
+            "%s: %d captions hold half an emoji or other letters that are no Unicode, which are left out (%s first)",
+            subset.metadata_file or subset.image_dir,
+            len(broken),
+            broken[0],
+        )
+    return [as_unicode(caption, instead="") for caption in found]
+
+
+def _captions_beside(subset: SubsetConfig, pictures: Pictures) -> list[str]:
+    """The captions from files; empty ones for want of a file and of class tokens are said."""
     found = list(in_threads(lambda name: read_caption(subset.image_dir / name, subset), pictures.names, "reading captions"))
     missing = [name for name, caption in zip(pictures.names, found, strict=True) if caption is None]
     if missing:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from library.errors import UserError
 from library.generation.options import GenerateOptions
-from library.text_files import read_text
+from library.text_files import decoded, lines_of, read_text
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -53,7 +53,7 @@ def read_prompts(options: GenerateOptions, sources: list[Path]) -> list[RawPromp
 def _from_lines(file: str) -> list[RawPrompt]:
     """One prompt a line; empty lines and those that begin with # are comments."""
     if file == "-":
-        text, name = sys.stdin.read().removeprefix("\ufeff"), "standard input"
+        text, name = read_standard_input(), "standard input"
     else:
         path = Path(file)
         if path.suffix.lower() in (".toml", ".json"):
@@ -61,12 +61,23 @@ def _from_lines(file: str) -> list[RawPrompt]:
         text, name = read_text(path, "--from_file"), file
     prompts = [
         RawPrompt(line, f"{name}, line {number}")
-        for number, line in enumerate(text.splitlines(), start=1)
+        for number, line in enumerate(lines_of(text), start=1)
         if line.strip() and not line.lstrip().startswith("#")
     ]
     if not prompts:
         raise UserError(f"--from_file {file}: there is no prompt in it; write one prompt a line")
     return prompts
+
+
+def read_standard_input() -> str:
+    """All of it, as `decoded` reads a file."""
+    buffer = getattr(sys.stdin, "buffer", None)
+    if buffer is None:  # a text stream of a program around this one
+        return sys.stdin.read()
+    try:
+        return decoded(buffer.read())
+    except UnicodeDecodeError as error:
+        raise UserError(f"--from_file -: byte {error.start} of standard input is no UTF-8; write it as UTF-8") from error
 
 
 def _from_picture(path: Path) -> RawPrompt:

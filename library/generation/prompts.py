@@ -13,7 +13,7 @@ from typing import Any
 
 from library.diffusion.samplers import check_sampler
 from library.errors import UserError, unknown
-from library.text_files import parse_toml, read_text
+from library.text_files import lines_of, parse_toml, read_text
 
 log = logging.getLogger(__name__)
 
@@ -216,7 +216,7 @@ def _parse_line(line: str, defaults: PromptSpec, where: str, ignored: list[str])
 def _from_lines(text: str, defaults: PromptSpec, path: str, ignored: list[str]) -> list[PromptSpec]:
     return [
         _parse_line(line, defaults, f"{path}, line {number}", ignored)
-        for number, line in enumerate(text.splitlines(), start=1)
+        for number, line in enumerate(lines_of(text), start=1)
         if line.strip() and not line.strip().startswith("#")
     ]
 

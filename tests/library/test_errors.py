@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from library.errors import PatientStream, RunFailed, UserError, nearest, run_entry, unknown
+from library.errors import PatientStream, Problems, RunFailed, UserError, nearest, run_entry, unknown
 
 
 @pytest.mark.parametrize("name, close", [("network_dm", "network_dim"), ("Network_Dim", "network_dim"), ("xyz", None)])
@@ -72,3 +72,17 @@ def test_a_stream_that_cannot_be_set_takes_any_text():
 
     stream = PatientStream(Plain())
     assert stream.write("a\udce9") == 2 and stream.stream.text == "a\\udce9"
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied", "shut/a"), OSError(36, "Name too long", "shut/a")])
+def test_a_path_that_cannot_be_looked_at_is_one_line(capsys, error):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        run_entry(main)
+    assert ended.value.code == 2 and capsys.readouterr().err.startswith(f"error: shut/a: {error.strerror}; check")
+    problems = Problems()
+    assert problems.of(main) is None and problems.found[0].startswith("shut/a: ")
+    with pytest.raises(OSError):
+        Problems().of(lambda: (_ for _ in ()).throw(OSError("a bug")))

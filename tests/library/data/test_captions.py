@@ -215,3 +215,34 @@ def test_captions_work_with_names_of_any_kind(tmp_path):
     name = Path("图 片 ü.png")
     (tmp_path / "图 片 ü.caption").write_text("画", encoding="utf-8")
     assert read_caption(tmp_path / name, subset()) == "画"
+
+
+# Letters that other programs leave in captions
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c"])
+def test_separators_that_are_no_line_ends_cut_no_caption(tmp_path, mark):
+    (tmp_path / "a.txt").write_text(f"a red car{mark}parked outside", encoding="utf-8")
+    assert read_caption(tmp_path / "a.png", subset(caption_extension=".txt")) == f"a red car{mark}parked outside"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_a_utf_16_caption_is_read_with_and_without_a_mark(tmp_path, encoding):
+    (tmp_path / "a.txt").write_bytes("red car".encode(encoding))
+    assert read_caption(tmp_path / "a.png", subset(caption_extension=".txt")) == "red car"
+
+
+@pytest.mark.parametrize(
+    "caption, wanted",
+    [
+        ("{red|{light|dark} blue} car", {"red car", "light blue car", "dark blue car"}),
+        ("{red|{light|dark}} car", {"red car", "light car", "dark car"}),
+        ("{{a|b}|c} car", {"a car", "b car", "c car"}),
+        ("{{{a|b}|c}|{d|e}}", {"a", "b", "c", "d", "e"}),
+        ("{{braces}} {a|b}", {"{braces} a", "{braces} b"}),
+        ("{a|{{b}}}", {"a", "{b}"}),
+        ("{a|b", {"{a|b"}),
+    ],
+)
+def test_alternatives_within_alternatives(caption, wanted):
+    assert {process(caption, seed=seed, enable_wildcard=True) for seed in range(100)} == wanted

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import unicodedata
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from library.data.config import DatasetDefaults, SubsetConfig, datasets_from_folders
+from library.data.config import DatasetDefaults, SubsetConfig, datasets_from_file, datasets_from_folders
 from library.data.folders import image_suffixes, list_images
+from library.data.images import decode, own_mark
+from library.data.index import index_folders
+from library.data.table import build_table
 from library.errors import UserError
 
 
@@ -165,3 +172,89 @@ def test_trap_4_16_dataset_repeats_counts_only_where_no_folder_name_says_a_numbe
     assert [s.num_repeats for s in both] == [3, 10, 1]
     assert [s.num_repeats for s in subsets(tmp_path / "plain", tmp_path / "reg", num_repeats=3)] == [3, 1]
     assert [s.num_repeats for s in subsets(tmp_path / "train", tmp_path / "plain", num_repeats=3)] == [3, 10, 3]
+
+
+# Files and folders that are left out are named
+
+
+def test_images_that_are_not_read_are_named_by_suffix_or_content(tmp_path, caplog):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    for name in ("b.heic", "b.dng", "b.EXR", "b.psd", "without suffix", "copy.png~", "c.png.1"):
+        (tmp_path / name).write_bytes((tmp_path / "a.png").read_bytes())
+    for name in ("a.txt", "a.caption", "notes", "model.safetensors", "a.npz"):
+        (tmp_path / name).write_text("nothing to look at", encoding="utf-8")
+    assert found(tmp_path) == [(".", 1, None)]
+    assert "pictures left out: b.EXR, b.dng, b.heic, b.psd, c.png.1, copy.png~, without suffix; convert" in caplog.text
+
+
+@pytest.mark.parametrize("suffix", [".apng", ".jpe", ".jfif", ".jpg_large", ".dib", ".ppm", ".pgm", ".jp2", ".avifs", ".ico"])
+def test_suffixes_of_kinds_that_pillow_reads_count(tmp_path, suffix):
+    if suffix not in image_suffixes():
+        pytest.skip("this Pillow cannot read it")
+    kinds = {".apng": "PNG", ".dib": "DIB", ".ppm": "PPM", ".pgm": "PPM", ".jp2": "JPEG2000", ".avifs": "AVIF", ".ico": "ICO"}
+    Image.new("RGB", (64, 64), "red").save(tmp_path / f"a{suffix}", kinds.get(suffix, "JPEG"))
+    assert found(tmp_path) == [(".", 1, None)]
+    assert index_folders([tmp_path])[tmp_path].sizes.tolist() == [[64, 64]]
+    assert decode((tmp_path / f"a{suffix}").read_bytes())[0, 0, 0] > 200
+
+
+def test_images_in_folders_inside_a_subset_are_named(tmp_path, caplog):
+    make(tmp_path, "10_cat/a.png", "10_cat/more/b.png", "10_cat/more/deep/c.png", "10_cat/.latents/d.png", "10_cat/empty/e.txt")
+    assert found(tmp_path) == [("10_cat", 10, "cat")]
+    assert f"10_cat: images in folders inside it are left out: more, {os.path.join('more', 'deep')}; give" in caplog.text
+
+
+def test_folders_inside_that_other_subsets_use_are_not_named(tmp_path, caplog):
+    make(tmp_path, "cat/a.png", "cat/more/b.png", "cat/masks/a.png", "cat/left/c.png")
+    names = {"image_dir": "cat", "conditioning_data_dir": "cat/masks"}
+    first = "".join(f'{key} = "{(tmp_path / name).as_posix()}"\n' for key, name in names.items())
+    second = f'image_dir = "{(tmp_path / "cat/more").as_posix()}"\n'
+    table = f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\n{first}[[datasets.subsets]]\n{second}"
+    (tmp_path / "data.toml").write_text(table, encoding="utf-8")
+    datasets_from_file(tmp_path / "data.toml", DatasetDefaults())
+    assert caplog.text.count("images in folders inside it are left out: left; give") == 1
+
+
+def test_samples_of_training_inside_are_not_named(tmp_path, caplog):
+    make(tmp_path, "10_cat/a.png", "10_cat/sample/x.txt")
+    Image.new("RGB", (64, 64)).save(tmp_path / "10_cat" / "sample" / "s.png", pnginfo=own_mark("sample"))
+    subsets(tmp_path)
+    assert "inside it" not in caplog.text
+
+
+# Names and links
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="links need rights there; accents are all alike here")
+def test_accents_of_either_form_and_links_in_a_circle(tmp_path):
+    folder = tmp_path / unicodedata.normalize("NFD", "café") / unicodedata.normalize("NFC", "ä")
+    Path(folder).mkdir(parents=True)
+    for form in ("NFC", "NFD"):
+        Image.new("RGB", (64, 64)).save(folder / f"{unicodedata.normalize(form, 'é')}{form}.png")
+        other = unicodedata.normalize("NFD" if form == "NFC" else "NFC", "é")
+        (folder / f"{other}{form}.txt").write_text(form, encoding="utf-8")
+    os.symlink("me", folder / "me")
+    os.symlink("..", folder / "up")
+    typed = tmp_path / unicodedata.normalize("NFC", "café") / unicodedata.normalize("NFD", "ä")
+    (dataset,) = datasets_from_folders(typed, None, DatasetDefaults(resolution=64, caption_extension=".txt"))
+    assert sorted(build_table([dataset]).captions) == ["NFC", "NFD"]
+    table = f'[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "{typed}"\n'
+    (tmp_path / "data.toml").write_text(table, encoding="utf-8")
+    assert datasets_from_file(tmp_path / "data.toml", DatasetDefaults())[0].subsets[0].image_dir == folder
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="names of another kind")
+def test_a_long_name_of_an_image_has_no_longer_name_of_a_caption(tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / f"{'x' * 251}.png")
+    (dataset,) = datasets_from_folders(tmp_path, None, DatasetDefaults(resolution=64, caption_extension=".caption"))
+    assert build_table([dataset]).captions == [""]
+
+
+@pytest.mark.parametrize("key", ["image_dir", "conditioning_data_dir", "metadata_file"])
+def test_a_path_that_the_system_will_not_look_at_is_one_line(tmp_path, key):
+    values = {"image_dir": tmp_path.as_posix(), key: "x" * 300}
+    lines = "".join(f'{name} = "{value}"\n' for name, value in values.items())
+    (tmp_path / "data.toml").write_text(f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\n{lines}", encoding="utf-8")
+    make(tmp_path, "a.png")
+    with pytest.raises(UserError, match="xxx"):
+        datasets_from_file(tmp_path / "data.toml", DatasetDefaults())

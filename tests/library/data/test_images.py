@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import io
+import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
-from library.data.images import MAX_PIXELS, BadPicture, decode, fit, size_of
+from library.data import images
+from library.data.images import FORMATS, MAX_PIXELS, BadPicture, decode, decode_values, decode_with_alpha, fit, room_for, size_of
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -218,3 +223,66 @@ def test_fit_of_a_strip_needs_little_memory():
 def test_fit_outside_of_the_picture_is_refused():
     with pytest.raises(ValueError):
         fit(gradient(40, 30), (40, 30), (20, 0), (32, 24))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "AVIF", "JPEG2000", "ICO", "PPM"])
+def test_a_damaged_file_of_any_kind_is_a_bad_picture_and_nothing_else(kind):
+    """Seeded: the decoders raise RuntimeError, ZeroDivisionError, struct.error and more for what is broken."""
+    if kind not in FORMATS:
+        pytest.skip(f"this Pillow cannot read {kind}")
+    whole = encoded(Image.fromarray(gradient(48, 48)), kind)
+    dice, refused = random.Random(1), 0
+    for _ in range(400):
+        broken = bytearray(whole)
+        for _ in range(dice.choice((1, 2, 4, 16))):
+            broken[dice.randrange(len(broken))] = dice.randrange(256)
+        try:
+            decode_with_alpha(bytes(broken[: dice.randrange(1, len(broken))] if dice.random() < 0.2 else broken))
+        except BadPicture as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert refused
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Failed to decode"), ZeroDivisionError(), KeyError(3)])
+def test_what_ever_a_decoder_raises_names_the_file_as_bad(monkeypatch, error, tmp_path):
+    def broken(*_, **__):
+        raise error
+
+    content = encoded(Image.fromarray(gradient(8, 8)))
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", broken)
+    with pytest.raises(BadPicture, match="cut off or damaged"):
+        decode(content)
+    monkeypatch.setattr(Image, "open", broken)
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(BadPicture):
+        size_of(tmp_path / "a.png")
+
+
+def test_what_is_erased_in_an_image_of_values_is_black():
+    values = np.zeros((8, 8, 4), dtype=np.uint8)
+    values[:, 4:] = 255
+    values[0, :4, :3] = 200  # of another colour, and erased all the same
+    assert decode_values(encoded(Image.fromarray(values)))[:, [0, 7]].tolist() == [[0, 255]] * 8
+    opaque = Image.fromarray(gradient(9, 7))
+    assert np.array_equal(decode_values(encoded(opaque)), gradient(9, 7)[..., 0])
+
+
+def test_images_decoded_at_once_are_bounded_by_their_pixels(monkeypatch):
+    monkeypatch.setattr(images, "MOST_AT_ONCE", 100)
+    held, most, lock = [0], [0], threading.Lock()
+
+    def decode_one(size: tuple[int, int]) -> None:
+        with room_for(size):
+            with lock:
+                held[0] += size[0] * size[1]
+                most[0] = max(most[0], held[0])
+            time.sleep(0.002)
+            with lock:
+                held[0] -= size[0] * size[1]
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(decode_one, [(5, 8)] * 20))
+        assert most[0] <= 80
+        list(pool.map(decode_one, [(30, 30)] * 5))  # larger than the bound: one at a time
+    assert most[0] == 900

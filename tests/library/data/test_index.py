@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from library.data.images import own_mark
 from library.data.index import index_folders
 from library.errors import UserError
 
@@ -66,3 +67,12 @@ def test_several_folders_keep_their_own(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     index = index_folders([two, one, two])
     assert index[one].sizes.tolist() == [[8, 9]] and index[two].sizes.tolist() == [[10, 11], [12, 13]]
+
+
+def test_what_training_drew_is_no_data_and_is_named(tmp_path, caplog):
+    save(tmp_path / "a.png")
+    save(tmp_path / "mine-loss.png", pnginfo=own_mark("loss plot"))
+    for on_bad_image in ("refuse", "skip"):
+        caplog.clear()
+        assert index_folders([tmp_path], on_bad_image)[tmp_path].names == ["a.png"]
+        assert "1 plots or samples of training are left out: mine-loss.png" in caplog.text

@@ -156,3 +156,13 @@ def test_what_is_wrong_with_masks_is_named(data):
     (data / "masks" / "2_cat" / "a.webp").unlink()
     with pytest.raises(UserError, match=r"1 pictures have no mask .*\(a.png\)"):
         dataset(data)
+
+
+def test_the_erased_part_of_a_mask_does_not_count(data):
+    folder = data / "masks" / "2_cat"
+    (folder / "a.webp").unlink()
+    mask = Image.new("RGBA", (64, 64), (255, 255, 255, 255))
+    mask.paste((0, 0, 0, 0), (0, 0, 32, 64))
+    mask.save(folder / "a.png")
+    shown = [describe_batch(dataset(data)[(1, position)], dataset(data)) for position in range(6)]
+    assert any("a.png" in text and "mask: 50% of the picture counts" in text for text in shown)

@@ -127,3 +127,47 @@ def test_missing_pictures_can_be_left_out_and_unknown_values_are_told(pictures, 
         table(written(tmp_path, {"nowhere": {}}), pictures, "skip")
     with pytest.raises(UserError, match="--in_json=.*no such file"):
         table(tmp_path / "none.json", pictures)
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85"])
+def test_a_line_of_jsonl_ends_at_a_line_end_alone(pictures, tmp_path, mark):
+    line = json.dumps({"image_path": "a.png", "caption": f"a red car{mark}outside"}, ensure_ascii=False)
+    assert captions(written(tmp_path, f"{line}\r\n{line.replace('a.png', 'b.JPG')}\n", "meta.jsonl"), pictures) == {
+        "a.png": f"a red car{mark}outside",
+        "b.JPG": f"a red car{mark}outside",
+    }
+
+
+def test_half_an_emoji_is_left_out_and_said(pictures, tmp_path, caplog):
+    path = written(tmp_path, '{"a.png": {"caption": "a face \\ud83d"}, "b.JPG": {"caption": "a face \\ud83d\\ude00"}}')
+    assert captions(path, pictures) == {"a.png": "a face ", "b.JPG": "a face \U0001f600"}
+    assert "1 captions hold half an emoji" in caplog.text and "(a.png first)" in caplog.text
+
+
+def test_a_caption_of_several_paragraphs_is_said_once(pictures, tmp_path, caplog):
+    path = written(tmp_path, {"a.png": {"caption": "one\n\ntwo"}, "b.JPG": {"caption": "three\r\nfour"}})
+    assert captions(path, pictures) == {"a.png": "one", "b.JPG": "three"}
+    assert caplog.text.count("only the first line is used") == 1
+    assert captions(path, pictures, enable_wildcard=True) == {"a.png": "one\ntwo", "b.JPG": "three\nfour"}
+
+
+def test_two_datasets_may_share_a_metadata_file(pictures, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    Image.new("RGB", (128, 64), "blue").save(other / "a.png")
+    written(tmp_path, {"a.png": {"caption": "one\ntwo"}})
+    parts = [
+        f'[[datasets]]\nresolution = 64\nenable_wildcard = {wildcard}\n[[datasets.subsets]]\nimage_dir = "{folder.as_posix()}"\n'
+        f'metadata_file = "{(tmp_path / "meta.json").as_posix()}"\n'
+        for wildcard, folder in (("true", pictures), ("false", other), ("false", pictures))
+    ]
+    file = written(tmp_path, "\n".join(parts), "data.toml")
+    made = build_table(datasets_from_file(file, DatasetDefaults()))
+    assert made.captions == ["one\ntwo", "one", "one"]
+    assert made.sizes.tolist() == [[64, 64], [128, 64], [64, 64]]
+    assert [made.path(row) for row in range(3)] == [pictures / "a.png", other / "a.png", pictures / "a.png"]
+
+
+def test_deeply_nested_json_is_one_line(pictures, tmp_path):
+    with pytest.raises(UserError, match=r"meta\.json: .*nested too deeply"):
+        captions(written(tmp_path, "[" * 100_000), pictures)

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import codecs
+
+import pytest
+
+from library.errors import UserError
+from library.text_files import decoded, lines_of, read_text
+
+CUTS_NOTHING = "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
+
+
+def test_lines_end_at_line_ends_alone():
+    assert lines_of(f"a{CUTS_NOTHING}b\r\nc\rd\n\ne") == [f"a{CUTS_NOTHING}b", "c", "d", "", "e"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "rotes Auto, grün".encode(),
+        codecs.BOM_UTF8 + "rotes Auto, grün".encode(),
+        *(mark + "rotes Auto, grün".encode(name) for mark, name in (
+            (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"),
+            (codecs.BOM_UTF32_LE, "utf-32-le"), (codecs.BOM_UTF32_BE, "utf-32-be"), (b"", "utf-16-le"), (b"", "utf-16-be"),
+        )),
+    ],
+)  # fmt: skip
+def test_text_is_read_in_any_unicode_encoding(tmp_path, content):
+    assert decoded(content) == "rotes Auto, grün"
+    (tmp_path / "a.txt").write_bytes(content)
+    assert read_text(tmp_path / "a.txt", "--x") == "rotes Auto, grün"
+
+
+@pytest.mark.parametrize("content", [b"caf\xe9", b"\xff\xfea", b"\x00\x00\x00\x01", b"a\0\0"])
+def test_what_is_no_text_names_the_byte(tmp_path, content):
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.txt: byte \d+ is no UTF-8"):
+        read_text(tmp_path / "a.txt", "--x")
+
+
+def test_an_empty_file_is_an_empty_text():
+    assert decoded(b"") == "" and lines_of("") == [""]
