@@ -36,7 +36,7 @@ from tqdm import tqdm  # noqa: E402
 
 from library.errors import UserError  # noqa: E402
 from library.processes import Processes  # noqa: E402
-from library.training import state as state_module  # noqa: E402
+from library.training.run_state import state as state_module  # noqa: E402
 from library.training.checks.preflight import preflight  # noqa: E402
 from library.training.entry import make_accelerator  # noqa: E402
 from library.training.options import parse_options  # noqa: E402
