@@ -36,10 +36,10 @@ from tqdm import tqdm  # noqa: E402
 
 from library.errors import UserError  # noqa: E402
 from library.processes import Processes  # noqa: E402
-from library.training.run_state import state as state_module  # noqa: E402
 from library.training.checks.preflight import preflight  # noqa: E402
 from library.training.entry import make_accelerator  # noqa: E402
 from library.training.options import parse_options  # noqa: E402
+from library.training.run_state import state as state_module  # noqa: E402
 from library.training.run_state.resume import begin_at, progress_of  # noqa: E402
 from library.training.run_state.state import find_state, read_state  # noqa: E402
 from library.training.setup import Run, prepare  # noqa: E402
