@@ -141,6 +141,11 @@ def find_state(path: Path, output_name: str | None = None) -> Path:
 
     If the folder holds states of several runs, those of `output_name` are taken. Raises UserError if there is none.
     """
+    if path.is_file():
+        cure = f"give its folder {path.parent}" if (path.parent / RECORD).is_file() else f"give --network_weights={path}"
+        raise UserError(
+            f"--resume {path}: this is a file, and a state is a folder; {cure} to go on from it (a LoRA holds weights only)"
+        )
     if not path.is_dir():
         raise UserError(f"--resume {path}: there is no such folder; give a state folder, or the folder that holds them")
     if (path / RECORD).is_file():

@@ -123,3 +123,13 @@ def test_the_optimizer_s_numbers_keep_their_format():
     loaded = second.state[second.param_groups[0]["params"][0]]
     assert loaded["exp_avg"].dtype == torch.float32 and torch.equal(loaded["exp_avg"], precise)
     assert loaded["step"].item() == 5
+
+
+def test_a_file_given_to_resume_from_is_named_with_the_cure(tmp_path):
+    write_state(tmp_path / "a-state", a_state(1))
+    inside = next((tmp_path / "a-state").glob("*.safetensors"))
+    with pytest.raises(UserError, match=r"this is a file, and a state is a folder; give its folder .*a-state"):
+        find_state(inside)
+    (tmp_path / "a.safetensors").touch()
+    with pytest.raises(UserError, match=r"give --network_weights=.*a\.safetensors"):
+        find_state(tmp_path / "a.safetensors")
