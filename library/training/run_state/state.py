@@ -143,9 +143,7 @@ def find_state(path: Path, output_name: str | None = None) -> Path:
     """
     if path.is_file():
         cure = f"give its folder {path.parent}" if (path.parent / RECORD).is_file() else f"give --network_weights={path}"
-        raise UserError(
-            f"--resume {path}: this is a file, and a state is a folder; {cure} to go on from it (a LoRA holds weights only)"
-        )
+        raise UserError(f"--resume {path}: this is a file, and a state is a folder; {cure} to go on from it")
     if not path.is_dir():
         raise UserError(f"--resume {path}: there is no such folder; give a state folder, or the folder that holds them")
     if (path / RECORD).is_file():
