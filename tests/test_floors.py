@@ -20,6 +20,10 @@ FILES = {
     for path in [*ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))]
 }
 GROUND = ("library.safe_text", "library.errors", "library.files", "library.parallel", "library.formats")
+HELPERS = (
+    "library.command_line", "library.console", "library.devices", "library.imports", "library.key_values", "library.network_modules",
+    "library.option_files", "library.option_traits", "library.processes", "library.sheets", "library.text_files",
+)  # fmt: skip
 # A room or file -> what of the project it may import, beside itself.
 FLOORS = {
     "library.safe_text": (),
@@ -28,6 +32,10 @@ FLOORS = {
     "library.files": ("library.safe_text", "library.errors"),
     "library.formats": GROUND,
     "library.tools": GROUND,
+    "library.diffusion": GROUND,
+    "library.models": (*GROUND, "library.imports", "library.diffusion"),
+    "library.data": (*GROUND, *HELPERS, "library.models"),
+    "library.generation": (*GROUND, *HELPERS, "library.diffusion", "library.models", "library.data"),
     "networks": (*GROUND, "library.tools"),
 }
 TORCH_ALONE = {"torch", "safetensors", "numpy"}  # of other projects, on the ground floor
