@@ -21,9 +21,18 @@ FILES = {
 }
 GROUND = ("library.safe_text", "library.errors", "library.files", "library.parallel", "library.formats")
 HELPERS = (
-    "library.command_line", "library.console", "library.devices", "library.imports", "library.key_values", "library.network_modules",
-    "library.option_files", "library.option_traits", "library.processes", "library.sheets", "library.text_files",
-)  # fmt: skip
+    "library.command_line",
+    "library.console",
+    "library.devices",
+    "library.imports",
+    "library.key_values",
+    "library.network_modules",
+    "library.option_files",
+    "library.option_traits",
+    "library.processes",
+    "library.sheets",
+    "library.text_files",
+)
 # A room or file -> what of the project it may import, beside itself.
 FLOORS = {
     "library.safe_text": (),
@@ -58,8 +67,13 @@ def test_imports_go_down(room):
 
 
 def test_the_library_does_not_know_network_modules_by_name():
-    wrong = [f"{name} imports {target}" for name in FILES if name.startswith("library") for target in imports(name)
-             if _is_in(target, ("networks",))]  # fmt: skip
+    wrong = [
+        f"{name} imports {target}"
+        for name in FILES
+        if name.startswith("library")
+        for target in imports(name)
+        if _is_in(target, ("networks",))
+    ]
     assert not wrong, "\n".join(wrong)
 
 
