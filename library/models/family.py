@@ -137,12 +137,6 @@ class Family:
     process: Callable[[Prediction], NoiseProcess] = NoiseProcess
     kept_bytes: tuple[int, int] = (206_000, 33_000)  # see library/training/estimates.py
 
-    def __reduce__(self) -> tuple[Callable[[str], Family], tuple[str]]:
-        """Between processes a family travels by its name, as its functions may be local ones."""
-        from library.models.registry import by_name
-
-        return by_name, (self.name,)
-
     @property
     def text_parts(self) -> list[Part]:
         return [part for part in self.parts if part.role == "text"]

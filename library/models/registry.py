@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,6 +19,10 @@ FAMILIES: tuple[Family, ...] = (sd1.FAMILY, sd2.FAMILY)
 def by_name(name: str) -> Family:
     """The family of this name."""
     return next(family for family in FAMILIES if family.name == name)
+
+
+# Between processes a family travels by its name, as its functions may be local ones.
+copyreg.pickle(Family, lambda family: (by_name, (family.name,)))
 
 
 _INPUT_CHANNELS = {
