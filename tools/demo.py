@@ -18,6 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here is fetched
 
 from library.errors import UserError, run_entry  # noqa: E402
 from library.files import atomic_write  # noqa: E402
+from library.tools.command import Parser  # noqa: E402
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -60,7 +61,8 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="quickstart.py", description=__doc__, allow_abbrev=False)
+    parser = Parser(__doc__)
+    parser.prog = "quickstart.py"
     parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps (default {STEPS})")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder for the results (default output/demo)")
     parser.add_argument("--pictures", type=int, default=8, help="pictures to draw, 1 to 8 (default 8)")

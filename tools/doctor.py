@@ -15,7 +15,7 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -204,9 +204,11 @@ def sections() -> Iterator[tuple[str, list[Finding]]]:
     yield "What works", [eight_bit(), xformers(), opencv(), compiling()]
 
 
-def main() -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """Print the report."""
-    sys.path.insert(0, str(ROOT))
+    from library.tools.command import Parser
+
+    Parser(__doc__.splitlines()[0]).parse_args(words)
     bad = []
     for heading, findings in sections():
         print(f"\n{heading}")
@@ -222,4 +224,9 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if sys.version_info < OLDEST:  # nothing else of the suite can be read
+        sys.exit(str(python_version()))
+    sys.path.insert(0, str(ROOT))
+    from library.errors import run_entry
+
+    run_entry(main)

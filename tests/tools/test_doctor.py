@@ -36,7 +36,7 @@ def test_the_report_names_what_is_here_and_ends_well(tmp_path):
 def test_a_missing_package_is_named_with_its_cure_and_the_exit_code_is_1(monkeypatch, capsys):
     real = doctor.installed
     monkeypatch.setattr(doctor, "installed", lambda package: None if package == "torch" else real(package))
-    assert doctor.main() == 1
+    assert doctor.main([]) == 1
     printed = capsys.readouterr().out
     assert re.search(r"BAD   torch +missing; run: pip install torch==", printed) and "training cannot run here: torch" in printed
     assert "This machine" not in printed

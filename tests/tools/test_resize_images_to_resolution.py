@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from library.data.smaller_copies import FILTERS, new_size
 from library.errors import RunFailed, UserError
-from tools.resize_images_to_resolution import main, new_size
+from tools import resize_images_to_resolution
+from tools.resize_images_to_resolution import main
 
 ROOT = Path(__file__).parents[2]
 
@@ -202,3 +204,7 @@ def test_as_a_script(folders):
     result = subprocess.run(command, cwd=folders[0].parent, capture_output=True, text=True, timeout=120)
     assert result.returncode == 1 and "error: 1 pictures could not be used" in result.stderr
     assert (folders[1] / "a+128x128.jpg").exists()
+
+
+def test_every_interpolation_that_can_be_chosen_has_a_filter():
+    assert ("area", *FILTERS) == resize_images_to_resolution.FILTERS
