@@ -1,4 +1,4 @@
-"""Options are read before anything large is imported: --help and a wrong option answer at once. benchmarks/start_up.py has times."""
+"""Options are read before anything large is imported: --help and a wrong option answer at once (see benchmarks/start_up.py)."""
 
 from __future__ import annotations
 
