@@ -13,10 +13,12 @@ from library.imports import collector_resting
 def main() -> int:
     """Read the options, then import what training needs: --help and a misspelt option answer at once."""
     quiet_unless_main()
+    from library.training.checks.launcher import check_launcher
     from library.training.options import all_defaults, parse_options
 
     try:
         options = parse_options(sys.argv[1:])
+        check_launcher()
     except UserError as error:
         if is_main_process():
             raise

@@ -120,7 +120,7 @@ def _words_of_its_making(module: ModuleType, file: str) -> tuple[int, float, dic
     try:
         words = json.loads(metadata.get("ss_network_args", "{}"))
         return int(metadata["ss_network_dim"]), float(metadata["ss_network_alpha"]), dict(words)
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError, RecursionError):
         return None
 
 

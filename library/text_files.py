@@ -1,13 +1,14 @@
-"""Text and TOML that people write, read with errors that name file, line and column."""
+"""Text, TOML and JSON that people write, read with errors that name file, line and column."""
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
-from library.errors import UserError
+from library.errors import UserError, one_line
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -67,6 +68,17 @@ def parse_toml(text: str, path: Path) -> dict[str, Any]:
         raise _toml_error(path, text, str(error)) from error
     except RecursionError as error:
         raise UserError(f"{path}: the tables are nested too deeply") from error
+
+
+def parse_json(text: str, path: Path, line: int | None = None) -> Any:
+    """The value of a JSON text. A syntax error names line and column. line: where in the file the text stands."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"line {line or error.lineno}, column {error.colno}"
+        raise UserError(f"{path}, {place}: this is no JSON: {error.msg}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
+        raise UserError(f"{path}, line {line or 1}: this is no JSON that can be read: {one_line(error)}") from error
 
 
 def _toml_error(path: Path, text: str, message: str) -> UserError:

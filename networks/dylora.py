@@ -195,6 +195,6 @@ def unit_of_file(file: str | os.PathLike) -> str | None:
     try:
         with safe_open(file, "pt") as content:
             words = json.loads((content.metadata() or {}).get("ss_network_args", "{}"))
-    except (SafetensorError, ValueError):
+    except (SafetensorError, ValueError, RecursionError):
         return None  # a damaged file is reported where it is loaded
     return words.get("unit") if isinstance(words, dict) else None

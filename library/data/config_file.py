@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from library.errors import UserError
-from library.text_files import parse_toml, read_text
+from library.text_files import parse_json, parse_toml, read_text
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
@@ -16,12 +15,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
     if suffix not in (".toml", ".json"):
         raise UserError(f"--dataset_config {path}: the name must end in .toml or .json")
     text = read_text(path, "--dataset_config")
-    try:
-        tables = parse_toml(text, path) if suffix == ".toml" else json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}, column {error.colno}: this is no JSON: {error.msg}") from error
-    except RecursionError as error:
-        raise UserError(f"{path}: the tables are nested too deeply") from error
+    tables = parse_toml(text, path) if suffix == ".toml" else parse_json(text, path)
     if not isinstance(tables, dict):
         raise UserError(f"{path}: the file must hold the tables 'general' and 'datasets', not a {type(tables).__name__}")
     return tables

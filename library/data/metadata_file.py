@@ -6,7 +6,6 @@ named with or without suffix, by a path of its own or by one below `image_dir`.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import unicodedata
@@ -20,7 +19,7 @@ from library.data.config_keys import SubsetConfig
 from library.data.folders import image_suffixes
 from library.errors import UserError
 from library.files import as_on_disk, names_by_look
-from library.text_files import lines_of, read_text
+from library.text_files import lines_of, parse_json, read_text
 
 log = logging.getLogger(__name__)
 
@@ -68,26 +67,16 @@ def _entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if path.suffix.lower() == ".jsonl":
         for number, line in enumerate(lines_of(text), start=1):
             if line.strip():
-                entry = _parsed(line, path, number)
+                entry = parse_json(line, path, number)
                 if not isinstance(entry, dict) or not isinstance(entry.get("image_path"), str):
                     raise UserError(f'{path}, line {number}: expected {{"image_path": "...", "caption": "..."}}')
                 yield entry["image_path"], _checked(entry, f"{path}, line {number}")
         return
-    content = _parsed(text, path)
+    content = parse_json(text, path)
     if not isinstance(content, dict):
         raise UserError(f'{path}: expected {{"picture": {{"caption": "..."}}}}, got a {type(content).__name__}')
     for key, entry in content.items():
         yield key, _checked(entry, f"{path}, '{key}'")
-
-
-def _parsed(text: str, path: Path, line: int | None = None) -> Any:
-    try:
-        return json.loads(text)
-    except RecursionError as error:
-        raise UserError(f"{path}: the values are nested too deeply") from error
-    except ValueError as error:
-        place = f"line {line or getattr(error, 'lineno', 1)}, column {getattr(error, 'colno', 1)}"
-        raise UserError(f"{path}, {place}: this is no JSON: {getattr(error, 'msg', error)}") from error
 
 
 def _checked(entry: Any, place: str) -> dict[str, Any]:

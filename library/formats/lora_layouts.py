@@ -91,7 +91,7 @@ class PeftConfig:
                     self._parts.setdefault(part, {})[name] = value
             elif file.stem == "adapter_model" and beside.is_file():
                 self._parts[""] = dict(json.loads(beside.read_text(encoding="utf-8")))
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{file}: the description of its alphas is not readable ({error})") from error
 
     def alpha(self, path: str, rank: int) -> float | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import re
@@ -13,7 +12,7 @@ from typing import Any
 
 from library.diffusion.samplers import check_sampler
 from library.errors import UserError, unknown
-from library.text_files import lines_of, parse_toml, read_text
+from library.text_files import lines_of, parse_json, parse_toml, read_text
 
 log = logging.getLogger(__name__)
 
@@ -242,10 +241,7 @@ def _from_toml(text: str, defaults: PromptSpec, path: str, ignored: list[str]) -
 
 def _from_json(text: str, defaults: PromptSpec, path: str, ignored: list[str]) -> list[PromptSpec]:
     """A list of objects with the keys of the .toml file, or of lines in the text syntax."""
-    try:
-        items = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"prompt file '{path}' is not valid JSON: {error}") from None
+    items = parse_json(text, Path(path))
     if not isinstance(items, list):
         raise UserError(f"prompt file '{path}' must be a list; put its prompts between [ and ]")
     specs = []

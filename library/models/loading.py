@@ -277,7 +277,7 @@ def _json(path: Path) -> Config:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}; fetch the whole model") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no valid JSON ({error}); fetch it again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object; fetch it again")

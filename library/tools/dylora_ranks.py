@@ -25,7 +25,7 @@ def unit_of(lora: LoraFile, given: int | None) -> int:
     try:
         trained = json.loads(lora.metadata.get("ss_network_args", "{}")).get("unit")
         unit = given if given is not None else int(trained)
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         raise UserError(
             f"--unit is missing, and {lora.path} does not say what it was trained with; give it, such as --unit 4"
         ) from None

@@ -94,7 +94,7 @@ def changed(source: LoraFile, modules: Mapping[str, LowRank], comment: str, **fa
 def _merged_json(old: str, new: str) -> str:
     try:
         return json.dumps(json.loads(old) | json.loads(new))
-    except (ValueError, TypeError):  # whatever wrote it, it does not say anything that can be kept
+    except (ValueError, TypeError, RecursionError):  # whatever wrote it, it does not say anything that can be kept
         return new
 
 

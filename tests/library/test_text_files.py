@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import codecs
+import sys
+from pathlib import Path
 
 import pytest
 
 from library.errors import UserError
-from library.text_files import decoded, lines_of, read_text
+from library.text_files import decoded, lines_of, parse_json, read_text
 
 CUTS_NOTHING = "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
 
@@ -40,3 +42,19 @@ def test_what_is_no_text_names_the_byte(tmp_path, content):
 
 def test_an_empty_file_is_an_empty_text():
     assert decoded(b"") == "" and lines_of("") == [""]
+
+
+@pytest.mark.parametrize(
+    "text, line, words",
+    [
+        ('{\n"a": }', None, "line 2, column 6: this is no JSON"),
+        ('{"a": }', 7, "line 7, column 7: this is no JSON"),
+        ("[" * 100_000, None, "line 1: this is no JSON that can be read"),
+        ("1" * 10_000, 3, "line 3: this is no JSON that can be read"),
+    ],
+)
+def test_wrong_json_is_told_with_file_and_line(text, line, words):
+    if text.isdecimal() and not hasattr(sys, "set_int_max_str_digits"):
+        pytest.skip("this Python reads numbers of any length")
+    with pytest.raises(UserError, match=f"^meta.json, {words}"):
+        parse_json(text, Path("meta.json"), line)

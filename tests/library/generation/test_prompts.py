@@ -158,7 +158,7 @@ def test_json_objects_and_lines(written):
         ("p.toml", "[[prompt.subset]]\nprompt='x'\nwidth = 64.5\n", "'width' '64.5' is not a whole number"),
         ("p.toml", "[[prompt.subset]]\nprompt='x'\nsample_sampler = 'ddin'\n", "did you mean 'ddim'"),
         ("p.toml", "", "holds no prompt"),
-        ("p.json", "[{", "not valid JSON"),
+        ("p.json", "[{", "this is no JSON"),
         ("p.json", '{"prompt": "x"}', "must be a list"),
         ("p.json", "[3]", "item 1: must be a text or an object"),
         ("p.json", '["a", "b --w x"]', "item 2, column 3: option --w"),
