@@ -16,6 +16,7 @@ from library.files import as_on_disk
 log = logging.getLogger(__name__)
 
 NAMED_AT_MOST = 10
+USUAL_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # Images that are left out, but never without a word.
 UNREAD_SUFFIXES = frozenset((
     ".heic", ".heif", ".hif", ".jxl", ".avif", ".avifs", ".jp2", ".j2k", ".jpf", ".jpx", ".jxr", ".wdp", ".hdp", ".tga",
@@ -41,7 +42,7 @@ def image_suffixes() -> tuple[str, ...]:
     """
     from PIL import features
 
-    suffixes = [".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"]
+    suffixes = [*USUAL_SUFFIXES]
     if "avif" in features.get_supported_modules() or importlib.util.find_spec("pillow_avif"):
         suffixes += [".avif", ".avifs"]
     if "jpg_2000" in features.get_supported_codecs():
@@ -106,6 +107,10 @@ def check_pictures(folder: Path, caption_extension: str, where: str) -> None:
         below = [child.name for child in _subfolders(folder) if _has_images(child)]
         cure = f"; there are some in its subfolder {below[0]}, give each such folder a subset of its own" if below else ""
         raise UserError(f"{where}: no picture ({suffixes}) lies in {folder}{cure}")
+    unusual = [name for name in images if os.path.splitext(name)[1].lower() not in (*USUAL_SUFFIXES, ".avif", ".jxl")]
+    if unusual:  # other trainers leave them out
+        more = f" and {len(unusual) - NAMED_AT_MOST} more" if len(unusual) > NAMED_AT_MOST else ""
+        log.warning("%s: images of unusual kinds are used too: %s%s", folder, ", ".join(unusual[:NAMED_AT_MOST]), more)
     unread = _unread_images(folder, [name for name in names if not _is_image(name)], caption_extension)
     if unread:
         more = f" and {len(unread) - NAMED_AT_MOST} more" if len(unread) > NAMED_AT_MOST else ""

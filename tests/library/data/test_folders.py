@@ -188,12 +188,13 @@ def test_images_that_are_not_read_are_named_by_suffix_or_content(tmp_path, caplo
 
 
 @pytest.mark.parametrize("suffix", [".apng", ".jpe", ".jfif", ".jpg_large", ".dib", ".ppm", ".pgm", ".jp2", ".avifs", ".ico"])
-def test_suffixes_of_kinds_that_pillow_reads_count(tmp_path, suffix):
+def test_suffixes_of_kinds_that_pillow_reads_count(tmp_path, suffix, caplog):
     if suffix not in image_suffixes():
         pytest.skip("this Pillow cannot read it")
     kinds = {".apng": "PNG", ".dib": "DIB", ".ppm": "PPM", ".pgm": "PPM", ".jp2": "JPEG2000", ".avifs": "AVIF", ".ico": "ICO"}
     Image.new("RGB", (64, 64), "red").save(tmp_path / f"a{suffix}", kinds.get(suffix, "JPEG"))
     assert found(tmp_path) == [(".", 1, None)]
+    assert f"images of unusual kinds are used too: a{suffix}" in caplog.text
     assert index_folders([tmp_path])[tmp_path].sizes.tolist() == [[64, 64]]
     assert decode((tmp_path / f"a{suffix}").read_bytes())[0, 0, 0] > 200
 
