@@ -93,8 +93,7 @@ def _report_bad(bad: list[tuple[Path, str]], on_bad_image: str) -> None:
 
 def _report_own(own: list[Path]) -> None:
     if own:
-        named = ", ".join(path.name for path in own[:NAMED_AT_MOST]) + (", ..." if len(own) > NAMED_AT_MOST else "")
-        log.warning("%s: %d plots or samples of training are left out: %s", own[0].parent, len(own), named)
+        log.warning("%s: %d plots or samples that training drew are left out", own[0].parent, len(own))
 
 
 def index_folders(folders: Sequence[Path], on_bad_image: str = "refuse") -> dict[Path, Pictures]:
