@@ -77,8 +77,7 @@ def set_up_console(level: str | None, file: str | None, simple: bool) -> None:
     handler.addFilter(Once())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.captureWarnings(True)
-    for name in ADVISE_NEEDLESSLY:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    silence_needless_advice()
     handler.setLevel(threshold)
     own = logging.getLogger("library")
     own.setLevel(threshold)
@@ -86,6 +85,12 @@ def set_up_console(level: str | None, file: str | None, simple: bool) -> None:
         sys.stdout = LoggedLines(own)
     elif threshold > logging.INFO:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (open to the end of the process)
+
+
+def silence_needless_advice() -> None:
+    """Show no warnings of loggers that advise to install what no run uses."""
+    for name in ADVISE_NEEDLESSLY:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def file_handler(file: str) -> logging.Handler:

@@ -206,9 +206,11 @@ def sections() -> Iterator[tuple[str, list[Finding]]]:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Print the report."""
+    from library.console import silence_needless_advice
     from library.tools.command import Parser
 
     Parser(__doc__.splitlines()[0]).parse_args(words)
+    silence_needless_advice()
     bad = []
     for heading, findings in sections():
         print(f"\n{heading}")

@@ -181,9 +181,13 @@ class NetworkOptions(OptionGroup):
     """Network"""
 
     network_module: str | None = option(None, help="Python module of the network: networks.lora", record="ss_network_module")
-    network_dim: Count | None = option(None, help="rank; unset: 4", record="ss_network_dim")
+    network_dim: Count | None = option(None, help="rank; unset: 4", record="ss_network_dim", unless="dim_from_weights")
     network_alpha: float = option(
-        1.0, ge=0, help="the network's output is scaled by alpha / rank; 0: alpha = rank", record="ss_network_alpha"
+        1.0,
+        ge=0,
+        help="the network's output is scaled by alpha / rank; 0: alpha = rank",
+        record="ss_network_alpha",
+        unless="dim_from_weights",
     )
     network_dropout: float | None = option(
         None, ge=0, lt=1, help="dropout between the two layers of each LoRA", record="ss_network_dropout"
@@ -213,10 +217,18 @@ class OptimizerOptions(OptionGroup):
     optimizer_args: list[str] | None = option(None, help="key=value words for the optimizer", record=IN_OTHER_WORDS)
     learning_rate: float = option(2e-6, ge=0, help="learning rate; 1e-4 is usual for a LoRA", record="ss_learning_rate")
     unet_lr: float | None = option(
-        None, ge=0, help="learning rate of the U-Net's LoRA; unset: learning_rate", record="ss_unet_lr"
+        None,
+        ge=0,
+        help="learning rate of the U-Net's LoRA; unset: learning_rate",
+        record="ss_unet_lr",
+        unless="network_train_text_encoder_only",
     )
     text_encoder_lr: Annotated[float | None, BeforeValidator(_first_rate)] = option(
-        None, ge=0, help="learning rate of the text encoder's LoRA; unset: learning_rate", record="ss_text_encoder_lr"
+        None,
+        ge=0,
+        help="learning rate of the text encoder's LoRA; unset: learning_rate",
+        record="ss_text_encoder_lr",
+        unless="network_train_unet_only",
     )
     max_grad_norm: float = option(1.0, ge=0, help="gradients are scaled down to this norm; 0: off", record="ss_max_grad_norm")
     fused_backward_pass: bool = option(
@@ -411,7 +423,7 @@ class StateOptions(OptionGroup):
     decides_what_is_trained: ClassVar[bool] = False
 
     save_state: bool = option(False, help="save the state of the run with every file, and at the end")
-    save_state_on_train_end: bool = option(False, help="save it at the end only")
+    save_state_on_train_end: bool = option(False, help="save it at the end only", unless="save_state")
     save_last_n_epochs_state: int | None = option(
         None, ge=0, help="keep only this many epoch states; unset: save_last_n_epochs", needs=("save_state",)
     )

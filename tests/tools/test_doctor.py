@@ -29,7 +29,7 @@ def test_the_report_names_what_is_here_and_ends_well(tmp_path):
         "training can run here",
     ):
         assert words in done.stdout
-    assert "Traceback" not in done.stderr
+    assert not done.stderr
     assert re.search(r"ok    8-bit optimizers       works on the", done.stdout), done.stdout
 
 

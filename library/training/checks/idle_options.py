@@ -66,7 +66,7 @@ def one_of(names: Sequence[str]) -> str:
 
 def other_rules(options: TrainNetworkOptions) -> list[Rule]:
     """What is more than one option against another."""
-    output, network, precision = options.output, options.network, options.precision
+    output, precision = options.output, options.precision
     texts = [name for name in type(options.metadata).model_fields if name.startswith("metadata_")]
     by_epoch = output.save_every_n_epochs or output.save_n_epoch_ratio
     compiles = precision.torch_compile or precision.dynamo_backend == "no"
@@ -74,11 +74,7 @@ def other_rules(options: TrainNetworkOptions) -> list[Rule]:
         (["save_last_n_epochs_state"], not by_epoch, "needs --save_every_n_epochs"),
         (["save_last_n_steps_state"], not output.save_every_n_steps, "needs --save_every_n_steps"),
         (["initial_epoch"], options.state.initial_step is not None, "--initial_step wins"),
-        (["save_state_on_train_end"], options.state.save_state, "--save_state does that too"),
         ([*texts, "training_comment"], options.metadata.no_metadata, "--no_metadata leaves it out"),
-        (["network_dim", "network_alpha"], network.dim_from_weights, "--dim_from_weights takes them from the file"),
-        (["text_encoder_lr"], network.network_train_unet_only, "--network_train_unet_only"),
-        (["unet_lr"], network.network_train_text_encoder_only, "--network_train_text_encoder_only"),
         (["dynamo_backend"], not compiles, "needs --torch_compile"),
         (["fp8_base_unet"], precision.fp8_base, "--fp8_base does that too"),
         (["no_half_vae"], options.training.mixed_precision == "no", "with --mixed_precision=no all is float32"),

@@ -144,10 +144,6 @@ def find_state(path: Path, output_name: str | None = None) -> Path:
     if path.is_file():
         cure = f"give its folder {path.parent}" if (path.parent / RECORD).is_file() else f"give --network_weights={path}"
         raise UserError(f"--resume {path}: this is a file, and a state is a folder; {cure} to go on from it")
-    if path.is_file():
-        beside = path.parent if (path.parent / RECORD).is_file() else None
-        cure = f"--resume {beside} goes on with this run" if beside else "to start from a LoRA's weights give --network_weights"
-        raise UserError(f"--resume {path}: this is a file, and a state is a folder; {cure}")
     if not path.is_dir():
         raise UserError(f"--resume {path}: there is no such folder; give a state folder, or the folder that holds them")
     if (path / RECORD).is_file():
