@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,8 @@ class DyLoRAArgs(NetworkArgs):
 
 class DyLoRAModule(LoRAModule):
     """A LoRA module that in training uses its first `active_rank` ranks alone. `gain` (R,) is 1 until the network sets it."""
+
+    gain: Tensor
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -111,6 +113,10 @@ class DyLoRANetwork(LoRANetwork):
         check_unit(self.unit, self.rank)
         for module in self.loras:
             module.gain.copy_(gains(self.rank, self.unit))
+
+    @property
+    def loras(self) -> Sequence[DyLoRAModule]:
+        return list(self.children())  # type: ignore[arg-type]
 
     def on_step_start(self, text_encoder: TextEncoders = None, unet: nn.Module | None = None) -> None:
         """Draw the rank of this step from torch's CPU generator, the same for every module and until the next call."""

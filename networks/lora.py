@@ -30,7 +30,7 @@ import math
 import os
 import pickle
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,6 +133,7 @@ class LoRAModule(nn.Module):
 
     own_tensors: tuple[str, ...] = ()
     stores_as_given = True
+    alpha: Tensor
 
     def __init__(
         self,
@@ -149,9 +150,8 @@ class LoRAModule(nn.Module):
         self.lora_name, self.rank, self.multiplier, self.enabled = lora_name, rank, multiplier, True
         self.dropout, self.rank_dropout, self.module_dropout = dropout, rank_dropout, module_dropout
         if isinstance(layer, nn.Conv2d):
-            self.lora_down: Layer = nn.Conv2d(
-                layer.in_channels, rank, layer.kernel_size, layer.stride, layer.padding, layer.dilation, bias=False
-            )
+            window = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+            self.lora_down: Layer = nn.Conv2d(layer.in_channels, rank, *window, bias=False)  # type: ignore[arg-type]
             self.lora_up: Layer = nn.Conv2d(rank, layer.out_channels, 1, bias=False)
         else:
             self.lora_down = nn.Linear(layer.in_features, rank, bias=False)
@@ -270,7 +270,7 @@ class PlainArgs:
     module_dropout: float | None = None
 
     @property
-    def dropouts(self) -> dict[str, float]:
+    def dropouts(self) -> dict[str, Any]:
         kinds = ("dropout", "rank_dropout", "module_dropout")
         return {kind: getattr(self, kind) or 0.0 for kind in kinds}
 
@@ -335,7 +335,7 @@ class LoRANetwork(nn.Module):
     ):
         super().__init__()
         self.multiplier = multiplier
-        self.args = parse_network_args({}).for_layers(layers) if args is None else args
+        self.args: Any = parse_network_args({}).for_layers(layers) if args is None else args
         self.untrained: frozenset[str] = frozenset()
         for name, layer in layers.items():
             if name in ranks:
@@ -373,7 +373,7 @@ class LoRANetwork(nn.Module):
         return cls(layers, ranks, multiplier, args.for_layers(layers), classes)
 
     @property
-    def loras(self) -> list[LoRAModule]:
+    def loras(self) -> Sequence[LoRAModule]:
         return list(self.children())  # type: ignore[arg-type]
 
     @property
@@ -395,10 +395,11 @@ class LoRANetwork(nn.Module):
                 delattr(self, module.lora_name)
         self.unapply()
         layers = find_layers(text_encoder, unet, conv3x3=True)
-        for name, module in self.named_children():
-            if name not in layers:
-                raise ValueError(f"the model has no layer for the LoRA module {name}; was the network made for another model?")
-            module.attach(layers[name])
+        for module in self.loras:
+            if module.lora_name not in layers:
+                missing = f"the model has no layer for the LoRA module {module.lora_name}"
+                raise ValueError(f"{missing}; was the network made for another model?")
+            module.attach(layers[module.lora_name])
 
     def unapply(self) -> None:
         """Detach from the model, which is then bit for bit what it was. The modules keep their weights."""
@@ -479,7 +480,7 @@ class LoRANetwork(nn.Module):
 
     def file_weights(self) -> dict[str, Tensor]:
         """The tensors of the file, as any loader takes them."""
-        return {f"{name}.{key}": t for name, module in self.named_children() for key, t in module.file_weights().items()}
+        return {f"{module.lora_name}.{key}": t for module in self.loras for key, t in module.file_weights().items()}
 
     def load_weights(self, file: str | os.PathLike) -> Any:
         """Load a file; the alphas, and so the scales, are the file's. Returns the missing and the unexpected keys."""
@@ -498,7 +499,8 @@ class LoRANetwork(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
         """As torch's, for files of any layout: alpha may be missing (then it is the rank); Linear and 1x1 convolution fit."""
         fitted = kohya_weights(state_dict)
-        for name, module in self.named_children():
+        for module in self.loras:
+            name = module.lora_name
             if f"{name}.lora_down.weight" in fitted and f"{name}.lora_up.weight" in fitted:
                 fitted |= {f"{name}.{key}": tensor for key, tensor in module.from_file(fitted).items()}
         result = super().load_state_dict(fitted, strict=strict, assign=assign)
@@ -573,7 +575,8 @@ def module_weights(weights: Mapping[str, Tensor], name: str, target: Layer | LoR
 
 def load_tensors(file: str | os.PathLike) -> dict[str, Tensor]:
     """The tensors of a .safetensors file, or of a pickled one, in which no code is run; by kohya's names."""
-    file, metadata = Path(file), {}
+    file = Path(file)
+    metadata: dict[str, str] = {}
     try:
         if file.suffix == ".safetensors":
             with safetensors.safe_open(file, "pt") as content:
@@ -608,7 +611,7 @@ def save_tensors(tensors: Mapping[str, Tensor], file: str | os.PathLike, metadat
                 metadata = {key: value.encode("utf-8", "replace").decode() for key, value in metadata.items()}
                 hashes = suite("library.formats.lora_hashes")
                 metadata = hashes.with_hashes(tensors, metadata) if hashes else metadata
-            safetensors.torch.save_file(dict(tensors), temporary, metadata)
+            safetensors.torch.save_file(dict(tensors), temporary, metadata)  # type: ignore[arg-type]
         elif writer := suite("library.formats.tensor_output"):
             writer.save_pickled(tensors, temporary)  # as the A1111 web UI takes it, whose loader refuses what torch.save adds
         else:

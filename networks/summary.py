@@ -25,9 +25,11 @@ def summary(network: LoRANetwork, dtype: torch.dtype | None = None) -> str:
     if is_uniform:
         counts = ", ".join(f"{name} {len(modules)}" for name, modules in blocks.items())
         return "\n".join(lines + [f"  modules by block: {counts}"] * bool(blocks))
-    rows = [(name, len(modules), ranks_text(modules), *_bars(network, modules)) for name, modules in blocks.items()]
-    widths = [max(len(row[i]) for row in rows) for i in (2, 3)]
-    return "\n".join(lines + [f"  {n:5} {c:3} modules  {r:{widths[0]}}  {a:{widths[1]}}  {b}".rstrip() for n, c, r, a, b in rows])
+    rows = [(name, len(modules), (ranks_text(modules), *_bars(network, modules))) for name, modules in blocks.items()]
+    widths = [max(len(texts[i]) for *_, texts in rows) for i in (0, 1)]
+    return "\n".join(
+        lines + [f"  {n:5} {c:3} modules  {r:{widths[0]}}  {a:{widths[1]}}  {b}".rstrip() for n, c, (r, a, b) in rows]
+    )
 
 
 def part_title(prefix: str) -> str:

@@ -69,6 +69,8 @@ class PissaModule(Variant):
 
     title, word, choice = "PiSSA", "init", "pissa"
     stores_as_given = False
+    start_down: Tensor
+    start_up: Tensor
 
     def __init__(self, lora_name: str, layer: Layer, *args: Any, **kwargs: Any):
         super().__init__(lora_name, layer, *args, **kwargs)

@@ -64,8 +64,8 @@ def kohya_weights(weights: Mapping[str, Tensor], config: PeftConfig | None = Non
     for key, tensor in weights.items():
         match = None if key.startswith(KOHYA) else FOREIGN_KEY.fullmatch(key)
         path = match and (match["path"] or match["magnitude"] or match["alpha"])
-        name = path and lora_name(path)
-        if not name:
+        name = lora_name(path) if path else None
+        if match is None or path is None or name is None:
             result[key] = tensor
         elif match["path"]:
             side = SIDES[match["side"] or match["old_side"]]
