@@ -207,6 +207,7 @@ def _plain(text: str) -> str:
 def _font(text: str, size: int) -> ImageFont.FreeTypeFont:
     """The first font that has a glyph for every character of `text`, or else the one with the most of them."""
     default = ImageFont.load_default(size=size)
+    assert isinstance(default, ImageFont.FreeTypeFont)  # as in all of Pillow's own builds
     characters = {character for character in text if not character.isascii() and character.isprintable()}
     best, fewest = default, _count_missing(default, characters)
     for font in _fallback_fonts(size) if fewest else ():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from library.errors import unknown
 
@@ -51,6 +51,11 @@ _OWN_NAMES = {
 }
 _OTHER_NAMES = ("lms", "euler", "euler_a", "dpm_2", "dpm_2_a")  # with "k_" before them
 SAMPLERS: dict[str, Sampler] = _OWN_NAMES | {f"k_{name}": _OWN_NAMES[name] for name in _OTHER_NAMES}
+# The type of options that name a sampler. Type checkers take no names from a table.
+if TYPE_CHECKING:
+    SamplerName = str
+else:
+    SamplerName = Literal[tuple(SAMPLERS)]
 
 
 def check_sampler(name: str, where: str = "") -> str:
@@ -79,7 +84,7 @@ def make_scheduler(name: str, process: NoiseProcess) -> SchedulerMixin:
 
 def _zero_terminal_snr_settings(scheduler_class: type, process: NoiseProcess) -> dict[str, Any]:
     """Settings that rescale the noise schedule to a signal-to-noise ratio of zero at its end (arXiv:2305.08891)."""
-    accepted = inspect.signature(scheduler_class.__init__).parameters
+    accepted = inspect.signature(scheduler_class).parameters
     settings: dict[str, Any] = {"timestep_spacing": "trailing"} if "timestep_spacing" in accepted else {}
     if "rescale_betas_zero_snr" in accepted:
         return settings | {"rescale_betas_zero_snr": True}

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from library.command_line import OptionGroup, parse
-from library.diffusion.samplers import SAMPLERS
+from library.diffusion.samplers import SamplerName
 from library.errors import UserError
 from library.generation.prompts import LARGEST_SEED, MOST_STEPS, SIZE_STEP
 from library.generation.refused_options import REFUSED
-
-Samplers = Literal[tuple(SAMPLERS)]  # type: ignore[valid-type]
 
 
 def _seeds(value: Any) -> Any:
@@ -68,7 +66,7 @@ class PictureOptions(OptionGroup):
     W: Side | None = Field(None, description="width in pixels; unset: the size the model was made for")
     H: Side | None = Field(None, description="height in pixels; unset: the size the model was made for")
     steps: int = Field(50, ge=1, le=MOST_STEPS, description="denoising steps")
-    sampler: Samplers = Field("ddim", description="sampling method")
+    sampler: SamplerName = Field("ddim", description="sampling method")
     scale: float = Field(7.5, description="guidance; 1 or less switches it off")
     negative_scale: float | None = Field(None, description="separate guidance away from the negative prompt")
 

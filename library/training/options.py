@@ -7,11 +7,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, Field
 
 from library.command_line import OptionGroup, groups_of, parse
-from library.diffusion.samplers import SAMPLERS
+from library.diffusion.samplers import SamplerName
 from library.option_traits import IN_OTHER_WORDS, option
 from library.training.checks.refused_options import REFUSED
-
-Samplers = Literal[tuple(SAMPLERS)]  # type: ignore[valid-type]
 
 
 def _as_words(value: Any) -> Any:
@@ -525,7 +523,7 @@ class PreviewOptions(OptionGroup):
     sample_every_n_epochs: int | None = option(None, help="sample after every Nth epoch; 0: off")
     sample_every_n_steps: int | None = option(None, help="sample after every Nth step; 0: off", unless="sample_every_n_epochs")
     sample_at_first: bool = option(False, help="also sample before the first step")
-    sample_sampler: Samplers = option("ddim", help="sampler", needs=("sample_prompts",))
+    sample_sampler: SamplerName = option("ddim", help="sampler", needs=("sample_prompts",))
 
     @property
     def are_asked_for(self) -> bool:

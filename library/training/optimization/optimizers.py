@@ -204,13 +204,14 @@ def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     if not averages_weights(optimizer):
         yield
         return
+    switch: Any = optimizer  # between trained weights and their averages
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     trained = [p.detach().clone() for p in parameters]
-    optimizer.eval()
+    switch.eval()
     try:
         yield
     finally:
-        optimizer.train()  # which would give them back but for rounding
+        switch.train()  # which would give them back but for rounding
         with torch.no_grad():
             for parameter, value in zip(parameters, trained, strict=True):
                 parameter.copy_(value)

@@ -33,7 +33,7 @@ GIVEN_ELSEWHERE = {
 class OnPlateau(torch.optim.lr_scheduler.ReduceLROnPlateau):
     """Lowers the rates when the validation loss has stopped falling; the loss of training is too noisy to show that."""
 
-    def step(self) -> None:
+    def step(self, *_: Any) -> None:
         """An optimizer step changes nothing."""
 
     def validated(self, loss: float) -> None:
