@@ -565,7 +565,7 @@ class LogOptions(OptionGroup):
     console_log_file: str | None = option(None, help="write messages into this file instead of the console", path=True)
     console_log_simple: bool = option(False, help="plain lines without colours and columns")
     output_config: bool = option(False, help="write the options into config_file, and stop")
-    config_file: str | None = option(None, help="TOML file with any of these options; the command line wins", path=True)
+    config_file: str | None = option(None, help="TOML or JSON file with any of these options; the command line wins", path=True)
 
 
 class TrainNetworkOptions(BaseModel):
