@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from library.diffusion.process import Prediction
-from library.models import sd1, sd2
+from library.models import sd1, sd2, sdxl
 from library.models.clip import load_tokenizer, text_config
-from library.models.family import Config, Family, Model
+from library.models.family import SD_LATENTS, Config, Family, Model
 from library.models.loading import Header
 from library.models.modules import fill, ready, weights_of
-from library.models.unet import LATENT_CHANNELS, unet_config
+from library.models.registry import by_name
+from library.models.unet import LATENT_CHANNELS, SIZE_WIDTH, SIZES, unet_config
 from library.models.vae import vae_config
 
-LATENT_SPREAD = 5.5  # standard deviation of real latents, so that 0.18215 brings these to about 1 too
+LATENT_SPREAD = 5.5  # standard deviation of SD's real latents, so that 0.18215 brings these to about 1 too
 LATENT_LOG_VARIANCE = -12.0  # real posteriors are narrow: a sample is close to its mean
 
 
@@ -45,6 +46,34 @@ def small_stable_diffusion(
         "text_encoder": text_config(text_width, text_layers, activation="gelu" if v2 else "quick_gelu"),
     }
     return small_model(family, configs, seed, prediction, dtype)
+
+
+def small_sdxl(
+    seed: int = 0,
+    v_parameterization: bool = False,
+    *,
+    unet_channels: tuple[int, ...] = (32, 64, 64),
+    depths: tuple[int, ...] = (1, 1, 2),
+    vae_channels: tuple[int, ...] = (32, 32, 64, 64),
+    text_width: int = 64,
+    text_layers: int = 3,
+    dtype: torch.dtype = torch.float32,
+) -> Model:
+    """A small SDXL in the same way: two text encoders, three levels of which the first attends to nothing, sizes as conditioning.
+
+    `depths`: transformer blocks by level.
+    """
+    configs = {
+        "unet": unet_config(
+            unet_channels, context_width=2 * text_width, heads=None, sample_size=16, linear_projection=True,
+            attention=(False, True, True), depths={"transformer_layers_per_block": list(depths)},
+            vector_width=text_width + SIZES * SIZE_WIDTH,
+        ),
+        "vae": vae_config(vae_channels, layers=1, latents=sdxl.LATENTS),
+        "text_encoder": text_config(text_width, text_layers),
+        "text_encoder_2": text_config(text_width, text_layers, activation="gelu"),
+    }  # fmt: skip
+    return small_model(sdxl.FAMILY, configs, seed, "v" if v_parameterization else "epsilon", dtype)
 
 
 def small_model(
@@ -85,6 +114,19 @@ def sd2_configs() -> dict[str, Config]:
     }
 
 
+def sdxl_configs() -> dict[str, Config]:
+    """The full-size SDXL."""
+    return {
+        "unet": unet_config(
+            (320, 640, 1280), context_width=2048, heads=None, sample_size=128, linear_projection=True,
+            attention=(False, True, True), depths={"transformer_layers_per_block": [1, 2, 10]}, vector_width=2816,
+        ),
+        "vae": vae_config((128, 256, 512, 512), latents=sdxl.LATENTS),
+        "text_encoder": text_config(768, 12),
+        "text_encoder_2": text_config(1280, 32, activation="gelu"),
+    }  # fmt: skip
+
+
 SD2_UNET = {"heads": None, "linear_projection": True, "upcast_attention": True}
 
 
@@ -118,11 +160,12 @@ def _uniform(shape: torch.Size, deviation: float, generator: torch.Generator) ->
 def _narrow_posterior(vae: Any) -> None:
     """Make the VAE encode as a trained one does: latents of the usual spread and next to no noise."""
     weight, bias = vae.quant_conv.weight, vae.quant_conv.bias
+    spread = LATENT_SPREAD * SD_LATENTS.scale / vae.config.scaling_factor
     with torch.no_grad():
-        weight[:LATENT_CHANNELS] *= LATENT_SPREAD
+        weight[:LATENT_CHANNELS] *= spread
         weight[LATENT_CHANNELS:] = 0
         bias[LATENT_CHANNELS:] = LATENT_LOG_VARIANCE
-        vae.post_quant_conv.weight /= LATENT_SPREAD
+        vae.post_quant_conv.weight /= spread
 
 
 def header_of(model: Model) -> Header:
@@ -131,10 +174,11 @@ def header_of(model: Model) -> Header:
 
 
 @cache
-def full_size_header(v2: bool = False) -> Header:
-    """The header of a full-size SD 1.5 or 2.x, as of a file."""
-    family, configs = (sd2.FAMILY, sd2_configs()) if v2 else (sd1.FAMILY, sd15_configs())
-    return Header(family, {part.name: _shapes(part.build(configs[part.name])) for part in family.parts})
+def full_size_header(family: str = "sd1") -> Header:
+    """The header of a full-size SD 1.5 (`sd1`), SD 2.x (`sd2`) or SDXL (`sdxl`), as of a file."""
+    configs = {"sd1": sd15_configs, "sd2": sd2_configs, "sdxl": sdxl_configs}[family]()
+    parts = by_name(family).parts
+    return Header(by_name(family), {part.name: _shapes(part.build(configs[part.name])) for part in parts})
 
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:

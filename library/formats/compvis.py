@@ -5,6 +5,7 @@ What differs between families is a `Layout`: how each part is named, and below w
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,13 +16,17 @@ from torch import Tensor
 
 from library.formats.names import (
     CLIP_PREFIX,
+    FIRST_EMBEDDER,
     OLD_CLIP_PREFIX,
     OPEN_CLIP_PREFIX,
+    SECOND_EMBEDDER,
     UNET_PREFIX,
     VAE_PREFIX,
     clip_to_open_clip,
     open_clip_layers,
     open_clip_to_diffusers,
+    pooling_clip_to_open_clip,
+    pooling_open_clip_to_diffusers,
     renamed,
     unet_layout,
     unet_table,
@@ -41,7 +46,7 @@ class PartLayout:
     """One part: the naming of its weights, and the prefixes that occur; the first one is written."""
 
     part: str
-    naming: Literal["unet", "vae", "clip", "open_clip"]
+    naming: Literal["unet", "vae", "clip", "open_clip", "pooling_open_clip"]
     prefixes: tuple[str, ...]
 
 
@@ -50,6 +55,11 @@ Layout = tuple[PartLayout, ...]
 _UNET_AND_VAE = (PartLayout("unet", "unet", (UNET_PREFIX,)), PartLayout("vae", "vae", (VAE_PREFIX,)))
 SD1_LAYOUT: Layout = (*_UNET_AND_VAE, PartLayout("text_encoder", "clip", (CLIP_PREFIX, OLD_CLIP_PREFIX)))
 SD2_LAYOUT: Layout = (*_UNET_AND_VAE, PartLayout("text_encoder", "open_clip", (OPEN_CLIP_PREFIX,)))
+SDXL_LAYOUT: Layout = (
+    *_UNET_AND_VAE,
+    PartLayout("text_encoder", "clip", (f"{FIRST_EMBEDDER}transformer.text_model.",)),
+    PartLayout("text_encoder_2", "pooling_open_clip", (f"{SECOND_EMBEDDER}model.",)),
+)
 
 
 LAYOUTS = (SD1_LAYOUT, SD2_LAYOUT)
@@ -87,8 +97,8 @@ class SingleFileNames:
     def place(self, name: str, value: Tensor) -> list[tuple[str, str, Tensor]]:
         """(part, Diffusers name, tensor) of a tensor: three for OpenCLIP's joined attention, none for what is not used.
 
-        Not used are: the noise schedule, averaged (EMA) weights, position_ids, and of OpenCLIP the last layer (SD 2 was trained
-        on the one before), text_projection and logit_scale.
+        Not used are: the noise schedule, averaged (EMA) weights, position_ids, logit_scale, and of SD 2's OpenCLIP the last layer
+        (it was trained on the one before) and text_projection.
         """
         for part, prefix in self.prefixes.items():
             if name.startswith(prefix):
@@ -124,6 +134,8 @@ def join_compvis(
         named = {prefix + name: value for name, value in _TO_FILE[row.naming](parts[row.part]).items()}
         if row.naming == "open_clip" and (not extra or open_clip_layers(extra) == 0):
             named |= _unused_open_clip(named, prefix)
+        if row.naming == "pooling_open_clip":  # of images, against which CLIP was trained; replaced by that in `extra`
+            named[prefix + "logit_scale"] = torch.tensor(math.log(100.0)).to(next(iter(named.values())).dtype)
         result |= named
     return result | dict(extra or {})
 
@@ -156,12 +168,14 @@ _RENAMES: dict[str, Callable[[list[str]], Rename]] = {
     "vae": _rename_vae,
     "clip": _rename_clip,
     "open_clip": _rename_open_clip,
+    "pooling_open_clip": lambda names: lambda name, value: pooling_open_clip_to_diffusers(name, value).items(),
 }
 _TO_FILE: dict[str, Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]] = {
     "unet": unet_to_compvis,
     "vae": vae_to_compvis_all,
     "clip": lambda weights: weights,
     "open_clip": clip_to_open_clip,
+    "pooling_open_clip": pooling_clip_to_open_clip,
 }
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 # What the first bytes of files that hold no tensors give away.
 _BEGINNINGS = (
@@ -17,10 +18,20 @@ _BEGINNINGS = (
 
 # A piece of a tensor's name -> what such a file is. The first that is found counts.
 _OTHER_MODELS = {
-    "conditioner.embedders.": "a Stable Diffusion XL model",
+    "conditioner.embedders.0.model.": "the refiner of SDXL",
+    "edm_vpred.sigma_max": "an EDM model that predicts velocity (CosXL)",
+    "edm_mean": "an EDM model (Playground v2.5)",
+    "encoder_hid_proj.": "a Kolors model",
     "model.diffusion_model.joint_blocks.": "a Stable Diffusion 3 model",
     "double_blocks.": "a Flux model",
 }
+# A piece of the name of a Diffusers folder's pipeline -> what it is.
+_OTHER_PIPELINES = {
+    "Kolors": "a Kolors model",
+    "Diffusion3": "a Stable Diffusion 3 model",
+    "Flux": "a Flux model",
+}
+_ANOTHER_FAMILY = "which is another family; use an SD 1.x, SD 2.x or SDXL model"
 _WHOLE_MODELS = {
     "model.diffusion_model.": "a whole model",
     "down_blocks.0.resnets.0.conv1.weight": "a whole U-Net",
@@ -59,18 +70,28 @@ def file_kind(start: bytes) -> str | None:
 
 
 def instead_of_a_model(names: Iterable[str]) -> str | None:
-    """What a file with these tensors is instead of an SD 1.x or 2.x model, with the cure; None if nothing gives it away.
+    """What a file with these tensors is instead of a model of a known family, with the cure; None if nothing gives it away.
 
     >>> instead_of_a_model(["control_model.input_hint_block.0.weight"])
-    'a ControlNet, not a model; use an SD 1.x or 2.x model'
+    'a ControlNet, not a model; use an SD 1.x, SD 2.x or SDXL model'
     """
     names = list(names)
     if found := _first(_OTHER_MODELS, names):
-        return f"{found[0]}, which is another family; use an SD 1.x or 2.x model"
+        return f"{found[0]}, {_ANOTHER_FAMILY}"
     if any(mark in name for mark in _ANY_LORA for name in names):
         return "a LoRA, not a model; give it where a LoRA is asked for and here the model it was trained on"
     found = _first(_OTHER_FILES, names)
-    return f"{found[0]}, not a model; use an SD 1.x or 2.x model" if found else None
+    return f"{found[0]}, not a model; use an SD 1.x, SD 2.x or SDXL model" if found else None
+
+
+def instead_of_a_folder(pipeline: str, configs: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """The same of a Diffusers folder, by the class of its pipeline and the configurations of its parts."""
+    what = next((what for mark, what in _OTHER_PIPELINES.items() if mark in pipeline), None)
+    if configs.get("vae", {}).get("latents_mean"):
+        what = "an EDM model (Playground v2.5)"
+    if "text_encoder_2" in configs and "text_encoder" not in configs:
+        what = "the refiner of SDXL"
+    return f"{what}, {_ANOTHER_FAMILY}" if what else None
 
 
 def instead_of_a_lora(names: Iterable[str]) -> tuple[str, str] | None:

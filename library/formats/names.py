@@ -18,6 +18,8 @@ VAE_PREFIX = "first_stage_model."
 CLIP_PREFIX = "cond_stage_model.transformer.text_model."
 OLD_CLIP_PREFIX = "cond_stage_model.transformer."  # before transformers grouped the text model
 OPEN_CLIP_PREFIX = "cond_stage_model.model."
+FIRST_EMBEDDER = "conditioner.embedders.0."  # files with two text encoders number them
+SECOND_EMBEDDER = "conditioner.embedders.1."
 
 Table = dict[str, str]  # CompVis module name -> Diffusers module name
 
@@ -44,6 +46,7 @@ _OPEN_CLIP_TABLE = {
     "positional_embedding": "embeddings.position_embedding.weight",
     "ln_final": "final_layer_norm",
 }
+_PROJECTION = "text_projection"  # OpenCLIP computes x P, a Linear layer x W^T: so W is P transposed
 _VAE_1X1 = re.compile(r"(?:en|de)coder\.mid_block\.attentions\.0\.(?:to_q|to_k|to_v|to_out\.0)\.weight")
 
 
@@ -77,6 +80,8 @@ def unet_table(layout: UNetLayout) -> Table:
     table = {
         "time_embed.0": "time_embedding.linear_1",
         "time_embed.2": "time_embedding.linear_2",
+        "label_emb.0.0": "add_embedding.linear_1",
+        "label_emb.0.2": "add_embedding.linear_2",
         "input_blocks.0.0": "conv_in",
         "middle_block.1": "mid_block.attentions.0",
         "out.0": "conv_norm_out",
@@ -98,6 +103,17 @@ def unet_table(layout: UNetLayout) -> Table:
         place = 2 if layout.attention[layout.levels - 1 - level] else 1
         table[f"output_blocks.{block}.{place}.conv"] = f"up_blocks.{level}.upsamplers.0.conv"
     return table
+
+
+def unet_paths(layout: UNetLayout) -> Table:
+    """Diffusers path -> CompVis path of a U-Net's layers, and of the ResNets and samplers that hold some of them."""
+    paths = reverse(unet_table(layout))
+    for new, old in list(paths.items()):
+        if new.endswith(".norm1"):
+            paths[new.removesuffix(".norm1")] = old.removesuffix(".in_layers.0")
+        elif new.endswith("samplers.0.conv"):
+            paths[new.removesuffix(".conv")] = old.rpartition(".")[0]
+    return paths
 
 
 def vae_table(levels: int, layers: int) -> Table:
@@ -178,6 +194,19 @@ def open_clip_to_diffusers(name: str, value: Tensor) -> dict[str, Tensor]:
         return {f"{layer}.self_attn.{part}_proj.{kind}": third for part, third in thirds}
     new = renamed(inside, _OPEN_CLIP_LAYER)
     return {} if new is None else {f"{layer}.{new}": value}
+
+
+def pooling_open_clip_to_diffusers(name: str, value: Tensor) -> dict[str, Tensor]:
+    """The same for a text encoder whose projection is used. Only the bare matrix is transposed: `.weight` is a Linear layer's."""
+    if name in (_PROJECTION, f"{_PROJECTION}.weight"):
+        return {f"{_PROJECTION}.weight": value.T.contiguous() if name == _PROJECTION else value}
+    return open_clip_to_diffusers(name, value)
+
+
+def pooling_clip_to_open_clip(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The reverse of `pooling_open_clip_to_diffusers`; the projection becomes a bare matrix."""
+    text = {name: value for name, value in weights.items() if not name.startswith(_PROJECTION)}
+    return clip_to_open_clip(text) | {_PROJECTION: weights[f"{_PROJECTION}.weight"].T.contiguous()}
 
 
 def clip_to_open_clip(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

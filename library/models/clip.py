@@ -16,13 +16,14 @@ from library.models.prompt_weights import parse_weights, split_at_breaks
 from library.safe_text import as_unicode
 
 if TYPE_CHECKING:
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     from library.models.family import Conditioning, Config, Model, Shapes, Tokens
 
 CLIP_BPE = Path(__file__).resolve().parents[2] / "assets" / "clip-bpe"
 VOCABULARY = 49408
 CHUNK = 75  # tokens of text in one chunk
+END_TOKEN = 49407
 CHUNK_WITH_ENDS = CHUNK + 2  # what the text encoder reads at once: begin token, text, end token
 
 ADDED_WORDS = "words_of_several_tokens"  # attribute of a tokenizer: token id -> the ids that it stands for
@@ -40,9 +41,12 @@ def load_tokenizer(padding: str = "<|endoftext|>") -> CLIPTokenizer:
 
 def text_config(
     width: int, layers: int, *, activation: str = "quick_gelu", inner_width: int | None = None, vocabulary: int = VOCABULARY,
-    positions: int = CHUNK_WITH_ENDS,
+    positions: int = CHUNK_WITH_ENDS, projection: int | None = None,
 ) -> Config:  # fmt: skip
-    """transformers' configuration of a CLIP text encoder: one head for each 64 channels; OpenCLIP's activation is `gelu`."""
+    """transformers' configuration of a CLIP text encoder: one head for each 64 channels; OpenCLIP's activation is `gelu`.
+
+    `projection`: width of the pooled vector, where there is one.
+    """
     return {
         "vocab_size": vocabulary,
         "hidden_size": width,
@@ -51,9 +55,9 @@ def text_config(
         "num_attention_heads": max(1, width // 64),
         "max_position_embeddings": positions,
         "hidden_act": activation,
-        "projection_dim": width,
+        "projection_dim": projection or width,
         "bos_token_id": 49406,
-        "eos_token_id": 49407,
+        "eos_token_id": END_TOKEN,
         "pad_token_id": 1,  # transformers' own value; padding is done by the tokenizer
     }
 
@@ -61,6 +65,7 @@ def text_config(
 def read_text_config(shapes: Shapes, *, activation: str = "quick_gelu") -> Config:
     """The configuration of the text encoder whose weights have these names (without `text_model.`) and shapes."""
     vocabulary, width = shapes["embeddings.token_embedding.weight"]
+    projection = shapes.get("text_projection.weight")
     return text_config(
         width,
         count_numbers(shapes, r"encoder\.layers\.(\d+)\.mlp\.fc1\.weight"),
@@ -68,6 +73,7 @@ def read_text_config(shapes: Shapes, *, activation: str = "quick_gelu") -> Confi
         inner_width=shapes["encoder.layers.0.mlp.fc1.weight"][0],
         vocabulary=vocabulary,
         positions=shapes["embeddings.position_embedding.weight"][0],
+        projection=projection[0] if projection else None,
     )
 
 
@@ -78,6 +84,15 @@ def empty_text_encoder(config: Mapping[str, Any]) -> CLIPTextModel:
 
     with torch.device("meta"):
         return CLIPTextModel(CLIPTextConfig.from_dict(dict(config)))
+
+
+def empty_pooling_text_encoder(config: Mapping[str, Any]) -> CLIPTextModelWithProjection:
+    """The same with a projection of the pooled vector."""
+    import_model_libraries()
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    with torch.device("meta"):
+        return CLIPTextModelWithProjection(CLIPTextConfig.from_dict(dict(config)))
 
 
 def path_in_files(path: str) -> str:
@@ -175,6 +190,32 @@ def last_layer_conditioning(model: Model, tokens: Tokens, clip_skip: int | None 
 
     (encoder,) = model.text_encoders
     return Conditioning({"context": encode_text(encoder, tokens["ids"], clip_skip, tokens.get("weights"))})
+
+
+def encode_layers(text_encoder: nn.Module, input_ids: Tensor) -> Any:
+    """What the encoder answers to ids (B, chunks, 77): `hidden_states` of all layers, `last_hidden_state` after the norm.
+
+    Each is (B * chunks, 77, width); see `join_states`.
+    """
+    return text_encoder(input_ids.flatten(0, 1), output_hidden_states=True)
+
+
+def join_states(hidden: Tensor, input_ids: Tensor, weights: Tensor | None = None) -> Tensor:
+    """(B * chunks, 77, width) -> (B, chunks * 75 + 2, width), each token's state multiplied by its weight.
+
+    Without a norm the states have a mean near zero, so nothing is rescaled to it.
+    """
+    joined = _join_chunks(hidden.reshape(*input_ids.shape, -1))
+    if weights is None:
+        return joined
+    return (joined.float() * _join_chunks(weights.to(joined.device).unsqueeze(-1))).to(joined.dtype)
+
+
+def pooled_state(text_encoder: nn.Module, last_hidden: Tensor, input_ids: Tensor) -> Tensor:
+    """The projection (B, width) of the first end token of the first chunk; added words have larger ids than the end token."""
+    first = last_hidden.reshape(*input_ids.shape, -1)[:, 0]
+    ends = (input_ids[:, 0] == END_TOKEN).int().argmax(dim=1)
+    return text_encoder.text_projection(first[torch.arange(len(first), device=first.device), ends])
 
 
 def apply_weights(embeddings: Tensor, weights: Tensor) -> Tensor:

@@ -94,7 +94,8 @@ class Part:
     library: tuple[str, str]  # package and class, as model_index.json has them
     weight_files: tuple[str, ...]  # without suffix, in the part's folder
     lora_prefix: str | None = None
-    file_path: Callable[[str], str | None] | None = None  # path of a layer -> its path in LoRA files; None: the same
+    # The part -> how the path of one of its layers reads in LoRA files (None: it is not in them); None: the same.
+    file_paths: Callable[[nn.Module], Callable[[str], str | None]] | None = None
 
     @property
     def tokenizer(self) -> str:
@@ -109,6 +110,7 @@ class TextRules:
     paddings: tuple[str, ...]
     encode: Callable[[Model, Tokens, int | None], Conditioning]
     shapes: Callable[[Model, int], Mapping[str, tuple[int, ...]]]  # of a row, by the number of tokens
+    clip_skip: Callable[[int | None], int | None] = lambda asked: asked  # what --clip_skip means; logs if it is nothing
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,8 @@ class Records:
     v2: bool  # ss_v2
     base_model_version: Mapping[Prediction, str]
     architecture: Mapping[Prediction, str]  # modelspec.architecture
+    implementation: str = "diffusers"  # modelspec.implementation of a LoRA
+    marks_prediction: bool = False  # whether empty tensors in a single file say that the model predicts velocity
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,10 @@ class Family:
     def text_parts(self) -> list[Part]:
         return [part for part in self.parts if part.role == "text"]
 
+    @property
+    def vae_part(self) -> Part:
+        return next(part for part in self.parts if part.role == "vae")
+
 
 @dataclass
 class Model:
@@ -152,6 +160,7 @@ class Model:
     prediction: Prediction
     name: str  # as the user gave it
     path: Path | None = None  # the file or folder if it is on this machine, None for a hub id or a model made in memory
+    zero_terminal_snr: bool = False  # whether its noise schedule ends in pure noise
     _views: tuple[nn.Module | list[nn.Module], nn.Module] | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
@@ -160,7 +169,7 @@ class Model:
 
     @property
     def vae(self) -> nn.Module:
-        return self.parts[next(part.name for part in self.family.parts if part.role == "vae")]
+        return self.parts[self.family.vae_part.name]
 
     @property
     def text_encoders(self) -> list[nn.Module]:
@@ -178,9 +187,10 @@ class Model:
             shift=getattr(config, "shift_factor", None) or 0.0,
         )
 
-    def process(self, zero_terminal_snr: bool = False) -> NoiseProcess:
-        """How latents are noised for this model, and what it predicts."""
-        return replace(self.family.process(self.prediction), zero_terminal_snr=zero_terminal_snr)
+    def process(self, zero_terminal_snr: bool | None = None) -> NoiseProcess:
+        """How latents are noised for this model, and what it predicts; `zero_terminal_snr` None: as the model has it."""
+        own = self.zero_terminal_snr if zero_terminal_snr is None else zero_terminal_snr
+        return replace(self.family.process(self.prediction), zero_terminal_snr=own)
 
     def predict(self, noisy: Tensor, t: Tensor, conditioning: Conditioning, sizes: Tensor) -> Tensor:
         """What the denoiser sees in `noisy` (B, C, h, w): the noise, or the velocity.
@@ -217,19 +227,22 @@ class Model:
     def for_networks(self) -> tuple[nn.Module | list[nn.Module], nn.Module]:
         """Text encoders (one alone, several as a list) and denoiser as network modules see them: with the paths of LoRA files."""
         if self._views is None:
-            encoders = [renamed_view(self.parts[part.name], part.file_path) for part in self.family.text_parts]
+            encoders = [renamed_view(self.parts[part.name], part.file_paths) for part in self.family.text_parts]
             denoiser = next(part for part in self.family.parts if part.role == "denoiser")
-            view = renamed_view(self.parts[denoiser.name], denoiser.file_path)
+            view = renamed_view(self.parts[denoiser.name], denoiser.file_paths)
             self._views = (encoders[0] if len(encoders) == 1 else encoders), view
         return self._views
 
 
-def renamed_view(root: nn.Module, file_path: Callable[[str], str | None] | None) -> nn.Module:
+def renamed_view(root: nn.Module, file_paths: Callable[[nn.Module], Callable[[str], str | None]] | None) -> nn.Module:
     """The same layers in a tree whose paths are those of files; nodes keep their class names, by which layers are chosen.
 
-    A path for which `file_path` gives None is left out. For a model to call use `root`: a view computes nothing.
+    A path that files do not have is left out. For a model to call use `root`: a view computes nothing.
     """
-    if file_path is None or all(file_path(path) == path for path, _ in root.named_modules() if path):
+    if file_paths is None:
+        return root
+    file_path = file_paths(root)
+    if all(file_path(path) == path for path, _ in root.named_modules() if path):
         return root
     view = _node(type(root).__name__)
     for path, module in root.named_modules():

@@ -22,6 +22,7 @@ from library.models.clip import VOCABULARY, load_tokenizer
 from library.models.family import Config, Family, Model, Part, Shapes
 from library.models.hub import download_configs, download_model, download_vae
 from library.models.modules import TEXT_MODEL, fill, ready, weights_of
+from library.models.prediction import Said, said_by_file, said_by_scheduler
 from library.models.registry import check_v2, detect, detect_folder, refuse_other_inputs
 from library.models.vae import KL_VAE
 
@@ -42,6 +43,7 @@ class Header:
 
     family: Family
     shapes: Mapping[str, Shapes]
+    said: Said = Said()  # about what it predicts
 
 
 def read_header(name_or_path: str, v2: bool | None = None) -> Header:
@@ -50,7 +52,8 @@ def read_header(name_or_path: str, v2: bool | None = None) -> Header:
     if path.is_file():
         with open_tensors(path) as file:
             family = _family_of_file(path, file.shapes, v2)
-            return Header(family, _shapes_by_part(file, SingleFileNames(file.shapes, family.layout).place, family))
+            shapes = _shapes_by_part(file, SingleFileNames(file.shapes, family.layout).place, family)
+            return Header(family, shapes, said_by_file(file))
     folder = path if path.is_dir() else download_configs(name_or_path)
     family, configs = _family_of_folder(folder, v2)
     shapes = {}
@@ -58,47 +61,53 @@ def read_header(name_or_path: str, v2: bool | None = None) -> Header:
         if part.name in configs:
             weights = weights_of(_build(part, configs[part.name], folder))
             shapes[part.name] = {name: tuple(value.shape) for name, value in weights.items()}
-    return Header(family, shapes)
+    return Header(family, shapes, _said_by_folder(folder))
 
 
 def load_stable_diffusion(
     name_or_path: str,
     *,
     v2: bool | None = None,
-    prediction: Prediction = "epsilon",
+    prediction: Prediction | None = None,
     vae: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Model:
     """A model from a .safetensors or .ckpt file (CompVis layout), a Diffusers folder or a hub id, in `dtype` on `device`.
 
-    `vae` replaces the VAE; it may be any of these too, or hold a VAE alone. Raises UserError for what is not such a model,
-    and if `v2` is given and does not fit it.
+    `prediction` None: what the model says of itself, else noise. `vae` replaces the VAE; it may be any of these too, or hold a
+    VAE alone. Raises UserError for what is not such a model, and if `v2` is given and does not fit it.
     """
     path = Path(name_or_path)
     where = {"dtype": dtype, "device": device}
     if path.is_file():
-        family, modules, tokenizers = _from_file(path, v2, prediction, vae is None, where)
+        model = _from_file(path, v2, prediction, vae is None, where)
     else:
         folder = path if path.is_dir() else download_model(name_or_path)
-        family, modules, tokenizers = _from_folder(folder, v2, prediction, vae is None, where)
+        model = _from_folder(folder, v2, prediction, vae is None, where)
+    model.name, model.path = str(name_or_path), path if path.exists() else None
     if vae is not None:
-        modules["vae"] = load_vae(vae, **where)
-    return Model(family, modules, tokenizers, prediction, str(name_or_path), path if path.exists() else None)
+        model.parts["vae"] = load_vae(vae, **where, part=model.family.vae_part)
+    return model
 
 
-def load_vae(name_or_path: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> AutoencoderKL:
-    """A VAE from a file of its own (CompVis or Diffusers names), a whole model's file, a Diffusers folder or a hub id."""
+def load_vae(
+    name_or_path: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", part: Part = KL_VAE
+) -> AutoencoderKL:
+    """A VAE from a file of its own (CompVis or Diffusers names), a whole model's file, a Diffusers folder or a hub id.
+
+    `part`: the VAE of the family it is for.
+    """
     path = Path(name_or_path)
     where = {"dtype": dtype, "device": device}
     if path.is_file():
-        return _vae_from_file(path, where)
+        return _vae_from_file(path, part, where)
     if not path.is_dir():
         return ready(download_vae(name_or_path, dtype).to(device))
     folder = path if (path / "config.json").is_file() else path / "vae"
     if not (folder / "config.json").is_file():
         raise UserError(f"{path} holds no VAE: it has neither config.json nor vae/config.json; give a VAE's or model's folder")
-    return _part_from_folder(KL_VAE, folder, _json(folder / "config.json"), where)
+    return _part_from_folder(part, folder, _json(folder / "config.json"), where)
 
 
 def _family_of_file(path: Path, shapes: Shapes, v2: bool | None) -> Family:
@@ -108,11 +117,10 @@ def _family_of_file(path: Path, shapes: Shapes, v2: bool | None) -> Family:
     return family
 
 
-def _from_file(
-    path: Path, v2: bool | None, prediction: Prediction, with_vae: bool, where: Where
-) -> tuple[Family, dict[str, nn.Module], list[Any]]:
+def _from_file(path: Path, v2: bool | None, prediction: Prediction | None, with_vae: bool, where: Where) -> Model:
     with open_tensors(path) as file:
-        family = detect(path, file.shapes)
+        family = _family_of_file(path, file.shapes, v2)
+        chosen, zero_snr = _decided(path, said_by_file(file), prediction)
         names = SingleFileNames(file.shapes, family.layout)
         if names.unknown:
             raise UserError(f"{path} is no {family.title} model: its U-Net has the foreign weight {names.unknown[0]}")
@@ -122,11 +130,10 @@ def _from_file(
             if not shapes[part.name]:
                 cure = "give a VAE with --vae" if part.role == "vae" else "fetch the whole model"
                 raise UserError(f"{path} holds no {part.name.replace('_', ' ')}; {cure}")
-        if v2 is not None:
-            check_v2(str(path), family, v2)
-        configs = _read_configs(str(path), family, shapes, wanted, prediction)
+        configs = _read_configs(str(path), family, shapes, wanted, chosen)
         modules = _fill_modules(file, names.place, {part.name: (part, configs[part.name]) for part in wanted}, where)
-    return family, modules, [load_tokenizer(padding) for padding in family.text.paddings]
+    tokenizers = [load_tokenizer(padding) for padding in family.text.paddings]
+    return Model(family, modules, tokenizers, chosen, str(path), zero_terminal_snr=zero_snr)
 
 
 def _read_configs(
@@ -139,12 +146,12 @@ def _read_configs(
         raise UserError(f"{source} is incomplete: its architecture cannot be read ({error}); fetch the whole model") from error
 
 
-def _vae_from_file(path: Path, where: Where) -> AutoencoderKL:
+def _vae_from_file(path: Path, part: Part, where: Where) -> AutoencoderKL:
     with open_tensors(path) as file:
         prefix = VAE_PREFIX if any(name.startswith(VAE_PREFIX) for name in file.shapes) else ""
         names = [name[len(prefix) :] for name in file.shapes if name.startswith(prefix)]
         if not {"encoder.conv_in.weight", "decoder.conv_in.weight"} <= set(names):
-            raise UserError(f"{path} holds no VAE; give a VAE or a whole model in SD 1 or 2's format")
+            raise UserError(f"{path} holds no VAE; give a VAE or a whole model's file")
         in_diffusers_names = any(name.startswith("encoder.down_blocks.") for name in names)
         table = vae_table_for(names)
 
@@ -156,10 +163,10 @@ def _vae_from_file(path: Path, where: Where) -> AutoencoderKL:
 
         shapes = _shapes_by_part(file, place)["vae"]
         try:
-            config = KL_VAE.read_config(shapes, "epsilon")
+            config = part.read_config(shapes, "epsilon")
         except (KeyError, IndexError) as error:
             raise UserError(f"{path} is incomplete: the VAE's architecture cannot be read ({error}); fetch it again") from error
-        return _fill_modules(file, place, {"vae": (KL_VAE, config)}, where)["vae"]
+        return _fill_modules(file, place, {"vae": (part, config)}, where)["vae"]
 
 
 def _family_of_folder(folder: Path, v2: bool | None) -> tuple[Family, dict[str, Config]]:
@@ -176,17 +183,15 @@ def _family_of_folder(folder: Path, v2: bool | None) -> tuple[Family, dict[str, 
     return family, configs
 
 
-def _from_folder(
-    folder: Path, v2: bool | None, prediction: Prediction, with_vae: bool, where: Where
-) -> tuple[Family, dict[str, nn.Module], list[Any]]:
+def _from_folder(folder: Path, v2: bool | None, prediction: Prediction | None, with_vae: bool, where: Where) -> Model:
     family, configs = _family_of_folder(folder, v2)
-    _warn_of_prediction_type(folder, prediction)
+    chosen, zero_snr = _decided(folder, _said_by_folder(folder), prediction)
     wanted = [part for part in family.parts if with_vae or part.role != "vae"]
     configs |= {part.name: _json(folder / part.name / "config.json") for part in wanted if part.name not in configs}
     modules = {part.name: _part_from_folder(part, folder / part.name, configs[part.name], where) for part in wanted}
     texts = zip(family.text_parts, family.text.paddings, strict=True)
     tokenizers = [_folder_tokenizer(folder / part.tokenizer, configs[part.name], padding) for part, padding in texts]
-    return family, modules, tokenizers
+    return Model(family, modules, tokenizers, chosen, str(folder), zero_terminal_snr=zero_snr)
 
 
 def _part_from_folder(part: Part, folder: Path, config: Config, where: Where) -> nn.Module:
@@ -222,15 +227,18 @@ def _folder_tokenizer(folder: Path, text_config: Config, padding: str) -> CLIPTo
         raise UserError(f"{folder} is needed (the vocabulary is not CLIP's) but not readable: {error}") from error
 
 
-def _warn_of_prediction_type(folder: Path, prediction: Prediction) -> None:
+def _said_by_folder(folder: Path) -> Said:
     scheduler = folder / "scheduler" / "scheduler_config.json"
-    if not scheduler.is_file():
-        return
-    predicts_v = _json(scheduler).get("prediction_type", "epsilon") == "v_prediction"
-    if predicts_v and prediction == "epsilon":
-        logger.warning("%s predicts velocity by its scheduler; add --v_parameterization", folder)
-    if prediction == "v" and not predicts_v:
-        logger.warning("%s predicts noise by its scheduler; --v_parameterization is probably wrong", folder)
+    return said_by_scheduler(_json(scheduler)) if scheduler.is_file() else Said()
+
+
+def _decided(source: Path, said: Said, asked: Prediction | None) -> tuple[Prediction, bool]:
+    """What the model predicts, and whether its noise schedule ends in pure noise: what was asked for wins."""
+    if asked is not None and said.prediction not in (None, asked):
+        given = "--v_parameterization" if asked == "v" else "v_parameterization = false"
+        logger.warning("%s predicts %s; %s is probably wrong", source, said, given)
+    chosen = asked or said.prediction or "epsilon"
+    return chosen, said.zero_terminal_snr and chosen == "v"
 
 
 def _fill_modules(file: TensorFile, place: Place, parts: dict[str, tuple[Part, Config]], where: Where) -> dict[str, nn.Module]:

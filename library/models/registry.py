@@ -8,12 +8,12 @@ from pathlib import Path
 
 from library.errors import UserError
 from library.formats.compvis import layout_of
-from library.formats.foreign import instead_of_a_model
-from library.formats.names import UNET_PREFIX
-from library.models import sd1, sd2
+from library.formats.foreign import instead_of_a_folder, instead_of_a_model
+from library.formats.names import FIRST_EMBEDDER, UNET_PREFIX
+from library.models import sd1, sd2, sdxl
 from library.models.family import Config, Family, Shapes
 
-FAMILIES: tuple[Family, ...] = (sd1.FAMILY, sd2.FAMILY)
+FAMILIES: tuple[Family, ...] = (sd1.FAMILY, sd2.FAMILY, sdxl.FAMILY)
 
 
 def by_name(name: str) -> Family:
@@ -46,20 +46,19 @@ def detect(path: Path, shapes: Shapes) -> Family:
         layout = layout_of(shapes, [family.layout for family in FAMILIES])
         found = (family for family in FAMILIES if family.layout == layout)
         return next(found, FAMILIES[0])  # without a text encoder it is incomplete, which is found where it is loaded
-    if any(name.startswith(("down_blocks.", "encoder.", "text_model.", "first_stage_model.")) for name in shapes):
+    if any(name.startswith(("down_blocks.", "encoder.", "text_model.", "first_stage_model.", FIRST_EMBEDDER)) for name in shapes):
         raise UserError(f"{path} is one part of a model, not a whole one; give the whole file or the folder of all parts")
     raise UserError(f"{path} is no Stable Diffusion model: it holds {len(shapes)} tensors such as {next(iter(shapes))}")
 
 
 def detect_folder(folder: Path, pipeline: str, configs: Mapping[str, Config]) -> Family:
     """The family of a Diffusers folder with this pipeline and these configurations of its parts."""
-    for family in FAMILIES:
-        texts = [part.name for part in family.text_parts]
-        if pipeline == family.pipeline and all(name in configs for name in texts) and family.owns_folder(configs):
-            return family
-    if any(other in pipeline for other in ("XL", "Diffusion3", "Flux")):
-        raise UserError(f"{folder} is a model of another family ({pipeline}); use an SD 1.x or 2.x model")
-    return next((family for family in FAMILIES if "text_encoder" in configs and family.owns_folder(configs)), FAMILIES[0])
+    if what := instead_of_a_folder(pipeline, configs):
+        raise UserError(f"{folder} is {what}")
+    named = next((family for family in FAMILIES if family.pipeline == pipeline), FAMILIES[0])
+    if missing := [part.name for part in named.text_parts if part.name not in configs]:
+        raise UserError(f"{folder} is incomplete: {pipeline} needs {' and '.join(missing)}; fetch the whole model")
+    return next((family for family in FAMILIES if family.owns_folder(configs)), named)
 
 
 def check_v2(source: str, family: Family, v2: bool) -> None:

@@ -22,6 +22,7 @@ from library.formats.tensor_output import save_pickled
 from library.models.clip import CLIP_BPE, VOCABULARY, path_in_files
 from library.models.family import Family, Model
 from library.models.modules import weights_of
+from library.models.prediction import V_MARK, ZERO_SNR_MARK
 
 
 def save_stable_diffusion(
@@ -47,7 +48,7 @@ def save_stable_diffusion(
         _save_folder(model, parts, path)
         return
     extra, own_numbers, prefixes = _source_extras(model, dtype)
-    tensors = join_compvis(parts, model.family.layout, extra=extra, prefixes=prefixes)
+    tensors = join_compvis(parts, model.family.layout, extra=extra, prefixes=prefixes) | _marks(model)
     tensors = {name: value.contiguous() for name, value in tensors.items()}
     if path.suffix.lower() == ".safetensors":
         _save_safetensors(tensors, path, dict(metadata or {}))
@@ -56,6 +57,13 @@ def save_stable_diffusion(
     else:
         with atomic_write(path) as temporary:
             save_pickled(tensors, temporary, numbers or own_numbers)
+
+
+def _marks(model: Model) -> dict[str, Tensor]:
+    """Empty tensors that say what the model predicts, as programs expect them of its family."""
+    is_marked = model.family.records.marks_prediction and model.prediction == "v"
+    marks = {V_MARK: is_marked, ZERO_SNR_MARK: is_marked and model.zero_terminal_snr}
+    return {name: torch.empty(0) for name, wanted in marks.items() if wanted}
 
 
 def _parts(model: Model, dtype: torch.dtype | None) -> Parts:
@@ -143,6 +151,7 @@ def _scheduler_config(process: NoiseProcess) -> dict[str, Any]:
         "_class_name": "DDIMScheduler",
         "_diffusers_version": _diffusers_version(),
         **process.scheduler_config(),
+        **({"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if process.zero_terminal_snr else {}),
         "clip_sample": False,
         "set_alpha_to_one": False,
         "steps_offset": 1,

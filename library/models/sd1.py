@@ -56,13 +56,13 @@ def text_part(activation: str) -> Part:
         library=("transformers", "CLIPTextModel"),
         weight_files=("model", "pytorch_model"),
         lora_prefix="lora_te",
-        file_path=clip.path_in_files,
+        file_paths=lambda module: clip.path_in_files,
     )
 
 
 def has_activation(name: str, configs: dict[str, Config]) -> bool:
-    """Whether a folder's text encoder has this activation: widths say nothing of small models."""
-    return (configs["text_encoder"].get("hidden_act") == "gelu") == (name == "gelu")
+    """Whether a folder's one text encoder has this activation: widths say nothing of small models."""
+    return "text_encoder_2" not in configs and (configs["text_encoder"].get("hidden_act") == "gelu") == (name == "gelu")
 
 
 FAMILY = Family(

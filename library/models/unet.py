@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
 LATENT_CHANNELS = 4
-TIME_IDS_WIDTH = 256  # sinusoids for each of the six sizes, where a U-Net reads them
+SIZES = 6  # numbers of the size conditioning: original, cut-off, target, where a U-Net reads them
+SIZE_WIDTH = 256  # sinusoids for each of them
 
 
 def unet_config(
@@ -58,7 +59,7 @@ def unet_config(
     if vector_width is not None:
         config |= {
             "addition_embed_type": "text_time",
-            "addition_time_embed_dim": TIME_IDS_WIDTH,
+            "addition_time_embed_dim": SIZE_WIDTH,
             "projection_class_embeddings_input_dim": vector_width,
         }
     return config

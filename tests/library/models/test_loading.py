@@ -132,7 +132,7 @@ def test_other_inputs_are_refused_by_name(tmp_path, tensors, channels, kind):
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("conditioner.embedders.0.transformer.text_model.final_layer_norm.bias", "XL"),
+        ("conditioner.embedders.0.transformer.text_model.final_layer_norm.bias", "one part"),
         ("lora_unet_mid_block_attentions_0_proj_in.lora_down.weight", "a LoRA"),
         ("lora_te_text_model_encoder_layers_0_mlp_fc1.alpha", "a LoRA"),
         ("unet.mid_block.attentions.0.proj_in.lora_A.weight", "a LoRA"),
@@ -154,7 +154,7 @@ def test_other_files_are_refused_by_name(tmp_path, name, reason):
     ("change", "reason"),
     [
         (lambda t: t.pop("model.diffusion_model.out.2.bias"), "lacks 1 weights of the U-Net, the first is conv_out.bias"),
-        (lambda t: t.update({"model.diffusion_model.label_emb.0.0.weight": torch.zeros(2)}), "label_emb"),
+        (lambda t: t.update({"model.diffusion_model.foreign_emb.0.weight": torch.zeros(2)}), "foreign_emb"),
         (lambda t: t.update({"model.diffusion_model.out.2.bias": torch.zeros(5)}), r"conv_out.bias .*has the shape \(5,\)"),
         (lambda t: [t.pop(name) for name in list(t) if name.startswith("first_stage")], "holds no vae; give a VAE with --vae"),
         (lambda t: [t.pop(name) for name in list(t) if name.startswith("cond_stage")], "holds no text encoder"),
@@ -187,7 +187,7 @@ def test_folders_that_are_no_models(tmp_path, saved_models):
     with pytest.raises(UserError, match="cannot read"):
         load_stable_diffusion(str(folder))
     (folder / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}', encoding="utf-8")
-    with pytest.raises(UserError, match="another family"):
+    with pytest.raises(UserError, match="incomplete: StableDiffusionXLPipeline needs text_encoder_2"):
         load_stable_diffusion(str(folder))
 
 
