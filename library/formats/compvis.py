@@ -62,7 +62,7 @@ SDXL_LAYOUT: Layout = (
 )
 
 
-LAYOUTS = (SD1_LAYOUT, SD2_LAYOUT)
+LAYOUTS = (SD1_LAYOUT, SD2_LAYOUT, SDXL_LAYOUT)
 
 
 def layout_of(names: Iterable[str], layouts: Sequence[Layout] = LAYOUTS) -> Layout | None:
@@ -72,7 +72,7 @@ def layout_of(names: Iterable[str], layouts: Sequence[Layout] = LAYOUTS) -> Layo
     def holds(row: PartLayout) -> bool:
         return any(name.startswith(row.prefixes) for name in names)
 
-    texts = {layout: [row for row in layout if row.naming in ("clip", "open_clip")] for layout in layouts}
+    texts = {layout: [row for row in layout if row.naming not in ("unet", "vae")] for layout in layouts}
     return next((layout for layout in layouts if all(map(holds, texts[layout]))), None)
 
 

@@ -93,7 +93,6 @@ class Part:
     read_config: Callable[[Shapes, Prediction], Config]
     library: tuple[str, str]  # package and class, as model_index.json has them
     weight_files: tuple[str, ...]  # without suffix, in the part's folder
-    lora_prefix: str | None = None
     # The part -> how the path of one of its layers reads in LoRA files (None: it is not in them); None: the same.
     file_paths: Callable[[nn.Module], Callable[[str], str | None]] | None = None
 

@@ -41,7 +41,6 @@ def unet_part(heads: int | None, upcast_attention: bool, sizes: dict[Prediction,
         read_config=read_config,
         library=("diffusers", "UNet2DConditionModel"),
         weight_files=("diffusion_pytorch_model",),
-        lora_prefix="lora_unet",
     )
 
 
@@ -55,7 +54,6 @@ def text_part(activation: str) -> Part:
         read_config=lambda shapes, prediction: clip.read_text_config(shapes, activation=activation),
         library=("transformers", "CLIPTextModel"),
         weight_files=("model", "pytorch_model"),
-        lora_prefix="lora_te",
         file_paths=lambda module: clip.path_in_files,
     )
 

@@ -86,18 +86,16 @@ UNET = Part(
     read_config=lambda shapes, prediction: unet.read_unet_config(shapes, heads=None, sample_size=128),
     library=("diffusers", "UNet2DConditionModel"),
     weight_files=("diffusion_pytorch_model",),
-    lora_prefix="lora_unet",
     file_paths=paths_in_files,
 )
 VAE = replace(KL_VAE, read_config=partial(read_vae_config, latents=LATENTS))
-TEXT_ENCODER = replace(sd1.text_part("quick_gelu"), title="first text encoder", lora_prefix="lora_te1")
+TEXT_ENCODER = replace(sd1.text_part("quick_gelu"), title="first text encoder")
 TEXT_ENCODER_2 = replace(
     sd1.text_part("gelu"),
     name="text_encoder_2",
     title="second text encoder",
     build=clip.empty_pooling_text_encoder,
     library=("transformers", "CLIPTextModelWithProjection"),
-    lora_prefix="lora_te2",
 )
 
 FAMILY = Family(
