@@ -45,6 +45,7 @@ FLOORS = {
     "library.models": (*GROUND, "library.imports", "library.diffusion"),
     "library.data": (*GROUND, *HELPERS, "library.models"),
     "library.generation": (*GROUND, *HELPERS, "library.diffusion", "library.models", "library.data"),
+    "library.doctor": (*GROUND, "library.devices"),
     "networks": (*GROUND, "library.tools"),
 }
 TORCH_ALONE = {"torch", "safetensors", "numpy"}  # of other projects, on the ground floor

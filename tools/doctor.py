@@ -1,234 +1,73 @@
 """What this installation can do: versions, devices, what works, and what to install.
 
-    python tools/doctor.py
+    python tools/doctor.py               a report in seconds; nothing is downloaded, and nothing is changed
+    python tools/doctor.py --self_test   short trainings besides, in every way that this machine could use: under 5 minutes
 
-Exit code 0, or 1 if training cannot run here. Nothing is downloaded, and nothing is changed.
+Exit code 0, or 1 if training cannot run here.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
-import importlib.util
-import os
-import platform
-import re
-import shutil
+import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-OLDEST, NEWEST = (3, 10), (3, 13)
-MARKS = {"ok": "ok  ", "note": "note", "bad": "BAD "}
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this file may be started from anywhere
 
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report. state: `ok`, `note` (works without), or `bad` (training cannot run)."""
-
-    state: str
-    name: str
-    text: str
-
-    def __str__(self) -> str:
-        return f"  {MARKS[self.state]}  {self.name:<22} {self.text}"
-
-
-def python_version() -> Finding:
-    """The interpreter."""
-    here, name = sys.version_info[:2], f"{platform.python_version()}, {platform.system()} {platform.machine()}"
-    if here < OLDEST:
-        return Finding("bad", "Python", f"{name}; at least {'.'.join(map(str, OLDEST))} is needed")
-    return Finding(
-        "ok" if here <= NEWEST else "note", "Python", name + ("" if here <= NEWEST else "; newer than what was tested")
-    )
-
-
-def requirement_lines(file: Path) -> Iterator[tuple[str, str, str]]:
-    """(package, version, remark) of the lines that hold for this Python and system."""
-    for line in file.read_text(encoding="utf-8").splitlines():
-        words, _, remark = line.partition("#")
-        match = re.match(r"([\w-]+)==([\w.]+)\s*(?:;\s*(.+))?", words.strip())
-        if match and _holds(match[3]):
-            yield match[1], match[2], remark.strip()
-
-
-def _holds(marker: str | None) -> bool:
-    if not marker or importlib.util.find_spec("packaging") is None:  # it comes with what is needed, which may be missing
-        return True
-    from packaging.markers import Marker
-
-    return Marker(marker.strip()).evaluate()
-
-
-def installed(package: str) -> str | None:
-    """Its version, or None."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def needed_packages() -> Iterator[Finding]:
-    """Those of requirements.txt."""
-    for package, wanted, _ in requirement_lines(ROOT / "requirements.txt"):
-        version = installed(package)
-        if version is None:
-            yield Finding("bad", package, f"missing; run: pip install {package}=={wanted}")
-        elif version.partition("+")[0] != wanted:
-            yield Finding("note", package, f"{version}; tested with {wanted}")
-        else:
-            yield Finding("ok", package, version)
-
-
-def extra_packages() -> Iterator[Finding]:
-    """Those of requirements-extras.txt, each with the option that needs it."""
-    for package, wanted, remark in requirement_lines(ROOT / "requirements-extras.txt"):
-        version = installed(package)
-        text = version or f"not installed; for {remark}: pip install {package}=={wanted}"
-        yield Finding("ok" if version else "note", package, text)
-
-
-def devices() -> Iterator[Finding]:
-    """Processors, memory, cards."""
-    import psutil
-
-    from library.devices import cores_for_this_process, cpu_has_fast_bf16
-
-    yield Finding("ok", "CPU", f"{cores_for_this_process()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB memory")
-    import torch
-
-    if torch.cuda.is_available():
-        for number in range(torch.cuda.device_count()):
-            card = torch.cuda.get_device_properties(number)
-            yield Finding("ok", f"GPU {number}", f"{card.name}, {card.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}")
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        yield Finding("ok", "mixed precision", "fp16 and bf16" if fast else "fp16; bf16 is not supported by this card")
-        return
-    if torch.backends.mps.is_available():
-        yield Finding("ok", "GPU", "Apple silicon (mps)")
-    build = (
-        "torch is a build without CUDA" if torch.version.cuda is None else "torch has CUDA and finds no card; check the driver"
-    )
-    yield Finding("note", "GPU", f"no NVIDIA card: training a real model will be slow; {build}")
-    bf16 = "no, and bf16 too" if cpu_has_fast_bf16() else "no; bf16 works and is many times slower on this processor"
-    yield Finding("ok", "mixed precision", bf16)
-
-
-def eight_bit() -> Finding:
-    """One step of an 8-bit optimizer."""
-
-    def step() -> str:
-        import bitsandbytes
-        import torch
-
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        parameter = torch.nn.Parameter(torch.ones(64, 64, device=device))
-        parameter.grad = torch.ones_like(parameter)
-        bitsandbytes.optim.AdamW8bit([parameter], lr=0.1, min_8bit_size=1).step()
-        if not bool((parameter < 1).all()):
-            raise RuntimeError("a step changed nothing")
-        return f"works on the {'GPU' if device == 'cuda' else 'CPU'}"
-
-    return tried("8-bit optimizers", step, "take --optimizer_type AdamW; reinstall: pip install --force-reinstall bitsandbytes")
-
-
-def xformers() -> Finding:
-    """Whether --xformers would be more than a note."""
-
-    def use() -> str:
-        import torch
-
-        if not torch.cuda.is_available():
-            raise RuntimeError("it needs an NVIDIA card")
-        import xformers.ops  # noqa: F401
-
-        return "works"
-
-    return tried("xformers", use, "nothing to do: torch's own attention is as exact and nearly as fast")
-
-
-def opencv() -> Finding:
-    """Hue changes and area resizing."""
-
-    def use() -> str:
-        import cv2
-        import numpy
-
-        cv2.resize(numpy.zeros((8, 8, 3), numpy.uint8), (4, 4), interpolation=cv2.INTER_AREA)
-        return cv2.__version__
-
-    return tried("opencv", use, "run: pip install --force-reinstall opencv-python-headless", needed=True)
-
-
-def compiling() -> Finding:
-    """Whether --torch_compile can work: a C++ compiler for the CPU, Triton for the card. Nothing is compiled."""
-    import torch
-
-    if torch.cuda.is_available():
-        works = importlib.util.find_spec("triton") is not None
-        return Finding(
-            "ok" if works else "note", "torch_compile", "Triton is there" if works else "needs Triton: pip install triton"
-        )
-    compiler = next((name for name in (os.environ.get("CXX"), "g++", "clang++", "cl") if name and shutil.which(name)), None)
-    return Finding(
-        "ok" if compiler else "note", "torch_compile", f"C++ compiler {compiler}" if compiler else "needs a C++ compiler"
-    )
-
-
-def disk() -> Finding:
-    """Room in the current folder."""
-    free = shutil.disk_usage(Path.cwd()).free / 2**30
-    return Finding("ok" if free > 5 else "note", "disk", f"{free:.0f} GiB free in {Path.cwd()}")
-
-
-def tried(name: str, work: Callable[[], str], cure: str, *, needed: bool = False) -> Finding:
-    """`work` says how well it works; if it fails, why, and what to do."""
-    try:
-        return Finding("ok", name, work())
-    except Exception as error:  # broken installations raise anything
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
-        return Finding("bad" if needed else "note", name, f"{reason}; {cure}")
-
-
-def sections() -> Iterator[tuple[str, list[Finding]]]:
-    """Headings with their findings. Without torch the rest would only fail."""
-    packages = list(needed_packages())
-    yield "Python and packages", [python_version(), *packages]
-    yield "Extras", list(extra_packages())
-    if any(finding.state == "bad" and finding.name in ("torch", "psutil", "numpy") for finding in packages):
-        return
-    yield "This machine", [*devices(), disk()]
-    yield "What works", [eight_bit(), xformers(), opencv(), compiling()]
+from library.doctor.installation import Finding, python_version, sections  # noqa: E402
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Print the report."""
+    """Print the report, and the self test's table."""
     from library.console import silence_needless_advice
     from library.tools.command import Parser
 
-    Parser(__doc__.splitlines()[0]).parse_args(words)
+    parser = Parser("What this installation can do: versions, devices, what works, and what to install.")
+    parser.add_argument("--self_test", action="store_true", help="train a few steps in every way that this machine could use")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    args = parser.parse_args(words)
     silence_needless_advice()
-    bad = []
+
+    report: dict[str, list[Finding]] = {}
     for heading, findings in sections():
-        print(f"\n{heading}")
-        for finding in findings:
-            print(finding)
-        bad += [finding for finding in findings if finding.state == "bad"]
-    print()
-    if bad:
-        print(f"training cannot run here: {', '.join(finding.name for finding in bad)}; see above, or run: python quickstart.py")
-        return 1
-    print("training can run here")
-    return 0
+        report[heading] = findings
+        if not args.json:
+            print(f"\n{heading}", *findings, sep="\n", flush=True)
+    bad = [finding.name for findings in report.values() for finding in findings if finding.state == "bad"]
+    rows = None
+    if args.self_test and not bad:
+        from library.doctor.self_test import self_test, table
+        from library.doctor.trials import this_machine, trials
+
+        reasons = {finding.name: finding.text for finding in report["What works"] if finding.state != "ok"}
+        rows = self_test(trials(this_machine(reasons)))
+        bad = [row.name for row in rows[:1] if row.state == "fails"]
+        if not args.json:
+            print(f"\n{table(rows)}")
+    if args.json:
+        print(json.dumps(as_data(report, bad, rows), indent=2))
+    elif bad:
+        print(f"\ntraining cannot run here: {', '.join(bad)}; see above, or run: python quickstart.py")
+    else:
+        print("\ntraining can run here")
+    return 1 if bad else 0
+
+
+def as_data(report: dict[str, list[Finding]], bad: list[str], rows: list | None) -> dict:
+    """The report as data for JSON; `self_test` is missing where it did not run."""
+    data = {
+        "training_can_run": not bad,
+        "cannot_run_because_of": bad,
+        "findings": [{"section": heading, **asdict(finding)} for heading, found in report.items() for finding in found],
+    }
+    return data if rows is None else {**data, "self_test": [asdict(row) for row in rows]}
 
 
 if __name__ == "__main__":
-    if sys.version_info < OLDEST:  # nothing else of the suite can be read
-        sys.exit(str(python_version()))
-    sys.path.insert(0, str(ROOT))
+    if python_version().state == "bad":
+        sys.exit(str(python_version()))  # what is imported next cannot be read by it
     from library.errors import run_entry
 
     run_entry(main)
