@@ -41,7 +41,7 @@ def main(words: Sequence[str] | None = None) -> int:
         from library.doctor.self_test import self_test, table
         from library.doctor.trials import this_machine, trials
 
-        reasons = {finding.name: finding.text for finding in report["What works"] if finding.state != "ok"}
+        reasons = {finding.name: finding.text.split(";")[0] for finding in report["What works"] if finding.state != "ok"}
         rows = self_test(trials(this_machine(reasons)))
         bad = [row.name for row in rows[:1] if row.state == "fails"]
         if not args.json:

@@ -61,6 +61,7 @@ NOT_RUN = (
     r"git clone \S.*", r"python3? quickstart\.py( test)?", r"python3? -m venv \S+", r"\S*pip3? install .*",
     r"tensorboard --logdir=logs",
     r"python gen_img_diffusers\.py .*",  # tests/library/generation/script/test_gen_docs.py
+    r"python tools/doctor\.py .*",  # minutes: tests/library/doctor
 )  # fmt: skip
 PROGRAMS = ("accelerate", "python", "python3", "py", "pip", "git", "tensorboard", ".venv/bin/pip")
 
@@ -281,7 +282,8 @@ def test_what_can_be_chosen_is_named(page):
 
 @pytest.mark.parametrize("name", PAGES)
 def test_every_option_that_is_mentioned_exists(name):
-    of_others = {"num_cpu_threads_per_process", "quiet", "help", "logdir", "num_processes", "steps", "output", "index-url"}
+    of_others = {"num_cpu_threads_per_process", "quiet", "help", "logdir", "num_processes", "steps", "output", "index-url",
+                 "self_test", "json"}  # fmt: skip
     of_prompts = {"n", "w", "h", "d", "l", "s", "ss"}
     misspelt = {"learning_rat", "network_al"}  # examples of errors
     mentioned = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)(?!\*|\w)", PAGES[name])) - {"sample_every_n_"}
