@@ -105,7 +105,7 @@ def all_runs(suite: Path, inputs: Path) -> list[Run]:
     """Every run, in the order of recording."""
     scripts = [path for folder in (suite, suite / "networks", suite / "tools") for path in sorted(folder.glob("*.py"))]
     programs = [path.relative_to(suite).as_posix() for path in scripts if '__name__ == "__main__"' in path.read_text("utf-8")]
-    helps = [(name, "--help") for name in programs if name != "tools/doctor.py"]  # it has no options, and describes the machine
+    helps = [(name, "--help") for name in programs if name != "tools/doctor.py"]  # which describes the machine
     return [Run("help", tuple(helps)), *training_runs(inputs), *image_runs(inputs), *tool_runs(inputs)]
 
 

@@ -9,6 +9,7 @@ Exit code 0, or 1 if training cannot run here.
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -41,6 +42,7 @@ def main(words: Sequence[str] | None = None) -> int:
         from library.doctor.self_test import self_test, table
         from library.doctor.trials import this_machine, trials
 
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a trial does not go on without us
         reasons = {finding.name: finding.text.split(";")[0] for finding in report["What works"] if finding.state != "ok"}
         rows = self_test(trials(this_machine(reasons)))
         bad = [row.name for row in rows[:1] if row.state == "fails"]

@@ -53,7 +53,7 @@ def trials(machine: Machine) -> Iterator[Trial]:
     """All trials, the most telling first: time may run out. A reference comes before what is compared with it."""
     gpu = {"cuda": "GPU", "mps": "Apple GPU"}.get(machine.device, "")
     here = f"float32, {gpu}" if gpu else CPU
-    yield Trial(CPU, reference=None, on_cpu=True, seconds=150)  # the first to start: from a disk that has not read the files yet
+    yield Trial(CPU, reference=None, on_cpu=True, seconds=150)  # nothing is in the disk's cache yet
     if gpu:
         yield Trial(here, same_noise=False)
     no_fp16 = "" if gpu else "fp16 needs a GPU"
