@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from library.data.colours import BadProfile, as_srgb
+from library.devices import give_back_freed_memory
 from library.errors import one_line
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ Image.MAX_IMAGE_PIXELS = None
 warnings.filterwarnings("ignore", module=r"PIL\.")
 MAX_PIXELS = 1_000_000_000
 MOST_AT_ONCE = 100_000_000
+LARGE = 16_000_000
 EMPTY = "the file is empty (0 bytes)"
 # Image generators write whole workflows into PNG text chunks; Pillow refuses those over 1 MiB.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 28
@@ -288,6 +290,8 @@ def room_for(size: tuple[int, int]) -> Iterator[None]:
     try:
         yield
     finally:
+        if pixels > LARGE:  # else each thread's arena keeps what its largest image took
+            give_back_freed_memory()
         with _room.changed:
             _room.pixels -= pixels
             _room.changed.notify_all()
