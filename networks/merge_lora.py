@@ -1,7 +1,8 @@
 """Merge LoRA files into a model, or into one LoRA. `python networks/merge_lora.py --help` lists the options.
 
-Into a model: W + sum of ratio * alpha / rank * up @ down, tensor by tensor from file to file. Into one LoRA: exact, for any
-ranks and alphas, by putting the factors side by side; the rank is the sum of the ranks (svd_merge_lora.py makes a smaller one).
+Into a model: W + sum of ratio * change, tensor by tensor from file to file, for LoRAs and all of their kin (LoHa, LoKr, DoRA and
+others, see docs/networks.md). Into one LoRA: exact, for LoRAs of any ranks and alphas, by putting the factors side by side; the
+rank is the sum of the ranks (svd_merge_lora.py makes a smaller one, and takes other kinds).
 """
 
 from __future__ import annotations
@@ -92,10 +93,11 @@ def _into_lora(args: argparse.Namespace, save_to: Path) -> None:
         raise UserError("--v2 is for merging into a model with --sd_model; leave it out")
 
     from library.formats.lora_file import read_loras, write_lora
+    from library.tools.changes import matrices_alone
     from library.tools.lora_metadata import merged, without_modelspec
     from library.tools.merge import merge_loras
 
-    loras = read_loras(args.models)
+    loras = matrices_alone(read_loras(args.models))
     modules = merge_loras(loras, args.ratios, args.shuffle)
     metadata = merged(loras, args.ratios, modules, save_to, "merged", args.v_parameterization)
     dtype = dtype_of(args.save_precision or args.precision)

@@ -1,7 +1,7 @@
 """Make a LoRA file of a lower rank. `python networks/resize_lora.py --help` lists the options.
 
 Every module becomes the best of its new rank, at the same strength. The rank is one number for all, or chosen module by module
-from the singular values.
+from the singular values. LoHa, LoKr and others (see docs/networks.md) become the LoRA that is nearest to what they change.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ def options() -> Parser:
     parser.add_argument("--dynamic_method", choices=METHODS, help="choose each module's rank by its singular values")
     target = "sv_ratio: keep those above the largest / this; sv_fro: keep this part of the norm; sv_cumulative: of their sum"
     parser.add_argument("--dynamic_param", type=float, help=target)
+    lora_options.add_base_model(parser)
     lora_options.add_device(parser)
     lora_options.add_precision(parser, "--save_precision", "float")
     parser.add_argument("--verbose", action="store_true", help="print a line about every module")
@@ -52,24 +53,29 @@ def _check(args: argparse.Namespace) -> None:
 def main(words: Sequence[str] | None = None) -> None:
     args = options().parse_args(words)
     _check(args)
-    save_to = lora_options.output_path(args.save_to, [Path(args.model)])
+    inputs = [Path(name) for name in (args.model, args.sd_model) if name]
+    save_to = lora_options.output_path(args.save_to, inputs)
     from library.formats.lora_file import read_loras, write_lora
+    from library.tools.changes import base_weights, matrices_alone
     from library.tools.kept import print_kept
     from library.tools.lora_metadata import changed
     from library.tools.resize import resize
 
     lora_options.check_device(args.device)
-    (lora,) = read_loras([args.model])
-    modules, kept = resize(
-        lora,
-        args.new_rank,
-        args.new_conv_rank,
-        method=args.dynamic_method,
-        target=args.dynamic_param or 0.0,
-        device=args.device,
-        report=print if args.verbose else None,
-    )
-    old = max(module.rank for module in lora.modules.values())
+    (lora,) = matrices_alone(read_loras([args.model]))
+    with base_weights(args.sd_model, [lora]) as weight_of:
+        modules, kept = resize(
+            lora,
+            args.new_rank,
+            args.new_conv_rank,
+            method=args.dynamic_method,
+            target=args.dynamic_param or 0.0,
+            device=args.device,
+            report=print if args.verbose else None,
+            weight_of=weight_of,
+        )
+    ranks = [module.rank for adapter in lora.modules.values() if (module := adapter.low_rank())]
+    old = max(ranks) if ranks else next(iter(lora.modules.values())).title
     conv = f" (conv: {args.new_conv_rank})" if args.new_conv_rank else ""
     comment = f"dimension is resized from {old} to {args.new_rank}{conv}"
     facts = {}
@@ -79,8 +85,7 @@ def main(words: Sequence[str] | None = None) -> None:
     write_lora(save_to, modules, changed(lora, modules, comment, **facts), dtype_of(args.save_precision))
     print_kept(kept)
     lower = sum(
-        module.rank < (args.new_conv_rank or args.new_rank if module.is_3x3 else args.new_rank)
-        for module in lora.modules.values()
+        module.rank < (args.new_conv_rank or args.new_rank if module.is_3x3 else args.new_rank) for module in modules.values()
     )
     if lower and not args.dynamic_method:
         print(f"{lower} modules had a lower rank already and keep it")

@@ -1,7 +1,7 @@
 """Merge LoRA files into one of a chosen rank. `python networks/svd_merge_lora.py --help` lists the options.
 
-The result is the best of that rank: no other is closer to the sum of ratio * alpha / rank * up @ down. It is found from the
-factors alone, so it takes seconds. What could not be kept is printed.
+The result is the best of that rank: no other is closer to the sum of ratio * change. For LoRAs it is found from the factors
+alone, so it takes seconds; LoHa, LoKr and others (see docs/networks.md) can be among them. What could not be kept is printed.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ def options() -> Parser:
     parser.add_argument("--new_conv_rank", type=int, help="rank for 3x3 convolutions (default: --new_rank)")
     lbw = "strength by block, one for each model: a preset such as MIDD, or 12, 16, 17, 20 or 26 numbers with commas"
     parser.add_argument("--lbw", "--lbws", nargs="*", dest="lbw", help=lbw)
+    lora_options.add_base_model(parser)
     lora_options.add_device(parser)
     lora_options.add_clamp_quantile(parser)
     lora_options.add_precision(parser, "--precision", "float", "dtype in the file if --save_precision is not given")
@@ -50,24 +51,28 @@ def main(words: Sequence[str] | None = None) -> None:
     lora_options.check_quantile(args.clamp_quantile)
     if args.lbw is not None and len(args.lbw) != len(args.models):
         raise UserError(f"--lbw: {len(args.lbw)} given for {len(args.models)} models; give one for each, in the same order")
-    save_to = lora_options.output_path(args.save_to, [Path(name) for name in args.models])
+    inputs = [Path(name) for name in (*args.models, args.sd_model) if name]
+    save_to = lora_options.output_path(args.save_to, inputs)
     block_weights = [read_block_weights(text) for text in args.lbw] if args.lbw is not None else None
     from library.formats.lora_file import read_loras, write_lora
+    from library.tools.changes import base_weights, matrices_alone
     from library.tools.kept import print_kept
     from library.tools.lora_metadata import merged, without_modelspec
     from library.tools.svd_merge import svd_merge
 
     lora_options.check_device(args.device)
-    loras = read_loras(args.models)
-    modules, kept = svd_merge(
-        loras,
-        args.ratios,
-        args.new_rank,
-        args.new_conv_rank,
-        block_weights=block_weights,
-        device=args.device,
-        clamp_quantile=args.clamp_quantile,
-    )
+    loras = matrices_alone(read_loras(args.models))
+    with base_weights(args.sd_model, loras) as weight_of:
+        modules, kept = svd_merge(
+            loras,
+            args.ratios,
+            args.new_rank,
+            args.new_conv_rank,
+            block_weights=block_weights,
+            device=args.device,
+            clamp_quantile=args.clamp_quantile,
+            weight_of=weight_of,
+        )
     metadata = merged(loras, args.ratios, modules, save_to, "merged by SVD", args.v_parameterization)
     if args.lbw is not None:
         metadata["ss_training_comment"] += f"; by block: {' | '.join(args.lbw)}"

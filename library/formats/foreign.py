@@ -37,21 +37,18 @@ _WHOLE_MODELS = {
     "down_blocks.0.resnets.0.conv1.weight": "a whole U-Net",
 }
 _LORA_KINDS = {
-    ".hada_": "a LoHa file (LyCORIS)",
-    ".lokr_": "a LoKr file (LyCORIS)",
-    ".oft_": "an OFT file",
-    ".on_input": "an IA3 file (LyCORIS)",
-    ".lora_mid.": "a LoCon file with Tucker decomposition (LyCORIS)",
-    ".diff": "a file with full differences (LyCORIS)",
-    "lora_te1_": "a LoRA for SDXL",
     "lora_te2_": "a LoRA for SDXL",
     "text_encoder_2.": "a LoRA for SDXL",
-    "lora_unet_input_blocks_": "a LoRA for SDXL",
+    "lora_unet_label_emb_": "a LoRA for SDXL",
     "lora_unet_double_blocks_": "a LoRA for Flux",
     "lora_unet_joint_blocks_": "a LoRA for SD 3",
+    "lora_transformer_": "a LoRA for another family of models",
     "transformer.": "a LoRA for another family of models",
-    ".dora_scale": "a DoRA file (LyCORIS)",
-    ".lora_magnitude_vector": "a DoRA file",
+    "_transformer_blocks_1_": "a LoRA for SDXL",  # SD 1.x and 2.x have one in each place
+    ".transformer_blocks.1.": "a LoRA for SDXL",
+    ".lambda_layer": "a T-LoRA, which changes with the noise of the step, so that LyCORIS' own loader alone can use it",
+    ".oft_R.": "an OFT of version 2, which the program that made it (peft, OneTrainer) can merge into a model",
+    ":up": "a LoRA of cloneofsimo's trainer, without names of layers, which that program can merge into a model",
 }
 _ANY_LORA = ("lora_unet_", "lora_te", ".lora_A.", ".lora_down.", ".lora.down.")
 _OTHER_FILES = {
@@ -95,13 +92,14 @@ def instead_of_a_folder(pipeline: str, configs: Mapping[str, Mapping[str, Any]])
 
 
 def instead_of_a_lora(names: Iterable[str]) -> tuple[str, str] | None:
-    """What a file with these tensors is instead of a plain LoRA for SD 1.x or 2.x, and the name that gives it away.
+    """What a file with these tensors is instead of a LoRA, or its kin, for SD 1.x or 2.x, and the name that gives it away.
 
-    >>> instead_of_a_lora(["lora_te1_x.lora_down.weight"])
-    ('a LoRA for SDXL', 'lora_te1_x.lora_down.weight')
+    >>> instead_of_a_lora(["lora_te2_x.lora_down.weight"])
+    ('a LoRA for SDXL', 'lora_te2_x.lora_down.weight')
     """
-    names = list(names)
-    for table in (_WHOLE_MODELS, _LORA_KINDS, _OTHER_FILES):
+    names = [name for name in names if not name.startswith("bundle_emb.")]  # embeddings that OneTrainer puts beside a LoRA
+    is_lora = any(mark in name for mark in _ANY_LORA for name in names)
+    for table in (_WHOLE_MODELS, _LORA_KINDS, *([] if is_lora else [_OTHER_FILES])):
         if found := _first(table, names):
             return (found[0] if table is _LORA_KINDS else f"{found[0]}, not a LoRA"), found[1]
     return None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import safetensors.torch
@@ -12,23 +13,33 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.files import atomic_write
+from library.formats.adapters.kind import Parts
+from library.formats.adapters.lora import LORA
+from library.formats.adapters.registry import Adapter, find_adapter
+from library.formats.foreign import instead_of_a_lora
 from library.formats.lora_hashes import with_hashes
-from library.formats.lora_layouts import PeftConfig, find_factors
+from library.formats.lora_layouts import KOHYA, PeftConfig, kohya_weights
 from library.formats.low_rank import LowRank, is_finite
 from library.formats.tensor_file import open_tensors
 from library.formats.tensor_output import save_pickled
+
+logger = logging.getLogger(__name__)
 
 WIDTHS = {768: False, 1024: True}  # of the text encoder: SD 1.x, SD 2.x. Others are small models, of which they tell nothing.
 
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA file: its modules by kohya name, in the file's order, and its metadata. dtype: of its weights."""
+    """A LoRA file, or one of its kin: what it says of each layer, by kohya name, in the file's order, and its metadata.
+
+    dtype: of its weights. left_out: keys of tensors that are no part of it, and of modules of rank 0.
+    """
 
     path: Path
-    modules: dict[str, LowRank]
+    modules: dict[str, Adapter]
     metadata: dict[str, str]
     dtype: torch.dtype
+    left_out: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
@@ -41,7 +52,9 @@ class LoraFile:
             return self.metadata["ss_v2"] == "True"
         for name, module in self.modules.items():
             if name.endswith(("_attn2_to_k", "_attn2_to_v", "_self_attn_q_proj", "_self_attn_k_proj", "_self_attn_v_proj")):
-                return WIDTHS.get(module.matrix_shape[1])
+                shape = module.matrix_shape
+                if shape is not None:
+                    return WIDTHS.get(shape[1])
         return None
 
     def require_finite(self) -> None:
@@ -52,39 +65,92 @@ class LoraFile:
 
 
 def read_lora(file: str | Path) -> LoraFile:
-    """Read a LoRA file, whatever its layout. No alpha, or 0, means the rank.
+    """Read a LoRA file, or another kind of adapter, whatever its layout. No alpha, or 0, means the rank.
 
-    UserError, naming the file and the module or tensor, if it is damaged, no LoRA, or its shapes do not fit together.
+    What is no part of it is left out, with a warning that names it. UserError, naming the file and the module or tensor, if it is
+    damaged, nothing of the kind, or its shapes do not fit together.
     """
     path = Path(file)
     with open_tensors(path) as weights:
         found = {name: weights.view(name) for name in weights.shapes}  # mapped memory, which outlives the open file
         metadata = dict(weights.metadata)
-    factors, paths = find_factors(dict(sorted(found.items())), str(path))
-    if not factors:
-        raise UserError(f"{path} holds no tensors; it is no LoRA")
-    config = PeftConfig(path, metadata)
+    _check_family(found, path)
+    try:
+        named = kohya_weights(dict(sorted(found.items())), PeftConfig(path, metadata))
+    except UserError as error:
+        raise error if str(path) in str(error) else UserError(f"{path}: {error}") from error
+    layers: dict[str, dict[str, Tensor]] = {}
+    left_out = []
+    for key, tensor in named.items():
+        layer, _, inside = key.partition(".")
+        if layer.startswith(KOHYA) and inside:
+            layers.setdefault(layer, {})[inside] = tensor
+        else:
+            left_out.append(key)
     modules = {}
-    for name, parts in factors.items():
-        _check(name, parts, path)
-        rank = len(parts["down"])
-        given = float(parts["alpha"]) if "alpha" in parts else config.alpha(paths[name], rank)
-        modules[name] = LowRank(parts["up"], parts["down"], given or float(rank))
-    return LoraFile(path, modules, metadata, next(iter(modules.values())).up.dtype)
+    for layer, tensors in layers.items():
+        adapter = find_adapter(layer, tensors)
+        if adapter is None or _has_rank_0(adapter):
+            left_out += [f"{layer}.{inside}" for inside in tensors]
+            continue
+        left_out += [f"{layer}.{inside}" for inside in adapter.unknown]
+        known = {inside: tensor for inside, tensor in tensors.items() if inside not in adapter.unknown}
+        modules[layer] = replace(adapter, parts=Parts(layer, known))
+        _check(layer, modules[layer], path)
+    if not modules:
+        _raise_for_nothing(found, left_out, path)
+    if left_out:
+        logger.warning(f"warning: {path}: {_listed(left_out)} left out; no layer has a use for it")
+    return LoraFile(path, modules, metadata, _dtype(modules), tuple(left_out))
 
 
-def _check(name: str, parts: Mapping[str, Tensor], path: Path) -> None:
+def _listed(keys: Sequence[str]) -> str:
+    return f"{keys[0]} is" if len(keys) == 1 else f"{len(keys)} tensors, such as {keys[0]}, are"
+
+
+def _check_family(tensors: Mapping[str, Tensor], path: Path) -> None:
+    if found := instead_of_a_lora(tensors):
+        what, key = found
+        raise UserError(f"{path} is {what} (it holds {key}); only LoRA files for Stable Diffusion 1.x and 2.x can be used")
+
+
+def _raise_for_nothing(tensors: Mapping[str, Tensor], left_out: Sequence[str], path: Path) -> None:
+    if not tensors:
+        raise UserError(f"{path} holds no tensors; it is no LoRA")
+    raise UserError(f"{path} is no LoRA file of a known kind: the tensor {left_out[0]} is not part of one, nor are the others")
+
+
+def _has_rank_0(adapter: Adapter) -> bool:
+    return any(not tensor.numel() for name, tensor in adapter.parts.tensors.items() if name in adapter.kind.names)
+
+
+def _dtype(modules: Mapping[str, Adapter]) -> torch.dtype:
+    """That of the first weights; numbers that are no weights are often of another."""
+    tensors = [tensor for module in modules.values() for name, tensor in module.parts.tensors.items() if name != "alpha"]
+    return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
+
+
+def _check(name: str, adapter: Adapter, path: Path) -> None:
+    parts = adapter.parts.tensors
+    if "alpha" in parts and parts["alpha"].numel() != 1:
+        raise UserError(f"{path}: the alpha of {name} is no single number but has the shape {tuple(parts['alpha'].shape)}")
+    if adapter.kind is not LORA:
+        try:
+            adapter.kind.matrix_shape(adapter.parts)
+        except (UserError, RuntimeError, IndexError, ValueError) as error:
+            known = error if isinstance(error, UserError) else f"the shapes of {name} do not fit together"
+            raise UserError(f"{path}: {known}") from error
+        return
     for side in ("down", "up"):
-        if side not in parts:
+        if f"lora_{side}.weight" not in parts:
             raise UserError(f"{path}: the module {name} has no {side} weight; the file is incomplete")
-        if not parts[side].is_floating_point():
-            raise UserError(f"{path}: the {side} weight of {name} is {parts[side].dtype}, not of floating point")
-    up, down = parts["up"], parts["down"]
+        tensor = parts[f"lora_{side}.weight"]
+        if not tensor.is_floating_point():
+            raise UserError(f"{path}: the {side} weight of {name} is {tensor.dtype}, not of floating point")
+    up, down = parts["lora_up.weight"], parts["lora_down.weight"]
     fits = up.dim() in (2, 4) and down.dim() in (2, 4) and up.numel() and down.numel() and up[0, 0].numel() == 1
     if not fits or up.shape[1] != down.shape[0] or (down.dim() == 2 and up.dim() == 4):
         raise UserError(f"{path}: the shapes of {name} do not fit together (down {tuple(down.shape)}, up {tuple(up.shape)})")
-    if "alpha" in parts and parts["alpha"].numel() != 1:
-        raise UserError(f"{path}: the alpha of {name} is no single number but has the shape {tuple(parts['alpha'].shape)}")
 
 
 def read_loras(files: Sequence[str]) -> list[LoraFile]:
@@ -100,11 +166,14 @@ def read_loras(files: Sequence[str]) -> list[LoraFile]:
     shapes: dict[str, tuple[LoraFile, tuple[int, int]]] = {}
     for lora in loras:
         for name, module in lora.modules.items():
-            first, shape = shapes.setdefault(name, (lora, module.matrix_shape))
-            if shape != module.matrix_shape:
+            own = module.matrix_shape
+            if own is None:
+                continue
+            first, shape = shapes.setdefault(name, (lora, own))
+            if shape != own:
                 raise UserError(
                     f"{name} changes a layer of {shape[1]} in, {shape[0]} out in {first.path} and of "
-                    f"{module.matrix_shape[1]} in, {module.matrix_shape[0]} out in {lora.path}; "
+                    f"{own[1]} in, {own[0]} out in {lora.path}; "
                     "they are for models of different kinds"
                 )
     return loras

@@ -3,8 +3,10 @@
 | layout | a tensor's key |
 |---|---|
 | kohya | `lora_unet_mid_block_attentions_0_proj_in.lora_down.weight` |
+| kohya with CompVis' blocks | `lora_unet_middle_block_1_proj_in.lora_down.weight`, `lora_te1_text_model_...` |
 | Diffusers, peft | `unet.mid_block.attentions.0.proj_in.lora_A.weight`, `base_model.model.mid_block...` |
 | older Diffusers | `unet...attn1.processor.to_q_lora.down.weight`, `text_encoder...q_proj.lora_linear_layer.up.weight` |
+| dotted | `unet.mid_block.attentions.0.proj_in.lora_down.weight`, or with `hada_w1_a` and others of LyCORIS |
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +23,22 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
-from library.formats.foreign import instead_of_a_lora
+from library.formats.names import UNetLayout, unet_table
 
 KOHYA = ("lora_te_", "lora_unet_")
-Factors = dict[str, dict[str, Tensor]]  # LoRA name -> "up", "down", perhaps "alpha"
+_IN_UNET = ("down_blocks", "mid_block", "up_blocks", "conv_in", "conv_out", "conv_norm_out", "time_embedding")
+# Prefixes of other programs, and kohya's. `lora_te1_` is Diffusers' own conversion, also for the one text encoder of SD 1.
+_PREFIXES = {"lora_te1_": "lora_te_", "oft_unet_": "lora_unet_", "oft_te_": "lora_te_"} | {
+    f"lycoris_{start}": f"lora_unet_{start}" for start in _IN_UNET
+}
 
 # `...to_q.lora_A.weight` (peft, Diffusers), `...to_q.lora.down.weight`, `...q_proj.lora_linear_layer.down.weight`,
-# `...attn1.processor.to_q_lora.down.weight` (older Diffusers)
+# `...attn1.processor.to_q_lora.down.weight` (older Diffusers), `...to_q.lora_down.weight`
 FOREIGN_KEY = re.compile(
-    r"(?P<path>.+?)(?:\.lora_(?P<side>A|B)(?:\.\w+)?|(?:\.lora|_lora|\.lora_linear_layer)\.(?P<old_side>down|up))\.weight"
-    r"|(?P<magnitude>.+?)\.lora_magnitude_vector(?:\.\w+)*|(?P<alpha>.+?)\.alpha"
+    r"(?P<path>.+?)(?:\.lora_(?P<side>A|B)(?:\.\w+)?\.weight|(?:\.lora|_lora|\.lora_linear_layer)\.(?P<old_side>down|up)\.weight"
+    r"|\.(?P<magnitude>lora_magnitude_vector)(?:\.\w+)*"
+    r"|\.(?P<tensor>lora_(?:down|up|mid)\.weight|hada_\w+|lokr_\w+|[ab][12]\.weight|oft_blocks|oft_diag|rescale|on_input"
+    r"|diff|diff_b|w_norm|b_norm|dora_scale|alpha))"
 )
 SIDES = {"A": "lora_down.weight", "down": "lora_down.weight", "B": "lora_up.weight", "up": "lora_up.weight"}
 
@@ -40,41 +49,88 @@ def lora_name(path: str) -> str | None:
     >>> lora_name("unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_out")
     'lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_out_0'
     """
+    path = next((kohya + path[len(other) :] for other, kohya in _PREFIXES.items() if path.startswith(other)), path)
     if path.startswith(KOHYA):
-        return path
+        return _with_diffusers_blocks(path)
     path = path.removeprefix("base_model.model.").replace(".processor.", ".")
     part, _, inside = path.partition(".")
     if part not in ("unet", "text_encoder"):
-        part, inside = "unet" if path.startswith(("down_blocks.", "up_blocks.", "mid_block.")) else "text_encoder", path
+        part, inside = "unet" if path.startswith(_IN_UNET) else "text_encoder", path
     if part == "unet":
         prefix, inside = "lora_unet", re.sub(r"\.to_out$", ".to_out.0", inside)
     else:
         inside = inside.removeprefix("text_model.")
         prefix, inside = "lora_te_text_model", re.sub(r"self_attn\.to_(q|k|v|out)$", r"self_attn.\1_proj", inside)
-    is_known = inside.startswith(("down_blocks.", "up_blocks.", "mid_block.") if part == "unet" else "encoder.layers.")
+    is_known = inside.startswith(_IN_UNET if part == "unet" else ("encoder.layers.", "final_layer_norm"))
     return f"{prefix}_{inside.replace('.', '_')}" if is_known else None
 
 
+def _with_diffusers_blocks(name: str) -> str:
+    """A kohya name, its U-Net block as Diffusers numbers it: `lora_unet_input_blocks_1_1_...` is of the first down block."""
+    inside = name.removeprefix("lora_unet_")
+    table = _block_names()
+    end = len(inside)
+    while end > 0 and inside != name:
+        if inside[:end] in table:
+            return f"lora_unet_{table[inside[:end]]}{inside[end:]}"
+        end = inside.rfind("_", 0, end)
+    return name
+
+
+@cache
+def _block_names() -> dict[str, str]:
+    """CompVis' module names, with underscores, and Diffusers' for them, of the U-Net that SD 1.x and 2.x share."""
+    table: dict[str, str] = {}
+    for attention in ((True, True, True, False), (False,) * 4):  # upsamplers stand at another place where a level has none
+        table |= unet_table(UNetLayout(4, 2, attention))
+    return {compvis.replace(".", "_"): diffusers.replace(".", "_") for compvis, diffusers in table.items()}
+
+
+def kohya_key(key: str) -> tuple[str, str, str] | None:
+    """(path, LoRA name, tensor's name) of a key in any layout; None if no layout has it. The path is as the file names the layer.
+
+    >>> kohya_key("unet.mid_block.attentions.0.proj_in.lora_A.weight")[1:]
+    ('lora_unet_mid_block_attentions_0_proj_in', 'lora_down.weight')
+    """
+    if key.startswith((*KOHYA, *_PREFIXES)):
+        path, _, tensor = key.partition(".")
+        tensor = re.sub(r"^lora_magnitude_vector(\.\w+)*$", "dora_scale", tensor)
+    elif match := FOREIGN_KEY.fullmatch(key):
+        path = match["path"]
+        tensor = match["tensor"] or ("dora_scale" if match["magnitude"] else SIDES[match["side"] or match["old_side"]])
+    else:
+        return None
+    name = lora_name(path)
+    return (path, name, tensor) if name and tensor else None
+
+
 def kohya_weights(weights: Mapping[str, Tensor], config: PeftConfig | None = None) -> dict[str, Tensor]:
-    """The weights by the names that this module's own files have; names in no known layout stay as they are.
+    """The weights by the names that this suite's own files have; names in no known layout stay as they are.
 
     config: where the alphas of Diffusers' and peft's layouts are written down. Without it they are the ranks.
+    Raises UserError if two tensors get one name.
     """
+    result: dict[str, Tensor] = {}
+    alphas: dict[str, float] = {}
+    for key, tensor in weights.items():
+        path, name, inside = kohya_key(key) or ("", "", "")
+        new = f"{name}.{inside}" if name else key
+        if new in result:
+            raise UserError(f"it holds {new} twice, the second time as {key}")
+        result[new] = tensor.view(-1, 1) if "lora_magnitude_vector" in key and inside == "dora_scale" else tensor
+        alpha = config.alpha(path, len(tensor)) if config and inside == "lora_down.weight" and len(tensor) else None
+        if alpha is not None:
+            alphas[f"{name}.alpha"] = alpha
+    return result | {key: torch.tensor(alpha) for key, alpha in alphas.items() if key not in result}
+
+
+def named_for(weights: Mapping[str, Tensor], layers: Collection[str]) -> dict[str, Tensor]:
+    """The weights with other names of layers brought to those in `layers`, where that makes them known."""
     result = {}
     for key, tensor in weights.items():
-        match = None if key.startswith(KOHYA) else FOREIGN_KEY.fullmatch(key)
-        path = match and (match["path"] or match["magnitude"] or match["alpha"])
-        name = lora_name(path) if path else None
-        if match is None or path is None or name is None:
-            result[key] = tensor
-        elif match["path"]:
-            side = SIDES[match["side"] or match["old_side"]]
-            result[f"{name}.{side}"] = tensor
-            alpha = config.alpha(path, len(tensor)) if config and side == "lora_down.weight" else None
-            if alpha is not None:
-                result.setdefault(f"{name}.alpha", torch.tensor(alpha))
-        else:
-            result[f"{name}.alpha" if match["alpha"] else f"{name}.dora_scale"] = tensor if match["alpha"] else tensor.view(-1, 1)
+        layer, dot, inside = key.partition(".")
+        name = layer if layer in layers else lora_name(layer)
+        result[f"{name if name in layers else layer}{dot}{inside}"] = tensor
     return result
 
 
@@ -91,55 +147,25 @@ class PeftConfig:
                     self._parts.setdefault(part, {})[name] = value
             elif file.stem == "adapter_model" and beside.is_file():
                 self._parts[""] = dict(json.loads(beside.read_text(encoding="utf-8")))
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            for config in self._parts.values():
+                config["alpha_pattern"] = {
+                    _matcher(pattern): float(alpha) for pattern, alpha in (config.get("alpha_pattern") or {}).items()
+                }
+        except (ValueError, TypeError, AttributeError, RecursionError, re.error) as error:
             raise UserError(f"{file}: the description of its alphas is not readable ({error})") from error
 
     def alpha(self, path: str, rank: int) -> float | None:
-        """The alpha, as this module's files have it, of the layer at this path; None if nothing says it."""
+        """The alpha, as this suite's files have it, of the layer at this path; None if nothing says it."""
         path = path.removeprefix("base_model.model.")
         part, _, inside = path.partition(".")
         config, inside = (self._parts[part], inside) if part in self._parts else (self._parts.get("", {}), path)
-        alpha = config.get("lora_alpha")
-        for pattern, own in (config.get("alpha_pattern") or {}).items():
-            if inside == pattern or inside.endswith(f".{pattern}"):
-                alpha = own
+        own = (alpha for matcher, alpha in config.get("alpha_pattern", {}).items() if matcher.fullmatch(inside))
+        alpha = next(own, config.get("lora_alpha"))
         if alpha is None:
             return None
         return alpha * math.sqrt(rank) if config.get("use_rslora") else float(alpha)
 
 
-def find_factors(tensors: Mapping[str, Tensor], source: str) -> tuple[Factors, dict[str, str]]:
-    """The factors of every module by kohya name, and the paths that other layouts gave the modules.
-
-    UserError, naming `source`, for what is no LoRA of Stable Diffusion 1.x or 2.x.
-    """
-    if found := instead_of_a_lora(tensors):
-        what, key = found
-        raise UserError(f"{source} is {what} (it holds {key}); only LoRA files for Stable Diffusion 1.x and 2.x can be used")
-    factors: Factors = {}
-    paths = {}
-    for key, tensor in tensors.items():
-        path, side = _path_and_side(key)
-        if not side:
-            raise UserError(f"{source} is no plain LoRA: the tensor {key} is not part of one")
-        name = lora_name(path)
-        if name is None:
-            raise UserError(f"{source}: the tensor {key} is named in no layout that is known (kohya, Diffusers, peft)")
-        if side in factors.setdefault(name, {}):
-            raise UserError(f"{source} holds the module {name} twice, the second time as {key}")
-        factors[name][side] = tensor
-        paths[name] = path
-    return factors, paths
-
-
-def _path_and_side(key: str) -> tuple[str, str]:
-    """The module's path, as this file names it, and "up", "down" or "alpha"; that is empty if the key is not part of a LoRA."""
-    for side in ("up", "down"):
-        if key.endswith(f".lora_{side}.weight"):
-            return key.removesuffix(f".lora_{side}.weight"), side
-    match = FOREIGN_KEY.fullmatch(key)
-    if match is None:
-        return key, ""
-    if match["path"]:
-        return match["path"], SIDES[match["side"] or match["old_side"]].removeprefix("lora_").removesuffix(".weight")
-    return match["alpha"] or key, "alpha" if match["alpha"] else ""
+def _matcher(pattern: str) -> re.Pattern[str]:
+    """peft's rule: a regular expression for the end of the path, from a dot on. The first that matches counts."""
+    return re.compile(rf"(?:.*\.)?(?:{pattern})")

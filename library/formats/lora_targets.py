@@ -8,7 +8,7 @@ of SD 2, holds query, key and value of a layer as one matrix, of which each LoRA
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from library.formats.compvis import SD1_LAYOUT, SD2_LAYOUT, SingleFileNames, lay
 Shapes = Mapping[str, tuple[int, ...]]
 
 _PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}
-# The layers outside of these blocks (conv_in, time_embedding, conv_out, ...) get no LoRA.
+# The layers outside of these blocks (conv_in, time_embedding, conv_out, ...) get no LoRA here; LyCORIS' presets have some.
 _LAYERS = {
     "unet": re.compile(r"(?:down_blocks|mid_block|up_blocks)\..+\.weight"),
     "text_encoder": re.compile(r"encoder\.layers\.\d+\.(?:self_attn|mlp)\.\w+\.weight"),
@@ -46,13 +46,30 @@ def is_v2(names: Iterable[str]) -> bool | None:
 
 
 def lora_targets(shapes: Shapes) -> dict[str, Target]:
-    """LoRA name -> target, of all layers that can have a LoRA, in the order of the file."""
+    """LoRA name -> target, of all layers that the trainer can give a LoRA, in the order of the file."""
+    return {
+        lora_name: target
+        for part, name, lora_name, target in _targets(shapes, ".weight")
+        if len(shapes[target.key]) > 1 and _LAYERS[part].fullmatch(name)
+    }
+
+
+def weight_targets(shapes: Shapes) -> dict[str, Target]:
+    """LoRA name -> target, of the weights of all layers, norms included: files of other programs may change any of them."""
+    return {lora_name: target for _, _, lora_name, target in _targets(shapes, ".weight")}
+
+
+def bias_targets(shapes: Shapes) -> dict[str, Target]:
+    """LoRA name -> target, of the biases of all layers."""
+    return {lora_name: target for _, _, lora_name, target in _targets(shapes, ".bias")}
+
+
+def _targets(shapes: Shapes, ending: str) -> Iterator[tuple[str, str, str, Target]]:
+    """(part, Diffusers name, LoRA name, target) of the tensors whose Diffusers names end so."""
     names = SingleFileNames(shapes, layout_of(shapes) or SD1_LAYOUT)
-    targets: dict[str, Target] = {}
     for key, shape in shapes.items():
         placed = names.place(key, torch.empty(shape, device="meta"))
-        for third, (part, name, weight) in enumerate(placed):
-            if part in _LAYERS and weight.dim() > 1 and _LAYERS[part].fullmatch(name):
-                lora_name = _PREFIXES[part] + name.removesuffix(".weight").replace(".", "_")
-                targets[lora_name] = Target(key, third if len(placed) == 3 else None)
-    return targets
+        for third, (part, name, _) in enumerate(placed):
+            if part in _PREFIXES and name.endswith(ending):
+                lora_name = _PREFIXES[part] + name.removesuffix(ending).replace(".", "_")
+                yield part, name, lora_name, Target(key, third if len(placed) == 3 else None)

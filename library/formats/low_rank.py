@@ -54,7 +54,7 @@ class LowRank:
     @property
     def is_3x3(self) -> bool:
         """Whether it is for a convolution that sees more than one position (and so has a rank of its own in files)."""
-        return self.down.dim() == 4 and self.down.shape[2:].numel() > 1
+        return is_3x3(self.down.shape)
 
     def matrices(self) -> tuple[Tensor, Tensor]:
         """up (out, r) and down (r, in * k * k) in float32."""
@@ -99,6 +99,11 @@ class Decomposition:
         up = self.u[:, :rank] * root * math.copysign(1, scale)
         down = root[:, None] * self.vh[:rank]
         return LowRank(*shaped(up, down, shape), rank * scale)
+
+
+def is_3x3(shape: Sequence[int]) -> bool:
+    """Whether a weight of this shape is a kernel that sees more than one position."""
+    return len(shape) == 4 and shape[2] * shape[3] > 1
 
 
 def is_finite(value: Tensor) -> bool:

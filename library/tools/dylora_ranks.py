@@ -9,15 +9,23 @@ from library.formats.lora_file import LoraFile
 from library.formats.low_rank import LowRank, split
 
 
+def modules_of(lora: LoraFile) -> dict[str, LowRank]:
+    """The modules of the file. UserError, naming the first that is none, unless all are LoRAs."""
+    modules = {name: module for name, adapter in lora.modules.items() if (module := adapter.low_rank())}
+    if other := next((name for name in lora.modules if name not in modules), None):
+        raise UserError(f"{lora.path} is no DyLoRA: {other} is a {lora.modules[other].title}; give a file of networks.dylora")
+    return modules
+
+
 def ranks_of(lora: LoraFile, unit: int) -> list[int]:
     """unit, 2 * unit, ... and the rank of the file itself."""
-    largest = max(module.rank for module in lora.modules.values())
+    largest = max(module.rank for module in modules_of(lora).values())
     return [*range(unit, largest, unit), largest]
 
 
 def split_lora(lora: LoraFile, rank: int) -> dict[str, LowRank]:
     """The LoRA of the first `rank` ranks; modules that have fewer keep what they have."""
-    return {name: split(module, rank) for name, module in lora.modules.items()}
+    return {name: split(module, rank) for name, module in modules_of(lora).items()}
 
 
 def unit_of(lora: LoraFile, given: int | None) -> int:

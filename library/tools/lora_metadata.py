@@ -86,6 +86,8 @@ def changed(source: LoraFile, modules: Mapping[str, LowRank], comment: str, **fa
     old_comment = carried.get("ss_training_comment")
     comment = f"{comment}; {old_comment}" if old_comment and old_comment != "None" else comment
     numbers = network(modules)
+    if not all(module.is_lora for module in source.modules.values()):
+        carried.pop("ss_network_args", None)  # of another kind of network than the result
     if "ss_network_args" in carried and "ss_network_args" in numbers:
         numbers["ss_network_args"] = _merged_json(carried["ss_network_args"], numbers["ss_network_args"])
     return carried | numbers | {"ss_training_comment": comment} | facts

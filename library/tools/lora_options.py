@@ -29,6 +29,12 @@ def add_device(parser: Parser) -> None:
     parser.add_argument("--device", default="cpu", help="where to calculate, such as cuda")
 
 
+def add_base_model(parser: Parser) -> None:
+    """--sd_model, of tools that make a LoRA."""
+    text = "the model that the file is for, .safetensors or .ckpt; needed for DoRA, GLoRA, IA3, OFT and BOFT alone"
+    parser.add_argument("--sd_model", help=text)
+
+
 def add_clamp_quantile(parser: Parser) -> None:
     """--clamp_quantile"""
     text = "cut numbers above this quantile of sizes, such as 0.99; costs accuracy"

@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import torch
+from torch import Tensor
 
+from library.formats.adapters.kind import Parts
+from library.formats.adapters.registry import Adapter
 from library.formats.blocks import BASE, SD_BLOCKS, block_of
 from library.formats.lora_file import LoraFile
 from library.formats.low_rank import LowRank, norm
@@ -22,6 +26,11 @@ def report(lora: LoraFile) -> Iterator[str]:
     bad = [name for name, module in modules.items() if not module.is_finite()]
     yield f"file: {lora.path}"
     yield f"number of LoRA modules: {len(modules)}"
+    kinds = Counter(module.title for module in modules.values())
+    if set(kinds) != {"LoRA"}:
+        yield f"kinds: {', '.join(f'{count} {title}' for title, count in kinds.items())}"
+    if lora.left_out:
+        yield f"left out: {len(lora.left_out)} tensors that no layer has a use for, such as {lora.left_out[0]}"
     yield f"for: {_generation(lora)}; dtype {str(lora.dtype).removeprefix('torch.')}; made by: {maker(lora)}"
     yield f"NaN or infinity: {f'in {len(bad)} modules' if bad else 'none'}"
     yield ""
@@ -38,32 +47,56 @@ def report(lora: LoraFile) -> Iterator[str]:
         yield f"  {key}: {value if len(value) <= LONGEST else f'{value[:LONGEST]}... ({len(value)} characters)'}"
 
 
-def _row(module: LowRank) -> str:
-    """Mean absolute numbers of the factors, and the norm of the whole addition."""
+def _row(adapter: Adapter) -> str:
+    """Mean absolute numbers of the factors, and the norm of the whole addition; of other kinds than LoRA, what is known."""
+    flag = "" if adapter.is_finite() else "  NaN or infinity"
+    module = _factors(adapter)
+    if module is None:
+        out_size, in_size = adapter.matrix_shape or ("", "")
+        return f"{'':6} {in_size:5} {out_size:5} {'':4} {'':8} {'':9} {'':9} {_norm(adapter):9.4g}  {adapter.title}{flag}"
     out_size, in_size = module.matrix_shape
     positions = module.down[0, 0].numel() if module.down.dim() == 4 else 1
     kind = "linear" if module.down.dim() == 2 else f"conv{int(math.sqrt(positions))}"
     means = [float(factor.abs().mean()) for factor in module.matrices()[::-1]]
-    flag = "" if module.is_finite() else "  NaN or infinity"
     sizes = f"{kind:6} {in_size // positions:5} {out_size:5} {module.rank:4} {module.alpha:8.4g}"
-    return f"{sizes} {means[0]:9.3g} {means[1]:9.3g} {_norm(module):9.4g}{flag}"
+    title = "" if adapter.title == "LoRA" else f"  {adapter.title}"
+    return f"{sizes} {means[0]:9.3g} {means[1]:9.3g} {_norm(adapter):9.4g}{title}{flag}"
 
 
-def _norm(module: LowRank) -> float:
-    return norm(module) if module.is_finite() else math.nan
+def _factors(adapter: Adapter) -> LowRank | None:
+    """The factors, also of a LoRA that holds NaN."""
+    if not adapter.is_finite():  # alpha too may be NaN, which is an error elsewhere
+        adapter = replace(adapter, parts=Parts(adapter.parts.layer, _without_alpha(adapter)))
+    return adapter.low_rank()
 
 
-def _blocks(modules: dict[str, LowRank]) -> Iterator[str]:
+def _without_alpha(adapter: Adapter) -> dict[str, Tensor]:
+    alpha = adapter.parts.tensors.get("alpha")
+    is_good = alpha is None or math.isfinite(float(alpha))
+    return {name: value for name, value in adapter.parts.tensors.items() if name != "alpha" or is_good}
+
+
+def _norm(adapter: Adapter) -> float:
+    """Of the change at full strength; NaN where it is not finite, or depends on the model."""
+    if not adapter.is_finite() or adapter.needs_weight:
+        return math.nan
+    if module := adapter.low_rank():
+        return norm(module)
+    shape = adapter.matrix_shape
+    return adapter.weight_change(torch.empty(shape, device="meta")).norm().item() if shape else math.nan
+
+
+def _blocks(modules: dict[str, Adapter]) -> Iterator[str]:
     yield f"{'block':12} {'modules':>7} {'ranks':>9} {'|delta|':>9}"
-    by_block: dict[str, list[LowRank]] = {}
+    by_block: dict[str, list[Adapter]] = {}
     for name, module in modules.items():
         by_block.setdefault(block_of(name), []).append(module)
     for block in (BASE, *SD_BLOCKS.names):
         if block in by_block:
             found = by_block[block]
-            ranks = sorted({module.rank for module in found})
-            text = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
-            total = math.sqrt(sum(_norm(module) ** 2 for module in found))
+            ranks = sorted({module.rank for adapter in found if (module := _factors(adapter))})
+            text = "" if not ranks else f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
+            total = math.sqrt(sum(_norm(adapter) ** 2 for adapter in found))
             yield f"{'text encoder' if block == BASE else block:12} {len(found):7} {text:>9} {total:9.4g}"
 
 

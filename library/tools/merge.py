@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from library.errors import UserError
+from library.formats.adapters.registry import Adapter
 from library.formats.lora_file import LoraFile, all_names
-from library.formats.lora_targets import Target, is_v2, lora_targets
+from library.formats.lora_targets import Target, bias_targets, is_v2, weight_targets
 from library.formats.low_rank import LowRank, shuffle, stack
 from library.formats.tensor_file import TensorFile
 from library.formats.tensor_output import rows_in, write_weights
@@ -35,22 +37,13 @@ def merge_into_model(
 
     save None: every tensor keeps its dtype. Tensors that are no part of the network (the noise schedule's) keep it always.
     """
-    targets = lora_targets(model.shapes)
-    if not targets:
-        raise UserError(f"{model.path} is no Stable Diffusion 1.x or 2.x checkpoint: its layers have other names")
-    changes: dict[str, list[tuple[Target, LowRank, float]]] = {}
-    for lora, ratio in zip(loras, ratios, strict=True):
-        for name, module in lora.modules.items():
-            if name in targets:
-                _check_size(model, lora, name, targets[name])
-                changes.setdefault(targets[name].key, []).append((targets[name], module, ratio))
-    unused = [name for name in all_names(loras) if name not in targets]
+    changes, unused = _changes(model, loras, ratios)
     if not changes:
         raise UserError(
             f"{model.path} has no layer for any module of the LoRAs, such as {unused[0]}; they are for another kind of model"
         )
     plan = {name: (shape, _saved_dtype(name, model.dtypes[name], save)) for name, shape in model.shapes.items()}
-    sums = lru_cache(4)(lambda name: _summed(changes[name]))
+    sums = lru_cache(4)(lambda name: _summed(model.view(name), changes[name]))
     progress = tqdm(total=sum(map(math.prod, model.shapes.values())), unit="number", unit_scale=True, desc="merging")
 
     def rows_of(name: str, rows: slice) -> Tensor:
@@ -72,12 +65,52 @@ def merge_into_model(
     return unused
 
 
+@dataclass(frozen=True)
+class Change:
+    """What one file says of one tensor of the model, or of the rows of it that are the target."""
+
+    target: Target
+    lora: LoraFile
+    adapter: Adapter
+    ratio: float
+    of_bias: bool
+
+    def dense(self, weight: Tensor) -> Tensor:
+        """ratio * change, in float32 and as a matrix; weight: the target's own, in float32."""
+        try:
+            change = self.adapter.bias_change(weight) if self.of_bias else self.adapter.weight_change(weight)
+        except UserError as error:
+            raise UserError(f"{self.lora.path}: {error}") from error
+        return torch.zeros_like(weight).flatten(1) if change is None else (change * self.ratio).view(len(weight), -1)
+
+
+def _changes(model: TensorFile, loras: Sequence[LoraFile], ratios: Sequence[float]) -> tuple[dict[str, list[Change]], list[str]]:
+    """The changes by the tensor's name in the model, and the modules for which the model has no layer."""
+    weights, biases = weight_targets(model.shapes), bias_targets(model.shapes)
+    if not weights:
+        raise UserError(f"{model.path} is no Stable Diffusion 1.x or 2.x checkpoint: its layers have other names")
+    changes: dict[str, list[Change]] = {}
+    unused = []
+    for lora, ratio in zip(loras, ratios, strict=True):
+        for name, adapter in lora.modules.items():
+            targets = [(weights.get(name), False)] if adapter.changes_weight else []
+            targets += [(biases.get(name), True)] if adapter.changes_bias else []
+            for target, of_bias in targets:
+                if target is None:
+                    unused.append(f"{name} (its bias)" if of_bias and name in weights else name)
+                    continue
+                if not of_bias:
+                    _check_size(model, lora, name, target)
+                changes.setdefault(target.key, []).append(Change(target, lora, adapter, ratio, of_bias))
+    return changes, list(dict.fromkeys(unused))
+
+
 def _check_size(model: TensorFile, lora: LoraFile, name: str, target: Target) -> None:
     out_size, *inside = model.shapes[target.key]
     rows = target.rows(out_size)
     size = (rows.stop - rows.start, torch.Size(inside).numel())
-    if lora.modules[name].matrix_shape != size:
-        found = lora.modules[name].matrix_shape
+    found = lora.modules[name].matrix_shape
+    if found not in (None, size):
         raise UserError(
             f"{lora.path} does not fit {model.path}: {name} changes a layer of {found[1]} in, {found[0]} out, "
             f"here it has {size[1]} in, {size[0]} out; is it for another Stable Diffusion version?"
@@ -89,23 +122,43 @@ def _saved_dtype(name: str, dtype: torch.dtype, save: torch.dtype | None) -> tor
     return save if save and dtype.is_floating_point and "." in name else dtype
 
 
-def _summed(changes: Sequence[tuple[Target, LowRank, float]]) -> dict[Target, tuple[Tensor, Tensor]]:
-    """The factors of the sum of ratio * scale * up @ down for each layer in a tensor: side by side, so it is one product."""
+@dataclass(frozen=True)
+class Sum:
+    """The sum of all changes of a target: up @ down + dense, the factors of LoRAs side by side, so that they are one product."""
+
+    up: Tensor
+    down: Tensor
+    dense: Tensor | None
+
+
+def _summed(tensor: Tensor, changes: Sequence[Change]) -> dict[Target, Sum]:
+    """The changes of one tensor, added up for each target in it. Where a change depends on the weight, it is the model's own."""
     result = {}
-    for target in {target for target, _, _ in changes}:
-        parts = [(module.scale * ratio, *module.matrices()) for where, module, ratio in changes if where == target]
-        result[target] = torch.cat([strength * up for strength, up, _ in parts], 1), torch.cat([down for _, _, down in parts])
+    for target in dict.fromkeys(change.target for change in changes):
+        own = [change for change in changes if change.target == target]
+        factors = [(module, change.ratio) for change in own if not change.of_bias and (module := change.adapter.low_rank())]
+        ups = [module.matrices()[0] * (module.scale * ratio) for module, ratio in factors]
+        downs = [module.matrices()[1] for module, _ in factors]
+        rows = tensor[target.rows(len(tensor))]
+        up = torch.cat(ups, 1) if ups else torch.zeros(len(rows), 0)
+        down = torch.cat(downs) if downs else torch.zeros(0, rows[0].numel())
+        others = [change for change in own if change.of_bias or not change.adapter.is_lora]
+        weight = rows.float() if others else rows
+        dense = sum((change.dense(weight) for change in others[1:]), others[0].dense(weight)) if others else None
+        result[target] = Sum(up, down, dense)
     return result
 
 
-def _merged(weight: Tensor, rows: slice, count: int, changes: Mapping[Target, tuple[Tensor, Tensor]]) -> Tensor:
-    """These float32 rows, of `count` in all, with the products of the factors added in place."""
-    for target, (up, down) in changes.items():
+def _merged(weight: Tensor, rows: slice, count: int, changes: Mapping[Target, Sum]) -> Tensor:
+    """These float32 rows, of `count` in all, with the changes added in place."""
+    for target, change in changes.items():
         own = target.rows(count)
         first, last = max(rows.start, own.start), min(rows.stop, own.stop)
         if first < last:
-            part = weight[first - rows.start : last - rows.start]
-            part.view(last - first, -1).addmm_(up[first - own.start : last - own.start], down)
+            part = weight[first - rows.start : last - rows.start].view(last - first, -1)
+            part.addmm_(change.up[first - own.start : last - own.start], change.down)
+            if change.dense is not None:
+                part += change.dense[first - own.start : last - own.start]
     return weight
 
 
@@ -114,6 +167,16 @@ def merge_loras(loras: Sequence[LoraFile], ratios: Sequence[float], shuffled: bo
     generator = torch.Generator().manual_seed(0)
     result = {}
     for name in tqdm(all_names(loras), unit="module", desc="merging"):
-        parts = [(lora.modules[name], ratio) for lora, ratio in zip(loras, ratios, strict=True) if name in lora.modules]
+        parts = [(_low_rank(lora, name), ratio) for lora, ratio in zip(loras, ratios, strict=True) if name in lora.modules]
         result[name] = shuffle(stack(parts), generator) if shuffled else stack(parts)
     return result
+
+
+def _low_rank(lora: LoraFile, name: str) -> LowRank:
+    module = lora.modules[name].low_rank()
+    if module is None:
+        raise UserError(
+            f"{lora.path}: {name} is a {lora.modules[name].title}, whose sum with others is no LoRA; "
+            "use svd_merge_lora.py, or merge into a model with --sd_model"
+        )
+    return module

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from tqdm import tqdm
 
 from library.formats.lora_file import LoraFile
-from library.formats.low_rank import Decomposition, LowRank, decompose, smallest_rank
+from library.formats.low_rank import Decomposition, LowRank, best_low_rank, decompose, exact_low_rank, is_3x3, smallest_rank
 from library.parallel import on_matrices
+from library.tools.changes import WeightOf, dense_change
 from library.tools.kept import Kept, named, split_results
 
 
@@ -21,16 +22,25 @@ def resize(
     target: float = 0.0,
     device: str = "cpu",
     report: Callable[[str], None] | None = None,
+    weight_of: WeightOf = lambda name: None,
 ) -> tuple[dict[str, LowRank], Kept]:
     """Every module cut to `new_rank`, or `new_conv_rank` if it is a 3x3 convolution; with `method`, to the smallest rank up to
-    that which reaches `target` (see `smallest_rank`). No rank grows. report: gets a line about every module."""
+    that which reaches `target` (see `smallest_rank`). No rank grows. report: gets a line about every module. weight_of: for
+    modules whose change depends on the model."""
 
     def work(name: str) -> tuple[LowRank, tuple[float, float]]:
-        module = lora.modules[name]
-        limit = min(new_conv_rank or new_rank if module.is_3x3 else new_rank, module.rank)
-        found = named(name, decompose, module, device, limit)
+        module = lora.modules[name].low_rank()
+        if module is not None:
+            limit = min(new_conv_rank or new_rank if module.is_3x3 else new_rank, module.rank)
+            found = named(name, decompose, module, device, limit)
+            like, scale = module, module.scale
+        else:
+            like, scale = dense_change(lora, name, weight_of), 1.0
+            matrix = like.flatten(1).to(device)
+            limit = min(new_conv_rank or new_rank if is_3x3(like.shape) else new_rank, *matrix.shape)
+            found = named(name, exact_low_rank, matrix) if method else named(name, best_low_rank, matrix, limit)
         rank = min(limit, smallest_rank(found.s, method, target)) if method else limit
-        result = found.low_rank(rank, module, module.scale)
+        result = found.low_rank(rank, like if isinstance(like, LowRank) else like.shape, scale)
         if report:
             report(_line(name, found, result))
         return result, (found.total**2, (found.total * found.kept(rank)) ** 2)

@@ -1,15 +1,18 @@
-"""The sum of LoRAs, cut to a rank module by module. It is found from the factors alone."""
+"""The sum of LoRAs, cut to a rank module by module. It is found from the factors alone, unless a file is of another kind."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from torch import Tensor
 from tqdm import tqdm
 
+from library.errors import UserError
 from library.formats.blocks import block_of
 from library.formats.lora_file import LoraFile, all_names
-from library.formats.low_rank import LowRank, clamp, decompose, stack
+from library.formats.low_rank import LowRank, best_low_rank, clamp, decompose, delta, is_3x3, stack
 from library.parallel import on_matrices
+from library.tools.changes import WeightOf, dense_change
 from library.tools.kept import Kept, named, split_results
 
 
@@ -22,27 +25,48 @@ def svd_merge(
     block_weights: Sequence[Mapping[str, float]] | None = None,
     device: str = "cpu",
     clamp_quantile: float | None = None,
+    weight_of: WeightOf = lambda name: None,
 ) -> tuple[dict[str, LowRank], Kept]:
     """The sum of ratio * block weight * LoRA, each module cut to `new_rank`, or `new_conv_rank` if it is a 3x3 convolution.
 
-    Where the ranks of the parts are fewer together, the sum is exact and has those.
+    Where the ranks of the parts are fewer together, the sum is exact and has those. weight_of: for modules whose change depends
+    on the model.
     """
     weights = block_weights or [{}] * len(loras)
 
     def work(name: str) -> tuple[LowRank, tuple[float, float]]:
         block = block_of(name)
         parts = [
-            (lora.modules[name], ratio * by_block.get(block, 1.0))
+            (lora, ratio * by_block.get(block, 1.0))
             for lora, ratio, by_block in zip(loras, ratios, weights, strict=True)
             if name in lora.modules
         ]
-        total = stack(parts)
-        limit = new_conv_rank or new_rank if total.is_3x3 else new_rank
-        found = named(name, decompose, total, device, limit)
-        module = found.low_rank(limit, total)
+        factors = [(module, factor) for lora, factor in parts if (module := lora.modules[name].low_rank())]
+        if len(factors) == len(parts):
+            like = stack(factors)
+            limit = new_conv_rank or new_rank if like.is_3x3 else new_rank
+            found = named(name, decompose, like, device, limit)
+        else:
+            like = _dense_sum(name, parts, weight_of)
+            limit = new_conv_rank or new_rank if is_3x3(like.shape) else new_rank
+            found = named(name, best_low_rank, like.flatten(1).to(device), limit)
+        module = found.low_rank(limit, like if isinstance(like, LowRank) else like.shape)
         kept = (found.total**2, (found.total * found.kept(limit)) ** 2)
         return (clamp(module, clamp_quantile) if clamp_quantile is not None else module), kept
 
     names = all_names(loras)
     results = tqdm(on_matrices(names, work, device), total=len(names), unit="module", desc="merging")
     return split_results(names, results)
+
+
+def _dense_sum(name: str, parts: Sequence[tuple[LoraFile, float]], weight_of: WeightOf) -> Tensor:
+    """The sum of factor * change in the layer's shape, which the first file that is no LoRA gives: it may be Linear or 1x1."""
+    total = None
+    for lora, factor in sorted(parts, key=lambda part: part[0].modules[name].is_lora):
+        module = lora.modules[name].low_rank()
+        change = delta(module, factor) if module else dense_change(lora, name, weight_of) * factor
+        if total is not None and total.numel() != change.numel():
+            raise UserError(f"{lora.path}: {name} is for a layer of another size than in the other files")
+        total = change if total is None else total + change.view(total.shape)
+    assert total is not None  # a name comes from a file
+    return total

@@ -14,4 +14,10 @@ def weight_change(parts: Parts, weight: Tensor) -> Tensor:
     return parts.shaped(parts.tensor("diff", weight), weight)
 
 
-FULL = Kind("full difference", ("diff", "diff_b"), (), weight_change)
+def matrix_shape(parts: Parts) -> tuple[int, int] | None:
+    if "diff" not in parts or parts.raw("diff").dim() < 2:
+        return None
+    return parts.raw("diff").shape[0], parts.raw("diff")[0].numel()
+
+
+FULL = Kind("full difference", ("diff", "diff_b"), (), weight_change, matrix_shape=matrix_shape)

@@ -86,6 +86,7 @@ class Kind:
     weight_change(parts, weight): the change at full strength, in the shape and dtype (float32 or float64) of `weight`.
     needs_weight: whether the change depends on the numbers of the weight; if not, `weight` may be on the meta device.
     low_rank(parts): the same change as an exact low-rank product, for kinds that are one.
+    matrix_shape(parts): (out, in * k * k) of the layer, for kinds whose tensors tell it.
     dimensions: of the mark, where two kinds share its name.
     """
 
@@ -95,6 +96,7 @@ class Kind:
     weight_change: Callable[[Parts, Tensor], Tensor]
     needs_weight: bool = False
     low_rank: Callable[[Parts], LowRank] | None = None
+    matrix_shape: Callable[[Parts], tuple[int, int] | None] = lambda parts: None
     dimensions: int | None = None
 
     def describes(self, tensors: Mapping[str, Tensor]) -> bool:

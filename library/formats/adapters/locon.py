@@ -31,10 +31,15 @@ def _down(parts: Parts, like: Tensor) -> Tensor:
     return torch.einsum("rs...,si->ri...", parts.tensor("lora_mid.weight", like), parts.matrix("lora_down.weight", like))
 
 
+def matrix_shape(parts: Parts) -> tuple[int, int]:
+    return low_rank(parts).matrix_shape
+
+
 LOCON = Kind(
     "LoCon with Tucker decomposition",
     ("lora_mid.weight",),
     ("lora_up.weight", "lora_down.weight"),
     weight_change,
     low_rank=low_rank,
+    matrix_shape=matrix_shape,
 )

@@ -25,4 +25,17 @@ def _factor(parts: Parts, number: str, weight: Tensor) -> Tensor:
     return tucker(parts.tensor(f"hada_t{number}", weight), first.T, second).flatten(1)
 
 
-LOHA = Kind("LoHa", ("hada_w1_a",), ("hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"), weight_change)
+def matrix_shape(parts: Parts) -> tuple[int, int]:
+    first, second = parts.raw("hada_w1_a"), parts.raw("hada_w1_b")
+    if "hada_t1" in parts:  # (r, out) and (r, in), with the kernel in the core
+        return first.shape[1], second[0].numel() * parts.raw("hada_t1")[0, 0].numel()
+    return first.shape[0], second[0].numel()
+
+
+LOHA = Kind(
+    "LoHa",
+    ("hada_w1_a",),
+    ("hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
+    weight_change,
+    matrix_shape=matrix_shape,
+)

@@ -33,9 +33,16 @@ def _scale(parts: Parts) -> float:
     return parts.scale(len(parts.raw(pair))) if pair else 1.0
 
 
+def matrix_shape(parts: Parts) -> tuple[int, int]:
+    like = torch.empty(0, dtype=torch.float32)
+    (a, c), (b, d) = _side(parts, "lokr_w1", like).shape, _side(parts, "lokr_w2", like).shape
+    return a * b, c * d
+
+
 LOKR = Kind(
     "LoKr",
     ("lokr_w1", "lokr_w1_a", "lokr_w2", "lokr_w2_a"),
     ("lokr_w1_b", "lokr_w2_b", "lokr_t2"),
     weight_change,
+    matrix_shape=matrix_shape,
 )

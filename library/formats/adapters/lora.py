@@ -23,4 +23,8 @@ def weight_change(parts: Parts, weight: Tensor) -> Tensor:
     return parts.shaped(up @ down * parts.scale(len(down)), weight)
 
 
-LORA = Kind("LoRA", ("lora_down.weight", "lora_up.weight"), (), weight_change, low_rank=low_rank)
+def matrix_shape(parts: Parts) -> tuple[int, int]:
+    return low_rank(parts).matrix_shape
+
+
+LORA = Kind("LoRA", ("lora_down.weight", "lora_up.weight"), (), weight_change, low_rank=low_rank, matrix_shape=matrix_shape)

@@ -44,6 +44,32 @@ class Adapter:
         return self.kind.needs_weight or is_dora(self.parts)
 
     @property
+    def is_lora(self) -> bool:
+        """Whether the change is an exact low-rank product."""
+        return self.kind.low_rank is not None and not is_dora(self.parts)
+
+    @property
+    def changes_weight(self) -> bool:
+        """Whether the layer's weight changes, and not its bias alone."""
+        own = {NORM.name: "w_norm", FULL.name: "diff"}.get(self.kind.name)
+        return own is None or own in self.parts
+
+    @property
+    def changes_matrix(self) -> bool:
+        """Whether the weight that changes is a matrix or a kernel: that of a norm layer is not."""
+        is_vector = self.kind is FULL and "diff" in self.parts and self.parts.raw("diff").dim() < 2
+        return self.changes_weight and self.kind is not NORM and not is_vector
+
+    @property
+    def changes_bias(self) -> bool:
+        return "diff_b" in self.parts or "b_norm" in self.parts
+
+    @property
+    def matrix_shape(self) -> tuple[int, int] | None:
+        """(out, in * k * k) of the layer, if the tensors tell it."""
+        return self.kind.matrix_shape(self.parts)
+
+    @property
     def unknown(self) -> tuple[str, ...]:
         """The names of tensors that have no part in the change."""
         return tuple(name for name in self.parts.tensors if name not in self.kind.names)
@@ -72,7 +98,7 @@ class Adapter:
 
     def low_rank(self) -> LowRank | None:
         """The exact change as a LoRA, if the kind has that form."""
-        return self.kind.low_rank(self.parts) if self.kind.low_rank and not is_dora(self.parts) else None
+        return self.kind.low_rank(self.parts) if self.kind.low_rank and self.is_lora else None
 
 
 def find_adapter(layer: str, tensors: Mapping[str, Tensor]) -> Adapter | None:

@@ -1,0 +1,80 @@
+"""What LoRA files, and others of their kind, change: as matrices, for the tools that make a LoRA of it."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from library.errors import UserError
+from library.formats.lora_file import LoraFile
+from library.formats.lora_targets import is_v2, weight_targets
+from library.formats.tensor_file import open_tensors
+from library.tools.checkpoint import check_model
+
+WeightOf = Callable[[str], Tensor | None]  # LoRA name -> the layer's weight in the base model, float32; None if there is none
+
+_IS_3X3 = re.compile(r"lora_unet_.*(?:conv1|conv2|samplers_0_conv|conv_in|conv_out)")
+
+
+@contextmanager
+def base_weights(sd_model: str | None, loras: Sequence[LoraFile]) -> Iterator[WeightOf]:
+    """The weights of the model that `--sd_model` names, if any. UserError if it is not of the LoRAs' generation."""
+    if sd_model is None:
+        yield lambda name: None
+        return
+    with open_tensors(Path(sd_model)) as model:
+        check_model(model, bool(is_v2(model.shapes)), loras)
+        targets = weight_targets(model.shapes)
+
+        def weight_of(name: str) -> Tensor | None:
+            if name not in targets:
+                return None
+            tensor = model.view(targets[name].key)
+            return tensor[targets[name].rows(len(tensor))].float()
+
+        yield weight_of
+
+
+def matrices_alone(loras: Sequence[LoraFile]) -> list[LoraFile]:
+    """The files without what a LoRA cannot say, changes of norm layers and biases; a warning counts and names them."""
+    result = []
+    for lora in loras:
+        modules = {name: module for name, module in lora.modules.items() if module.changes_matrix}
+        norms = [name for name in lora.modules if name not in modules]
+        biases = [name for name, module in modules.items() if module.changes_bias]
+        if not modules:
+            raise UserError(f"{lora.path} changes norm layers and biases alone, such as {norms[0]}, which no LoRA can")
+        if norms or biases:
+            counts = f"{len(norms)} norm layers or biases alone, {len(biases)} biases beside weights"
+            first = (norms or biases)[0]
+            print(f"warning: {lora.path}: a LoRA cannot change {counts}; left out, such as {first}", file=sys.stderr)
+        result.append(replace(lora, modules=modules))
+    return result
+
+
+def dense_change(lora: LoraFile, name: str, weight_of: WeightOf) -> Tensor:
+    """What the file changes in a layer at full strength: float32, (out, in) or (out, in, k, k)."""
+    adapter, weight = lora.modules[name], weight_of(name)
+    if weight is None:
+        if adapter.needs_weight:
+            raise UserError(
+                f"{lora.path}: {name} is a {adapter.title}, whose change depends on the layer's own weight; "
+                "give the model that it is for with --sd_model"
+            )
+        shape = adapter.matrix_shape
+        if shape is None:
+            raise UserError(f"{lora.path}: {name} is a {adapter.title} and does not tell the layer's shape; give --sd_model")
+        if _IS_3X3.fullmatch(name) and shape[1] % 9 == 0:
+            shape = (shape[0], shape[1] // 9, 3, 3)
+        weight = torch.empty(shape, device="meta")
+    try:
+        return adapter.weight_change(weight)
+    except UserError as error:
+        raise UserError(f"{lora.path}: {error}") from error
