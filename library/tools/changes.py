@@ -65,12 +65,14 @@ def dense_change(lora: LoraFile, name: str, weight_of: WeightOf) -> Tensor:
     if weight is None:
         if adapter.needs_weight:
             raise UserError(
-                f"{lora.path}: {name} is a {adapter.title}, whose change depends on the layer's own weight; "
+                f"{lora.path}: {name} is of the kind {adapter.title}, whose change depends on the layer's own weight; "
                 "give the model that it is for with --sd_model"
             )
         shape = adapter.matrix_shape
         if shape is None:
-            raise UserError(f"{lora.path}: {name} is a {adapter.title} and does not tell the layer's shape; give --sd_model")
+            raise UserError(
+                f"{lora.path}: {name} is of the kind {adapter.title} and does not tell the layer's shape; give --sd_model"
+            )
         if _IS_3X3.fullmatch(name) and shape[1] % 9 == 0:
             shape = (shape[0], shape[1] // 9, 3, 3)
         weight = torch.empty(shape, device="meta")

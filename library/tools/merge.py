@@ -176,7 +176,7 @@ def _low_rank(lora: LoraFile, name: str) -> LowRank:
     module = lora.modules[name].low_rank()
     if module is None:
         raise UserError(
-            f"{lora.path}: {name} is a {lora.modules[name].title}, whose sum with others is no LoRA; "
+            f"{lora.path}: {name} is of the kind {lora.modules[name].title}, whose sum with others is no LoRA; "
             "use svd_merge_lora.py, or merge into a model with --sd_model"
         )
     return module
