@@ -191,7 +191,8 @@ def create_network_from_weights(
         network_args["unit"] = unit_of_file(file)
     args = parse_network_args(network_args, neuron_dropout)
     weights = weights_or_file(weights_sd, file)
-    return DyLoRANetwork.from_weights(args, multiplier, weights, text_encoder, unet), weights
+    network = DyLoRANetwork.from_weights(args, multiplier, weights, text_encoder, unet)
+    return network, network.own_weights(weights)
 
 
 def unit_of_file(file: str | os.PathLike) -> str | None:

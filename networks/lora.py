@@ -97,8 +97,13 @@ def _layers_in(root: nn.Module | None, prefix: str, block_classes: frozenset[str
     # Files list a transformer block as attn1, ff, attn2; today's Diffusers holds it as attn1, attn2, ff.
     for _, group in itertools.groupby(paths, key=_transformer_block):
         for path in sorted(group, key=lambda p: ".attn2." in p):
-            names[f"{prefix}_{_standard_path(path, prefix).replace('.', '_')}"] = paths[path]
+            names[lora_path(path, prefix)] = paths[path]
     return names
+
+
+def lora_path(path: str, prefix: str) -> str:
+    """The LoRA name of the layer at this path in the part of the model that has the prefix."""
+    return f"{prefix}_{_standard_path(path, prefix).replace('.', '_')}"
 
 
 def _transformer_block(path: str) -> str:
@@ -320,7 +325,8 @@ class LoRANetwork(nn.Module):
     """LoRA modules for the layers of a model, as one module with one state.
 
     layers: what `find_layers` gave; ranks: (rank, alpha) by LoRA name, for those layers that get a module; classes: of those
-    modules that are not of the network's usual class. `untrained` names modules that no gradient reaches: files have them.
+    modules that are not of the network's usual class; others: modules of networks/adapters.py, for what is no LoRA. `untrained`
+    names modules that no gradient reaches: files have them.
     """
 
     module_class = LoRAModule
@@ -332,6 +338,7 @@ class LoRANetwork(nn.Module):
         multiplier: float = 1.0,
         args: PlainArgs | None = None,
         classes: Mapping[str, type[LoRAModule]] | None = None,
+        others: Mapping[str, Any] | None = None,
     ):
         super().__init__()
         self.multiplier = multiplier
@@ -341,6 +348,9 @@ class LoRANetwork(nn.Module):
             if name in ranks:
                 module_class = (classes or {}).get(name, self.module_class)
                 self.add_module(name, module_class(name, layer, *ranks[name], multiplier, **self.args.dropouts))
+        for name, module in (others or {}).items():
+            module.multiplier = multiplier
+            self.add_module(name, module)
         if not self.loras:
             raise ValueError("no layer for a LoRA was found in the text encoder and U-Net; are they of Stable Diffusion?")
         logger.info("LoRA modules: %s", ", ".join(f"{len(modules)} {prefix}" for prefix, modules in self.parts.items()))
@@ -365,12 +375,24 @@ class LoRANetwork(nn.Module):
     ) -> Any:
         """A network with the modules, ranks and alphas of these weights."""
         layers, ranks = find_layers(text_encoder, unet, conv3x3=True), {}
-        kinds = modules_in(weights, layers)
+        others = other_modules(weights, layers, text_encoder, unet)
+        weights = named_for(weights, layers)
+        kinds = modules_in(weights, layers, others)
         for name in kinds:
             _, down, alpha = module_weights(weights, name, layers[name])
             ranks[name] = (len(down), alpha)
         classes = {name: kind for name, kind in kinds.items() if kind is not LoRAModule}
-        return cls(layers, ranks, multiplier, args.for_layers(layers), classes)
+        return cls(layers, ranks, multiplier, args.for_layers(layers), classes, others)
+
+    @property
+    def others(self) -> dict[str, Any]:
+        """The modules that are no LoRAs, of networks/adapters.py, by name."""
+        return {name: module for name, module in self.named_children() if not isinstance(module, LoRAModule)}
+
+    def own_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Those of a file's weights that are of modules of this network, by its names."""
+        modules = dict(self.named_children())
+        return {key: t for key, t in named_for(kohya_weights(weights), modules).items() if key.partition(".")[0] in modules}
 
     @property
     def loras(self) -> Sequence[LoRAModule]:
@@ -394,7 +416,9 @@ class LoRANetwork(nn.Module):
             if not (apply_unet if prefix_of(module.lora_name) == UNET_PREFIX else apply_text_encoder):
                 delattr(self, module.lora_name)
         self.unapply()
-        layers = find_layers(text_encoder, unet, conv3x3=True)
+        layers: dict[str, Any] = find_layers(text_encoder, unet, conv3x3=True)
+        if self.others:
+            layers = suite("networks.adapters").all_layers(text_encoder, unet) | layers
         for module in self.loras:
             if module.lora_name not in layers:
                 missing = f"the model has no layer for the LoRA module {module.lora_name}"
@@ -434,8 +458,15 @@ class LoRANetwork(nn.Module):
 
         dtype: round the result to this first (the layers keep their own type); device: calculate there.
         """
-        layers, weights = find_layers(text_encoder, unet, conv3x3=True), kohya_weights(weights_sd)
-        for name, kind in modules_in(weights, layers).items():
+        layers = find_layers(text_encoder, unet, conv3x3=True)
+        weights = kohya_weights(weights_sd)
+        others = other_modules(weights, layers, text_encoder, unet)
+        if others:
+            every = suite("networks.adapters").all_layers(text_encoder, unet)
+            for name, module in others.items():
+                module.merge(every[name], self.multiplier, dtype, device)
+        weights = named_for(weights, layers)
+        for name, kind in modules_in(weights, layers, others).items():
             weight = layers[name].weight
             change = kind.weight_change(weights, name, layers[name], device or weight.device)
             merged = weight.to(change) + self.multiplier * change
@@ -484,8 +515,14 @@ class LoRANetwork(nn.Module):
 
     def load_weights(self, file: str | os.PathLike) -> Any:
         """Load a file; the alphas, and so the scales, are the file's. Returns the missing and the unexpected keys."""
-        weights = load_tensors(file)
-        modules_in(weights, dict(self.named_children()))
+        if self.others:
+            name, module = next(iter(self.others.items()))
+            raise ValueError(
+                f"{name} is of the kind {module.adapter.title}, which lycoris.kohya trains, and networks.lora does not"
+            )
+        modules = dict(self.named_children())
+        weights = named_for(load_tensors(file), modules)
+        modules_in(weights, modules)
         result = self.load_state_dict(weights, strict=False)
         conv3x3 = {k: t for k, t in weights.items() if k.endswith(".lora_down.weight") and t.dim() == 4 and t[0, 0].numel() > 1}
         unet = self.parts.get(UNET_PREFIX)
@@ -498,7 +535,8 @@ class LoRANetwork(nn.Module):
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
         """As torch's, for files of any layout: alpha may be missing (then it is the rank); Linear and 1x1 convolution fit."""
-        fitted = kohya_weights(state_dict)
+        fitted = named_for(kohya_weights(state_dict), dict(self.named_children()))
+        fitted = {key: tensor for key, tensor in fitted.items() if key.partition(".")[0] not in self.others}  # they have them
         for module in self.loras:
             name = module.lora_name
             if f"{name}.lora_down.weight" in fitted and f"{name}.lora_up.weight" in fitted:
@@ -522,12 +560,35 @@ def weight_delta(up: Tensor, down: Tensor, alpha: float, device: Any = None) -> 
     return (up.flatten(1) @ down.flatten(1)).mul_(alpha / down.shape[0]).view(up.shape[0], *down.shape[1:])
 
 
-def modules_in(weights: Mapping[str, Tensor], known: Mapping[str, Any]) -> dict[str, type[LoRAModule]]:
-    """The LoRA modules of these weights that `known` has too, and their kind. Warns of unused tensors; ValueError if all are."""
+def other_modules(
+    weights: Mapping[str, Tensor], layers: Mapping[str, Layer], text_encoder: TextEncoders, unet: nn.Module | None
+) -> dict[str, Any]:
+    """What these weights hold for the model beside LoRAs of `layers`, by LoRA name; nothing where this file is a copy alone."""
+    plain = (".alpha", ".lora_down.weight", ".lora_up.weight", ".dora_scale")
+    if all(key.endswith(plain) and key.partition(".")[0] in layers for key in weights):
+        return {}
+    adapters = suite("networks.adapters")
+    return adapters.find_modules(weights, layers, text_encoder, unet) if adapters else {}
+
+
+def modules_in(
+    weights: Mapping[str, Tensor], known: Mapping[str, Any], others: Mapping[str, Any] | None = None
+) -> dict[str, type[LoRAModule]]:
+    """The LoRA modules of these weights that `known` has too, and their kind. Warns of unused tensors; ValueError if all are.
+
+    others: what `other_modules` gave.
+    """
+    others = others or {}
+    weights = {key: tensor for key, tensor in weights.items() if key.partition(".")[0] not in others}
     plain = ("alpha", "lora_down.weight", "lora_up.weight")
     names = [key.removesuffix(".lora_down.weight") for key in weights if key.endswith(".lora_down.weight")]
-    kinds = {name: LoRAModule for name in names if name in known and f"{name}.lora_up.weight" in weights}
-    if not kinds:
+    pairs = {name: (weights[f"{name}.lora_down.weight"], weights.get(f"{name}.lora_up.weight")) for name in names}
+    kinds = {
+        name: LoRAModule
+        for name, (down, up) in pairs.items()
+        if name in known and down.numel() and up is not None and up.numel()  # a rank of 0 adds nothing
+    }
+    if not kinds and not others:
         raise ValueError(
             f"none of these weights ({len(names)} LoRA modules, {len(weights)} tensors) has a layer in this model; "
             + (_instead(weights) or "are they a LoRA for this model?")
@@ -551,8 +612,14 @@ def modules_in(weights: Mapping[str, Tensor], known: Mapping[str, Any]) -> dict[
 def _instead(weights: Mapping[str, Tensor]) -> str:
     """`they are a LoHa file`, say; empty if nothing tells."""
     foreign = suite("library.formats.foreign")
-    found = foreign.instead_of_a_lora(weights) if foreign else None
-    return f"they are {found[0]}" if found else ""
+    if found := foreign.instead_of_a_lora(weights) if foreign else None:
+        return f"they are {found[0]}"
+    registry = suite("library.formats.adapters.registry")
+    layer = next(iter(weights), "").partition(".")[0]
+    parts = {key.partition(".")[2]: tensor for key, tensor in weights.items() if key.startswith(f"{layer}.")}
+    adapter = registry.find_adapter(layer, parts) if registry else None
+    is_lora = adapter is None or adapter.kind.name == "LoRA"
+    return "" if is_lora else f"{layer} ({adapter.title}) is nothing that networks.lora trains; use lycoris.kohya"
 
 
 def module_weights(weights: Mapping[str, Tensor], name: str, target: Layer | LoRAModule) -> tuple[Tensor, Tensor, float]:
@@ -578,19 +645,23 @@ def load_tensors(file: str | os.PathLike) -> dict[str, Tensor]:
     file = Path(file)
     metadata: dict[str, str] = {}
     try:
-        if file.suffix == ".safetensors":
+        with open(file, "rb") as stream:
+            is_safetensors = stream.read(9)[8:] == b"{"  # the length of the header in 8 bytes, and the header
+        if is_safetensors:
             with safetensors.safe_open(file, "pt") as content:
                 metadata = content.metadata() or {}
                 tensors = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118 (it is no dictionary)
         else:
-            tensors = torch.load(file, map_location="cpu", weights_only=True)
+            with open(file, "rb") as stream:  # opened here, since torch would choose a format by the name
+                tensors = torch.load(stream, map_location="cpu", weights_only=True)
+            tensors = tensors.get("state_dict", tensors) if isinstance(tensors, dict) else tensors
     except FileNotFoundError:
         raise ValueError(f"there is no file {file}") from None
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{file} is damaged or no weights file ({reason}); fetch or save it again") from error
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise ValueError(f"{file} is no LoRA file: it holds more than tensors by name")
+        raise ValueError(f"{file} is no LoRA file: it does not hold tensors by name")
     return kohya_weights(tensors, file, metadata)
 
 
@@ -623,6 +694,13 @@ def save_tensors(tensors: Mapping[str, Tensor], file: str | os.PathLike, metadat
         temporary.unlink(missing_ok=True)
 
 
+def named_for(weights: Mapping[str, Tensor], layers: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights by the names of these layers, where files name them otherwise: `lora_te1_...`, `lora_unet_input_blocks_...`."""
+    is_plain = all(key.partition(".")[0] in layers for key in weights)
+    layouts = None if is_plain else suite("library.formats.lora_layouts")
+    return layouts.named_for(weights, layers) if layouts else dict(weights)
+
+
 def kohya_weights(
     weights: Mapping[str, Tensor], file: Path | None = None, metadata: Mapping[str, str] | None = None
 ) -> dict[str, Tensor]:
@@ -634,7 +712,9 @@ def kohya_weights(
     if len(kohya) < len(weights):
         purpose = None if kohya else f"the key {next(iter(weights))}, which is not in kohya's layout,"
         if layouts := suite("library.formats.lora_layouts", purpose):
-            return layouts.kohya_weights(weights, layouts.PeftConfig(file, metadata or {}) if file else None)
+            others = {key: tensor for key, tensor in weights.items() if not key.startswith("lora_")}
+            named = layouts.kohya_weights(others, layouts.PeftConfig(file, metadata or {}) if file else None)
+            return {key: weights[key] for key in kohya} | named
     return dict(weights)
 
 
@@ -679,7 +759,7 @@ def create_network_from_weights(
     network = LoRANetwork.from_weights(args, multiplier, weights, text_encoder, unet)
     if args.says_ranks:
         logger.warning("ranks, alphas and values are those of the weights; the ones in network_args are not used")
-    return network, weights
+    return network, network.own_weights(weights)
 
 
 def weights_or_file(weights_sd: Mapping[str, Tensor] | None, file: str | os.PathLike | None) -> dict[str, Tensor]:

@@ -62,6 +62,9 @@ SDXL_LAYOUT: Layout = (
 )
 
 
+# Of OpenCLIP's 24 layers in SD 2, which most files hold. Some programs write these alone: Diffusers' script, EveryDream2, OneTrainer.
+SD2_TEXT_LAYERS = 23
+
 LAYOUTS = (SD1_LAYOUT, SD2_LAYOUT, SDXL_LAYOUT)
 
 
@@ -159,7 +162,8 @@ def _rename_clip(names: list[str]) -> Rename:
 
 
 def _rename_open_clip(names: list[str]) -> Rename:
-    unused_layer = f"transformer.resblocks.{open_clip_layers(names) - 1}."
+    layers = open_clip_layers(names)
+    unused_layer = f"transformer.resblocks.{layers if layers == SD2_TEXT_LAYERS else layers - 1}."
     return lambda name, value: [] if name.startswith(unused_layer) else open_clip_to_diffusers(name, value).items()
 
 

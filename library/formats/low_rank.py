@@ -179,21 +179,31 @@ def clamp(module: LowRank, quantile: float) -> LowRank:
 
 
 def decompose(module: LowRank, device: torch.device | str = "cpu", most: int | None = None) -> Decomposition:
-    """All singular values of a low-rank product, its scale included, and the first `most` vectors, without the full matrix.
+    """All singular values of a low-rank product, its scale included, and the first `most` vectors, without the full matrix
+    unless the rank is so high that this is slower.
 
     In float64, so that the squares in the factors' Gram matrices cost no digits that float32 has.
     """
     device = torch.device(device)
     device = device if device.type in ("cpu", "cuda") else torch.device("cpu")  # others have no float64
     up, down = (factor.to(device, torch.float64) for factor in module.matrices())
+    count = min(module.rank, *module.matrix_shape)
+    shown = min(count, most or count)
+    if _is_cheaper_dense(module):
+        whole = exact_low_rank((up @ down).mul_(module.scale))
+        return Decomposition(whole.u[:, :shown], whole.s[:count], whole.vh[:shown], whole.total)
     root_up, inverse_up = _roots(up.T @ up)
     root_down, inverse_down = _roots(down @ down.T)
     u, s, vh = _svd(root_up @ root_down.T * module.scale)
-    count = min(module.rank, *module.matrix_shape)
-    shown = min(count, most or count)
     left = up @ (inverse_up @ u[:, :shown]).to(device)
     right = (inverse_down @ vh[:shown].T).T.to(device) @ down
     return Decomposition(left.float().cpu(), s[:count], right.float().cpu(), s.norm().item())
+
+
+def _is_cheaper_dense(module: LowRank) -> bool:
+    """Whether the full matrix takes less time: that grows with its sides, the other way with the cube of the rank. Measured."""
+    short, long = sorted(module.matrix_shape)
+    return 18 * module.rank**3 > short**2 * (3 * short + long)
 
 
 def _roots(gram: Tensor) -> tuple[Tensor, Tensor]:

@@ -229,3 +229,17 @@ def test_no_convergence_is_tried_again_and_then_an_error(monkeypatch):
     failures = 100
     with pytest.raises(UserError, match="no convergence"):
         low_rank.decompose(m)
+
+
+@pytest.mark.parametrize("rank", [4, 40, 200])  # as factors, at the limit, and as a full matrix
+@pytest.mark.parametrize("shape", [(48, 48), (96, 48), (32, 16, 3, 3)])
+def test_wide_stacks_are_decomposed_as_full_matrices_with_the_same_result(rank, shape):
+    torch.manual_seed(0)
+    up, down = torch.randn(shape[0], rank), torch.randn(rank, *shape[1:])
+    module = LowRank(up if len(shape) == 2 else up[:, :, None, None], down, -2.0)
+    found = low_rank.decompose(module, most=3)
+    u, s, vh = torch.linalg.svd(module.scale * up.double() @ down.double().flatten(1), full_matrices=False)
+    torch.testing.assert_close(found.s, s[: min(rank, *module.matrix_shape)], rtol=1e-6, atol=1e-7 * s[0].item())
+    product = found.u.double() * found.s[:3] @ found.vh.double()
+    torch.testing.assert_close(product, u[:, :3] * s[:3] @ vh[:3], atol=1e-5 * s[0].item(), rtol=1e-5)
+    assert found.u.shape[1] == len(found.vh) == 3
