@@ -243,6 +243,11 @@ def load_pickled(path: str | os.PathLike, map_location: str = "cpu") -> dict[str
         # torch wraps what was wrong into advice on how to switch the protection off.
         words = str(error).partition("WeightsUnpickler error:")[2].strip() or str(error) or type(error).__name__
         raise UserError(f"{path} is cut off, damaged or no checkpoint ({words.splitlines()[0]}); fetch it again") from error
+    if isinstance(content, list) and content and all(isinstance(value, Tensor) for value in content):
+        raise UserError(
+            f"{path} is a list of tensors without names, as cloneofsimo's trainer wrote LoRAs; "
+            "merge it into a model with that program, or get another file"
+        )
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors; it is no model or LoRA")
     return content

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from library.formats.compvis import SD1_LAYOUT, SD2_LAYOUT, join_compvis
-from library.formats.lora_targets import Target, is_v2, lora_targets
+from library.formats.lora_targets import Target, bias_targets, is_v2, lora_targets, weight_targets
 from library.formats.names import OLD_CLIP_PREFIX
 from library.models.clip import empty_text_encoder, inner_text_model
 from library.models.unet import empty_unet
@@ -86,3 +86,24 @@ def test_rows_of_joined_query_key_value():
 def test_a_file_of_something_else_has_no_places():
     assert lora_targets({"first_stage_model.encoder.conv_in.weight": (4, 3, 3, 3)}) == {}
     assert is_v2({"a.weight": (1,)}) is None
+
+
+@pytest.mark.parametrize("held", [24, 23])
+def test_files_of_sd2_hold_24_text_layers_or_the_23_that_are_used(held):
+    prefix = "cond_stage_model.model.transformer.resblocks"
+    shapes = {f"{prefix}.{layer}.mlp.c_fc.weight": (8, 4) for layer in range(held)}
+    shapes["cond_stage_model.model.ln_final.weight"] = (4,)
+    names = {f"lora_te_text_model_encoder_layers_{layer}_mlp_fc1" for layer in range(23)}
+    assert set(lora_targets(shapes)) == names
+
+
+def test_all_layers_have_targets_for_weights_and_biases(checkpoint):
+    shapes, layers, _ = checkpoint
+    weights, biases = weight_targets(shapes), bias_targets(shapes)
+    assert set(layers) < set(weights)
+    for name in ("lora_unet_conv_in", "lora_unet_conv_out", "lora_unet_time_embedding_linear_2", "lora_unet_conv_norm_out"):
+        assert name in weights and name in biases
+    width = shapes[weights["lora_te_text_model_final_layer_norm"].key][0]
+    target = biases["lora_te_text_model_encoder_layers_0_self_attn_v_proj"]
+    rows = target.rows(shapes[target.key][0])
+    assert rows.stop - rows.start == width
