@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from library.errors import UserError
 from library.formats.adapters.registry import Adapter, find_adapter
 from networks.lora import TEXT_ENCODER_PREFIX, UNET_PREFIX, TextEncoders, lora_path, named_for
 
@@ -106,7 +107,7 @@ def find_modules(
 ) -> dict[str, AdapterModule]:
     """The adapters of these weights for layers of this model, without the LoRAs and DoRAs of `plain` layers.
 
-    Raises UserError, naming layer and tensors, if they are incomplete or do not fit the layer's shape.
+    Raises ValueError, naming layer and tensors, if they are incomplete or do not fit the layer's shape.
     """
     layers = all_layers(text_encoder, unet)
     tensors: dict[str, dict[str, Tensor]] = {}
@@ -121,7 +122,10 @@ def find_modules(
         if adapter is None or is_empty or (name in plain and adapter.kind.name == "LoRA" and not adapter.changes_bias):
             continue
         weight = layers[name].weight
-        if adapter.matrix_shape not in (None, (len(weight), weight[0].numel())):
-            raise adapter.parts.misfit(weight)
+        try:
+            if adapter.matrix_shape not in (None, (len(weight), weight[0].numel())):
+                raise adapter.parts.misfit(weight)
+        except UserError as error:
+            raise ValueError(str(error)) from error
         found[name] = AdapterModule(name, adapter)
     return found

@@ -221,11 +221,11 @@ def test_weights_for_layers_that_a_model_lacks_are_counted(model, caplog):
 @pytest.mark.parametrize(
     "keys, reason",
     [
-        (["lora_te1_text_model_x.lora_down.weight", "lora_te1_text_model_x.lora_up.weight"], "SDXL"),
-        (["lora_unet_mid_block_attentions_0_proj_in.hada_w1_a"], "LoHa"),
-        (["lora_unet_mid_block_attentions_0_proj_in.lokr_w1"], "LoKr"),
+        (["lora_te2_text_model_x.lora_down.weight", "lora_te2_text_model_x.lora_up.weight"], "SDXL"),
+        (["lora_unet_x.hada_w1_a"], "LoHa"),
+        (["lora_unet_x.lokr_w1"], "LoKr"),
         (["transformer.blocks.0.attn.to_q.lora_A.weight"], "a LoRA for another family of models"),
-        (["lora_unet_mid_block_attentions_0_proj_in.lora_mid.weight"], "LoCon file with Tucker"),
+        (["lora_unet_x.lora_mid.weight"], "LoCon with Tucker"),
         (["model.diffusion_model.out.2.bias"], "whole model"),
         (["something.else"], "are they a LoRA for this model"),
     ],
@@ -245,8 +245,15 @@ def test_a_lora_of_another_width_and_one_with_more_tensors_are_refused_by_key(mo
     wide = weights | {f"{name}.lora_down.weight": torch.zeros(4, 1024)}
     with pytest.raises(ValueError, match=rf"{name}: the weights .*1024.*24 in.*another Stable Diffusion version"):
         from_weights(model, wide)
-    with pytest.raises(ValueError, match=rf"{name}.lora_mid.weight is not supported; .*Tucker"):
+    with pytest.raises(ValueError, match=rf"{name}: its tensors do not fit each other \(.*lora_mid.weight \(1,\)"):
         from_weights(model, weights | {f"{name}.lora_mid.weight": torch.zeros(1)})
+
+
+def test_an_incomplete_adapter_is_refused_by_key(model):
+    name = "lora_unet_mid_block_attentions_0_proj_in"
+    for key, missing in (("hada_w1_a", "hada_w1_b"), ("lokr_w1", "lokr_w2_a"), ("lora_mid.weight", "lora_down.weight")):
+        with pytest.raises(ValueError, match=f"{name}: the tensor {missing} is missing; the file is incomplete"):
+            from_weights(model, {f"{name}.{key}": torch.zeros(2, 2)})
 
 
 class Bomb:

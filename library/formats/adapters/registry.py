@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from library.errors import UserError
 from library.formats.adapters.boft import BOFT
 from library.formats.adapters.dora import decomposed_change, is_dora
 from library.formats.adapters.full import FULL
@@ -66,8 +67,12 @@ class Adapter:
 
     @property
     def matrix_shape(self) -> tuple[int, int] | None:
-        """(out, in * k * k) of the layer, if the tensors tell it."""
-        return self.kind.matrix_shape(self.parts)
+        """(out, in * k * k) of the layer, if the tensors tell it. Raises UserError if they do not fit each other."""
+        try:
+            return self.kind.matrix_shape(self.parts)
+        except (RuntimeError, IndexError, ValueError) as error:  # torch: sizes that do not go together
+            shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in self.parts.tensors.items())
+            raise UserError(f"{self.parts.layer}: its tensors do not fit each other ({shapes}); fetch the file again") from error
 
     @property
     def unknown(self) -> tuple[str, ...]:

@@ -254,7 +254,7 @@ def test_a_lora_of_another_family_is_named_in_one_line(load, tmp_path):
     save_file(wide, tmp_path / "wide.safetensors")
     with pytest.raises(UserError, match=r"--network_weights .*wide.safetensors: lora_\w+: .*another Stable Diffusion version"):
         load([tmp_path / "wide.safetensors"])
-    for key, family in (("lora_te1_x.lora_down.weight", "SDXL"), ("lora_unet_x.hada_w1_a", "LoHa")):
+    for key, family in (("lora_te2_x.lora_down.weight", "SDXL"), ("lora_unet_x.hada_w1_a", "LoHa")):
         save_file({key: torch.zeros(2, 2)}, tmp_path / "other.safetensors")
         with pytest.raises(UserError, match=f"other.safetensors: .*{family}"):
             load([tmp_path / "other.safetensors"])
