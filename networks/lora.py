@@ -517,9 +517,7 @@ class LoRANetwork(nn.Module):
         """Load a file; the alphas, and so the scales, are the file's. Returns the missing and the unexpected keys."""
         if self.others:
             name, module = next(iter(self.others.items()))
-            raise ValueError(
-                f"{name} is of the kind {module.adapter.title}, which lycoris.kohya trains, and networks.lora does not"
-            )
+            raise ValueError(f"{name} ({module.adapter.title}) is nothing that networks.lora trains; use lycoris.kohya")
         modules = dict(self.named_children())
         weights = named_for(load_tensors(file), modules)
         modules_in(weights, modules)
