@@ -47,7 +47,8 @@ class AdapterModule(nn.Module):
         if self._change is None:
             weight, bias = self.changes(layer)
             self._change = weight.to(layer.weight.dtype), None if bias is None else bias.to(layer.weight.dtype)
-        weight, bias = (None if part is None else part.to(output.device) for part in self._change)
+        weight, bias = self._change
+        weight, bias = weight.to(output.device), None if bias is None else bias.to(output.device)
         x = inputs[0] if torch.is_autocast_enabled(output.device.type) else inputs[0].to(weight.dtype)
         return output + (_applied(layer, x, weight, bias) * self.multiplier).to(output.dtype)
 
@@ -67,7 +68,7 @@ class AdapterModule(nn.Module):
                     f"{self.lora_name}: it changes a bias, which the model's layer has not; is it for another model?"
                 )
             if change is not None:
-                old.copy_((old.to(change) + multiplier * change).to(dtype or old.dtype))
+            old.copy_((old.to(change) + multiplier * change).to(dtype or old.dtype))
 
     def file_weights(self) -> dict[str, Tensor]:
         """What the file holds of this layer."""

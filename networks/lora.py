@@ -616,8 +616,9 @@ def _instead(weights: Mapping[str, Tensor]) -> str:
     layer = next(iter(weights), "").partition(".")[0]
     parts = {key.partition(".")[2]: tensor for key, tensor in weights.items() if key.startswith(f"{layer}.")}
     adapter = registry.find_adapter(layer, parts) if registry else None
-    is_lora = adapter is None or adapter.kind.name == "LoRA"
-    return "" if is_lora else f"{layer} ({adapter.title}) is nothing that networks.lora trains; use lycoris.kohya"
+    if adapter is None or adapter.kind.name == "LoRA":
+        return ""
+    return f"{layer} ({adapter.title}) is nothing that networks.lora trains; use lycoris.kohya"
 
 
 def module_weights(weights: Mapping[str, Tensor], name: str, target: Layer | LoRAModule) -> tuple[Tensor, Tensor, float]:

@@ -68,14 +68,13 @@ def dense_change(lora: LoraFile, name: str, weight_of: WeightOf) -> Tensor:
                 f"{lora.path}: {name} is of the kind {adapter.title}, whose change depends on the layer's own weight; "
                 "give the model that it is for with --sd_model"
             )
-        shape = adapter.matrix_shape
-        if shape is None:
+        sizes = adapter.matrix_shape
+        if sizes is None:
             raise UserError(
                 f"{lora.path}: {name} is of the kind {adapter.title} and does not tell the layer's shape; give --sd_model"
             )
-        if _IS_3X3.fullmatch(name) and shape[1] % 9 == 0:
-            shape = (shape[0], shape[1] // 9, 3, 3)
-        weight = torch.empty(shape, device="meta")
+        is_kernel = _IS_3X3.fullmatch(name) and sizes[1] % 9 == 0
+        weight = torch.empty((sizes[0], sizes[1] // 9, 3, 3) if is_kernel else sizes, device="meta")
     try:
         return adapter.weight_change(weight)
     except UserError as error:
