@@ -63,11 +63,10 @@ class AdapterModule(nn.Module):
     def merge(self, layer: AnyLayer, multiplier: float, dtype: torch.dtype | None, device: Any = None) -> None:
         """Change the layer for good. dtype: round to this first."""
         for old, change in zip((layer.weight, layer.bias), self.changes(layer, device), strict=True):
-            if change is not None and old is None:
-                raise ValueError(
-                    f"{self.lora_name}: it changes a bias, which the model's layer has not; is it for another model?"
-                )
-            if change is not None:
+            if change is None:
+                continue
+            if old is None:
+                raise ValueError(f"{self.lora_name}: it changes a bias that the model's layer has not; is it for another model?")
             old.copy_((old.to(change) + multiplier * change).to(dtype or old.dtype))
 
     def file_weights(self) -> dict[str, Tensor]:
