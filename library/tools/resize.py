@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from tqdm import tqdm
 
@@ -30,17 +30,18 @@ def resize(
 
     def work(name: str) -> tuple[LowRank, tuple[float, float]]:
         module = lora.modules[name].low_rank()
+        like: LowRank | Sequence[int]
         if module is not None:
             limit = min(new_conv_rank or new_rank if module.is_3x3 else new_rank, module.rank)
             found = named(name, decompose, module, device, limit)
             like, scale = module, module.scale
         else:
-            like, scale = dense_change(lora, name, weight_of), 1.0
-            matrix = like.flatten(1).to(device)
-            limit = min(new_conv_rank or new_rank if is_3x3(like.shape) else new_rank, *matrix.shape)
+            change = dense_change(lora, name, weight_of)
+            like, scale, matrix = change.shape, 1.0, change.flatten(1).to(device)
+            limit = min(new_conv_rank or new_rank if is_3x3(change.shape) else new_rank, *matrix.shape)
             found = named(name, exact_low_rank, matrix) if method else named(name, best_low_rank, matrix, limit)
         rank = min(limit, smallest_rank(found.s, method, target)) if method else limit
-        result = found.low_rank(rank, like if isinstance(like, LowRank) else like.shape, scale)
+        result = found.low_rank(rank, like, scale)
         if report:
             report(_line(name, found, result))
         return result, (found.total**2, (found.total * found.kept(rank)) ** 2)

@@ -42,15 +42,17 @@ def svd_merge(
             if name in lora.modules
         ]
         factors = [(module, factor) for lora, factor in parts if (module := lora.modules[name].low_rank())]
+        like: LowRank | Sequence[int]
         if len(factors) == len(parts):
             like = stack(factors)
             limit = new_conv_rank or new_rank if like.is_3x3 else new_rank
             found = named(name, decompose, like, device, limit)
         else:
-            like = _dense_sum(name, parts, weight_of)
-            limit = new_conv_rank or new_rank if is_3x3(like.shape) else new_rank
-            found = named(name, best_low_rank, like.flatten(1).to(device), limit)
-        module = found.low_rank(limit, like if isinstance(like, LowRank) else like.shape)
+            change = _dense_sum(name, parts, weight_of)
+            like = change.shape
+            limit = new_conv_rank or new_rank if is_3x3(like) else new_rank
+            found = named(name, best_low_rank, change.flatten(1).to(device), limit)
+        module = found.low_rank(limit, like)
         kept = (found.total**2, (found.total * found.kept(limit)) ** 2)
         return (clamp(module, clamp_quantile) if clamp_quantile is not None else module), kept
 
