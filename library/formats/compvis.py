@@ -62,7 +62,7 @@ SDXL_LAYOUT: Layout = (
 )
 
 
-# Of OpenCLIP's 24 layers in SD 2, which most files hold. Some programs write these alone: Diffusers' script, EveryDream2, OneTrainer.
+# Of the 24 text layers of SD 2. Some programs write these alone: Diffusers' script, EveryDream2, OneTrainer.
 SD2_TEXT_LAYERS = 23
 
 LAYOUTS = (SD1_LAYOUT, SD2_LAYOUT, SDXL_LAYOUT)

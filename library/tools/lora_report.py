@@ -94,7 +94,7 @@ def _blocks(modules: dict[str, Adapter]) -> Iterator[str]:
     for block in (BASE, *SD_BLOCKS.names):
         if block in by_block:
             found = by_block[block]
-            ranks = sorted({module.rank for adapter in found if (module := _factors(adapter))})
+            ranks = sorted({factors.rank for adapter in found if (factors := _factors(adapter))})
             text = "" if not ranks else f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
             total = math.sqrt(sum(_norm(adapter) ** 2 for adapter in found))
             yield f"{'text encoder' if block == BASE else block:12} {len(found):7} {text:>9} {total:9.4g}"
