@@ -78,7 +78,8 @@ def test_a_lora_of_zeros_was_not_trained(tmp_path):
         save_file({"a.lora_up.weight": torch.full((2, 2), value)}, tmp_path / "trial.safetensors")
         with pytest.raises(TrialFailed, match="did not change, or are not finite"):
             result(text, tmp_path)
-    save_file({"a.lora_up.weight": torch.ones(2, 2)}, tmp_path / "trial.safetensors")
+    idle = {"b.lora_up.weight": torch.zeros(2, 2)}  # query and key of one position
+    save_file({"a.lora_up.weight": torch.ones(2, 2), **idle}, tmp_path / "trial.safetensors")
     with pytest.raises(TrialFailed, match="no image was drawn"):
         result(text, tmp_path)
 
