@@ -41,6 +41,7 @@ def options() -> Parser:
     for name in WORDS:
         dtype.add_argument(f"--{name}", action="store_true", help=f"save as {name}")
     dtype.add_argument("--save_precision_as", choices=WORDS, help="the same as a word (default: as it was)")
+    parser.add_argument("--vae", help="take the VAE from this file, folder or hub id")
     parser.add_argument("--epoch", type=int, help="epoch to write into a .ckpt")
     parser.add_argument("--global_step", type=int, help="step to write into a .ckpt")
     parser.add_argument("--metadata", help='metadata for a .safetensors file, as JSON: {"modelspec.title": "mine"}')
@@ -88,22 +89,23 @@ def check(args: argparse.Namespace) -> Path:
     return target
 
 
-def weights_files(source: Path) -> list[Path]:
-    """The file that tells a model's dtype: itself, or the U-Net's of a folder."""
-    return [source] if source.is_file() else sorted((source / "unet").glob("diffusion_pytorch_model*"))
-
-
 def stored_dtype(source: Path):
-    """The dtype of most tensors of the model, or None if that cannot be seen (a hub id)."""
-    from library.formats.tensor_file import open_tensors
+    """The dtype of most tensors of the model, or None if that cannot be seen (a hub id); fp16 for one of 8 bits."""
+    import torch
 
-    for file in weights_files(source):
-        with open_tensors(file) as weights:
-            counts = Counter(dtype for dtype in weights.dtypes.values() if dtype.is_floating_point)
-        if not counts:
-            raise UserError(f"{file} holds no weights; it is no Stable Diffusion model")
-        return counts.most_common(1)[0][0]
-    return None
+    from library.formats.tensor_file import open_tensors
+    from library.models.loading import open_weights
+
+    if not source.exists():
+        return None
+    # The dtype of a folder is that of its U-Net.
+    weights = open_tensors(source) if source.is_file() else open_weights(source / "unet", ("diffusion_pytorch_model",))
+    with weights:
+        counts = Counter(dtype for dtype in weights.dtypes.values() if dtype.is_floating_point)
+    if not counts:
+        raise UserError(f"{weights.path} holds no weights; it is no Stable Diffusion model")
+    dtype = counts.most_common(1)[0][0]
+    return torch.float16 if dtype.itemsize == 1 else dtype
 
 
 def predicts_v(source: Path) -> bool:
@@ -125,7 +127,7 @@ def convert(args: argparse.Namespace, target: Path) -> None:
     chosen = args.save_precision_as or next((name for name in WORDS if getattr(args, name)), None)
     dtype = dtype_of(chosen) if chosen else stored_dtype(source) or torch.float32
     v = args.v_parameterization or predicts_v(source)
-    model = load_stable_diffusion(args.model_to_load, v2=v2, prediction="v" if v else "epsilon", dtype=dtype)
+    model = load_stable_diffusion(args.model_to_load, v2=v2, prediction="v" if v else "epsilon", dtype=dtype, vae=args.vae)
     counters = (args.epoch, args.global_step)
     numbers = None if counters == (None, None) else {"epoch": args.epoch or 0, "global_step": args.global_step or 0}
     save_stable_diffusion(model, target, dtype, metadata, numbers)

@@ -17,13 +17,14 @@ from library.diffusion.process import Prediction
 from library.errors import UserError
 from library.formats.compvis import SingleFileNames
 from library.formats.names import VAE_PREFIX, modern_vae_name, renamed, vae_table_for, vae_to_diffusers
+from library.formats.shards import ShardedFile
 from library.formats.tensor_file import TensorFile, open_tensors
 from library.models.clip import VOCABULARY, load_tokenizer
 from library.models.family import Config, Family, Model, Part, Shapes
 from library.models.hub import download_configs, download_model, download_vae
 from library.models.modules import TEXT_MODEL, fill, ready, weights_of
 from library.models.prediction import Said, said_by_file, said_by_scheduler
-from library.models.registry import check_v2, detect, detect_folder, refuse_other_inputs
+from library.models.registry import check_v2, detect, detect_folder, refuse_other_conditions, refuse_other_inputs
 from library.models.vae import KL_VAE
 
 if TYPE_CHECKING:
@@ -178,6 +179,7 @@ def _family_of_folder(folder: Path, v2: bool | None) -> tuple[Family, dict[str, 
     configs = {file.parent.name: _json(file) for file in files}
     family = detect_folder(folder, pipeline, configs)
     refuse_other_inputs(str(folder), family, configs.get("unet", {}).get("in_channels", family.latents.channels))
+    refuse_other_conditions(str(folder), family, configs.get("unet", {}))
     if v2 is not None:
         check_v2(str(folder), family, v2)
     return family, configs
@@ -202,17 +204,23 @@ def _part_from_folder(part: Part, folder: Path, config: Config, where: Where) ->
         name = name.removeprefix(TEXT_MODEL)
         return [] if name.endswith("position_ids") else [(part.name, name, value)]
 
-    with open_tensors(_weights_in(folder, part.weight_files)) as file:
+    with open_weights(folder, part.weight_files) as file:
         return _fill_modules(file, place, {part.name: (part, config)}, where)[part.name]
 
 
-def _weights_in(folder: Path, stems: tuple[str, ...]) -> Path:
-    """The file of weights in a part's folder: full precision before fp16, safetensors before .bin."""
+def open_weights(folder: Path, stems: tuple[str, ...]) -> TensorFile:
+    """The weights in a part's folder, one file or several with an index: full precision before fp16, safetensors before .bin."""
     for suffix in (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin"):
+        kind = suffix.rpartition(".")[2]
+        middle = suffix.removesuffix(f".{kind}")
         for stem in stems:
             if (folder / (stem + suffix)).is_file():
-                return folder / (stem + suffix)
-    raise UserError(f"{folder} holds no weights: there is no {stems[0]}.safetensors in it; fetch the whole model")
+                return open_tensors(folder / (stem + suffix))
+            if (index := folder / f"{stem}.{kind}.index{middle}.json").is_file():
+                return ShardedFile(index)
+    others = sorted(file.name for stem in stems for file in folder.glob(f"{stem}*") if file.suffix in (".safetensors", ".bin"))
+    cure = f"rename {others[0]} to that if it is meant" if others else "fetch the whole model"
+    raise UserError(f"{folder} holds no weights: there is no {stems[0]}.safetensors in it; {cure}")
 
 
 def _folder_tokenizer(folder: Path, text_config: Config, padding: str) -> CLIPTokenizer:

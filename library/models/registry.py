@@ -74,3 +74,12 @@ def refuse_other_inputs(source: str, family: Family, channels: int) -> None:
     if channels != family.latents.channels:
         what = _INPUT_CHANNELS.get(channels, f"a model with {channels} input channels")
         raise UserError(f"{source} is {what}, which is not supported; use the plain text-to-image model it was made from")
+
+
+def refuse_other_conditions(source: str, family: Family, config: Config) -> None:
+    """Raise UserError for a denoiser that is given more than time and text: LCM's strength, unCLIP's image."""
+    strange = {"time_cond_proj_dim": "an LCM (it takes the guidance scale as an input)"}
+    strange["class_embed_type"] = "an unCLIP model (it takes an image as an input)"
+    for key, what in strange.items():
+        if config.get(key) is not None:
+            raise UserError(f"{source} is {what}, which is not supported; use the {family.title} model it was made from")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
 from library.models.saving import save_stable_diffusion
@@ -95,3 +95,83 @@ def test_help_is_quick_and_imports_nothing_heavy(tmp_path):
     script = str(ROOT / "tools" / "convert_diffusers20_original_sd.py")
     result = subprocess.run([sys.executable, script, "a", "b.c"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert result.returncode == 2 and result.stderr.startswith("error: b.c: the suffix decides")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A Diffusers folder of the small model in fp16."""
+    save_stable_diffusion(small_stable_diffusion(**SIZES), tmp_path / "folder", torch.float16)
+    return tmp_path / "folder"
+
+
+def shards(part, suffix=""):
+    """The weights of a part's folder in two files with an index."""
+    whole = part / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(whole)
+    whole.unlink()
+    names, where = list(tensors), {}
+    for number, some in enumerate((names[: len(names) // 2], names[len(names) // 2 :]), start=1):
+        file = f"diffusion_pytorch_model{suffix}-0000{number}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in some}, part / file)
+        where |= dict.fromkeys(some, file)
+    index = part / f"diffusion_pytorch_model.safetensors.index{suffix}.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": where}), encoding="utf-8")
+    return index
+
+
+@pytest.mark.parametrize("suffix", ["", ".fp16"])
+def test_a_folder_in_shards_is_the_same_model(folder, tmp_path, suffix):
+    whole = load_file(convert(folder, tmp_path / "whole.safetensors"))
+    index = shards(folder / "unet", suffix)
+    found = load_file(convert(folder, tmp_path / "sharded.safetensors"))
+    assert found.keys() == whole.keys() and all(torch.equal(found[name], value) for name, value in whole.items())
+    content = json.loads(index.read_text(encoding="utf-8"))
+    content["weight_map"]["conv_in.more"] = next(iter(content["weight_map"].values()))
+    index.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(UserError, match="lacks the tensor conv_in.more"):
+        convert(folder, tmp_path / "b.safetensors")
+    index.write_text("{}", encoding="utf-8")
+    with pytest.raises(UserError, match="is no index of weights"):
+        convert(folder, tmp_path / "b.safetensors")
+
+
+def test_weights_under_another_name_are_named(folder, tmp_path):
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_name("diffusion_pytorch_model.non_ema.safetensors"))
+    with pytest.raises(UserError, match="rename diffusion_pytorch_model.non_ema.safetensors to that if it is meant"):
+        convert(folder, tmp_path / "a.safetensors")
+
+
+def test_full_weights_beside_fp16_ones_keep_their_dtype(folder, tmp_path):
+    for part, name in (("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        half = load_file(folder / part / f"{name}.safetensors")
+        save_file(half, folder / part / f"{name}.fp16.safetensors")
+        save_file({key: value.float() * 1.0001 for key, value in half.items()}, folder / part / f"{name}.safetensors")
+    found = load_file(convert(folder, tmp_path / "a.safetensors"))
+    assert {value.dtype for value in found.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    "config, what", [({"time_cond_proj_dim": 256}, "an LCM"), ({"class_embed_type": "projection"}, "an unCLIP model")]
+)
+def test_models_with_other_inputs_are_named(folder, tmp_path, config, what):
+    path = folder / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | config), encoding="utf-8")
+    with pytest.raises(UserError, match=f"is {what} .*use the .* model it was made from"):
+        convert(folder, tmp_path / "a.safetensors")
+
+
+def test_a_file_of_8_bits_becomes_fp16_and_one_without_vae_gets_another(model, tmp_path):
+    tensors = load_file(model[0] / "model.safetensors")
+    eight = {name: value.to(torch.float8_e4m3fn) if value.is_floating_point() else value for name, value in tensors.items()}
+    save_file(eight, tmp_path / "fp8.safetensors")
+    found = load_file(convert(tmp_path / "fp8.safetensors", tmp_path / "a.safetensors"))
+    name = next(name for name in tensors if name.endswith("input_blocks.0.0.weight"))
+    assert torch.equal(found[name], eight[name].half())
+    save_file({key: value for key, value in tensors.items() if "first_stage" not in key}, tmp_path / "no_vae.safetensors")
+    with pytest.raises(UserError, match="no_vae.safetensors holds no vae; give a VAE with --vae"):
+        convert(tmp_path / "no_vae.safetensors", tmp_path / "b.safetensors")
+    given = load_file(
+        convert(tmp_path / "no_vae.safetensors", tmp_path / "b.safetensors", "--vae", str(model[0] / "model.safetensors"))
+    )
+    assert given.keys() == tensors.keys()
