@@ -52,7 +52,7 @@ def _shards(index: Path) -> Iterator[tuple[Path, list[str]]]:
         by_file: dict[str, list[str]] = {}
         for name, file in weight_map.items():
             by_file.setdefault(Path(file).name, []).append(name)  # beside the index, and nowhere else
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{index} is no index of weights ({error}); fetch the model again") from error
     if not by_file:
         raise UserError(f"{index} lists no weights; fetch the model again")
