@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 from library.imports import import_model_libraries
+from library.models.family import Conditioning
 from library.models.modules import count_numbers
 from library.models.prompt_weights import parse_weights, split_at_breaks
 from library.safe_text import as_unicode
@@ -18,7 +19,7 @@ from library.safe_text import as_unicode
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-    from library.models.family import Conditioning, Config, Model, Shapes, Tokens
+    from library.models.family import Config, Model, Shapes, Tokens
 
 CLIP_BPE = Path(__file__).resolve().parents[2] / "assets" / "clip-bpe"
 VOCABULARY = 49408
@@ -186,8 +187,6 @@ def encode_text(
 
 def last_layer_conditioning(model: Model, tokens: Tokens, clip_skip: int | None = None) -> Conditioning:
     """SD 1 and 2: `context` is the wanted layer of the one encoder, after the final layer norm."""
-    from library.models.family import Conditioning
-
     (encoder,) = model.text_encoders
     return Conditioning({"context": encode_text(encoder, tokens["ids"], clip_skip, tokens.get("weights"))})
 

@@ -138,7 +138,7 @@ class Family:
     records: Records
     latents: LatentSpace = SD_LATENTS
     process: Callable[[Prediction], NoiseProcess] = NoiseProcess
-    kept_bytes: tuple[int, int] = (206_000, 33_000)  # see library/training/estimates.py
+    kept_bytes: tuple[int, int] = (206_000, 33_000)  # see library/training/checks/estimates.py
 
     @property
     def text_parts(self) -> list[Part]:

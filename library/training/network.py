@@ -85,15 +85,30 @@ def build_network(network: NetworkOptions, optimizer: OptimizerOptions, model: M
     instance.requires_grad_(True)
     if network.scale_weight_norms:
         check_max_norm(instance, model)
+    rates = text_encoder_rates(optimizer, len(model.text_encoders))
     with user_errors("learning rates"):
-        groups, names = _parameter_groups(instance, optimizer)
-    text_encoder_rate = optimizer.learning_rate if optimizer.text_encoder_lr is None else optimizer.text_encoder_lr
+        groups, names = _parameter_groups(instance, optimizer, rates)
     return TrainedNetwork(
         module=instance,
         groups=groups,
         group_names=names,
-        trains_text_encoder=not network.network_train_unet_only and text_encoder_rate > 0,
+        trains_text_encoder=not network.network_train_unet_only and trains_any(rates, optimizer.learning_rate),
     )
+
+
+def text_encoder_rates(options: OptimizerOptions, encoders: int) -> float | list[float] | None:
+    """--text_encoder_lr for a model with so many text encoders: of several rates as many as there are encoders count."""
+    rates = options.text_encoder_lr
+    if not isinstance(rates, list):
+        return rates
+    if len(rates) < encoders:
+        raise UserError(f"--text_encoder_lr has {len(rates)} rates for {encoders} text encoders; give one, or one for each")
+    return rates[0] if encoders == 1 else rates[:encoders]
+
+
+def trains_any(rates: float | list[float] | None, default: float) -> bool:
+    """Whether any text encoder has a rate above 0."""
+    return max(rates if isinstance(rates, list) else [default if rates is None else rates]) > 0
 
 
 def check_max_norm(instance: torch.nn.Module, model: Model) -> None:
@@ -128,9 +143,11 @@ def _attach(options: NetworkOptions, instance: torch.nn.Module, model: Model) ->
             instance.load_weights(options.network_weights)
 
 
-def _parameter_groups(instance: torch.nn.Module, options: OptimizerOptions) -> tuple[list[dict[str, Any]], list[str]]:
+def _parameter_groups(
+    instance: torch.nn.Module, options: OptimizerOptions, text_rates: float | list[float] | None
+) -> tuple[list[dict[str, Any]], list[str]]:
     """Groups and their names for logging; modules of third parties return the groups alone."""
-    result = instance.prepare_optimizer_params(options.text_encoder_lr, options.unet_lr, options.learning_rate)
+    result = instance.prepare_optimizer_params(text_rates, options.unet_lr, options.learning_rate)
     groups, names = result if isinstance(result, tuple) else (result, [])
     groups = [{**group, "params": list(group["params"])} for group in groups]
     return groups, list(names) or [f"group{index}" for index in range(len(groups))]

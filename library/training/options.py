@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 
 from library.command_line import OptionGroup, groups_of, parse
 from library.diffusion.samplers import SamplerName
@@ -19,9 +19,14 @@ def _as_words(value: Any) -> Any:
     return str(value)
 
 
-def _first_rate(value: Any) -> Any:
-    """SD 1.x and 2.x have one text encoder: of a list of rates the first is used."""
-    return (value[0] if value else None) if isinstance(value, list) else value
+def _as_list(value: Any) -> Any:
+    """One value as a list of one; an empty list as nothing."""
+    return (value or None) if isinstance(value, list) or value is None else [value]
+
+
+def _one_or_several(values: list[float] | None) -> float | list[float] | None:
+    """A list of one rate as the rate itself."""
+    return values[0] if values and len(values) == 1 else values
 
 
 def _chunk_lengths(value: Any) -> Any:
@@ -45,6 +50,7 @@ def steps_or_share(text: Any) -> int | float:
 Words = Annotated[str | None, BeforeValidator(_as_words)]
 StepsOrShare = Annotated[int | float, BeforeValidator(steps_or_share)]
 Count = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(ge=0)]
 CountOrOff = Annotated[
     Count | None, BeforeValidator(lambda value: None if value in (0, "0") else value)
 ]  # 0 as front ends write it
@@ -221,10 +227,9 @@ class OptimizerOptions(OptionGroup):
         record="ss_unet_lr",
         unless="network_train_text_encoder_only",
     )
-    text_encoder_lr: Annotated[float | None, BeforeValidator(_first_rate)] = option(
+    text_encoder_lr: Annotated[list[Rate] | None, BeforeValidator(_as_list), AfterValidator(_one_or_several)] = option(
         None,
-        ge=0,
-        help="learning rate of the text encoder's LoRA; unset: learning_rate",
+        help="learning rate of the text encoder's LoRA, or one for each encoder; unset: learning_rate",
         record="ss_text_encoder_lr",
         unless="network_train_unet_only",
     )

@@ -308,5 +308,6 @@ def test_the_trainer_writes_its_config_and_stops(tmp_path, monkeypatch, capsys):
     assert "x.toml" in capsys.readouterr().out
 
 
-def test_text_encoder_lr_list_uses_the_first():
+def test_text_encoder_lr_is_one_rate_or_one_for_each_encoder():
     assert parse_options([*NEEDED, "--text_encoder_lr=1e-5"]).optimizer.text_encoder_lr == 1e-5
+    assert parse_options([*NEEDED, "--text_encoder_lr", "1e-5", "2e-5"]).optimizer.text_encoder_lr == [1e-5, 2e-5]
