@@ -39,7 +39,8 @@ def small_stable_diffusion(
     The weights are uniform numbers from a seeded generator, which are the same on every machine, and scaled so that signals keep
     their size: predictions depend on picture, timestep and text. The VAE's 8 x 8 pixels to a latent are as in the real one.
     """
-    family, prediction = sd2.FAMILY if v2 else sd1.FAMILY, "v" if v_parameterization else "epsilon"
+    family = sd2.FAMILY if v2 else sd1.FAMILY
+    prediction: Prediction = "v" if v_parameterization else "epsilon"
     configs = {
         "unet": small_unet_config(family, prediction, unet_channels, text_width),
         "vae": vae_config(vae_channels, layers=1),
@@ -108,7 +109,7 @@ def sd15_configs() -> dict[str, Config]:
 def sd2_configs() -> dict[str, Config]:
     """The full-size SD 2.x that predicts velocity; its text encoder has 23 of OpenCLIP's 24 layers."""
     return {
-        "unet": unet_config((320, 640, 1280, 1280), context_width=1024, **SD2_UNET, sample_size=96),
+        "unet": unet_config((320, 640, 1280, 1280), context_width=1024, sample_size=96, **SD2_UNET),
         "vae": vae_config((128, 256, 512, 512)),
         "text_encoder": text_config(1024, 23, activation="gelu"),
     }
@@ -127,11 +128,11 @@ def sdxl_configs() -> dict[str, Config]:
     }  # fmt: skip
 
 
-SD2_UNET = {"heads": None, "linear_projection": True, "upcast_attention": True}
+SD2_UNET: dict[str, Any] = {"heads": None, "linear_projection": True, "upcast_attention": True}
 
 
 def small_unet_config(family: Family, prediction: Prediction, channels: tuple[int, ...], text_width: int) -> Config:
-    own = {**SD2_UNET, "sample_size": 96 if prediction == "v" else 64} if family is sd2.FAMILY else {}
+    own: dict[str, Any] = {**SD2_UNET, "sample_size": 96 if prediction == "v" else 64} if family is sd2.FAMILY else {}
     return unet_config(channels, context_width=text_width, **own)
 
 

@@ -33,7 +33,7 @@ def offset(latents: Tensor, options: LossOptions) -> Tensor:
     The strength is --noise_offset, times one uniform number a batch with --noise_offset_random_strength. With
     --adaptive_noise_scale s it is max(0, strength + s * |mean of the channel|).
     """
-    strength: float | Tensor = options.noise_offset
+    strength: float | Tensor = options.noise_offset or 0.0
     shift = torch.randn(*latents.shape[:2], 1, 1, device=latents.device, dtype=latents.dtype)
     if options.noise_offset_random_strength:
         strength = strength * torch.rand(1, device=latents.device, dtype=latents.dtype)

@@ -231,7 +231,7 @@ def apply_weights(embeddings: Tensor, weights: Tensor) -> Tensor:
     return torch.where(equal, plain, weighted * ratio).to(embeddings.dtype)
 
 
-def inner_text_model(text_encoder: nn.Module) -> nn.Module:
+def inner_text_model(text_encoder: nn.Module) -> Any:
     """The module that holds `embeddings`, `encoder` and `final_layer_norm`.
 
     Up to transformers 5.5 that is `CLIPTextModel.text_model`, later `CLIPTextModel` itself.

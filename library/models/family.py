@@ -154,7 +154,7 @@ class Model:
     """A model ready for use: every part in eval mode, no parameter asking for gradients."""
 
     family: Family
-    parts: dict[str, nn.Module]
+    parts: dict[str, Any]  # of Diffusers and transformers, whose attributes (config, dtype, ...) are looked up by name
     tokenizers: list[Any]  # one for each text encoder
     prediction: Prediction
     name: str  # as the user gave it
@@ -163,15 +163,15 @@ class Model:
     _views: tuple[nn.Module | list[nn.Module], nn.Module] | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
-    def denoiser(self) -> nn.Module:
+    def denoiser(self) -> Any:
         return self.parts[next(part.name for part in self.family.parts if part.role == "denoiser")]
 
     @property
-    def vae(self) -> nn.Module:
+    def vae(self) -> Any:
         return self.parts[self.family.vae_part.name]
 
     @property
-    def text_encoders(self) -> list[nn.Module]:
+    def text_encoders(self) -> list[Any]:
         return [self.parts[part.name] for part in self.family.text_parts]
 
     @property
@@ -253,7 +253,7 @@ def renamed_view(root: nn.Module, file_paths: Callable[[nn.Module], Callable[[st
         for name in above:
             if name not in parent._modules:
                 parent.add_module(name, _node("Module"))
-            parent = parent._modules[name]
+            parent = parent.get_submodule(name)
         is_layer = next(module.children(), None) is None
         if is_layer:
             parent.add_module(last, module)

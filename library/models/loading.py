@@ -80,7 +80,7 @@ def load_stable_diffusion(
     VAE alone. Raises UserError for what is not such a model, and if `v2` is given and does not fit it.
     """
     path = Path(name_or_path)
-    where = {"dtype": dtype, "device": device}
+    where: Where = {"dtype": dtype, "device": device}
     if path.is_file():
         model = _from_file(path, v2, prediction, vae is None, where)
     else:
@@ -100,7 +100,7 @@ def load_vae(
     `part`: the VAE of the family it is for.
     """
     path = Path(name_or_path)
-    where = {"dtype": dtype, "device": device}
+    where: Where = {"dtype": dtype, "device": device}
     if path.is_file():
         return _vae_from_file(path, part, where)
     if not path.is_dir():
@@ -159,8 +159,9 @@ def _vae_from_file(path: Path, part: Part, where: Where) -> AutoencoderKL:
         def place(name: str, value: Tensor) -> list[tuple[str, str, Tensor]]:
             inside = name[len(prefix) :]
             new = modern_vae_name(inside) if in_diffusers_names else renamed(inside, table)
-            kept = name.startswith(prefix) and new is not None and not new.startswith("loss.")
-            return [("vae", new, vae_to_diffusers(new, value))] if kept else []
+            if new is None or not name.startswith(prefix) or new.startswith("loss."):
+                return []
+            return [("vae", new, vae_to_diffusers(new, value))]
 
         shapes = _shapes_by_part(file, place)["vae"]
         try:

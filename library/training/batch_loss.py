@@ -50,6 +50,7 @@ class BatchLoss:
         if batch.latents is not None:
             latents = batch.latents.to(self.device, non_blocking=True)
         else:
+            assert batch.images is not None, "a batch holds latents or images"
             with torch.no_grad():
                 latents = self.model.encode_images(batch.images)
         return self.model.latents.scaled(latents)

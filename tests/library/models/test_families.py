@@ -88,10 +88,10 @@ def test_a_view_holds_the_same_layers_under_other_paths():
     root = nn.Module()
     root.block = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
     root.rest = nn.Linear(2, 2)
-    view = renamed_view(root, lambda path: None if path.startswith("rest") else path.replace("block", "a.0.b"))
+    view = renamed_view(root, lambda module: lambda path: None if path.startswith("rest") else path.replace("block", "a.0.b"))
     assert [path for path, _ in view.named_modules()] == ["", "a", "a.0", "a.0.b", "a.0.b.0", "a.0.b.1"]
     assert view.get_submodule("a.0.b.0") is root.block[0] and type(view.get_submodule("a.0.b")).__name__ == "Sequential"
-    assert renamed_view(root, None) is root and renamed_view(root, lambda path: path) is root
+    assert renamed_view(root, None) is root and renamed_view(root, lambda module: lambda path: path) is root
 
 
 @pytest.mark.parametrize("file, v2", [("lora-keys-sd15.csv", False), ("lora-keys-sd2.csv", True)])

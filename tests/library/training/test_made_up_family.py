@@ -55,7 +55,7 @@ MADE_UP = Family(
     name="made-up",
     title="Made-up Diffusion",
     parts=(
-        replace(_UNET, file_path=path_in_files),
+        replace(_UNET, file_paths=lambda module: path_in_files),
         replace(KL_VAE, read_config=partial(read_vae_config, latents=SPACE)),
         _TEXT,
         replace(_TEXT, name="text_encoder_2"),
