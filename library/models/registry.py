@@ -58,7 +58,8 @@ def detect_folder(folder: Path, pipeline: str, configs: Mapping[str, Config]) ->
     named = next((family for family in FAMILIES if family.pipeline == pipeline), FAMILIES[0])
     if missing := [part.name for part in named.text_parts if part.name not in configs]:
         raise UserError(f"{folder} is incomplete: {pipeline} needs {' and '.join(missing)}; fetch the whole model")
-    return next((family for family in FAMILIES if family.owns_folder(configs)), named)
+    by_pipeline = sorted(FAMILIES, key=lambda family: family.pipeline != pipeline)  # those of this name first
+    return next((family for family in by_pipeline if family.owns_folder(configs)), named)
 
 
 def check_v2(source: str, family: Family, v2: bool) -> None:

@@ -128,7 +128,11 @@ def test_it_trains_is_saved_merged_and_draws(base_model, run, words, tmp_path):
     weights = tensors_of(file)
     modules = {key.partition(".")[0] for key in weights}
     count = {prefix: sum(name.startswith(prefix) for name in modules) for prefix in ("lora_te1_", "lora_te2_", "lora_unet_net_")}
-    assert count == {"lora_te1_": 12, "lora_te2_": 6, "lora_unet_net_": len(modules) - 18}
+    te1, te2 = (0, 0) if "--network_train_unet_only" in words else (12, 6)
+    assert (
+        count == {"lora_te1_": te1, "lora_te2_": te2, "lora_unet_net_": len(modules) - te1 - te2}
+        and count["lora_unet_net_"] > 100
+    )
     changed = {name for name in modules if weights[f"{name}.lora_up.weight"].any()}
     assert {name.split("_")[1] for name in changed} == (
         {"unet"} if "--network_train_unet_only" in words else {"te1", "te2", "unet"}
