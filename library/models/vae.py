@@ -32,7 +32,7 @@ def vae_config(
         "mid_block_add_attention": middle_attention,
         "sample_size": 512,
         "scaling_factor": latents.scale,
-    }
+    } | ({"shift_factor": latents.shift} if latents.shift else {})
 
 
 def read_vae_config(shapes: Shapes, prediction: Prediction = "epsilon", *, latents: LatentSpace = SD_LATENTS) -> Config:
