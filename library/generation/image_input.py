@@ -68,7 +68,8 @@ def encode_pictures(model: Model, pictures: list[Image.Image], generators: list[
     for start in range(0, len(pictures), at_once):
         chosen = slice(start, start + at_once)
         parts.append(model.encode_images(to_pixels(pictures[chosen]), generators[chosen]))
-    result = model.latents.scaled(torch.cat(parts))
+    # The VAE answers in the layout of the pixels, and the denoiser would keep it: another one, other last bits.
+    result = model.latents.scaled(torch.cat(parts)).contiguous()
     if not result.isfinite().all():
         dtype = next(model.vae.parameters()).dtype
         raise UserError(f"the VAE overflows in {dtype} on the picture given; add --no_half_vae or give another --vae")
