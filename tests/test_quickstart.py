@@ -262,7 +262,11 @@ def test_what_the_tree_imports_is_required():
     missing = []
     for path in python_files():
         allowed = for_tests if path.relative_to(ROOT).parts[0] in ("tests", "benchmarks") else required
-        local = own | {sibling.stem for folder in (path.parent, ROOT / "tests/library/training") for sibling in folder.iterdir()}
+        local = own | {
+            sibling.stem
+            for folder in (path.parent, ROOT / "tests", ROOT / "tests/library/training")
+            for sibling in folder.iterdir()
+        }
         for module in imported_modules(ast.parse(path.read_text(encoding="utf-8"))) - sys.stdlib_module_names - local - OPTIONAL:
             if IMPORT_TO_PACKAGE.get(module, module) not in allowed and module != "tomllib":
                 missing.append(f"{path.relative_to(ROOT)}: {module}")

@@ -200,7 +200,7 @@ def test_a_missing_strength_is_one_and_a_surplus_is_an_error(files, load):
         ({"modules": ["networks.lora"] * 3}, "--network_module has 3 values for 2"),
         ({"args": ["a=1", "", ""]}, "--network_args has 3 values for 2"),
         ({"merge_first": 3}, "give 0 to 2"),
-        ({"args": ["rank"]}, "key=value;key=value"),
+        ({"args": ["rank"]}, "expected key=value, got 'rank'"),
         ({"args": ["rnk_dropout=0.1"]}, "did you mean 'rank_dropout'"),
         ({"modules": ["networks.lor"]}, "did you mean 'networks.lora'"),
         ({"modules": []}, "needs --network_module"),
