@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PlainSerializer
 
 from library.command_line import OptionGroup, groups_of, parse
 from library.diffusion.samplers import SamplerName
@@ -227,7 +227,9 @@ class OptimizerOptions(OptionGroup):
         record="ss_unet_lr",
         unless="network_train_text_encoder_only",
     )
-    text_encoder_lr: Annotated[list[Rate] | None, BeforeValidator(_as_list), AfterValidator(_one_or_several)] = option(
+    text_encoder_lr: Annotated[
+        list[Rate] | None, BeforeValidator(_as_list), AfterValidator(_one_or_several), PlainSerializer(lambda rates: rates)
+    ] = option(
         None,
         help="learning rate of the text encoder's LoRA, or one for each encoder; unset: learning_rate",
         record="ss_text_encoder_lr",
