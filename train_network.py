@@ -10,8 +10,11 @@ from library.errors import UserError, run_entry
 from library.imports import collector_resting
 
 
-def main() -> int:
-    """Read the options, then import what training needs: --help and a misspelt option answer at once."""
+def main(family: str | None = None) -> int:
+    """Read the options, then import what training needs: --help and a misspelt option answer at once.
+
+    family: the one family of models to accept, by its name.
+    """
     quiet_unless_main()
     from library.training.checks.launcher import check_launcher
     from library.training.options import all_defaults, parse_options
@@ -36,8 +39,11 @@ def main() -> int:
 
     set_up_console(options.logs.console_log_level, options.logs.console_log_file, options.logs.console_log_simple)
     with collector_resting():
+        from library.models.loading import check_family
         from library.training.entry import train
 
+        if family and options.model.pretrained_model_name_or_path:
+            check_family(options.model.pretrained_model_name_or_path, family, "train_network.py, which trains all families")
     return train(options)
 
 

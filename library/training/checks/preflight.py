@@ -23,6 +23,7 @@ from library.training.checks.contradictions import contradictions
 from library.training.checks.disk_space import space_needed, too_little_space
 from library.training.checks.estimates import estimated_bytes, largest_batch
 from library.training.checks.idle_options import idle_options
+from library.training.checks.model_facts import follow_model
 from library.training.checks.trial import trial_optimizer, try_schedule
 from library.training.datasets import dataset_configs, open_dataset
 from library.training.memory.compiling import check_backend
@@ -62,11 +63,13 @@ def preflight(options: TrainNetworkOptions, device: torch.device, world: int) ->
     The pictures are looked at even if an option is wrong already: what is wrong with them is told in the same breath.
     """
     problems = Problems()
-    problems.found += contradictions(options)
     debug = options.data.debug_dataset
+    header = None if debug else problems.of(read_model_header, options)
+    if header is not None and (line := follow_model(options, header)):
+        print(line)
+    problems.found += contradictions(options)
     run_checks(problems, [] if debug else checks_of_options(options, device))
     has_pictures = options.data.dataset_config or options.data.train_data_dir or options.data.in_json
-    header = None if debug else problems.of(read_model_header, options)
     configs = problems.of(dataset_configs, options) if has_pictures else None
     resumed = None if debug else problems.of(open_state, options)
     seed = problems.of(chosen_seed, options, resumed) or 0

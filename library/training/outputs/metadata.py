@@ -152,7 +152,7 @@ def model_spec(options: TrainNetworkOptions, datasets: Sequence[DatasetFacts], r
     width, height = max(sizes, key=lambda size: size[0] * size[1])
     keys = {
         "architecture": records.architecture[model.prediction] + "/lora",
-        "implementation": "diffusers",
+        "implementation": records.implementation,
         "implementation_version": f"sd-lora-suite/{__version__}",
         "title": options.metadata.metadata_title or options.output.output_name or f"LoRA@{time.time():.0f}",
         "resolution": f"{width}x{height}",

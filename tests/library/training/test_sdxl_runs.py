@@ -1,0 +1,122 @@
+"""SDXL through the trainer: its files in Diffusers, both text encoders, resuming, and what the model says it predicts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from library.errors import UserError
+from library.models.clip import tokenize
+from library.models.loading import check_family, load_stable_diffusion
+from library.models.saving import save_stable_diffusion
+from library.testing import small_sdxl
+from networks.lora import create_network_from_weights
+
+
+@pytest.fixture(scope="session")
+def sdxl_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("sdxl") / "sdxl.safetensors"
+    save_stable_diffusion(small_sdxl(unet_channels=(32, 32, 32), vae_channels=(32, 32, 32, 32)), path)
+    return path
+
+
+@pytest.fixture
+def train(run, sdxl_file):
+    def start(*words):
+        return run(f"--pretrained_model_name_or_path={sdxl_file}", "--network_module=networks.lora", "--network_dim=2", *words)
+
+    return start
+
+
+def applied(path, file):
+    model = load_stable_diffusion(str(path))
+    network, weights = create_network_from_weights(1.0, file, model.vae, *model.for_networks())
+    network.apply_to(*model.for_networks())
+    network.load_state_dict(weights)
+    return model, network, weights
+
+
+@torch.no_grad()
+def prediction(model):
+    text = model.encode_text(tokenize(model.tokenizers, ["a red square"]))
+    sizes = torch.tensor([[64, 64, 0, 0, 64, 64]])
+    return model.predict(torch.ones(1, 4, 8, 8), torch.tensor([500]), text, sizes)
+
+
+def test_the_file_loads_in_diffusers_and_gives_the_same_image(train, sdxl_file, tmp_path):
+    from diffusers import StableDiffusionXLPipeline
+
+    done = train("--max_train_steps=4", "--learning_rate=0.02", "--network_args", "conv_dim=2")
+    file = done.folder / "mine.safetensors"
+    tensors = load_file(file)
+    ups = {prefix: [v for k, v in tensors.items() if k.startswith(prefix) and "up." in k] for prefix in ("lora_te1", "lora_te2")}
+    assert all(sum(bool(value.any()) for value in values) >= 12 for values in ups.values())  # both learn
+    facts = done.metadata()
+    assert facts["ss_base_model_version"] == "sdxl_base_v1-0" and facts["ss_v2"] == "False"
+    assert facts["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+    assert facts["modelspec.implementation"].endswith("generative-models")
+
+    folder = tmp_path / "folder"
+    save_stable_diffusion(load_stable_diffusion(str(sdxl_file)), folder)
+    pipe = StableDiffusionXLPipeline.from_pretrained(str(folder), add_watermarker=False)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(str(file))
+    parts = (pipe.unet, pipe.text_encoder, pipe.text_encoder_2)
+    adapters = [name for part in parts for name, _ in part.named_modules() if name.endswith("lora_A.default_0")]
+    assert len(adapters) == sum(key.endswith("lora_down.weight") for key in tensors)
+    model, network, weights = applied(sdxl_file, file)
+    ours = StableDiffusionXLPipeline(
+        model.vae, *model.text_encoders, *model.tokenizers, model.denoiser, pipe.scheduler, add_watermarker=False
+    )
+    ours.set_progress_bar_config(disable=True)
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    theirs, own = (
+        each("a red square", latents=noise, num_inference_steps=3, height=64, width=64, output_type="latent").images
+        for each in (pipe, ours)
+    )
+    torch.testing.assert_close(own, theirs, rtol=1e-3, atol=1e-3)
+
+    merged = load_stable_diffusion(str(sdxl_file))
+    plain = prediction(merged)
+    network.merge_to(*merged.for_networks(), weights)
+    torch.testing.assert_close(prediction(merged), prediction(model), rtol=1e-3, atol=1e-4)
+    assert (prediction(merged) - plain).abs().max() > 1e-3
+
+
+def test_trap_60_a_resumed_run_ends_in_the_same_bytes(train):
+    whole = train("--max_train_steps=4", "--save_every_n_steps=2", "--save_state")
+    again = train("--max_train_steps=4", f"--resume={whole.folder / 'mine-step00000002-state'}")
+    ours, theirs = whole.tensors(), again.tensors()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], value) for key, value in theirs.items())
+
+
+def test_gradient_checkpointing_changes_nothing(train):
+    words = ["--max_train_steps=2", "--learning_rate=0.01"]
+    plain, saving = train(*words), train(*words, "--gradient_checkpointing")
+    for key, tensor in plain.tensors().items():
+        torch.testing.assert_close(saving.tensors()[key], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_trap_3_velocity_and_zero_terminal_snr_follow_the_model(run, sdxl_file, tmp_path, capsys):
+    base = tmp_path / "v.safetensors"
+    save_file(load_file(sdxl_file) | {"v_pred": torch.empty(0), "ztsnr": torch.empty(0)}, base)
+    words = ["--network_module=networks.lora", "--network_dim=2", "--max_train_steps=1"]
+    told = run(f"--pretrained_model_name_or_path={base}", *words)
+    assert "the model predicts velocity, zero terminal SNR (tensor v_pred)" in capsys.readouterr().out
+    asked = run(f"--pretrained_model_name_or_path={sdxl_file}", *words, "--v_parameterization", "--zero_terminal_snr")
+    assert "predicts" not in capsys.readouterr().out
+    assert all(torch.equal(asked.tensors()[key], value) for key, value in told.tensors().items())
+    assert told.metadata()["ss_zero_terminal_snr"] == "True" and told.metadata()["modelspec.prediction_type"] == "v"
+
+
+def test_trap_9_clip_skip_is_not_recorded(train, caplog):
+    done = train("--max_train_steps=1", "--clip_skip=1")
+    assert "--clip_skip 1 has no effect" in caplog.text
+    assert done.metadata().get("ss_clip_skip", "None") == "None" and "modelspec.encoder_layer" not in done.metadata()
+
+
+def test_trap_7_a_model_of_another_family_is_named(base_model, sdxl_file):
+    check_family(str(sdxl_file), "sdxl", "")
+    with pytest.raises(UserError, match=r"is an SD 1.x model; use train_network.py"):
+        check_family(str(base_model), "sdxl", "train_network.py")
