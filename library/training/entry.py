@@ -13,7 +13,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from library.data.debug import write_debug_sheet
 from library.devices import cpu_has_fast_bf16, keep_freed_memory, use_all_cores
 from library.processes import EndedElsewhere, Processes, launched_world, timeout
-from library.training.checks.model_facts import follow_model
+from library.training.checks.model_facts import following_model
 from library.training.checks.preflight import preflight
 from library.training.loop import Listener
 from library.training.memory.precision import HalfGradScaler
@@ -48,7 +48,7 @@ def train_here(
     set_up_machine(options, accelerator)
     ready = processes.on_main(lambda: preflight(options, accelerator.device, processes.world))
     if ready.header is not None:
-        follow_model(options, ready.header)  # in every process; the main one did
+        options, _ = following_model(options, ready.header)
     print(ready.dataset.bucket_table())
     if options.data.debug_dataset:
         sheet = processes.on_main(lambda: write_debug_sheet(ready.dataset, Path(options.output.output_dir)))

@@ -1,21 +1,26 @@
-"""What the model itself says, written into the options that leave it open: so training, metadata and previews agree."""
+"""What the model itself says, for the options that leave it open: so training, metadata and previews agree."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from library.models.loading import Header
 from library.training.options import TrainNetworkOptions
 
 
-def follow_model(options: TrainNetworkOptions, header: Header) -> str | None:
-    """Prediction type, zero terminal SNR and the layer of text by the model's header; what was given wins.
+def following_model(options: TrainNetworkOptions, header: Header) -> tuple[TrainNetworkOptions, str | None]:
+    """The options with prediction type, zero terminal SNR and layer of text by the model's header; what was given wins.
 
-    Returns a line about what was set, if anything was.
+    Also a line about the prediction type, if it was set.
     """
     model, loss, said = options.model, options.loss, header.said
-    model.clip_skip = header.family.text.clip_skip(model.clip_skip)
-    if said.prediction != "v" or "v_parameterization" in model.model_fields_set:
-        return None
-    model.v_parameterization = True
-    if "zero_terminal_snr" not in loss.model_fields_set:
-        loss.zero_terminal_snr = said.zero_terminal_snr
-    return f"the model predicts {said}: trained so; v_parameterization = false in a --config_file says otherwise"
+    of_model: dict[str, Any] = {"clip_skip": header.family.text.clip_skip(model.clip_skip)}
+    of_loss: dict[str, Any] = {}
+    line = None
+    if said.prediction == "v" and "v_parameterization" not in model.model_fields_set:
+        of_model["v_parameterization"] = True
+        if "zero_terminal_snr" not in loss.model_fields_set:
+            of_loss["zero_terminal_snr"] = said.zero_terminal_snr
+        line = f"the model predicts {said}: trained so; v_parameterization = false in a --config_file says otherwise"
+    groups = {"model": model.model_copy(update=of_model), "loss": loss.model_copy(update=of_loss)}
+    return options.model_copy(update=groups), line

@@ -23,7 +23,7 @@ from library.training.checks.contradictions import contradictions
 from library.training.checks.disk_space import space_needed, too_little_space
 from library.training.checks.estimates import estimated_bytes, largest_batch
 from library.training.checks.idle_options import idle_options
-from library.training.checks.model_facts import follow_model
+from library.training.checks.model_facts import following_model
 from library.training.checks.trial import trial_optimizer, try_schedule
 from library.training.datasets import dataset_configs, open_dataset
 from library.training.memory.compiling import check_backend
@@ -65,8 +65,10 @@ def preflight(options: TrainNetworkOptions, device: torch.device, world: int) ->
     problems = Problems()
     debug = options.data.debug_dataset
     header = None if debug else problems.of(read_model_header, options)
-    if header is not None and (line := follow_model(options, header)):
-        print(line)
+    if header is not None:
+        options, line = following_model(options, header)
+        if line:
+            print(line)
     problems.found += contradictions(options)
     run_checks(problems, [] if debug else checks_of_options(options, device))
     has_pictures = options.data.dataset_config or options.data.train_data_dir or options.data.in_json
