@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from gen_img_diffusers import main
 from library.errors import run_entry
+from library.generation.program import main
 
 if __name__ == "__main__":
     run_entry(main)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from library.errors import run_entry
-from train_network import main
+from library.training.program import main
 
 if __name__ == "__main__":
     run_entry(partial(main, family="sdxl"))

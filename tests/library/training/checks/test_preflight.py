@@ -92,7 +92,7 @@ def test_a_file_that_is_no_model_is_told_with_the_rest(folder):
     page = folder / "page.safetensors"
     page.write_text("<!DOCTYPE html><html>not found</html>", encoding="utf-8")
     found = problems(options(f"--pretrained_model_name_or_path={page}", "--vae=gone.pt", folder=folder))
-    assert len(found) == 2 and "is a web page" in found[1]
+    assert len(found) == 2 and "is a web page" in found[0]  # the model first: what it says decides about options
 
 
 def test_a_wrong_schedule_is_told_beside_missing_pictures(folder):

@@ -1,0 +1,47 @@
+"""The training program, which stands under one name for all families and under others for one of them."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from library.console import is_main_process, quiet_unless_main, set_up_console
+from library.errors import UserError
+from library.imports import collector_resting
+
+
+def main(family: str | None = None) -> int:
+    """Read the options, then import what training needs: --help and a misspelt option answer at once.
+
+    family: the one family of models to accept, by its name.
+    """
+    quiet_unless_main()
+    from library.training.checks.launcher import check_launcher
+    from library.training.options import all_defaults, parse_options
+
+    try:
+        options = parse_options(sys.argv[1:])
+        check_launcher()
+    except UserError as error:
+        if is_main_process():
+            raise
+        time.sleep(2)  # the launcher ends all when one ends, and the main process shall have its word first
+        return error.exit_code
+    if options.logs.output_config:
+        from library.training.outputs.config_output import write_config
+
+        print(f"the options are in {write_config(options, options.logs.config_file)}")
+        return 0
+    if options.metadata.from_metadata:
+        from library.training.outputs.from_metadata import print_from_metadata
+
+        return print_from_metadata(options.metadata.from_metadata, all_defaults())
+
+    set_up_console(options.logs.console_log_level, options.logs.console_log_file, options.logs.console_log_simple)
+    with collector_resting():
+        from library.models.loading import check_family
+        from library.training.entry import train
+
+        if family and options.model.pretrained_model_name_or_path:
+            check_family(options.model.pretrained_model_name_or_path, family, "train_network.py, which trains all families")
+    return train(options)
