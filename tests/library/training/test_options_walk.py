@@ -129,16 +129,16 @@ def test_a_thumbnail_is_kept_as_a_picture(tmp_path):
 
 @pytest.mark.option("console_log_level", "console_log_file", "console_log_simple", "from_metadata")
 def test_the_entry_hands_on_what_is_its_own(monkeypatch):
-    import train_network
+    from library.training import program
 
     calls = []
-    monkeypatch.setattr(train_network, "set_up_console", lambda *a: calls.append(a))
+    monkeypatch.setattr(program, "set_up_console", lambda *a: calls.append(a))
     monkeypatch.setattr("library.training.entry.train", lambda *a: 0)
     monkeypatch.setattr("library.training.outputs.from_metadata.print_from_metadata", lambda *a: calls.append(a[:1]) or 0)
     words = ["--console_log_level=ERROR", "--console_log_file=x.log", "--console_log_simple"]
     for more in (words, ["--from_metadata=x.safetensors"]):
         monkeypatch.setattr("sys.argv", ["train_network.py", *NEEDED, *more])
-        assert train_network.main() == 0
+        assert program.main() == 0
     assert calls == [("ERROR", "x.log", True), ("x.safetensors",)]
 
 

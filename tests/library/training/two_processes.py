@@ -65,10 +65,10 @@ def launch(folder: Path, launcher: list[str], runs: dict[str, list[str]]) -> dic
 
 def one_process(runs: Path) -> None:
     """What each of the launched processes does."""
-    import train_network  # before the entry has set up the console, nothing heavy is imported
+    from library.training import program  # before the entry has set up the console, nothing heavy is imported
 
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # every run connects anew, on a port of its own
-    train_network.quiet_unless_main()
+    program.quiet_unless_main()
     folder, rank, outcomes = runs.parent, os.environ["RANK"], {}
     printed = folder / f"printed{rank}.txt"
     with printed.open("w", encoding="utf-8") as file:
