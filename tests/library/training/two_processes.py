@@ -75,7 +75,7 @@ def one_process(runs: Path) -> None:
         os.dup2(file.fileno(), 1)
     for name, words, port in json.loads(runs.read_text(encoding="utf-8")):
         os.environ["MASTER_PORT"] = str(port)
-        outcomes[name] = one_run(train_network.main, words, printed)
+        outcomes[name] = one_run(program.main, words, printed)
     (folder / f"outcomes{rank}.json").write_text(json.dumps(outcomes), encoding="utf-8")
 
 
