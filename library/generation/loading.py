@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def load_model(
-    ckpt: str, *, v2: bool | None = None, prediction: Prediction = "epsilon", vae: str | None = None,
+    ckpt: str, *, v2: bool | None = None, prediction: Prediction | None = None, vae: str | None = None,
     dtype: torch.dtype = torch.float32,
     no_half_vae: bool = False, device: torch.device | str | None = None, xformers: bool = False, channels_last: bool = False,
     vae_tiling: bool = False,

@@ -73,8 +73,8 @@ class Studio:
         return generate(
             self.model, specs, batch_size=speed.batch_size, vae_batch_size=speed.vae_batch_size,
             clip_skip=self.options.model.clip_skip, max_token_length=CHUNK * (prompts.max_embeddings_multiples or 1),
-            zero_terminal_snr=self.options.model.zero_terminal_snr, networks=self.networks, highres=self.highres,
-            regions=self.regions, texts=self._texts, progress=progress, on_error=on_error,
+            zero_terminal_snr=self.options.model.zero_terminal_snr or self.model.zero_terminal_snr, networks=self.networks,
+            highres=self.highres, regions=self.regions, texts=self._texts, progress=progress, on_error=on_error,
         )  # fmt: skip
 
     def facts(self) -> RunFacts:
@@ -115,7 +115,7 @@ def _load(options: GenerateOptions) -> Model:
             option = "--network_weights" if file in (options.network.network_weights or ()) else "--textual_inversion_embeddings"
             raise UserError(f"{option} {file}: there is no such file")
     model = load_model(
-        chosen.ckpt, v2=chosen.v2, prediction="v" if chosen.v_parameterization else "epsilon", vae=chosen.vae,
+        chosen.ckpt, v2=chosen.v2, prediction="v" if chosen.v_parameterization else None, vae=chosen.vae,
         dtype=torch.float16 if speed.fp16 else torch.bfloat16 if speed.bf16 else torch.float32, no_half_vae=speed.no_half_vae,
         xformers=speed.xformers or speed.diffusers_xformers, channels_last=speed.opt_channels_last, vae_tiling=speed.vae_tiling,
     )  # fmt: skip

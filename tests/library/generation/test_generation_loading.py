@@ -63,6 +63,12 @@ def test_wrong_models_are_one_line(saved, tmp_path):
         load_model(str(saved), device="cpu", dtype=torch.float16)
 
 
+def test_a_folder_is_drawn_as_its_scheduler_predicts(v_model, tmp_path):
+    save_stable_diffusion(v_model, tmp_path / "model")
+    assert load_model(str(tmp_path / "model")).prediction == "v"
+    assert load_model(str(tmp_path / "model"), prediction="epsilon").prediction == "epsilon"  # the option wins
+
+
 @pytest.mark.parametrize("sampler", ["ddim", "euler_a", "dpmsolver++"])
 def test_zero_terminal_snr_equals_diffusers_pipeline(v_model, latents_of, sampler):
     spec = replace(CAT, sampler=sampler)
