@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any, ParamSpec, TextIO, TypeVar
 
@@ -81,6 +81,16 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
         by_lower = {k.lower(): k for k in known}
         matches = [by_lower[m] for m in difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=cutoff)]
     return matches[0] if matches else None
+
+
+def listed(items: Sequence[str], most: int = 10, separator: str = ", ") -> str:
+    """The first items, and how many more there are.
+
+    >>> listed(["a", "b", "c"], 2), listed(["a", "b", "c"], 2, "; ")
+    ('a, b and 1 more', 'a; b; and 1 more')
+    """
+    more = f"{separator.rstrip(', ')} and {len(items) - most} more" if len(items) > most else ""
+    return separator.join(items[:most]) + more
 
 
 def unknown(what: str, name: str, known: Iterable[str], where: str = "") -> UserError:

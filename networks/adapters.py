@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from library.errors import UserError
 from library.formats.adapters.registry import Adapter, find_adapter
-from networks.lora import TEXT_ENCODER_PREFIX, UNET_PREFIX, TextEncoders, lora_path, named_for
+from networks.lora import TextEncoders, lora_path, named_for, named_parts
 
 AnyLayer = nn.Linear | nn.Conv2d | nn.LayerNorm | nn.GroupNorm
 
@@ -91,11 +91,7 @@ def _applied(layer: AnyLayer, x: Tensor, weight: Tensor, bias: Tensor | None) ->
 def all_layers(text_encoder: TextEncoders, unet: nn.Module | None) -> dict[str, AnyLayer]:
     """Every layer that a file can change, by LoRA name: also those that `find_layers` has no LoRA for."""
     layers: dict[str, AnyLayer] = {}
-    encoders = text_encoder if isinstance(text_encoder, list | tuple) else [text_encoder]
-    roots = [
-        (f"{TEXT_ENCODER_PREFIX}{number if len(encoders) > 1 else ''}", root) for number, root in enumerate(encoders, start=1)
-    ]
-    for prefix, root in [*roots, (UNET_PREFIX, unet)]:
+    for prefix, root in named_parts(text_encoder, unet).items():
         for path, module in root.named_modules() if root is not None else ():
             if isinstance(module, AnyLayer) and module.weight is not None:
                 layers[lora_path(path, prefix)] = module

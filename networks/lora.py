@@ -74,11 +74,19 @@ def find_layers(text_encoder: TextEncoders, unet: nn.Module | None, conv3x3: boo
 
     Names begin with `lora_te`, or of several text encoders with `lora_te1`, `lora_te2`, and with `lora_unet`.
     """
+    blocks = UNET_BLOCKS_3X3 if conv3x3 else UNET_BLOCKS
     layers: dict[str, Layer] = {}
+    for prefix, part in named_parts(text_encoder, unet).items():
+        layers |= _layers_in(part, prefix, blocks if prefix == UNET_PREFIX else TEXT_ENCODER_BLOCKS)
+    return layers
+
+
+def named_parts(text_encoder: TextEncoders, unet: nn.Module | None) -> dict[str, nn.Module | None]:
+    """The parts of the model by the prefix of their LoRA names, in the order of files."""
     encoders = text_encoder if isinstance(text_encoder, list | tuple) else [text_encoder]
-    for number, encoder in enumerate(encoders, start=1):
-        layers |= _layers_in(encoder, TEXT_ENCODER_PREFIX + (str(number) if len(encoders) > 1 else ""), TEXT_ENCODER_BLOCKS)
-    return layers | _layers_in(unet, UNET_PREFIX, UNET_BLOCKS_3X3 if conv3x3 else UNET_BLOCKS)
+    numbers = range(1, len(encoders) + 1) if len(encoders) > 1 else [""]
+    prefixes = [*(f"{TEXT_ENCODER_PREFIX}{number}" for number in numbers), UNET_PREFIX]
+    return dict(zip(prefixes, [*encoders, unet], strict=True))
 
 
 def prefix_of(lora_name: str) -> str:

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from library.errors import UserError
+from library.errors import UserError, listed
 from library.files import as_on_disk
 
 log = logging.getLogger(__name__)
 
-NAMED_AT_MOST = 10
 USUAL_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # Images that are left out, but never without a word.
 UNREAD_SUFFIXES = frozenset((
@@ -109,14 +108,10 @@ def check_pictures(folder: Path, caption_extension: str, where: str) -> None:
         raise UserError(f"{where}: no picture ({suffixes}) lies in {folder}{cure}")
     unusual = [name for name in images if os.path.splitext(name)[1].lower() not in (*USUAL_SUFFIXES, ".avif", ".jxl")]
     if unusual:  # other trainers leave them out
-        more = f" and {len(unusual) - NAMED_AT_MOST} more" if len(unusual) > NAMED_AT_MOST else ""
-        log.warning("%s: images of unusual kinds are used too: %s%s", folder, ", ".join(unusual[:NAMED_AT_MOST]), more)
+        log.warning("%s: images of unusual kinds are used too: %s", folder, listed(unusual))
     unread = _unread_images(folder, [name for name in names if not _is_image(name)], caption_extension)
     if unread:
-        more = f" and {len(unread) - NAMED_AT_MOST} more" if len(unread) > NAMED_AT_MOST else ""
-        log.warning(
-            "%s: pictures left out: %s%s; convert them to one of %s", folder, ", ".join(unread[:NAMED_AT_MOST]), more, suffixes
-        )
+        log.warning("%s: pictures left out: %s; convert them to one of %s", folder, listed(unread), suffixes)
     _warn_of_other_captions(folder, names, images, caption_extension)
 
 
@@ -148,11 +143,11 @@ def warn_of_inner_images(folders: Iterable[Path], used: Iterable[Path]) -> None:
     for folder in dict.fromkeys(folders):
         inner = [os.path.relpath(below, folder) for below in _unused_below(folder, seen)]
         if inner:
-            more = f" and {len(inner) - NAMED_AT_MOST} more" if len(inner) > NAMED_AT_MOST else ""
             log.warning(
-                "%s: images in folders inside it are left out: %s%s; give each such folder a subset of its own",
-                folder, ", ".join(inner[:NAMED_AT_MOST]), more,
-            )  # fmt: skip
+                "%s: images in folders inside it are left out: %s; give each such folder a subset of its own",
+                folder,
+                listed(inner),
+            )
 
 
 def _unused_below(folder: Path, seen: set[str]) -> Iterator[Path]:

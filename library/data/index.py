@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from library.data.folders import list_images
 from library.data.images import BadPicture, decode, header_of, room_for, size_of
-from library.errors import UserError
+from library.errors import UserError, listed
 from library.parallel import ahead
 
 log = logging.getLogger(__name__)
@@ -84,11 +84,8 @@ def _report_bad(bad: list[tuple[Path, str]], on_bad_image: str) -> None:
         if bad:
             log.warning("%d pictures skipped", len(bad))
     elif bad:
-        named = "; ".join(f"{path} ({reason})" for path, reason in bad[:NAMED_AT_MOST])
-        more = f"; and {len(bad) - NAMED_AT_MOST} more" if len(bad) > NAMED_AT_MOST else ""
-        raise UserError(
-            f"{len(bad)} of the pictures cannot be used: {named}{more}; mend or remove them, or give --on_bad_image=skip"
-        )
+        named = listed([f"{path} ({reason})" for path, reason in bad], NAMED_AT_MOST, "; ")
+        raise UserError(f"{len(bad)} of the pictures cannot be used: {named}; mend or remove them, or give --on_bad_image=skip")
 
 
 def _report_own(own: list[Path]) -> None:

@@ -106,6 +106,11 @@ def is_3x3(shape: Sequence[int]) -> bool:
     return len(shape) == 4 and shape[2] * shape[3] > 1
 
 
+def rank_for(is_3x3: bool, rank: int, conv_rank: int | None) -> int:
+    """The rank asked for a layer: kernels that see more than one position have one of their own, if it is given."""
+    return conv_rank or rank if is_3x3 else rank
+
+
 def is_finite(value: Tensor) -> bool:
     """Whether no number is NaN or infinite. Fast for the common case: the sum of finite numbers is seldom infinite."""
     if not value.is_floating_point():

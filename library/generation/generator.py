@@ -54,7 +54,7 @@ def generate(
     vae_batch_size: int | float | None = None,
     clip_skip: int | None = None,
     max_token_length: int = 225,
-    zero_terminal_snr: bool = False,
+    zero_terminal_snr: bool | None = None,
     networks: Networks | None = None,
     highres: Highres | None = None,
     regions: Regions | None = None,

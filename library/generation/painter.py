@@ -54,7 +54,7 @@ class Painter:
     """The models with everything that stays the same from batch to batch."""
 
     def __init__(
-        self, model: Model, *, clip_skip: int | None, zero_terminal_snr: bool, networks: Networks | None,
+        self, model: Model, *, clip_skip: int | None, zero_terminal_snr: bool | None, networks: Networks | None,
         regions: Regions | None, texts: PromptCache | None, autocast: Callable[[], AbstractContextManager],
         vae_batch_size: int | float | None,
     ) -> None:  # fmt: skip

@@ -73,8 +73,8 @@ class Studio:
         return generate(
             self.model, specs, batch_size=speed.batch_size, vae_batch_size=speed.vae_batch_size,
             clip_skip=self.options.model.clip_skip, max_token_length=CHUNK * (prompts.max_embeddings_multiples or 1),
-            zero_terminal_snr=self.options.model.zero_terminal_snr or self.model.zero_terminal_snr, networks=self.networks,
-            highres=self.highres, regions=self.regions, texts=self._texts, progress=progress, on_error=on_error,
+            zero_terminal_snr=self.options.model.zero_terminal_snr or None, networks=self.networks, highres=self.highres,
+            regions=self.regions, texts=self._texts, progress=progress, on_error=on_error,
         )  # fmt: skip
 
     def facts(self) -> RunFacts:

@@ -65,15 +65,6 @@ def read_header(name_or_path: str, v2: bool | None = None) -> Header:
     return Header(family, shapes, _said_by_folder(folder))
 
 
-def check_family(name_or_path: str, wanted: str, cure: str) -> None:
-    """Raise UserError, with the program that is the cure, for a model that is there and of another family than this name says."""
-    if not Path(name_or_path).exists():
-        return
-    found = read_header(name_or_path).family
-    if found.name != wanted:
-        raise UserError(f"{name_or_path} is an {found.title} model; use {cure}")
-
-
 def load_stable_diffusion(
     name_or_path: str,
     *,

@@ -70,6 +70,12 @@ def check_v2(source: str, family: Family, v2: bool) -> None:
         raise UserError(f"{source} is an {family.title} model; leave out --v2")
 
 
+def check_family(source: str, found: Family, wanted: str) -> None:
+    """Raise UserError, with the program that is the cure, for a model of another family than the one of this name."""
+    if found.name != wanted:
+        raise UserError(f"{source} is an {found.title} model; use train_network.py, which trains all families")
+
+
 def refuse_other_inputs(source: str, family: Family, channels: int) -> None:
     """Raise UserError unless the denoiser takes plain latents."""
     if channels != family.latents.channels:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from library.errors import UserError
 from library.formats.lora_targets import Target, lora_targets
-from library.formats.low_rank import LowRank, best_low_rank, clamp, is_3x3, rank_for_share
+from library.formats.low_rank import LowRank, best_low_rank, clamp, is_3x3, rank_for, rank_for_share
 from library.formats.modelspec import base_model_version
 from library.formats.tensor_file import TensorFile
 from library.parallel import on_matrices
@@ -35,7 +35,7 @@ class Extraction:
     device: str = "cpu"
 
     def rank_limit(self, shape: Sequence[int]) -> int:
-        return min(self.conv_dim or self.dim if is_3x3(shape) else self.dim, shape[0], torch.Size(shape[1:]).numel())
+        return min(rank_for(is_3x3(shape), self.dim, self.conv_dim), shape[0], torch.Size(shape[1:]).numel())
 
 
 def extract(original: TensorFile, tuned: TensorFile, how: Extraction) -> tuple[dict[str, LowRank], Kept, list[str]]:

@@ -7,7 +7,16 @@ from collections.abc import Callable, Sequence
 from tqdm import tqdm
 
 from library.formats.lora_file import LoraFile
-from library.formats.low_rank import Decomposition, LowRank, best_low_rank, decompose, exact_low_rank, is_3x3, smallest_rank
+from library.formats.low_rank import (
+    Decomposition,
+    LowRank,
+    best_low_rank,
+    decompose,
+    exact_low_rank,
+    is_3x3,
+    rank_for,
+    smallest_rank,
+)
 from library.parallel import on_matrices
 from library.tools.changes import WeightOf, dense_change
 from library.tools.kept import Kept, named, split_results
@@ -32,13 +41,13 @@ def resize(
         module = lora.modules[name].low_rank()
         like: LowRank | Sequence[int]
         if module is not None:
-            limit = min(new_conv_rank or new_rank if module.is_3x3 else new_rank, module.rank)
+            limit = min(rank_for(module.is_3x3, new_rank, new_conv_rank), module.rank)
             found = named(name, decompose, module, device, limit)
             like, scale = module, module.scale
         else:
             change = dense_change(lora, name, weight_of)
             like, scale, matrix = change.shape, 1.0, change.flatten(1).to(device)
-            limit = min(new_conv_rank or new_rank if is_3x3(change.shape) else new_rank, *matrix.shape)
+            limit = min(rank_for(is_3x3(change.shape), new_rank, new_conv_rank), *matrix.shape)
             found = named(name, exact_low_rank, matrix) if method else named(name, best_low_rank, matrix, limit)
         rank = min(limit, smallest_rank(found.s, method, target)) if method else limit
         result = found.low_rank(rank, like, scale)

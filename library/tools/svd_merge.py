@@ -10,7 +10,7 @@ from tqdm import tqdm
 from library.errors import UserError
 from library.formats.blocks import block_of
 from library.formats.lora_file import LoraFile, all_names
-from library.formats.low_rank import LowRank, best_low_rank, clamp, decompose, delta, is_3x3, stack
+from library.formats.low_rank import LowRank, best_low_rank, clamp, decompose, delta, is_3x3, rank_for, stack
 from library.parallel import on_matrices
 from library.tools.changes import WeightOf, dense_change
 from library.tools.kept import Kept, named, split_results
@@ -45,12 +45,12 @@ def svd_merge(
         like: LowRank | Sequence[int]
         if len(factors) == len(parts):
             like = stack(factors)
-            limit = new_conv_rank or new_rank if like.is_3x3 else new_rank
+            limit = rank_for(like.is_3x3, new_rank, new_conv_rank)
             found = named(name, decompose, like, device, limit)
         else:
             change = _dense_sum(name, parts, weight_of)
             like = change.shape
-            limit = new_conv_rank or new_rank if is_3x3(like) else new_rank
+            limit = rank_for(is_3x3(like), new_rank, new_conv_rank)
             found = named(name, best_low_rank, change.flatten(1).to(device), limit)
         module = found.low_rank(limit, like)
         kept = (found.total**2, (found.total * found.kept(limit)) ** 2)

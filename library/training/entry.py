@@ -13,7 +13,6 @@ from accelerate.utils import InitProcessGroupKwargs
 from library.data.debug import write_debug_sheet
 from library.devices import cpu_has_fast_bf16, keep_freed_memory, use_all_cores
 from library.processes import EndedElsewhere, Processes, launched_world, timeout
-from library.training.checks.model_facts import following_model
 from library.training.checks.preflight import preflight
 from library.training.loop import Listener
 from library.training.memory.precision import HalfGradScaler
@@ -22,16 +21,17 @@ from library.training.outputs.summary import summarize
 from library.training.setup import prepare
 
 
-def train(options: TrainNetworkOptions, listeners: Sequence[Listener] = ()) -> int:
+def train(options: TrainNetworkOptions, listeners: Sequence[Listener] = (), family: str | None = None) -> int:
     """Train as the options say. Returns the exit code: 0, or 130 after Ctrl-C.
 
     Of several processes all end with the same code, and only rank 0 prints. listeners: called after those of the run itself.
+    family: the one family of models to accept, by its name.
     """
     accelerator = make_accelerator(options)
     processes = Processes()
     try:
         with processes.ending_together():
-            return train_here(options, accelerator, processes, listeners)
+            return train_here(options, accelerator, processes, listeners, family)
     except EndedElsewhere as error:
         return error.exit_code
     except KeyboardInterrupt:  # no time to wait for the others
@@ -42,13 +42,13 @@ def train(options: TrainNetworkOptions, listeners: Sequence[Listener] = ()) -> i
 
 
 def train_here(
-    options: TrainNetworkOptions, accelerator: Accelerator, processes: Processes, listeners: Sequence[Listener] = ()
-) -> int:
+    options: TrainNetworkOptions, accelerator: Accelerator, processes: Processes, listeners: Sequence[Listener] = (),
+    family: str | None = None,
+) -> int:  # fmt: skip
     """Train as one of the processes of a run."""
     set_up_machine(options, accelerator)
-    ready = processes.on_main(lambda: preflight(options, accelerator.device, processes.world))
-    if ready.header is not None:
-        options, _ = following_model(options, ready.header)
+    ready = processes.on_main(lambda: preflight(options, accelerator.device, processes.world, family))
+    options = ready.options
     print(ready.dataset.bucket_table())
     if options.data.debug_dataset:
         sheet = processes.on_main(lambda: write_debug_sheet(ready.dataset, Path(options.output.output_dir)))

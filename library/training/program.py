@@ -39,9 +39,6 @@ def main(family: str | None = None) -> int:
 
     set_up_console(options.logs.console_log_level, options.logs.console_log_file, options.logs.console_log_simple)
     with collector_resting():
-        from library.models.loading import check_family
         from library.training.entry import train
 
-        if family and options.model.pretrained_model_name_or_path:
-            check_family(options.model.pretrained_model_name_or_path, family, "train_network.py, which trains all families")
-    return train(options)
+    return train(options, family=family)

@@ -18,7 +18,7 @@ from library.errors import Problems
 from library.formats.tensor_file import MODEL_SUFFIXES
 from library.generation.prompts import PromptSpec, read_prompt_file
 from library.models.loading import Header, read_header
-from library.models.registry import FAMILIES
+from library.models.registry import FAMILIES, check_family
 from library.training.checks.contradictions import contradictions
 from library.training.checks.disk_space import space_needed, too_little_space
 from library.training.checks.estimates import estimated_bytes, largest_batch
@@ -47,8 +47,12 @@ Checks = list[Callable[[], Iterable[str] | None]]  # a check returns what is wro
 
 @dataclass(frozen=True)
 class Ready:
-    """What was opened on the way: the pictures, the seed, and where the run begins. debug_dataset needs no plan and no start."""
+    """What was opened on the way: the pictures, the seed, and where the run begins. debug_dataset needs no plan and no start.
 
+    options: as they were given, and where they leave it open as the model says.
+    """
+
+    options: TrainNetworkOptions
     dataset: TrainingDataset
     seed: int
     header: Header | None = None  # of the model
@@ -57,15 +61,18 @@ class Ready:
     start: Progress | None = None
 
 
-def preflight(options: TrainNetworkOptions, device: torch.device, world: int) -> Ready:
+def preflight(options: TrainNetworkOptions, device: torch.device, world: int, family: str | None = None) -> Ready:
     """Check all that can be checked without a model. Raises UserErrors with everything that is wrong.
 
-    The pictures are looked at even if an option is wrong already: what is wrong with them is told in the same breath.
+    family: the one family of models to accept, by its name. The pictures are looked at even if an option is wrong already: what
+    is wrong with them is reported together with the rest.
     """
     problems = Problems()
     debug = options.data.debug_dataset
     header = None if debug else problems.of(read_model_header, options)
     if header is not None:
+        if family:
+            problems.of(check_family, options.model.pretrained_model_name_or_path or "", header.family, family)
         options, line = following_model(options, header)
         if line:
             print(line)
@@ -78,14 +85,14 @@ def preflight(options: TrainNetworkOptions, device: torch.device, world: int) ->
     dataset = problems.of(open_dataset, options, configs, seed, header.family if header else FAMILIES[0]) if configs else None
     if dataset is None or debug:
         problems.tell()
-        return Ready(dataset, seed)
+        return Ready(options, dataset, seed)
     dataset.world = world
     plan = Plan.of(options, dataset.num_batches, world)
     run_checks(problems, checks_of_plan(options, plan, dataset, header))
     start = problems.of(check_start, options, plan, dataset, resumed)
     problems.tell()
     tell_notes(options, dataset, device, header)
-    return Ready(dataset, seed, header, plan, resumed, start)
+    return Ready(options, dataset, seed, header, plan, resumed, start)
 
 
 def run_checks(problems: Problems, checks: Checks) -> None:

@@ -19,6 +19,7 @@ from library.devices import DTYPES
 from library.errors import RunFailed, UserError, one_line
 from library.files import atomic_write, write_new
 from library.formats.tensor_file import load_pickled
+from library.formats.tensor_output import save_pickled
 from library.safe_text import as_unicode, on_terminal
 from library.training.options import OutputOptions
 from library.training.outputs.hub import Uploads
@@ -174,7 +175,7 @@ def _plain_names(folder: Path, path: Path) -> Iterator[Path]:
 def write_plain(file: Path, weights: dict[str, torch.Tensor], shown_as: Path) -> None:
     """Write a network's state as it is, without its module's help."""
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
-    save_file(tensors, file) if file.suffix == ".safetensors" else torch.save(tensors, file)
+    save_file(tensors, file) if file.suffix == ".safetensors" else save_pickled(tensors, file)
     check_finite(file, shown_as)
 
 

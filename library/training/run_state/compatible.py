@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from library.command_line import option_fields
 from library.data.config_keys import SubsetConfig
 from library.data.table import PictureTable
-from library.errors import UserError
+from library.errors import UserError, listed
 from library.models.family import Model
 from library.option_traits import fields_with, traits_of
 from library.safe_text import bytes_of
@@ -108,8 +108,7 @@ def check_same_run(record: Mapping[str, Any], now: dict[str, Any], folder: Path)
     """UserError that names what differs between the state's run and this one."""
     found = differences(record["run"], now)
     if found:
-        more = f"; and {len(found) - 6} more" if len(found) > 6 else ""
-        raise UserError(f"--resume {folder} is the state of another run: {'; '.join(found[:6])}{more}; {START_ANEW}")
+        raise UserError(f"--resume {folder} is the state of another run: {listed(found, 6, '; ')}; {START_ANEW}")
 
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:

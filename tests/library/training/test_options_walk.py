@@ -133,7 +133,7 @@ def test_the_entry_hands_on_what_is_its_own(monkeypatch):
 
     calls = []
     monkeypatch.setattr(program, "set_up_console", lambda *a: calls.append(a))
-    monkeypatch.setattr("library.training.entry.train", lambda *a: 0)
+    monkeypatch.setattr("library.training.entry.train", lambda *a, **words: 0)
     monkeypatch.setattr("library.training.outputs.from_metadata.print_from_metadata", lambda *a: calls.append(a[:1]) or 0)
     words = ["--console_log_level=ERROR", "--console_log_file=x.log", "--console_log_simple"]
     for more in (words, ["--from_metadata=x.safetensors"]):

@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
 from library.models.clip import tokenize
-from library.models.loading import check_family, load_stable_diffusion
+from library.models.loading import load_stable_diffusion, read_header
+from library.models.registry import check_family
 from library.models.saving import save_stable_diffusion
 from library.testing import small_sdxl
 from networks.lora import create_network_from_weights
@@ -112,11 +113,11 @@ def test_trap_3_velocity_and_zero_terminal_snr_follow_the_model(run, sdxl_file, 
 
 def test_trap_9_clip_skip_is_not_recorded(train, caplog):
     done = train("--max_train_steps=1", "--clip_skip=1")
-    assert "--clip_skip 1 has no effect" in caplog.text
+    assert caplog.text.count("--clip_skip 1 has no effect") == 1
     assert done.metadata().get("ss_clip_skip", "None") == "None" and "modelspec.encoder_layer" not in done.metadata()
 
 
 def test_trap_7_a_model_of_another_family_is_named(base_model, sdxl_file):
-    check_family(str(sdxl_file), "sdxl", "")
+    check_family(str(sdxl_file), read_header(str(sdxl_file)).family, "sdxl")
     with pytest.raises(UserError, match=r"is an SD 1.x model; use train_network.py"):
-        check_family(str(base_model), "sdxl", "train_network.py")
+        check_family(str(base_model), read_header(str(base_model)).family, "sdxl")
