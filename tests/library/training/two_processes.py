@@ -120,7 +120,7 @@ def watch(words: list[str]):
     def undo():
         entry.train = train
 
-    entry.train = lambda options: train(options, [Watch()])
+    entry.train = lambda options, **words: train(options, [Watch()], **words)
     return made, undo
 
 
