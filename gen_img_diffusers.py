@@ -1,4 +1,4 @@
-"""Make pictures with Stable Diffusion and any number of networks. `python gen_img_diffusers.py --help` lists the options."""
+"""Make images with Stable Diffusion and any number of networks. `python gen_img_diffusers.py --help` lists the options."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Set everything up beside this file and train a first LoRA, or run the tests.
 
-    python quickstart.py [options]       set up, then train a LoRA on the example pictures and show what it does
+    python quickstart.py [options]       set up, then train a LoRA on the example images and show what it does
     python quickstart.py test [options]  set up, then run the whole test suite
     python quickstart.py setup           set up only
 

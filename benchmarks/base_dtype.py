@@ -4,8 +4,8 @@
 
 memory: U-Net and text encoder of full-size Stable Diffusion 1.5 in fp16, every layer packed as in a run, one at a time; and the
 estimate that a run prints at 512 px, batch 1, U-Net only, with checkpointing. quality: how far the U-Net of assets/base-model
-(trained, 64 px) gets from its own output, as a part of that output's size, on noised pictures of assets/example at five
-timesteps. training: the demo's command on that model, with every fifth picture held out, the same seeds for all; the validation
+(trained, 64 px) gets from its own output, as a part of that output's size, on noised images of assets/example at five
+timesteps. training: the demo's command on that model, with every fifth image held out, the same seeds for all; the validation
 loss at the end has the same noise and timesteps for all. Writes benchmarks/results/base_dtype.md, part by part.
 """
 
@@ -30,7 +30,7 @@ from library.training.memory.packing import CLASSES, FORMATS, pack_layer, pack_w
 
 RESULTS = ROOT / "benchmarks" / "results" / "base_dtype.md"
 PLAIN = "none"
-PICTURES, TIMESTEPS = 8, (50, 250, 450, 650, 850)
+IMAGES, TIMESTEPS = 8, (50, 250, 450, 650, 850)
 
 
 # ---------------------------------------------------------------- memory
@@ -89,7 +89,7 @@ def output_errors(names: list[str]) -> dict[str, float]:
     from tools.demo import BASE_MODEL
 
     model = load_stable_diffusion(str(BASE_MODEL))
-    files = sorted((ROOT / "assets" / "example" / "lineart").glob("*.webp"))[:PICTURES]
+    files = sorted((ROOT / "assets" / "example" / "lineart").glob("*.webp"))[:IMAGES]
     pixels = [np.asarray(Image.open(file).convert("RGB").resize((64, 64), Image.Resampling.BOX)) for file in files]
     images = torch.tensor(np.stack(pixels)).permute(0, 3, 1, 2) / 127.5 - 1
     captions = [file.with_suffix(".txt").read_text(encoding="utf-8").strip() for file in files]
@@ -177,7 +177,7 @@ def training_table(names: list[str], seeds: list[int], steps: int) -> list[str]:
                 found[name, seed] = training_losses(name, seed, steps, Path(folder) / f"{name}{seed}")
                 print(name, seed, found[name, seed], file=sys.stderr, flush=True)
     lines = [
-        f"{steps} steps of 4 pictures, seeds {', '.join(map(str, seeds))}; float32; {conditions()}.", "",
+        f"{steps} steps of 4 images, seeds {', '.join(map(str, seeds))}; float32; {conditions()}.", "",
         "| format | validation loss | loss of the last fifth | difference of the validation loss, by seed |",
         "|---|---:|---:|---|",
     ]  # fmt: skip

@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.train_step import Case, Clock, conditions, make_model, make_pictures, train  # noqa: E402
+from benchmarks.train_step import Case, Clock, conditions, make_images, make_model, train  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "checkpointing.md"
 SHARES = {"none": None, "a quarter of the saving": 0.25, "half of the saving": 0.5, "all": 1.0}
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--precision", default="no", choices=["no", "bf16", "fp16"])
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="where the model (2 GB) and the pictures are kept for the next time")
+    parser.add_argument("--folder", type=Path, help="where the model (2 GB) and the images are kept for the next time")
     parser.add_argument("--small", action="store_true", help="a tiny model, to try the script out")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--measure", choices=SHARES, help=argparse.SUPPRESS)  # the inner process
@@ -87,7 +87,7 @@ def main() -> None:
         if not (folder / "unet.json").exists():
             make_model(folder, arguments.small)
         if not (folder / f"{case.size}px").exists():
-            make_pictures(folder / f"{case.size}px", case.size)
+            make_images(folder / f"{case.size}px", case.size)
         lines = [
             "# benchmarks/checkpointing.py",
             "",

@@ -2,9 +2,9 @@
 
     python benchmarks/dylora.py [--base trained|seeded] [--steps 200] [--seeds 3] [--jobs 2] [--speed-only] [--out FILE]
 
-The model is the small seeded one. With `--base trained` its U-Net first learns the example pictures (all weights, --base-steps
-steps), and the LoRAs then learn the same pictures with inverted colours: as in practice, a LoRA changes a model that can
-already draw. With `--base seeded` the LoRAs learn the pictures on the random model itself. Every fifth picture is for
+The model is the small seeded one. With `--base trained` its U-Net first learns the example images (all weights, --base-steps
+steps), and the LoRAs then learn the same images with inverted colours: as in practice, a LoRA changes a model that can
+already draw. With `--base seeded` the LoRAs learn the images on the random model itself. Every fifth image is for
 validation, with noise and timesteps that are the same for all. Each LoRA has alpha = rank, the DyLoRA alpha = 16 of rank 16,
 so all have scale 1; all have the same batches, rates and number of steps. Only the U-Net is trained.
 """
@@ -36,23 +36,23 @@ from library.models.clip import encode_text, tokenize
 from library.testing import small_stable_diffusion
 from networks import dylora, lora
 
-PICTURES = Path(__file__).resolve().parents[1] / "assets" / "example" / "lineart"
+IMAGES = Path(__file__).resolve().parents[1] / "assets" / "example" / "lineart"
 RANKS, UNIT, BATCH, SIZE = (4, 8, 12, 16), 4, 4, 64
 PROCESS = NoiseProcess()
 
 
 class Task:
-    """A U-Net, the latents and texts of pictures, and the loss on them."""
+    """A U-Net, the latents and texts of images, and the loss on them."""
 
     def __init__(self) -> None:
         model = small_stable_diffusion(unet_channels=(64, 64), vae_channels=(32, 32, 32, 32), text_layers=1)
         self.unet = model.denoiser
-        files = sorted(PICTURES.glob("*.webp"))
-        pictures = torch.stack([_picture(file) for file in files])
+        files = sorted(IMAGES.glob("*.webp"))
+        images = torch.stack([_image(file) for file in files])
         captions = [file.with_suffix(".txt").read_text(encoding="utf-8").strip() for file in files]
         with torch.no_grad():
             self.texts = encode_text(model.text_encoders[0], tokenize(model.tokenizers, captions)["ids"])
-            self.plain, self.inverted = (_latents(model.vae, sign * pictures) for sign in (1, -1))
+            self.plain, self.inverted = (_latents(model.vae, sign * images) for sign in (1, -1))
         self.latents = self.plain
         self.validation = torch.arange(0, len(files), 5)
         self.training = torch.tensor([i for i in range(len(files)) if i % 5])
@@ -85,7 +85,7 @@ class Task:
             optimizer.zero_grad()
 
     def learn_base(self, steps: int) -> None:
-        """Teach the U-Net itself the pictures as they are; the task is then the inverted ones."""
+        """Teach the U-Net itself the images as they are; the task is then the inverted ones."""
         weights = list(self.unet.parameters())
         self.unet.requires_grad_(True)
         self.train([{"params": weights, "lr": 1e-3}], steps, seed=99)
@@ -93,14 +93,14 @@ class Task:
         self.latents = self.inverted
 
 
-def _picture(file: Path) -> Tensor:
-    picture = Image.open(file).convert("RGB").resize((SIZE, SIZE))
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
+def _image(file: Path) -> Tensor:
+    image = Image.open(file).convert("RGB").resize((SIZE, SIZE))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def _latents(vae: nn.Module, pictures: Tensor) -> Tensor:
+def _latents(vae: nn.Module, images: Tensor) -> Tensor:
     torch.manual_seed(0)
-    return torch.cat([vae.encode(part).latent_dist.sample() for part in pictures.split(30)]) * vae.config.scaling_factor
+    return torch.cat([vae.encode(part).latent_dist.sample() for part in images.split(30)]) * vae.config.scaling_factor
 
 
 def make(task: Task, kind: str, rank: int, seed: int, rate: float) -> tuple[lora.LoRANetwork, list[dict]]:

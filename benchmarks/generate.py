@@ -1,9 +1,9 @@
-"""How fast pictures are made, beside Diffusers' bare `StableDiffusionPipeline` with the same model, sampler, prompts and seeds.
+"""How fast images are made, beside Diffusers' bare `StableDiffusionPipeline` with the same model, sampler, prompts and seeds.
 
     python benchmarks/generate.py [--size 128] [--steps 10] [--rounds 3]
 
-16 pictures in batches of 4 by each, batch by batch in turns in one process, so that a busy machine slows both, and compared
-pair by pair: "times faster" is the median of these ratios, with the quartiles. Text, denoising and decoding to pictures count;
+16 images in batches of 4 by each, batch by batch in turns in one process, so that a busy machine slows both, and compared
+pair by pair: "times faster" is the median of these ratios, with the quartiles. Text, denoising and decoding to images count;
 saving does not, which the pipeline leaves to others and gen_img_diffusers.py does beside the drawing. The prompts are two, and
 one negative prompt for all. With a LoRA: ours applied, and as --network_pre_calc does it; the pipeline's by
 `load_lora_weights`. Start-up: a fresh Python process until the sampler's first step, by its parts, from a Diffusers folder of
@@ -30,11 +30,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-PICTURES, BATCH = 16, 4
+IMAGES, BATCH = 16, 4
 PROMPTS = ["a photo of a cat on a sofa, morning light", "an old castle above the river at dawn, oil painting"]
 NEGATIVE = "blurry, low quality"
 
-# ---------------------------------------------------------------- pictures
+# ---------------------------------------------------------------- images
 
 
 def make_specs(size: int, steps: int) -> list:
@@ -42,7 +42,7 @@ def make_specs(size: int, steps: int) -> list:
 
     return [
         PromptSpec(PROMPTS[number // 8], NEGATIVE, width=size, height=size, seed=number, steps=steps, sampler="ddim")
-        for number in range(PICTURES)
+        for number in range(IMAGES)
     ]
 
 
@@ -103,12 +103,12 @@ def timed(work: Callable[[], object], device: str) -> tuple[float, float, object
     return time.perf_counter() - started, time.process_time() - cpu, result
 
 
-def _next_pictures(drawings: Iterator, count: int) -> list:
-    return [drawing.picture for drawing in islice(drawings, count)]
+def _next_images(drawings: Iterator, count: int) -> list:
+    return [drawing.image for drawing in islice(drawings, count)]
 
 
 def compare(way: str, device: str, folder: Path, size: int, steps: int, rounds: int) -> str:
-    """One row of the table: medians over the rounds (ratios: over all batches), and the largest difference of the pictures."""
+    """One row of the table: medians over the rounds (ratios: over all batches), and the largest difference of the images."""
     import numpy as np
 
     from library.generation.generator import generate
@@ -129,10 +129,10 @@ def compare(way: str, device: str, folder: Path, size: int, steps: int, rounds: 
     difference = 0
     for turn in range(rounds):
         seconds = {"ours": [0.0, 0.0], "theirs": [0.0, 0.0]}
-        pictures = generate(ours_model, specs, batch_size=BATCH, networks=networks)
-        for start in range(0, PICTURES, BATCH):
+        images = generate(ours_model, specs, batch_size=BATCH, networks=networks)
+        for start in range(0, IMAGES, BATCH):
             batch = specs[start : start + BATCH]
-            jobs = {"ours": partial(_next_pictures, pictures, len(batch)), "theirs": partial(pipeline, batch)}
+            jobs = {"ours": partial(_next_images, images, len(batch)), "theirs": partial(pipeline, batch)}
             results, took = {}, {}
             for name in list(jobs)[:: 1 if (turn + start // BATCH) % 2 == 0 else -1]:
                 *took[name], results[name] = timed(jobs[name], device)
@@ -231,7 +231,7 @@ def main() -> None:
         f"{diffusers.__version__}; float32, small random model, {options.size} x {options.size}, {options.steps} steps of ddim, "
         f"scale 7.5; medians of {options.rounds} rounds{load}.",
         "",
-        "| 16 pictures in batches of 4 | ours, s | pipeline, s | times faster | processor: ours, s | pipeline, s | ratio "
+        "| 16 images in batches of 4 | ours, s | pipeline, s | times faster | processor: ours, s | pipeline, s | ratio "
         "| largest difference, of 255 |",
         "|---|---|---|---|---|---|---|---|",
     ]

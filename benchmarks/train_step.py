@@ -38,7 +38,7 @@ sys.path.insert(0, str(ROOT))
 
 RESULTS = ROOT / "benchmarks" / "results" / "train_step.md"
 CAPTIONS = ("a red kite above the sea", "two cats asleep on a sofa", "an old stone bridge", "a bowl of cherries")
-PICTURES, SAMPLER_STEPS = 8, 4
+IMAGES, SAMPLER_STEPS = 8, 4
 
 UNET_ONLY = ["--network_train_unet_only"]
 CASES = {
@@ -93,13 +93,13 @@ def make_model(folder: Path, small: bool) -> None:
     (folder / "unet.json").write_text(json.dumps(config), encoding="utf-8")
 
 
-def make_pictures(folder: Path, size: int) -> None:
-    """Noise pictures of the training size, with captions."""
+def make_images(folder: Path, size: int) -> None:
+    """Noise images of the training size, with captions."""
     import numpy as np
     from PIL import Image
 
     folder.mkdir(parents=True, exist_ok=True)
-    for number in range(PICTURES):
+    for number in range(IMAGES):
         pixels = np.random.default_rng(number).integers(0, 256, (size, size, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}.png")
         (folder / f"{number}.txt").write_text(CAPTIONS[number % len(CAPTIONS)], encoding="utf-8")
@@ -318,7 +318,7 @@ HEAD = [
 ]
 ASIDE_HEAD = [
     "| launch and what is beside the steps | to the end of the first step, s | imports | model | data | rest | first step "
-    "| caching, pictures/s | a file, s | a log line, ms | a preview, s | load |",
+    "| caching, images/s | a file, s | a log line, ms | a preview, s | load |",
     "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
 ]
 
@@ -343,7 +343,7 @@ def aside_row(case: Case, folder: Path) -> str:
     launch, aside = in_own_process("launch", case, folder), in_own_process("aside", case, folder)
     parts = " | ".join(f"{launch[name]:.1f}" for name in ("whole", "imports", "model", "data", "rest", "to first step"))
     return (
-        f"| launch at {case.size} px | {parts} | {PICTURES / aside['caching']:.2f} | {aside['file']:.2f} "
+        f"| launch at {case.size} px | {parts} | {IMAGES / aside['caching']:.2f} | {aside['file']:.2f} "
         f"| {10 * aside['log']:.2f} | {aside['preview']:.1f} | {load_before} |"
     )
 
@@ -388,7 +388,7 @@ def measure_all(arguments: argparse.Namespace, folder: Path) -> None:
     precisions, sizes, batches = arguments.precisions, arguments.sizes, arguments.batches
     for size in sizes:
         if not (folder / f"{size}px").exists():
-            make_pictures(folder / f"{size}px", size)
+            make_images(folder / f"{size}px", size)
         table.add(aside_row(Case(size, 1, precisions[0], "unet"), folder))
     for case in [Case(*row) for row in itertools.product(sizes, batches, precisions, arguments.cases)]:
         table.add(step_row(case, folder, arguments.steps))
@@ -403,7 +403,7 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", default=["no"], choices=["no", "bf16", "fp16"])
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--steps", type=int, default=5, help="of each kind, by turns")
-    parser.add_argument("--folder", type=Path, help="where the model (2 GB) and the pictures are kept for the next time")
+    parser.add_argument("--folder", type=Path, help="where the model (2 GB) and the images are kept for the next time")
     parser.add_argument("--small", action="store_true", help="a tiny model, to try the script out")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)  # what and case: the inner process

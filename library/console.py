@@ -31,7 +31,7 @@ def quiet_unless_main() -> None:
 
 
 class Once(logging.Filter):
-    """Lets every message through the first time, and not again: a warning about a picture need not come in every epoch."""
+    """Lets every message through the first time, and not again: a warning about an image need not come in every epoch."""
 
     def __init__(self) -> None:
         super().__init__()

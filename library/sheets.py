@@ -1,4 +1,4 @@
-"""Contact sheets: pictures in a labelled grid, as one picture."""
+"""Contact sheets: images in a labelled grid, as one image."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from PIL import Image, ImageDraw, ImageFont
 WHITE = (255, 255, 255)
 TITLE_COLOUR = (24, 24, 27)
 LABEL_COLOUR = (63, 63, 70)
-EDGE_COLOUR = (225, 225, 229)  # a hairline, so that a white picture still has an edge
+EDGE_COLOUR = (225, 225, 229)  # a hairline, so that a white image still has an edge
 EMPTY_COLOUR = (246, 246, 248)
 
-SMALLEST_CELL = 192  # a 64 px picture is shown at 192 px
+SMALLEST_CELL = 192  # a 64 px image is shown at 192 px
 LARGEST_CELL = 512
 LARGEST_SHEET = 80_000_000  # pixels; Pillow warns of a "decompression bomb" when it opens 89 million
 MIN_LABEL_LINES = 3
@@ -33,12 +33,12 @@ def contact_sheet(
     title: str | None = None,
     cell: int | None = None,
 ) -> Image.Image:
-    """Pictures in a grid on white, with a label before each row and above each column.
+    """Images in a grid on white, with a label before each row and above each column.
 
-    Every picture is scaled to fit a square of `cell` pixels and keeps its proportions; None, or a row that ends early, leaves an
-    empty place. Without `cell` the pictures' own size is used, within 192 to 512 pixels, less if the sheet would grow beyond 80
+    Every image is scaled to fit a square of `cell` pixels and keeps its proportions; None, or a row that ends early, leaves an
+    empty place. Without `cell` the images' own size is used, within 192 to 512 pixels, less if the sheet would grow beyond 80
     megapixels. `row_labels` and `column_labels` may be empty lists: then there are no such labels. Row labels that do not fit
-    beside their pictures end in "…".
+    beside their images end in "…".
     """
     columns = max([len(column_labels), *map(len, rows)], default=0)
     if row_labels and len(row_labels) != len(rows):
@@ -46,32 +46,32 @@ def contact_sheet(
     if column_labels and len(column_labels) != columns:
         raise ValueError(f"{columns} columns but {len(column_labels)} column labels")
     cell = cell or _natural_cell(rows, columns)
-    pictures = [[_fit(picture, cell) for picture in row] + [None] * (columns - len(row)) for row in rows]
-    return _Layout(pictures, list(row_labels), list(column_labels), title or "", cell, columns).draw()
+    images = [[_fit(image, cell) for image in row] + [None] * (columns - len(row)) for row in rows]
+    return _Layout(images, list(row_labels), list(column_labels), title or "", cell, columns).draw()
 
 
 class _Layout:
     """Measures of one sheet. All lengths in pixels; every distance is a share of `cell`."""
 
     def __init__(
-        self, pictures: list[list[Image.Image | None]], row_labels: list[str], column_labels: list[str], title: str, cell: int,
+        self, images: list[list[Image.Image | None]], row_labels: list[str], column_labels: list[str], title: str, cell: int,
         columns: int,
     ):  # fmt: skip
-        self.pictures, self.columns = pictures, columns
+        self.images, self.columns = images, columns
         self.row_labels, self.column_labels, self.title = row_labels, column_labels, title
         self.text_size = min(max(cell // 16, 13), 26)
         self.line = round(self.text_size * 1.4)
         self.gap = max(cell // 24, 4)
         self.margin = max(cell // 10, 16)
-        present = [picture for row in pictures for picture in row if picture]
-        smallest = min(cell, self.text_size * 4)  # an empty place, or a sliver of a picture, still has room for its label
-        self.column_width = max([smallest, *(picture.width for picture in present)])
-        typical_height = max([smallest, *(picture.height for picture in present)])
+        present = [image for row in images for image in row if image]
+        smallest = min(cell, self.text_size * 4)  # an empty place, or a sliver of an image, still has room for its label
+        self.column_width = max([smallest, *(image.width for image in present)])
+        typical_height = max([smallest, *(image.height for image in present)])
         self.label_width = self._label_width(limit=max(cell, 12 * self.text_size))
         self.row_heights = [
-            max([MIN_LABEL_LINES * self.line if row_labels else smallest, *(picture.height for picture in row if picture)])
+            max([MIN_LABEL_LINES * self.line if row_labels else smallest, *(image.height for image in row if image)])
             if any(row) else typical_height
-            for row in pictures
+            for row in images
         ]  # fmt: skip
 
     def _label_width(self, limit: int) -> int:
@@ -99,55 +99,55 @@ class _Layout:
         top = self.margin + title_height
         for column, lines in enumerate(headings):
             centre = left + column * (self.column_width + self.gap) + self.column_width // 2
-            first_line = top + (heading_lines - len(lines)) * self.line  # headings stand on the pictures
+            first_line = top + (heading_lines - len(lines)) * self.line  # headings stand on the images
             _write(pen, lines, self.text_size, (centre, first_line), LABEL_COLOUR, centred=True)
         self._draw_rows(sheet, pen, left, top + heading_height)
         return sheet
 
     def _draw_rows(self, sheet: Image.Image, pen: ImageDraw.ImageDraw, left: int, top: int) -> None:
-        for index, (row, height) in enumerate(zip(self.pictures, self.row_heights, strict=True)):
+        for index, (row, height) in enumerate(zip(self.images, self.row_heights, strict=True)):
             if self.row_labels:
                 lines = _wrap(self.row_labels[index], self.text_size, self.label_width, most=height // self.line)
                 middle = top + (height - len(lines) * self.line) // 2
                 _write(pen, lines, self.text_size, (self.margin, middle), LABEL_COLOUR)
-            for column, picture in enumerate(row):
+            for column, image in enumerate(row):
                 x = left + column * (self.column_width + self.gap)
                 box = (x, top, x + self.column_width, top + height)
-                if picture is None:
+                if image is None:
                     pen.rectangle((box[0], box[1], box[2] - 1, box[3] - 1), fill=EMPTY_COLOUR)
                 else:
-                    _place(sheet, pen, picture, box)
+                    _place(sheet, pen, image, box)
             top += height + self.gap
 
 
 def _natural_cell(rows: list[list[Image.Image | None]], columns: int) -> int:
-    """A cell in which these pictures are easy to see; small ones are enlarged by a whole number."""
-    largest = max((max(picture.size) for row in rows for picture in row if picture), default=SMALLEST_CELL)
+    """A cell in which these images are easy to see; small ones are enlarged by a whole number."""
+    largest = max((max(image.size) for row in rows for image in row if image), default=SMALLEST_CELL)
     if largest < SMALLEST_CELL:
         largest *= -(-SMALLEST_CELL // largest)
     cells = max(len(rows), 1) * (columns + 1)  # the labels are about one more column
     return max(16, min(largest, LARGEST_CELL, int((LARGEST_SHEET / cells) ** 0.5)))
 
 
-def _fit(picture: Image.Image | None, cell: int) -> Image.Image | None:
-    """The picture as RGB on white, its longer side `cell`."""
-    if picture is None:
+def _fit(image: Image.Image | None, cell: int) -> Image.Image | None:
+    """The image as RGB on white, its longer side `cell`."""
+    if image is None:
         return None
-    scale = cell / max(picture.size)
-    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    if picture.has_transparency_data:
-        on_white = Image.new("RGBA", picture.size, (*WHITE, 255))
-        picture = Image.alpha_composite(on_white, picture.convert("RGBA"))
-    picture = picture.convert("RGB")
-    return picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)
+    scale = cell / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    if image.has_transparency_data:
+        on_white = Image.new("RGBA", image.size, (*WHITE, 255))
+        image = Image.alpha_composite(on_white, image.convert("RGBA"))
+    image = image.convert("RGB")
+    return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
 
 
-def _place(sheet: Image.Image, pen: ImageDraw.ImageDraw, picture: Image.Image, box: tuple[int, int, int, int]) -> None:
-    """Paste `picture` in the middle of `box`, with a hairline around it."""
-    x = (box[0] + box[2] - picture.width) // 2
-    y = (box[1] + box[3] - picture.height) // 2
-    pen.rectangle((x - 1, y - 1, x + picture.width, y + picture.height), outline=EDGE_COLOUR)
-    sheet.paste(picture, (x, y))
+def _place(sheet: Image.Image, pen: ImageDraw.ImageDraw, image: Image.Image, box: tuple[int, int, int, int]) -> None:
+    """Paste `image` in the middle of `box`, with a hairline around it."""
+    x = (box[0] + box[2] - image.width) // 2
+    y = (box[1] + box[3] - image.height) // 2
+    pen.rectangle((x - 1, y - 1, x + image.width, y + image.height), outline=EDGE_COLOUR)
+    sheet.paste(image, (x, y))
 
 
 def _write(

@@ -37,7 +37,7 @@ def small_stable_diffusion(
     """A model of SD 1's (or 2's) blocks, names and vocabulary, but narrow; channels are multiples of 32 (group norm).
 
     The weights are uniform numbers from a seeded generator, which are the same on every machine, and scaled so that signals keep
-    their size: predictions depend on picture, timestep and text. The VAE's 8 x 8 pixels to a latent are as in the real one.
+    their size: predictions depend on image, timestep and text. The VAE's 8 x 8 pixels to a latent are as in the real one.
     """
     family = sd2.FAMILY if v2 else sd1.FAMILY
     prediction: Prediction = "v" if v_parameterization else "epsilon"

@@ -91,5 +91,5 @@ def _toml_error(path: Path, text: str, message: str) -> UserError:
     line = lines[min(number, len(lines)) - 1]
     hint = ""
     if "\\" in line and '"' in line:
-        hint = "; in a path write 'C:\\pictures' with single quotes, or \"C:/pictures\" with forward slashes"
+        hint = "; in a path write 'C:\\images' with single quotes, or \"C:/images\" with forward slashes"
     return UserError(f"{path}, line {number}, column {column}: this is no TOML: {reason}{hint}")

@@ -1,4 +1,4 @@
-"""Train a LoRA on the example pictures and draw with and without it: what `python quickstart.py` runs."""
+"""Train a LoRA on the example images and draw with and without it: what `python quickstart.py` runs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ DRAWING = {"steps": 20, "scale": 4.0, "sampler": "ddim"}
 def main() -> int:
     args = parse_arguments()
     output = args.output.resolve()
-    held_out = dict(list(held_out_pictures().items())[: args.pictures])
+    held_out = dict(list(held_out_images().items())[: args.images])
     resolution = resolution_of_dataset()
     command = training_command(BASE_MODEL, output, args.steps)
     lora = output / f"{NAME}.safetensors"
@@ -51,7 +51,7 @@ def main() -> int:
     print(flush=True)
     train(command)
 
-    print(f"\n2. Drawing {len(held_out)} pictures that were not trained on, without and with the LoRA.", flush=True)
+    print(f"\n2. Drawing {len(held_out)} images that were not trained on, without and with the LoRA.", flush=True)
     started = time.perf_counter()
     sheet = output / "contact-sheet.png"
     draw_sheet(BASE_MODEL, lora, held_out, resolution, sheet)
@@ -65,12 +65,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.prog = "quickstart.py"
     parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps (default {STEPS})")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder for the results (default output/demo)")
-    parser.add_argument("--pictures", type=int, default=8, help="pictures to draw, 1 to 8 (default 8)")
+    parser.add_argument("--images", type=int, default=8, help="images to draw, 1 to 8 (default 8)")
     args = parser.parse_args()
     if args.steps < 1:
         raise UserError(f"--steps {args.steps}: at least one step is needed")
-    if args.pictures < 1:
-        raise UserError(f"--pictures {args.pictures}: at least one picture is needed")
+    if args.images < 1:
+        raise UserError(f"--images {args.images}: at least one image is needed")
     return args
 
 
@@ -81,8 +81,8 @@ def resolution_of_dataset() -> int:
     return datasets_from_file(DATASET, DatasetDefaults())[0].resolution[0]
 
 
-def held_out_pictures() -> dict[str, Path]:
-    """Caption -> picture of the training style that no training sees."""
+def held_out_images() -> dict[str, Path]:
+    """Caption -> image of the training style that no training sees."""
     return {path.with_suffix(".txt").read_text(encoding="utf-8").strip(): path for path in sorted(HELD_OUT.glob("*.webp"))}
 
 
@@ -158,7 +158,7 @@ def interrupt_trainer(launcher: int) -> None:
 
 
 def draw_sheet(base: Path, lora: Path, held_out: dict[str, Path], resolution: int, sheet: Path) -> None:
-    """Rows: the captions; columns: without and with the LoRA, from the same noise, and the held-out picture itself."""
+    """Rows: the captions; columns: without and with the LoRA, from the same noise, and the held-out image itself."""
     from PIL import Image
 
     from library.generation.prompts import PromptSpec
@@ -174,20 +174,20 @@ def draw_sheet(base: Path, lora: Path, held_out: dict[str, Path], resolution: in
     add_lora(model, lora)
     with_lora = draw(model, specs)
     real = [Image.open(path) for path in held_out.values()]
-    picture = contact_sheet(
+    image = contact_sheet(
         [list(row) for row in zip(without, with_lora, real, strict=True)],
         row_labels=list(held_out),
         column_labels=["without the LoRA", "with the LoRA", "the training style (real)"],
         cell=128,
     )
     with atomic_write(sheet) as temporary:
-        picture.save(temporary)
+        image.save(temporary)
 
 
 def draw(model: Model, specs: list[PromptSpec]) -> list[Image.Image]:
     from library.generation.generator import generate
 
-    return [made.picture for made in generate(model, specs, batch_size=len(specs))]
+    return [made.image for made in generate(model, specs, batch_size=len(specs))]
 
 
 def add_lora(model: Model, lora: Path) -> None:

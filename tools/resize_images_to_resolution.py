@@ -1,8 +1,8 @@
-"""Make smaller copies of pictures in several resolutions, for training at more than one size.
+"""Make smaller copies of images in several resolutions, for training at more than one size.
 
 `python tools/resize_images_to_resolution.py --max_resolution 512x512,384x384 --save_as_png --copy_associated_files src dst`
 
-Each resolution W x H is a limit on the area: a picture with more pixels is shrunk to it with its shape kept, a smaller one
+Each resolution W x H is a limit on the area: an image with more pixels is shrunk to it with its shape kept, a smaller one
 stays as it is. `cat.jpg` becomes `cat+512x512.jpg`, and so on, beside a copy of the original. Subfolders are kept. All cores
 work.
 """
@@ -34,7 +34,7 @@ def read_resolutions(text: str) -> tuple[tuple[int, int], ...]:
 
 def options() -> Parser:
     parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("src_img_folder", help="folder of pictures; folders in it are used too")
+    parser.add_argument("src_img_folder", help="folder of images; folders in it are used too")
     parser.add_argument("dst_img_folder", help="folder to write to; it is made if it is not there")
     resolutions = "512x512,384x384,256x256,128x128"
     parser.add_argument("--max_resolution", default=resolutions, help="sizes, with commas; only the area of each counts")
@@ -62,7 +62,7 @@ def main(words: Sequence[str] | None = None) -> None:
     if bad := resize_folder(source, target, settings):
         for line in bad:
             print(f"not resized: {line}", file=sys.stderr)
-        raise RunFailed(f"{len(bad)} pictures could not be used (named above); the others are in {target}")
+        raise RunFailed(f"{len(bad)} images could not be used (named above); the others are in {target}")
     print(f"saved to {target}")
 
 

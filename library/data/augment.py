@@ -1,4 +1,4 @@
-"""Random changes to a picture at each use. Every draw comes from the generator given, never from a global one."""
+"""Random changes to an image at each use. Every draw comes from the generator given, never from a global one."""
 
 from __future__ import annotations
 
@@ -45,24 +45,24 @@ def face_of(stem: str) -> tuple[int, int, int, int] | None:
 
 def face_crop(
     face: tuple[int, int, int, int],
-    picture: Size,
+    image: Size,
     size: Size,
     factors: tuple[float, float],
     random_crop: bool,
     rng: random.Random,
 ) -> tuple[Size, Size]:
-    """Scale and window around a face: (resized picture, corner of the window), all (width, height) or (left, top).
+    """Scale and window around a face: (resized image, corner of the window), all (width, height) or (left, top).
 
-    `factors` (a, b): the window's shorter side becomes a to b times as long as the face. The picture is never
+    `factors` (a, b): the window's shorter side becomes a to b times as long as the face. The image is never
     enlarged, unless it would not cover the window otherwise.
     """
     low, high = factors
     shorter, face_size = min(size), max(face[2:])
-    cover = max(size[0] / picture[0], size[1] / picture[1])
+    cover = max(size[0] / image[0], size[1] / image[1])
     least = min(1, max(cover, shorter / (face_size * high)))
     most = min(1, max(least, shorter / (face_size * low)))
     scale = max(cover, least if least >= most else rng.uniform(least, most))
-    resized = (max(size[0], math.floor(picture[0] * scale + 0.5)), max(size[1], math.floor(picture[1] * scale + 0.5)))
+    resized = (max(size[0], math.floor(image[0] * scale + 0.5)), max(size[1], math.floor(image[1] * scale + 0.5)))
     centre = [math.floor(position * scale + 0.5) for position in face[:2]]
 
     corner = [0, 0]

@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: into which training size a picture goes, and how it is resized and cut for it.
+"""Aspect-ratio buckets: into which training size an image goes, and how it is resized and cut for it.
 
 The rule is the ecosystem's to the pixel (plain ratios, rounding down), so that a dataset behaves as people know it; sizes at
 which the common implementation divides by zero are placed as well. All sizes are (width, height) in pixels.
@@ -23,13 +23,13 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a picture goes: resize it to `resized`, then cut out `bucket` at `crop` (left, top), which is the middle."""
+    """Where an image goes: resize it to `resized`, then cut out `bucket` at `crop` (left, top), which is the middle."""
 
     bucket: Size
     resized: Size
     crop: tuple[int, int]
-    ar_error: float  # ratio of the bucket minus ratio of the picture
-    fits: bool  # False if under a quarter of the picture is used, or it is enlarged just to be one step wide: worth a word
+    ar_error: float  # ratio of the bucket minus ratio of the image
+    fits: bool  # False if under a quarter of the image is used, or it is enlarged just to be one step wide: worth a word
 
 
 def _round(value: float) -> int:
@@ -71,12 +71,12 @@ class BucketRule:
         self._ratios = np.array([width / height for width, height in self.buckets])
 
     def place(self, width: int, height: int) -> Placement:
-        """Bucket, resized size and middle cut for a picture of the given size.
+        """Bucket, resized size and middle cut for an image of the given size.
 
-        Without buckets every picture is resized to cover `resolution` and cut.
+        Without buckets every image is resized to cover `resolution` and cut.
         """
         if width < 1 or height < 1:
-            raise ValueError(f"a picture of {width} x {height} pixels")
+            raise ValueError(f"an image of {width} x {height} pixels")
         if self.keeps_size:
             resized = self._size_without_enlarging(width, height)
             bucket = (resized[0] // self.step * self.step, resized[1] // self.step * self.step)
@@ -95,15 +95,15 @@ class BucketRule:
         )
 
     def _nearest(self, width: int, height: int) -> Size:
-        """The picture's own size if it is a bucket, else the bucket of the nearest ratio, the first of equals."""
+        """The image's own size if it is a bucket, else the bucket of the nearest ratio, the first of equals."""
         if (width, height) in self._own_sizes:
             return width, height
         return self.buckets[int(np.argmin(np.abs(self._ratios - width / height)))]
 
     def _size_without_enlarging(self, width: int, height: int) -> Size:
-        """bucket_no_upscale: the picture's own size, or if it is too large, one of at most the area of `resolution`.
+        """bucket_no_upscale: the image's own size, or if it is too large, one of at most the area of `resolution`.
 
-        Then one side becomes a multiple of the step, whichever keeps the ratio of the bucket nearer to the picture's.
+        Then one side becomes a multiple of the step, whichever keeps the ratio of the bucket nearer to the image's.
         Rounding to whole pixels may exceed the area by under a pixel of the shorter side.
         """
         area = self.resolution[0] * self.resolution[1]
@@ -123,7 +123,7 @@ class BucketRule:
         return _round(by_height * ratio), by_height
 
     def _enlarged_to_a_step(self, width: int, height: int) -> tuple[Size, Size]:
-        """Bucket and resized size of a picture whose shorter side would be under one step: it becomes one step.
+        """Bucket and resized size of an image whose shorter side would be under one step: it becomes one step.
 
         The longer side of the bucket stays within the area of `resolution`, the rest is cut away.
         """
@@ -134,9 +134,9 @@ class BucketRule:
         return (wide, high), _cover((width, height), (wide, high))
 
 
-def _cover(picture: Size, bucket: Size) -> Size:
-    """The picture's size after it was scaled so that it just covers the bucket."""
-    width, height = picture
+def _cover(image: Size, bucket: Size) -> Size:
+    """The image's size after it was scaled so that it just covers the bucket."""
+    width, height = image
     is_wider = width / height > bucket[0] / bucket[1]
     scale = bucket[1] / height if is_wider else bucket[0] / width
     return max(bucket[0], _round(width * scale)), max(bucket[1], _round(height * scale))
@@ -147,12 +147,12 @@ class BucketCount:
     """One line of the table of buckets."""
 
     bucket: Size
-    pictures: int
+    images: int
     with_repeats: int
 
 
 def count_buckets(placed: Iterable[tuple[Size, int]]) -> list[BucketCount]:
-    """Count (bucket, repeats) of every picture; ascending by bucket."""
+    """Count (bucket, repeats) of every image; ascending by bucket."""
     counts: dict[Size, list[int]] = {}
     for bucket, repeats in placed:
         entry = counts.setdefault(bucket, [0, 0])
@@ -167,18 +167,18 @@ def bucket_table(counts: list[BucketCount], title: str | None = None) -> Table:
 
     table = Table(title=title, title_justify="left")
     table.add_column("bucket", justify="right")
-    table.add_column("pictures", justify="right")
+    table.add_column("images", justify="right")
     table.add_column("with repeats", justify="right")
     for count in counts:
-        table.add_row(f"{count.bucket[0]} x {count.bucket[1]}", f"{count.pictures:,}", f"{count.with_repeats:,}")
+        table.add_row(f"{count.bucket[0]} x {count.bucket[1]}", f"{count.images:,}", f"{count.with_repeats:,}")
     if len(counts) > 1:
         table.add_section()
-        table.add_row("all", f"{sum(c.pictures for c in counts):,}", f"{sum(c.with_repeats for c in counts):,}")
+        table.add_row("all", f"{sum(c.images for c in counts):,}", f"{sum(c.with_repeats for c in counts):,}")
     return table
 
 
 def bucket_info(counts: list[BucketCount], ar_errors: Iterable[float]) -> dict:
-    """The value of `ss_bucket_info`: buckets with counts (with repeats), and the mean absolute ratio error over pictures."""
+    """The value of `ss_bucket_info`: buckets with counts (with repeats), and the mean absolute ratio error over images."""
     errors = [abs(error) for error in ar_errors]
     return {
         "buckets": {

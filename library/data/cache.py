@@ -1,6 +1,6 @@
-"""Latents of all pictures, computed once: kept in memory, or on disk in a folder `.latents` beside the pictures.
+"""Latents of all images, computed once: kept in memory, or on disk in a folder `.latents` beside the images.
 
-A file on disk is found under a key made of the picture's content, the cut that is made of it, and the VAE. So a picture,
+A file on disk is found under a key made of the image's content, the cut that is made of it, and the VAE. So an image,
 resolution or VAE that changed never meets an old file, and caching that was broken off goes on where it was.
 """
 
@@ -26,7 +26,7 @@ from tqdm import tqdm
 from library.data.images import has_other_colours, has_transparency
 from library.data.masks import latent_mask
 from library.data.pixels import Placed, cut, mask_bytes, placed, read_bytes, to_tensor
-from library.data.table import PictureTable
+from library.data.table import ImageTable
 from library.errors import UserError
 from library.files import atomic_write, read_safetensors_header
 from library.models.family import LatentSpace
@@ -38,13 +38,13 @@ log = logging.getLogger(__name__)
 FOLDER = ".latents"
 VERSION = 1  # to be raised when decoding, resizing or flipping change their result
 
-# (images (B, 3, H, W) float32 in -1..1 on the CPU, one seed a picture) -> (B, 4, H/8, W/8).
-# The seeds come from the pictures' content, so that latents do not depend on which pictures are encoded together.
+# (images (B, 3, H, W) float32 in -1..1 on the CPU, one seed an image) -> (B, 4, H/8, W/8).
+# The seeds come from the images' content, so that latents do not depend on which images are encoded together.
 EncodeImages = Callable[[Tensor, "list[int]"], Tensor]
 
 
 def latent_key(content: bytes, place: Placed, fingerprint: str, mask: bytes | None = None) -> str:
-    """24 hex digits over all that decides a picture's latents and mask."""
+    """24 hex digits over all that decides an image's latents and mask."""
     parts = {
         "version": VERSION,
         "content": hashlib.sha256(content).hexdigest(),
@@ -62,13 +62,13 @@ def latent_key(content: bytes, place: Placed, fingerprint: str, mask: bytes | No
 
 
 def seed_of(key: str, flipped: bool) -> int:
-    """The seed for the posterior sample of a picture (below 2**60)."""
+    """The seed for the posterior sample of an image (below 2**60)."""
     return int(hashlib.sha256(f"{key}/{'flipped' if flipped else 'upright'}".encode()).hexdigest()[:15], 16)
 
 
-def cache_path(picture: Path, key: str) -> Path:
+def cache_path(image: Path, key: str) -> Path:
     """The name is cut, since file systems allow 255 bytes; the key alone tells files apart."""
-    return picture.parent / FOLDER / f"{picture.stem[:40]}-{key}.safetensors"
+    return image.parent / FOLDER / f"{image.stem[:40]}-{key}.safetensors"
 
 
 def is_whole(path: Path, names: list[str], size: tuple[int, int]) -> bool:
@@ -85,7 +85,7 @@ def is_whole(path: Path, names: list[str], size: tuple[int, int]) -> bool:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A picture on its way to the VAE. `pixels` is None if its latents lie on disk already."""
+    """An image on its way to the VAE. `pixels` is None if its latents lie on disk already."""
 
     row: int
     place: Placed
@@ -97,7 +97,7 @@ class Prepared:
 class MemoryLatents:
     """Latents stacked by bucket, which loader processes share."""
 
-    def __init__(self, table: PictureTable) -> None:
+    def __init__(self, table: ImageTable) -> None:
         self.bucket = table.bucket
         self.position = np.full((len(table), 2), -1, dtype=np.int32)  # within the bucket: upright, flipped
         self.stacks: dict[int, Tensor] = {}
@@ -145,9 +145,9 @@ class MemoryLatents:
 
 
 class DiskLatents:
-    """Latents in one small file a picture, read at each use."""
+    """Latents in one small file an image, read at each use."""
 
-    def __init__(self, table: PictureTable, keys: dict[int, str]) -> None:
+    def __init__(self, table: ImageTable, keys: dict[int, str]) -> None:
         self.table, self.keys = table, keys
 
     def join(self, gather: Callable[[Any], list[Any]]) -> None:
@@ -170,13 +170,13 @@ def tensor_name(flipped: bool) -> str:
 
 
 class LatentCaching:
-    """One pass over the pictures: threads read and cut, the caller's thread encodes, threads write.
+    """One pass over the images: threads read and cut, the caller's thread encodes, threads write.
 
-    share: (rank, world). Of several processes each takes every world-th picture; `join` puts the parts together.
+    share: (rank, world). Of several processes each takes every world-th image; `join` puts the parts together.
     """
 
     def __init__(
-        self, table: PictureTable, encode: EncodeImages, *, batch_size: int, to_disk: bool, fingerprint: str, workers: int | None,
+        self, table: ImageTable, encode: EncodeImages, *, batch_size: int, to_disk: bool, fingerprint: str, workers: int | None,
         latent_space: LatentSpace, share: tuple[int, int] = (0, 1),
     ) -> None:  # fmt: skip
         refuse_augmentations(table)
@@ -195,7 +195,7 @@ class LatentCaching:
         with (
             ThreadPoolExecutor(2) as writers,
             ThreadPoolExecutor(self.workers) as readers,
-            tqdm(total=len(rows), desc="caching latents", unit=" pictures") as bar,
+            tqdm(total=len(rows), desc="caching latents", unit=" images") as bar,
         ):
             try:
                 ready = ahead(readers, self.prepare, rows, self.workers + 2 * self.batch_size)
@@ -222,12 +222,12 @@ class LatentCaching:
         return Prepared(row, place, key, pixels, None if values is None else latent_mask(values, self.latent_space))
 
     def names(self, row: int) -> list[str]:
-        """Tensors that the file of a picture must hold; a mask from the alpha channel may be missing, as the channel may."""
+        """Tensors that the file of an image must hold; a mask from the alpha channel may be missing, as the channel may."""
         names = ["latents", "latents_flipped"] if self.table.config(row).flip_aug else ["latents"]
         return names + ["mask"] * (self.table.mask(row) is not None)
 
     def batches(self, ready: Iterable[Prepared], bar: tqdm) -> Iterator[list[Prepared]]:
-        """Pictures that need encoding, at most batch_size of one bucket at a time."""
+        """Images that need encoding, at most batch_size of one bucket at a time."""
         batch: list[Prepared] = []
         for item in ready:
             bar.update()
@@ -298,12 +298,12 @@ def require_writable(folder: Path) -> None:
         ) from error
 
 
-def refuse_augmentations(table: PictureTable) -> None:
-    """A cached picture is the same at every use."""
+def refuse_augmentations(table: ImageTable) -> None:
+    """A cached image is the same at every use."""
     for subset in table.subsets:
         for option in fields_with(type(subset.config), varies=("pixels",)):
             if getattr(subset.config, option):
                 raise UserError(
-                    f"{option} of the subset {subset.config.image_dir} changes pictures at each use, "
+                    f"{option} of the subset {subset.config.image_dir} changes images at each use, "
                     f"so latents cannot be cached; take out {option}, or --cache_latents"
                 )

@@ -1,4 +1,4 @@
-"""Captions: found beside the picture, and changed at each use as the subset asks."""
+"""Captions: found beside the image, and changed at each use as the subset asks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 def caption_candidates(image_path: Path, extension: str) -> list[Path]:
-    """Where a caption may lie, best first. Face crops "name_cx_cy_w_h.png" share the caption "name" of their picture."""
+    """Where a caption may lie, best first. Face crops "name_cx_cy_w_h.png" share the caption "name" of their image."""
     candidates = [image_path.with_name(image_path.stem + extension)]
     parts = image_path.stem.split("_")
     if len(parts) >= 5:
@@ -32,7 +32,7 @@ def caption_candidates(image_path: Path, extension: str) -> list[Path]:
 
 
 def read_caption(image_path: Path, subset: SubsetConfig) -> str | None:
-    """The caption of a picture: from its file, else the class tokens, else None.
+    """The caption of an image: from its file, else the class tokens, else None.
 
     The first line that is not blank counts; with enable_wildcard all of them do, kept apart by line ends.
     An empty file is an empty caption, and is said. Raises UserError if the file is no UTF-8.
@@ -64,7 +64,7 @@ def _caption_in(content: bytes, path: Path, subset: SubsetConfig) -> str:
         raise UserError(f"caption {path}: byte {error.start} is no UTF-8 ({error.reason}); save the file as UTF-8") from error
     lines = [line.strip() for line in lines_of(text) if line.strip()]
     if not lines:
-        log.warning("caption %s is empty; the picture is trained with an empty caption", path)
+        log.warning("caption %s is empty; the image is trained with an empty caption", path)
         return ""
     if len(lines) > 1 and not subset.enable_wildcard:
         say_first_line_counts(path.parent)
@@ -80,7 +80,7 @@ def say_first_line_counts(place: Path) -> None:
 def process_caption(
     caption: str, subset: SubsetConfig, rng: random.Random, *, epoch: int, step: int, max_train_steps: int
 ) -> str:
-    """The caption as one use of the picture sees it.
+    """The caption as one use of the image sees it.
 
     `epoch` counts from 1, `step` (of the optimizer, for the tag warm-up) from 0. All chance comes from `rng`.
     """
@@ -170,7 +170,7 @@ def _warmed_up(count: int, subset: SubsetConfig, step: int, max_train_steps: int
 
 
 def caption_is_fixed(subset: SubsetConfig) -> bool:
-    """True if each picture has one and the same caption at every use."""
+    """True if each image has one and the same caption at every use."""
     return not _in_use(subset, "caption", "dropout")
 
 

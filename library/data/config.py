@@ -25,7 +25,7 @@ from library.data.config_keys import (
     describe_problem,
     optional_keys,
 )
-from library.data.folders import check_pictures, picture_subsets, warn_of_inner_images
+from library.data.folders import check_images, image_subsets, warn_of_inner_images
 from library.errors import Problems, UserError, UserErrors, unknown
 from library.files import as_on_disk
 
@@ -42,9 +42,9 @@ log = logging.getLogger(__name__)
 
 # The ecosystem knows these keys, each with the reason why it is refused unless it asks for nothing.
 REFUSED = {
-    "custom_attributes": "prior preservation is done with is_reg pictures here; take it out",
+    "custom_attributes": "prior preservation is done with is_reg images here; take it out",
     "network_multiplier": "sd-scripts takes it and does nothing with it; take it out",
-    "cache_info": "sizes are read from picture headers at every start, which is fast, and captions anew; take it out",
+    "cache_info": "sizes are read from image headers at every start, which is fast, and captions anew; take it out",
 }
 HARMLESS = {"custom_attributes": {}, "network_multiplier": 1.0, "cache_info": False}
 # Keys that tell a file of training options from a dataset file.
@@ -113,16 +113,16 @@ def _dataset_from_table(
 def datasets_from_folders(
     train_data_dir: Path, reg_data_dir: Path | None, defaults: DatasetDefaults, masks: Path | None = None
 ) -> list[DatasetConfig]:
-    """One dataset from `--train_data_dir` and `--reg_data_dir`: see `folders.picture_subsets` for which folders are used.
+    """One dataset from `--train_data_dir` and `--reg_data_dir`: see `folders.image_subsets` for which folders are used.
 
-    `masks` (`--conditioning_data_dir`) holds the same folders as `train_data_dir` again, with the masks of the pictures.
+    `masks` (`--conditioning_data_dir`) holds the same folders as `train_data_dir` again, with the masks of the images.
     """
     values = defaults.model_dump(exclude_none=True)
     where, subsets, problems = f"--train_data_dir={train_data_dir}", [], Problems()
     for option, parent, is_reg in (("--train_data_dir", train_data_dir, False), ("--reg_data_dir", reg_data_dir, True)):
         if parent is None:
             continue
-        for found in problems.of(picture_subsets, parent, option) or ():
+        for found in problems.of(image_subsets, parent, option) or ():
             place = masks / found.image_dir.relative_to(as_on_disk(parent)) if masks and not is_reg else None
             place = place and as_on_disk(place)
             own = {"num_repeats": found.num_repeats, "class_tokens": found.class_tokens, "conditioning_data_dir": place}
@@ -133,7 +133,7 @@ def datasets_from_folders(
     problems.of(_require_resolution, values, where)
     dataset = _dataset(values, problems.results(subsets), where)
     parents = [folder for folder in (train_data_dir, reg_data_dir, masks) if folder]
-    # Of those directly below the parent folder `picture_subsets` speaks.
+    # Of those directly below the parent folder `image_subsets` speaks.
     inner = [subset for subset in dataset.subsets if os.path.abspath(subset.image_dir) not in map(os.path.abspath, parents)]
     _warn_of_inner_images([dataset.model_copy(update={"subsets": tuple(inner)})], parents)
     return [dataset]
@@ -141,12 +141,12 @@ def datasets_from_folders(
 
 def _subset_of_folder(values: dict[str, Any], image_dir: Path, option: str) -> SubsetConfig:
     subset = _subset({**values, "image_dir": image_dir}, str(image_dir))
-    check_pictures(subset.image_dir, subset.caption_extension, option)
+    check_images(subset.image_dir, subset.caption_extension, option)
     return subset
 
 
 def datasets_from_metadata(in_json: Path, image_dir: Path | None, defaults: DatasetDefaults) -> list[DatasetConfig]:
-    """One dataset from `--in_json`, whose pictures lie in `--train_data_dir`, else where the file says or beside it."""
+    """One dataset from `--in_json`, whose images lie in `--train_data_dir`, else where the file says or beside it."""
     where, problems = f"--in_json={in_json}", Problems()
     in_json, image_dir = as_on_disk(Path(in_json)), image_dir and as_on_disk(image_dir)
     if not in_json.is_file():
@@ -180,14 +180,14 @@ def _subset_from_table(table: dict[str, Any], values: dict[str, Any], path: Path
         own["metadata_file"] = problems.of(_existing, own["metadata_file"], path, where, "metadata_file")
         own.setdefault("image_dir", (own["metadata_file"] or path).parent)
     if "image_dir" not in own:
-        problems.found.append(f"{where}: image_dir is missing; write image_dir = 'path/of/the/pictures'")
+        problems.found.append(f"{where}: image_dir is missing; write image_dir = 'path/of/the/images'")
     for key in ("image_dir", "conditioning_data_dir"):
         if key in own:
             own[key] = problems.of(_existing, own[key], path, where, key)
     problems.tell()
     subset = _subset(own, where)
     if subset.metadata_file is None:
-        check_pictures(subset.image_dir, subset.caption_extension, where)
+        check_images(subset.image_dir, subset.caption_extension, where)
     return subset
 
 
@@ -216,7 +216,7 @@ def _wrong_value(table: dict[str, Any], problem: Any, place: str) -> str:
 
 
 def _refuse_mixture(tables: list[dict], place: str) -> None:
-    """Pictures of a metadata file and those of a folder come from different worlds."""
+    """Images of a metadata file and those of a folder come from different worlds."""
     with_file = [number for number, table in enumerate(tables, start=1) if "metadata_file" in table]
     if 0 < len(with_file) < len(tables):
         raise UserError(
@@ -228,7 +228,7 @@ def _refuse_what_metadata_says(table: dict[str, Any], where: str) -> None:
     keys = [key for key in NOT_WITH_METADATA if key in table]
     if keys:
         raise UserErrors(
-            [f"{where}: {key} has no place beside metadata_file, which says what the pictures are; take it out" for key in keys]
+            [f"{where}: {key} has no place beside metadata_file, which says what the images are; take it out" for key in keys]
         )
 
 
@@ -295,7 +295,7 @@ def _require_resolution(values: dict[str, Any], where: str) -> None:
 
 def _dataset(values: dict[str, Any], subsets: list[SubsetConfig], where: str) -> DatasetConfig:
     if all(subset.is_reg for subset in subsets):
-        raise UserError(f"{where}: all subsets are regularisation pictures (is_reg); add one with the pictures to learn")
+        raise UserError(f"{where}: all subsets are regularisation images (is_reg); add one with the images to learn")
     own = {key: value for key, value in values.items() if key in DatasetConfig.model_fields}
     dataset = _complete(DatasetConfig, {**own, "subsets": tuple(subsets)}, where)
     given, used = (dataset.min_bucket_reso, dataset.max_bucket_reso), dataset.bucket_bounds

@@ -80,9 +80,9 @@ class _Frozen(BaseModel):
 
 
 class SubsetConfig(_Frozen):
-    """One folder of pictures and how they are used. Field names are the keys of `[[datasets.subsets]]`.
+    """One folder of images and how they are used. Field names are the keys of `[[datasets.subsets]]`.
 
-    With a `metadata_file` the pictures are those that it lists, below `image_dir`.
+    With a `metadata_file` the images are those that it lists, below `image_dir`.
     """
 
     image_dir: Annotated[Path, BeforeValidator(_path)] = option(path=True)

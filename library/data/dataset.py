@@ -35,18 +35,18 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Batch:
-    """Pictures of one bucket of one dataset. Either `images` or `latents` is set."""
+    """Images of one bucket of one dataset. Either `images` or `latents` is set."""
 
     key: tuple[int, int]  # (epoch, position)
     size: tuple[int, int]  # width, height in pixels
     paths: list[str]
     captions: list[str]  # after shuffling, dropout, ...
-    loss_weights: Tensor  # (B,) float32: 1, or prior_loss_weight for regularisation pictures
+    loss_weights: Tensor  # (B,) float32: 1, or prior_loss_weight for regularisation images
     sizes: Tensor  # (B, 6) int64: original height, width; cut off at top, left after resizing; height, width of the batch
     images: Tensor | None = None  # (B, 3, H, W) float32, -1..1
     latents: Tensor | None = None  # (B, C, h, w) float32, not scaled
     tokens: Tokens = field(default_factory=dict)  # see library.models.clip.tokenize; empty without tokenizers
-    masks: Tensor | None = None  # (B, 1, H/8, W/8) float32, 0..1: how much of the error counts; only if a picture has a mask
+    masks: Tensor | None = None  # (B, 1, H/8, W/8) float32, 0..1: how much of the error counts; only if an image has a mask
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory; the DataLoader calls this with pin_memory=True."""
@@ -56,7 +56,7 @@ class Batch:
 
 
 class TrainingDataset(Dataset):
-    """Indexes the pictures of all datasets and builds batches by key.
+    """Indexes the images of all datasets and builds batches by key.
 
     `dataset[(epoch, position)]` gives a Batch. `max_train_steps` (of which a token_warmup_step below 1 is a share) may
     be set later, but before a loader is made. `world` processes take the batches of an epoch by turns.
@@ -94,7 +94,7 @@ class TrainingDataset(Dataset):
         self._last_order: tuple[int, EpochOrder] | None = None
 
     def validation(self) -> TrainingDataset | None:
-        """The pictures held out, as a dataset that shows them and their captions unchanged; None if there are none.
+        """The images held out, as a dataset that shows them and their captions unchanged; None if there are none.
 
         Its latents are cached apart.
         """
@@ -123,7 +123,7 @@ class TrainingDataset(Dataset):
         return self._last_order[1]
 
     def paths(self, epoch: int, position: int) -> list[str]:
-        """The pictures of the batch at this position."""
+        """The images of the batch at this position."""
         return [str(self.table.path(row)) for row in self.epoch_order(epoch)[position].tolist()]
 
     def step_of(self, epoch: int, position: int) -> int:
@@ -136,12 +136,12 @@ class TrainingDataset(Dataset):
         epoch, position = key
         rows = self.epoch_order(epoch)[position].tolist()
         captions, masks, sizes = [], [], []
-        pictures: list[Any] = []  # arrays of pixels or tensors of latents
+        images: list[Any] = []  # arrays of pixels or tensors of latents
         for slot, row in enumerate(rows):
             rng = random.Random(f"{self.seed}/picture/{epoch}/{position}/{slot}")
             captions.append(self._caption(row, rng, epoch, position))
-            picture, mask, size = self._picture(row, rng)
-            pictures.append(picture)
+            image, mask, size = self._image(row, rng)
+            images.append(image)
             sizes.append(size)
             masks.append(mask)
         batch = Batch(
@@ -153,9 +153,9 @@ class TrainingDataset(Dataset):
             sizes=torch.tensor(sizes),
         )
         if self.latents is None:
-            batch.images = to_tensor(pictures)
+            batch.images = to_tensor(images)
         else:
-            batch.latents = torch.stack(pictures)
+            batch.latents = torch.stack(images)
         if any(mask is not None for mask in masks):
             blank = torch.ones(1, *self.latent_space.size(*batch.size))
             batch.masks = torch.stack([blank if mask is None else mask for mask in masks])
@@ -173,29 +173,29 @@ class TrainingDataset(Dataset):
             max_train_steps=self.max_train_steps,
         )
 
-    def _picture(self, row: int, rng: random.Random) -> tuple[Tensor | np.ndarray, Tensor | None, tuple[int, ...]]:
+    def _image(self, row: int, rng: random.Random) -> tuple[Tensor | np.ndarray, Tensor | None, tuple[int, ...]]:
         """Pixels (H, W, 3) uint8 or latents (C, h, w), mask (1, h, w), and the sizes as in `Batch`.
 
         The flip is drawn first: it is the same with and without a cache.
         """
         flipped = self.table.config(row).flip_aug and rng.random() < 0.5
-        picture: Tensor | np.ndarray
+        image: Tensor | np.ndarray
         if self.latents is not None:
-            picture, mask = self.latents.get(row, flipped)
+            image, mask = self.latents.get(row, flipped)
             place = placed(self.table, row)
         else:
             pixels, values, place = augmented(self.table, row, rng)
-            picture = pixels[:, ::-1] if flipped else pixels
+            image = pixels[:, ::-1] if flipped else pixels
             mask = None if values is None else latent_mask(values, self.latent_space)
-        return picture, (mask.flip(2) if flipped and mask is not None else mask), place.sizes(flipped)
+        return image, (mask.flip(2) if flipped and mask is not None else mask), place.sizes(flipped)
 
     def cache_latents(
         self, encode: EncodeImages, *, batch_size: int, to_disk: bool, fingerprint: str, workers: int | None = None,
         share: tuple[int, int] = (0, 1), gather: Callable[[Any], list[Any]] = lambda value: [value],
     ) -> None:  # fmt: skip
-        """Encode every picture once; batches then hold `latents` in place of `images`.
+        """Encode every image once; batches then hold `latents` in place of `images`.
 
-        `encode(images, seeds)`: (B, 3, H, W) float32 in -1..1 on the CPU and one seed a picture -> (B, C, h, w).
+        `encode(images, seeds)`: (B, 3, H, W) float32 in -1..1 on the CPU and one seed an image -> (B, C, h, w).
         `fingerprint` names whatever else decides the result: weights and dtype of the VAE.
         `share`: (rank, world), if several processes share the work; `gather` then gives all of them the values of all.
         To be called before a loader is made.

@@ -16,19 +16,19 @@ from library.sheets import contact_sheet
 
 
 def write_debug_sheet(dataset: TrainingDataset, output_dir: Path, batches: int = 8) -> Path:
-    """Print the first batches of the first epoch and write their pictures to `output_dir`/debug_dataset.png.
+    """Print the first batches of the first epoch and write their images to `output_dir`/debug_dataset.png.
 
-    To be called before latents are cached: a batch of latents has no pictures to show.
+    To be called before latents are cached: a batch of latents has no images to show.
     """
     if dataset.latents is not None:
-        raise ValueError("pictures cannot be shown when latents are cached")
+        raise ValueError("images cannot be shown when latents are cached")
     rows: list[list[Image.Image | None]] = []
     labels = []
     for position in range(min(batches, dataset.num_batches)):
         batch = dataset[(1, position)]
         assert batch.images is not None  # as no latents are cached
         print(describe_batch(batch, dataset))
-        rows.append([to_image(picture) for picture in batch.images])
+        rows.append([to_image(image) for image in batch.images])
         labels.append(f"batch {position}: {batch.size[0]}x{batch.size[1]}\n" + "\n".join(batch.captions))
     sheet = contact_sheet(rows, labels, [], title=f"First {len(rows)} of {dataset.num_batches} batches of epoch 1")
     path = Path(output_dir) / "debug_dataset.png"
@@ -37,19 +37,19 @@ def write_debug_sheet(dataset: TrainingDataset, output_dir: Path, batches: int =
     return path
 
 
-def to_image(picture: Tensor) -> Image.Image:
-    """(3, H, W) in -1..1 as a picture."""
-    return Image.fromarray(np.rint((picture.permute(1, 2, 0).numpy() + 1) * 127.5).clip(0, 255).astype(np.uint8))
+def to_image(image: Tensor) -> Image.Image:
+    """(3, H, W) in -1..1 as an image."""
+    return Image.fromarray(np.rint((image.permute(1, 2, 0).numpy() + 1) * 127.5).clip(0, 255).astype(np.uint8))
 
 
 def describe_batch(batch: Batch, dataset: TrainingDataset) -> str:
-    """Bucket, and for each picture its file, loss weight, caption and tokens, over several lines."""
-    lines = [f"epoch {batch.key[0]}, batch {batch.key[1]}: bucket {batch.size[0]}x{batch.size[1]}, {len(batch.paths)} pictures"]
+    """Bucket, and for each image its file, loss weight, caption and tokens, over several lines."""
+    lines = [f"epoch {batch.key[0]}, batch {batch.key[1]}: bucket {batch.size[0]}x{batch.size[1]}, {len(batch.paths)} images"]
     for i, (path, caption) in enumerate(zip(batch.paths, batch.captions, strict=True)):
         lines.append(f"  {on_terminal(path)} (loss weight {batch.loss_weights[i]:g})")
         lines.append(f"    caption: {caption!r}")
         if batch.masks is not None:
-            lines.append(f"    mask: {batch.masks[i].mean():.0%} of the picture counts")
+            lines.append(f"    mask: {batch.masks[i].mean():.0%} of the image counts")
         if batch.tokens and dataset.tokenizer is not None:
             tokens = dataset.tokenizer.readable(batch.tokens["ids"][i])
             lines.append(f"    {len(tokens)} tokens: {' '.join(tokens)}")

@@ -11,7 +11,7 @@ from rich.console import Console
 from library.data.buckets import BucketCount, bucket_info, bucket_table, count_buckets
 from library.data.captions import count_tags
 from library.data.config_keys import DatasetConfig, SubsetConfig
-from library.data.table import PictureTable
+from library.data.table import ImageTable
 from library.safe_text import as_unicode
 
 
@@ -19,7 +19,7 @@ from library.safe_text import as_unicode
 class SubsetFacts:
     config: SubsetConfig
     folder: str  # base name of image_dir, or of the metadata file
-    img_count: int  # usable pictures that are not held out, without repeats
+    img_count: int  # usable images that are not held out, without repeats
 
 
 @dataclass(frozen=True)
@@ -29,15 +29,15 @@ class DatasetFacts:
     config: DatasetConfig
     subsets: list[SubsetFacts]
     num_train_images: int  # with repeats
-    num_reg_images: int  # with repeats, before they are matched to the number of training pictures
+    num_reg_images: int  # with repeats, before they are matched to the number of training images
     num_validation_images: int  # held out, without repeats
-    buckets: list[BucketCount]  # ascending; used pictures only
+    buckets: list[BucketCount]  # ascending; used images only
     bucket_info: dict | None  # value of ss_bucket_info; None with buckets off
-    mean_img_ar_error: float  # over the pictures used, repeats not counted
+    mean_img_ar_error: float  # over the images used, repeats not counted
     tag_frequency: dict[str, dict[str, int]]  # folder -> tag -> captions
 
 
-def describe(table: PictureTable) -> list[DatasetFacts]:
+def describe(table: ImageTable) -> list[DatasetFacts]:
     """Facts of every dataset, in order."""
     return [_describe(table, number) for number in range(len(table.configs))]
 
@@ -46,7 +46,7 @@ def _source(subset: SubsetConfig) -> str:
     return as_unicode((subset.metadata_file or subset.image_dir).name)
 
 
-def _describe(table: PictureTable, number: int) -> DatasetFacts:
+def _describe(table: ImageTable, number: int) -> DatasetFacts:
     subsets = [subset for subset in table.subsets if subset.dataset == number]
     counts = {True: 0, False: 0}
     tags: dict[str, dict[str, int]] = {}

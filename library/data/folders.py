@@ -1,4 +1,4 @@
-"""Which files of a folder are pictures, and which folders under `--train_data_dir` become subsets."""
+"""Which files of a folder are images, and which folders under `--train_data_dir` become subsets."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 
 def list_images(folder: Path) -> list[Path]:
-    """The pictures lying directly in a folder, sorted by name."""
+    """The images lying directly in a folder, sorted by name."""
     return [folder / name for name in _scan(folder)[0] if _is_image(name)]
 
 
@@ -94,10 +94,10 @@ def _subfolders(folder: Path) -> list[Path]:
     return [folder / name for name in _scan(folder)[1]]
 
 
-def check_pictures(folder: Path, caption_extension: str, where: str) -> None:
-    """Refuse a subset without pictures; say aloud which files beside the pictures are not going to be used.
+def check_images(folder: Path, caption_extension: str, where: str) -> None:
+    """Refuse a subset without images; say aloud which files beside the images are not going to be used.
 
-    Raises UserError if no file in the folder counts as a picture.
+    Raises UserError if no file in the folder counts as an image.
     """
     names, _ = _scan(folder)
     images = [name for name in names if _is_image(name)]
@@ -105,13 +105,13 @@ def check_pictures(folder: Path, caption_extension: str, where: str) -> None:
     if not images:
         below = [child.name for child in _subfolders(folder) if _has_images(child)]
         cure = f"; there are some in its subfolder {below[0]}, give each such folder a subset of its own" if below else ""
-        raise UserError(f"{where}: no picture ({suffixes}) lies in {folder}{cure}")
+        raise UserError(f"{where}: no image ({suffixes}) lies in {folder}{cure}")
     unusual = [name for name in images if os.path.splitext(name)[1].lower() not in (*USUAL_SUFFIXES, ".avif", ".jxl")]
     if unusual:  # other trainers leave them out
         log.warning("%s: images of unusual kinds are used too: %s", folder, listed(unusual))
     unread = _unread_images(folder, [name for name in names if not _is_image(name)], caption_extension)
     if unread:
-        log.warning("%s: pictures left out: %s; convert them to one of %s", folder, listed(unread), suffixes)
+        log.warning("%s: images left out: %s; convert them to one of %s", folder, listed(unread), suffixes)
     _warn_of_other_captions(folder, names, images, caption_extension)
 
 
@@ -128,11 +128,11 @@ def _unread_images(folder: Path, names: list[str], caption_extension: str) -> li
 
 
 def _holds_an_image(path: Path) -> bool:
-    from library.data.images import BadPicture, open_picture
+    from library.data.images import BadImage, open_image
 
     try:
-        open_picture(path).close()
-    except BadPicture:
+        open_image(path).close()
+    except BadImage:
         return False
     return True
 
@@ -166,16 +166,16 @@ def _unused_below(folder: Path, seen: set[str]) -> Iterator[Path]:
 
 
 def _is_drawn_by_training(path: Path) -> bool:
-    from library.data.images import BadPicture, header_of
+    from library.data.images import BadImage, header_of
 
     try:
         return header_of(path)[1]
-    except BadPicture:
+    except BadImage:
         return False
 
 
 def _warn_of_other_captions(folder: Path, names: list[str], images: list[str], extension: str) -> None:
-    """No caption has the given extension, but text files of another one lie beside the pictures: surely a slip."""
+    """No caption has the given extension, but text files of another one lie beside the images: surely a slip."""
     files = set(names)
     stems = {os.path.splitext(name)[0] for name in images}
     if any(stem + extension in files for stem in stems):
@@ -184,7 +184,7 @@ def _warn_of_other_captions(folder: Path, names: list[str], images: list[str], e
         count = sum(stem + other in files for stem in stems)
         if count and other != extension:
             log.warning(
-                "%s: no picture has a %s file, but %d have a %s file, which is NOT used; if these are the captions, "
+                "%s: no image has a %s file, but %d have a %s file, which is NOT used; if these are the captions, "
                 'give --caption_extension=%s, or caption_extension = "%s" in the dataset file',
                 folder,
                 extension,
@@ -204,12 +204,12 @@ class FolderSubset:
     class_tokens: str | None = None
 
 
-def picture_subsets(parent: Path, option: str) -> list[FolderSubset]:
+def image_subsets(parent: Path, option: str) -> list[FolderSubset]:
     """The subsets under `--train_data_dir` or `--reg_data_dir`, in sorted order.
 
-    Subfolders named `<repeats>_<class>` and the pictures lying directly in `parent` are used. If there are neither,
-    other subfolders that hold pictures are. Pictures may lie one level deeper than those folders.
-    Raises UserError if the folder is missing or holds no picture.
+    Subfolders named `<repeats>_<class>` and the images lying directly in `parent` are used. If there are neither,
+    other subfolders that hold images are. Images may lie one level deeper than those folders.
+    Raises UserError if the folder is missing or holds no image.
     """
     parent = as_on_disk(parent)
     if not parent.is_dir():
@@ -231,22 +231,22 @@ def picture_subsets(parent: Path, option: str) -> list[FolderSubset]:
             log.warning("%s is left out: its name asks for %d repeats", folder, rule[0])
         else:
             if "_" not in folder.name:
-                log.warning("%s: the name is a number only, so each picture is used %d times an epoch", folder, rule[0])
-            found += [FolderSubset(inner, *rule) for inner in _picture_folders(folder)]
-    plain = [inner for folder in others for inner in _picture_folders(folder, say_empty=False)]
+                log.warning("%s: the name is a number only, so each image is used %d times an epoch", folder, rule[0])
+            found += [FolderSubset(inner, *rule) for inner in _image_folders(folder)]
+    plain = [inner for folder in others for inner in _image_folders(folder, say_empty=False)]
     names = ", ".join(str(folder.relative_to(parent)) for folder in plain)
     if plain and found:
         log.warning("%s: left out, since not named <repeats>_<class> (such as 10_cat): %s", parent, names)
     elif plain:
         log.warning(
-            "%s: no subfolder is named <repeats>_<class> (such as 10_cat); all with pictures are used, without a class: %s",
+            "%s: no subfolder is named <repeats>_<class> (such as 10_cat); all with images are used, without a class: %s",
             parent,
             names,
         )
         found = [FolderSubset(folder) for folder in plain]
     if not found:
         raise UserError(
-            f"{option}={parent}: no picture found, neither in the folder nor in its subfolders; "
+            f"{option}={parent}: no image found, neither in the folder nor in its subfolders; "
             f"files ending in {' '.join(image_suffixes())} count"
         )
     return found
@@ -261,13 +261,13 @@ def _repeats_and_class(name: str) -> tuple[int, str] | None:
         return None
 
 
-def _picture_folders(folder: Path, say_empty: bool = True) -> list[Path]:
-    """The folder itself if pictures lie in it, else those of its subfolders where some do."""
+def _image_folders(folder: Path, say_empty: bool = True) -> list[Path]:
+    """The folder itself if images lie in it, else those of its subfolders where some do."""
     if _has_images(folder):
         return [folder]
     inner = [child for child in _subfolders(folder) if _has_images(child)]
     if inner and say_empty:
-        log.warning("%s: no picture lies in the folder itself; those in its subfolders are used", folder)
+        log.warning("%s: no image lies in the folder itself; those in its subfolders are used", folder)
     elif say_empty:
-        log.warning("%s is left out: there is no picture in it", folder)
+        log.warning("%s is left out: there is no image in it", folder)
     return inner

@@ -1,4 +1,4 @@
-"""Which pictures are held out for validation. It follows from their names and the seed alone, never from their order."""
+"""Which images are held out for validation. It follows from their names and the seed alone, never from their order."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from library.safe_text import bytes_of
 def hold_out(
     configs: Sequence[DatasetConfig], dataset: np.ndarray, is_reg: np.ndarray, path: Callable[[int], Path], seed: int
 ) -> np.ndarray:
-    """(n,) bool: the pictures that are not trained on but validated with.
+    """(n,) bool: the images that are not trained on but validated with.
 
-    dataset, is_reg: (n,) dataset number of each picture, and whether it is one for regularisation; path(row) is its file.
-    Of each dataset round(validation_split * pictures) are chosen, at least one and never all, by a checksum of the file name
-    without folder and suffix. So pictures of one name (one motif in two sizes, say) stay together. A file that is held out
+    dataset, is_reg: (n,) dataset number of each image, and whether it is one for regularisation; path(row) is its file.
+    Of each dataset round(validation_split * images) are chosen, at least one and never all, by a checksum of the file name
+    without folder and suffix. So images of one name (one motif in two sizes, say) stay together. A file that is held out
     in one dataset is held out in all. `seed` stands in for a validation_seed that is not given.
     """
     held = np.zeros(len(dataset), dtype=bool)
@@ -35,7 +35,7 @@ def hold_out(
         files = {_real(path(row)) for row in np.flatnonzero(held).tolist()}
         held |= np.array([_real(path(row)) in files for row in range(len(held))])
     elif any(config.validation_split for config in configs):
-        raise UserError("validation_split holds out no picture, since no dataset has two of them; leave it out, or add pictures")
+        raise UserError("validation_split holds out no image, since no dataset has two of them; leave it out, or add images")
     return held
 
 
@@ -57,6 +57,6 @@ def _real(path: Path) -> str:
 
 
 def still(subset: SubsetConfig) -> SubsetConfig:
-    """A subset's settings without anything that changes a picture or its caption from use to use."""
+    """A subset's settings without anything that changes an image or its caption from use to use."""
     kept = {key: getattr(subset, key) for key in fields_with(type(subset), held_out=(True,))}
     return without(subset, "caption", "dropout", "pixels", "mirror").model_copy(update={"is_reg": False, **kept})

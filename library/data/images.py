@@ -1,4 +1,4 @@
-"""One picture: from the bytes of a file to RGB pixels of the size that training wants.
+"""One image: from the bytes of a file to RGB pixels of the size that training wants.
 
 What people see is what the network sees: EXIF rotation is applied, colours are brought from the image's profile to sRGB,
 transparent parts become white, 16-bit grey is scaled, and of an animation the first frame is taken.
@@ -30,9 +30,9 @@ log = logging.getLogger(__name__)
 # Loader processes and threads work in parallel already; OpenCV's own threads would also hang after a fork.
 cv2.setNumThreads(1)
 
-# A scan of 200 megapixels is no attack. Our own limit below replaces Pillow's, and names the picture.
+# A scan of 200 megapixels is no attack. Our own limit below replaces Pillow's, and names the image.
 Image.MAX_IMAGE_PIXELS = None
-# Its remarks on damaged EXIF data and the like name no file; what makes a picture unusable is raised as an error anyway.
+# Its remarks on damaged EXIF data and the like name no file; what makes an image unusable is raised as an error anyway.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 MAX_PIXELS = 1_000_000_000
 MOST_AT_ONCE = 100_000_000
@@ -66,8 +66,8 @@ PILLOW_FILTERS = {
 INTERPOLATIONS = ("area", *PILLOW_FILTERS)
 
 
-class BadPicture(Exception):
-    """The file cannot be used as a picture. The message is the reason, without the file's name."""
+class BadImage(Exception):
+    """The file cannot be used as an image. The message is the reason, without the file's name."""
 
 
 def readable_formats() -> list[str]:
@@ -90,29 +90,29 @@ def own_mark(kind: str) -> PngImagePlugin.PngInfo:
     return info
 
 
-def open_picture(source: Path | io.BytesIO) -> Image.Image:
-    """Read the header only. Raises BadPicture with the reason."""
+def open_image(source: Path | io.BytesIO) -> Image.Image:
+    """Read the header only. Raises BadImage with the reason."""
     try:
         image = Image.open(source, formats=FORMATS)
     except UnidentifiedImageError as error:
-        raise BadPicture("no picture, or cut off in its header") from error
+        raise BadImage("no image, or cut off in its header") from error
     except Exception as error:  # the decoders raise all sorts of errors for a damaged file
-        raise BadPicture(getattr(error, "strerror", None) or one_line(error)) from error
+        raise BadImage(getattr(error, "strerror", None) or one_line(error)) from error
     width, height = image.size
     if width * height > MAX_PIXELS:
         image.close()
-        raise BadPicture(f"{width} x {height} pixels, more than {MAX_PIXELS // 1_000_000:,} million; make it smaller")
+        raise BadImage(f"{width} x {height} pixels, more than {MAX_PIXELS // 1_000_000:,} million; make it smaller")
     return image
 
 
 def turn_of(image: Image.Image) -> Image.Transpose | None:
-    """How the picture must be turned to stand upright, from the EXIF data in front of the pixels."""
+    """How the image must be turned to stand upright, from the EXIF data in front of the pixels."""
     if image.format == "TIFF":  # Pillow turns these by itself
         return None
     try:
         # Not image.getexif(): for a PNG that would decode the pixels in search of data behind them.
         orientation = Image.Image.getexif(image).get(ORIENTATION_TAG, 1)
-    except Exception:  # damaged EXIF data raises all sorts of errors, and the picture is good without them
+    except Exception:  # damaged EXIF data raises all sorts of errors, and the image is good without them
         return None
     return TURN_BY_ORIENTATION.get(orientation)
 
@@ -139,21 +139,21 @@ def _webp_size(path: Path) -> tuple[int, int] | None:
 
 
 def size_of(path: Path) -> tuple[int, int]:
-    """Width and height of the upright picture, from the file's header. Raises BadPicture."""
+    """Width and height of the upright image, from the file's header. Raises BadImage."""
     return header_of(path)[0]
 
 
 def header_of(path: Path) -> tuple[tuple[int, int], bool]:
-    """Size of the upright image, and whether training drew it (a plot, a sample, a sheet). Raises BadPicture."""
+    """Size of the upright image, and whether training drew it (a plot, a sample, a sheet). Raises BadImage."""
     try:
         size = _webp_size(path) if path.suffix.lower() == ".webp" else None
         if size is not None:
             return size, False
         if not path.stat().st_size:
-            raise BadPicture(EMPTY)
+            raise BadImage(EMPTY)
     except OSError as error:
-        raise BadPicture(error.strerror or str(error)) from error
-    with open_picture(path) as image:
+        raise BadImage(error.strerror or str(error)) from error
+    with open_image(path) as image:
         width, height = image.size
         turned = turn_of(image) in (
             Image.Transpose.TRANSPOSE,
@@ -175,7 +175,7 @@ def to_rgb(image: Image.Image, background: str = "white", file: str = "") -> Ima
         scaled.info = {"icc_profile": image.info.get("icc_profile")}
         image = scaled
     if image.mode == "F":
-        raise BadPicture("pixels are floating-point numbers; save it as PNG")
+        raise BadImage("pixels are floating-point numbers; save it as PNG")
     try:
         rgb = as_srgb(image)
     except BadProfile as error:
@@ -197,14 +197,14 @@ def _say_bad_profile(file: str, reason: str) -> None:
 
 
 def decode(content: bytes, file: str = "") -> np.ndarray:
-    """The upright picture in a file's bytes as (H, W, 3) uint8 sRGB. Raises BadPicture. file: its name, for warnings."""
+    """The upright image in a file's bytes as (H, W, 3) uint8 sRGB. Raises BadImage. file: its name, for warnings."""
     return decode_with_alpha(content, file)[0]
 
 
 def decode_values(content: bytes) -> np.ndarray:
     """The red channel of an upright image that holds values rather than colours, such as a mask: (H, W) uint8.
 
-    Transparent parts become black, since what was erased is 0; a colour profile is ignored. Raises BadPicture.
+    Transparent parts become black, since what was erased is 0; a colour profile is ignored. Raises BadImage.
     """
     return _decoded(content, _values)[0]
 
@@ -215,7 +215,7 @@ def _values(image: Image.Image) -> tuple[Image.Image, None]:
 
 
 def decode_with_alpha(content: bytes, file: str = "") -> tuple[np.ndarray, np.ndarray | None]:
-    """As `decode`, and the alpha channel as (H, W) uint8; None for a picture that has no transparency."""
+    """As `decode`, and the alpha channel as (H, W) uint8; None for an image that has no transparency."""
 
     def colours(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
         alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
@@ -227,20 +227,20 @@ def decode_with_alpha(content: bytes, file: str = "") -> tuple[np.ndarray, np.nd
 def _decoded(
     content: bytes, convert: Callable[[Image.Image], tuple[Image.Image, Image.Image | None]]
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """What `convert` makes of the image in a file's bytes, upright. Raises BadPicture."""
+    """What `convert` makes of the image in a file's bytes, upright. Raises BadImage."""
     if not content:
-        raise BadPicture(EMPTY)
-    with open_picture(io.BytesIO(content)) as image:
+        raise BadImage(EMPTY)
+    with open_image(io.BytesIO(content)) as image:
         turn = turn_of(image)
         try:
             image.load()
             rgb, alpha = convert(image)
-        except BadPicture:
+        except BadImage:
             raise
         except MemoryError as error:
-            raise BadPicture(f"not enough memory for its {image.width} x {image.height} pixels") from error
+            raise BadImage(f"not enough memory for its {image.width} x {image.height} pixels") from error
         except Exception as error:  # OSError, RuntimeError, ZeroDivisionError ...: each decoder has its own
-            raise BadPicture(f"cut off or damaged ({one_line(error)})") from error
+            raise BadImage(f"cut off or damaged ({one_line(error)})") from error
     if turn is not None:
         rgb, alpha = rgb.transpose(turn), None if alpha is None else alpha.transpose(turn)
     return np.asarray(rgb), None if alpha is None else np.asarray(alpha)
@@ -249,20 +249,20 @@ def _decoded(
 def has_other_colours(content: bytes) -> bool:
     """Whether a file's bytes hold a colour profile that changes its colours. Reads the header only."""
     try:
-        with open_picture(io.BytesIO(content)) as image:
+        with open_image(io.BytesIO(content)) as image:
             pixel = Image.new(image.mode, (1, 1))
             pixel.info["icc_profile"] = image.info.get("icc_profile")
             return as_srgb(pixel) is not None
-    except (BadPicture, BadProfile, ValueError):  # ValueError: a mode of which there are no new images
+    except (BadImage, BadProfile, ValueError):  # ValueError: a mode of which there are no new images
         return False
 
 
 def has_transparency(content: bytes) -> bool:
     """Whether parts of the image in a file's bytes may be transparent. Reads the header only."""
     try:
-        with open_picture(io.BytesIO(content)) as image:
+        with open_image(io.BytesIO(content)) as image:
             return image.has_transparency_data
-    except BadPicture:
+    except BadImage:
         return False
 
 
@@ -304,7 +304,7 @@ def fit(
     size: tuple[int, int],
     interpolation: str | None = None,
 ) -> np.ndarray:
-    """Resize a picture to `resized` and cut out `size` at `corner` (left, top); all (width, height) in pixels.
+    """Resize an image to `resized` and cut out `size` at `corner` (left, top); all (width, height) in pixels.
 
     Without an interpolation: area averaging where both sides shrink, else Lanczos. Filters of Pillow compute only
     the pixels that are kept, so a strip of 1 x 5000 px does not become a gigabyte on the way to its bucket.
@@ -322,9 +322,9 @@ def fit(
         # Averaging over areas has no meaning where a side grows; OpenCV interpolates linearly there, and so do we.
         method = PILLOW_FILTERS["linear" if interpolation == "area" else interpolation]
         kx, ky = width / resized[0], height / resized[1]
-        # The last column may end a rounding error outside of the picture, which Pillow refuses.
+        # The last column may end a rounding error outside of the image, which Pillow refuses.
         box = (left * kx, top * ky, min((left + size[0]) * kx, width), min((top + size[1]) * ky, height))
         pixels = np.asarray(Image.fromarray(rgb).resize(size, method, box=box))
     if pixels.shape[:2] != (size[1], size[0]):
-        raise ValueError(f"cut of {size} at {corner} lies outside of the resized picture {resized}")
+        raise ValueError(f"cut of {size} at {corner} lies outside of the resized image {resized}")
     return pixels

@@ -1,6 +1,6 @@
-"""Which pictures a folder holds and how large they are, without decoding any of them.
+"""Which images a folder holds and how large they are, without decoding any of them.
 
-An index is compact (a name and two numbers a picture), since data sets of 100,000 pictures are common.
+An index is compact (a name and two numbers an image), since data sets of 100,000 images are common.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from library.data.folders import list_images
-from library.data.images import BadPicture, decode, header_of, room_for, size_of
+from library.data.images import BadImage, decode, header_of, room_for, size_of
 from library.errors import UserError, listed
 from library.parallel import ahead
 
@@ -28,12 +28,12 @@ CHUNK = 128  # files for one turn of a thread: fewer would cost more in hand-ove
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """The usable pictures of one folder in sorted order."""
+class Images:
+    """The usable images of one folder in sorted order."""
 
     folder: Path
     names: list[str]
-    sizes: np.ndarray  # (n, 2) int32: width, height of the upright picture
+    sizes: np.ndarray  # (n, 2) int32: width, height of the upright image
 
     def __len__(self) -> int:
         return len(self.names)
@@ -61,7 +61,7 @@ def _size_or_reason(path: Path) -> tuple[int, int] | str | None:
     try:
         size, is_own = header_of(path)
         return None if is_own else size
-    except BadPicture as error:
+    except BadImage as error:
         return str(error)
 
 
@@ -69,7 +69,7 @@ def _decoding_problem(path: Path) -> str | None:
     try:
         with room_for(size_of(path)):
             decode(path.read_bytes(), str(path))
-    except BadPicture as error:
+    except BadImage as error:
         return str(error)
     except OSError as error:
         return error.strerror or str(error)
@@ -77,15 +77,15 @@ def _decoding_problem(path: Path) -> str | None:
 
 
 def _report_bad(bad: list[tuple[Path, str]], on_bad_image: str) -> None:
-    """Name pictures that cannot be used: all of them in a warning each, or the first few in an error."""
+    """Name images that cannot be used: all of them in a warning each, or the first few in an error."""
     if on_bad_image == "skip":
         for path, reason in bad:
             log.warning("skipped %s: %s", path, reason)
         if bad:
-            log.warning("%d pictures skipped", len(bad))
+            log.warning("%d images skipped", len(bad))
     elif bad:
         named = listed([f"{path} ({reason})" for path, reason in bad], NAMED_AT_MOST, "; ")
-        raise UserError(f"{len(bad)} of the pictures cannot be used: {named}; mend or remove them, or give --on_bad_image=skip")
+        raise UserError(f"{len(bad)} of the images cannot be used: {named}; mend or remove them, or give --on_bad_image=skip")
 
 
 def _report_own(own: list[Path]) -> None:
@@ -93,23 +93,23 @@ def _report_own(own: list[Path]) -> None:
         log.warning("%s: %d plots or samples that training drew are left out", own[0].parent, len(own))
 
 
-def index_folders(folders: Sequence[Path], on_bad_image: str = "refuse") -> dict[Path, Pictures]:
-    """Find the pictures of every folder and read their sizes from the headers.
+def index_folders(folders: Sequence[Path], on_bad_image: str = "refuse") -> dict[Path, Images]:
+    """Find the images of every folder and read their sizes from the headers.
 
-    A picture that cannot be used stops the run ("refuse") or is left out with a warning ("skip"). A file cut off behind
-    its header shows only when it is decoded. So "skip" decodes every picture once here, that the data cannot change
+    An image that cannot be used stops the run ("refuse") or is left out with a warning ("skip"). A file cut off behind
+    its header shows only when it is decoded. So "skip" decodes every image once here, that the data cannot change
     later; "refuse" leaves it to the first use, which then raises UserError.
     """
-    return index_pictures({folder: (folder, [path.name for path in list_images(folder)]) for folder in folders}, on_bad_image)
+    return index_images({folder: (folder, [path.name for path in list_images(folder)]) for folder in folders}, on_bad_image)
 
 
-def index_pictures(sources: Mapping[Path, tuple[Path, list[str]]], on_bad_image: str = "refuse") -> dict[Path, Pictures]:
-    """The same for pictures that are known already: source -> (folder, names below it)."""
+def index_images(sources: Mapping[Path, tuple[Path, list[str]]], on_bad_image: str = "refuse") -> dict[Path, Images]:
+    """The same for images that are known already: source -> (folder, names below it)."""
     paths_of = {source: [folder / name for name in names] for source, (folder, names) in sources.items()}
     paths = [path for source in sources for path in paths_of[source]]
-    results = list(in_threads(_size_or_reason, paths, "reading picture sizes"))
+    results = list(in_threads(_size_or_reason, paths, "reading image sizes"))
     if on_bad_image == "skip":
-        problems = in_threads(_decoding_problem, paths, "checking pictures", chunk=1)
+        problems = in_threads(_decoding_problem, paths, "checking images", chunk=1)
         results = [result and (problem or result) for result, problem in zip(results, problems, strict=True)]
     _report_bad([(path, result) for path, result in zip(paths, results, strict=True) if isinstance(result, str)], on_bad_image)
     _report_own([path for path, result in zip(paths, results, strict=True) if result is None])
@@ -120,5 +120,5 @@ def index_pictures(sources: Mapping[Path, tuple[Path, list[str]]], on_bad_image:
         start += len(own)
         good = [(name, size) for name, size in zip(names, own, strict=True) if isinstance(size, tuple)]
         sizes = np.array([size for _, size in good], dtype=np.int32).reshape(-1, 2)
-        index[source] = Pictures(folder, [name for name, _ in good], sizes)
+        index[source] = Images(folder, [name for name, _ in good], sizes)
     return index

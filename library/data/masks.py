@@ -1,4 +1,4 @@
-"""Loss masks: which parts of a picture count, from a picture of their own or from the alpha channel. 255 counts fully, 0 not."""
+"""Loss masks: which parts of an image count, from an image of their own or from the alpha channel. 255 counts fully, 0 not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from library.data.config_keys import DatasetConfig, SubsetConfig
 from library.data.folders import image_suffixes
-from library.data.images import BadPicture, decode_values, size_of
+from library.data.images import BadImage, decode_values, size_of
 from library.errors import UserError
 from library.models.family import LatentSpace
 
@@ -21,7 +21,7 @@ NAMED_AT_MOST = 5
 
 
 def is_masked(subset: SubsetConfig) -> bool:
-    """Whether pictures of this subset have masks."""
+    """Whether images of this subset have masks."""
     return subset.alpha_mask or subset.conditioning_data_dir is not None
 
 
@@ -47,9 +47,9 @@ def check_masks(configs: Sequence[DatasetConfig], masked_loss: bool) -> None:
 
 
 def find_masks(subset: SubsetConfig, names: Sequence[str], sizes: np.ndarray) -> list[Path]:
-    """The mask of each picture: the file of the same name, with any suffix of pictures, in `conditioning_data_dir`.
+    """The mask of each image: the file of the same name, with any suffix of images, in `conditioning_data_dir`.
 
-    Raises UserError if some have none, or one of another shape than the picture's.
+    Raises UserError if some have none, or one of another shape than the image's.
     """
     folder = subset.conditioning_data_dir
     assert folder is not None  # called where there is one
@@ -68,7 +68,7 @@ def find_masks(subset: SubsetConfig, names: Sequence[str], sizes: np.ndarray) ->
     if missing:
         named = ", ".join(missing[:NAMED_AT_MOST]) + (", ..." if len(missing) > NAMED_AT_MOST else "")
         raise UserError(
-            f"{len(missing)} pictures have no mask of their name in {folder} ({named}); add white ones where all counts"
+            f"{len(missing)} images have no mask of their name in {folder} ({named}); add white ones where all counts"
         )
     for mask, (width, height) in zip(found, sizes.tolist(), strict=True):
         _check_shape(mask, width, height)
@@ -83,11 +83,11 @@ def _look(path: Path) -> str:
 def _check_shape(mask: Path, width: int, height: int) -> None:
     try:
         mask_width, mask_height = size_of(mask)
-    except BadPicture as error:
+    except BadImage as error:
         raise UserError(f"mask {mask}: {error}") from error
     if abs(mask_width / mask_height / (width / height) - 1) > 0.02:
         raise UserError(
-            f"mask {mask} has {mask_width} x {mask_height} pixels and its picture {width} x {height}: their shapes differ"
+            f"mask {mask} has {mask_width} x {mask_height} pixels and its image {width} x {height}: their shapes differ"
         )
 
 
@@ -95,7 +95,7 @@ def decode_mask(content: bytes, path: Path) -> np.ndarray:
     """The red channel of a mask's file, (H, W) uint8; what was erased in it does not count."""
     try:
         return decode_values(content)
-    except BadPicture as error:
+    except BadImage as error:
         raise UserError(f"mask {path}: {error}") from error
 
 

@@ -1,6 +1,6 @@
-"""Pictures and captions from a metadata file (`--in_json`, `metadata_file`), as tools for fine-tuning write it.
+"""Images and captions from a metadata file (`--in_json`, `metadata_file`), as tools for fine-tuning write it.
 
-A .json file holds {picture: {"caption": ..., "tags": ...}}, a .jsonl file a line {"image_path": picture, ...} each. A picture is
+A .json file holds {image: {"caption": ..., "tags": ...}}, a .jsonl file a line {"image_path": image, ...} each. An image is
 named with or without suffix, by a path of its own or by one below `image_dir`.
 """
 
@@ -24,18 +24,18 @@ from library.text_files import lines_of, parse_json, read_text
 log = logging.getLogger(__name__)
 
 KNOWN = ("caption", "tags")
-# Sizes are read from the pictures, and buckets follow from these; the names are those of tools and older caches.
+# Sizes are read from the images, and buckets follow from these; the names are those of tools and older caches.
 NOT_NEEDED = ("image_size", "train_resolution", "image_path")
 NAMED_AT_MOST = 5
 
 
 @dataclass(frozen=True)
 class Metadata:
-    """The pictures of a metadata file that are there: names below the subset's `image_dir` (or whole paths), and captions."""
+    """The images of a metadata file that are there: names below the subset's `image_dir` (or whole paths), and captions."""
 
     names: list[str]
     captions: dict[str, str]
-    tags: dict[str, int]  # tag -> pictures, of all that the file lists
+    tags: dict[str, int]  # tag -> images, of all that the file lists
 
 
 def read_metadata(subset: SubsetConfig, on_bad_image: str = "refuse") -> Metadata:
@@ -48,21 +48,21 @@ def read_metadata(subset: SubsetConfig, on_bad_image: str = "refuse") -> Metadat
     for key, entry in _entries(path):
         unknown |= set(entry) - {*KNOWN, *NOT_NEEDED}
         tags.append(entry.get("tags") or "")
-        name = _picture_of(key, subset.image_dir)
+        name = _image_of(key, subset.image_dir)
         if name is None:
             missing.append(key)
         elif name in captions:
-            raise UserError(f"{path}: '{keys[name]}' and '{key}' are the same picture {name}; take one of them out")
+            raise UserError(f"{path}: '{keys[name]}' and '{key}' are the same image {name}; take one of them out")
         else:
             keys[name], captions[name] = key, _caption(entry, subset)
     _report(path, subset.image_dir, missing, unknown, on_bad_image)
     if not captions:
-        raise UserError(f"{path} lists no picture that is there; give the folder of the pictures as image_dir (--train_data_dir)")
+        raise UserError(f"{path} lists no image that is there; give the folder of the images as image_dir (--train_data_dir)")
     return Metadata(sorted(captions), captions, count_tags(tags))
 
 
 def _entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(key of the picture, its values) in the file's order."""
+    """(key of the image, its values) in the file's order."""
     text = read_text(path, "metadata_file")
     if path.suffix.lower() == ".jsonl":
         for number, line in enumerate(lines_of(text), start=1):
@@ -74,7 +74,7 @@ def _entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         return
     content = parse_json(text, path)
     if not isinstance(content, dict):
-        raise UserError(f'{path}: expected {{"picture": {{"caption": "..."}}}}, got a {type(content).__name__}')
+        raise UserError(f'{path}: expected {{"image": {{"caption": "..."}}}}, got a {type(content).__name__}')
     for key, entry in content.items():
         yield key, _checked(entry, f"{path}, '{key}'")
 
@@ -96,8 +96,8 @@ def _caption(entry: dict[str, Any], subset: SubsetConfig) -> str:
     return "\n".join(joint(subset).join(part for part in (line, tags) if part) for line in lines or [""])
 
 
-def _picture_of(key: str, folder: Path) -> str | None:
-    """The name of a picture below `folder`, or its whole path if it lies elsewhere; None if there is none."""
+def _image_of(key: str, folder: Path) -> str | None:
+    """The name of an image below `folder`, or its whole path if it lies elsewhere; None if there is none."""
     for place in (folder / key, Path(key)):
         found = _with_suffix(place)
         if found is not None:
@@ -107,7 +107,7 @@ def _picture_of(key: str, folder: Path) -> str | None:
 
 
 def _with_suffix(path: Path) -> Path | None:
-    """The picture that a path means: itself, or the first one of this name with a suffix of pictures."""
+    """The image that a path means: itself, or the first one of this name with a suffix of images."""
     names = names_by_look(as_on_disk(path.parent))  # one look into a folder serves all keys of it
     own, suffixes = unicodedata.normalize("NFC", path.name), image_suffixes()
     ends = ("", *(end for suffix in suffixes for end in (suffix, suffix.upper())))
@@ -124,8 +124,8 @@ def _report(path: Path, folder: Path, missing: list[str], unknown: set[str], on_
     if not missing:
         return
     named = ", ".join(missing[:NAMED_AT_MOST]) + (", ..." if len(missing) > NAMED_AT_MOST else "")
-    text = f"{path}: {len(missing)} of its pictures are neither in {folder} nor where their paths say ({named})"
+    text = f"{path}: {len(missing)} of its images are neither in {folder} nor where their paths say ({named})"
     if on_bad_image == "skip":
         log.warning("%s; they are left out", text)
         return
-    raise UserError(f"{text}; .npz files of sd-scripts do not stand in for pictures. Mend the paths, or give --on_bad_image=skip")
+    raise UserError(f"{text}; .npz files of sd-scripts do not stand in for images. Mend the paths, or give --on_bad_image=skip")

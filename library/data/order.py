@@ -1,4 +1,4 @@
-"""The order of an epoch: which pictures make which batch. It follows from the seed and the epoch alone."""
+"""The order of an epoch: which images make which batch. It follows from the seed and the epoch alone."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 
 import numpy as np
 
-from library.data.table import PictureTable
+from library.data.table import ImageTable
 
 
 def shuffler(*parts: object) -> np.random.RandomState:
@@ -30,9 +30,9 @@ class EpochOrder:
 
 
 class EpochPlanner:
-    """Deals the pictures of each bucket into batches; a bucket's last batch may be short."""
+    """Deals the images of each bucket into batches; a bucket's last batch may be short."""
 
-    def __init__(self, table: PictureTable, seed: int) -> None:
+    def __init__(self, table: ImageTable, seed: int) -> None:
         self.seed = seed
         by_bucket = np.argsort(table.bucket, kind="stable").astype(np.int32)
         self.rows = np.repeat(by_bucket, table.repeats[by_bucket])  # each as often as it is used, bucket by bucket

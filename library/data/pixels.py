@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 from library.data.augment import face_crop, face_of, random_corner, shift_colours
-from library.data.images import BadPicture, decode_with_alpha, fit, room_for
+from library.data.images import BadImage, decode_with_alpha, fit, room_for
 from library.data.masks import decode_mask
-from library.data.table import PictureTable
+from library.data.table import ImageTable
 from library.errors import UserError
 
 
 @dataclass(frozen=True)
 class Placed:
-    """A picture file and the cut that training makes of it; sizes and corners in pixels, (width, height), (left, top)."""
+    """An image file and the cut that training makes of it; sizes and corners in pixels, (width, height), (left, top)."""
 
     path: Path
-    seen: tuple[int, int]  # size of the picture when it was indexed
+    seen: tuple[int, int]  # size of the image when it was indexed
     resized: tuple[int, int]
     corner: tuple[int, int]
     size: tuple[int, int]
@@ -33,7 +33,7 @@ class Placed:
     def sizes(self, mirrored: bool) -> tuple[int, ...]:
         """Original height and width, what is cut off at top and left after resizing, height and width of the result.
 
-        Of a mirrored picture the other side is its left.
+        Of a mirrored image the other side is its left.
         """
         left, top = self.corner
         if mirrored:
@@ -41,7 +41,7 @@ class Placed:
         return *self.seen[::-1], top, left, *self.size[::-1]
 
 
-def placed(table: PictureTable, row: int) -> Placed:
+def placed(table: ImageTable, row: int) -> Placed:
     """The cut in the middle, without any augmentation."""
     return Placed(
         path=table.path(row),
@@ -63,7 +63,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def cut(place: Placed, content: bytes, mask: bytes | None) -> tuple[np.ndarray, np.ndarray | None]:
-    """Pixels of a placed picture, (H, W, 3) uint8, and its mask, (H, W) uint8, cut alike; None if all of it counts.
+    """Pixels of a placed image, (H, W, 3) uint8, and its mask, (H, W) uint8, cut alike; None if all of it counts.
 
     `mask` is the content of the mask's file. Raises UserError, naming the file, if one cannot be decoded.
     """
@@ -74,7 +74,7 @@ def cut(place: Placed, content: bytes, mask: bytes | None) -> tuple[np.ndarray, 
 def _cut(place: Placed, content: bytes, mask: bytes | None) -> tuple[np.ndarray, np.ndarray | None]:
     try:
         rgb, alpha = decode_with_alpha(content, str(place.path))
-    except BadPicture as error:
+    except BadImage as error:
         raise UserError(f"{place.path}: {error}; mend or remove it, or give --on_bad_image=skip") from error
     if rgb.shape[1::-1] != place.seen:
         raise UserError(f"{place.path} changed its size since training began; start again")
@@ -91,8 +91,8 @@ def mask_bytes(place: Placed) -> bytes | None:
     return read_bytes(place.mask) if place.mask else None
 
 
-def augmented(table: PictureTable, row: int, rng: random.Random) -> tuple[np.ndarray, np.ndarray | None, Placed]:
-    """Pixels (H, W, 3) uint8 and mask (H, W) uint8 of a picture, with its subset's random cut and colours (not the flip).
+def augmented(table: ImageTable, row: int, rng: random.Random) -> tuple[np.ndarray, np.ndarray | None, Placed]:
+    """Pixels (H, W, 3) uint8 and mask (H, W) uint8 of an image, with its subset's random cut and colours (not the flip).
 
     Also the cut that was made.
     """
@@ -110,5 +110,5 @@ def augmented(table: PictureTable, row: int, rng: random.Random) -> tuple[np.nda
 
 
 def to_tensor(pixels: list[np.ndarray]) -> Tensor:
-    """Pictures of one size, (H, W, 3) uint8 each, as (B, 3, H, W) float32 in -1..1."""
+    """Images of one size, (H, W, 3) uint8 each, as (B, 3, H, W) float32 in -1..1."""
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1.0)

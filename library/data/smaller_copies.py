@@ -17,11 +17,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from library.data.images import BadPicture, open_picture, to_rgb, turn_of
+from library.data.images import BadImage, open_image, to_rgb, turn_of
 from library.errors import UserError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-# Pillow's filters widen as a picture shrinks, so that fine patterns do not turn into false ones.
+# Pillow's filters widen as an image shrinks, so that fine patterns do not turn into false ones.
 FILTERS = {
     "cubic": Image.Resampling.BICUBIC,
     "lanczos4": Image.Resampling.LANCZOS,
@@ -47,7 +47,7 @@ class Settings:
 
 
 def new_size(size: tuple[int, int], resolution: tuple[int, int]) -> tuple[int, int]:
-    """Width and height of the shrunk picture: the area of `resolution` or just below it, never larger than it was.
+    """Width and height of the shrunk image: the area of `resolution` or just below it, never larger than it was.
 
     >>> new_size((1024, 512), (512, 512))
     (724, 362)
@@ -61,7 +61,7 @@ def new_size(size: tuple[int, int], resolution: tuple[int, int]) -> tuple[int, i
 
 
 def resized(image: Image.Image, size: tuple[int, int], interpolation: str) -> Image.Image:
-    """The RGB or RGBA picture in another size. Transparent pixels do not bleed their colour into others."""
+    """The RGB or RGBA image in another size. Transparent pixels do not bleed their colour into others."""
     if size == image.size:
         return image
     if interpolation != "area":
@@ -73,34 +73,34 @@ def resized(image: Image.Image, size: tuple[int, int], interpolation: str) -> Im
 
 
 def cropped(image: Image.Image, divisible_by: int) -> Image.Image:
-    """The middle of the picture with sides that are multiples of divisible_by."""
+    """The middle of the image with sides that are multiples of divisible_by."""
     width, height = (side - side % divisible_by for side in image.size)
     if not width or not height:
-        raise BadPicture(f"{image.width} x {image.height} pixels are fewer than --divisible_by {divisible_by}")
+        raise BadImage(f"{image.width} x {image.height} pixels are fewer than --divisible_by {divisible_by}")
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
 
 
 def load(path: Path, with_alpha: bool) -> Image.Image:
-    """The upright picture in RGB, or RGBA if it is transparent and `with_alpha`. Raises BadPicture."""
-    with open_picture(path) as image:
+    """The upright image in RGB, or RGBA if it is transparent and `with_alpha`. Raises BadImage."""
+    with open_image(path) as image:
         turn = turn_of(image)
         # The copy keeps numbers and profile; colours of other kinds of images become sRGB.
         profile = image.info.pop("icc_profile", None) if image.mode in ("RGB", "RGBA", "P") else None
         try:
             image.load()
             pixels = image.convert("RGBA") if with_alpha and image.has_transparency_data else to_rgb(image)
-        except BadPicture:
+        except BadImage:
             raise
         except Exception as error:  # each decoder has errors of its own
-            raise BadPicture(f"cut off or damaged ({error})") from error
+            raise BadImage(f"cut off or damaged ({error})") from error
     pixels = pixels if turn is None else pixels.transpose(turn)
     pixels.info = {"icc_profile": profile} if profile else {}
     return pixels
 
 
 def make_copies(source: Path, target_folder: Path, settings: Settings, associated: Sequence[Path]) -> None:
-    """Write the picture in every resolution, each made from the original, with copies of the files that belong to it."""
+    """Write the image in every resolution, each made from the original, with copies of the files that belong to it."""
     image = load(source, settings.save_as_png)
     profile = image.info.get("icc_profile")
     for resolution in settings.resolutions:
@@ -118,7 +118,7 @@ def copy_name(source: Path, resolution: tuple[int, int]) -> str:
 
 
 def save(image: Image.Image, path: Path, **options: Any) -> None:
-    """Write a picture; it appears under its name when whole."""
+    """Write an image; it appears under its name when whole."""
     temporary = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
     try:
         image.save(temporary, **options)
@@ -140,23 +140,23 @@ def _same(path: Path, other: Path) -> bool:
     return other.exists() and os.path.samefile(path, other)
 
 
-def refuse_collisions(pictures: Sequence[Path]) -> None:
-    """UserError if two pictures would get copies of one name."""
+def refuse_collisions(images: Sequence[Path]) -> None:
+    """UserError if two images would get copies of one name."""
     seen: dict[tuple[Path, str], Path] = {}
-    for picture in pictures:
+    for image in images:
         # Windows and macOS take A.jpg and a.jpg for one name.
-        other = seen.setdefault((picture.parent, picture.stem.lower()), picture)
-        if other is not picture:
-            raise UserError(f"{other} and {picture.name} would get copies of one name; rename one of them")
+        other = seen.setdefault((image.parent, image.stem.lower()), image)
+        if other is not image:
+            raise UserError(f"{other} and {image.name} would get copies of one name; rename one of them")
 
 
 def resize_folder(source: Path, target: Path, settings: Settings) -> list[str]:
-    """Fill the target folder; returns a line for each picture that could not be used."""
+    """Fill the target folder; returns a line for each image that could not be used."""
     files = files_below(source, target)
-    pictures = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
-    if not pictures:
-        raise UserError(f"no pictures ({', '.join(IMAGE_SUFFIXES)}) in {source}")
-    refuse_collisions(pictures)
+    images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+    if not images:
+        raise UserError(f"no images ({', '.join(IMAGE_SUFFIXES)}) in {source}")
+    refuse_collisions(images)
     others: dict[tuple[Path, str], list[Path]] = {}
     for path in files:
         if path.suffix.lower() not in IMAGE_SUFFIXES:
@@ -178,7 +178,7 @@ def resize_folder(source: Path, target: Path, settings: Settings) -> list[str]:
             for task in tqdm(as_completed(tasks), total=len(tasks), unit="file", desc="resizing"):
                 try:
                     task.result()
-                except (BadPicture, OSError) as error:
+                except (BadImage, OSError) as error:
                     bad.append(f"{tasks[task]}: {error}")
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -1,6 +1,6 @@
-"""All pictures of a run in one table: where they lie, what they show, into which bucket they go and how often.
+"""All images of a run in one table: where they lie, what they show, into which bucket they go and how often.
 
-Columns are arrays, so that 100,000 pictures stay small and reach a loader process quickly.
+Columns are arrays, so that 100,000 images stay small and reach a loader process quickly.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from library.data.buckets import BucketRule, Placement
 from library.data.captions import read_caption
 from library.data.config_keys import DatasetConfig, SubsetConfig
 from library.data.holdout import hold_out
-from library.data.index import NAMED_AT_MOST, Pictures, in_threads, index_folders, index_pictures
+from library.data.index import NAMED_AT_MOST, Images, in_threads, index_folders, index_images
 from library.data.masks import find_masks, is_masked
 from library.data.metadata_file import Metadata, read_metadata
 from library.errors import UserError
@@ -40,15 +40,15 @@ class Subset:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Pictures of one training size; buckets of different datasets are different ones."""
+    """Images of one training size; buckets of different datasets are different ones."""
 
     dataset: int
     size: tuple[int, int]  # width, height in pixels
 
 
 @dataclass(frozen=True)
-class PictureTable:
-    """n pictures. A row is a picture's use in one subset; sizes and corners are (width, height) and (left, top)."""
+class ImageTable:
+    """n images. A row is an image's use in one subset; sizes and corners are (width, height) and (left, top)."""
 
     configs: list[DatasetConfig]
     subsets: list[Subset]
@@ -57,13 +57,13 @@ class PictureTable:
     captions: list[str]  # raw: as in the file, or the class tokens
     subset: np.ndarray  # (n,) int32
     bucket: np.ndarray  # (n,) int32
-    sizes: np.ndarray  # (n, 2) int32: the upright picture
+    sizes: np.ndarray  # (n, 2) int32: the upright image
     resized: np.ndarray  # (n, 2) int32
     corner: np.ndarray  # (n, 2) int32: of the cut in the middle
-    ar_error: np.ndarray  # (n,) float32: bucket's ratio minus picture's
+    ar_error: np.ndarray  # (n,) float32: bucket's ratio minus image's
     repeats: np.ndarray  # (n,) int32: uses an epoch; 0 for those held out
     held_out: np.ndarray  # (n,) bool: never trained on
-    masks: list[Path | None] | None  # mask file of each picture; None if there are none at all
+    masks: list[Path | None] | None  # mask file of each image; None if there are none at all
 
     def __len__(self) -> int:
         return len(self.names)
@@ -78,7 +78,7 @@ class PictureTable:
         return self.masks[row] if self.masks else None
 
     def has_masks(self) -> bool:
-        """Whether any picture has a mask, be it a file or its alpha channel."""
+        """Whether any image has a mask, be it a file or its alpha channel."""
         return any(is_masked(subset.config) for subset in self.subsets)
 
     def bucket_size(self, row: int) -> tuple[int, int]:
@@ -89,11 +89,11 @@ class PictureTable:
         return subset.config.resize_interpolation or self.configs[subset.dataset].resize_interpolation
 
     def is_reg(self) -> np.ndarray:
-        """(n,) bool: regularisation pictures."""
+        """(n,) bool: regularisation images."""
         return np.array([subset.config.is_reg for subset in self.subsets])[self.subset]
 
     def validated(self) -> np.ndarray:
-        """(n,) bool: the pictures held out, as pictures of the datasets that hold out."""
+        """(n,) bool: the images held out, as images of the datasets that hold out."""
         splits = np.array([config.validation_split > 0 for config in self.configs])
         return self.held_out & ~self.is_reg() & splits[self.dataset()]
 
@@ -102,26 +102,26 @@ class PictureTable:
         return np.array([subset.dataset for subset in self.subsets])[self.subset]
 
 
-def build_table(configs: Sequence[DatasetConfig], on_bad_image: str = "refuse", seed: int = 0) -> PictureTable:
-    """Index, caption and place every picture. Raises UserError if a dataset has nothing to train on.
+def build_table(configs: Sequence[DatasetConfig], on_bad_image: str = "refuse", seed: int = 0) -> ImageTable:
+    """Index, caption and place every image. Raises UserError if a dataset has nothing to train on.
 
-    `seed` chooses the pictures held out for validation where validation_seed is not given.
+    `seed` chooses the images held out for validation where validation_seed is not given.
     """
     every = [subset for config in configs for subset in config.subsets]
     metadata = [read_metadata(subset, on_bad_image) if subset.metadata_file else None for subset in every]
     listed = {_source(s): (s.image_dir, found.names) for s, found in zip(every, metadata, strict=True) if found}
     folders = [subset.image_dir for subset in every if not subset.metadata_file]
     index = {(None, folder): found for folder, found in index_folders(folders, on_bad_image).items()}
-    index |= index_pictures(listed, on_bad_image)
-    pictures = [index[_source(subset)] for subset in every]
+    index |= index_images(listed, on_bad_image)
+    images = [index[_source(subset)] for subset in every]
     numbers = [number for number, config in enumerate(configs) for _ in config.subsets]
     subsets: list[Subset] = []
-    for subset, number, part, found in zip(every, numbers, pictures, metadata, strict=True):
+    for subset, number, part, found in zip(every, numbers, images, metadata, strict=True):
         start = subsets[-1].end if subsets else 0
         subsets.append(Subset(subset, number, start, start + len(part), found.tags if found else None))
-    sizes = np.concatenate([part.sizes for part in pictures])
-    row_subset = np.repeat(np.arange(len(subsets), dtype=np.int32), [len(part) for part in pictures])
-    names = [name for part in pictures for name in part.names]
+    sizes = np.concatenate([part.sizes for part in images])
+    row_subset = np.repeat(np.arange(len(subsets), dtype=np.int32), [len(part) for part in images])
+    names = [name for part in images for name in part.names]
     buckets, columns = _place(list(configs), subsets, row_subset, sizes, names)
     held_out = hold_out(
         configs,
@@ -130,39 +130,39 @@ def build_table(configs: Sequence[DatasetConfig], on_bad_image: str = "refuse", 
         path=lambda row: subsets[row_subset[row]].config.image_dir / names[row],
         seed=seed,
     )
-    return PictureTable(
+    return ImageTable(
         configs=list(configs),
         subsets=subsets,
         buckets=buckets,
         names=names,
-        captions=[text for own in zip(every, pictures, metadata, strict=True) for text in _captions(*own)],
+        captions=[text for own in zip(every, images, metadata, strict=True) for text in _captions(*own)],
         subset=row_subset,
         sizes=sizes,
         repeats=np.concatenate([_repeats(subsets, number, held_out) for number in range(len(configs))]),
         held_out=held_out,
-        masks=_masks(subsets, pictures),
+        masks=_masks(subsets, images),
         **columns,
     )
 
 
 def _source(subset: SubsetConfig) -> tuple[Path | None, Path]:
-    """What decides which pictures a subset has: two datasets may read one metadata file with different folders."""
+    """What decides which images a subset has: two datasets may read one metadata file with different folders."""
     return subset.metadata_file, subset.image_dir
 
 
-def _masks(subsets: list[Subset], pictures: list[Pictures]) -> list[Path | None] | None:
+def _masks(subsets: list[Subset], images: list[Images]) -> list[Path | None] | None:
     if not any(subset.config.conditioning_data_dir for subset in subsets):
         return None
     masks: list[Path | None] = []
-    for subset, part in zip(subsets, pictures, strict=True):
+    for subset, part in zip(subsets, images, strict=True):
         masks += find_masks(subset.config, part.names, part.sizes) if subset.config.conditioning_data_dir else [None] * len(part)
     return masks
 
 
-def _captions(subset: SubsetConfig, pictures: Pictures, metadata: Metadata | None) -> list[str]:
-    """The raw caption of each picture, as Unicode."""
-    found = [metadata.captions[name] for name in pictures.names] if metadata else _captions_beside(subset, pictures)
-    broken = [name for name, caption in zip(pictures.names, found, strict=True) if not is_unicode(caption)]
+def _captions(subset: SubsetConfig, images: Images, metadata: Metadata | None) -> list[str]:
+    """The raw caption of each image, as Unicode."""
+    found = [metadata.captions[name] for name in images.names] if metadata else _captions_beside(subset, images)
+    broken = [name for name, caption in zip(images.names, found, strict=True) if not is_unicode(caption)]
     if broken:
         log.warning(
             "%s: %d captions hold half an emoji or other letters that are no Unicode, which are left out (%s first)",
@@ -173,13 +173,13 @@ def _captions(subset: SubsetConfig, pictures: Pictures, metadata: Metadata | Non
     return [as_unicode(caption, instead="") for caption in found]
 
 
-def _captions_beside(subset: SubsetConfig, pictures: Pictures) -> list[str]:
+def _captions_beside(subset: SubsetConfig, images: Images) -> list[str]:
     """The captions from files; empty ones for want of a file and of class tokens are said."""
-    found = list(in_threads(lambda name: read_caption(subset.image_dir / name, subset), pictures.names, "reading captions"))
-    missing = [name for name, caption in zip(pictures.names, found, strict=True) if caption is None]
+    found = list(in_threads(lambda name: read_caption(subset.image_dir / name, subset), images.names, "reading captions"))
+    missing = [name for name, caption in zip(images.names, found, strict=True) if caption is None]
     if missing:
         log.warning(
-            "%s: %d of %d pictures have no %s file and the subset has no class_tokens (%s first); their caption is empty",
+            "%s: %d of %d images have no %s file and the subset has no class_tokens (%s first); their caption is empty",
             subset.image_dir,
             len(missing),
             len(found),
@@ -192,9 +192,9 @@ def _captions_beside(subset: SubsetConfig, pictures: Pictures) -> list[str]:
 def _place(
     configs: list[DatasetConfig], subsets: list[Subset], row_subset: np.ndarray, sizes: np.ndarray, names: list[str]
 ) -> tuple[list[Bucket], dict[str, np.ndarray]]:
-    """Put every picture into a bucket of its dataset: the buckets, and columns of the table."""
+    """Put every image into a bucket of its dataset: the buckets, and columns of the table."""
     rules = [BucketRule(config) for config in configs]
-    places: dict[tuple[int, int, int], Placement] = {}  # pictures of one size share their place
+    places: dict[tuple[int, int, int], Placement] = {}  # images of one size share their place
     keys = [(subsets[part].dataset, *size) for part, size in zip(row_subset.tolist(), sizes.tolist(), strict=True)]
     for key in dict.fromkeys(keys):
         places[key] = rules[key[0]].place(*key[1:])
@@ -213,14 +213,14 @@ def _name_misfits(misfits: list[tuple[str, tuple[int, int, int], Placement]]) ->
             f"{name} ({key[1]}x{key[2]} to {place.bucket[0]}x{place.bucket[1]})" for name, key, place in misfits[:NAMED_AT_MOST]
         )
         more = ", ..." if len(misfits) > NAMED_AT_MOST else ""
-        log.warning("%d pictures are so long or small that most is cut away or made up: %s%s", len(misfits), named, more)
+        log.warning("%d images are so long or small that most is cut away or made up: %s%s", len(misfits), named, more)
 
 
 def _repeats(subsets: list[Subset], dataset: int, held_out: np.ndarray) -> np.ndarray:
     """Uses an epoch of each row of a dataset.
 
-    Pictures held out: none. Training pictures: num_repeats of their subset. Regularisation pictures are used as often as
-    training pictures in all: each with its own num_repeats until that number is reached, then one more each in turn, in order.
+    Images held out: none. Training images: num_repeats of their subset. Regularisation images are used as often as
+    training images in all: each with its own num_repeats until that number is reached, then one more each in turn, in order.
     """
     own = [subset for subset in subsets if subset.dataset == dataset]
     repeats = np.concatenate([np.full(s.end - s.start, s.config.num_repeats, dtype=np.int32) for s in own])
@@ -230,17 +230,17 @@ def _repeats(subsets: list[Subset], dataset: int, held_out: np.ndarray) -> np.nd
     total = int(repeats[~is_reg].sum(dtype=np.int64))
     if total > MAX_USES:
         raise UserError(
-            f"dataset {dataset + 1}: num_repeats make {total:,} uses of pictures an epoch, more than {MAX_USES:,}; lower them"
+            f"dataset {dataset + 1}: num_repeats make {total:,} uses of images an epoch, more than {MAX_USES:,}; lower them"
         )
     if not total:
-        raise UserError(f"dataset {dataset + 1} has no pictures to train on, only is_reg subsets or none usable; add a subset")
+        raise UserError(f"dataset {dataset + 1} has no images to train on, only is_reg subsets or none usable; add a subset")
     is_reg &= ~held
     if is_reg.any():
         repeats[is_reg] = balanced(repeats[is_reg], total)
         unused = int((repeats[is_reg] == 0).sum())
         if unused:
             log.warning(
-                "dataset %d: %d of %d regularisation pictures are not used: %d uses match those of the training pictures",
+                "dataset %d: %d of %d regularisation images are not used: %d uses match those of the training images",
                 dataset + 1,
                 unused,
                 int(is_reg.sum()),
@@ -250,7 +250,7 @@ def _repeats(subsets: list[Subset], dataset: int, held_out: np.ndarray) -> np.nd
 
 
 def balanced(repeats: np.ndarray, total: int) -> np.ndarray:
-    """`repeats` of regularisation pictures changed so that their sum is `total`.
+    """`repeats` of regularisation images changed so that their sum is `total`.
 
     >>> balanced(np.array([2, 2, 2]), 3).tolist(), balanced(np.array([2, 2, 2]), 8).tolist()
     ([2, 1, 0], [3, 3, 2])

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Sampler(NamedTuple):
-    """A class of Diffusers' schedulers with its settings, and the A1111 web UI's name of it, which pictures carry.
+    """A class of Diffusers' schedulers with its settings, and the A1111 web UI's name of it, which images carry.
 
     A sampler that the web UI does not have keeps a name of its own: a wrong one would be worse.
     """

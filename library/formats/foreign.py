@@ -7,9 +7,9 @@ from typing import Any
 
 # What the first bytes of files that hold no tensors give away.
 _BEGINNINGS = (
-    (b"\x89PNG", "a PNG picture"),
-    (b"\xff\xd8\xff", "a JPEG picture"),
-    (b"GIF8", "a GIF picture"),
+    (b"\x89PNG", "a PNG image"),
+    (b"\xff\xd8\xff", "a JPEG image"),
+    (b"GIF8", "a GIF image"),
     (b"<", "a web page; the download gave an error or login page instead of the model"),
     (b"version https://git-lfs", "a Git LFS pointer, not the model itself; run `git lfs pull`"),
     (b"%PDF", "a PDF document"),
@@ -62,7 +62,7 @@ _OTHER_FILES = {
 def file_kind(start: bytes) -> str | None:
     """What a file that begins with these bytes is, if it is known and holds no tensors: `a web page; ...`."""
     if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
-        return "a WebP picture"
+        return "a WebP image"
     return next((what for beginning, what in _BEGINNINGS if start.lstrip().startswith(beginning)), None)
 
 

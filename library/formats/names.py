@@ -117,7 +117,7 @@ def unet_paths(layout: UNetLayout) -> Table:
 
 
 def vae_table(levels: int, layers: int) -> Table:
-    """VAE module names, without `first_stage_model.`. CompVis numbers the decoder's levels from the picture side."""
+    """VAE module names, without `first_stage_model.`. CompVis numbers the decoder's levels from the image side."""
     table = {}
     for side in ("encoder", "decoder"):
         table[f"{side}.conv_in"] = f"{side}.conv_in"

@@ -1,4 +1,4 @@
-"""Saving pictures beside the drawing: a thread of its own writes them while the next batch is made."""
+"""Saving images beside the drawing: a thread of its own writes them while the next batch is made."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from PIL.PngImagePlugin import PngInfo
 from library.files import write_new
 from library.safe_text import as_unicode
 
-MOST_WAITING = 16  # pictures in memory that are not yet written; with more the drawing waits
+MOST_WAITING = 16  # images in memory that are not yet written; with more the drawing waits
 
 
 class Album:
-    """Writes pictures in the background, in order. Leaving the `with` block waits until all are on the disk."""
+    """Writes images in the background, in order. Leaving the `with` block waits until all are on the disk."""
 
     def __init__(self) -> None:
         self.saved: list[Path] = []
@@ -35,16 +35,16 @@ class Album:
             self._thread.shutdown()
 
     def add(
-        self, picture: Image.Image, names: Iterable[Path], text: Callable[[], dict[str, str]],
+        self, image: Image.Image, names: Iterable[Path], text: Callable[[], dict[str, str]],
         then: Callable[[Path], object] | None = None,
     ) -> None:  # fmt: skip
-        """Save `picture` under the first free one of `names` with the fields of `text`, which is called in the thread.
+        """Save `image` under the first free one of `names` with the fields of `text`, which is called in the thread.
 
-        then: called there with the path. Raises `UserError` if an earlier picture could not be written.
+        then: called there with the path. Raises `UserError` if an earlier image could not be written.
         """
         while self._waiting and (self._waiting[0].done() or len(self._waiting) >= MOST_WAITING):
             self._waiting.popleft().result()
-        self._waiting.append(self._thread.submit(self._save, picture, names, text, then))
+        self._waiting.append(self._thread.submit(self._save, image, names, text, then))
 
     def wait(self) -> None:
         """Until everything given so far is on the disk."""
@@ -52,13 +52,13 @@ class Album:
             self._waiting.popleft().result()
 
     def _save(
-        self, picture: Image.Image, names: Iterable[Path], text: Callable[[], dict[str, str]],
+        self, image: Image.Image, names: Iterable[Path], text: Callable[[], dict[str, str]],
         then: Callable[[Path], object] | None,
     ) -> None:  # fmt: skip
         info = PngInfo()
         for key, value in text().items():
             info.add_text(key, as_unicode(value))
-        path = write_new(names, lambda temporary: picture.save(temporary, pnginfo=info))
+        path = write_new(names, lambda temporary: image.save(temporary, pnginfo=info))
         self.saved.append(path)
         if then is not None:
             then(path)

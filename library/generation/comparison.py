@@ -46,12 +46,12 @@ def _short_names(files: Sequence[str]) -> list[str]:
 
 
 class Comparison:
-    """Collects the pictures of a run into a grid: a row for each prompt and seed, a column for each network and strength."""
+    """Collects the images of a run into a grid: a row for each prompt and seed, a column for each network and strength."""
 
     def __init__(self, columns: Sequence[Column]) -> None:
         self.columns = list(columns)
         self.rows: list[PromptSpec] = []
-        self._pictures: dict[tuple[int, int], Image.Image] = {}
+        self._images: dict[tuple[int, int], Image.Image] = {}
 
     def plan(self, rows: Sequence[PromptSpec]) -> list[tuple[tuple[int, int], PromptSpec]]:
         """((row, column), spec) of every cell, a column after the other: those of a column can be made together."""
@@ -62,23 +62,23 @@ class Comparison:
             for number, spec in enumerate(self.rows)
         ]
 
-    def add(self, cell: tuple[int, int], picture: Image.Image) -> None:
-        """A finished picture."""
-        small = picture.copy()
+    def add(self, cell: tuple[int, int], image: Image.Image) -> None:
+        """A finished image."""
+        small = image.copy()
         small.thumbnail((LARGEST_CELL, LARGEST_CELL), Image.Resampling.LANCZOS)
-        self._pictures[cell] = small
+        self._images[cell] = small
 
     def __len__(self) -> int:
-        return len(self._pictures)
+        return len(self._images)
 
     def draw(self, title: str) -> Image.Image:
-        """The sheet; a picture that failed leaves an empty place."""
+        """The sheet; an image that failed leaves an empty place."""
         seeds = {spec.seed for spec in self.rows}
         if len(seeds) == 1:
             title = f"{title}, seed {seeds.pop()}"
         if self.columns[0].multipliers is None:
             return self._prompts_by_seeds(title)
-        rows = [[self._pictures.get((number, index)) for index in range(len(self.columns))] for number in range(len(self.rows))]
+        rows = [[self._images.get((number, index)) for index in range(len(self.columns))] for number in range(len(self.rows))]
         labels = [f"seed {spec.seed}: {spec.prompt}" if seeds else spec.prompt for spec in self.rows]
         return contact_sheet(rows, labels, [column.label for column in self.columns], title)
 
@@ -94,5 +94,5 @@ class Comparison:
             for (prompt, _), row in zip(numbers, seeds, strict=True)
         ]
         heads = [f"seed {seed}" for seed in seeds[0]] if alike and len(seeds[0]) > 1 else []
-        rows = [[self._pictures.get((number, 0)) for number in row] for row in numbers.values()]
+        rows = [[self._images.get((number, 0)) for number in row] for row in numbers.values()]
         return contact_sheet(rows, labels, heads, title)

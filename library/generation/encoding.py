@@ -1,4 +1,4 @@
-"""What the text encoder makes of prompts, kept for the pictures that use the same text again."""
+"""What the text encoder makes of prompts, kept for the images that use the same text again."""
 
 from __future__ import annotations
 

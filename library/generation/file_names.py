@@ -1,4 +1,4 @@
-"""What the pictures are called. A name that is taken is never used again."""
+"""What the images are called. A name that is taken is never used again."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _SEQUENTIAL = re.compile(r"im_[01]?(\d{6,})\.png")
 
 
 class FileNames:
-    """Candidates for the name of each picture in `folder`, best first.
+    """Candidates for the name of each image in `folder`, best first.
 
-    im_{time}_{stage}{n:03d}_{seed}.png, where n counts the pictures of the run from 0 and the stage is empty, or with two
-    stages 0 or 1; or im_{stage}{n:06d}.png, where n goes on after the largest number in the folder; or the source picture's name.
+    im_{time}_{stage}{n:03d}_{seed}.png, where n counts the images of the run from 0 and the stage is empty, or with two
+    stages 0 or 1; or im_{stage}{n:06d}.png, where n goes on after the largest number in the folder; or the source image's name.
     """
 
     def __init__(self, folder: Path, *, sequential: bool = False, original: bool = False, stages: bool = False) -> None:
@@ -30,12 +30,12 @@ class FileNames:
         return max((int(match.group(1)) for match in found if match), default=0) + 1
 
     def take_number(self) -> int:
-        """The number of the next picture, for both its stages."""
+        """The number of the next image, for both its stages."""
         self._next += 1
         return self._next - 1
 
     def candidates(self, number: int, stage: int, seed: int, source: Path | None) -> Iterator[Path]:
-        """Names for the picture of this number."""
+        """Names for the image of this number."""
         mark = str(stage) if self.stages else ""
         if self.original and source is not None:
             stems = (source.stem + ("" if not copy else f"_{copy:03d}") for copy in count())

@@ -1,6 +1,6 @@
-"""From prompts to pictures. `generate` is the whole way.
+"""From prompts to images. `generate` is the whole way.
 
-A picture depends on its `PromptSpec`, the model and the networks only: not on its neighbours in the batch, the device, or any
+An image depends on its `PromptSpec`, the model and the networks only: not on its neighbours in the batch, the device, or any
 random state of the process; and no random state changes. The stages are in modules of their own: jobs (what goes together),
 encoding, denoise, image_input (img2img, in-painting), highres, regional, deep_shrink; painter joins them for one batch.
 
@@ -22,7 +22,7 @@ from PIL import Image
 from library.errors import RunFailed, UserError
 from library.generation.encoding import PromptCache, short
 from library.generation.highres import Highres, enlarge
-from library.generation.image_input import composite, load_mask, load_picture, resized, run_steps
+from library.generation.image_input import composite, load_image, load_mask, resized, run_steps
 from library.generation.jobs import Job, batches, make_job
 from library.generation.networks import Networks
 from library.generation.painter import Canvas, Painter
@@ -39,10 +39,10 @@ DRAWN_SEEDS = 2**31  # seeds drawn here are below this: short enough for a file 
 
 
 class Made(NamedTuple):
-    """A picture with what it was made from, its seed included. `stage` is 0 for a first stage of highres, else 1."""
+    """An image with what it was made from, its seed included. `stage` is 0 for a first stage of highres, else 1."""
 
     spec: PromptSpec
-    picture: Image.Image
+    image: Image.Image
     stage: int = 1
 
 
@@ -63,20 +63,20 @@ def generate(
     progress: Callable[[float], object] | None = None,
     on_error: Callable[[PromptSpec, UserError], object] | None = None,
 ) -> Iterator[Made]:
-    """Make the pictures in order, up to `batch_size` neighbours of equal size, steps, sampler and strengths at once.
+    """Make the images in order, up to `batch_size` neighbours of equal size, steps, sampler and strengths at once.
 
     Yields each with the seed that was used; a spec without a seed gets one at random. With `highres.save_first_stage` the first
-    stages of a batch come before its pictures.
+    stages of a batch come before its images.
     The models may stand in training mode and on different devices, and may hold networks. While a batch is made they are in
     evaluation mode; a network that is not a submodule of theirs is the caller's to switch, unless it is one of `networks`.
 
-    vae_batch_size: pictures that the VAE decodes at once, below 1 a share of the batch; None: all of it.
-    networks: set to each picture's strengths. Without it `<lora:name:0.8>` in a prompt is ordinary text.
+    vae_batch_size: images that the VAE decodes at once, below 1 a share of the batch; None: all of it.
+    networks: set to each image's strengths. Without it `<lora:name:0.8>` in a prompt is ordinary text.
     texts: embeddings kept from call to call; it must have been used with this model and clip_skip alone.
     autocast: makes the context for text encoder and U-Net, such as `accelerator.autocast`; the VAE computes in its own dtype.
-    progress: called after each denoising step with the pictures done since the last call, a fraction; for example the `update` of
+    progress: called after each denoising step with the images done since the last call, a fraction; for example the `update` of
     `tqdm(total=len(specs))`.
-    on_error: called with a picture that failed, and the rest goes on. Without it the first failure is raised.
+    on_error: called with an image that failed, and the rest goes on. Without it the first failure is raised.
     """
     painter = Painter(
         model, clip_skip=clip_skip, zero_terminal_snr=zero_terminal_snr, networks=networks, regions=regions, texts=texts,
@@ -106,7 +106,7 @@ def generate(
 def _make(
     painter: Painter, batch: list, highres: Highres | None, progress: Callable[[float], object] | None, catch_all: bool
 ) -> list[Made | tuple[PromptSpec, UserError]]:
-    """The pictures of one batch. catch_all: also what no one foresaw is an error of its pictures and not the end of the run."""
+    """The images of one batch. catch_all: also what no one foresaw is an error of its images and not the end of the run."""
     results = [item for item in batch if not isinstance(item, Job)]
     canvases = []
     for job in (item for item in batch if isinstance(item, Job)):
@@ -124,7 +124,7 @@ def _make(
         results += [(canvas.job.spec, error) for canvas in canvases]
     except torch.cuda.OutOfMemoryError:
         size = f"{spec.width} x {spec.height}"
-        error = UserError(f"not enough GPU memory for {len(canvases)} picture(s) of {size}; make smaller or fewer at once")
+        error = UserError(f"not enough GPU memory for {len(canvases)} image(s) of {size}; make smaller or fewer at once")
         results += [(canvas.job.spec, error) for canvas in canvases]
     except Exception as error:
         if not catch_all:
@@ -136,12 +136,12 @@ def _make(
 
 
 def _open(job: Job) -> Canvas:
-    """A canvas in the full size, with the picture to begin from."""
+    """A canvas in the full size, with the image to begin from."""
     spec, size = job.spec, (job.spec.width, job.spec.height)
     if spec.image is None:
         return Canvas(job)
-    picture = load_picture(spec.image, size)
-    return Canvas(job, picture, source=picture, mask=load_mask(spec.mask, size) if spec.mask is not None else None)
+    image = load_image(spec.image, size)
+    return Canvas(job, image, source=image, mask=load_mask(spec.mask, size) if spec.mask is not None else None)
 
 
 def _stages(
@@ -159,13 +159,13 @@ def _stages(
     share = first_steps / max(1, first_steps + run_steps(own_steps, spec.strength))
     small = highres.first_size(*size)
     for canvas in canvases:
-        canvas.picture = canvas.picture and resized(canvas.picture, small)
+        canvas.image = canvas.image and resized(canvas.image, small)
     decode = highres.save_first_stage or not highres.keeps_latents
     _stage(painter, canvases, small, highres.steps, strength, 0, progress, share, decode)
     results = [_result(canvas) for canvas in canvases if canvas.error]
     good = [canvas for canvas in canvases if not canvas.error]
     if highres.save_first_stage:
-        results += [Made(canvas.job.spec, canvas.picture, stage=0) for canvas in good]
+        results += [Made(canvas.job.spec, canvas.image, stage=0) for canvas in good]
     if good:
         _enlarge(painter, good, highres, size)
         _stage(painter, good, size, own_steps, spec.strength, 1, progress, 1 - share)
@@ -176,11 +176,11 @@ def _stage(
     painter: Painter, canvases: list[Canvas], size: tuple[int, int], steps: int, strength: float, seed_shift: int,
     progress: Callable[[float], object] | None, share: float, decode: bool = True,
 ) -> None:  # fmt: skip
-    """Paint the canvases in `size`. `share`: how much of the whole way to a picture this is."""
+    """Paint the canvases in `size`. `share`: how much of the whole way to an image this is."""
     count = run_steps(steps, strength) if canvases[0].begins else steps
     done = len(canvases) * share
     if count == 0:  # nothing is added to what it begins from
-        if canvases[0].picture is None:
+        if canvases[0].image is None:
             painter.finish(canvases, torch.stack([canvas.latents for canvas in canvases]))
         if progress:
             progress(done)
@@ -192,18 +192,18 @@ def _stage(
 
 def _enlarge(painter: Painter, canvases: list[Canvas], highres: Highres, size: tuple[int, int]) -> None:
     """Make what the first stage painted the beginning of the second."""
-    pictures = latents = None
+    images = latents = None
     if highres.keeps_latents and canvases[0].latents is not None:
         latents = torch.stack([canvas.latents for canvas in canvases])
     else:
-        pictures = [canvas.picture for canvas in canvases]
-    pictures, latents = enlarge(highres, painter.model, pictures, latents, size, painter.vae_batch(len(canvases)))
+        images = [canvas.image for canvas in canvases]
+    images, latents = enlarge(highres, painter.model, images, latents, size, painter.vae_batch(len(canvases)))
     for index, canvas in enumerate(canvases):
-        canvas.picture = pictures[index] if pictures is not None else None
-        if canvas.mask is not None and canvas.picture is not None:
-            canvas.picture = composite(canvas.picture, canvas.source, canvas.mask)
+        canvas.image = images[index] if images is not None else None
+        if canvas.mask is not None and canvas.image is not None:
+            canvas.image = composite(canvas.image, canvas.source, canvas.mask)
         canvas.latents = latents[index] if latents is not None else None
 
 
 def _result(canvas: Canvas) -> Made | tuple[PromptSpec, UserError]:
-    return (canvas.job.spec, canvas.error) if canvas.error else Made(canvas.job.spec, canvas.picture)
+    return (canvas.job.spec, canvas.error) if canvas.error else Made(canvas.job.spec, canvas.image)

@@ -1,4 +1,4 @@
-"""Two stages: a small picture first, for its composition, then the same enlarged and painted over for its details."""
+"""Two stages: a small image first, for its composition, then the same enlarged and painted over for its details."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ SIDE_STEP = 32
 class Highres:
     """What --highres_fix_* say.
 
-    scale: of the first stage's sides; steps: of the first stage. strength: of the first stage where it begins from a picture
-    (None: the picture's own). save_first_stage: yield it too. latent_upscaling: enlarge latents, not pixels. upscaler: see
+    scale: of the first stage's sides; steps: of the first stage. strength: of the first stage where it begins from an image
+    (None: the image's own). save_first_stage: yield it too. latent_upscaling: enlarge latents, not pixels. upscaler: see
     `load_upscaler`.
-    The second stage runs the picture's own steps times its `strength`, from noise of seed + 1.
+    The second stage runs the image's own steps times its `strength`, from noise of seed + 1.
     """
 
     scale: float
@@ -61,8 +61,8 @@ class Highres:
 def load_upscaler(module_name: str, args: str | None, model: Model) -> Any:
     """What `create_upscaler(**args)` of the module of this name returns, on the model's device and in its dtype.
 
-    It has `support_latents()`, whether it enlarges latents, and `upscale(vae, pictures, latents, dtype, width, height,
-    batch_size, vae_batch_size)`, of which pictures or latents is None, and which returns pictures or latents of the new size.
+    It has `support_latents()`, whether it enlarges latents, and `upscale(vae, images, latents, dtype, width, height,
+    batch_size, vae_batch_size)`, of which images or latents is None, and which returns images or latents of the new size.
     """
     try:
         module = importlib.import_module(module_name)
@@ -77,17 +77,17 @@ def load_upscaler(module_name: str, args: str | None, model: Model) -> Any:
 
 
 def enlarge(
-    highres: Highres, model: Model, pictures: list[Image.Image] | None, latents: Tensor | None, size: tuple[int, int],
+    highres: Highres, model: Model, images: list[Image.Image] | None, latents: Tensor | None, size: tuple[int, int],
     at_once: int,
 ) -> tuple[list[Image.Image] | None, Tensor | None]:  # fmt: skip
-    """The first stage, pictures or latents (B, C, h, w), in the full size (width, height) in pixels; one of the two is None."""
+    """The first stage, images or latents (B, C, h, w), in the full size (width, height) in pixels; one of the two is None."""
     width, height = size
     if highres.upscaler is not None:
-        count = len(pictures if latents is None else latents)
+        count = len(images if latents is None else latents)
         result = highres.upscaler.upscale(
-            model.vae, pictures, latents, model.denoiser.dtype, width, height, batch_size=count, vae_batch_size=at_once
+            model.vae, images, latents, model.denoiser.dtype, width, height, batch_size=count, vae_batch_size=at_once
         )
         return (None, result.float()) if isinstance(result, torch.Tensor) else (list(result), None)
     if latents is not None:
         return None, F.interpolate(latents, model.latents.size(width, height), mode="bilinear", align_corners=False)
-    return [resized(picture, size) for picture in pictures], None
+    return [resized(image, size) for image in images], None

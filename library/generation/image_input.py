@@ -1,4 +1,4 @@
-"""Pictures to begin from (img2img) and masks (in-painting)."""
+"""Images to begin from (img2img) and masks (in-painting)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Generator, Tensor
 
-from library.data.images import BadPicture, decode, size_of
+from library.data.images import BadImage, decode, size_of
 from library.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,65 +19,65 @@ if TYPE_CHECKING:
 
     from library.models.family import Model
 
-SIDE_STEP = 32  # the sides of a picture that gives the size are rounded down to a multiple of this
+SIDE_STEP = 32  # the sides of an image that gives the size are rounded down to a multiple of this
 
 
 def source_size(path: Path) -> tuple[int, int]:
-    """Width and height that a picture made from this one gets: its own, each side rounded down to a multiple of 32."""
+    """Width and height that an image made from this one gets: its own, each side rounded down to a multiple of 32."""
     try:
         width, height = size_of(path)
-    except BadPicture as error:
+    except BadImage as error:
         raise UserError(f"--image_path {path}: {error}") from None
     if min(width, height) < SIDE_STEP:
-        raise UserError(f"--image_path {path}: {width} x {height} pixels are too few; use a larger picture or give --W and --H")
+        raise UserError(f"--image_path {path}: {width} x {height} pixels are too few; use a larger image or give --W and --H")
     return width - width % SIDE_STEP, height - height % SIDE_STEP
 
 
-def load_picture(path: Path, size: tuple[int, int], option: str = "--image_path") -> Image.Image:
-    """An upright RGB picture, stretched to `size` (width, height) if it has another one."""
+def load_image(path: Path, size: tuple[int, int], option: str = "--image_path") -> Image.Image:
+    """An upright RGB image, stretched to `size` (width, height) if it has another one."""
     try:
-        picture = Image.fromarray(decode(path.read_bytes()))
+        image = Image.fromarray(decode(path.read_bytes()))
     except OSError as error:
         raise UserError(f"{option} {path}: {error.strerror or error}") from None
-    except BadPicture as error:
+    except BadImage as error:
         raise UserError(f"{option} {path}: {error}") from None
-    return resized(picture, size)
+    return resized(image, size)
 
 
 def load_mask(path: Path, size: tuple[int, int]) -> Image.Image:
-    """A grey picture (mode L) of `size`: 255 is painted anew, 0 kept."""
-    mask = load_picture(path, size, "--mask_path").convert("L")
+    """A grey image (mode L) of `size`: 255 is painted anew, 0 kept."""
+    mask = load_image(path, size, "--mask_path").convert("L")
     if mask.getextrema()[1] == 0:
         raise UserError(f"--mask_path {path} is black all over, so nothing would be painted; white is what changes")
     return mask
 
 
-def resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
-    return picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)
+def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
 
 
-def to_pixels(pictures: list[Image.Image]) -> Tensor:
+def to_pixels(images: list[Image.Image]) -> Tensor:
     """(B, 3, H, W), float32 in -1..1."""
-    values = np.stack([np.asarray(picture) for picture in pictures]).astype(np.float32)
+    values = np.stack([np.asarray(image) for image in images]).astype(np.float32)
     return torch.from_numpy(values / 127.5 - 1).permute(0, 3, 1, 2)
 
 
-def encode_pictures(model: Model, pictures: list[Image.Image], generators: list[Generator], at_once: int = 1) -> Tensor:
+def encode_images(model: Model, images: list[Image.Image], generators: list[Generator], at_once: int = 1) -> Tensor:
     """Latents (B, C, h, w) as the denoiser knows them, float32: each a sample of the posterior drawn from its own generator."""
     parts = []
-    for start in range(0, len(pictures), at_once):
+    for start in range(0, len(images), at_once):
         chosen = slice(start, start + at_once)
-        parts.append(model.encode_images(to_pixels(pictures[chosen]), generators[chosen]))
+        parts.append(model.encode_images(to_pixels(images[chosen]), generators[chosen]))
     # The VAE answers in the layout of the pixels, and the denoiser would keep it: another one, other last bits.
     result = model.latents.scaled(torch.cat(parts)).contiguous()
     if not result.isfinite().all():
         dtype = next(model.vae.parameters()).dtype
-        raise UserError(f"the VAE overflows in {dtype} on the picture given; add --no_half_vae or give another --vae")
+        raise UserError(f"the VAE overflows in {dtype} on the image given; add --no_half_vae or give another --vae")
     return result
 
 
 def run_steps(steps: int, strength: float) -> int:
-    """How many of `steps` are run from a picture: floor(steps * strength), as Diffusers counts."""
+    """How many of `steps` are run from an image: floor(steps * strength), as Diffusers counts."""
     return min(int(steps * strength), steps)
 
 
@@ -100,5 +100,5 @@ def keep_outside(
 
 
 def composite(painted: Image.Image, source: Image.Image, mask: Image.Image) -> Image.Image:
-    """The painted picture where the mask is white; where it is black the source's very pixels."""
+    """The painted image where the mask is white; where it is black the source's very pixels."""
     return Image.composite(painted, resized(source, painted.size), mask.resize(painted.size, Image.Resampling.BILINEAR))

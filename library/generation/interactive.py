@@ -51,9 +51,9 @@ def _line_editing(history: Path):
     return readline
 
 
-def show(picture: Image.Image) -> None:
-    """Open the picture in the system's viewer, if there is a screen."""
+def show(image: Image.Image) -> None:
+    """Open the image in the system's viewer, if there is a screen."""
     if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         return
     with suppress(Exception):  # a viewer that does not start is no reason to stop drawing
-        picture.show()
+        image.show()

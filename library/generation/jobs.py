@@ -1,4 +1,4 @@
-"""What one picture needs, worked out and checked before anything is computed, and which pictures can be made together."""
+"""What one image needs, worked out and checked before anything is computed, and which images can be made together."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """A picture to make. `prompts` are what the text encoder reads: one text, or with regions one for each sub-prompt."""
+    """An image to make. `prompts` are what the text encoder reads: one text, or with regions one for each sub-prompt."""
 
     spec: PromptSpec
     prompts: tuple[str, ...]
@@ -36,7 +36,7 @@ class Job:
 
     @property
     def key(self) -> tuple:
-        """Pictures of one key can be made together.
+        """Images of one key can be made together.
 
         Those that need different numbers of chunks cannot: padding one to the length of another would change it.
         """
@@ -48,7 +48,7 @@ class Job:
 
 
 def batches(jobs: Iterable[Job | tuple[PromptSpec, UserError]], size: int) -> Iterator[list[Job | tuple[PromptSpec, UserError]]]:
-    """Neighbours of one key, up to `size` of them; what is not a job is alone. Looks one picture ahead."""
+    """Neighbours of one key, up to `size` of them; what is not a job is alone. Looks one image ahead."""
     for _, group in groupby(jobs, lambda job: job.key if isinstance(job, Job) else None):
         together = list(group)
         for start in range(0, len(together), size):
@@ -98,6 +98,6 @@ def _check_numbers(model: Model, spec: PromptSpec) -> None:
         raise UserError(f"{where}: strength {spec.strength} is not possible; use 0 to 1")
     check_negative_scale(spec.scale, spec.negative_scale)
     if spec.mask is not None and spec.image is None:
-        raise UserError(f"{where}: a mask needs a picture to begin from; give --image_path too")
+        raise UserError(f"{where}: a mask needs an image to begin from; give --image_path too")
     if spec.deep_shrink is not None:
         check_deep_shrink(spec.deep_shrink, len(model.denoiser.config.block_out_channels))

@@ -1,4 +1,4 @@
-"""The model for a run of pictures: in which precision, on which device, with which savings of memory."""
+"""The model for a run of images: in which precision, on which device, with which savings of memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def load_model(
     """The model of --ckpt: a file, a Diffusers folder, a hub id, or a pattern such as `models/*-v3*` that one file matches.
 
     no_half_vae: the VAE stays in float32. device: None takes the GPU if there is one. vae_tiling: the VAE works in overlapping
-    tiles, which takes less memory for large pictures and changes them a little where tiles meet.
+    tiles, which takes less memory for large images and changes them a little where tiles meet.
     """
     device = torch.device(device) if device is not None else best_device()
     if dtype == torch.float16 and device.type == "cpu":

@@ -1,4 +1,4 @@
-"""Networks (LoRA and its kin) on a model that makes pictures: loaded from files, set to their strengths for each picture."""
+"""Networks (LoRA and its kin) on a model that makes images: loaded from files, set to their strengths for each image."""
 
 from __future__ import annotations
 
@@ -108,10 +108,10 @@ class Networks:
         networks.set(networks.defaults)
         return networks
 
-    # ---- what a picture uses
+    # ---- what an image uses
 
     def multipliers(self, spec: PromptSpec) -> tuple[float, ...]:
-        """The strengths of `loaded` for this picture: those of the spec, the last one for the rest, or else the defaults."""
+        """The strengths of `loaded` for this image: those of the spec, the last one for the rest, or else the defaults."""
         if spec.multipliers is None:
             return self.defaults
         if len(spec.multipliers) > len(self.loaded):
@@ -120,7 +120,7 @@ class Networks:
         return spec.multipliers + spec.multipliers[-1:] * (len(self.loaded) - len(spec.multipliers))
 
     def used(self, spec: PromptSpec) -> list[tuple[Path, float]]:
-        """Every file that acts on this picture, with its strength; those of strength 0 are left out."""
+        """Every file that acts on this image, with its strength; those of strength 0 are left out."""
         own = [(loaded.path, strength) for loaded, strength in zip(self.loaded, self.multipliers(spec), strict=True)]
         asked = [(self.find(name), strength) for name, strength in split_loras(spec.prompt)[1]]
         return [(path, strength) for path, strength in self.merged + own + asked if strength != 0]

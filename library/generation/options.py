@@ -51,16 +51,16 @@ class PromptOptions(OptionGroup):
     prompt: str | None = Field(None, description="one prompt, with in-line options")
     from_file: str | None = Field(None, description="text file, one prompt a line; - reads standard input")
     interactive: bool = Field(False, description="ask for prompts, one after another")
-    no_preview: bool = Field(False, description="with --interactive: do not show the pictures")
+    no_preview: bool = Field(False, description="with --interactive: do not show the images")
     max_embeddings_multiples: Count | None = Field(None, description="read prompts up to so many chunks of 75 tokens; unset: 1")
-    images_per_prompt: Count = Field(1, description="pictures of each prompt")
+    images_per_prompt: Count = Field(1, description="images of each prompt")
     n_iter: Count = Field(1, description="how often the list of prompts is drawn")
     shuffle_prompts: bool = Field(False, description="in another order each time")
     seed: Seeds | None = Field(None, description="seed, or seeds 1,2,3 that are handed out from the front")
-    iter_same_seed: bool = Field(False, description="one seed for all pictures of a pass over the list")
+    iter_same_seed: bool = Field(False, description="one seed for all images of a pass over the list")
 
 
-class PictureOptions(OptionGroup):
+class ImageOptions(OptionGroup):
     """Size and sampling"""
 
     W: Side | None = Field(None, description="width in pixels; unset: the size the model was made for")
@@ -83,17 +83,17 @@ class NetworkOptions(OptionGroup):
     network_show_meta: bool = Field(False, description="print the metadata of each file")
     network_merge: bool = Field(False, description="merge all networks into the model; --am then does nothing")
     network_merge_n_models: Count | None = Field(None, description="merge the first N networks only")
-    network_pre_calc: bool = Field(False, description="add the networks to the weights for each batch: faster, same pictures")
+    network_pre_calc: bool = Field(False, description="add the networks to the weights for each batch: faster, same images")
     network_regional_mask_max_color_codes: Count | None = Field(None, description="regional masks by exact colours 1 to N")
     lora_dir: str | None = Field(None, description="folder in which <lora:name:0.8> in a prompt is found")
 
 
 class SourceOptions(OptionGroup):
-    """From pictures"""
+    """From images"""
 
-    image_path: str | None = Field(None, description="picture, or folder of pictures, to start from (img2img)")
+    image_path: str | None = Field(None, description="image, or folder of images, to start from (img2img)")
     mask_path: str | None = Field(None, description="white is repainted; with several sub-prompts: regions of networks")
-    strength: Share | None = Field(None, description="how much of the picture is redrawn, 0 to 1; unset: 0.8")
+    strength: Share | None = Field(None, description="how much of the image is redrawn, 0 to 1; unset: 0.8")
 
 
 class HighresOptions(OptionGroup):
@@ -106,14 +106,14 @@ class HighresOptions(OptionGroup):
     highres_fix_strength: Share | None = Field(
         None, description="--strength of the first stage, with --image_path; unset: the same"
     )
-    highres_fix_save_1st: bool = Field(False, description="save the pictures of the first stage too")
+    highres_fix_save_1st: bool = Field(False, description="save the images of the first stage too")
     highres_fix_latents_upscaling: bool = Field(False, description="enlarge latents instead of pixels")
     highres_fix_upscaler: str | None = Field(None, description="module of yours that enlarges")
     highres_fix_upscaler_args: str | None = Field(None, description='"key=value;key=value" for that module')
 
 
 class DeepShrinkOptions(OptionGroup):
-    """Large pictures in one stage (Deep Shrink)"""
+    """Large images in one stage (Deep Shrink)"""
 
     ds_depth_1: Depth | None = Field(
         None, description="shrink the features at this depth of the U-Net, 0 to 3; switches Deep Shrink on"
@@ -129,13 +129,11 @@ class SpeedOptions(OptionGroup):
 
     fp16: bool = Field(False, description="compute in fp16")
     bf16: bool = Field(False, description="compute in bf16")
-    no_half_vae: bool = Field(False, description="keep the VAE in float32 (cures black pictures)")
-    batch_size: Count = Field(1, description="pictures made at once where size, steps and settings agree")
-    vae_batch_size: float | None = Field(
-        None, gt=0, description="pictures the VAE decodes at once; below 1: a share of the batch"
-    )
+    no_half_vae: bool = Field(False, description="keep the VAE in float32 (cures black images)")
+    batch_size: Count = Field(1, description="images made at once where size, steps and settings agree")
+    vae_batch_size: float | None = Field(None, gt=0, description="images the VAE decodes at once; below 1: a share of the batch")
     vae_slices: Count | None = Field(
-        None, description="the VAE works through each picture in so many slices: same picture, less memory"
+        None, description="the VAE works through each image in so many slices: same image, less memory"
     )
     vae_tiling: bool = Field(False, description="the VAE works on tiles: far less memory, seams are blended")
     xformers: bool = Field(False, description="attention by xformers, if it is installed and there is a GPU")
@@ -147,9 +145,9 @@ class SpeedOptions(OptionGroup):
 class OutputOptions(OptionGroup):
     """Output"""
 
-    outdir: str = Field("outputs", description="folder for the pictures")
+    outdir: str = Field("outputs", description="folder for the images")
     sequential_file_name: bool = Field(False, description="names im_000001.png, im_000002.png and so on")
-    use_original_file_name: bool = Field(False, description="with --image_path: the name of the source picture")
+    use_original_file_name: bool = Field(False, description="with --image_path: the name of the source image")
     sheet: bool = Field(False, description="also one labelled sheet: prompts and seeds by networks and strengths")
     sheet_strengths: list[float] | None = Field(None, description="strengths that the sheet compares; 0 is without network")
 
@@ -159,7 +157,7 @@ class GenerateOptions(BaseModel):
 
     model: ModelOptions = ModelOptions()
     prompts: PromptOptions = PromptOptions()
-    picture: PictureOptions = PictureOptions()
+    image: ImageOptions = ImageOptions()
     network: NetworkOptions = NetworkOptions()
     source: SourceOptions = SourceOptions()
     highres: HighresOptions = HighresOptions()
@@ -189,8 +187,8 @@ def _rules(o: GenerateOptions) -> list[tuple[Any, str]]:
         (output.sequential_file_name and output.use_original_file_name,
          "--sequential_file_name and --use_original_file_name exclude each other"),
         (output.use_original_file_name and not source.image_path, "--use_original_file_name needs --image_path"),
-        (source.image_path and (o.picture.W is None) != (o.picture.H is None),
-         "--image_path takes the pictures' own size, or that of both --W and --H; give both or none"),
+        (source.image_path and (o.image.W is None) != (o.image.H is None),
+         "--image_path takes the images' own size, or that of both --W and --H; give both or none"),
         (source.mask_path and not source.image_path and not o.network.network_weights,
          "--mask_path needs --image_path (to repaint) or --network_weights (regions)"),
         (source.mask_path and o.network.network_merge and not source.image_path,
@@ -259,4 +257,4 @@ def _sheet_rules(o: GenerateOptions) -> list[tuple[Any, str]]:
 
 def parse_options(arguments: list[str]) -> GenerateOptions:
     """The options of one run from the command line."""
-    return parse(GenerateOptions, arguments, "Make pictures with Stable Diffusion and any number of networks.", REFUSED)
+    return parse(GenerateOptions, arguments, "Make images with Stable Diffusion and any number of networks.", REFUSED)

@@ -17,7 +17,7 @@ from library.errors import UserError
 from library.generation.deep_shrink import shrinking
 from library.generation.denoise import Guidance, denoise, start_noise
 from library.generation.encoding import PromptCache, device_of, short
-from library.generation.image_input import composite, encode_pictures, keep_outside, latent_masks, run_steps
+from library.generation.image_input import composite, encode_images, keep_outside, latent_masks, run_steps
 from library.generation.jobs import Job
 from library.generation.networks import Networks
 from library.generation.prompts import LARGEST_SEED, PromptSpec
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class Canvas:
-    """One picture on its way: what a stage begins from, and afterwards what it made.
+    """One image on its way: what a stage begins from, and afterwards what it made.
 
-    picture, RGB, or latents (C, h, w) in place of it: both None where the stage begins from noise alone. error: why it failed.
+    image, RGB, or latents (C, h, w) in place of it: both None where the stage begins from noise alone. error: why it failed.
     source and mask (grey, mode L): for in-painting, in full size.
     """
 
     job: Job
-    picture: Image.Image | None = None
+    image: Image.Image | None = None
     latents: Tensor | None = None
     source: Image.Image | None = None
     mask: Image.Image | None = None
@@ -47,7 +47,7 @@ class Canvas:
 
     @property
     def begins(self) -> bool:
-        return self.picture is not None or self.latents is not None
+        return self.image is not None or self.latents is not None
 
 
 class Painter:
@@ -68,7 +68,7 @@ class Painter:
         self.latents = model.latents
 
     def vae_batch(self, count: int) -> int:
-        """How many of `count` pictures the VAE gets at once."""
+        """How many of `count` images the VAE gets at once."""
         wanted = count if self.vae_batch_size is None else self.vae_batch_size
         return max(1, int(wanted * count if wanted < 1 else wanted))
 
@@ -110,7 +110,7 @@ class Painter:
         self, canvases: list[Canvas], size: tuple[int, int], *, steps: int, strength: float, seed_shift: int = 0,
         on_step: Callable[[float], object] | None = None,
     ) -> Tensor:  # fmt: skip
-        """Latents (B, C, h, w), float32, of pictures of `size` (width, height): from noise, or from what the canvases begin with.
+        """Latents (B, C, h, w), float32, of images of `size` (width, height): from noise, or from what the canvases begin with.
 
         on_step: called after each step with its share of all.
         """
@@ -147,8 +147,8 @@ class Painter:
             return None
         if canvases[0].latents is not None:
             return torch.stack([canvas.latents for canvas in canvases]).to(device)
-        pictures = [canvas.picture for canvas in canvases]
-        return encode_pictures(self.model, pictures, generators, self.vae_batch(len(pictures))).to(device)
+        images = [canvas.image for canvas in canvases]
+        return encode_images(self.model, images, generators, self.vae_batch(len(images))).to(device)
 
     def _special_unet(self, spec: PromptSpec, guidance: Guidance, noise: Tensor) -> AbstractContextManager[Any]:
         stack = ExitStack()
@@ -162,9 +162,9 @@ class Painter:
     # ---- pixels
 
     def finish(self, canvases: list[Canvas], latents: Tensor, *, decode: bool = True) -> None:
-        """Give every canvas its latents and picture, or the error for latents and pixels that are not finite."""
+        """Give every canvas its latents and image, or the error for latents and pixels that are not finite."""
         for canvas, latent in zip(canvases, latents, strict=True):
-            canvas.picture, canvas.latents = None, latent
+            canvas.image, canvas.latents = None, latent
             if not latent.isfinite().all():
                 canvas.error = UserError(
                     f"{_name(canvas)} gave NaN or infinite latents: the U-Net overflows or holds broken weights; "
@@ -187,17 +187,17 @@ class Painter:
         latents = torch.stack([canvas.latents for canvas in canvases])
         for canvas, pixels in zip(canvases, self.model.decode(latents), strict=True):
             if pixels.isfinite().all():
-                picture = to_picture(pixels)
-                canvas.picture = picture if canvas.mask is None else composite(picture, canvas.source, canvas.mask)
+                image = to_image(pixels)
+                canvas.image = image if canvas.mask is None else composite(image, canvas.source, canvas.mask)
             else:
                 reason = f"overflows in {weight.dtype}; keep it in float32 (--no_half_vae) or give another --vae"
                 if weight.dtype == torch.float32:
                     reason = "overflows or holds broken weights; give another --vae, or check the model"
-                canvas.error = UserError(f"{_name(canvas)} gave a black picture: the VAE {reason}")
+                canvas.error = UserError(f"{_name(canvas)} gave a black image: the VAE {reason}")
 
 
-def to_picture(pixels: Tensor) -> Image.Image:
-    """(3, H, W) in -1..1 to a picture; values outside are clipped."""
+def to_image(pixels: Tensor) -> Image.Image:
+    """(3, H, W) in -1..1 to an image; values outside are clipped."""
     levels = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round()
     return Image.fromarray(levels.to(torch.uint8).permute(1, 2, 0).cpu().numpy())
 

@@ -1,4 +1,4 @@
-"""From prompts to the list of pictures to make: variants, seeds, source pictures, repeats. No model is needed for that."""
+"""From prompts to the list of images to make: variants, seeds, source images, repeats. No model is needed for that."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from library.errors import UserError
 from library.generation.options import GenerateOptions
 from library.generation.prompt_lines import LineRules, PromptLine, read_prompt_line
 from library.generation.prompt_loras import PromptLoras, split_loras
-from library.generation.prompt_sources import RawPrompt, list_pictures
+from library.generation.prompt_sources import RawPrompt, list_images
 from library.generation.prompts import check_negative_scale, check_regions, split_regions
 from library.generation.seeds import Seeds
 from library.generation.variants import Line, Text
@@ -19,7 +19,7 @@ from library.generation.variants import Line, Text
 
 @dataclass(frozen=True)
 class Request:
-    """One picture to make. What its line leaves open is filled in when the model is known."""
+    """One image to make. What its line leaves open is filled in when the model is known."""
 
     line: PromptLine
     raw: str  # the line as it was written
@@ -30,15 +30,15 @@ class Request:
 
 
 class Planner:
-    """Makes requests of prompts. Seeds, random choices and source pictures go on from call to call.
+    """Makes requests of prompts. Seeds, random choices and source images go on from call to call.
 
     `problems` collects the lines that are not understood, each once; `notes` what the user may not expect.
     """
 
     def __init__(self, options: GenerateOptions) -> None:
         self.options = options
-        self.sources = list_pictures(options.source.image_path, "--image_path")
-        masks = list_pictures(options.source.mask_path, "--mask_path")
+        self.sources = list_images(options.source.image_path, "--image_path")
+        masks = list_images(options.source.mask_path, "--mask_path")
         self.masks = masks if self.sources and not self._regional else []  # a mask without sources shows regions
         self._loras = PromptLoras(Path(options.network.lora_dir) if options.network.lora_dir else None)
         self.problems: dict[str, str] = {}
@@ -64,7 +64,7 @@ class Planner:
         return bool(self.options.network.network_weights and not self.options.network.network_merge)
 
     def plan(self, prompts: list[RawPrompt]) -> list[Request]:
-        """The pictures of these prompts, all repeats included, in the order in which they are to be made."""
+        """The images of these prompts, all repeats included, in the order in which they are to be made."""
         if not prompts:
             return []
         chosen = self.options.prompts
@@ -80,7 +80,7 @@ class Planner:
         seeded = [request for made in passes for request in self._with_seeds(made)]
         if self._seeds.unused and not chosen.interactive and seeded:
             unused = ", ".join(map(str, self._seeds.unused))
-            self.notes.append(f"--seed has more seeds than there are pictures; not used: {unused}")
+            self.notes.append(f"--seed has more seeds than there are images; not used: {unused}")
         return [self._with_source(request) for request in seeded]
 
     def _one_pass(self, prompts: list[RawPrompt]) -> list[Request]:
@@ -108,7 +108,7 @@ class Planner:
 
     @property
     def _per_prompt(self) -> int:
-        """Pictures of each prompt; a sheet has one for each seed of the list."""
+        """Images of each prompt; a sheet has one for each seed of the list."""
         chosen = self.options.prompts
         listed = len(chosen.seed or ()) if self.options.output.sheet and not chosen.iter_same_seed else 1
         return max(chosen.images_per_prompt, listed)
@@ -123,12 +123,12 @@ class Planner:
 
     def _check_line(self, line: PromptLine, where: str) -> None:
         """UserError for a line that does not go with the command line."""
-        picture, source = self.options.picture, self.options.source
+        image, source = self.options.image, self.options.source
         try:
             for name, _ in split_loras(line.values["prompt"])[1]:
                 self._loras.find(name)
-            negative_scale = line.values.get("negative_scale", picture.negative_scale)
-            check_negative_scale(line.values.get("scale", picture.scale), negative_scale)
+            negative_scale = line.values.get("negative_scale", image.negative_scale)
+            check_negative_scale(line.values.get("scale", image.scale), negative_scale)
             if source.mask_path and self._regional:
                 check_regions(split_regions(line.values["prompt"]), self._rules.networks)
         except UserError as error:
@@ -170,19 +170,19 @@ class Planner:
         return seeded
 
     def _note_unused(self, requests: list[Request]) -> None:
-        """Say which seeds of --d no picture gets."""
+        """Say which seeds of --d no image gets."""
         counts: dict[str, int] = {}
         for request in requests:
             counts[request.where] = counts.get(request.where, 0) + 1
         for request in {request.where: request for request in requests}.values():
             unused = (request.line.seeds or ())[counts[request.where] :]
             named = ", ".join(map(str, unused))
-            note = f"{request.where}: --d has more seeds than pictures; not used: {named} (see --images_per_prompt)"
+            note = f"{request.where}: --d has more seeds than images; not used: {named} (see --images_per_prompt)"
             if unused and note not in self.notes:
                 self.notes.append(note)
 
     def _with_source(self, request: Request) -> Request:
-        """Source pictures and masks are used in turn, picture by picture."""
+        """Source images and masks are used in turn, image by image."""
         number = self._made
         self._made += 1
         if not self.sources:

@@ -1,4 +1,4 @@
-"""What is written into the pictures: fields of this suite, and `parameters`, which the A1111 web UI reads back."""
+"""What is written into the images: fields of this suite, and `parameters`, which the A1111 web UI reads back."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from library.generation.prompts import PromptSpec
 
 
 class UsedLora(NamedTuple):
-    """A network that acted on a picture."""
+    """A network that acted on an image."""
 
     name: str
     strength: float
@@ -26,7 +26,7 @@ class UsedLora(NamedTuple):
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What is the same for all pictures of a run."""
+    """What is the same for all images of a run."""
 
     model_name: str
     model_hash: str | None = None  # 10 hex digits, the web UI's; None for folders and models of the hub
@@ -39,7 +39,7 @@ class RunFacts:
 def text_fields(
     spec: PromptSpec, raw: str, facts: RunFacts, loras: Sequence[UsedLora], stage: int | None, first_size: tuple[int, int] | None
 ) -> dict[str, str]:
-    """All fields of one picture. stage: None without highres fix, 0 its first stage (of `first_size`), 1 the final picture."""
+    """All fields of one image. stage: None without highres fix, 0 its first stage (of `first_size`), 1 the final image."""
     steps = facts.highres_steps if stage == 0 else spec.steps
     fields = {
         "prompt": spec.prompt, "seed": str(spec.seed), "sampler": spec.sampler, "steps": str(steps), "scale": f"{spec.scale:g}",
@@ -54,7 +54,7 @@ def parameters(
     spec: PromptSpec, facts: RunFacts, loras: Sequence[UsedLora] = (), stage: int | None = None,
     first_size: tuple[int, int] | None = None,
 ) -> str:  # fmt: skip
-    """The text that the web UI shows below a picture and reads back: prompt, negative prompt, one line of `Key: value`.
+    """The text that the web UI shows below an image and reads back: prompt, negative prompt, one line of `Key: value`.
 
     Networks stand in the prompt as `<lora:name:strength>`, as the web UI writes them.
     """
@@ -106,7 +106,7 @@ def model_hash(path: Path | None) -> str | None:
 
 
 def with_hashes(used: Sequence[tuple[Path, float]]) -> list[UsedLora]:
-    """Names, strengths and hashes of the files that acted on a picture."""
+    """Names, strengths and hashes of the files that acted on an image."""
     return [UsedLora(path.stem, strength, lora_hash(path)) for path, strength in used]
 
 

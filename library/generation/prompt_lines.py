@@ -28,7 +28,7 @@ class LineRules:
     """What this run allows: some in-line options say nothing without another option on the command line."""
 
     networks: int = 0  # how many networks --am can set
-    redraws: bool = True  # whether there is a source picture or a second stage for --t
+    redraws: bool = True  # whether there is a source image or a second stage for --t
     sheet: bool = False  # whether --sheet sets the strengths
     shrinks: bool = True  # whether Deep Shrink has a depth for --dst1, --dsd2, --dst2 and --dsr
     shrinks_twice: bool = True  # whether it has a second one for --dst2
@@ -43,7 +43,7 @@ class PromptLine:
     shrink: dict[str, Any] = field(default_factory=dict)
 
     def spec(self, defaults: PromptSpec, shrink_defaults: dict[str, Any]) -> PromptSpec:
-        """The picture of this line; what it leaves open is as in the defaults. Nothing of it reaches other pictures."""
+        """The image of this line; what it leaves open is as in the defaults. Nothing of it reaches other images."""
         shrink = shrink_defaults | self.shrink
         deep_shrink = DeepShrink(**shrink) if shrink.get("depth_1") is not None else None
         return replace(defaults, deep_shrink=deep_shrink, **self.values)

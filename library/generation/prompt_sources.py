@@ -1,4 +1,4 @@
-"""Where prompts come from: the command line, a file, standard input, or the text fields of source pictures."""
+"""Where prompts come from: the command line, a file, standard input, or the text fields of source images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from library.errors import UserError
 from library.generation.options import GenerateOptions
 from library.text_files import decoded, lines_of, read_text
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 @dataclass(frozen=True)
@@ -19,19 +19,19 @@ class RawPrompt:
 
     text: str
     where: str
-    negative_prompt: str | None = None  # of a source picture; a line has its own --n
-    source: Path | None = None  # the picture that it was read from
+    negative_prompt: str | None = None  # of a source image; a line has its own --n
+    source: Path | None = None  # the image that it was read from
 
 
-def list_pictures(path: str | None, option: str) -> list[Path]:
-    """The picture, or those of a folder in the order of their names."""
+def list_images(path: str | None, option: str) -> list[Path]:
+    """The image, or those of a folder in the order of their names."""
     if path is None:
         return []
     place = Path(path)
     if place.is_dir():
-        found = sorted(p for p in place.iterdir() if p.suffix.lower() in PICTURE_SUFFIXES)
+        found = sorted(p for p in place.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
         if not found:
-            raise UserError(f"{option} {path}: the folder holds no picture ({', '.join(PICTURE_SUFFIXES)})")
+            raise UserError(f"{option} {path}: the folder holds no image ({', '.join(IMAGE_SUFFIXES)})")
         return found
     if not place.is_file():
         raise UserError(f"{option} {path}: there is no such file or folder")
@@ -47,7 +47,7 @@ def read_prompts(options: GenerateOptions, sources: list[Path]) -> list[RawPromp
         return _from_lines(chosen.from_file)
     if chosen.interactive:
         return []
-    return [_from_picture(path) for path in sources]
+    return [_from_image(path) for path in sources]
 
 
 def _from_lines(file: str) -> list[RawPrompt]:
@@ -80,16 +80,16 @@ def read_standard_input() -> str:
         raise UserError(f"--from_file -: byte {error.start} of standard input is no UTF-8; write it as UTF-8") from error
 
 
-def _from_picture(path: Path) -> RawPrompt:
-    """The fields `prompt` and `negative-prompt` that this script writes into its pictures."""
+def _from_image(path: Path) -> RawPrompt:
+    """The fields `prompt` and `negative-prompt` that this script writes into its images."""
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(path) as picture:
-            picture.load()  # a PNG may have its text after the picture
-            fields = getattr(picture, "text", {})
+        with Image.open(path) as image:
+            image.load()  # a PNG may have its text after the image
+            fields = getattr(image, "text", {})
     except (OSError, UnidentifiedImageError, ValueError) as error:
-        raise UserError(f"--image_path: {path} cannot be read as a picture: {error}") from error
+        raise UserError(f"--image_path: {path} cannot be read as an image: {error}") from error
     if "prompt" not in fields:
         raise UserError(f"{path} holds no prompt of this script; give --prompt or --from_file")
     return RawPrompt(fields["prompt"], str(path), fields.get("negative-prompt", ""), path)

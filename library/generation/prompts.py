@@ -1,4 +1,4 @@
-"""Files of prompts with their options: what pictures to make."""
+"""Files of prompts with their options: what images to make."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LARGEST_SEED = 2**64 - 1  # what torch accepts
 
 @dataclass(frozen=True)
 class DeepShrink:
-    """Make the large forms of a picture at a smaller size, so that a size beyond what the model was trained on keeps one subject.
+    """Make the large forms of an image at a smaller size, so that a size beyond what the model was trained on keeps one subject.
 
     At depth `depth_1` of the U-Net (0 the outermost block, 3 the innermost), while the timestep is `timestep_1` or more, the
     features are shrunk by `ratio`; then at `depth_2`, if given, while it is `timestep_2` or more. On the way up they regain their
@@ -39,14 +39,14 @@ class DeepShrink:
 
 @dataclass(frozen=True)
 class PromptSpec:
-    """One picture to make. Sizes in pixels; `seed` None draws one; a guidance `scale` of 1 or less switches guidance off.
+    """One image to make. Sizes in pixels; `seed` None draws one; a guidance `scale` of 1 or less switches guidance off.
 
     negative_scale: the negative prompt gets a scale of its own: e = e_0 + scale (e_pos - e_0) - negative_scale (e_neg - e_0),
     where e_0 is the prediction for the empty prompt. None: e = e_neg + scale (e_pos - e_neg).
-    multipliers: strengths of the networks in the order in which they were given, for this picture; a short list is filled with
+    multipliers: strengths of the networks in the order in which they were given, for this image; a short list is filled with
     its last number. None: those of the command line. The prompt may hold `<lora:name:0.8>` besides.
-    image: a picture to begin from; it is stretched to width x height. `strength` 0..1 is the share of the steps that is run: 0
-    gives the picture itself. mask: white is painted anew, black kept, grey between; needs an image.
+    image: an image to begin from; it is stretched to width x height. `strength` 0..1 is the share of the steps that is run: 0
+    gives the image itself. mask: white is painted anew, black kept, grey between; needs an image.
     """
 
     prompt: str = ""

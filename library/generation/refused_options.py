@@ -6,8 +6,8 @@ They are refused by name: a run that ignored one would look fine and be wrong. R
 from library.command_line import Refused
 
 _CONTROL_NET = "ControlNet is not built; use the A1111 web UI or Diffusers for it, which read the same LoRA files"
-_GUIDANCE = "guidance by CLIP or VGG16 is not built; say it in the prompt, or start from a picture with --image_path"
-_GRADUAL_LATENT = "gradual latent is not built; for large pictures use --highres_fix_scale or --ds_depth_1"
+_GUIDANCE = "guidance by CLIP or VGG16 is not built; say it in the prompt, or start from an image with --image_path"
+_GRADUAL_LATENT = "gradual latent is not built; for large images use --highres_fix_scale or --ds_depth_1"
 
 _REASONS: dict[str, str] = {
     **dict.fromkeys(["console_log_level", "console_log_file", "console_log_simple"], "redirect the output in the shell instead"),

@@ -1,4 +1,4 @@
-"""Regional prompts: the parts of a prompt between ` AND `, each with a network of its own, each in its part of the picture.
+"""Regional prompts: the parts of a prompt between ` AND `, each with a network of its own, each in its part of the image.
 
 Network i belongs to sub-prompt i. On the text encoder, and on keys and values of the cross-attention, it acts on that
 sub-prompt alone, not on the negative prompt. Elsewhere in the U-Net what it adds is multiplied by mask i, except at the
@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from library.data.images import BadPicture, decode
+from library.data.images import BadImage, decode
 from library.errors import UserError
 from library.generation.prompts import check_regions
 
@@ -34,24 +34,24 @@ EPSILON = 1e-4
 
 @dataclass
 class Regions:
-    """Where each sub-prompt acts. `picture` is (H, W, 3), uint8; `codes` the number of exact colours, or None for channels."""
+    """Where each sub-prompt acts. `image` is (H, W, 3), uint8; `codes` the number of exact colours, or None for channels."""
 
-    picture: np.ndarray
+    image: np.ndarray
     networks: Networks
     codes: int | None = None
     _by_size: dict[tuple, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
     def load(cls, path: str | Path, networks: Networks, color_codes: int | None = None) -> Regions:
-        """Masks from the colours of a picture: red for the first sub-prompt, green for the second, blue for the third.
+        """Masks from the colours of an image: red for the first sub-prompt, green for the second, blue for the third.
 
         With `color_codes` N: the exact colours 1 to N, where bit 0 of the number is red, bit 1 green, bit 2 blue.
         """
         try:
-            picture = decode(Path(path).read_bytes())
+            image = decode(Path(path).read_bytes())
         except OSError as error:
             raise UserError(f"--mask_path {path}: {error.strerror or error}") from None
-        except BadPicture as error:
+        except BadImage as error:
             raise UserError(f"--mask_path {path}: {error}") from None
         if color_codes is not None and not 1 <= color_codes <= 7:
             raise UserError(f"--network_regional_mask_max_color_codes {color_codes}: there are 7 colours; give 1 to 7")
@@ -60,7 +60,7 @@ class Regions:
         for loaded in networks.loaded:
             if not loaded.module.__name__.startswith("networks."):
                 raise UserError(f"regional prompts: {loaded.module.__name__} cannot be masked; use networks.lora")
-        return cls(picture, networks, color_codes)
+        return cls(image, networks, color_codes)
 
     def check(self, prompts: list[str]) -> None:
         check_regions(prompts, len(self.networks.loaded))
@@ -75,16 +75,16 @@ class Regions:
         return self._by_size[key]
 
     def _mask(self, index: int) -> Image.Image:
-        """Of one sub-prompt, in the size of the picture. What no colour is left for acts everywhere."""
-        full = Image.new("L", (self.picture.shape[1], self.picture.shape[0]), 255)
+        """Of one sub-prompt, in the size of the image. What no colour is left for acts everywhere."""
+        full = Image.new("L", (self.image.shape[1], self.image.shape[0]), 255)
         if self.codes is not None:
             if index >= self.codes:
                 return full
             colour = [255 if (index + 1) >> bit & 1 else 0 for bit in range(3)]
-            return Image.fromarray(((self.picture == colour).all(axis=2) * 255).astype(np.uint8))
-        if index >= 3 or not self.picture[:, :, index].any():
+            return Image.fromarray(((self.image == colour).all(axis=2) * 255).astype(np.uint8))
+        if index >= 3 or not self.image[:, :, index].any():
             return full
-        return Image.fromarray(np.ascontiguousarray(self.picture[:, :, index]))
+        return Image.fromarray(np.ascontiguousarray(self.image[:, :, index]))
 
     @contextmanager
     def acting(self, unet: nn.Module, batch: int, sub_prompts: int, plain: int, height: int, width: int) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Which seed each picture gets."""
+"""Which seed each image gets."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ DRAWN_SEEDS = 2**31  # seeds drawn here are below this: short enough for a file 
 class Seeds:
     """Seeds handed out from the front.
 
-    None given: random ones. One, and one picture alone is to be made: that one. One, and several pictures: numbers that Python's
+    None given: random ones. One, and one image alone is to be made: that one. One, and several images: numbers that Python's
     generator draws from it, which are the same for the same seed. Several: these, in a circle.
     """
 
-    def __init__(self, given: tuple[int, ...] | None, pictures: int | None = None) -> None:
-        """pictures: how many there will be, None if that is open."""
-        self._given, self._alone, self._taken = given, pictures == 1, 0
+    def __init__(self, given: tuple[int, ...] | None, images: int | None = None) -> None:
+        """images: how many there will be, None if that is open."""
+        self._given, self._alone, self._taken = given, images == 1, 0
         self._random = Random(given[0] if given else None)
 
     def next(self) -> int:
-        """The seed of the next picture."""
+        """The seed of the next image."""
         self._taken += 1
         if self._given is None:
             return secrets.randbelow(DRAWN_SEEDS)
@@ -35,5 +35,5 @@ class Seeds:
 
     @property
     def unused(self) -> tuple[int, ...]:
-        """Those of a given list that no picture got."""
+        """Those of a given list that no image got."""
         return (self._given or ())[self._taken :]

@@ -36,7 +36,7 @@ HISTORY = ".prompt_history"
 
 @dataclass
 class Task:
-    """A picture to draw: its spec, the request that it comes from and its place in the sheet, if there is one.
+    """An image to draw: its spec, the request that it comes from and its place in the sheet, if there is one.
 
     number: in the name of its file, from its first stage on.
     """
@@ -48,7 +48,7 @@ class Task:
 
 
 def run(options: GenerateOptions) -> int:
-    """Make the pictures that the options ask for. Returns the exit code: 0; 1 if something failed; 130 after Ctrl-C."""
+    """Make the images that the options ask for. Returns the exit code: 0; 1 if something failed; 130 after Ctrl-C."""
     planner = Planner(options)
     requests = planner.plan(read_prompts(options, planner.sources))
     if planner.problems and not requests and not options.prompts.interactive:
@@ -75,7 +75,7 @@ class Session:
             self.folder, sequential=options.output.sequential_file_name, original=options.output.use_original_file_name,
             stages=self.studio.highres is not None,
         )  # fmt: skip
-        # Hashing gigabytes takes seconds, which the first picture takes too.
+        # Hashing gigabytes takes seconds, which the first image takes too.
         thread = ThreadPoolExecutor(1, "hashing")
         self.facts: Future[RunFacts] = thread.submit(self.studio.facts)
         thread.shutdown(wait=False)
@@ -109,7 +109,7 @@ class Session:
         return 1 if self.failed or self.skipped else 0
 
     def tasks(self, requests: list[Request]) -> list[Task]:
-        """The requests as pictures; one whose source picture cannot be read has failed."""
+        """The requests as images; one whose source image cannot be read has failed."""
         pairs = []
         for request in requests:
             try:
@@ -123,12 +123,12 @@ class Session:
         return [Task(spec, pairs[cell[0]][1], cell) for cell, spec in cells]
 
     def draw(self, tasks: list[Task]) -> list[Made]:
-        """Make the pictures and give each to the album as it is finished. In an interactive run they are returned too."""
+        """Make the images and give each to the album as it is finished. In an interactive run they are returned too."""
         self.wanted += len(tasks)
         pending, drawn, started = deque(tasks), [], time.perf_counter()
         specs = [task.spec for task in tasks]
         try:
-            with tqdm(total=len(tasks), unit="picture", desc="drawing", smoothing=0.1, bar_format=BAR, disable=not tasks) as bar:
+            with tqdm(total=len(tasks), unit="image", desc="drawing", smoothing=0.1, bar_format=BAR, disable=not tasks) as bar:
                 for made in self.studio.draw(specs, partial(self._advance, bar), partial(self._failed, pending)):
                     drawn += self._keep(made, pending)
                     self._correct(bar, len(tasks) - len(pending))
@@ -137,7 +137,7 @@ class Session:
         return drawn
 
     def _keep(self, made: Made, pending: deque[Task]) -> list[Made]:
-        """Hand a picture to the album; it is done with when its final stage is there."""
+        """Hand an image to the album; it is done with when its final stage is there."""
         task = next(task for task in pending if task.spec == made.spec)
         spec, stage = made.spec, made.stage if self.studio.highres else None
         used, first_size = self.studio.used(spec), self.studio.first_size(spec)
@@ -149,13 +149,13 @@ class Session:
             task.number = self.names.take_number()
         names = self.names.candidates(task.number, made.stage, spec.seed, task.request.source)
         then = (lambda path: self.tell(str(path))) if self.options.prompts.interactive else None
-        self.album.add(made.picture, names, text, then)
+        self.album.add(made.image, names, text, then)
         if made.stage == 0:
             return []
         pending.remove(task)
         self.finished += 1
         if self.comparison is not None:
-            self.comparison.add(task.cell, made.picture)
+            self.comparison.add(task.cell, made.image)
         return [made] if self.options.prompts.interactive else []
 
     def _failed(self, pending: deque[Task], spec: PromptSpec, error: UserError) -> None:
@@ -164,7 +164,7 @@ class Session:
         self.fail(task.request.where, error)
 
     def fail(self, where: str, error: UserError) -> None:
-        """Count and name a picture that failed."""
+        """Count and name an image that failed."""
         self.failed += 1
         words = " ".join(str(error).split())
         self.tell(f"failed: {words if where in words else f'{where}: {words}'}")
@@ -176,7 +176,7 @@ class Session:
 
     @staticmethod
     def _correct(bar: tqdm, done: int) -> None:
-        """The bar counts steps; a picture that failed early has fewer of them."""
+        """The bar counts steps; an image that failed early has fewer of them."""
         if done > bar.n:
             bar.update(done - bar.n)
 
@@ -192,7 +192,7 @@ class Session:
             self.album.wait()
             if not self.options.prompts.no_preview:
                 for made in drawn:
-                    show(made.picture)
+                    show(made.image)
 
     def write_sheet(self) -> Path | None:
         """The contact sheet of everything that was drawn."""
@@ -207,9 +207,9 @@ class Session:
 
     def sum_up(self, sheet: Path | None) -> None:
         """The last lines."""
-        speed = f" ({self.seconds:.1f} s, {self.seconds / self.finished:.2f} s a picture)" if self.finished else ""
+        speed = f" ({self.seconds:.1f} s, {self.seconds / self.finished:.2f} s an image)" if self.finished else ""
         begin = "interrupted: " if self.interrupted else ""
-        print(f"{begin}{self.finished} of {self.wanted} pictures saved in {self.folder}{speed}")
+        print(f"{begin}{self.finished} of {self.wanted} images saved in {self.folder}{speed}")
         if self.failed:
             print(f"{self.failed} failed; the reasons are above")
         if self.skipped:
@@ -219,7 +219,7 @@ class Session:
 
 
 def _check_folder(folder: Path) -> None:
-    """Find out now, and not after the first picture, that nothing can be written."""
+    """Find out now, and not after the first image, that nothing can be written."""
     probe = folder / ".writable"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The model of a run with everything that is attached to it, ready to make pictures."""
+"""The model of a run with everything that is attached to it, ready to make images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from library.generation.networks import Networks
 from library.generation.options import GenerateOptions
 from library.generation.plan import Request
 from library.generation.png_text import RunFacts, model_hash
-from library.generation.prompt_sources import list_pictures
+from library.generation.prompt_sources import list_images
 from library.generation.prompts import PromptSpec
 from library.generation.regional import Regions
 from library.generation.vae_slices import slice_vae
@@ -30,7 +30,7 @@ DEFAULT_NETWORK_MODULE = "networks.lora"
 
 
 class Studio:
-    """Loads what the options name, cheap checks first, and makes pictures with it."""
+    """Loads what the options name, cheap checks first, and makes images with it."""
 
     def __init__(self, options: GenerateOptions) -> None:
         self.options = options
@@ -43,8 +43,8 @@ class Studio:
 
     def spec(self, request: Request) -> PromptSpec:
         """What the request's line sets, its seed, and for all else the command line and the size of the source or the model."""
-        picture, source = self.options.picture, self.options.source
-        width, height = picture.W, picture.H
+        image, source = self.options.image, self.options.source
+        width, height = image.W, image.H
         if request.source is not None:
             given = {"width", "height"} & request.line.values.keys()
             if len(given) == 1 and width is None:
@@ -52,8 +52,8 @@ class Studio:
             if not given and width is None:
                 width, height = source_size(request.source)
         defaults = PromptSpec(
-            width=width or self.width, height=height or self.height, scale=picture.scale, steps=picture.steps,
-            sampler=picture.sampler, negative_scale=picture.negative_scale, seed=request.seed, image=request.source,
+            width=width or self.width, height=height or self.height, scale=image.scale, steps=image.steps,
+            sampler=image.sampler, negative_scale=image.negative_scale, seed=request.seed, image=request.source,
             mask=request.mask, strength=0.8 if source.strength is None else source.strength,
         )  # fmt: skip
         return request.line.spec(defaults, self._shrink_defaults())
@@ -68,7 +68,7 @@ class Studio:
     def draw(
         self, specs: list[PromptSpec], progress: Callable[[float], object], on_error: Callable[[PromptSpec, UserError], object]
     ) -> Iterator[Made]:
-        """The pictures in order; those that fail go to `on_error`."""
+        """The images in order; those that fail go to `on_error`."""
         prompts, speed = self.options.prompts, self.options.speed
         return generate(
             self.model, specs, batch_size=speed.batch_size, vae_batch_size=speed.vae_batch_size,
@@ -78,7 +78,7 @@ class Studio:
         )  # fmt: skip
 
     def facts(self) -> RunFacts:
-        """What all pictures of this run have in common. Reads the whole model file, for its hash: seconds for gigabytes."""
+        """What all images of this run have in common. Reads the whole model file, for its hash: seconds for gigabytes."""
         chosen, model = self.options.model, self.model
         name = model.path.stem if model.path is not None and model.path.is_file() else Path(model.name).name
         own = "Latent" if self.highres and self.highres.keeps_latents else "Lanczos"
@@ -89,7 +89,7 @@ class Studio:
         )  # fmt: skip
 
     def used(self, spec: PromptSpec) -> list[tuple[Path, float]]:
-        """The files of networks that act on this picture, with their strengths."""
+        """The files of networks that act on this image, with their strengths."""
         return self.networks.used(spec)
 
     def first_size(self, spec: PromptSpec) -> tuple[int, int] | None:
@@ -161,5 +161,5 @@ def _regions(options: GenerateOptions, networks: Networks) -> Regions | None:
     chosen = options.network
     if not (options.source.mask_path and chosen.network_weights) or chosen.network_merge:
         return None
-    mask = list_pictures(options.source.mask_path, "--mask_path")[0]
+    mask = list_images(options.source.mask_path, "--mask_path")[0]
     return Regions.load(mask, networks, chosen.network_regional_mask_max_color_codes)

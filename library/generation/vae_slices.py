@@ -1,4 +1,4 @@
-"""A VAE that works through each picture in horizontal slices: same picture, less memory at once."""
+"""A VAE that works through each image in horizontal slices: same image, less memory at once."""
 
 from __future__ import annotations
 

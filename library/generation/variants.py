@@ -1,10 +1,10 @@
 """Prompts with alternatives: `a {red|blue} house` is a red or a blue one.
 
-    {a|b|c}             one of them at random, for each picture anew
+    {a|b|c}             one of them at random, for each image anew
     {2$$a|b|c}          two different ones, joined with ", "
     {1-2$$a|b|c}        one or two
     {2$$ and $$a|b|c}   joined with " and "
-    {e$$a|b|c}          a picture for each; {e$$2$$a|b|c} for each pair in order; several of them: all combinations
+    {e$$a|b|c}          an image for each; {e$$2$$a|b|c} for each pair in order; several of them: all combinations
 
 They do not nest, and a brace that is never closed is ordinary text. In-line options may stand inside.
 """
@@ -89,11 +89,11 @@ class Line:
 
     @property
     def enumerates(self) -> bool:
-        """Whether the line itself says how many pictures it makes."""
+        """Whether the line itself says how many images it makes."""
         return any(isinstance(part, Choice) and part.each for part in self.parts)
 
     def texts(self, count: int, random: Random) -> list[Text]:
-        """The line for each of `count` pictures, or, if it enumerates, once for every combination."""
+        """The line for each of `count` images, or, if it enumerates, once for every combination."""
         axes = [list(part.selections()) for part in self.parts if isinstance(part, Choice) and part.each]
         rounds = product(*axes) if axes else [()] * count
         return [self._text(iter(selections), random) for selections in rounds]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def vae_config(
     channels: tuple[int, ...], *, layers: int = 2, middle_attention: bool = True, latents: LatentSpace = SD_LATENTS
 ) -> Config:
-    """Diffusers' configuration of a VAE with these channels per level; each level but the last halves the picture."""
+    """Diffusers' configuration of a VAE with these channels per level; each level but the last halves the image."""
     return {
         "in_channels": 3,
         "out_channels": 3,

@@ -1,4 +1,4 @@
-"""The datasets of a run, as its options say: first their settings, then the pictures themselves."""
+"""The datasets of a run, as its options say: first their settings, then the images themselves."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def dataset_defaults(options: TrainNetworkOptions) -> DatasetDefaults:
 
 
 def dataset_configs(options: TrainNetworkOptions) -> list[DatasetConfig]:
-    """The settings of all datasets; folders are looked into, no picture is read. Raises UserErrors with all that is wrong."""
+    """The settings of all datasets; folders are looked into, no image is read. Raises UserErrors with all that is wrong."""
     data, defaults = options.data, dataset_defaults(options)
     if data.dataset_config:
         configs = datasets_from_file(Path(data.dataset_config), defaults)
@@ -44,7 +44,7 @@ def dataset_configs(options: TrainNetworkOptions) -> list[DatasetConfig]:
 
 
 def open_dataset(options: TrainNetworkOptions, configs: list[DatasetConfig], seed: int, family: Family) -> TrainingDataset:
-    """Index the pictures; of the model only its family is needed for that."""
+    """Index the images; of the model only its family is needed for that."""
     return TrainingDataset(
         configs,
         seed=seed,

@@ -52,7 +52,7 @@ def train_here(
     print(ready.dataset.bucket_table())
     if options.data.debug_dataset:
         sheet = processes.on_main(lambda: write_debug_sheet(ready.dataset, Path(options.output.output_dir)))
-        print(f"the pictures are in {sheet}")
+        print(f"the images are in {sheet}")
         return 0
     run = prepare(options, ready, accelerator, processes, listeners)
     started = time.perf_counter()

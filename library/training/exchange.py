@@ -25,7 +25,7 @@ class StepResult:
         self.stop = self.failed = False
 
     def read(self) -> Iterator[tuple[int, float, list[str]]]:
-        """(step, loss, pictures) of every batch of the step, in the order of one process."""
+        """(step, loss, images) of every batch of the step, in the order of one process."""
         values = self._tail.values()
         losses, seen, (stop, failed) = values[: self.slots], values[self.slots : -2], values[-2:]
         self.stop, self.failed = stop > 0, failed > 0
@@ -37,7 +37,7 @@ class StepResult:
 class StepExchange:
     """Sums gradients over the processes. Alone it does nothing.
 
-    slots: batches of a step over all processes. `paths(slot)` names the pictures of one of them, for error messages.
+    slots: batches of a step over all processes. `paths(slot)` names the images of one of them, for error messages.
     """
 
     def __init__(self, processes: Processes, parameters: Sequence[torch.nn.Parameter], slots: int, losses: LossRecord) -> None:

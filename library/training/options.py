@@ -71,7 +71,7 @@ class ModelOptions(OptionGroup):
     vae: str | None = option(
         None, help="another VAE: checkpoint, Diffusers folder or hub id", record=IN_OTHER_WORDS, resume="file name", path=True
     )
-    no_half_vae: bool = option(False, help="keep the VAE in float32 (cures black pictures and NaN latents)")
+    no_half_vae: bool = option(False, help="keep the VAE in float32 (cures black images and NaN latents)")
     clip_skip: Count | None = option(None, help="use the text encoder's Nth layer from the end", record="ss_clip_skip")
     xformers: bool = option(
         False, help="attention by xformers, if it is installed and there is a GPU", resume="free", unless="mem_eff_attn"
@@ -88,15 +88,15 @@ class ModelOptions(OptionGroup):
 
 
 class DataOptions(OptionGroup):
-    """Pictures"""
+    """Images"""
 
     dataset_config: str | None = option(None, help="TOML or JSON file that describes the datasets", resume="free", path=True)
     train_data_dir: str | None = option(
-        None, help="folder of pictures, or of folders named <repeats>_<class>", resume="free", path=True
+        None, help="folder of images, or of folders named <repeats>_<class>", resume="free", path=True
     )
     in_json: str | None = option(
         None,
-        help="metadata file (.json, .jsonl) that lists pictures below train_data_dir with their captions",
+        help="metadata file (.json, .jsonl) that lists images below train_data_dir with their captions",
         resume="free",
         path=True,
     )
@@ -104,23 +104,23 @@ class DataOptions(OptionGroup):
         None, help="folder of masks for masked_loss, arranged like train_data_dir", resume="free", path=True
     )
     reg_data_dir: str | None = option(None, help="folder of regularisation folders, named likewise", resume="free", path=True)
-    dataset_repeats: Count = option(1, help="repeats of every picture where nothing else is said", record=IN_OTHER_WORDS)
-    train_batch_size: Count = option(1, help="pictures a step", record=IN_OTHER_WORDS)
+    dataset_repeats: Count = option(1, help="repeats of every image where nothing else is said", record=IN_OTHER_WORDS)
+    train_batch_size: Count = option(1, help="images a step", record=IN_OTHER_WORDS)
     resolution: Words = option(None, help="training size: 512 or width,height", record=IN_OTHER_WORDS)
-    enable_bucket: bool = option(False, help="group pictures by aspect ratio", record=IN_OTHER_WORDS)
+    enable_bucket: bool = option(False, help="group images by aspect ratio", record=IN_OTHER_WORDS)
     min_bucket_reso: int = option(256, help="smallest bucket side", record=IN_OTHER_WORDS)
     max_bucket_reso: int = option(1024, help="largest bucket side", record=IN_OTHER_WORDS)
     bucket_reso_steps: int = option(64, help="bucket sides are multiples of this")
-    bucket_no_upscale: bool = option(False, help="never enlarge a picture", record=IN_OTHER_WORDS)
+    bucket_no_upscale: bool = option(False, help="never enlarge an image", record=IN_OTHER_WORDS)
     resize_interpolation: Literal["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box"] | None = option(
         None, help="resizing filter; unset: area to shrink, lanczos to enlarge"
     )
     on_bad_image: Literal["refuse", "skip"] = option(
-        "refuse", help="what an unreadable picture does: end the run, or be named and skipped", resume="free"
+        "refuse", help="what an unreadable image does: end the run, or be named and skipped", resume="free"
     )
-    alpha_mask: bool = option(False, help="a picture's alpha channel says how much of it counts")
+    alpha_mask: bool = option(False, help="an image's alpha channel says how much of it counts")
     prior_loss_weight: float = option(
-        1.0, ge=0, help="weight of the loss on regularisation pictures", record="ss_prior_loss_weight"
+        1.0, ge=0, help="weight of the loss on regularisation images", record="ss_prior_loss_weight"
     )
     debug_dataset: bool = option(False, help="show what the trainer would see, and stop", record=IN_OTHER_WORDS, resume="free")
 
@@ -156,18 +156,16 @@ class CaptionOptions(OptionGroup):
 class AugmentationOptions(OptionGroup):
     """Augmentation and latent cache"""
 
-    flip_aug: bool = option(False, help="mirror half of the pictures", record=IN_OTHER_WORDS)
+    flip_aug: bool = option(False, help="mirror half of the images", record=IN_OTHER_WORDS)
     color_aug: bool = option(False, help="change hue or gamma a little", record=IN_OTHER_WORDS)
     random_crop: bool = option(False, help="crop at a random place", record=IN_OTHER_WORDS)
     face_crop_aug_range: Words = option(
         None, help="low,high: crop around the face given in the file name", record="ss_face_crop_aug_range"
     )
-    cache_latents: bool = option(False, help="encode every picture once, before training", record="ss_cache_latents")
-    cache_latents_to_disk: bool = option(
-        False, help="keep the encoded pictures on disk too", record=IN_OTHER_WORDS, resume="free"
-    )
+    cache_latents: bool = option(False, help="encode every image once, before training", record="ss_cache_latents")
+    cache_latents_to_disk: bool = option(False, help="keep the encoded images on disk too", record=IN_OTHER_WORDS, resume="free")
     vae_batch_size: Count = option(
-        1, help="pictures encoded at once", resume="free", needs=("cache_latents", "cache_latents_to_disk")
+        1, help="images encoded at once", resume="free", needs=("cache_latents", "cache_latents_to_disk")
     )
     max_data_loader_n_workers: int = option(
         8, ge=0, help="most processes that prepare batches", record=IN_OTHER_WORDS, resume="free"
@@ -367,7 +365,7 @@ class LossOptions(OptionGroup):
     huber_scale: float = option(
         1.0, gt=0, help="factor of that width", record="ss_huber_scale", only_with=("loss_type", ("huber", "smooth_l1"))
     )
-    masked_loss: bool = option(False, help="masks of conditioning_data_dir say which parts of a picture count")
+    masked_loss: bool = option(False, help="masks of conditioning_data_dir say which parts of an image count")
     min_snr_gamma: float | None = option(None, ge=0, help="Min-SNR loss weighting; 5 is usual", record="ss_min_snr_gamma")
     debiased_estimation_loss: bool = option(
         False, help="loss weighting by one over the root of the signal-to-noise ratio", record="ss_debiased_estimation"
@@ -402,7 +400,7 @@ class ValidationOptions(OptionGroup):
     """Validation, early stopping, averaged weights"""
 
     validation_split: float = option(
-        0.0, ge=0, lt=1, help="share of the pictures that is held out and validated with", record="ss_validation_split"
+        0.0, ge=0, lt=1, help="share of the images that is held out and validated with", record="ss_validation_split"
     )
     validation_seed: int | None = option(
         None, help="seed of what is held out and of the noise it is measured with; unset: seed", record="ss_validation_seed"
@@ -477,9 +475,9 @@ class MetadataOptions(OptionGroup):
     metadata_trigger_phrase: str | None = option(
         None, help="the words that call it up in a prompt", record="modelspec.trigger_phrase"
     )
-    metadata_thumbnail: str | None = option(None, help="a picture for lists: a file, or a data: text", path=True)
+    metadata_thumbnail: str | None = option(None, help="an image for lists: a file, or a data: text", path=True)
     metadata_merged_from: str | None = option(None, help="what it was merged from", record="modelspec.merged_from")
-    metadata_preprocessor: str | None = option(None, help="preprocessor that pictures need", record="modelspec.preprocessor")
+    metadata_preprocessor: str | None = option(None, help="preprocessor that images need", record="modelspec.preprocessor")
     metadata_is_negative_embedding: str | None = option(
         None, help="whether it is meant for the negative prompt", record="modelspec.is_negative_embedding"
     )
@@ -517,7 +515,7 @@ class HubOptions(OptionGroup):
 
 
 class PreviewOptions(OptionGroup):
-    """Sample pictures while training"""
+    """Sample images while training"""
 
     decides_what_is_trained: ClassVar[bool] = False
 

@@ -262,7 +262,7 @@ def load_model(options: TrainNetworkOptions, accelerator: Accelerator) -> Model:
 
 
 def cache_latents(options: TrainNetworkOptions, dataset: TrainingDataset, model: Model, processes: Processes) -> None:
-    """Encode all pictures once, if --cache_latents or --cache_latents_to_disk; several processes share the work."""
+    """Encode all images once, if --cache_latents or --cache_latents_to_disk; several processes share the work."""
     chosen = options.augmentation
     if not (chosen.cache_latents or chosen.cache_latents_to_disk):
         return

@@ -18,10 +18,10 @@ from library.safe_text import bytes_of
 from library.training.options import ValidationOptions
 from library.training.randomness import seed_everything, undisturbed
 
-TIMESTEPS = 4  # of each picture; the inner points of an even division of their range
-EPOCH = 1  # batches of the held-out pictures are always those of this epoch
+TIMESTEPS = 4  # of each image; the inner points of an even division of their range
+EPOCH = 1  # batches of the held-out images are always those of this epoch
 
-# (batch, noise of a shape, timesteps (B,)) -> losses (B,) of the pictures
+# (batch, noise of a shape, timesteps (B,)) -> losses (B,) of the images
 LossAt = Callable[[Batch, Callable[[torch.Size], Tensor], Tensor], Tensor]
 
 
@@ -36,7 +36,7 @@ def validation_timesteps(low: int | None = None, high: int | None = None) -> lis
 
 
 def fixed_noise(seed: int, names: list[str], timestep: int, shape: torch.Size) -> Tensor:
-    """N(0, 1) of a shape (B, C, h, w) on the CPU: each picture's own, whatever batch it is in, and another at each timestep."""
+    """N(0, 1) of a shape (B, C, h, w) on the CPU: each image's own, whatever batch it is in, and another at each timestep."""
     parts = []
     for name in names:
         number = hashlib.sha256(bytes_of(f"{seed}/validation/{name}/{timestep}")).digest()[:7]
@@ -45,16 +45,16 @@ def fixed_noise(seed: int, names: list[str], timestep: int, shape: torch.Size) -
 
 
 def open_validation(dataset: TrainingDataset) -> TrainingDataset | None:
-    """The pictures held out, if there are any."""
+    """The images held out, if there are any."""
     held_out = dataset.validation()
     if held_out is not None:
         count = int(dataset.table.validated().sum())
-        print(f"validation: {count} of {len(dataset.table)} pictures are held out, {held_out.num_batches} batches")
+        print(f"validation: {count} of {len(dataset.table)} images are held out, {held_out.num_batches} batches")
     return held_out
 
 
 class Validation:
-    """Measures the loss on the pictures held out. `seed` decides their noise."""
+    """Measures the loss on the images held out. `seed` decides their noise."""
 
     def __init__(
         self, dataset: TrainingDataset, options: ValidationOptions, device: torch.device, processes: Processes, *, seed: int,
@@ -66,7 +66,7 @@ class Validation:
         self.batches = min(dataset.num_batches, options.max_validation_steps or dataset.num_batches)
 
     def loss(self, loss_at: LossAt) -> float:
-        """Mean over pictures and timesteps, the same number in all processes, which share the batches.
+        """Mean over images and timesteps, the same number in all processes, which share the batches.
 
         No generator is left disturbed.
         """

@@ -69,14 +69,14 @@ def test_diffusers_loads_it_as_it_is(base):
 
 
 def test_it_draws_what_the_prompt_says(base):
-    """Of each name two pictures from different noise: each is nearer to its own than to any other name's."""
+    """Of each name two images from different noise: each is nearer to its own than to any other name's."""
     names = ("banana", "umbrella", "guitar", "doughnut")
     specs = [
         PromptSpec(prompt=prompt_of("3d", name), seed=seed, width=64, height=64, steps=10, scale=4.0, sampler="ddim")
         for seed in (1, 2)
         for name in names
     ]
-    pictures = np.stack([np.asarray(made.picture, dtype=float) for made in generate(base, specs, batch_size=8)])
-    distances = np.abs(pictures[:4, None] - pictures[None, 4:]).mean(axis=(2, 3, 4))
+    images = np.stack([np.asarray(made.image, dtype=float) for made in generate(base, specs, batch_size=8)])
+    distances = np.abs(images[:4, None] - images[None, 4:]).mean(axis=(2, 3, 4))
     assert (distances.argmin(axis=0) == np.arange(4)).all() and (distances.argmin(axis=1) == np.arange(4)).all()
-    assert np.ptp(pictures, axis=(1, 2, 3)).min() > 60  # something on white
+    assert np.ptp(images, axis=(1, 2, 3)).min() > 60  # something on white

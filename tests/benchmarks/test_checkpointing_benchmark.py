@@ -27,9 +27,9 @@ def test_budgets_lie_on_the_way_from_none_to_all():
 
 def test_a_row_has_its_numbers(tmp_path, monkeypatch):
     use_two_blocks(monkeypatch.setattr)
-    monkeypatch.setattr(train_step, "PICTURES", 4)
+    monkeypatch.setattr(train_step, "IMAGES", 4)
     AcceleratorState._reset_state(reset_partial_state=True)  # one process, many runs
     save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(1)}, tmp_path / "model.safetensors")  # never read
-    train_step.make_pictures(tmp_path / "64px", 64)
+    train_step.make_images(tmp_path / "64px", 64)
     found = measure(CASE, 1.0, tmp_path, 1)
     assert found["parts"] > 5 and all(found[name] > 0 for name in ("wall", "processor", "peak"))

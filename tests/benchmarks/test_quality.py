@@ -34,7 +34,7 @@ def test_table_tells_mean_and_spread():
     assert "| a | 2 | 1 | 3 | 3 |" in quality.as_table({"a": [1.0, 2.0, 3.0]})
 
 
-def test_pictures_are_drawn_as_tensors(monkeypatch):
+def test_images_are_drawn_as_tensors(monkeypatch):
     monkeypatch.setitem(quality.demo.DRAWING, "steps", 1)
     model = small_stable_diffusion(unet_channels=(32, 32, 32, 32), vae_channels=(32, 32, 32, 32), text_layers=1)
     drawn = quality.draw(model, ["a key", "a pear"], seed=1)

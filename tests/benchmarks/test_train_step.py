@@ -22,12 +22,12 @@ CASE = Case(64, 2, "no", "unet")
 def folder(tmp_path, monkeypatch):
     """What the script makes, for the model of two blocks."""
     use_two_blocks(monkeypatch.setattr)
-    monkeypatch.setattr(train_step, "PICTURES", 4)
+    monkeypatch.setattr(train_step, "IMAGES", 4)
     monkeypatch.setenv("TRAIN_STEP_STARTED", "0")
     AcceleratorState._reset_state(reset_partial_state=True)  # one process, many runs
     save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(1)}, tmp_path / "model.safetensors")  # never read
     (tmp_path / "unet.json").write_text(json.dumps(dict(two_blocks().denoiser.config)), encoding="utf-8")
-    train_step.make_pictures(tmp_path / "64px", 64)
+    train_step.make_images(tmp_path / "64px", 64)
     return tmp_path
 
 

@@ -20,7 +20,7 @@ FILES = ("lineart.safetensors", "lineart-loss.png", "contact-sheet.png")
 def demo(tmp_path_factory):
     """(folder of the results, what the demo printed), from a demo that was started in another folder."""
     folder = tmp_path_factory.mktemp("demo with spaces é") / "out"
-    command = [sys.executable, str(ROOT / "tools" / "demo.py"), "--steps", "2", "--pictures", "2", "--output", str(folder)]
+    command = [sys.executable, str(ROOT / "tools" / "demo.py"), "--steps", "2", "--images", "2", "--output", str(folder)]
     environment = {**os.environ, "PYTHONUTF8": "1"}
     result = subprocess.run(command, cwd=folder.parent, capture_output=True, encoding="utf-8", env=environment, timeout=900)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -48,7 +48,7 @@ def test_lora_is_trained_and_whole(demo):
 def test_sheet_has_a_row_a_prompt_and_three_columns(demo):
     with Image.open(demo[0] / "contact-sheet.png") as sheet:
         assert sheet.width > 3 * 128 and 2 * 128 < sheet.height < 3 * 128
-        assert len(sheet.convert("RGB").getcolors(sheet.width * sheet.height)) > 1000  # pictures, not an empty grid
+        assert len(sheet.convert("RGB").getcolors(sheet.width * sheet.height)) > 1000  # images, not an empty grid
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """The user pages: every command and code block in them runs, and their tables say what the code says.
 
-Commands run as they are printed, in a folder that has the files they name (a small model, a few small pictures), with the
+Commands run as they are printed, in a folder that has the files they name (a small model, a few small images), with the
 words of `SMALL` added, which only make them small and fit for a machine without a GPU.
 """
 
@@ -106,16 +106,16 @@ LAUNCHER = [sys.executable, "-m", "accelerate.commands.launch"]  # = accelerate 
 def prepared(tmp_path_factory) -> Path:
     """A folder with every file that the pages' commands name."""
     folder = tmp_path_factory.mktemp("docs")
-    # 64 channels where the picture is one pixel wide: torch cannot normalise a single number.
+    # 64 channels where the image is one pixel wide: torch cannot normalise a single number.
     model = small_stable_diffusion(unet_channels=(32, 32, 64, 64), vae_channels=(32, 32, 32, 32), text_width=32, text_layers=1)
     save_stable_diffusion(model, folder / "model.safetensors")
     save_stable_diffusion(model, folder / "model")
     (folder / "broken.safetensors").write_text("no model", encoding="utf-8")
     (folder / "page.safetensors").write_text("<!DOCTYPE html><html>not found</html>", encoding="utf-8")
-    (folder / "pictures" / "cat").mkdir(parents=True)
+    (folder / "images" / "cat").mkdir(parents=True)
     for name in ("red", "blue"):
-        Image.new("RGB", (64, 64), name).save(folder / "pictures" / "cat" / f"{name}.png")
-        (folder / "pictures" / "cat" / f"{name}.txt").write_text(f"sks cat, {name}", encoding="utf-8")
+        Image.new("RGB", (64, 64), name).save(folder / "images" / "cat" / f"{name}.png")
+        (folder / "images" / "cat" / f"{name}.txt").write_text(f"sks cat, {name}", encoding="utf-8")
     for name in ("data.toml", "settings.toml"):
         (folder / name).write_text(small_text(named_block(name)), encoding="utf-8")
     (folder / "prompts.txt").write_text("sks cat --w 64 --h 64 --s 2 --d 1\n", encoding="utf-8")
@@ -353,7 +353,7 @@ NOTES = {
     "given, but without effect: ": ["--log_prefix=a"],
     "this processor has no bf16 units": ["--mixed_precision=bf16"],
     "--xformers: ": ["--xformers"],
-    "no picture has a .caption file": ["--train_data_dir=pictures", "--dataset_config="],
+    "no image has a .caption file": ["--train_data_dir=images", "--dataset_config="],
 }
 
 
@@ -389,7 +389,7 @@ def test_the_program_says_so(start, place, monkeypatch):
 
 @pytest.mark.parametrize("start", NOTES)
 def test_the_program_notes_so(start, place, monkeypatch, capfd, caplog):
-    if torch.cuda.is_available() and start != "no picture has a .caption file":
+    if torch.cuda.is_available() and start != "no image has a .caption file":
         pytest.skip("there is a GPU")
     monkeypatch.setattr(entry, "cpu_has_fast_bf16", lambda: False)
     message = next(m for m in messages(ENGLISH, 1) if m.startswith(start))

@@ -22,7 +22,7 @@ SCRIPT = str(ROOT / "train_network.py")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A folder with a space and an umlaut in its name, with model.safetensors, pictures and data.toml."""
+    """A folder with a space and an umlaut in its name, with model.safetensors, images and data.toml."""
     folder = tmp_path_factory.mktemp("größe und platz")
     save_stable_diffusion(small_stable_diffusion(vae_channels=(32, 32, 32, 32)), folder / "model.safetensors")
     (folder / "bilder").mkdir()

@@ -178,7 +178,7 @@ def test_hook_on_a_module_sees_what_it_adds():
     x = torch.randn(2, 6)
     bare = layer(x)
     module.attach(layer)
-    module.register_forward_hook(lambda module, inputs, added: torch.zeros_like(added))  # as regions of a picture do
+    module.register_forward_hook(lambda module, inputs, added: torch.zeros_like(added))  # as regions of an image do
     assert torch.equal(layer(x), bare)
 
 

@@ -1,4 +1,4 @@
-"""make_base_model: from tars of pictures to a model, broken off and gone on with; and the parts that it is made of."""
+"""make_base_model: from tars of images to a model, broken off and gone on with; and the parts that it is made of."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from library.errors import UserError
 from library.models.family import LatentSpace
 from library.models.loading import load_stable_diffusion
 from tools import make_base_model
-from tools.base_model import augment, autoencoder, fetch, names, painter, perceptual, pictures, training
+from tools.base_model import augment, autoencoder, fetch, images, names, painter, perceptual, training
 from tools.base_model.perceptual import Perceptual
 from tools.make_example_dataset import names_by_group
 
@@ -27,7 +27,7 @@ NAMED = {"Animals & Nature": ("octopus",), "Food & Drink": ("banana",), "Objects
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """captions.tsv and a tar a style, with pictures of noise."""
+    """captions.tsv and a tar a style, with images of noise."""
     folder = tmp_path_factory.mktemp("emoji")
     groups = {name: group for group, members in NAMED.items() for name in members}
     lines = [f"{code}\t{name}\t{groups.get(name.lower(), 'Smileys')}\t{name}, food, :D, a b\n" for code, name in EMOJI.items()]
@@ -49,7 +49,7 @@ def source(tmp_path_factory):
 def tiny(monkeypatch, vgg_weights):
     """Few names, narrow models, small batches, a small judge."""
     monkeypatch.setattr(perceptual, "_installed_weights", lambda: vgg_weights)
-    for module in (pictures, autoencoder):
+    for module in (images, autoencoder):
         monkeypatch.setattr(module, "NAMES", NAMED)
     monkeypatch.setattr(autoencoder, "CHANNELS", (32, 32, 32, 32))
     monkeypatch.setattr(autoencoder, "BATCH", 2)
@@ -64,7 +64,7 @@ def tiny(monkeypatch, vgg_weights):
 
 
 def run(monkeypatch, source, folder, *options):
-    command = ["make_base_model.py", "--pictures", str(source), "--work", str(folder), "--output", str(folder / "base")]
+    command = ["make_base_model.py", "--images", str(source), "--work", str(folder), "--output", str(folder / "base")]
     monkeypatch.setattr(sys, "argv", [*command, "--vae_steps", "3", "--unet_steps", "3", *options])
     return make_base_model.main()
 
@@ -125,7 +125,7 @@ def test_opponent_colours_tell_brightness_from_hues():
     assert autoencoder.opponent(green).flatten()[2] > 5
 
 
-def test_errors_of_hue_count_most_where_pictures_differ_least():
+def test_errors_of_hue_count_most_where_images_differ_least():
     grey = torch.zeros(1, 3, 16, 16)
     shifts = {
         "brighter": (0.1, 0.1, 0.1),
@@ -137,7 +137,7 @@ def test_errors_of_hue_count_most_where_pictures_differ_least():
 
 
 def test_a_new_autoencoder_sees_all_opponent_colours_alike():
-    """The first convolution answers to a unit of each alike; the last gives each in proportion to its deviation in pictures."""
+    """The first convolution answers to a unit of each alike; the last gives each in proportion to its deviation in images."""
     vae = autoencoder.new_autoencoder(seed=0)
     to_rgb = torch.tensor(autoencoder.OPPONENT_COLOURS).inverse()
     first, last = vae.encoder.conv_in.weight.detach(), vae.decoder.conv_out.weight.detach()
@@ -147,41 +147,41 @@ def test_a_new_autoencoder_sees_all_opponent_colours_alike():
     assert float(drawn.max() / drawn.min()) < 1.3
 
 
-def test_green_and_purple_kept_is_all_for_the_picture_and_none_for_grey():
-    pictures = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    assert autoencoder.green_and_purple(pictures, pictures) == pytest.approx(1)
-    assert autoencoder.green_and_purple(pictures.mean(dim=1, keepdim=True).expand_as(pictures), pictures) < 0.1
+def test_green_and_purple_kept_is_all_for_the_image_and_none_for_grey():
+    images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert autoencoder.green_and_purple(images, images) == pytest.approx(1)
+    assert autoencoder.green_and_purple(images.mean(dim=1, keepdim=True).expand_as(images), images) < 0.1
 
 
 def test_the_perceptual_distance_joins_the_loss_late(tiny, vgg_weights):
     torch.manual_seed(0)
     vae, reader, judge = autoencoder.new_autoencoder(seed=0), torch.nn.Conv2d(4, 3, 1), Perceptual(vgg_weights)
-    picture = torch.rand(1, 3, 64, 64) * 2 - 1
+    image = torch.rand(1, 3, 64, 64) * 2 - 1
 
     def loss(done, judge):
         torch.manual_seed(1)
-        return float(autoencoder._loss(vae, reader, picture, done, judge).detach())
+        return float(autoencoder._loss(vae, reader, image, done, judge).detach())
 
     assert loss(0.59, None) == loss(0.59, judge)
     torch.manual_seed(1)
-    drawn = autoencoder.softly_clipped(vae.decode(vae.encode(picture).latent_dist.sample()).sample)
-    assert loss(0.61, judge) - loss(0.59, judge) == pytest.approx(float(judge.distance(drawn, picture).detach()), rel=1e-3)
+    drawn = autoencoder.softly_clipped(vae.decode(vae.encode(image).latent_dist.sample()).sample)
+    assert loss(0.61, judge) - loss(0.59, judge) == pytest.approx(float(judge.distance(drawn, image).detach()), rel=1e-3)
 
 
 def test_the_text_encoder_learns_to_tell_captions_apart(tiny, source, tmp_path):
-    named = pictures.unpack(source, tmp_path / "pictures").named
+    named = images.unpack(source, tmp_path / "images").named
     made = painter.new_painter(autoencoder.new_autoencoder(seed=0).eval().requires_grad_(False), named, seed=0)
     short, longer = painter.teach_reading(made, steps=5), painter.teach_reading(made, steps=60)
     assert longer < 0.8 * short
 
 
-def test_missing_pictures_are_named(tmp_path):
-    with pytest.raises(UserError, match="captions.tsv is missing; give --pictures"):
-        pictures.unpack(tmp_path, tmp_path / "work")
+def test_missing_images_are_named(tmp_path):
+    with pytest.raises(UserError, match="captions.tsv is missing; give --images"):
+        images.unpack(tmp_path, tmp_path / "work")
 
 
 def test_captions_are_the_prompt_and_plain_keywords(tiny, source, tmp_path):
-    unpacked = pictures.unpack(source, tmp_path / "pictures")
+    unpacked = images.unpack(source, tmp_path / "images")
     caption = (unpacked.named / "fluent3d" / "octopus.txt").read_text(encoding="utf-8")
     assert caption == "a 3d emoji of an octopus, food, a b\n"
     assert len(unpacked.files("notov1")) == len(EMOJI)
@@ -193,7 +193,7 @@ def test_no_name_is_listed_twice_and_line_art_stays_out():
     assert not {"fluenthc", "fluentflat"} & {*names.AUTOENCODER_STYLES, *names.STYLES.values()}
 
 
-def test_scaled_latents_have_deviation_one_and_decode_to_the_same_picture():
+def test_scaled_latents_have_deviation_one_and_decode_to_the_same_image():
     torch.manual_seed(0)
     vae = autoencoder.new_autoencoder(seed=0).eval()
     images = torch.rand(4, 3, 64, 64) * 2 - 1
@@ -222,7 +222,7 @@ def test_line_art_is_dark_lines_on_white():
     assert (upright[:, 0, :12] > 0.9).all()
 
 
-def test_augmented_pictures_keep_shape_and_range():
+def test_augmented_images_keep_shape_and_range():
     torch.manual_seed(2)
     changed = augment.augmented(torch.rand(64, 3, 32, 32))
     assert changed.shape == (64, 3, 32, 32) and changed.min() >= 0 and changed.max() <= 1

@@ -1,4 +1,4 @@
-"""The example pictures: what the tool writes, and that the shipped ones are what their dataset files say."""
+"""The example images: what the tool writes, and that the shipped ones are what their dataset files say."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ def test_bucket_example_has_many_shapes_and_a_caption_each():
     assert set(dataset.table.captions) == {caption for _, caption in make_example_dataset.MIXED_SHAPES.values()}
 
 
-def test_bucket_pictures_are_credited():
+def test_bucket_images_are_credited():
     credits = (ASSETS / "example-buckets" / "CREDITS.md").read_text(encoding="utf-8")
     assert all(f"| {name} |" in credits for name in make_example_dataset.MIXED_SHAPES)
 
 
-def test_bucket_pictures_are_made_smaller(tmp_path, monkeypatch):
+def test_bucket_images_are_made_smaller(tmp_path, monkeypatch):
     monkeypatch.setattr(make_example_dataset, "MIXED_SHAPES", {"sea": ("met-1", "the sea")})
     (tmp_path / "package" / "images").mkdir(parents=True)
     Image.new("RGB", (1000, 500), "blue").save(tmp_path / "package" / "images" / "met-1.webp")
-    make_example_dataset.write_bucket_pictures(tmp_path / "package", tmp_path / "pictures")
-    with Image.open(tmp_path / "pictures" / "sea.webp") as picture:
-        assert picture.size == (384, 192)
-    assert (tmp_path / "pictures" / "sea.txt").read_text(encoding="utf-8") == "the sea\n"
+    make_example_dataset.write_bucket_images(tmp_path / "package", tmp_path / "images")
+    with Image.open(tmp_path / "images" / "sea.webp") as image:
+        assert image.size == (384, 192)
+    assert (tmp_path / "images" / "sea.txt").read_text(encoding="utf-8") == "the sea\n"
 
 
 @pytest.mark.parametrize("options", [[], ["--emoji", "nowhere"], ["--wallpapers", "nowhere"]])

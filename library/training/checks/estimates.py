@@ -62,7 +62,7 @@ def state_bytes(options: TrainNetworkOptions, header: Header) -> int:
 
 
 def estimated_bytes(options: TrainNetworkOptions, header: Header, batch: int, size: tuple[int, int]) -> int:
-    """What is fixed, and the activations of a batch of so many pictures of this size (width, height)."""
+    """What is fixed, and the activations of a batch of so many images of this size (width, height)."""
     positions = batch * math.prod(size) // header.family.latents.pixels_per_latent**2 * (1 if is_half(options) else 2) * WORKSPACE
     fixed, training = fixed_bytes(options, header), options.training
     kept, kept_with_checkpointing = header.family.kept_bytes
@@ -112,6 +112,6 @@ def number_bytes(options: TrainNetworkOptions) -> int:
 
 
 def largest_batch(dataset: TrainingDataset) -> tuple[int, tuple[int, int]]:
-    """Number and size (width, height) of the pictures of the batch that has most pixels."""
+    """Number and size (width, height) of the images of the batch that has most pixels."""
     batches = [(dataset.table.configs[bucket.dataset].batch_size, bucket.size) for bucket in dataset.table.buckets]
     return max(batches, key=lambda batch: batch[0] * batch[1][0] * batch[1][1])

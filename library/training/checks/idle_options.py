@@ -89,11 +89,11 @@ def data_rules(options: TrainNetworkOptions, configs: Sequence[DatasetConfig]) -
     bucketed = [config for config in configs if config.enable_bucket]
     validation = ["validation_seed", "validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps"]
     return [
-        (["prior_loss_weight"], not any(subset.is_reg for subset in subsets), "there are no regularisation pictures"),
+        (["prior_loss_weight"], not any(subset.is_reg for subset in subsets), "there are no regularisation images"),
         (
             validation,
             not any(config.validation_split for config in configs),
-            "no pictures are held out: needs --validation_split",
+            "no images are held out: needs --validation_split",
         ),
         (["keep_tokens"], not changing, "needs --shuffle_caption or --caption_tag_dropout_rate"),
         (["token_warmup_min"], not any(subset.token_warmup_step for subset in subsets), "needs --token_warmup_step"),
@@ -101,7 +101,7 @@ def data_rules(options: TrainNetworkOptions, configs: Sequence[DatasetConfig]) -
         (
             ["min_bucket_reso", "max_bucket_reso"],
             all(c.bucket_no_upscale for c in bucketed),
-            "--bucket_no_upscale leaves sizes to the pictures",
+            "--bucket_no_upscale leaves sizes to the images",
         ),
     ]
 

@@ -47,7 +47,7 @@ Checks = list[Callable[[], Iterable[str] | None]]  # a check returns what is wro
 
 @dataclass(frozen=True)
 class Ready:
-    """What was opened on the way: the pictures, the seed, and where the run begins. debug_dataset needs no plan and no start.
+    """What was opened on the way: the images, the seed, and where the run begins. debug_dataset needs no plan and no start.
 
     options: as they were given, and where they leave it open as the model says.
     """
@@ -64,7 +64,7 @@ class Ready:
 def preflight(options: TrainNetworkOptions, device: torch.device, world: int, family: str | None = None) -> Ready:
     """Check all that can be checked without a model. Raises UserErrors with everything that is wrong.
 
-    family: the one family of models to accept, by its name. The pictures are looked at even if an option is wrong already: what
+    family: the one family of models to accept, by its name. The images are looked at even if an option is wrong already: what
     is wrong with them is reported together with the rest.
     """
     problems = Problems()
@@ -78,8 +78,8 @@ def preflight(options: TrainNetworkOptions, device: torch.device, world: int, fa
             print(line)
     problems.found += contradictions(options)
     run_checks(problems, [] if debug else checks_of_options(options, device))
-    has_pictures = options.data.dataset_config or options.data.train_data_dir or options.data.in_json
-    configs = problems.of(dataset_configs, options) if has_pictures else None
+    has_images = options.data.dataset_config or options.data.train_data_dir or options.data.in_json
+    configs = problems.of(dataset_configs, options) if has_images else None
     resumed = None if debug else problems.of(open_state, options)
     seed = problems.of(chosen_seed, options, resumed) or 0
     dataset = problems.of(open_dataset, options, configs, seed, header.family if header else FAMILIES[0]) if configs else None
@@ -106,7 +106,7 @@ def _found(check: Callable[[], Iterable[str] | None]) -> list[str]:
 
 
 def checks_of_options(options: TrainNetworkOptions, device: torch.device) -> Checks:
-    """Paths, folders, names and packages: what needs no look at the pictures."""
+    """Paths, folders, names and packages: what needs no look at the images."""
     return [
         lambda: check_precision(options.training.mixed_precision, device),
         lambda: missing_models(options),
@@ -123,7 +123,7 @@ def checks_of_options(options: TrainNetworkOptions, device: torch.device) -> Che
 
 
 def checks_of_plan(options: TrainNetworkOptions, plan: Plan, dataset: TrainingDataset, header: Header | None) -> Checks:
-    """What depends on the number of pictures: schedule, disk space, and whether there are any to validate with."""
+    """What depends on the number of images: schedule, disk space, and whether there are any to validate with."""
     return [
         lambda: try_schedule(options.optimizer, plan.max_steps),
         lambda: check_fused_backward(options, plan.processes) if options.optimizer.fused_backward_pass else None,
@@ -187,7 +187,7 @@ def nothing_to_validate_with(options: TrainNetworkOptions, dataset: TrainingData
         "lr_scheduler reduce_lr_on_plateau": waits_for_validation(options.optimizer),
     }
     for name in [name for name, value in wanted.items() if value and not dataset.table.held_out.any()]:
-        yield f"--{name} needs pictures to validate with; give --validation_split 0.1, say, or the key in the dataset file"
+        yield f"--{name} needs images to validate with; give --validation_split 0.1, say, or the key in the dataset file"
 
 
 def check_prompts(options: TrainNetworkOptions) -> None:

@@ -11,10 +11,10 @@ _REASONS: dict[str, str] = {
     # model
     "tokenizer_cache_dir": "the tokenizer is part of this suite and needs no cache",
     # data
-    "cache_info": "sizes are read from picture headers at every start, which is fast; captions are always read anew",
+    "cache_info": "sizes are read from image headers at every start, which is fast; captions are always read anew",
     "skip_cache_check": "the latent cache checks contents, which is fast; there is nothing to skip",
     "dataset_class": (
-        "a run depends on pictures, seed and position alone here, which foreign code does not promise; use --dataset_config"
+        "a run depends on images, seed and position alone here, which foreign code does not promise; use --dataset_config"
     ),
     # precision, memory and speed
     "cpu_offload_checkpointing": "it does not exist for Stable Diffusion 1.x and 2.x; use --gradient_checkpointing",

@@ -52,4 +52,4 @@ def explain_nonfinite(options: TrainNetworkOptions, weights: Iterable[torch.Tens
     if training.mixed_precision == "fp16":
         vae = "" if options.model.no_half_vae or options.augmentation.cache_latents else ", or add --no_half_vae if it is the VAE"
         return f"the network's weights are good, so the model overflowed in fp16: use --mixed_precision bf16 or no{vae}"
-    return "the network's weights are good: look at the pictures named above, and lower --learning_rate if they are good too"
+    return "the network's weights are good: look at the images named above, and lower --learning_rate if they are good too"

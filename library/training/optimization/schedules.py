@@ -42,7 +42,7 @@ class OnPlateau(torch.optim.lr_scheduler.ReduceLROnPlateau):
 
 
 def waits_for_validation(options: OptimizerOptions) -> bool:
-    """Whether the schedule needs pictures to validate with."""
+    """Whether the schedule needs images to validate with."""
     return (options.lr_scheduler_type or options.lr_scheduler).rpartition(".")[2] in ("reduce_lr_on_plateau", "ReduceLROnPlateau")
 
 

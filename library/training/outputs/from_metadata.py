@@ -130,7 +130,7 @@ def doubts(metadata: Mapping[str, str], words: Mapping[str, Any]) -> list[str]:
     """Comments on what the metadata leave open in this case."""
     lines = [f"# {NO_MODEL}; its SHA-256 is {metadata.get('ss_new_sd_model_hash', 'not recorded either')}"]
     if "modelspec.thumbnail" in metadata:
-        lines.append("# --metadata_thumbnail: the picture is in the file itself")
+        lines.append("# --metadata_thumbnail: the image is in the file itself")
     if metadata.get("ss_network_dim") == "Dynamic":
         lines.append("# the ranks of the modules differ: train from a file with --network_weights and --dim_from_weights")
     total, batch = metadata.get("ss_total_batch_size"), metadata.get("ss_batch_size_per_device")
@@ -174,7 +174,7 @@ def datasets(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
         others = json.loads(metadata.get("ss_other_dataset_keys", "[]")) or [{}] * len(entries)
         return [from_entry(entry, dict(other)) for entry, other in zip(entries, others, strict=False)]
     if "ss_dataset_dirs" not in metadata:
-        raise UserError("--from_metadata: the file says nothing about its pictures; it was written with --no_metadata")
+        raise UserError("--from_metadata: the file says nothing about its images; it was written with --no_metadata")
     width, height = (int(part) for part in metadata.get("ss_resolution", "(512, 512)").strip("()").split(","))
     keys = {"resolution": [width, height]} | picked(metadata, recorded_dataset_keys(DatasetConfig))
     common = picked(metadata, recorded_dataset_keys(SubsetConfig))

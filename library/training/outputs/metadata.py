@@ -165,14 +165,14 @@ def model_spec(options: TrainNetworkOptions, datasets: Sequence[DatasetFacts], r
     return modelspec(keys) | {key: value for key, value in recorded(options, "modelspec.").items() if value}
 
 
-def as_data_url(picture: str) -> str:
-    """A picture file as text that holds the picture itself; such a text stays. Raises UserError if there is no such picture."""
-    if picture.startswith("data:"):
-        return picture
-    kind = mimetypes.guess_type(picture)[0] or ""
-    if not Path(picture).is_file() or not kind.startswith("image/"):
-        raise UserError(f"--metadata_thumbnail {picture}: there is no such picture file; give a .png, .jpg or .webp file")
-    return f"data:{kind};base64,{base64.b64encode(Path(picture).read_bytes()).decode('ascii')}"
+def as_data_url(image: str) -> str:
+    """An image file as text that holds the image itself; such a text stays. Raises UserError if there is no such image."""
+    if image.startswith("data:"):
+        return image
+    kind = mimetypes.guess_type(image)[0] or ""
+    if not Path(image).is_file() or not kind.startswith("image/"):
+        raise UserError(f"--metadata_thumbnail {image}: there is no such image file; give a .png, .jpg or .webp file")
+    return f"data:{kind};base64,{base64.b64encode(Path(image).read_bytes()).decode('ascii')}"
 
 
 def all_model_facts(options: ModelOptions) -> dict[str, str]:
@@ -206,7 +206,7 @@ def commit_hash() -> str:
 
 
 def data_facts(options: TrainNetworkOptions, datasets: Sequence[DatasetFacts], processes: int) -> dict[str, Any]:
-    """Pictures, buckets and tags. With a dataset file every dataset has an entry of its own, else the keys stand alone."""
+    """Images, buckets and tags. With a dataset file every dataset has an entry of its own, else the keys stand alone."""
     folders: dict[bool, dict[str, Any]] = {False: {}, True: {}}
     tags: dict[str, dict[str, int]] = {}
     for dataset in datasets:

@@ -1,4 +1,4 @@
-"""Sample pictures while training, as --sample_prompts and --sample_every_n_* ask for."""
+"""Sample images while training, as --sample_prompts and --sample_every_n_* ask for."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class Previews(Listener):
-    """Draws the prompts with the model as it is now into `<output_dir>/sample`. A picture that fails never ends the run."""
+    """Draws the prompts with the model as it is now into `<output_dir>/sample`. An image that fails never ends the run."""
 
     def __init__(
         self, options: TrainNetworkOptions, specs: list[PromptSpec], model: Model, network: torch.nn.Module,
@@ -70,42 +70,42 @@ class Previews(Listener):
         drawn: dict[int, Image.Image | str] = {}
         for part in self.processes.gather(self._own_share()):
             drawn |= part
-        pictures = {}
+        images = {}
         for number, result in sorted(drawn.items()):
             if isinstance(result, str) or (problem := self._write(result, moment, number)):
                 tqdm.write(f"sample {number} failed: {result if isinstance(result, str) else problem}")
             else:
-                pictures[f"sample_{number}"] = result
-        self.tracker.log_pictures(step, pictures)
+                images[f"sample_{number}"] = result
+        self.tracker.log_images(step, images)
         self._write_grid()
         seconds = time.perf_counter() - started
         self.seconds += seconds
-        tqdm.write(f"{len(pictures)} sample pictures in {self.folder} ({seconds:.0f} s)")
+        tqdm.write(f"{len(images)} sample images in {self.folder} ({seconds:.0f} s)")
 
     def _own_share(self) -> dict[int, Image.Image | str]:
-        """The pictures that this process draws, by number; in place of one that failed, the reason."""
+        """The images that this process draws, by number; in place of one that failed, the reason."""
         drawn: dict[int, Image.Image | str] = {}
         with self._models_on_device(), self.eval_weights(), evaluating(self.network):
             for number, spec in self.processes.share(list(enumerate(self.specs))):
                 try:
                     drawn[number] = self._draw_one(spec)
-                except Exception as error:  # whatever it was, hours of training must not be lost for a picture
+                except Exception as error:  # whatever it was, hours of training must not be lost for an image
                     drawn[number] = one_line(error)
         return drawn
 
-    def _write(self, picture: Image.Image, moment: str, number: int) -> str | None:
-        """Save a picture, on the main process; what went wrong, if anything."""
+    def _write(self, image: Image.Image, moment: str, number: int) -> str | None:
+        """Save an image, on the main process; what went wrong, if anything."""
         if not self.processes.main:
             return None
         try:
             with atomic_write(self._path(moment, number, self.specs[number])) as temporary:
-                picture.save(temporary, pnginfo=own_mark("sample"))
+                image.save(temporary, pnginfo=own_mark("sample"))
         except Exception as error:
             return one_line(error)
         return None
 
     def _write_grid(self) -> None:
-        """All pictures of the run so far on one sheet next to the LoRA."""
+        """All images of the run so far on one sheet next to the LoRA."""
         if not self.processes.main:
             return
         name = self.options.output.output_name

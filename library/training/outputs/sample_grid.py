@@ -1,4 +1,4 @@
-"""`<name>-samples.png`: how the sample pictures changed over a run, a row for each prompt and a column for each moment."""
+"""`<name>-samples.png`: how the sample images changed over a run, a row for each prompt and a column for each moment."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ CELL = 256
 
 
 def write_sample_grid(folder: Path, name: str | None, prompts: list[str], path: Path) -> bool:
-    """Draw the sheet from the pictures in `folder` (those of earlier parts of a resumed run too). False if there are none."""
-    found = newest_pictures(folder, name)
+    """Draw the sheet from the images in `folder` (those of earlier parts of a resumed run too). False if there are none."""
+    found = newest_images(folder, name)
     moments = chosen(sorted({moment for moment, _ in found}, key=place_in_run))
     if not moments:
         return False
@@ -30,8 +30,8 @@ def write_sample_grid(folder: Path, name: str | None, prompts: list[str], path: 
     return True
 
 
-def newest_pictures(folder: Path, name: str | None) -> dict[tuple[str, int], Path]:
-    """(moment, number of the prompt) -> the newest of its pictures."""
+def newest_images(folder: Path, name: str | None) -> dict[tuple[str, int], Path]:
+    """(moment, number of the prompt) -> the newest of its images."""
     start = re.escape(f"{name}_") if name else ""
     pattern = re.compile(rf"{start}(e?\d{{6,}})_(\d{{2,}})_(\d{{14}})(?:_\d+)?\.png")
     found: dict[tuple[str, int], tuple[str, Path]] = {}
@@ -65,9 +65,9 @@ def label(moment: str) -> str:
 
 
 def opened(path: Path | None) -> Image.Image | None:
-    """The picture, or None if there is none or somebody took it away."""
+    """The image, or None if there is none or somebody took it away."""
     try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
+        with Image.open(path) as image:
+            return image.convert("RGB")
     except (OSError, AttributeError):
         return None

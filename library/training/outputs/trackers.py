@@ -26,7 +26,7 @@ from library.training.outputs.tracking import LossRecord, StepLoss
 class Tracker:
     """TensorBoard and wandb, as --log_with asks for; does nothing without --logging_dir and --log_with.
 
-    Tags: loss/current, loss/average, lr/<group>, lr/d*lr/<group> by step; loss/epoch_average by epoch; sample pictures. A tracker
+    Tags: loss/current, loss/average, lr/<group>, lr/d*lr/<group> by step; loss/epoch_average by epoch; sample images. A tracker
     that fails while training is said once, and left alone from then on.
     """
 
@@ -66,13 +66,13 @@ class Tracker:
             else:
                 self._safely(tracker, tracker.log, values, step=at)
 
-    def log_pictures(self, step: int, pictures: dict[str, Image.Image]) -> None:
-        """Sample pictures by tag."""
+    def log_images(self, step: int, images: dict[str, Image.Image]) -> None:
+        """Sample images by tag."""
         for tracker in list(self._trackers):
             if tracker.name == "wandb":
-                self._safely(tracker, tracker.log_images, {tag: [picture] for tag, picture in pictures.items()}, step=step)
+                self._safely(tracker, tracker.log_images, {tag: [image] for tag, image in images.items()}, step=step)
             else:
-                arrays = {tag: np.asarray(picture)[None] for tag, picture in pictures.items()}
+                arrays = {tag: np.asarray(image)[None] for tag, image in images.items()}
                 self._safely(tracker, tracker.log_images, arrays, step=step, dataformats="NHWC")
 
     def finish(self) -> None:

@@ -37,7 +37,7 @@ class PendingLoss:
         self._loss = OnItsWay(loss.reshape(1))
 
     def read(self) -> Iterator[tuple[int, float, list[str]]]:
-        """(step, loss, pictures)"""
+        """(step, loss, images)"""
         yield self.step, self._loss.values()[0], self.paths
 
 
@@ -150,9 +150,9 @@ class LossRecord:
 
 
 def describe_nonfinite(value: float, step: int, paths: list[str]) -> str:
-    """One line on a loss of NaN or infinity: where, which pictures, what to do."""
-    pictures = ", ".join(paths)
+    """One line on a loss of NaN or infinity: where, which images, what to do."""
+    images = ", ".join(paths)
     return (
-        f"the loss is {value} at step {step} (pictures: {pictures}); nothing was saved after it. Lower --learning_rate, use "
+        f"the loss is {value} at step {step} (images: {images}); nothing was saved after it. Lower --learning_rate, use "
         "--mixed_precision bf16 or no, or skip such batches with --on_nonfinite_loss skip"
     )

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from library.command_line import option_fields
 from library.data.config_keys import SubsetConfig
-from library.data.table import PictureTable
+from library.data.table import ImageTable
 from library.errors import UserError, listed
 from library.models.family import Model
 from library.option_traits import fields_with, traits_of
@@ -22,12 +22,12 @@ from library.training.options import TrainNetworkOptions
 START_ANEW = "to go on from its weights with other settings, give --network_weights a saved file instead of --resume"
 
 
-def fingerprint(options: TrainNetworkOptions, table: PictureTable, model: str, processes: int) -> dict[str, Any]:
+def fingerprint(options: TrainNetworkOptions, table: ImageTable, model: str, processes: int) -> dict[str, Any]:
     """What a state remembers of its run, as data for JSON. `model`: its `model_digest`."""
     return {**early_fingerprint(options, table, processes), "model": model}
 
 
-def early_fingerprint(options: TrainNetworkOptions, table: PictureTable, processes: int) -> dict[str, Any]:
+def early_fingerprint(options: TrainNetworkOptions, table: ImageTable, processes: int) -> dict[str, Any]:
     """The part of it that is known before the model is loaded."""
     return {
         "options": option_values(options),
@@ -60,21 +60,21 @@ def _file_names(value: Any) -> Any:
     return value if value is None else Path(value).name
 
 
-def data_digests(table: PictureTable) -> dict[str, Any]:
-    """Numbers and checksums over the pictures, their captions and their cuts; not over what the files hold."""
+def data_digests(table: ImageTable) -> dict[str, Any]:
+    """Numbers and checksums over the images, their captions and their cuts; not over what the files hold."""
     cuts = hashlib.sha256()
     for column in (table.bucket, table.sizes, table.resized, table.corner):
         cuts.update(column.tobytes())
     return {
-        "number of pictures": len(table),
-        "names of the pictures": _digest(table.names),
+        "number of images": len(table),
+        "names of the images": _digest(table.names),
         "captions": _digest(table.captions),
-        "sizes of the pictures": cuts.hexdigest(),
-        "repeats, or which pictures are held out": hashlib.sha256(table.repeats.tobytes()).hexdigest(),
+        "sizes of the images": cuts.hexdigest(),
+        "repeats, or which images are held out": hashlib.sha256(table.repeats.tobytes()).hexdigest(),
     }
 
 
-def data_settings(table: PictureTable) -> dict[str, Any]:
+def data_settings(table: ImageTable) -> dict[str, Any]:
     """Every key of every dataset and subset; of folders the name alone, since they may have moved."""
     settings: dict[str, Any] = {}
     folders = set(fields_with(SubsetConfig, path=(True,)))

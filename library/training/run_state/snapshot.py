@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from library.data.table import PictureTable
+from library.data.table import ImageTable
 from library.errors import RunFailed, UserError
 from library.training.options import TrainNetworkOptions
 from library.training.outputs.metadata import RunMetadata
@@ -49,7 +49,7 @@ class RunIdentity:
     """Which run a state belongs to. model: the digest of the frozen model."""
 
     def __init__(
-        self, options: TrainNetworkOptions, table: PictureTable, model: str, plan: Plan, seed: int, metadata: RunMetadata
+        self, options: TrainNetworkOptions, table: ImageTable, model: str, plan: Plan, seed: int, metadata: RunMetadata
     ) -> None:
         self.options, self.table, self.model, self.plan, self.seed, self.metadata = options, table, model, plan, seed, metadata
 

@@ -47,7 +47,7 @@ def test_face_names():
 
 
 def test_face_crop_of_a_fixed_size_is_centred():
-    # Face of 100 px, window of 128 px, factors 2 to 2: the picture is shrunk to 128 / (100 * 2).
+    # Face of 100 px, window of 128 px, factors 2 to 2: the image is shrunk to 128 / (100 * 2).
     resized, corner = face_crop((500, 400, 100, 80), (1000, 800), (128, 128), (2.0, 2.0), False, random.Random(0))
     assert resized == (640, 512) and corner == (320 - 64, 256 - 64)
 

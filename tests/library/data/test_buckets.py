@@ -13,7 +13,7 @@ from library.data.buckets import BucketRule, Placement, bucket_info, bucket_list
 from library.data.config_keys import DatasetConfig, SubsetConfig
 
 DATA = Path(__file__).parents[2] / "data"
-SUBSET = SubsetConfig(image_dir="pictures")
+SUBSET = SubsetConfig(image_dir="images")
 
 
 def rows(name: str) -> list[dict[str, str]]:
@@ -91,7 +91,7 @@ def test_a_strip_keeps_the_area_of_the_training_size():
 def check(place: Placement, size: tuple[int, int], step: int, area: int) -> None:
     bucket, resized, crop = place.bucket, place.resized, place.crop
     assert all(side >= step and side % step == 0 for side in bucket)
-    assert all(r >= b for r, b in zip(resized, bucket, strict=True)), "the picture covers the bucket"
+    assert all(r >= b for r, b in zip(resized, bucket, strict=True)), "the image covers the bucket"
     assert crop == tuple((r - b) // 2 for r, b in zip(resized, bucket, strict=True))
     # bucket_no_upscale rounds sides to whole pixels before it rounds down to the step: under a pixel of the shorter side.
     assert bucket[0] * bucket[1] <= area * (1 + 1 / min(bucket))
@@ -126,7 +126,7 @@ def test_bounds_below_the_step_do_not_divide_by_zero():
     assert all(min(size) >= 64 for size in rule(512, min_bucket_reso=8).buckets)
 
 
-def test_table_and_metadata_count_pictures_and_repeats():
+def test_table_and_metadata_count_images_and_repeats():
     counts = count_buckets([((512, 512), 10), ((384, 640), 1), ((512, 512), 1)])
     assert bucket_info(counts, [0.5, -0.25, 0.0]) == {
         "buckets": {"0": {"resolution": [384, 640], "count": 1}, "1": {"resolution": [512, 512], "count": 11}},

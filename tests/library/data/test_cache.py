@@ -24,7 +24,7 @@ SIZES = [(64, 64), (96, 48), (64, 64), (48, 96)]
 
 
 class FakeVae:
-    """Latents that show picture, seed and side: 8 x 8 means, and the seed in channel 3. Counts what it is asked for."""
+    """Latents that show image, seed and side: 8 x 8 means, and the seed in channel 3. Counts what it is asked for."""
 
     def __init__(self, stop_after=None):
         self.batches, self.seeds, self.stop_after = [], [], stop_after
@@ -40,7 +40,7 @@ class FakeVae:
         return torch.cat([latents, mark[:, None, None, None].expand(-1, 1, *latents.shape[2:])], dim=1)
 
     @property
-    def pictures(self):
+    def images(self):
         return sum(shape[0] for shape in self.batches)
 
 
@@ -79,15 +79,15 @@ def epoch(dataset, number=1):
 
 @pytest.fixture
 def folder(tmp_path):
-    return make_folder(tmp_path / "pictures with space")
+    return make_folder(tmp_path / "images with space")
 
 
 @pytest.mark.parametrize("to_disk", [False, True])
 @pytest.mark.parametrize("flip", [False, True])
-def test_cached_latents_are_those_of_the_pictures_served_without_a_cache(folder, to_disk, flip):
+def test_cached_latents_are_those_of_the_images_served_without_a_cache(folder, to_disk, flip):
     plain, dataset = make_dataset(folder, flip=flip), make_dataset(folder, flip=flip)
     vae = cache(dataset, to_disk=to_disk)
-    assert vae.pictures == (16 if flip else 8)
+    assert vae.images == (16 if flip else 8)
     for number in (1, 2, 3):
         for a, b in zip(epoch(dataset, number), epoch(plain, number), strict=True):
             assert a.images is None and a.paths == b.paths and a.captions == b.captions
@@ -106,7 +106,7 @@ def test_latents_are_encoded_in_batches_of_one_bucket(folder):
     assert sorted(vae.batches) == [(1, 3, 64, 64), (2, 3, 48, 80), (2, 3, 80, 48), (3, 3, 64, 64)]
 
 
-def test_seeds_come_from_the_picture_not_from_its_batch(folder, tmp_path):
+def test_seeds_come_from_the_image_not_from_its_batch(folder, tmp_path):
     one, three = FakeVae(), FakeVae()
     cache(make_dataset(folder), one, to_disk=False, batch_size=1)
     cache(make_dataset(folder), three, to_disk=False, batch_size=3)
@@ -127,22 +127,22 @@ def test_the_second_run_encodes_nothing(folder):
     assert cache(second).batches == []
     for a, b in zip(epoch(first), epoch(second), strict=True):
         assert torch.equal(a.latents, b.latents)
-    assert len(second.table) == 8  # files in the cache folder are not taken for pictures
+    assert len(second.table) == 8  # files in the cache folder are not taken for images
 
 
 def test_trap_4_8_another_resolution_or_cut_is_encoded_anew(folder):
     cache(make_dataset(folder))
-    assert cache(make_dataset(folder, resolution=48)).pictures == 8
-    assert cache(make_dataset(folder, resolution=48, resize_interpolation="nearest")).pictures == 8
-    assert cache(make_dataset(folder, flip=True)).pictures == 16
-    assert cache(make_dataset(folder)).pictures == 0  # the old ones are still good
+    assert cache(make_dataset(folder, resolution=48)).images == 8
+    assert cache(make_dataset(folder, resolution=48, resize_interpolation="nearest")).images == 8
+    assert cache(make_dataset(folder, flip=True)).images == 16
+    assert cache(make_dataset(folder)).images == 0  # the old ones are still good
     for batch in epoch(make_dataset(folder, resolution=48)):
         assert batch.images.shape[2:] == batch.size[::-1]
 
 
-def test_trap_4_9_another_vae_or_a_changed_picture_is_encoded_anew(folder):
+def test_trap_4_9_another_vae_or_a_changed_image_is_encoded_anew(folder):
     cache(make_dataset(folder))
-    assert cache(make_dataset(folder), fingerprint="vae 2").pictures == 8
+    assert cache(make_dataset(folder), fingerprint="vae 2").images == 8
     before = os.stat(folder / "000.png")
     pixels = np.asarray(Image.open(folder / "000.png")).copy()
     pixels[0, 0] ^= 255
@@ -150,7 +150,7 @@ def test_trap_4_9_another_vae_or_a_changed_picture_is_encoded_anew(folder):
     os.utime(folder / "000.png", ns=(before.st_atime_ns, before.st_mtime_ns))  # even if the time of change was kept
     dataset = make_dataset(folder)
     vae = cache(dataset)
-    assert vae.pictures == 1
+    assert vae.images == 1
     for batch in epoch(dataset):
         for path, latent in zip(batch.paths, batch.latents, strict=True):
             if path.endswith("000.png"):
@@ -165,7 +165,7 @@ def test_interrupted_caching_continues(folder):
         cache(dataset, broken, batch_size=2)
     assert dataset.latents is None
     rest = cache(dataset, batch_size=2)
-    assert rest.pictures == 8 - broken.pictures == 4
+    assert rest.images == 8 - broken.images == 4
     assert not [path for path in (folder / FOLDER).iterdir() if path.name.startswith(".")]  # no half-written file is left
 
 
@@ -176,7 +176,7 @@ def test_damaged_files_are_made_again(folder, caplog, damage):
     whole = path.read_bytes()
     path.write_bytes(damage(whole))
     with caplog.at_level(logging.WARNING):
-        assert cache(make_dataset(folder)).pictures == 1
+        assert cache(make_dataset(folder)).images == 1
     assert path.name in caplog.text and path.read_bytes() == whole
 
 
@@ -189,7 +189,7 @@ def test_a_file_that_vanishes_during_training_is_named(folder):
 
 
 @pytest.mark.parametrize("option, value", [("color_aug", True), ("random_crop", True), ("face_crop_aug_range", (1.0, 2.0))])
-def test_augmentations_that_change_pictures_are_refused(folder, option, value):
+def test_augmentations_that_change_images_are_refused(folder, option, value):
     subset = SubsetConfig(image_dir=folder, **{option: value})
     dataset = TrainingDataset([DatasetConfig(resolution=64, subsets=(subset,))], seed=1)
     with pytest.raises(UserError, match=f"(?s){option}.*{folder.name}"):
@@ -202,7 +202,7 @@ def test_a_folder_that_cannot_be_written_is_named_with_the_cure(folder):
         cache(make_dataset(folder))
 
 
-def test_latents_that_are_not_finite_name_the_picture(folder):
+def test_latents_that_are_not_finite_name_the_image(folder):
     def broken(images, seeds):
         latents = torch.zeros(len(images), 4, images.shape[2] // 8, images.shape[3] // 8)
         latents[-1, 2, 0, 0] = float("nan")
@@ -213,7 +213,7 @@ def test_latents_that_are_not_finite_name_the_picture(folder):
     assert not list((folder / FOLDER).glob("*")) if (folder / FOLDER).exists() else True
 
 
-def test_a_picture_cut_off_is_named_while_caching(folder):
+def test_an_image_cut_off_is_named_while_caching(folder):
     (folder / "003.png").write_bytes((folder / "003.png").read_bytes()[:3000])
     with pytest.raises(UserError, match="003.png: cut off or damaged"):
         cache(make_dataset(folder))
@@ -225,7 +225,7 @@ def test_long_and_foreign_names_fit_the_file_system(tmp_path):
     for name in ("字" * 80 + "a.png", "字" * 80 + "b.png"):
         Image.new("RGB", (64, 64), (ord(name[-5]), 0, 0)).save(folder / name)
     dataset = make_dataset(folder)
-    assert cache(dataset).pictures == 2 and cache(make_dataset(folder)).pictures == 0
+    assert cache(dataset).images == 2 and cache(make_dataset(folder)).images == 0
     assert all(len(path.name.encode()) < 200 for path in (folder / FOLDER).iterdir())
     assert cache_path(folder / "a.png", "k").parent == folder / FOLDER
 
@@ -272,7 +272,7 @@ def test_processes_share_the_work_and_each_has_all(folder, tmp_path, world, to_d
         thread.join(60)
     alone = make_dataset(folder, flip=True)
     vae = cache(alone, to_disk=False)
-    assert sum(v.pictures for v in vaes) == vae.pictures and all(v.pictures for v in vaes)
+    assert sum(v.images for v in vaes) == vae.images and all(v.images for v in vaes)
     for row in range(len(alone.table)):
         for flipped in (False, True):
             expected = alone.latents.get(row, flipped)[0]

@@ -1,4 +1,4 @@
-"""Captions: which file is read, and what each use of a picture makes of it."""
+"""Captions: which file is read, and what each use of an image makes of it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from library.errors import UserError
 
 
 def subset(**keys) -> SubsetConfig:
-    return SubsetConfig(image_dir="pictures", **keys)
+    return SubsetConfig(image_dir="images", **keys)
 
 
 def process(caption: str, seed: int = 0, epoch: int = 1, step: int = 0, max_train_steps: int = 100, **keys) -> str:
@@ -31,7 +31,7 @@ def process(caption: str, seed: int = 0, epoch: int = 1, step: int = 0, max_trai
 # Reading
 
 
-def test_the_file_beside_the_picture_is_read(tmp_path):
+def test_the_file_beside_the_image_is_read(tmp_path):
     (tmp_path / "a.b.txt").write_bytes("\ufeff  ein Bär, grün \r\n".encode())
     assert read_caption(tmp_path / "a.b.png", subset(caption_extension="txt")) == "ein Bär, grün"
 
@@ -65,7 +65,7 @@ def test_text_that_is_no_utf8_names_file_and_byte(tmp_path):
         read_caption(tmp_path / "a.png", subset())
 
 
-def test_face_crops_share_the_caption_of_their_picture(tmp_path):
+def test_face_crops_share_the_caption_of_their_image(tmp_path):
     (tmp_path / "me.caption").write_text("a face", encoding="utf-8")
     assert read_caption(tmp_path / "me_10_20_30_40.png", subset()) == "a face"
     (tmp_path / "me_10_20_30_40.caption").write_text("this very face", encoding="utf-8")

@@ -15,7 +15,7 @@ from library.errors import UserError
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """An empty current directory with two folders of (stub) pictures, `cats` and `dogs`."""
+    """An empty current directory with two folders of (stub) images, `cats` and `dogs`."""
     monkeypatch.chdir(tmp_path)
     for name in ("cats", "dogs"):
         (tmp_path / name).mkdir()
@@ -223,7 +223,7 @@ def test_all_that_is_wrong_in_a_file_is_told_at_once(here):
     wanted = [
         "unknown key 'flipaug'", "[[datasets]] 1: batch_size = 0", '[[datasets]] 1: num_repeats = "2"',
         "1, [[datasets.subsets]] 1: image_dir = birds: there is no folder", "1, [[datasets.subsets]] 2: keep_tokens = -1",
-        "2, [[datasets.subsets]] 1: image_dir is missing", "3, [[datasets.subsets]] 1: no picture",
+        "2, [[datasets.subsets]] 1: image_dir is missing", "3, [[datasets.subsets]] 1: no image",
     ]  # fmt: skip
     found = caught.value.problems
     assert [part in text for part, text in zip(wanted, found, strict=True)] == [True] * len(wanted), found
@@ -232,7 +232,7 @@ def test_all_that_is_wrong_in_a_file_is_told_at_once(here):
     assert ["birds" in text or "resolution is missing" in text for text in caught.value.problems] == [True, True]
 
 
-def test_all_folders_without_pictures_are_told_at_once(here):
+def test_all_folders_without_images_are_told_at_once(here):
     with pytest.raises(UserError) as caught:
         datasets_from_folders(here / "birds", here / "fish", DatasetDefaults())
     assert [part in text for part, text in zip(("birds", "fish", "resolution"), caught.value.problems, strict=True)] == [True] * 3
@@ -286,7 +286,7 @@ def test_a_file_of_another_kind_or_none_is_refused(here):
         (SMALL.replace("cats", "birds"), ["birds", "no folder"]),
         (SMALL.replace("cats", "data.toml"), ["is a file"]),
         (SMALL + "[[datasets.subsets]]\nimage_dir = 'cats/../cats'", ["1 and 2", "same image_dir"]),
-        (SMALL + "[[datasets.subsets]]\nimage_dir = '.'", ["no picture", ".png", "its subfolder cats"]),
+        (SMALL + "[[datasets.subsets]]\nimage_dir = '.'", ["no image", ".png", "its subfolder cats"]),
     ],
 )
 def test_what_is_missing_or_double_is_told_with_the_cure(here, text, parts):
@@ -352,10 +352,10 @@ def test_captions_of_another_extension_are_pointed_out(here, caplog):
     assert not caplog.text
 
 
-def test_pictures_of_unread_kinds_are_named(here, caplog):
+def test_images_of_unread_kinds_are_named(here, caplog):
     (here / "cats" / "2.heic").touch()
     read(SMALL)
-    assert "pictures left out: 2.heic; convert" in caplog.text
+    assert "images left out: 2.heic; convert" in caplog.text
 
 
 @pytest.mark.parametrize(

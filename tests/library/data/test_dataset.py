@@ -1,4 +1,4 @@
-"""Batches: every picture as often as asked for, the same with any number of workers, with what training needs to know."""
+"""Batches: every image as often as asked for, the same with any number of workers, with what training needs to know."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def config(*subsets, **keys):
 
 
 def used(dataset, epoch):
-    """Names of the pictures of an epoch with their number of uses."""
+    """Names of the images of an epoch with their number of uses."""
     return Counter(path[-7:] for position in range(len(dataset)) for path in dataset[(epoch, position)].paths)
 
 
@@ -99,7 +99,7 @@ def test_a_batch_holds_what_training_needs(folder, tokenizer):
             assert caption == f"dog, number {int(path[-7:-4])}, Blue sky"
 
 
-def test_pixels_are_the_pictures(folder):
+def test_pixels_are_the_images(folder):
     dataset = TrainingDataset([config(subset(folder), batch_size=1)], seed=1)
     for position in range(len(dataset)):
         batch = dataset[(1, position)]
@@ -107,17 +107,17 @@ def test_pixels_are_the_pictures(folder):
             original = np.asarray(Image.open(batch.paths[0])).astype(np.float32) / 127.5 - 1
             assert np.allclose(batch.images[0].permute(1, 2, 0).numpy(), original, atol=1e-6)
             return
-    raise AssertionError("picture 000.png was not served")
+    raise AssertionError("image 000.png was not served")
 
 
 @pytest.mark.parametrize("size", SIZES + [(1, 500), (500, 1)])
-def test_without_buckets_every_picture_is_resized_to_cover_and_cut(tmp_path, size):
+def test_without_buckets_every_image_is_resized_to_cover_and_cut(tmp_path, size):
     folder = make_folder(tmp_path, 1, [size])
     dataset = TrainingDataset([config(subset(folder), enable_bucket=False, resolution=(64, 48))], seed=1)
     assert dataset[(1, 0)].images.shape == (1, 3, 48, 64)
 
 
-def test_trap_4_2_each_picture_once_per_epoch_with_persistent_workers(folder):
+def test_trap_4_2_each_image_once_per_epoch_with_persistent_workers(folder):
     dataset = TrainingDataset([config(subset(folder))], seed=5)
     loader = make_loader(dataset, num_workers=2, persistent=True)
     for epoch in (1, 2, 3):
@@ -170,7 +170,7 @@ def test_datasets_do_not_mix(folder, tmp_path):
     assert sum(a != b for a, b in pairwise(areas)) > 2
 
 
-def test_trap_4_5_regularisation_pictures_keep_their_own_settings(folder, tmp_path):
+def test_trap_4_5_regularisation_images_keep_their_own_settings(folder, tmp_path):
     reg = make_folder(tmp_path / "reg", 6, captions=False)
     parts = (subset(reg, is_reg=True, class_tokens="a dog", num_repeats=2), subset(folder, flip_aug=True))
     dataset = TrainingDataset([config(*parts)], seed=1, prior_loss_weight=0.25)
@@ -182,7 +182,7 @@ def test_trap_4_5_regularisation_pictures_keep_their_own_settings(folder, tmp_pa
             assert weight == (0.25 if is_reg else 1.0) and (caption == "a dog") == is_reg
             weights[is_reg] += 1
     assert weights == {True: 20, False: 20}
-    # flip_aug of the last subset does not reach the first one's pictures.
+    # flip_aug of the last subset does not reach the first one's images.
     for epoch in range(1, 6):
         for position in range(len(dataset)):
             batch = dataset[(epoch, position)]
@@ -191,15 +191,15 @@ def test_trap_4_5_regularisation_pictures_keep_their_own_settings(folder, tmp_pa
                     assert np.array_equal(((image + 1) * 127.5).round().numpy(), np.asarray(Image.open(path)).transpose(2, 0, 1))
 
 
-def test_balancing_of_regularisation_pictures(folder, tmp_path, caplog):
+def test_balancing_of_regularisation_images(folder, tmp_path, caplog):
     assert balanced(np.array([1, 1, 1]), 7).tolist() == [3, 2, 2]
     assert balanced(np.array([2, 3, 1]), 4).tolist() == [2, 2, 0]
     reg = make_folder(tmp_path / "reg", 30, captions=False)
     with caplog.at_level(logging.WARNING):
         dataset = TrainingDataset([config(subset(folder), subset(reg, is_reg=True, class_tokens="x"))], seed=1)
-    assert "10 of 30 regularisation pictures are not used" in caplog.text
+    assert "10 of 30 regularisation images are not used" in caplog.text
     assert dataset.describe()[0].num_reg_images == 30 and int(dataset.table.repeats.sum()) == 40
-    with pytest.raises(UserError, match="no pictures to train on"):
+    with pytest.raises(UserError, match="no images to train on"):
         TrainingDataset([config(subset(reg, is_reg=True))], seed=1)
 
 
@@ -336,7 +336,7 @@ def test_trap_4_1_random_choices_in_captions_depend_on_the_seed_alone(tmp_path):
 
 def test_more_uses_than_memory_holds_are_refused(tmp_path):
     folder = make_folder(tmp_path, 101, [(64, 64)], captions=False)
-    with pytest.raises(UserError, match="101,000,000 uses of pictures an epoch, more than 100,000,000; lower them"):
+    with pytest.raises(UserError, match="101,000,000 uses of images an epoch, more than 100,000,000; lower them"):
         TrainingDataset([config(subset(folder, num_repeats=1_000_000))], seed=1)
 
 
@@ -380,7 +380,7 @@ def test_missing_captions_are_said(tmp_path, caplog):
     (folder / "001.txt").unlink()
     with caplog.at_level(logging.WARNING):
         dataset = TrainingDataset([config(subset(folder))], seed=1)
-    assert "1 of 3 pictures have no .txt file" in caplog.text and "001.png" in caplog.text
+    assert "1 of 3 images have no .txt file" in caplog.text and "001.png" in caplog.text
     assert dataset.table.captions[1] == ""
 
 
@@ -394,7 +394,7 @@ def test_caption_variants(folder):
     assert TrainingDataset([config(subset(folder, shuffle_caption=True))], seed=1).caption_variants() is None
 
 
-def test_pictures_cut_off_are_named_from_any_worker(tmp_path, caplog):
+def test_images_cut_off_are_named_from_any_worker(tmp_path, caplog):
     folder = make_folder(tmp_path, 3, [(64, 64)])
     (folder / "001.png").write_bytes((folder / "001.png").read_bytes()[:3000])
     dataset = TrainingDataset([config(subset(folder))], seed=1)
@@ -406,7 +406,7 @@ def test_pictures_cut_off_are_named_from_any_worker(tmp_path, caplog):
     assert used(skipping, 1) == {"000.png": 1, "002.png": 1} and "001.png" in caplog.text
 
 
-def test_pictures_that_change_or_vanish_during_training_are_named(tmp_path):
+def test_images_that_change_or_vanish_during_training_are_named(tmp_path):
     folder = make_folder(tmp_path, 1, [(64, 64)])
     dataset = TrainingDataset([config(subset(folder))], seed=1)
     Image.new("RGB", (32, 32)).save(folder / "000.png")
@@ -417,7 +417,7 @@ def test_pictures_that_change_or_vanish_during_training_are_named(tmp_path):
         dataset[(1, 0)]
 
 
-def test_odd_pictures_end_in_a_bucket_and_are_named(tmp_path, caplog):
+def test_odd_images_end_in_a_bucket_and_are_named(tmp_path, caplog):
     folder = make_folder(tmp_path, 3, [(1, 5000), (5000, 1), (64, 64)])
     with caplog.at_level(logging.WARNING):
         for no_upscale in (False, True):

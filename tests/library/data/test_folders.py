@@ -1,4 +1,4 @@
-"""Folders without a dataset file: a folder that has pictures in it is never "no data found"."""
+"""Folders without a dataset file: a folder that has images in it is never "no data found"."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def test_folders_named_by_the_rule_in_sorted_order(tmp_path):
     assert found(tmp_path) == [("10_cat", 10, "cat"), ("20_sks_dog girl", 20, "sks_dog girl"), ("5_dog", 5, "dog")]
 
 
-def test_a_plain_folder_of_pictures_is_used_once(tmp_path, caplog):
+def test_a_plain_folder_of_images_is_used_once(tmp_path, caplog):
     make(tmp_path, "1.png", "2.webp", "notes.txt")
     assert found(tmp_path) == [(".", 1, None)]
     assert found(tmp_path, num_repeats=4) == [(".", 4, None)], "--dataset_repeats"
 
 
-def test_pictures_beside_folders_of_the_rule_are_used_as_well(tmp_path):
+def test_images_beside_folders_of_the_rule_are_used_as_well(tmp_path):
     make(tmp_path, "1.png", "10_cat/1.png")
     assert found(tmp_path, num_repeats=3) == [(".", 3, None), ("10_cat", 10, "cat")]
 
@@ -62,7 +62,7 @@ def test_one_level_deeper(tmp_path, caplog):
     assert found(tmp_path) == [("a/b", 1, None), ("a/c", 1, None)]
     make(tmp_path, "10_cat/inner/1.png")
     assert found(tmp_path) == [("10_cat/inner", 10, "cat")]
-    assert "10_cat: no picture lies in the folder itself" in caplog.text
+    assert "10_cat: no image lies in the folder itself" in caplog.text
 
 
 def test_nothing_is_left_out_without_a_word(tmp_path, caplog):
@@ -106,7 +106,7 @@ def test_the_command_line_holds_for_all_subsets(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "file", "text only"])
-def test_no_pictures_is_an_error_that_says_where_and_what(tmp_path, kind):
+def test_no_images_is_an_error_that_says_where_and_what(tmp_path, kind):
     folder = tmp_path / "train"
     if kind == "file":
         make(tmp_path, "train")
@@ -127,7 +127,7 @@ def test_no_resolution_names_the_option(tmp_path):
         datasets_from_folders(tmp_path, None, DatasetDefaults())
 
 
-def test_which_files_are_pictures(tmp_path):
+def test_which_files_are_images(tmp_path):
     names = ["b.png", "a.JPEG", "ü ñ.webp", "c.Bmp", "d.jpg", "e.gif", "f.GIF", "g.tif", "h.Tiff"]
     make(tmp_path, *names, "x.txt", "y.npz", "._b.png", ".hidden.png", "z.heic")
     (tmp_path / "folder.png").mkdir()
@@ -135,12 +135,12 @@ def test_which_files_are_pictures(tmp_path):
     assert set(image_suffixes()) >= {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
-def test_a_folder_of_gif_pictures_only_is_used(tmp_path, caplog):
+def test_a_folder_of_gif_images_only_is_used(tmp_path, caplog):
     make(tmp_path, "10_cat/1.gif", "10_cat/2.GIF")
     assert found(tmp_path) == [("10_cat", 10, "cat")] and not caplog.text
 
 
-def test_pictures_of_kinds_that_are_not_read_are_named(tmp_path, caplog):
+def test_images_of_kinds_that_are_not_read_are_named(tmp_path, caplog):
     make(tmp_path, "1.png", "a.heic", "b.psd", *(f"{number:02d}.svg" for number in range(11)))
     assert found(tmp_path) == [(".", 1, None)]
     assert "00.svg, 01.svg" in caplog.text and "and 3 more; convert them" in caplog.text
@@ -184,7 +184,7 @@ def test_images_that_are_not_read_are_named_by_suffix_or_content(tmp_path, caplo
     for name in ("a.txt", "a.caption", "notes", "model.safetensors", "a.npz"):
         (tmp_path / name).write_text("nothing to look at", encoding="utf-8")
     assert found(tmp_path) == [(".", 1, None)]
-    assert "pictures left out: b.EXR, b.dng, b.heic, b.psd, c.png.1, copy.png~, without suffix; convert" in caplog.text
+    assert "images left out: b.EXR, b.dng, b.heic, b.psd, c.png.1, copy.png~, without suffix; convert" in caplog.text
 
 
 @pytest.mark.parametrize("suffix", [".apng", ".jpe", ".jfif", ".jpg_large", ".dib", ".ppm", ".pgm", ".jp2", ".avifs", ".ico"])

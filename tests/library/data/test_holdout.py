@@ -1,4 +1,4 @@
-"""Which pictures are held out: by picture, disjoint, whatever the order."""
+"""Which images are held out: by image, disjoint, whatever the order."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from library.errors import UserError
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> Path:
-    """20 pictures in `cats`, the same names smaller in `small`, 4 in `reg`."""
+    """20 images in `cats`, the same names smaller in `small`, 4 in `reg`."""
     root = tmp_path_factory.mktemp("held")
     for folder, count, side in (("cats", 20, 64), ("small", 20, 32), ("reg", 4, 64)):
         (root / folder).mkdir()
@@ -73,20 +73,20 @@ def test_the_part_follows_from_names_and_seed_and_not_from_the_order(folders, tm
     assert names == sorted(Path(path).stem for path in paths(dataset(folders, turned).validation()))
 
 
-def test_a_picture_held_out_in_one_dataset_is_trained_on_in_none(folders):
+def test_an_image_held_out_in_one_dataset_is_trained_on_in_none(folders):
     other = '[[datasets]]\nresolution = 32\n[[datasets.subsets]]\nimage_dir = "ROOT/cats"\n'
     data = dataset(folders, CATS + other)
     held, trained = paths(data.validation()), paths(data)
     assert len(held) == 5 and len(trained) == 30 and not set(held) & set(trained)
 
 
-def test_regularisation_pictures_are_not_held_out_and_match_what_is_trained(folders):
+def test_regularisation_images_are_not_held_out_and_match_what_is_trained(folders):
     data = dataset(folders, CATS + '[[datasets.subsets]]\nimage_dir = "ROOT/reg"\nis_reg = true\n')
     assert not data.table.held_out[data.table.is_reg()].any()
     assert data.table.repeats[data.table.is_reg()].sum() == 15
 
 
-def test_held_out_pictures_are_shown_unchanged(folders):
+def test_held_out_images_are_shown_unchanged(folders):
     noisy = "shuffle_caption = true\ncaption_dropout_rate = 1.0\nflip_aug = true\ncolor_aug = true\nnum_repeats = 3\n"
     plain, changed = (dataset(folders, CATS + more).validation() for more in ("", noisy))
     assert plain.num_batches == changed.num_batches == 2
@@ -103,7 +103,7 @@ def test_at_least_one_is_held_out_and_never_all(folders, share, count):
 def test_nothing_to_hold_out_is_said(folders, tmp_path):
     Image.new("RGB", (64, 64)).save(tmp_path / "only.png")
     text = f'[[datasets]]\nresolution = 64\nvalidation_split = 0.5\n[[datasets.subsets]]\nimage_dir = "{tmp_path.as_posix()}"\n'
-    with pytest.raises(UserError, match="validation_split holds out no picture"):
+    with pytest.raises(UserError, match="validation_split holds out no image"):
         dataset(folders, text)
     with pytest.raises(UserError, match="validation_split = 1.0: expected below 1"):
         dataset(folders, CATS.replace("0.25", "1.0"))

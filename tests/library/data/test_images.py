@@ -1,4 +1,4 @@
-"""Every kind of picture file becomes upright RGB pixels, or is named with a reason."""
+"""Every kind of image file becomes upright RGB pixels, or is named with a reason."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from library.data import images
-from library.data.images import FORMATS, MAX_PIXELS, BadPicture, decode, decode_values, decode_with_alpha, fit, room_for, size_of
+from library.data.images import FORMATS, MAX_PIXELS, BadImage, decode, decode_values, decode_with_alpha, fit, room_for, size_of
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -136,25 +136,25 @@ def test_what_cannot_be_used_has_a_reason(tmp_path):
     whole = encoded(Image.fromarray(np.random.RandomState(0).randint(0, 256, (64, 64, 3), dtype=np.uint8)))
     for content, reason in [
         (b"", "0 bytes"),
-        (b"hello, this is text", "no picture"),
-        (whole[:12], "no picture"),
+        (b"hello, this is text", "no image"),
+        (whole[:12], "no image"),
         (whole[:-400], "cut off or damaged"),
         (whole[: len(whole) // 2], "cut off or damaged"),
         (encoded(Image.new("F", (2, 2)), "TIFF"), "floating-point"),
     ]:
-        with pytest.raises(BadPicture, match=reason):
+        with pytest.raises(BadImage, match=reason):
             decode(content)
     (tmp_path / "empty.png").write_bytes(b"")
-    with pytest.raises(BadPicture, match="0 bytes"):
+    with pytest.raises(BadImage, match="0 bytes"):
         size_of(tmp_path / "empty.png")
-    with pytest.raises(BadPicture):
+    with pytest.raises(BadImage):
         size_of(tmp_path / "missing.png")
 
 
 def test_postscript_is_not_run(tmp_path):
     path = tmp_path / "evil.png"
     path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
-    with pytest.raises(BadPicture, match="no picture"):
+    with pytest.raises(BadImage, match="no image"):
         size_of(path)
 
 
@@ -168,7 +168,7 @@ def test_large_scans_are_no_attack(tmp_path):
 
     head[29:33] = zlib.crc32(bytes(head[12:29])).to_bytes(4, "big")
     path.write_bytes(bytes(head) + path.read_bytes()[33:])
-    with pytest.raises(BadPicture, match=f"100000 x 100000 pixels, more than {MAX_PIXELS // 1_000_000:,} million"):
+    with pytest.raises(BadImage, match=f"100000 x 100000 pixels, more than {MAX_PIXELS // 1_000_000:,} million"):
         size_of(path)
 
 
@@ -220,13 +220,13 @@ def test_fit_of_a_strip_needs_little_memory():
     assert abs(int(result[512, 0, 1]) - int(strip[2500, 0, 1])) <= 1
 
 
-def test_fit_outside_of_the_picture_is_refused():
+def test_fit_outside_of_the_image_is_refused():
     with pytest.raises(ValueError):
         fit(gradient(40, 30), (40, 30), (20, 0), (32, 24))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "AVIF", "JPEG2000", "ICO", "PPM"])
-def test_a_damaged_file_of_any_kind_is_a_bad_picture_and_nothing_else(kind):
+def test_a_damaged_file_of_any_kind_is_a_bad_image_and_nothing_else(kind):
     """Seeded: the decoders raise RuntimeError, ZeroDivisionError, struct.error and more for what is broken."""
     if kind not in FORMATS:
         pytest.skip(f"this Pillow cannot read {kind}")
@@ -238,7 +238,7 @@ def test_a_damaged_file_of_any_kind_is_a_bad_picture_and_nothing_else(kind):
             broken[dice.randrange(len(broken))] = dice.randrange(256)
         try:
             decode_with_alpha(bytes(broken[: dice.randrange(1, len(broken))] if dice.random() < 0.2 else broken))
-        except BadPicture as error:
+        except BadImage as error:
             assert "\n" not in str(error)
             refused += 1
     assert refused
@@ -251,11 +251,11 @@ def test_what_ever_a_decoder_raises_names_the_file_as_bad(monkeypatch, error, tm
 
     content = encoded(Image.fromarray(gradient(8, 8)))
     monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", broken)
-    with pytest.raises(BadPicture, match="cut off or damaged"):
+    with pytest.raises(BadImage, match="cut off or damaged"):
         decode(content)
     monkeypatch.setattr(Image, "open", broken)
     (tmp_path / "a.png").write_bytes(content)
-    with pytest.raises(BadPicture):
+    with pytest.raises(BadImage):
         size_of(tmp_path / "a.png")
 
 

@@ -1,4 +1,4 @@
-"""Finding pictures, and what is said about those that cannot be used."""
+"""Finding images, and what is said about those that cannot be used."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def save(path, width=20, height=10, **options):
     return path
 
 
-def test_pictures_are_found_in_any_case_sorted_and_with_sizes(tmp_path):
+def test_images_are_found_in_any_case_sorted_and_with_sizes(tmp_path):
     save(tmp_path / "b.PNG", 11, 12)
     save(tmp_path / "a.Jpg", 13, 14)
     save(tmp_path / "c d é.webp", 15, 16)
@@ -28,24 +28,24 @@ def test_pictures_are_found_in_any_case_sorted_and_with_sizes(tmp_path):
     save(tmp_path / "f.bmp", 19, 20)
     save(tmp_path / "._a.png"), save(tmp_path / "deeper" / "g.png")
     (tmp_path / "a.txt").write_text("caption", encoding="utf-8")
-    pictures = index_folders([tmp_path])[tmp_path]
-    assert pictures.names == ["a.Jpg", "b.PNG", "c d é.webp", "e.JPEG", "f.bmp"]
-    assert pictures.sizes.tolist() == [[13, 14], [11, 12], [15, 16], [17, 18], [19, 20]]
-    assert pictures.path(1) == tmp_path / "b.PNG" and len(pictures) == 5
+    images = index_folders([tmp_path])[tmp_path]
+    assert images.names == ["a.Jpg", "b.PNG", "c d é.webp", "e.JPEG", "f.bmp"]
+    assert images.sizes.tolist() == [[13, 14], [11, 12], [15, 16], [17, 18], [19, 20]]
+    assert images.path(1) == tmp_path / "b.PNG" and len(images) == 5
 
 
-def test_bad_pictures_are_refused_in_one_error(tmp_path):
+def test_bad_images_are_refused_in_one_error(tmp_path):
     save(tmp_path / "good.png")
     for number in range(14):
-        (tmp_path / f"bad {number:02d}.png").write_bytes(b"" if number % 2 else b"not a picture")
+        (tmp_path / f"bad {number:02d}.png").write_bytes(b"" if number % 2 else b"not an image")
     with pytest.raises(UserError) as error:
         index_folders([tmp_path])
     text = str(error.value)
-    assert "14 of the pictures" in text and "and 4 more" in text and "--on_bad_image=skip" in text
+    assert "14 of the images" in text and "and 4 more" in text and "--on_bad_image=skip" in text
     assert "bad 01.png (the file is empty (0 bytes))" in text and "bad 09.png" in text and "bad 10.png" not in text
 
 
-def test_bad_pictures_are_skipped_and_named(tmp_path, caplog):
+def test_bad_images_are_skipped_and_named(tmp_path, caplog):
     save(tmp_path / "good.png")
     cut_off = save(tmp_path / "cut.png", 64, 64)
     cut_off.write_bytes(cut_off.read_bytes()[:5000])
@@ -56,10 +56,10 @@ def test_bad_pictures_are_skipped_and_named(tmp_path, caplog):
     (tmp_path / "empty.png").write_bytes(b"")
     # ... which "skip" does.
     with caplog.at_level(logging.WARNING):
-        pictures = index_folders([tmp_path], "skip")[tmp_path]
-    assert pictures.names == ["good.png"] and pictures.sizes.tolist() == [[20, 10]]
+        images = index_folders([tmp_path], "skip")[tmp_path]
+    assert images.names == ["good.png"] and images.sizes.tolist() == [[20, 10]]
     assert "cut.png: cut off or damaged" in caplog.text and "empty.png: the file is empty" in caplog.text
-    assert "2 pictures skipped" in caplog.text
+    assert "2 images skipped" in caplog.text
 
 
 def test_several_folders_keep_their_own(tmp_path):

@@ -1,4 +1,4 @@
-"""Loss masks go along with their pictures: resized, cut, turned and mirrored alike, with and without cached latents."""
+"""Loss masks go along with their images: resized, cut, turned and mirrored alike, with and without cached latents."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ def half(width: int, height: int) -> np.ndarray:
 
 @pytest.fixture
 def data(tmp_path) -> Path:
-    """Pictures whose red channel is their mask, so that both must stay together, and masks apart: one of half the size."""
-    (tmp_path / "pictures" / "2_cat").mkdir(parents=True)
+    """Images whose red channel is their mask, so that both must stay together, and masks apart: one of half the size."""
+    (tmp_path / "images" / "2_cat").mkdir(parents=True)
     (tmp_path / "masks" / "2_cat").mkdir(parents=True)
     for name, (width, height), scale in (("a", (64, 64), 1), ("b", (96, 64), 2), ("c", (64, 160), 1)):
         mask = half(width, height)
         rgb = np.stack([mask, np.zeros_like(mask), np.full_like(mask, 9)], axis=2)
-        Image.fromarray(rgb).save(tmp_path / "pictures" / "2_cat" / f"{name}.png")
+        Image.fromarray(rgb).save(tmp_path / "images" / "2_cat" / f"{name}.png")
         Image.fromarray(half(width // scale, height // scale)).save(tmp_path / "masks" / "2_cat" / f"{name}.webp", lossless=True)
     return tmp_path
 
 
 def dataset(data: Path, masks: bool = True, **defaults) -> TrainingDataset:
     chosen = DatasetDefaults(resolution=64, batch_size=6, **defaults)
-    return TrainingDataset(datasets_from_folders(data / "pictures", None, chosen, data / "masks" if masks else None), seed=3)
+    return TrainingDataset(datasets_from_folders(data / "images", None, chosen, data / "masks" if masks else None), seed=3)
 
 
 def red_at_latent_size(images: torch.Tensor) -> torch.Tensor:
@@ -50,7 +50,7 @@ def red_at_latent_size(images: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     "options", [{}, {"flip_aug": True}, {"random_crop": True}, {"enable_bucket": True, "min_bucket_reso": 64, "flip_aug": True}]
 )
-def test_masks_stay_on_their_pictures(data, options):
+def test_masks_stay_on_their_images(data, options):
     made, seen = dataset(data, **options), []
     for epoch in (1, 2):
         for position in range(made.num_batches):
@@ -90,14 +90,14 @@ def test_a_changed_mask_is_not_read_from_an_old_cache(data):
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_alpha_channel_as_mask(data, cached):
-    folder = data / "pictures" / "2_cat"
+    folder = data / "images" / "2_cat"
     alpha = Image.fromarray(half(64, 64))
-    picture = Image.new("RGB", (64, 64), "blue")
-    picture.putalpha(alpha)
+    image = Image.new("RGB", (64, 64), "blue")
+    image.putalpha(alpha)
     for path in folder.iterdir():
         path.unlink()
-    picture.save(folder / "see-through.png")
-    turned = picture.transpose(Image.Transpose.ROTATE_90)
+    image.save(folder / "see-through.png")
+    turned = image.transpose(Image.Transpose.ROTATE_90)
     exif = Image.Exif()
     exif[0x0112] = 6  # stands upright after a quarter turn clockwise
     turned.save(folder / "turned.png", exif=exif)
@@ -123,7 +123,7 @@ def test_latent_mask_averages_areas():
 def test_masks_in_a_dataset_file_and_for_some_subsets_only(data):
     config = data / "data.toml"
     config.write_text(
-        "[[datasets]]\nresolution = 64\nbatch_size = 6\n[[datasets.subsets]]\nimage_dir = 'pictures/2_cat'\n"
+        "[[datasets]]\nresolution = 64\nbatch_size = 6\n[[datasets.subsets]]\nimage_dir = 'images/2_cat'\n"
         "conditioning_data_dir = 'masks/2_cat'\n[[datasets.subsets]]\nimage_dir = 'masks/2_cat'\nis_reg = true\n",
         encoding="utf-8",
     )
@@ -131,30 +131,30 @@ def test_masks_in_a_dataset_file_and_for_some_subsets_only(data):
     batch = made[(1, 0)]
     for path, mask in zip(batch.paths, batch.masks, strict=True):
         assert (mask == 1).all() == (Path(path).suffix == ".webp")
-    assert "of the picture counts" in describe_batch(batch, made)
+    assert "of the image counts" in describe_batch(batch, made)
 
 
 def test_what_is_wrong_with_masks_is_named(data):
     defaults = DatasetDefaults(resolution=64)
-    with_masks = datasets_from_folders(data / "pictures", None, defaults, data / "masks")
-    without = datasets_from_folders(data / "pictures", None, defaults)
+    with_masks = datasets_from_folders(data / "images", None, defaults, data / "masks")
+    without = datasets_from_folders(data / "images", None, defaults)
     check_masks(with_masks, True)
     check_masks(without, False)
-    check_masks(datasets_from_folders(data / "pictures", None, DatasetDefaults(resolution=64, alpha_mask=True)), False)
+    check_masks(datasets_from_folders(data / "images", None, DatasetDefaults(resolution=64, alpha_mask=True)), False)
     with pytest.raises(UserError, match="--masked_loss, which is not given; ControlNets are not trained here"):
         check_masks(with_masks, False)
     with pytest.raises(UserError, match="no subset has masks"):
         check_masks(without, True)
-    both = datasets_from_folders(data / "pictures", None, DatasetDefaults(resolution=64, alpha_mask=True), data / "masks")
+    both = datasets_from_folders(data / "images", None, DatasetDefaults(resolution=64, alpha_mask=True), data / "masks")
     with pytest.raises(UserError, match="from one of them"):
         check_masks(both, True)
     with pytest.raises(UserError, match="there is no folder"):
-        datasets_from_folders(data / "pictures", None, defaults, data)
+        datasets_from_folders(data / "images", None, defaults, data)
     Image.new("L", (64, 32)).save(data / "masks" / "2_cat" / "a.webp")
     with pytest.raises(UserError, match="their shapes differ"):
         dataset(data)
     (data / "masks" / "2_cat" / "a.webp").unlink()
-    with pytest.raises(UserError, match=r"1 pictures have no mask .*\(a.png\)"):
+    with pytest.raises(UserError, match=r"1 images have no mask .*\(a.png\)"):
         dataset(data)
 
 
@@ -167,4 +167,4 @@ def test_the_erased_part_of_a_mask_does_not_count(data):
     made = dataset(data)
     lines = describe_batch(made[(1, 0)], made).splitlines()
     shown = [lines[place + 2] for place, line in enumerate(lines) if "a.png" in line]
-    assert shown == ["    mask: 50% of the picture counts"] * 2
+    assert shown == ["    mask: 50% of the image counts"] * 2

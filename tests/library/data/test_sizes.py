@@ -1,4 +1,4 @@
-"""Batch.sizes: original size, what was really cut off, and the result, read off pictures whose colours are their coordinates."""
+"""Batch.sizes: original size, what was really cut off, and the result, read off images whose colours are their coordinates."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from library.data.dataset import TrainingDataset
 from library.data.pixels import Placed
 from library.models.family import LatentSpace
 
-# Bucket, picture, then the size after resizing to cover it and what is cut at left and top: all (width, height), (left, top).
+# Bucket, image, then the size after resizing to cover it and what is cut at left and top: all (width, height), (left, top).
 EXAMPLES = [
     ((832, 1216), (1000, 1500), (832, 1248), (0, 16)),
     ((1024, 1024), (1000, 1500), (1024, 1536), (0, 256)),
@@ -35,15 +35,15 @@ def dataset(folder, **keys) -> TrainingDataset:
     return TrainingDataset([DatasetConfig(resolution=(64, 64), batch_size=1, subsets=(subset,))], seed=3)
 
 
-@pytest.mark.parametrize("bucket, picture, resized, corner", EXAMPLES)
-def test_a_cut_in_the_middle_and_its_mirror_image(bucket, picture, resized, corner, tmp_path):
-    Image.new("L", picture).save(tmp_path / "a.png")
+@pytest.mark.parametrize("bucket, image, resized, corner", EXAMPLES)
+def test_a_cut_in_the_middle_and_its_mirror_image(bucket, image, resized, corner, tmp_path):
+    Image.new("L", image).save(tmp_path / "a.png")
     made = TrainingDataset(
         [DatasetConfig(resolution=bucket, batch_size=1, subsets=(SubsetConfig(image_dir=tmp_path, class_tokens="dog"),))], seed=1
     )
     (left, top), (width, height) = corner, bucket
-    assert made[(1, 0)].sizes.tolist() == [[picture[1], picture[0], top, left, height, width]]
-    place = Placed(tmp_path, picture, resized, corner, bucket, None)
+    assert made[(1, 0)].sizes.tolist() == [[image[1], image[0], top, left, height, width]]
+    place = Placed(tmp_path, image, resized, corner, bucket, None)
     assert place.sizes(mirrored=True)[2:4] == (top, resized[0] - width - left)
 
 
@@ -77,8 +77,8 @@ def test_latents_of_another_space_have_their_own_number_of_positions(tmp_path):
     Image.new("L", (64, 64), 128).save(tmp_path / "mask.png")
     space = replace(LatentSpace(), pixels_per_latent=16)
     subset = SubsetConfig(image_dir=tmp_path, class_tokens="dog", alpha_mask=True)
-    picture = Image.new("RGBA", (64, 64), (9, 9, 9, 100))
-    picture.save(tmp_path / "a.png")
+    image = Image.new("RGBA", (64, 64), (9, 9, 9, 100))
+    image.save(tmp_path / "a.png")
     made = TrainingDataset([DatasetConfig(resolution=(64, 64), batch_size=2, subsets=(subset,))], seed=3, latent_space=space)
     assert made[(1, 0)].masks.shape == (2, 1, 4, 4)
     assert torch.equal(LatentSpace(scale=0.5, shift=1.0).scaled(torch.tensor([3.0])), torch.tensor([1.0]))

@@ -53,7 +53,7 @@ def test_equals_the_scheduler_that_diffusers_makes_from_stable_diffusions_config
 
 
 def test_latents_are_not_clipped():
-    """Their values leave -1..1, so a sampler that clips would spoil the picture."""
+    """Their values leave -1..1, so a sampler that clips would spoil the image."""
     assert not any(make_scheduler(name, NoiseProcess()).config.get("clip_sample") for name in SAMPLERS)
 
 
@@ -68,21 +68,21 @@ def test_no_warning_reaches_the_user(name, recwarn):
 
 @pytest.mark.parametrize("name", DOCUMENTED)
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_a_perfect_model_is_followed_to_the_picture(name, prediction):
-    """With a model that knows the picture, every sampler arrives there: prediction type and noise levels fit together."""
+def test_a_perfect_model_is_followed_to_the_image(name, prediction):
+    """With a model that knows the image, every sampler arrives there: prediction type and noise levels fit together."""
     torch.manual_seed(0)
-    picture = torch.randn(1, 4, 8, 8) * 0.8
+    image = torch.randn(1, 4, 8, 8) * 0.8
     for zero_snr in (False, True) if prediction == "v_prediction" else (False,):
         scheduler = make_scheduler(name, NoiseProcess("v" if prediction == "v_prediction" else "epsilon", zero_snr))
         scheduler.set_timesteps(20)
         sample = torch.randn(1, 4, 8, 8) * scheduler.init_noise_sigma
         for timestep in scheduler.timesteps:
-            noisy = scheduler.scale_model_input(sample, timestep)  # = alpha picture + sigma noise
+            noisy = scheduler.scale_model_input(sample, timestep)  # = alpha image + sigma noise
             alpha, sigma = _alpha_sigma(scheduler, timestep, noisy)
-            noise = (noisy - alpha * picture) / sigma
-            predicted = noise if prediction == "epsilon" else alpha * noise - sigma * picture
+            noise = (noisy - alpha * image) / sigma
+            predicted = noise if prediction == "epsilon" else alpha * noise - sigma * image
             sample = scheduler.step(predicted, timestep, sample, return_dict=False)[0]
-        assert (sample - picture).abs().max() < 0.15, f"zero_terminal_snr={zero_snr}"
+        assert (sample - image).abs().max() < 0.15, f"zero_terminal_snr={zero_snr}"
 
 
 def _alpha_sigma(scheduler, timestep, noisy):

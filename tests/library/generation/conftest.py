@@ -21,7 +21,7 @@ def v_model():
 
 @pytest.fixture
 def latents_of(monkeypatch):
-    """Run `generate` and return the latents that reach the VAE, one a picture, in order."""
+    """Run `generate` and return the latents that reach the VAE, one an image, in order."""
 
     def run(model, specs, **options):
         seen = []

@@ -38,7 +38,7 @@ def pipeline_latents(model, scheduler, spec: PromptSpec, **options) -> Tensor:
     return run_pipeline(make_pipeline("", model, scheduler), spec, height=spec.height, width=spec.width, **options)
 
 
-def a_picture(size: tuple[int, int] = (64, 64), seed: int = 0) -> Image.Image:
-    """A smooth coloured picture."""
+def an_image(size: tuple[int, int] = (64, 64), seed: int = 0) -> Image.Image:
+    """A smooth coloured image."""
     noise = torch.rand(4, 4, 3, generator=torch.Generator().manual_seed(seed))
     return Image.fromarray((noise * 255).to(torch.uint8).numpy()).resize(size, Image.Resampling.BICUBIC)

@@ -38,7 +38,7 @@ def sheet_words(monkeypatch):
     seen = {}
 
     def contact_sheet(rows, row_labels, column_labels, title):
-        colours = [[picture and picture.getpixel((0, 0)) for picture in row] for row in rows]
+        colours = [[image and image.getpixel((0, 0)) for image in row] for row in rows]
         seen.update(rows=colours, row_labels=row_labels, column_labels=column_labels, title=title)
         return Image.new("RGB", (1, 1))
 

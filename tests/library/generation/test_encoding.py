@@ -24,7 +24,7 @@ def encoded(monkeypatch):
     return calls
 
 
-def test_a_text_is_encoded_once_for_all_its_pictures(model, encoded):
+def test_a_text_is_encoded_once_for_all_its_images(model, encoded):
     specs = [replace(CAT, seed=seed, prompt=prompt) for seed, prompt in enumerate(("a cat", "a dog", "a cat", "a bird", "a dog"))]
     texts = PromptCache()
     assert len(list(generate(model, specs, batch_size=2, texts=texts))) == 5

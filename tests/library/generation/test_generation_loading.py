@@ -1,4 +1,4 @@
-"""library/generation/loading.py: the model for a run of pictures."""
+"""library/generation/loading.py: the model for a run of images."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def test_xformers_without_a_gpu_is_told_and_makes_the_same(saved, model, latents
     torch.testing.assert_close(latents_of(loaded, [CAT])[0], latents_of(model, [CAT])[0], **CLOSE)
 
 
-def test_tiles_of_the_vae_make_nearly_the_same_picture(saved):
+def test_tiles_of_the_vae_make_nearly_the_same_image(saved):
     tiled = load_model(str(saved), device="cpu", vae_tiling=True)
     tiled.vae.tile_latent_min_size, tiled.vae.tile_sample_min_size = 8, 64  # the real ones are 64 and 512
     spec = replace(CAT, width=128, height=128, steps=1)
-    ((_, picture, _),) = generate(tiled, [spec])
+    ((_, image, _),) = generate(tiled, [spec])
     tiled.vae.disable_tiling()
     ((_, whole, _),) = generate(tiled, [spec])
-    assert picture.size == (128, 128) and picture.tobytes() != whole.tobytes()
+    assert image.size == (128, 128) and image.tobytes() != whole.tobytes()
 
 
 def test_wrong_models_are_one_line(saved, tmp_path):

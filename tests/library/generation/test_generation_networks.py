@@ -1,4 +1,4 @@
-"""library/generation/networks.py: networks on a model that makes pictures."""
+"""library/generation/networks.py: networks on a model that makes images."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_latents_equal_those_of_load_lora_weights_with_every_sampler(model, file
 
 
 @pytest.mark.parametrize("pre_calc", [False, True])
-def test_strengths_change_from_picture_to_picture_and_the_model_comes_back_bit_for_bit(model, files, load, latents_of, pre_calc):
+def test_strengths_change_from_image_to_image_and_the_model_comes_back_bit_for_bit(model, files, load, latents_of, pre_calc):
     before = [value.clone() for part in (model.text_encoders[0], model.denoiser) for value in part.parameters()]
     none = latents_of(model, [CAT])[0]
     networks = load(files, [0.5], pre_calc=pre_calc)

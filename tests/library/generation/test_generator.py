@@ -1,4 +1,4 @@
-"""library/generation/generator.py: pictures from prompts."""
+"""library/generation/generator.py: images from prompts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from library.errors import UserError
 from library.generation.denoise import denoise, start_noise
 from library.generation.encoding import PromptCache
 from library.generation.generator import generate
-from library.generation.painter import Painter, to_picture
+from library.generation.painter import Painter, to_image
 from library.generation.prompts import PromptSpec
 from library.models.clip import count_chunks
 from library.models.family import Model
@@ -75,8 +75,8 @@ def test_without_guidance_the_negative_prompt_has_no_effect(model, latents_of):
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpm_2_a"])
-def test_trap_6_9_same_seed_same_picture_whatever_the_batch(model, latents_of, sampler):
-    """Ancestral samplers too: their noise comes from the picture's own seed, not from its place."""
+def test_trap_6_9_same_seed_same_image_whatever_the_batch(model, latents_of, sampler):
+    """Ancestral samplers too: their noise comes from the image's own seed, not from its place."""
     specs = [replace(spec, sampler=sampler, steps=3) for spec in (DOG, CAT, replace(CAT, seed=8))]
     together = latents_of(model, specs, batch_size=3)
     alone = [latents_of(model, [spec])[0] for spec in specs]
@@ -84,10 +84,10 @@ def test_trap_6_9_same_seed_same_picture_whatever_the_batch(model, latents_of, s
     for batch, single, two in zip(together, alone, in_twos, strict=True):
         torch.testing.assert_close(batch, single, rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(two, single, rtol=1e-3, atol=1e-3)
-    assert (together[1] - together[2]).abs().max() > 0.1  # another seed is another picture
+    assert (together[1] - together[2]).abs().max() > 0.1  # another seed is another image
 
 
-def test_trap_6_10_a_long_neighbour_does_not_change_a_picture(model, latents_of):
+def test_trap_6_10_a_long_neighbour_does_not_change_an_image(model, latents_of):
     long = replace(DOG, prompt=LONG)
     assert count_chunks(model.tokenizers[0], LONG) > 1
     torch.testing.assert_close(
@@ -113,13 +113,13 @@ def test_what_is_cut_is_said_once_for_each_prompt_and_names_break(model, caplog)
     assert "fills 3 chunks of 75 tokens (BREAK begins a new one)" in breaks
 
 
-def test_trap_6_3_each_picture_has_its_own_negative_prompt(model, latents_of):
+def test_trap_6_3_each_image_has_its_own_negative_prompt(model, latents_of):
     specs = [replace(CAT, negative_prompt=text) for text in ("blurry", "a castle at night", "")]
     for batch, spec in zip(latents_of(model, specs, batch_size=3), specs, strict=True):
         torch.testing.assert_close(batch, latents_of(model, [spec])[0], rtol=1e-3, atol=1e-3)
 
 
-def test_each_picture_has_its_own_scale(model, latents_of):
+def test_each_image_has_its_own_scale(model, latents_of):
     low, high = latents_of(model, [replace(CAT, scale=2.0), replace(CAT, scale=12.0)], batch_size=2)
     torch.testing.assert_close(low, latents_of(model, [replace(CAT, scale=2.0)])[0], rtol=1e-3, atol=1e-3)
     assert (low - high).abs().max() > 0.1
@@ -140,31 +140,31 @@ def test_too_long_text_is_cut_with_a_message(model, caplog):
     assert "of which 3 can be read: the rest is cut" in caplog.text
 
 
-def test_clip_skip_changes_the_picture(model, latents_of):
+def test_clip_skip_changes_the_image(model, latents_of):
     (last,), (earlier,) = latents_of(model, [CAT]), latents_of(model, [CAT], clip_skip=2)
     assert (last - earlier).abs().max() > 1e-3
 
 
 def test_a_missing_seed_is_drawn_and_told_and_gives_the_same_again(model):
-    (first, picture, _), (second, other, _) = generate(model, [replace(CAT, seed=None, steps=2)] * 2, batch_size=2)
+    (first, image, _), (second, other, _) = generate(model, [replace(CAT, seed=None, steps=2)] * 2, batch_size=2)
     assert isinstance(first.seed, int) and first.seed != second.seed
     ((_, again, _),) = generate(model, [first])
-    assert np.abs(np.asarray(picture, dtype=int) - np.asarray(again, dtype=int)).max() <= 1
-    assert picture.tobytes() != other.tobytes()
+    assert np.abs(np.asarray(image, dtype=int) - np.asarray(again, dtype=int)).max() <= 1
+    assert image.tobytes() != other.tobytes()
 
 
-def test_pictures_come_in_order_with_their_specs_and_sizes(model):
+def test_images_come_in_order_with_their_specs_and_sizes(model):
     specs = [CAT, replace(DOG, width=72), CAT, DOG, replace(CAT, sampler="pndm", steps=3)]
     results = list(generate(model, [replace(spec, steps=2) for spec in specs], batch_size=2))
     assert [(spec.prompt, spec.width) for spec, _, _ in results] == [(spec.prompt, spec.width) for spec in specs]
-    assert all(picture.size == (spec.width, spec.height) and picture.mode == "RGB" for spec, picture, _ in results)
+    assert all(image.size == (spec.width, spec.height) and image.mode == "RGB" for spec, image, _ in results)
 
 
 @pytest.mark.parametrize("sampler", DISTINCT)
 @pytest.mark.parametrize("steps", [1, 2])
 def test_very_few_steps_work(model, sampler, steps):
-    ((_, picture, _),) = generate(model, [replace(CAT, sampler=sampler, steps=steps)])
-    assert np.asarray(picture).std() > 0
+    ((_, image, _),) = generate(model, [replace(CAT, sampler=sampler, steps=steps)])
+    assert np.asarray(image).std() > 0
 
 
 def test_neither_random_state_nor_modes_nor_gradients_of_the_caller_change(model):
@@ -174,7 +174,7 @@ def test_neither_random_state_nor_modes_nor_gradients_of_the_caller_change(model
     before = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
     modes = [part.training for part in model.denoiser.modules()]
     for _ in generate(model, [replace(CAT, seed=None, sampler="euler_a", steps=2)] * 2):
-        assert torch.is_grad_enabled()  # also between two pictures
+        assert torch.is_grad_enabled()  # also between two images
         assert [part.training for part in model.denoiser.modules()] == modes
     assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
     model.denoiser.eval()
@@ -188,7 +188,7 @@ def test_modes_come_back_after_an_error():
     assert layer.training and layer[0].training and not layer[1].training
 
 
-def test_dropout_is_off_while_pictures_are_made(latents_of):
+def test_dropout_is_off_while_images_are_made(latents_of):
     model = small_stable_diffusion(seed=0, **SMALL)
     expected = latents_of(model, [CAT])[0]
     model.denoiser.mid_block.resnets[0].dropout.p = 0.9
@@ -196,7 +196,7 @@ def test_dropout_is_off_while_pictures_are_made(latents_of):
     assert torch.equal(latents_of(model, [CAT])[0], expected)
 
 
-def test_broken_weights_are_named_and_the_other_pictures_go_on(model):
+def test_broken_weights_are_named_and_the_other_images_go_on(model):
     broken = replace(model, parts={**model.parts, "unet": small_stable_diffusion(seed=0, **SMALL).denoiser})
     with torch.no_grad():
         broken.denoiser.conv_out.bias.fill_(float("nan"))
@@ -212,11 +212,11 @@ def test_a_vae_that_overflows_is_named(model):
     with torch.no_grad():
         broken.vae.decoder.conv_out.bias.fill_(float("inf"))
         broken.vae.decoder.conv_out.weight.fill_(float("nan"))
-    with pytest.raises(UserError, match="black picture.*VAE.*--vae") as error:
+    with pytest.raises(UserError, match="black image.*VAE.*--vae") as error:
         list(generate(broken, [replace(CAT, steps=1)]))
     assert "no_half_vae" not in str(error.value)  # it is in float32 already
     broken.vae.to(torch.bfloat16)
-    with pytest.raises(UserError, match="black picture.*VAE overflows in torch.bfloat16.*--no_half_vae"):
+    with pytest.raises(UserError, match="black image.*VAE overflows in torch.bfloat16.*--no_half_vae"):
         list(generate(broken, [replace(CAT, steps=1)]))
 
 
@@ -238,7 +238,7 @@ def test_wrong_specs_are_one_line_and_do_not_stop_the_others(model, wrong, messa
         list(generate(model, specs))
 
 
-def test_what_nobody_foresaw_ends_its_pictures_and_not_the_run(model, monkeypatch):
+def test_what_nobody_foresaw_ends_its_images_and_not_the_run(model, monkeypatch):
     paint, errors = Painter.paint, iter([RuntimeError("cuDNN error"), torch.cuda.OutOfMemoryError("no"), None])
 
     def failing(self, *args, **options):
@@ -251,13 +251,13 @@ def test_what_nobody_foresaw_ends_its_pictures_and_not_the_run(model, monkeypatc
     specs = [replace(CAT, steps=1)] * 3
     made = list(generate(model, specs, on_error=lambda spec, error: failed.append(str(error))))
     assert len(made) == 1 and len(failed) == 2
-    assert "RuntimeError: cuDNN error" in failed[0] and "not enough GPU memory for 1 picture(s) of 64 x 64" in failed[1]
+    assert "RuntimeError: cuDNN error" in failed[0] and "not enough GPU memory for 1 image(s) of 64 x 64" in failed[1]
     errors = iter([RuntimeError("a bug")])
-    with pytest.raises(RuntimeError, match="a bug"):  # a traceback, where nobody waits for the other pictures
+    with pytest.raises(RuntimeError, match="a bug"):  # a traceback, where nobody waits for the other images
         list(generate(model, specs))
 
 
-def test_pictures_are_decoded_together_as_told_and_one_by_one_where_memory_is_short(model, monkeypatch):
+def test_images_are_decoded_together_as_told_and_one_by_one_where_memory_is_short(model, monkeypatch):
     sizes, decode = [], Model.decode
 
     def decoding(model, latents, most=9):
@@ -278,7 +278,7 @@ def test_pictures_are_decoded_together_as_told_and_one_by_one_where_memory_is_sh
     assert sizes == [4, 1, 1, 1, 1]
 
 
-def test_progress_adds_up_to_the_number_of_pictures(model):
+def test_progress_adds_up_to_the_number_of_images(model):
     done = []
     list(generate(model, [CAT, DOG, replace(CAT, sampler="heun", steps=3)], batch_size=2, progress=done.append))
     assert sum(done) == pytest.approx(3) and len(done) == 5 + 5
@@ -300,14 +300,14 @@ def test_autocast_is_entered(model):
 
 
 def test_trap_5_13_the_noise_does_not_depend_on_the_device():
-    """Pictures are made wherever the models are (here: the CPU), and start noise is always drawn on the CPU."""
+    """Images are made wherever the models are (here: the CPU), and start noise is always drawn on the CPU."""
     noise = start_noise([torch.Generator("cpu").manual_seed(3)], 4, 8, 8)
     assert noise.device.type == "cpu" and noise.dtype == torch.float32
     assert torch.equal(noise, torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(3)))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_trap_5_13_gpu_and_cpu_make_the_same_picture(model, latents_of):
+def test_trap_5_13_gpu_and_cpu_make_the_same_image(model, latents_of):
     specs = [replace(CAT, sampler=sampler) for sampler in SAMPLERS]
     on_cpu = latents_of(model, specs)
     for part in (model.denoiser, model.text_encoders[0], model.vae):
@@ -323,13 +323,13 @@ def test_trap_5_13_gpu_and_cpu_make_the_same_picture(model, latents_of):
 
 def test_pixels_are_rounded_and_clipped():
     pixels = torch.tensor([-3.0, -1.0, 0.0, 0.999, 1.0, 3.0]).view(1, 2, 3).repeat(3, 1, 1)
-    picture = to_picture(pixels)
-    assert isinstance(picture, Image.Image) and picture.size == (3, 2)
-    assert [pixel[0] for pixel in picture.get_flattened_data()] == [0, 0, 128, 255, 255, 255]
+    image = to_image(pixels)
+    assert isinstance(image, Image.Image) and image.size == (3, 2)
+    assert [pixel[0] for pixel in image.get_flattened_data()] == [0, 0, 128, 255, 255, 255]
 
 
 @pytest.mark.parametrize("sampler", DISTINCT)
-def test_trap_6_9_every_sampler_draws_from_the_pictures_own_generators(sampler):
+def test_trap_6_9_every_sampler_draws_from_the_images_own_generators(sampler):
     def run(batch):
         scheduler = make_scheduler(sampler, NoiseProcess())
         scheduler.set_timesteps(6)

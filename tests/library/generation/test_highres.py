@@ -1,4 +1,4 @@
-"""library/generation/highres.py: a small picture first, then the same enlarged and painted over."""
+"""library/generation/highres.py: a small image first, then the same enlarged and painted over."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from reference_pipelines import a_picture, make_pipeline, run_pipeline
+from reference_pipelines import an_image, make_pipeline, run_pipeline
 from torch.nn import functional as F
 
 from library.diffusion.process import NoiseProcess
@@ -29,10 +29,10 @@ CLOSE = {"rtol": 1e-3, "atol": 2e-3}
 
 def test_trap_6_5_the_second_stage_is_img2img_of_the_enlarged_first_with_seed_plus_one(model, latents_of):
     first, second = [*generate(model, [CAT], highres=replace(HALF, save_first_stage=True))]
-    assert (first.stage, second.stage) == (0, 1) and first.picture.size == (64, 32) and second.picture.size == (128, 64)
+    assert (first.stage, second.stage) == (0, 1) and first.image.size == (64, 32) and second.image.size == (128, 64)
     assert first.spec == second.spec == CAT  # seed s for both
     ((_, alone, _),) = generate(model, [replace(CAT, width=64, height=32, steps=2)])
-    assert alone.tobytes() == first.picture.tobytes()
+    assert alone.tobytes() == first.image.tobytes()
 
     pipe = make_pipeline("Img2Img", model, make_scheduler("ddim", NoiseProcess()))
     enlarged = alone.resize((128, 64), Image.Resampling.LANCZOS)
@@ -40,7 +40,7 @@ def test_trap_6_5_the_second_stage_is_img2img_of_the_enlarged_first_with_seed_pl
     with torch.no_grad():
         pixels = model.vae.decode(theirs[None] / model.vae.config.scaling_factor).sample[0]
     expected = ((pixels.clamp(-1, 1) / 2 + 0.5) * 255).permute(1, 2, 0).numpy()
-    assert np.abs(np.asarray(second.picture) - expected).max() < 2
+    assert np.abs(np.asarray(second.image) - expected).max() < 2
 
 
 @pytest.mark.parametrize("save", [False, True])
@@ -57,8 +57,8 @@ def test_trap_6_5_latents_are_enlarged_and_the_first_stage_can_be_saved_too(mode
 def test_trap_6_5_sizes_that_32_does_not_divide(model):
     for latent_upscaling in (False, True):
         spec = replace(CAT, width=136, height=72, steps=2)
-        ((_, picture, _),) = generate(model, [spec], highres=replace(HALF, steps=1, latent_upscaling=latent_upscaling))
-        assert picture.size == (136, 72)
+        ((_, image, _),) = generate(model, [spec], highres=replace(HALF, steps=1, latent_upscaling=latent_upscaling))
+        assert image.size == (136, 72)
 
 
 def test_a_batch_makes_what_each_makes_alone(model, latents_of):
@@ -69,7 +69,7 @@ def test_a_batch_makes_what_each_makes_alone(model, latents_of):
         torch.testing.assert_close(one, latents_of(model, [spec], highres=highres)[0], **CLOSE)
 
 
-def test_first_stages_of_a_batch_come_before_its_pictures_and_progress_adds_up(model):
+def test_first_stages_of_a_batch_come_before_its_images_and_progress_adds_up(model):
     done = []
     specs = [replace(CAT, steps=2, seed=seed) for seed in (1, 2, 3)]
     made = list(generate(model, specs, highres=replace(HALF, steps=3, save_first_stage=True), batch_size=2, progress=done.append))
@@ -77,23 +77,23 @@ def test_first_stages_of_a_batch_come_before_its_pictures_and_progress_adds_up(m
     assert sum(done) == pytest.approx(3)
 
 
-def test_from_a_picture_the_first_stage_has_its_own_strength(model, tmp_path):
-    a_picture((128, 64)).save(tmp_path / "source.png")
+def test_from_an_image_the_first_stage_has_its_own_strength(model, tmp_path):
+    an_image((128, 64)).save(tmp_path / "source.png")
     spec = replace(CAT, image=tmp_path / "source.png")
     highres = replace(HALF, strength=0.0, save_first_stage=True)
     first, _ = generate(model, [spec], highres=highres)
-    assert first.picture.tobytes() == a_picture((128, 64)).resize((64, 32), Image.Resampling.LANCZOS).tobytes()
+    assert first.image.tobytes() == an_image((128, 64)).resize((64, 32), Image.Resampling.LANCZOS).tobytes()
 
 
 def test_trap_6_8_a_mask_keeps_its_pixels_through_both_stages(model, tmp_path):
-    a_picture((128, 64)).save(tmp_path / "source.png")
+    an_image((128, 64)).save(tmp_path / "source.png")
     mask = np.zeros((64, 128), np.uint8)
     mask[:, 64:] = 255
     Image.fromarray(mask).save(tmp_path / "mask.png")
     for latent_upscaling in (False, True):
         spec = replace(CAT, image=tmp_path / "source.png", mask=tmp_path / "mask.png")
-        ((_, picture, _),) = generate(model, [spec], highres=replace(HALF, latent_upscaling=latent_upscaling))
-        assert np.array_equal(np.asarray(picture)[:, :64], np.asarray(a_picture((128, 64)))[:, :64])
+        ((_, image, _),) = generate(model, [spec], highres=replace(HALF, latent_upscaling=latent_upscaling))
+        assert np.array_equal(np.asarray(image)[:, :64], np.asarray(an_image((128, 64)))[:, :64])
 
 
 def test_wrong_settings_are_one_line(model):
@@ -114,11 +114,11 @@ def test_an_upscaler_of_ones_own(model, monkeypatch, wants_latents):
         def support_latents(self):
             return wants_latents
 
-        def upscale(self, vae, pictures, latents, dtype, width, height, batch_size=1, vae_batch_size=1):
-            assert (pictures is None) == wants_latents and (latents is None) != wants_latents and batch_size == 2
+        def upscale(self, vae, images, latents, dtype, width, height, batch_size=1, vae_batch_size=1):
+            assert (images is None) == wants_latents and (latents is None) != wants_latents and batch_size == 2
             if wants_latents:
                 return torch.zeros(2, 4, height // 8, width // 8)
-            return [Image.new("RGB", (width, height), "red") for _ in pictures]
+            return [Image.new("RGB", (width, height), "red") for _ in images]
 
     module = ModuleType("my_upscaler")
     module.create_upscaler = lambda size="1": Upscaler(int(size), 1)
@@ -131,4 +131,4 @@ def test_an_upscaler_of_ones_own(model, monkeypatch, wants_latents):
     made = list(generate(model, [replace(CAT, strength=0.0)] * 2, highres=highres, batch_size=2))
     assert len(made) == 2
     if not wants_latents:
-        assert made[0].picture.getpixel((5, 5)) == (255, 0, 0)
+        assert made[0].image.getpixel((5, 5)) == (255, 0, 0)

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from reference_pipelines import SMALL, a_picture, make_pipeline, run_pipeline
+from reference_pipelines import SMALL, an_image, make_pipeline, run_pipeline
 
 from library.diffusion.process import NoiseProcess
 from library.diffusion.samplers import SAMPLERS, make_scheduler
 from library.errors import UserError
 from library.generation.generator import generate
-from library.generation.image_input import load_mask, load_picture, run_steps, source_size
+from library.generation.image_input import load_image, load_mask, run_steps, source_size
 from library.generation.prompts import PromptSpec
 from library.testing import small_stable_diffusion
 
@@ -26,7 +26,7 @@ DISTINCT = [name for name in SAMPLERS if not name.startswith("k_")]
 
 @pytest.fixture
 def spec(tmp_path):
-    a_picture().save(tmp_path / "source.png")
+    an_image().save(tmp_path / "source.png")
     return PromptSpec(
         "a cat", "blurry", width=64, height=64, seed=7, scale=5.0, steps=5, strength=0.6, image=tmp_path / "source.png"
     )
@@ -46,7 +46,7 @@ def test_latents_equal_those_of_diffusers_img2img_pipeline(model, latents_of, sp
     spec = replace(spec, sampler=sampler)
     (ours,) = latents_of(model, [spec])
     pipe = make_pipeline("Img2Img", model, make_scheduler(sampler, NoiseProcess()))
-    theirs = run_pipeline(pipe, spec, image=a_picture(), strength=spec.strength)
+    theirs = run_pipeline(pipe, spec, image=an_image(), strength=spec.strength)
     torch.testing.assert_close(ours, theirs, **CLOSE)
 
 
@@ -57,24 +57,24 @@ def test_latents_equal_those_of_diffusers_inpainting_pipeline(model, latents_of,
     spec = replace(spec, sampler=sampler, strength=strength, mask=mask)
     (ours,) = latents_of(model, [spec])
     pipe = make_pipeline("Inpaint", model, make_scheduler(sampler, NoiseProcess()))
-    options = {"image": a_picture(), "mask_image": Image.open(mask), "strength": strength, "height": 64, "width": 64}
+    options = {"image": an_image(), "mask_image": Image.open(mask), "strength": strength, "height": 64, "width": 64}
     torch.testing.assert_close(ours, run_pipeline(pipe, spec, **options), **CLOSE)
 
 
-def test_trap_6_7_no_steps_give_the_source_picture(model, spec):
+def test_trap_6_7_no_steps_give_the_source_image(model, spec):
     for strength in (0.0, 0.19):  # floor(5 * 0.19) = 0
         done = []
-        ((_, picture, _),) = generate(model, [replace(spec, strength=strength)], progress=done.append)
-        assert picture.tobytes() == a_picture().tobytes()
+        ((_, image, _),) = generate(model, [replace(spec, strength=strength)], progress=done.append)
+        assert image.tobytes() == an_image().tobytes()
         assert sum(done) == 1
-    ((_, picture, _),) = generate(model, [replace(spec, strength=0.2)])
-    assert picture.tobytes() != a_picture().tobytes()
+    ((_, image, _),) = generate(model, [replace(spec, strength=0.2)])
+    assert image.tobytes() != an_image().tobytes()
 
 
 @pytest.mark.parametrize("strength", [0.6, 1.0])
 def test_trap_6_8_what_the_mask_keeps_has_the_very_pixels_of_the_source(model, spec, mask, strength):
-    ((_, picture, _),) = generate(model, [replace(spec, mask=mask, strength=strength)])
-    source, made = np.asarray(a_picture()), np.asarray(picture)
+    ((_, image, _),) = generate(model, [replace(spec, mask=mask, strength=strength)])
+    source, made = np.asarray(an_image()), np.asarray(image)
     assert np.array_equal(made[:, :32], source[:, :32])
     assert np.abs(made[:, 32:].astype(int) - source[:, 32:]).mean() > 5
 
@@ -85,12 +85,12 @@ def test_a_grey_mask_mixes(model, spec, mask, tmp_path):
     ((_, grey, _), (_, white, _)) = generate(
         model, [replace(spec, mask=tmp_path / name) for name in ("grey.png", "white.png")], batch_size=2
     )
-    source = np.asarray(a_picture()).astype(int)
+    source = np.asarray(an_image()).astype(int)
     assert 0 < np.abs(np.asarray(grey) - source).mean() < np.abs(np.asarray(white) - source).mean()
 
 
-def test_every_picture_of_a_batch_has_its_own_source(model, latents_of, spec, tmp_path):
-    a_picture(seed=1).save(tmp_path / "other.png")
+def test_every_image_of_a_batch_has_its_own_source(model, latents_of, spec, tmp_path):
+    an_image(seed=1).save(tmp_path / "other.png")
     specs = [spec, replace(spec, image=tmp_path / "other.png", seed=8)]
     for together, single in zip(
         latents_of(model, specs, batch_size=2), (latents_of(model, [one])[0] for one in specs), strict=True
@@ -106,12 +106,12 @@ def test_a_sampler_that_began_later_begins_at_its_start_again(model, latents_of,
 
 
 def test_a_broken_source_fails_alone(model, spec, tmp_path):
-    (tmp_path / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "broken.png").write_bytes(b"no image")
     specs = [replace(spec, steps=2, image=path) for path in (spec.image, tmp_path / "broken.png", tmp_path / "no")]
     failed = []
     made = list(generate(model, specs, batch_size=3, on_error=lambda _, error: failed.append(str(error))))
     assert len(made) == 1 and len(failed) == 2
-    assert "--image_path" in failed[0] and "broken.png: no picture" in failed[0] and "no: No such file" in failed[1]
+    assert "--image_path" in failed[0] and "broken.png: no image" in failed[0] and "no: No such file" in failed[1]
 
 
 @pytest.mark.parametrize(
@@ -135,18 +135,18 @@ def test_a_vae_that_overflows_on_the_source_is_named(model, spec):
 
 
 def test_sizes_of_sources(tmp_path):
-    turned = a_picture((100, 70))
+    turned = an_image((100, 70))
     exif = turned.getexif()
     exif[0x0112] = 6
     turned.save(tmp_path / "turned.jpg", exif=exif)
     assert source_size(tmp_path / "turned.jpg") == (64, 96)  # upright it is 70 x 100
-    assert load_picture(tmp_path / "turned.jpg", (64, 96)).size == (64, 96)
-    a_picture((64, 20)).save(tmp_path / "flat.png")
+    assert load_image(tmp_path / "turned.jpg", (64, 96)).size == (64, 96)
+    an_image((64, 20)).save(tmp_path / "flat.png")
     with pytest.raises(UserError, match="flat.png: 64 x 20 pixels are too few"):
         source_size(tmp_path / "flat.png")
     with pytest.raises(UserError, match="--image_path"):
         source_size(tmp_path / "missing.png")
-    a_picture((64, 20)).save(tmp_path / "mask.png")
+    an_image((64, 20)).save(tmp_path / "mask.png")
     assert load_mask(tmp_path / "mask.png", (32, 32)).size == (32, 32)
 
 

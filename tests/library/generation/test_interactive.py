@@ -60,7 +60,7 @@ def test_a_pipe_leaves_no_history(typed, tmp_path):
     assert list(ask_for_prompts(tmp_path / "history")) == ["a cat"] and not (tmp_path / "history").exists()
 
 
-def test_a_picture_is_shown_where_there_is_a_screen(monkeypatch):
+def test_an_image_is_shown_where_there_is_a_screen(monkeypatch):
     shown = []
     monkeypatch.setattr(Image.Image, "show", lambda self: shown.append(self) or (_ for _ in ()).throw(RuntimeError("no viewer")))
     monkeypatch.setattr(sys, "platform", "linux")

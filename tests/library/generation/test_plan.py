@@ -1,4 +1,4 @@
-"""library/generation/plan.py, prompt_sources.py and seeds.py: from prompts to the list of pictures."""
+"""library/generation/plan.py, prompt_sources.py and seeds.py: from prompts to the list of images."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def drawn(seed: int, count: int) -> list[int]:
 # ---------------------------------------------------------------- seeds
 
 
-def test_one_seed_and_one_picture():
+def test_one_seed_and_one_image():
     assert seeds(planner("--seed=5").plan(lines("a"))) == [5]
 
 
@@ -58,7 +58,7 @@ def test_trap_6_2_a_seed_in_an_interactive_run_goes_on_from_prompt_to_prompt():
     assert [seeds(same.plan(prompts)) for prompts in ([], lines("a"), lines("b"))] == [[], [5, 5], [6, 6]]
 
 
-def test_without_a_seed_every_picture_has_another():
+def test_without_a_seed_every_image_has_another():
     made = seeds(planner("--images_per_prompt=20").plan(lines("a")))
     assert len(set(made)) == 20 and all(0 <= seed < 2**31 for seed in made)
 
@@ -75,12 +75,12 @@ def test_a_line_with_seeds_of_its_own_takes_none_from_the_list():
     assert seeds(made) == [7, 7, 8, 9, 1, 2]
 
 
-def test_seeds_that_no_picture_gets_are_named():
+def test_seeds_that_no_image_gets_are_named():
     plan = planner("--seed=1,2,3")
     plan.plan(lines("a --d 4,5"))
     assert plan.notes == [
-        "line 1: --d has more seeds than pictures; not used: 5 (see --images_per_prompt)",
-        "--seed has more seeds than there are pictures; not used: 1, 2, 3",
+        "line 1: --d has more seeds than images; not used: 5 (see --images_per_prompt)",
+        "--seed has more seeds than there are images; not used: 1, 2, 3",
     ]
 
 
@@ -166,12 +166,12 @@ def sources(tmp_path):
     return tmp_path
 
 
-def test_pictures_are_used_in_turn_picture_by_picture(sources):
+def test_images_are_used_in_turn_image_by_image(sources):
     made = planner(f"--image_path={sources}", "--images_per_prompt=3").plan(lines("a"))
     assert [request.source.name for request in made] == ["a.png", "b.png", "a.png"]
 
 
-def test_prompts_are_read_from_the_pictures_if_there_are_no_others(sources):
+def test_prompts_are_read_from_the_images_if_there_are_no_others(sources):
     options = parse_options(["--ckpt=m", f"--image_path={sources}", "--images_per_prompt=2"])
     plan = Planner(options)
     made = plan.plan(read_prompts(options, plan.sources))
@@ -181,21 +181,21 @@ def test_prompts_are_read_from_the_pictures_if_there_are_no_others(sources):
     assert made[0].line.values["negative_prompt"] == "blurry"
 
 
-def test_masks_repaint_with_pictures_and_show_regions_with_networks(sources):
+def test_masks_repaint_with_images_and_show_regions_with_networks(sources):
     repaint = planner(f"--image_path={sources}", f"--mask_path={sources}").plan(lines("a"))
     assert repaint[0].mask.name == "a.png"
     regions = planner(f"--image_path={sources}", f"--mask_path={sources}", "--network_weights", "n").plan(lines("a"))
     assert regions[0].mask is None
 
 
-@pytest.mark.parametrize(("name", "message"), [("nothing", "there is no such file"), ("empty", "the folder holds no picture")])
-def test_pictures_that_are_not_there(tmp_path, name, message):
+@pytest.mark.parametrize(("name", "message"), [("nothing", "there is no such file"), ("empty", "the folder holds no image")])
+def test_images_that_are_not_there(tmp_path, name, message):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=f"--image_path .*{name}: {message}"):
         planner(f"--image_path={tmp_path / name}")
 
 
-def test_a_picture_without_a_prompt_is_named(tmp_path):
+def test_an_image_without_a_prompt_is_named(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
     options = parse_options(["--ckpt=m", f"--image_path={tmp_path}"])
     with pytest.raises(UserError, match="plain.png holds no prompt of this script; give --prompt or --from_file"):

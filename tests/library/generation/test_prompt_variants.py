@@ -14,7 +14,7 @@ def texts(line: str, count: int = 1, seed: int = 0) -> list[str]:
     return [text.text for text in Line(line, "here").texts(count, Random(seed))]
 
 
-def test_one_at_random_for_each_picture_anew():
+def test_one_at_random_for_each_image_anew():
     made = texts("a {red|green|blue} house", 60)
     assert set(made) == {"a red house", "a green house", "a blue house"}
     assert made == texts("a {red|green|blue} house", 60) != texts("a {red|green|blue} house", 60, seed=1)
@@ -27,14 +27,14 @@ def test_several_different_ones_joined():
     assert {len(made.split(", ")) for made in texts("{1-2$$a|b|c}", 60)} == {1, 2}
 
 
-def test_enumeration_makes_a_picture_for_each_whatever_the_count():
+def test_enumeration_makes_an_image_for_each_whatever_the_count():
     assert texts("{e$$a|b|c} {e$$1|2}", 7) == ["a 1", "a 2", "b 1", "b 2", "c 1", "c 2"]
     assert texts("{e$$2$$a|b|c}") == ["a, b", "a, c", "b, c"]
     assert texts("{e$$1-2$$ and $$a|b}") == ["a", "b", "a and b"]
     assert Line("{e$$a|b}", "").enumerates and not Line("{a|b}", "").enumerates
 
 
-def test_each_picture_of_an_enumeration_has_its_own_random_choice():
+def test_each_image_of_an_enumeration_has_its_own_random_choice():
     made = texts("{e$$1|2|3|4|5|6|7|8} {x|y}")
     assert [text[0] for text in made] == list("12345678") and {text[2] for text in made} == {"x", "y"}
 

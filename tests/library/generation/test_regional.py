@@ -1,4 +1,4 @@
-"""library/generation/regional.py: sub-prompts with networks of their own in parts of the picture."""
+"""library/generation/regional.py: sub-prompts with networks of their own in parts of the image."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def load(model):
 
 
 def colours(path, *colours):
-    """A picture of vertical stripes."""
+    """An image of vertical stripes."""
     pixels = np.zeros((64, 64, 3), np.uint8)
     for place, colour in enumerate(colours):
         pixels[:, 64 * place // len(colours) :] = colour
@@ -143,7 +143,7 @@ def test_each_network_sees_its_own_sub_prompt_alone(model, files, load, tmp_path
         torch.testing.assert_close(PromptCache().encode(model, [text], 1)["context"][0], rows, **CLOSE)
 
 
-def test_a_network_changes_its_part_of_the_picture_most(model, files, load, latents_of, tmp_path):
+def test_a_network_changes_its_part_of_the_image_most(model, files, load, latents_of, tmp_path):
     networks = load(files)
     regions = Regions.load(colours(tmp_path / "mask.png", RED, GREEN), networks)
     both, first_only = latents_of(
@@ -178,15 +178,15 @@ def test_trap_6_6_the_fourth_network_and_empty_channels_act_everywhere(model, fi
 
 
 def test_exact_colours(files, load, tmp_path):
-    picture = colours(tmp_path / "mask.png", (255, 0, 0), (0, 255, 0), (255, 255, 0), (254, 0, 0))
-    masks = Regions.load(picture, load(files), color_codes=3).masks(4, 64, 64, torch.device("cpu"))[:, 0, 0]
+    image = colours(tmp_path / "mask.png", (255, 0, 0), (0, 255, 0), (255, 255, 0), (254, 0, 0))
+    masks = Regions.load(image, load(files), color_codes=3).masks(4, 64, 64, torch.device("cpu"))[:, 0, 0]
     assert [mask.view(4, 16).mean(1).tolist() for mask in masks] == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [1, 1, 1, 1]]
 
 
 def test_what_cannot_be_is_one_line(model, files, load, tmp_path):
     networks = load(files)
-    picture = colours(tmp_path / "mask.png", RED)
-    regions = Regions.load(picture, networks)
+    image = colours(tmp_path / "mask.png", RED)
+    regions = Regions.load(image, networks)
     for spec, message in (
         (replace(SPEC, prompt="a cat"), r"1 part\(s\) for 2 networks"),
         (replace(SPEC, deep_shrink=DeepShrink(0)), "Deep Shrink and regional"),
@@ -194,9 +194,9 @@ def test_what_cannot_be_is_one_line(model, files, load, tmp_path):
         with pytest.raises(UserError, match=message):
             list(generate(model, [spec], networks=networks, regions=regions))
     with pytest.raises(UserError, match="give 1 to 7"):
-        Regions.load(picture, networks, color_codes=8)
+        Regions.load(image, networks, color_codes=8)
     with pytest.raises(UserError, match="--mask_path .*nothing.png"):
         Regions.load(tmp_path / "nothing.png", networks)
     networks.close()
     with pytest.raises(UserError, match="--network_pre_calc"):
-        Regions.load(picture, load(files, pre_calc=True))
+        Regions.load(image, load(files, pre_calc=True))

@@ -1,4 +1,4 @@
-"""library/generation/vae_slices.py: less memory, the same picture."""
+"""library/generation/vae_slices.py: less memory, the same image."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from library.generation.vae_slices import slice_vae
 from library.testing import small_stable_diffusion
 
 
-def test_pictures_and_latents_are_the_same_and_fewer_rows_are_in_work(monkeypatch):
+def test_images_and_latents_are_the_same_and_fewer_rows_are_in_work(monkeypatch):
     vae = small_stable_diffusion(vae_channels=(32, 32, 32, 32)).vae
     latents, pixels = torch.randn(2, 4, 5, 8), torch.rand(1, 3, 40, 64)
     rows = []

@@ -104,12 +104,12 @@ def test_folders_are_replaced_only_if_they_are_models(tmp_path, small_models, sa
     (folder / "unet" / "old.txt").write_text("x", encoding="utf-8")
     save_stable_diffusion(small_models[False], folder)
     assert not (folder / "unet" / "old.txt").exists()
-    other = tmp_path / "pictures"
+    other = tmp_path / "images"
     other.mkdir()
     (other / "cat.png").write_bytes(b"x")
     with pytest.raises(UserError, match="exists and is no Diffusers model"):
         save_stable_diffusion(small_models[False], other)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "pictures"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "images"]
 
 
 def test_names_on_disk_have_text_model_in_every_transformers_version(saved_models):

@@ -1,4 +1,4 @@
-"""A small model on disk, a few pictures, and a function that trains on them through the real options."""
+"""A small model on disk, a few images, and a function that trains on them through the real options."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def base_model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory) -> Path:
-    """Four plain pictures of 64 x 64 px with captions."""
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory) -> Path:
+    """Four plain images of 64 x 64 px with captions."""
+    folder = tmp_path_factory.mktemp("images")
     for name, colour in COLOURS.items():
         Image.new("RGB", (64, 64), colour).save(folder / f"{name}.png")
         (folder / f"{name}.txt").write_text(f"a {name} square", encoding="utf-8")
@@ -62,7 +62,7 @@ class Run:
 
 
 @pytest.fixture
-def run(base_model, pictures, tmp_path) -> Callable[..., Run]:
+def run(base_model, images, tmp_path) -> Callable[..., Run]:
     """`run("--max_train_steps=2", ...)` trains in this process, on no worker processes, into a new folder each time.
 
     Listeners among the arguments are the run's.
@@ -74,7 +74,7 @@ def run(base_model, pictures, tmp_path) -> Callable[..., Run]:
         folder = tmp_path / f"out{next(count)}"
         AcceleratorState._reset_state(reset_partial_state=True)  # one process, many runs
         needed = [
-            f"--pretrained_model_name_or_path={base_model}", data or f"--train_data_dir={pictures}", "--caption_extension=.txt",
+            f"--pretrained_model_name_or_path={base_model}", data or f"--train_data_dir={images}", "--caption_extension=.txt",
             "--resolution=64", f"--output_dir={folder}", "--output_name=mine", "--network_module=networks.lora", "--seed=1",
             "--learning_rate=1e-3", "--max_data_loader_n_workers=0",
         ]  # fmt: skip

@@ -41,18 +41,18 @@ def two_blocks() -> Model:
     return model
 
 
-def picture_folder(folder: Path, count: int = 5) -> Path:
-    """Plain pictures of 64 x 64 pixels with captions."""
+def image_folder(folder: Path, count: int = 5) -> Path:
+    """Plain images of 64 x 64 pixels with captions."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
         Image.new("RGB", (64, 64), (40 * number % 256, 90 * number % 256, 255 - 40 * number % 256)).save(folder / f"{number}.png")
-        (folder / f"{number}.txt").write_text(f"picture {number}, plain, square", encoding="utf-8")
+        (folder / f"{number}.txt").write_text(f"image {number}, plain, square", encoding="utf-8")
     return folder
 
 
-def words_of_a_run(pictures: Path, output: Path, *words: str) -> list[str]:
+def words_of_a_run(images: Path, output: Path, *words: str) -> list[str]:
     """The command line of a small run; later words beat earlier ones."""
-    data = [] if any(word.startswith("--dataset_config") for word in words) else [f"--train_data_dir={pictures}"]
+    data = [] if any(word.startswith("--dataset_config") for word in words) else [f"--train_data_dir={images}"]
     return [
         "--pretrained_model_name_or_path=two-blocks", *data, "--caption_extension=.txt", "--resolution=64",
         f"--output_dir={output}", "--output_name=mine", "--network_module=networks.lora", "--network_dim=2", "--seed=1",

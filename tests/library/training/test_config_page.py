@@ -19,7 +19,7 @@ from library.training.options import parse_options
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGE = (ROOT / "docs" / "config_README.md").read_text(encoding="utf-8")
-TRAIN, PICTURES = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
+TRAIN, IMAGES = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
 TRAINING, FROM_METADATA, DOCTOR = re.findall(r"```bash\n(.*?)\n```", PAGE)
 
 
@@ -27,8 +27,8 @@ TRAINING, FROM_METADATA, DOCTOR = re.findall(r"```bash\n(.*?)\n```", PAGE)
 def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("train.toml").write_text(TRAIN, encoding="utf-8")
-    Path("pictures.toml").write_text(PICTURES, encoding="utf-8")
-    for folder in (Path("pictures/cat"), Path("10_sks cat")):
+    Path("images.toml").write_text(IMAGES, encoding="utf-8")
+    for folder in (Path("images/cat"), Path("10_sks cat")):
         folder.mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(folder / "a.png")
 

@@ -141,7 +141,7 @@ def test_it_trains_is_saved_merged_and_draws(base_model, run, words, tmp_path):
     def draw(**how) -> torch.Tensor:
         model = load_stable_diffusion(str(base_model))
         networks = Networks.load(["networks.lora"], [str(file)], model=model, **how) if how else None
-        return torch.cat([torch.frombuffer(bytearray(m.picture.tobytes()), dtype=torch.uint8) for m in
+        return torch.cat([torch.frombuffer(bytearray(m.image.tobytes()), dtype=torch.uint8) for m in
                           generate(model, [SPEC], networks=networks)])  # fmt: skip
 
     plain, applied, merged = draw().int(), draw(merge=False).int(), draw(merge=True).int()

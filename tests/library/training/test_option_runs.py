@@ -162,10 +162,10 @@ def test_attention_is_torch_s_which_keeps_no_matrix_of_all_pairs(base_model):
 
 
 @pytest.mark.option("conditioning_data_dir", "masked_loss")
-def test_what_is_masked_out_makes_no_loss(run, recorder, pictures, tmp_path):
-    for picture in pictures.glob("*.png"):
+def test_what_is_masked_out_makes_no_loss(run, recorder, images, tmp_path):
+    for image in images.glob("*.png"):
         (tmp_path / "masks").mkdir(exist_ok=True)
-        Image.new("L", (64, 64), 0).save(tmp_path / "masks" / picture.name)
+        Image.new("L", (64, 64), 0).save(tmp_path / "masks" / image.name)
     run("--max_train_steps=1", *QUICK[1:], "--masked_loss", f"--conditioning_data_dir={tmp_path / 'masks'}", recorder)
     assert recorder.runs[-1].losses.values == [0.0]
 

@@ -120,7 +120,7 @@ def test_the_sampler_of_prompts_that_name_none(tmp_path):
 
 
 @pytest.mark.option("metadata_thumbnail")
-def test_a_thumbnail_is_kept_as_a_picture(tmp_path):
+def test_a_thumbnail_is_kept_as_an_image(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     datasets = [SimpleNamespace(config=SimpleNamespace(resolution=(64, 64)))]
     found = model_spec(options(f"--metadata_thumbnail={tmp_path / 'a.png'}"), datasets, sd1.FAMILY.records)

@@ -41,7 +41,7 @@ def test_lycoris_trains_saves_and_loads_back(run, base_model, algo):
 
 
 @pytest.mark.parametrize("algo", ["loha", "lokr", "locon", "ia3"])
-def test_files_of_lycoris_do_in_pictures_what_they_did_in_training(base_model, tmp_path, algo):
+def test_files_of_lycoris_do_in_images_what_they_did_in_training(base_model, tmp_path, algo):
     """LyCORIS 4.1.3 itself makes nothing of ia3 files and of lokr's small ones; then the file's metadata says how."""
     if algo == "ia3" and version("lycoris-lora").startswith("3."):
         pytest.skip("LyCORIS 3 has no ia3 for this interface")

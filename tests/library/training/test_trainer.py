@@ -216,7 +216,7 @@ def test_trap_5_8_warm_up_is_counted_in_optimizer_steps(run):
 
 
 def loss_at_fixed_noise(run: Run) -> float:
-    """Mean loss over the pictures at four fixed timesteps with noise that training never drew."""
+    """Mean loss over the images at four fixed timesteps with noise that training never drew."""
     run.network.module.eval()
     timesteps = [200, 400, 600, 800]
     options, device = run.options.validation, torch.device("cpu")
@@ -250,8 +250,8 @@ def nan_in_step_3() -> InForward:
     return InForward(3, change)
 
 
-def test_a_loss_of_nan_stops_the_run_names_step_and_picture_and_saves_nothing(run):
-    with pytest.raises(RunFailed, match=r"nan at step 3 \(pictures: .*\.png\)"):
+def test_a_loss_of_nan_stops_the_run_names_step_and_image_and_saves_nothing(run):
+    with pytest.raises(RunFailed, match=r"nan at step 3 \(images: .*\.png\)"):
         run("--max_train_steps=6", "--save_every_n_steps=1", nan_in_step_3())
 
 
@@ -324,12 +324,12 @@ def test_what_is_misspelt_is_found_before_the_model_is_loaded(run, monkeypatch, 
         run(*words)
 
 
-def test_what_was_trained_is_kept_when_a_picture_cannot_be_read(run, tmp_path):
-    picture = tmp_path / "data" / "a.png"
-    picture.parent.mkdir()
-    Image.new("RGB", (64, 64), "red").save(picture)
+def test_what_was_trained_is_kept_when_an_image_cannot_be_read(run, tmp_path):
+    image = tmp_path / "data" / "a.png"
+    image.parent.mkdir()
+    Image.new("RGB", (64, 64), "red").save(image)
     with pytest.raises(UserError, match=r"a\.png.*what was trained until then is in .*mine-step0000000\d\.safetensors"):
-        run("--max_train_steps=9", AfterStep(lambda run: picture.unlink(), 3), data=f"--train_data_dir={picture.parent}")
+        run("--max_train_steps=9", AfterStep(lambda run: image.unlink(), 3), data=f"--train_data_dir={image.parent}")
     assert len(list(tmp_path.rglob("mine-step*.safetensors"))) == 1
 
 
@@ -347,7 +347,7 @@ def test_a_bug_or_a_full_memory_keeps_what_was_trained_too(run, tmp_path):
     assert len(list(tmp_path.rglob("mine-step00000001.safetensors"))) == 2
 
 
-def test_a_sample_picture_that_fails_never_ends_the_run(run, tmp_path, monkeypatch, capsys):
+def test_a_sample_image_that_fails_never_ends_the_run(run, tmp_path, monkeypatch, capsys):
     (tmp_path / "prompts.txt").write_text("a cat --s 1\na dog --s 1\n", encoding="utf-8")
     from library.training.outputs import previews
 
@@ -458,7 +458,7 @@ def test_bf16_trains_on_a_cpu(run):
 @pytest.mark.option("clip_skip", "max_token_length", "weighted_captions")
 @pytest.mark.parametrize("words", [["--noise_offset=0.5"], ["--min_snr_gamma=1e-4"], ["--v_parameterization"], ["--clip_skip=2"],
                                    ["--max_token_length=150"], ["--weighted_captions"]])  # fmt: skip
-def test_options_of_the_loss_and_the_text_do_something(run, recorder, words, tmp_path, pictures):
+def test_options_of_the_loss_and_the_text_do_something(run, recorder, words, tmp_path, images):
     folder = tmp_path / "weighted"
     folder.mkdir()
     Image.new("RGB", (64, 64), "red").save(folder / "a.png")
@@ -471,7 +471,7 @@ def test_options_of_the_loss_and_the_text_do_something(run, recorder, words, tmp
 
 
 @pytest.mark.option("prior_loss_weight", "reg_data_dir", "train_data_dir")
-def test_prior_loss_weight_is_for_regularisation_pictures_only(run, recorder, pictures, tmp_path):
+def test_prior_loss_weight_is_for_regularisation_images_only(run, recorder, images, tmp_path):
     train_folder, reg_folder = tmp_path / "t" / "1_cat", tmp_path / "r" / "1_animal"
     for folder, colour in ((train_folder, "red"), (reg_folder, "blue")):
         folder.mkdir(parents=True)
@@ -503,7 +503,7 @@ OF_METADATA = [
     "metadata_preprocessor",
     "metadata_is_negative_embedding",
 )
-def test_metadata(run, base_model, pictures):
+def test_metadata(run, base_model, images):
     result = run(
         "--max_train_steps=1", "--network_args", "conv_dim=2", "--training_comment=hello", "--optimizer_args", "weight_decay=0.1",
         *(f"--{option}=my {option}" for option in OF_METADATA),
@@ -522,8 +522,8 @@ def test_metadata(run, base_model, pictures):
         and len(meta["ss_new_sd_model_hash"]) == 64
         and len(meta["ss_sd_model_hash"]) == 8
     )
-    assert json.loads(meta["ss_dataset_dirs"]) == {pictures.name: {"n_repeats": 1, "img_count": 4}}
-    assert json.loads(meta["ss_tag_frequency"])[pictures.name]["a red square"] == 1
+    assert json.loads(meta["ss_dataset_dirs"]) == {images.name: {"n_repeats": 1, "img_count": 4}}
+    assert json.loads(meta["ss_tag_frequency"])[images.name]["a red square"] == 1
     assert len(meta["sshs_model_hash"]) == 64 and len(meta["sshs_legacy_hash"]) == 8
 
 
@@ -543,11 +543,11 @@ def test_trap_5_19_no_metadata_leaves_what_loaders_need(run):
 
 
 @pytest.mark.option("dataset_config")
-def test_trap_5_20_metadata_with_a_dataset_file(run, pictures, tmp_path):
+def test_trap_5_20_metadata_with_a_dataset_file(run, images, tmp_path):
     config = tmp_path / "data.toml"
     config.write_text(
         "[[datasets]]\nresolution = [96, 64]\n"
-        f"[[datasets.subsets]]\nimage_dir = '{pictures}'\ncaption_extension = '.txt'\nnum_repeats = 2\n",
+        f"[[datasets.subsets]]\nimage_dir = '{images}'\ncaption_extension = '.txt'\nnum_repeats = 2\n",
         encoding="utf-8",
     )
     meta = run("--max_train_steps=1", data=f"--dataset_config={config}").metadata()
@@ -560,7 +560,7 @@ def test_trap_5_20_metadata_with_a_dataset_file(run, pictures, tmp_path):
 
 
 @pytest.mark.option("sample_prompts", "sample_every_n_epochs", "sample_at_first")
-def test_sample_pictures(run, tmp_path):
+def test_sample_images(run, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("# a comment\na cat --d 7 --s 2 --ss euler_a\n\na dog --w 96 --h 64 --s 2\n", encoding="utf-8")
     result = run(
@@ -617,7 +617,7 @@ def test_diffusers_loads_every_key_and_draws_the_same(run, base_model, words):
 
     result = run("--max_train_steps=3", "--learning_rate=1e-1", *words)
     file = result.folder / "mine.safetensors"
-    pictures = []
+    images = []
     for ours in (False, True):
         model = load_stable_diffusion(str(base_model))
         pipe = StableDiffusionPipeline(
@@ -642,7 +642,7 @@ def test_diffusers_loads_every_key_and_draws_the_same(run, base_model, words):
             ]
             assert len(adapters) == len([k for k in load_file(file) if k.endswith("lora_down.weight")])
         noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
-        pictures.append(
+        images.append(
             pipe("a red square", latents=noise, num_inference_steps=3, height=64, width=64, output_type="latent").images
         )
-    torch.testing.assert_close(pictures[0], pictures[1], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(images[0], images[1], rtol=1e-3, atol=1e-3)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import picture_folder, tensors_of, train, use_two_blocks, words_of_a_run
+from small_runs import image_folder, tensors_of, train, use_two_blocks, words_of_a_run
 
 from library.errors import UserError
 from library.training import validation as validation_module
@@ -19,14 +19,14 @@ UNET = ("--network_train_unet_only", "--cache_latents", "--validation_split=0.4"
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    return picture_folder(tmp_path_factory.mktemp("validation") / "pictures")
+def images(tmp_path_factory) -> Path:
+    return image_folder(tmp_path_factory.mktemp("validation") / "images")
 
 
 @pytest.fixture
-def run(pictures, tmp_path, monkeypatch) -> Callable[..., Run]:
+def run(images, tmp_path, monkeypatch) -> Callable[..., Run]:
     use_two_blocks(monkeypatch.setattr)
-    return lambda folder, *words: train(words_of_a_run(pictures, tmp_path / folder, *words))
+    return lambda folder, *words: train(words_of_a_run(images, tmp_path / folder, *words))
 
 
 def test_timesteps_are_the_inner_points_of_an_even_division():
@@ -34,7 +34,7 @@ def test_timesteps_are_the_inner_points_of_an_even_division():
     assert validation_timesteps(500, 1000) == [600, 700, 800, 900]
 
 
-def test_noise_belongs_to_picture_and_timestep_and_to_nothing_else():
+def test_noise_belongs_to_image_and_timestep_and_to_nothing_else():
     shape = torch.Size((2, 4, 8, 8))
     noise = fixed_noise(1, ["a", "b"], 200, shape)
     assert torch.equal(noise, fixed_noise(1, ["a", "b"], 200, shape))
@@ -156,7 +156,7 @@ def test_rates_fall_when_the_validation_loss_does_not_and_resume_as_they_were(ru
 
 @pytest.mark.parametrize("option", ["--lr_scheduler=reduce_lr_on_plateau", "--early_stopping_patience=1"])
 def test_waiting_for_a_validation_with_nothing_to_validate_with_is_refused(run, option):
-    with pytest.raises(UserError, match=f"{option.replace('=', ' ').removesuffix(' 1')} needs pictures to validate with"):
+    with pytest.raises(UserError, match=f"{option.replace('=', ' ').removesuffix(' 1')} needs images to validate with"):
         run("out", "--max_train_steps=1", option)
 
 

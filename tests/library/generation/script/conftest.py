@@ -43,7 +43,7 @@ class Drawn:
 
     @property
     def files(self) -> list[Path]:
-        """Its pictures in the order of their names; sheets are not among them."""
+        """Its images in the order of their names; sheets are not among them."""
         return sorted(path for path in self.folder.glob("*.png") if not path.name.startswith("sheet_"))
 
     @property

@@ -33,7 +33,7 @@ ENGLISH, CHINESE, README = PAGES["docs/gen_img_README.md"], PAGES["docs/gen_img_
 BOTH = pytest.mark.parametrize("page", [ENGLISH, CHINESE], ids=["en", "zh"])
 FIELDS = {name: field for group in groups_of(GenerateOptions).values() for name, field in group.model_fields.items()}
 
-# A later word beats an earlier one; source pictures keep their size.
+# A later word beats an earlier one; source images keep their size.
 SMALL = ["--steps=1", "--W=64", "--H=64", "--no_preview"]
 SMALL_HIGHRES = ["--highres_fix_steps=1", "--W=128", "--H=128"]
 NEEDS_GPU = {"--fp16"}

@@ -29,21 +29,21 @@ def loras(gen_files, *names: str) -> list[str]:
 
 
 def alike(one: bytes, other: bytes) -> bool:
-    """Whether two pictures are the same but for rounding."""
+    """Whether two images are the same but for rounding."""
     return len(one) == len(other) and max(abs(a - b) for a, b in zip(one, other, strict=True)) <= 2
 
 
-# ---------------------------------------------------------------- pictures and their text
+# ---------------------------------------------------------------- images and their text
 
 
-def test_trap_6_3_each_picture_of_a_batch_has_its_own_text_and_trap_6_5_its_own_seed(draw, tmp_path, capsys):
+def test_trap_6_3_each_image_of_a_batch_has_its_own_text_and_trap_6_5_its_own_seed(draw, tmp_path, capsys):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat --n blurry --d 7\na {dog} --n dark\n# no\na cat --w 65\n\nno negative\n", encoding="utf-8")
     made = draw(f"--from_file={prompts}", "--batch_size=3", "--seed=5,6", "--sequential_file_name", "--sampler=euler_a")
     assert made.code == 1  # a line was wrong
     out, err = capsys.readouterr()
     assert "skipped: " in err and "line 4, column 7: option --w '65' is not a multiple of 8" in err
-    assert "3 of 3 pictures saved" in out and "1 line(s) of prompts skipped" in out
+    assert "3 of 3 images saved" in out and "1 line(s) of prompts skipped" in out
     assert [(t["prompt"], t["negative-prompt"], t["seed"], t["raw-prompt"]) for t in made.texts] == [
         ("a cat", "blurry", "7", "a cat --n blurry --d 7"), ("a dog", "dark", "5", "a {dog} --n dark"),
         ("no negative", "", "6", "no negative"),
@@ -81,7 +81,7 @@ def test_trap_6_5_both_stages_of_highres_fix_record_the_seed_that_draws_them(dra
     assert len(latents.files) == 2 and latents.pixels()[0] == made.pixels()[0] != latents.pixels()[1]
 
 
-def test_both_stages_of_a_picture_have_one_number_in_a_batch_too(draw):
+def test_both_stages_of_an_image_have_one_number_in_a_batch_too(draw):
     words = ("--prompt=a", "--W=128", "--H=128", "--highres_fix_scale=0.5", "--highres_fix_steps=1", "--highres_fix_save_1st")
     made = draw(*words, "--steps=1", "--seed=5,6", "--images_per_prompt=2", "--batch_size=2")
     assert [path.name.split("_")[2:] for path in made.files] == [
@@ -98,7 +98,7 @@ def test_trap_6_11_sequential_names_go_on_over_iterations_and_runs(draw, tmp_pat
     assert second.pixels()[:2] == kept
 
 
-def test_from_pictures_and_their_own_prompts(draw, tmp_path):
+def test_from_images_and_their_own_prompts(draw, tmp_path):
     source = draw("--prompt=a cat --n dog", "--seed=1")
     made = draw(f"--image_path={source.folder}", "--strength=0.5", "--use_original_file_name", "--images_per_prompt=2")
     name = source.files[0].stem
@@ -132,7 +132,7 @@ def test_sheet_compares_networks_one_by_one(draw, gen_files, tmp_path, capsys):
 # ---------------------------------------------------------------- sizes
 
 
-def test_without_sizes_a_picture_has_the_model_s_own(gen_files, tmp_path):
+def test_without_sizes_an_image_has_the_model_s_own(gen_files, tmp_path):
     from safetensors.torch import load_file
 
     from library.generation.studio import default_size
@@ -154,7 +154,7 @@ def test_without_sizes_a_picture_has_the_model_s_own(gen_files, tmp_path):
 # ---------------------------------------------------------------- failing and stopping
 
 
-def test_a_picture_that_fails_is_named_and_the_others_are_made(draw, tmp_path, capsys):
+def test_an_image_that_fails_is_named_and_the_others_are_made(draw, tmp_path, capsys):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a\nb <lora:broken:1>\nc\nd <lora:brokn:1>\n", encoding="utf-8")
     (tmp_path / "broken.safetensors").write_bytes(b"x")
@@ -163,12 +163,12 @@ def test_a_picture_that_fails_is_named_and_the_others_are_made(draw, tmp_path, c
     out, err = capsys.readouterr()
     assert re.search("failed: .*line 2.*broken.safetensors", err)
     assert re.search("skipped: .*line 4: unknown LoRA 'brokn' .*did you mean 'broken'", err)
-    assert "2 of 3 pictures saved" in out and "1 failed" in out and "1 line(s) of prompts skipped" in out
+    assert "2 of 3 images saved" in out and "1 failed" in out and "1 line(s) of prompts skipped" in out
 
 
 @pytest.fixture
 def interrupted(monkeypatch):
-    """Ctrl-C in the middle of the picture of this prompt."""
+    """Ctrl-C in the middle of the image of this prompt."""
 
     def at(prompt: str) -> None:
         draw = studio.Studio.draw
@@ -184,7 +184,7 @@ def interrupted(monkeypatch):
     return at
 
 
-def test_an_error_that_nobody_foresaw_costs_its_picture_alone(draw, monkeypatch, tmp_path, capsys):
+def test_an_error_that_nobody_foresaw_costs_its_image_alone(draw, monkeypatch, tmp_path, capsys):
     decode = Model.decode
     outcomes = iter([None, RuntimeError("cuDNN is\nunhappy"), None])
 
@@ -208,7 +208,7 @@ def test_ctrl_c_saves_what_is_drawn_and_says_how_much(draw, interrupted, tmp_pat
     prompts.write_text("a\nb\nc\nd\n", encoding="utf-8")
     made = draw(f"--from_file={prompts}", "--sheet")
     assert made.code == 130 and len(made.files) == 2
-    assert "interrupted: 2 of 4 pictures saved" in capsys.readouterr().out
+    assert "interrupted: 2 of 4 images saved" in capsys.readouterr().out
     assert len(list(made.folder.glob("sheet_*.png"))) == 1
 
 
@@ -233,7 +233,7 @@ def test_ctrl_c_in_the_script_itself(gen_files, tmp_path):
         process.kill()
     assert process.returncode == 130, err
     saved = len(list(tmp_path.glob("out/*.png")))
-    assert f"interrupted: {saved} of 500 pictures saved" in out and 0 < saved < 500
+    assert f"interrupted: {saved} of 500 images saved" in out and 0 < saved < 500
     assert "standard input, line 2, column 7: unknown option '--q'" in err.replace("in standard", "standard") or "column 7" in err
     assert "Traceback" not in err and not list(tmp_path.glob("out/.*"))
 
@@ -299,7 +299,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_model_is_read(draw,
         draw("--ckpt=nothing", "--prompt=a", f"--outdir={tmp_path / 'file'}")
 
 
-def test_a_black_picture_is_named_with_the_cure(draw, gen_files, tmp_path, capsys):
+def test_a_black_image_is_named_with_the_cure(draw, gen_files, tmp_path, capsys):
     from safetensors.torch import load_file
 
     tensors = load_file(gen_files / "model.safetensors")
@@ -307,4 +307,4 @@ def test_a_black_picture_is_named_with_the_cure(draw, gen_files, tmp_path, capsy
     save_file(tensors, tmp_path / "black.safetensors")
     made = draw(f"--ckpt={tmp_path / 'black.safetensors'}", "--prompt=a")
     assert made.code == 1 and not made.files
-    assert re.search("failed: .*black picture.*(--vae|--no_half_vae)", capsys.readouterr().err)
+    assert re.search("failed: .*black image.*(--vae|--no_half_vae)", capsys.readouterr().err)

@@ -70,9 +70,9 @@ def test_everything_that_is_wrong_is_told_at_once_with_its_cure(folder):
         assert problem.startswith(start) and ("; " in problem or "did you mean" in problem or "needs" in problem), problem
 
 
-def test_what_the_pictures_bring_to_light_is_told_in_the_same_breath(folder, monkeypatch):
+def test_what_the_images_bring_to_light_is_told_in_the_same_breath(folder, monkeypatch):
     monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda path: usage(0, 0, 0))
-    (folder / "broken.png").write_bytes(b"no picture")
+    (folder / "broken.png").write_bytes(b"no image")
     found = problems(options("--lr_scheduler=cosine", "--vae=gone.pt", folder=folder))
     assert [part in text for part, text in zip(("--vae", "broken.png"), found, strict=True)] == [True, True], found
     (folder / "broken.png").unlink()
@@ -95,7 +95,7 @@ def test_a_file_that_is_no_model_is_told_with_the_rest(folder):
     assert len(found) == 2 and "is a web page" in found[0]  # the model first: what it says decides about options
 
 
-def test_a_wrong_schedule_is_told_beside_missing_pictures(folder):
+def test_a_wrong_schedule_is_told_beside_missing_images(folder):
     found = problems(options("--train_data_dir=gone", "--lr_scheduler=cosin", folder=folder))
     assert len(found) == 2 and "did you mean 'cosine'" in found[0]
 
@@ -138,7 +138,7 @@ def test_all_that_is_missing_is_said_at_once():
     found = problems(parse_options([]))
     starts = (
         "--pretrained_model_name_or_path is missing",
-        "no pictures: give --dataset_config",
+        "no images: give --dataset_config",
         "--network_module",
         "--output_dir",
     )
@@ -229,7 +229,7 @@ def test_memory_is_estimated_by_what_counts(folder):
         for words in ([], ["--mixed_precision=fp16"], ["--gradient_checkpointing"], ["--network_dim=128"])
     )
     assert half < plain and saving < plain < large
-    assert 4e9 < plain < 6e9  # full size, float32, one tiny picture
+    assert 4e9 < plain < 6e9  # full size, float32, one tiny image
 
 
 def test_memory_that_is_short_is_told_with_what_helps(folder, monkeypatch, capsys):

@@ -18,7 +18,7 @@ from library.training.memory import gradient_checkpointing as checkpointing
 from library.training.memory.gradient_checkpointing import GIB, choose, count_kept, units, use_gradient_checkpointing
 from library.training.options import parse_options
 from networks.lora import create_network
-from tests.library.training.small_runs import picture_folder, tensors_of, train, two_blocks, use_two_blocks, words_of_a_run
+from tests.library.training.small_runs import image_folder, tensors_of, train, two_blocks, use_two_blocks, words_of_a_run
 
 NEEDED = ["--pretrained_model_name_or_path=m", "--train_data_dir=d", "--output_dir=o", "--network_module=networks.lora"]
 
@@ -28,7 +28,7 @@ def options(*words: str):
 
 
 def dataset_of(*buckets: tuple[int, tuple[int, int]]):
-    """Datasets of one bucket each, by batch size and size of the pictures."""
+    """Datasets of one bucket each, by batch size and size of the images."""
     configs = [SimpleNamespace(batch_size=batch) for batch, _ in buckets]
     sizes = [SimpleNamespace(dataset=number, size=size) for number, (_, size) in enumerate(buckets)]
     return SimpleNamespace(table=SimpleNamespace(configs=configs, buckets=sizes))
@@ -36,7 +36,7 @@ def dataset_of(*buckets: tuple[int, tuple[int, int]]):
 
 @pytest.fixture(scope="module")
 def parts():
-    """Model, network, and what is needed to count: a batch of two pictures of 64 px."""
+    """Model, network, and what is needed to count: a batch of two images of 64 px."""
     model = replace(two_blocks(), parts={**two_blocks().parts, "unet": copy.deepcopy(two_blocks().denoiser).train()})
     network = create_network(1.0, 2, 2, None, None, model.denoiser, conv_dim=2)
     network.apply_to(None, model.denoiser, False, True)
@@ -47,7 +47,7 @@ def parts():
 
 
 def step(model, network) -> tuple[int, list[torch.Tensor]]:
-    """Bytes that one step of two pictures keeps, and the gradients."""
+    """Bytes that one step of two images keeps, and the gradients."""
     torch.manual_seed(3)
     x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([500, 20]), torch.randn(2, 77, 32)
     weights = [tensor for module in (model.denoiser, network) for tensor in (*module.parameters(), *module.buffers())]
@@ -127,11 +127,11 @@ def test_a_network_that_cannot_be_counted_is_said_and_all_is_checkpointed(parts,
 @pytest.mark.option("gradient_checkpointing", "gradient_checkpointing_budget")
 def test_a_run_with_a_budget_checkpoints_what_it_must_and_learns_the_same(tmp_path, monkeypatch, capsys):
     use_two_blocks(monkeypatch.setattr)
-    pictures = picture_folder(tmp_path / "pictures", 2)
+    images = image_folder(tmp_path / "images", 2)
     more = ["--max_train_steps=2", "--gradient_checkpointing"]
     switched = []
     for budget in ([], ["--gradient_checkpointing_budget=99"]):
-        made = train(words_of_a_run(pictures, tmp_path / f"out{len(budget)}", *more, *budget))
+        made = train(words_of_a_run(images, tmp_path / f"out{len(budget)}", *more, *budget))
         switched.append({unit.gradient_checkpointing for unit in units(made.model.denoiser)})
     assert switched == [{True}, {False}]
     assert "0 of" in capsys.readouterr().out

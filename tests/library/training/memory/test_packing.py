@@ -15,7 +15,7 @@ from library.training.checks.estimates import base_formats, fixed_bytes, frozen_
 from library.training.memory.packing import FORMATS, NF4, PackedConv2d, PackedLinear, pack_layer, pack_weights
 from library.training.options import parse_options
 from networks.lora import LoRAModule, create_network
-from tests.library.training.small_runs import picture_folder, tensors_of, train, two_blocks, use_two_blocks, words_of_a_run
+from tests.library.training.small_runs import image_folder, tensors_of, train, two_blocks, use_two_blocks, words_of_a_run
 
 NEEDED = ["--pretrained_model_name_or_path=m", "--train_data_dir=d", "--output_dir=o", "--network_module=networks.lora"]
 # format -> largest share by which a weight of normal numbers may be off
@@ -225,8 +225,8 @@ def test_estimates_know_the_formats():
 @pytest.fixture
 def words(tmp_path, monkeypatch):
     use_two_blocks(monkeypatch.setattr)
-    pictures = picture_folder(tmp_path / "pictures", 2)
-    return lambda name, *more: words_of_a_run(pictures, tmp_path / name, "--base_dtype=nf4", *more)
+    images = image_folder(tmp_path / "images", 2)
+    return lambda name, *more: words_of_a_run(images, tmp_path / name, "--base_dtype=nf4", *more)
 
 
 def test_a_run_on_a_packed_model_learns_draws_and_goes_on_exactly(words, tmp_path, capsys):

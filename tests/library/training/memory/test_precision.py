@@ -86,7 +86,7 @@ def test_a_loss_of_nan_is_explained():
         options(*half), good
     )
     assert "--no_half_vae" not in explain_nonfinite(options(*half, "--no_half_vae"), good)
-    assert "look at the pictures" in explain_nonfinite(options(), good)
+    assert "look at the images" in explain_nonfinite(options(), good)
 
 
 # ---------------------------------------------------------------- torch.compile

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from small_runs import AfterStep, picture_folder, train, use_two_blocks, words_of_a_run
+from small_runs import AfterStep, image_folder, train, use_two_blocks, words_of_a_run
 
 from library.errors import UserError
 from library.training.options import HubOptions
@@ -175,12 +175,12 @@ def test_a_state_comes_back_as_it_went(hub, tmp_path):
 @pytest.mark.option("huggingface_token", "resume_from_huggingface", "save_state_to_huggingface", "huggingface_repo_id")
 def test_a_run_leaves_its_files_on_the_hub_and_goes_on_from_there_and_the_token_is_nowhere(hub, monkeypatch, tmp_path, capsys):
     use_two_blocks(monkeypatch.setattr)
-    pictures, shared = (
-        picture_folder(tmp_path / "pictures", 2),
+    images, shared = (
+        image_folder(tmp_path / "images", 2),
         ["--huggingface_repo_id=me/loras", f"--huggingface_token={TOKEN}"],
     )
     train(words_of_a_run(
-        pictures, tmp_path / "first", "--max_train_steps=2", "--save_state", "--save_state_to_huggingface", "--log_config",
+        images, tmp_path / "first", "--max_train_steps=2", "--save_state", "--save_state_to_huggingface", "--log_config",
         f"--logging_dir={tmp_path / 'first' / 'logs'}", *shared,
     ))  # fmt: skip
     assert {"mine.safetensors", "mine-state/state.json"} <= set(hub.files)
@@ -188,7 +188,7 @@ def test_a_run_leaves_its_files_on_the_hub_and_goes_on_from_there_and_the_token_
     assert all(token == f"Bearer {TOKEN}" for _, token in hub.calls)
     words = ["--max_train_steps=3", "--resume=me/loras/mine-state", "--resume_from_huggingface", *shared]
     done = []
-    train(words_of_a_run(pictures, tmp_path / "second", *words), AfterStep(lambda run: done.append(run.loop.progress.step)))
+    train(words_of_a_run(images, tmp_path / "second", *words), AfterStep(lambda run: done.append(run.loop.progress.step)))
     assert done == [3], "the run went on after its second step"
     written = [path for name in ("first", "second") for path in (tmp_path / name).rglob("*") if path.is_file()]
     assert len(written) > 5 and not any(TOKEN.encode() in path.read_bytes() for path in written)

@@ -10,7 +10,7 @@ import torch
 from accelerate.state import PartialState
 from PIL import Image
 from safetensors import safe_open
-from small_runs import picture_folder, train, use_two_blocks, words_of_a_run
+from small_runs import image_folder, train, use_two_blocks, words_of_a_run
 from transformers.optimization import Adafactor
 
 from library.data.config import DatasetDefaults, datasets_from_file
@@ -34,7 +34,7 @@ def wandb(monkeypatch):
     calls = []
     run = SimpleNamespace(log=lambda values, step=None: calls.append((values, step)), finish=lambda: calls.append("finished"))
     module = SimpleNamespace(
-        init=lambda **words: calls.append(words) or run, login=lambda key: calls.append(key), Image=lambda picture: picture,
+        init=lambda **words: calls.append(words) or run, login=lambda key: calls.append(key), Image=lambda image: image,
         config=SimpleNamespace(update=lambda values, allow_val_change: calls.append(values)),
         __spec__=SimpleNamespace(origin="wandb"),
     )  # fmt: skip
@@ -42,7 +42,7 @@ def wandb(monkeypatch):
     return calls
 
 
-def test_wandb_gets_names_settings_values_and_pictures(wandb, tmp_path):
+def test_wandb_gets_names_settings_values_and_images(wandb, tmp_path):
     (tmp_path / "t.toml").write_text('[wandb]\ntags = ["cat"]\n', encoding="utf-8")
     options = LogOptions(log_with="wandb", wandb_run_name="mine", log_tracker_name="cats", wandb_api_key="k",
                          log_tracker_config=str(tmp_path / "t.toml"))  # fmt: skip
@@ -97,7 +97,7 @@ def test_what_is_logged_for_a_step_is_that_step_s(wandb, monkeypatch, tmp_path, 
 
     run = train(
         words_of_a_run(
-            picture_folder(tmp_path / "pictures"), tmp_path / "out", "--max_train_steps=7", "--log_with=wandb",
+            image_folder(tmp_path / "images"), tmp_path / "out", "--max_train_steps=7", "--log_with=wandb",
             "--save_every_n_steps=3", "--lr_scheduler=linear", "--lr_warmup_steps=2",
             f"--gradient_accumulation_steps={accumulation}", "--save_state",
         ),
@@ -145,7 +145,7 @@ def test_adafactor_s_own_rates_are_those_of_the_step(wandb, monkeypatch, tmp_pat
 
     first: list[float] = []
     words = ["--max_train_steps=4", "--log_with=wandb", "--optimizer_type=AdaFactor", "--network_train_unet_only"]
-    train(words_of_a_run(picture_folder(tmp_path / "pictures"), tmp_path / "out", *words), Used())
+    train(words_of_a_run(image_folder(tmp_path / "images"), tmp_path / "out", *words), Used())
     logged = [values["lr/unet"] for values, _ in (call for call in wandb if isinstance(call, tuple)) if "lr/unet" in values]
     assert [float(rate) for rate in logged] == pytest.approx(first) and len(set(first)) > 1
 
@@ -183,7 +183,7 @@ def test_a_run_tells_wandb_its_settings(wandb, monkeypatch, tmp_path):
     use_two_blocks(monkeypatch.setattr)
     (tmp_path / "t.toml").write_text('[wandb]\ntags = ["cat"]\n', encoding="utf-8")
     train(words_of_a_run(
-        picture_folder(tmp_path / "pictures", 1), tmp_path / "out", "--max_train_steps=2", "--log_with=wandb",
+        image_folder(tmp_path / "images", 1), tmp_path / "out", "--max_train_steps=2", "--log_with=wandb",
         "--log_tracker_name=cats", "--wandb_run_name=mine", "--wandb_api_key=k", f"--log_tracker_config={tmp_path / 't.toml'}",
         "--log_config",
     ))  # fmt: skip
@@ -196,10 +196,10 @@ def test_a_run_tells_wandb_its_settings(wandb, monkeypatch, tmp_path):
 @pytest.mark.option("log_config")
 def test_a_run_tells_tensorboard_its_settings(monkeypatch, tmp_path):
     use_two_blocks(monkeypatch.setattr)
-    pictures = picture_folder(tmp_path / "pictures", 1)
+    images = image_folder(tmp_path / "images", 1)
     for name, more in (("with", ["--log_config"]), ("without", [])):
         words = ["--max_train_steps=1", f"--logging_dir={tmp_path / name}", "--log_with=tensorboard", "--log_tracker_name=cats"]
-        train(words_of_a_run(pictures, tmp_path / "out", *words, *more))
+        train(words_of_a_run(images, tmp_path / "out", *words, *more))
         (folder,) = (tmp_path / name).glob("*/cats")
         assert list(folder.glob("events*")) and [
             path.read_text().count("learning_rate: 0.001") for path in folder.rglob("*.yml")
@@ -228,7 +228,7 @@ def test_the_grid_has_a_row_a_prompt_and_a_column_a_moment(tmp_path):
 )
 def test_the_command_from_the_metadata_is_accepted_and_says_the_same(words, monkeypatch, tmp_path, capsys):
     use_two_blocks(monkeypatch.setattr)
-    words = words_of_a_run(picture_folder(tmp_path / "10_cat", 1), tmp_path / "out", "--max_train_steps=1", *words.split())
+    words = words_of_a_run(image_folder(tmp_path / "10_cat", 1), tmp_path / "out", "--max_train_steps=1", *words.split())
     train(words)
     capsys.readouterr()
     print_from_metadata(str(tmp_path / "out" / "mine.safetensors"), all_defaults())
@@ -278,7 +278,7 @@ def test_the_dataset_file_from_the_metadata_says_the_same(monkeypatch, tmp_path,
     use_two_blocks(monkeypatch.setattr)
     monkeypatch.chdir(tmp_path)
     for name in ("a", "b", "masks"):
-        picture_folder(tmp_path / name, 2)
+        image_folder(tmp_path / name, 2)
     Path("meta.json").write_text('{"0": {"caption": "x"}, "1": {"caption": "y"}}', encoding="utf-8")
     Path("given.toml").write_text(DATA, encoding="utf-8")
     train(words_of_a_run(tmp_path, tmp_path / "out", "--max_train_steps=1", "--masked_loss", "--dataset_config=given.toml"))

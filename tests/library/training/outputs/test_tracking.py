@@ -31,15 +31,15 @@ def test_the_average_is_over_the_last_epoch():
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_is_named_with_its_step_and_pictures(value):
+def test_a_loss_that_is_not_finite_is_named_with_its_step_and_images(value):
     record = LossRecord(window=3)
     record.add(7, torch.tensor(value), ["x.png", "y.png"])
-    with pytest.raises(RunFailed, match=r"at step 7 \(pictures: x.png, y.png\)"):
+    with pytest.raises(RunFailed, match=r"at step 7 \(images: x.png, y.png\)"):
         record.add(8, torch.tensor(1.0), [])
 
 
 @pytest.mark.parametrize("count", [1, 2, 100])
-def test_the_plot_is_a_picture(tmp_path, count):
+def test_the_plot_is_an_image(tmp_path, count):
     record = LossRecord(window=10)
     for step in range(count):
         record.add(step, torch.tensor(1 / (step + 1)), [])

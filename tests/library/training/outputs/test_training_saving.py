@@ -15,7 +15,7 @@ from library.training.options import OutputOptions
 from library.training.outputs import saving
 from library.training.outputs.saving import ModelFiles, NotSaved
 from library.training.run_state import state
-from tests.library.training.small_runs import AfterStep, picture_folder, tensors_of, train, use_two_blocks, words_of_a_run
+from tests.library.training.small_runs import AfterStep, image_folder, tensors_of, train, use_two_blocks, words_of_a_run
 
 
 class Network(torch.nn.Module):
@@ -187,7 +187,7 @@ def test_a_full_disk_while_a_lora_is_saved_ends_in_one_line_that_says_where_it_i
 
     monkeypatch.setattr(safetensors.torch, "save_file", full_out)
     with pytest.raises(NotSaved, match=r"mine\.safetensors was not saved .*No space left.*its weights are in .*mine-rescued"):
-        train(words_of_a_run(picture_folder(tmp_path / "data"), tmp_path / "out", "--max_train_steps=2"))
+        train(words_of_a_run(image_folder(tmp_path / "data"), tmp_path / "out", "--max_train_steps=2"))
     assert tensors_of(elsewhere / "mine-rescued.safetensors")
     assert not list((tmp_path / "out").glob("*"))
 
@@ -196,13 +196,13 @@ def test_a_state_that_cannot_be_written_loses_no_weights(tmp_path, monkeypatch):
     use_two_blocks(monkeypatch.setattr)
     monkeypatch.setattr(state, "_write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(UserError, match=r"the state .* cannot be written: No space left.*until then is in .*mine-step00000002"):
-        train(words_of_a_run(picture_folder(tmp_path / "data"), tmp_path / "out", "--max_train_steps=2", "--save_state"))
+        train(words_of_a_run(image_folder(tmp_path / "data"), tmp_path / "out", "--max_train_steps=2", "--save_state"))
     assert tensors_of(tmp_path / "out" / "mine-step00000002.safetensors")
 
 
 def test_an_old_file_of_the_name_does_not_keep_what_is_trained_from_being_saved(tmp_path, monkeypatch):
     use_two_blocks(monkeypatch.setattr)
-    data, out = picture_folder(tmp_path / "data"), tmp_path / "out"
+    data, out = image_folder(tmp_path / "data"), tmp_path / "out"
     old = out / "mine-step00000001.safetensors"
     out.mkdir()
     old.write_bytes(b"of an earlier run")
@@ -217,7 +217,7 @@ def test_an_old_file_of_the_name_does_not_keep_what_is_trained_from_being_saved(
 
 def test_names_and_comments_that_are_no_utf8_are_trained_and_saved(tmp_path, monkeypatch):
     use_two_blocks(monkeypatch.setattr)
-    data = picture_folder(tmp_path / "data" / "1_caf\udce9", count=2)
+    data = image_folder(tmp_path / "data" / "1_caf\udce9", count=2)
     try:
         os.replace(data / "0.png", data / "\udc83e.png")
     except OSError:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from small_runs import AfterStep, picture_folder, tensors_of, train, use_two_blocks, words_of_a_run
+from small_runs import AfterStep, image_folder, tensors_of, train, use_two_blocks, words_of_a_run
 
 from library.command_line import groups_of
 from library.errors import RunFailed, UserError
@@ -27,15 +27,15 @@ TIMES = {"ss_session_id", "ss_training_started_at", "ss_training_finished_at", "
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    return picture_folder(tmp_path_factory.mktemp("state") / "pictures")
+def images(tmp_path_factory) -> Path:
+    return image_folder(tmp_path_factory.mktemp("state") / "images")
 
 
 @pytest.fixture
-def run(pictures, tmp_path, monkeypatch) -> Callable[..., Run]:
+def run(images, tmp_path, monkeypatch) -> Callable[..., Run]:
     """`run("a", "--max_train_steps=3")` trains into the folder `a` and gives the run as it was at the end."""
     use_two_blocks(monkeypatch.setattr)
-    return lambda folder, *words, after=(): train(words_of_a_run(pictures, tmp_path / folder, *words), *after)
+    return lambda folder, *words, after=(): train(words_of_a_run(images, tmp_path / folder, *words), *after)
 
 
 def interrupt(step: int) -> list[AfterStep]:
@@ -122,10 +122,10 @@ EXTRAS = {"schedule-free": "schedulefree", "Prodigy": "prodigyopt"}  # packages 
 
 @pytest.mark.option("resume", "save_state")
 @pytest.mark.parametrize("name", CASES)
-def test_trap_5_1_and_5_2_resumed_twice_is_as_never_stopped(run, name, pictures, tmp_path):
+def test_trap_5_1_and_5_2_resumed_twice_is_as_never_stopped(run, name, images, tmp_path):
     if name in EXTRAS:
         pytest.importorskip(EXTRAS[name])
-    (tmp_path / "data.toml").write_text(MANY.format(pictures.as_posix()), encoding="utf-8")
+    (tmp_path / "data.toml").write_text(MANY.format(images.as_posix()), encoding="utf-8")
     words = [f"--dataset_config={tmp_path / 'data.toml'}" if word == "--dataset_config=DATA" else word for word in CASES[name]]
     whole = run("whole", *words)
     total, parts = whole.plan.max_steps, tmp_path / "parts"
@@ -172,12 +172,12 @@ def test_names_of_states_and_which_are_removed(run, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def a_state(tmp_path_factory, pictures) -> Path:
+def a_state(tmp_path_factory, images) -> Path:
     """The state of a run of two steps."""
     folder = tmp_path_factory.mktemp("first")
     with pytest.MonkeyPatch.context() as patch:
         use_two_blocks(patch.setattr)
-        train(words_of_a_run(pictures, folder, *UNET, "--max_train_steps=2", "--save_state"))
+        train(words_of_a_run(images, folder, *UNET, "--max_train_steps=2", "--save_state"))
     return folder / "mine-state"
 
 
@@ -204,16 +204,16 @@ def test_a_state_of_another_run_is_refused_before_the_model_is_loaded(run, a_sta
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_other_pictures_captions_and_models_are_refused(run, a_state, tmp_path, monkeypatch):
+def test_other_images_captions_and_models_are_refused(run, a_state, tmp_path, monkeypatch):
     words = [*UNET, "--max_train_steps=4", f"--resume={a_state}"]
-    more = picture_folder(tmp_path / "more" / "pictures", 6)
-    with pytest.raises(UserError, match=r"the number of pictures changed \(5 then, 6 now\)"):
+    more = image_folder(tmp_path / "more" / "images", 6)
+    with pytest.raises(UserError, match=r"the number of images changed \(5 then, 6 now\)"):
         run("out", *words, f"--train_data_dir={more}")
     (more / "5.png").unlink()
     (more / "2.txt").write_text("another text", encoding="utf-8")
     with pytest.raises(UserError, match="the captions changed; to go on from its weights"):
         run("out", *words, f"--train_data_dir={more}")
-    picture_folder(more)
+    image_folder(more)
     load = setup.load_stable_diffusion
 
     def other(*args, **kwargs):
@@ -229,7 +229,7 @@ def test_other_pictures_captions_and_models_are_refused(run, a_state, tmp_path, 
 
 def test_what_may_differ_and_where_things_lie(run, a_state, tmp_path):
     """Folders moved, another output, more steps, workers: it goes on; --seed may be left out."""
-    moved = picture_folder(tmp_path / "elsewhere" / "pictures")
+    moved = image_folder(tmp_path / "elsewhere" / "images")
     words = [
         word for word in words_of_a_run(moved, tmp_path / "out", *UNET, "--max_train_steps=3") if not word.startswith("--seed")
     ]

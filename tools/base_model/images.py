@@ -1,4 +1,4 @@
-"""From the tars of the emoji styles to folders of pictures with captions, one folder a style."""
+"""From the tars of the emoji styles to folders of images with captions, one folder a style."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ KEYWORDS = 3  # at most so many after the name
 
 @dataclass(frozen=True)
 class Emoji:
-    code: str  # code point, which names the picture's file
+    code: str  # code point, which names the image's file
     name: str
     group: str
     keywords: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Pictures by style and code point in folders below `folder`, as `unpack` made them."""
+class Images:
+    """Images by style and code point in folders below `folder`, as `unpack` made them."""
 
     source: Path  # holds captions.tsv
     folder: Path
@@ -42,7 +42,7 @@ class Pictures:
 
     @property
     def named(self) -> Path:
-        """The folder of captioned pictures, one folder a style: those of `names.py`."""
+        """The folder of captioned images, one folder a style: those of `names.py`."""
         return self.folder / "named"
 
     @cached_property
@@ -57,28 +57,28 @@ class Pictures:
         return found
 
 
-def unpack(source: Path, folder: Path) -> Pictures:
-    """Write every picture below `folder`/all, and those of `names.py` with captions below `folder`/named.
+def unpack(source: Path, folder: Path) -> Images:
+    """Write every image below `folder`/all, and those of `names.py` with captions below `folder`/named.
 
     `source` holds `captions.tsv` and one tar a style. What is there already is kept, so a second call costs nothing.
     """
     for name in ("captions.tsv", *(f"{style}.tar" for style in AUTOENCODER_STYLES)):
         if not (source / name).is_file():
-            raise UserError(f"{source / name} is missing; give --pictures the folder with captions.tsv and the styles' tars")
-    pictures = Pictures(source, folder)
+            raise UserError(f"{source / name} is missing; give --images the folder with captions.tsv and the styles' tars")
+    images = Images(source, folder)
     whole = folder / "whole"  # written last, so a break leaves nothing half done
     if whole.exists():
-        return pictures
+        return images
     shutil.rmtree(folder, ignore_errors=True)
     for style in AUTOENCODER_STYLES:
         _unpack_tar(source / f"{style}.tar", folder / "all" / style)
     for word, style in STYLES.items():
-        target = pictures.named / style
+        target = images.named / style
         target.mkdir(parents=True)
         for name in (name for names in NAMES.values() for name in names):
-            _write_named(pictures.emoji[name], word, folder / "all" / style, target)
+            _write_named(images.emoji[name], word, folder / "all" / style, target)
     whole.touch()
-    return pictures
+    return images
 
 
 def _unpack_tar(path: Path, target: Path) -> None:
@@ -89,16 +89,16 @@ def _unpack_tar(path: Path, target: Path) -> None:
                 (target / Path(member.name).name).write_bytes(tar.extractfile(member).read())
 
 
-def _write_named(emoji: Emoji, style: str, pictures: Path, target: Path) -> None:
-    """The picture and its caption: the prompt, then keywords, which training drops at random."""
+def _write_named(emoji: Emoji, style: str, images: Path, target: Path) -> None:
+    """The image and its caption: the prompt, then keywords, which training drops at random."""
     stem = emoji.name.replace(" ", "-")
-    shutil.copyfile(pictures / f"{emoji.code}.webp", target / f"{stem}.webp")
+    shutil.copyfile(images / f"{emoji.code}.webp", target / f"{stem}.webp")
     caption = ", ".join([prompt_of(style, emoji.name), *emoji.keywords])
     (target / f"{stem}.txt").write_text(caption + "\n", encoding="utf-8", newline="\n")
 
 
 def read_tar(source: Path, style: str, names: list[str]) -> dict[str, Image.Image]:
-    """Name -> picture of one style, straight from its tar."""
-    emoji = Pictures(source, source).emoji
+    """Name -> image of one style, straight from its tar."""
+    emoji = Images(source, source).emoji
     with tarfile.open(source / f"{style}.tar") as tar:
         return {name: Image.open(io.BytesIO(tar.extractfile(f"{style}/{emoji[name].code}.webp").read())) for name in names}

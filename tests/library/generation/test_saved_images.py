@@ -1,4 +1,4 @@
-"""Names of pictures, their text fields, and how they reach the disk."""
+"""Names of images, their text fields, and how they reach the disk."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from library.generation.file_names import FileNames
 from library.generation.png_text import RunFacts, UsedLora, lora_hash, model_hash, parameters, text_fields
 from library.generation.prompts import PromptSpec
 
-PICTURE = Image.new("RGB", (8, 8), "red")
+IMAGE = Image.new("RGB", (8, 8), "red")
 
 
 def first(names) -> str:
@@ -65,7 +65,7 @@ def test_original_names(tmp_path):
 def test_trap_6_11_nothing_is_ever_replaced(tmp_path):
     taken = tmp_path / "a.png"
     taken.write_text("mine", encoding="utf-8")
-    path = write_new((tmp_path / f"{name}.png" for name in "ab"), PICTURE.save)
+    path = write_new((tmp_path / f"{name}.png" for name in "ab"), IMAGE.save)
     assert path == tmp_path / "b.png" and taken.read_text(encoding="utf-8") == "mine"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "b.png"]
 
@@ -75,7 +75,7 @@ def test_two_writers_of_one_name_both_keep_their_file(tmp_path):
 
     def write():
         def save(temporary):
-            PICTURE.save(temporary)
+            IMAGE.save(temporary)
             barrier.wait()  # all four are ready to take the name
 
         paths.append(write_new((tmp_path / f"{number}.png" for number in range(9)), save))
@@ -91,11 +91,11 @@ def test_two_writers_of_one_name_both_keep_their_file(tmp_path):
 def test_a_file_system_without_links(tmp_path, monkeypatch):
     monkeypatch.setattr("os.link", lambda *a: (_ for _ in ()).throw(OSError("no links here")))
     for expected in ("0.png", "1.png"):
-        assert write_new((tmp_path / f"{number}.png" for number in range(3)), PICTURE.save).name == expected
+        assert write_new((tmp_path / f"{number}.png" for number in range(3)), IMAGE.save).name == expected
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_picture_that_breaks_off_leaves_nothing(tmp_path):
+def test_an_image_that_breaks_off_leaves_nothing(tmp_path):
     def broken(temporary):
         temporary.write_text("half", encoding="utf-8")
         raise OSError(28, "No space left on device")
@@ -193,7 +193,7 @@ def test_hashes_are_the_web_ui_s(tmp_path):
 # ---------------------------------------------------------------- the album
 
 
-def test_pictures_are_saved_while_the_next_ones_are_made(tmp_path):
+def test_images_are_saved_while_the_next_ones_are_made(tmp_path):
     going_on = threading.Event()
 
     def text():
@@ -201,7 +201,7 @@ def test_pictures_are_saved_while_the_next_ones_are_made(tmp_path):
         return {"prompt": "a Kätzchen 猫"}
 
     with Album() as album:
-        album.add(PICTURE, [tmp_path / "a.png"], text)
+        album.add(IMAGE, [tmp_path / "a.png"], text)
         assert album.saved == []  # and yet we are here: the drawing goes on
         going_on.set()
     assert album.saved == [tmp_path / "a.png"]
@@ -209,7 +209,7 @@ def test_pictures_are_saved_while_the_next_ones_are_made(tmp_path):
         assert saved.text == {"prompt": "a Kätzchen 猫"} and saved.getpixel((0, 0)) == (255, 0, 0)
 
 
-def test_unsaved_pictures_do_not_pile_up(tmp_path):
+def test_unsaved_images_do_not_pile_up(tmp_path):
     waiting, most = [], []
 
     def text():
@@ -221,12 +221,12 @@ def test_unsaved_pictures_do_not_pile_up(tmp_path):
     with Album() as album:
         for number in range(3 * MOST_WAITING):
             waiting.append(number)
-            album.add(PICTURE, [tmp_path / f"{number}.png"], text)
+            album.add(IMAGE, [tmp_path / f"{number}.png"], text)
     assert len(album.saved) == 3 * MOST_WAITING and max(most) <= MOST_WAITING + 2
 
 
 def test_a_disk_that_is_full_ends_the_run_with_its_name(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write"), Album() as album:
-        album.add(PICTURE, [tmp_path / "file" / "a.png"], dict)
+        album.add(IMAGE, [tmp_path / "file" / "a.png"], dict)
         album.wait()
