@@ -24,6 +24,7 @@ HELPERS = (
     "library.command_line",
     "library.console",
     "library.devices",
+    "library.freed_memory",
     "library.imports",
     "library.key_values",
     "library.network_modules",

@@ -22,8 +22,8 @@ import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from library.data.colours import BadProfile, as_srgb
-from library.devices import give_back_freed_memory
 from library.errors import one_line
+from library.freed_memory import give_back_freed_memory
 
 log = logging.getLogger(__name__)
 

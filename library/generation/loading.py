@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from library.devices import keep_freed_memory, use_xformers
+from library.devices import use_xformers
 from library.diffusion.process import Prediction
 from library.errors import UserError
+from library.freed_memory import keep_freed_memory
 from library.models.loading import load_stable_diffusion
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from library.data.debug import write_debug_sheet
-from library.devices import cpu_has_fast_bf16, keep_freed_memory, use_all_cores
+from library.devices import cpu_has_fast_bf16, use_all_cores
+from library.freed_memory import keep_freed_memory
 from library.processes import EndedElsewhere, Processes, launched_world, timeout
 from library.training.checks.preflight import preflight
 from library.training.loop import Listener

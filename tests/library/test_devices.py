@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -33,32 +31,3 @@ def test_under_accelerate_every_core_is_used_and_else_the_user_s_number(monkeypa
 def test_peak_memory_grows_with_use():
     block = torch.ones(200_000_000, dtype=torch.uint8)
     assert peak_memory_bytes(torch.device("cpu")) > block.numel()
-
-
-FAULTS = """
-import resource, sys, torch
-from library.devices import keep_freed_memory
-
-if sys.argv[1] == "keep" and not keep_freed_memory():
-    print("not here")
-    raise SystemExit
-for turn in range(25):
-    if turn == 20:  # by then it has what it needs
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    block = torch.ones(16_000_000)
-    del block
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only glibc's memory can be told to stay")
-def test_kept_memory_is_not_cleared_by_the_system_again():
-    def faults(how):
-        done = subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, encoding="utf-8", check=True)
-        return done.stdout.strip()
-
-    kept = faults("keep")
-    if kept == "not here":
-        pytest.skip("this C library keeps no memory")
-    assert int(kept) < 500  # pages; 5 turns touch 78,000
-    assert int(faults("give back")) > 10_000

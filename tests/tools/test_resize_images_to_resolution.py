@@ -208,3 +208,10 @@ def test_as_a_script(folders):
 
 def test_every_interpolation_that_can_be_chosen_has_a_filter():
     assert ("area", *FILTERS) == resize_images_to_resolution.FILTERS
+
+
+def test_the_images_are_resized_without_torch():
+    """Importing it would take longer than a hundred images."""
+    code = "import sys, library.data.smaller_copies; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", cwd=ROOT, check=True)
+    assert done.stdout.strip() == "False"

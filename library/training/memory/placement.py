@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from library.devices import give_back_freed_memory
+from library.freed_memory import give_back_freed_memory
 from library.models.family import Model
 from library.training.checks.estimates import base_formats
 from library.training.memory.compiling import compile_in_place
