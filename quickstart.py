@@ -9,7 +9,9 @@ requirements.txt changes. pip's own output is kept in .venv/install.log. Further
 or to pytest (for example -k buckets). Python 3.10 to 3.13; standard library only.
 """
 
-# This file must also be readable by an old Python, which is then told what to do: no syntax newer than Python 3.6.
+# An old Python, 2.7 included, must be able to read this file and say what is needed: no syntax newer than Python 3.6, no
+# print(..., file=...), no "raise ... from None".
+import errno
 import hashlib
 import json
 import os
@@ -20,14 +22,23 @@ import sys
 import tempfile
 import threading
 import time
-from pathlib import Path
+
+OLD_PYTHON = (
+    "this is Python %d.%d, and 3.10 to 3.13 is needed; get one from https://www.python.org/downloads/ "
+    "(or: conda create -n lora python=3.12) and run quickstart.py with it"
+)
+try:
+    from pathlib import Path
+except ImportError:
+    sys.exit("error: " + OLD_PYTHON % sys.version_info[:2])
 
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 VENV_PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 LOG = VENV / "install.log"
 DONE = VENV / "quickstart.json"  # what is installed; written last
-UNFINISHED = VENV / "quickstart-unfinished"  # is there while pip works; left behind by an interruption
+UNFINISHED = VENV / "quickstart-unfinished"  # is there while .venv is made and pip works; left behind by an interruption
+LOCK = ROOT / ".venv.lock"  # locked while .venv is changed; the system unlocks it when the process ends, however it ends
 
 OLDEST, NEWEST = (3, 10), (3, 13)
 # Measured with a CPU build of torch: 1.7 GB. Estimated for the CUDA build that PyPI has for Linux: 6.5 GB, more while it unpacks.
@@ -41,13 +52,21 @@ MODES = {"demo": ["requirements.txt"], "setup": ["requirements.txt"], "test": ["
 class Problem(Exception):
     """Something the machine lacks, with the cure, in one line."""
 
+    exit_code = 1
+
+
+class WrongCommand(Problem):
+    """A word on the command line that quickstart.py does not have."""
+
+    exit_code = 2
+
 
 def main(arguments):
     for stream in (sys.stdout, sys.stderr):  # a path that this console cannot show must not end the run
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     if arguments[:1] in (["-h"], ["--help"]):
-        print(__doc__.strip())
+        say(__doc__.strip())
         return 0
     try:
         mode, arguments = split_mode(arguments)
@@ -55,14 +74,19 @@ def main(arguments):
         set_up(mode)
         return run(mode, arguments)
     except Problem as problem:
-        print("error: %s" % problem, file=sys.stderr)
-        return 1
+        sys.stderr.write("error: %s\n" % problem)
+        return problem.exit_code
     except OSError as error:
-        print("error: %s; check the folder's rights and the free disk space" % error, file=sys.stderr)
+        sys.stderr.write("error: %s; check the folder's rights and the free disk space\n" % error)
         return 1
     except KeyboardInterrupt:
-        print("\ninterrupted; run the same command again to go on", file=sys.stderr)
+        sys.stderr.write("\ninterrupted; run the same command again to go on\n")
         return 130
+
+
+def say(line):
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
 
 
 def split_mode(arguments):
@@ -70,7 +94,9 @@ def split_mode(arguments):
     if not arguments or arguments[0].startswith("-"):
         return "demo", arguments
     if arguments[0] not in MODES:
-        raise Problem("unknown command '%s'; known: %s, or nothing for the demo" % (arguments[0], ", ".join(MODES)))
+        raise WrongCommand("unknown command '%s'; known: %s, or nothing for the demo" % (arguments[0], ", ".join(MODES)))
+    if arguments[0] == "setup" and arguments[1:]:
+        raise WrongCommand("setup takes no options; '%s' is one too many" % arguments[1])
     return arguments[0], arguments[1:]
 
 
@@ -78,10 +104,7 @@ def check_python():
     """Raise Problem if this Python cannot have the packages."""
     found = sys.version_info[:2]
     if found < OLDEST:
-        raise Problem(
-            "this is Python %d.%d, and 3.10 to 3.13 is needed; get one from https://www.python.org/downloads/ "
-            "(or: conda create -n lora python=3.12) and run quickstart.py with it" % found
-        )
+        raise Problem(OLD_PYTHON % found)
     if sys.maxsize < 2**32:
         raise Problem(
             "this is a 32-bit Python, and PyTorch needs 64 bits; get a 64-bit one from https://www.python.org/downloads/"
@@ -128,11 +151,21 @@ def call(command, environment, cwd=None):
 
 def set_up(mode):
     """Bring .venv to what `mode` needs; nothing but a look at one small file if it is there already."""
-    wanted = {name: digest(ROOT / name) for name in MODES[mode]}
+    if missing_requirements(mode):
+        with Lock():
+            if missing_requirements(mode):  # else another process did it while this one waited
+                fill_venv(mode)
+
+
+def missing_requirements(mode):
+    """Whether something that `mode` needs is not installed, or not as its requirements file has it now."""
     done = read_done()
-    if all(done.get(name) == value for name, value in wanted.items()):
-        return
+    return any(done.get(name) != digest(ROOT / name) for name in MODES[mode])
+
+
+def fill_venv(mode):
     started = time.time()
+    done = read_done()
     check_disk()
     if not usable():
         make_venv()
@@ -141,10 +174,48 @@ def set_up(mode):
         DONE.unlink()
     install(MODES[mode][-1])
     compile_imports()
+    wanted = {name: digest(ROOT / name) for name in MODES[mode]}
     kept = {name: value for name, value in done.items() if name not in wanted and value == current_digest(name)}
     write_done(dict(kept, **wanted))
     UNFINISHED.unlink()
-    print("Set up in %d s. pip's output: %s\n" % (time.time() - started, LOG), flush=True)
+    say("Set up in %d s. pip's output: %s\n" % (time.time() - started, LOG))
+
+
+class Lock:
+    """Holds LOCK, so that one process at a time changes .venv; waits for another one's end.
+
+    pip inherits the lock where the system can hand it on: when quickstart.py alone is killed, the next one waits for its pip.
+    """
+
+    def __enter__(self):
+        self.file = open(str(LOCK), "a")
+        waits = False
+        while not try_lock(self.file):
+            if not waits:
+                say("Another quickstart.py is setting up %s; waiting for it" % VENV)
+                waits = True
+            time.sleep(1)
+        if os.name != "nt":
+            os.set_inheritable(self.file.fileno(), True)
+
+    def __exit__(self, *_):
+        self.file.close()
+
+
+def try_lock(file):
+    """Whether this process now holds the lock; also true on a file system that has no locks."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EAGAIN)
+    return True
 
 
 def digest(path):
@@ -178,10 +249,9 @@ def check_disk():
     if free < NEEDED_GB:
         raise Problem("%.1f GB are free on the disk of %s, and about %d GB are needed; free some space" % (free, ROOT, NEEDED_GB))
     if sys.platform == "linux" and free < NEEDED_GB_CUDA:
-        print(
+        say(
             "Note: %.1f GB are free on this disk; PyTorch with CUDA wants about %d GB. "
-            'README.md, "Requirements", tells how to put the small CPU build there.' % (free, NEEDED_GB_CUDA),
-            flush=True,
+            'README.md, "Requirements", tells how to put the small CPU build there.' % (free, NEEDED_GB_CUDA)
         )
 
 
@@ -191,39 +261,57 @@ def usable():
         return False
     if DONE.exists() and not read_done():
         return False
-    code = "import pip, sys; sys.exit(not %r <= sys.version_info[:2] <= %r)" % (OLDEST, NEWEST)
-    return subprocess.call([str(VENV_PYTHON), "-c", code], stderr=subprocess.DEVNULL) == 0
+    code = "import sys; sys.exit(not %r <= sys.version_info[:2] <= %r)" % (OLDEST, NEWEST)
+    # The help of pip install imports all that an installation uses: a pip of which files are missing fails here.
+    for words in (["-c", code], ["-m", "pip", "install", "--help"]):
+        if subprocess.call([str(VENV_PYTHON)] + words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL):
+            return False
+    return True
 
 
 def make_venv():
-    try:
-        import ensurepip  # noqa: F401  (Debian and Ubuntu ship Python without it)
-        import venv
-    except ImportError:
+    import importlib.util
+
+    if not all(importlib.util.find_spec(name) for name in ("venv", "ensurepip")):  # Debian and Ubuntu ship Python without
         raise Problem(
             "this Python has no venv; on Debian and Ubuntu run: sudo apt install python%d.%d-venv" % sys.version_info[:2]
-        ) from None
+        )
     if Path(sys.prefix).resolve() == VENV.resolve():
         raise Problem(
             "%s must be made anew and cannot be while its own Python runs; run quickstart.py with the system's Python" % VENV
         )
-    print("Making %s with Python %s" % (VENV, sys.version.split()[0]), flush=True)
+    say("Making %s with Python %s" % (VENV, sys.version.split()[0]))
+    failure = None
     try:
-        venv.create(str(VENV), with_pip=True, clear=True, symlinks=os.name != "nt")
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise Problem(
-            "%s could not be made (%s); check that the folder may be written to and is not in use" % (VENV, error)
-        ) from None
+        import venv
+
+        clear_venv()
+        venv.create(str(VENV), with_pip=True, symlinks=os.name != "nt")
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:
+        failure = error
+    if failure:
+        raise Problem("%s could not be made (%s); check that the folder may be written to and is not in use" % (VENV, failure))
+
+
+def clear_venv():
+    """Empty .venv but for the mark that it is unfinished, which is put there first: whenever this is killed, it starts afresh."""
+    VENV.mkdir(exist_ok=True)
+    UNFINISHED.touch()
+    for path in VENV.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(str(path))
+        elif path != UNFINISHED:
+            path.unlink()
 
 
 def install(requirements):
     """pip install into .venv, with a plain line for each big step."""
-    print("Installing the packages of %s; the first time this downloads up to 3 GB" % requirements, flush=True)
+    say("Installing the packages of %s; the first time this downloads up to 3 GB" % requirements)
     command = [str(VENV_PYTHON), "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--progress-bar", "off",
                "--no-compile",  # most of the packages' files are never imported; `compile_imports` does the others
                "-r", str(ROOT / requirements)]  # fmt: skip
     environment = child_environment(PIP_USER="0")
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, close_fds=False)
     progress = Progress()
     try:
         with open(str(LOG), "wb") as log:
@@ -247,7 +335,7 @@ def compile_imports():
 
     What fails here fails again, and better told, in the run itself.
     """
-    print("  compiling", flush=True)
+    say("  compiling")
     program = "import library.training.entry; from library.imports import import_model_libraries; import_model_libraries()"
     subprocess.call(
         [str(VENV_PYTHON), "-c", program],
@@ -279,11 +367,11 @@ class Progress:
 
     def tell(self, doing):
         self.doing = doing
-        print("  %s" % doing, flush=True)
+        say("  %s" % doing)
 
     def beat(self):
         while not self.stopped.wait(HEARTBEAT_SECONDS):
-            print("  ... %d s, %s" % (time.time() - self.started, self.doing), flush=True)
+            say("  ... %d s, %s" % (time.time() - self.started, self.doing))
 
     def stop(self):
         self.stopped.set()
@@ -314,6 +402,13 @@ def cause_of_failure(log):
             "(behind a proxy set HTTPS_PROXY, without network set PIP_FIND_LINKS to a folder of wheels) and run this again"
         )
     missing = re.search(r"No matching distribution found for (\S+)", log)
+    places = re.findall(r"^Looking in (?:indexes|links): (.+)$", log, re.MULTILINE)
+    if missing and places and sys.version_info[:2] <= NEWEST:
+        return (
+            "no %s for Python %d.%d on this system is found in %s, where pip looks here; add it there, "
+            "or unset PIP_INDEX_URL, PIP_NO_INDEX and PIP_FIND_LINKS (and in pip's configuration), and run this again"
+            % ((missing.group(1),) + sys.version_info[:2] + (" and ".join(place.strip() for place in places),))
+        )
     if missing:
         return (
             "there is no build of %s for Python %d.%d on this system; there are builds for Python 3.10 to 3.13 "
@@ -321,6 +416,8 @@ def cause_of_failure(log):
         )
     if "Permission denied" in log or "[WinError 5]" in log:
         return "%s may not be written to; close what uses it, check its rights and run this again" % VENV
+    if "Traceback (most recent call last)" in log:
+        return "pip itself fails, perhaps because files of it are missing; delete %s and run this again" % VENV
     errors = [line.strip() for line in log.splitlines() if line.lower().startswith("error:")]
     return "pip failed: %s" % (errors[-1][len("error:") :].strip() if errors else "see its output")
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import ast
 import itertools
 import os
+import runpy
 import subprocess
 import sys
+import threading
+import time
 from collections import namedtuple
 from pathlib import Path
 
@@ -14,6 +17,8 @@ import pytest
 from packaging.requirements import Requirement
 
 import quickstart
+
+make_venv_for_real = quickstart.make_venv
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = (ROOT / "quickstart.py").read_text(encoding="utf-8")
@@ -46,7 +51,7 @@ def project(tmp_path, monkeypatch):
     venv = root / ".venv"
     for name, value in {
         "ROOT": root, "VENV": venv, "VENV_PYTHON": venv / "python", "LOG": venv / "install.log", "DONE": venv / "quickstart.json",
-        "UNFINISHED": venv / "quickstart-unfinished",
+        "UNFINISHED": venv / "quickstart-unfinished", "LOCK": root / ".venv.lock",
     }.items():  # fmt: skip
         monkeypatch.setattr(quickstart, name, value)
     calls: list[str] = []
@@ -121,6 +126,76 @@ def test_venv_made_by_hand_is_kept(project):
     assert calls == ["requirements.txt"]
 
 
+def test_set_up_killed_while_the_venv_is_made_starts_afresh(project, monkeypatch):
+    _, calls = project
+    quickstart.VENV.mkdir()
+    quickstart.VENV_PYTHON.touch()
+    quickstart.DONE.write_text("{}", encoding="utf-8")
+
+    def killed(*_, **__):
+        raise SystemExit
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(quickstart, "make_venv", make_venv_for_real)
+        patch.setattr("venv.create", killed)
+        quickstart.set_up("demo")
+    assert not quickstart.VENV_PYTHON.exists() and not quickstart.usable()
+    quickstart.VENV_PYTHON.touch()  # venv made it, and was killed while pip was put in
+    assert not quickstart.usable()
+    quickstart.set_up("demo")
+    assert calls == ["venv", "requirements.txt"]
+
+
+def test_the_mark_of_an_unfinished_venv_is_there_before_anything_is_deleted(project, monkeypatch):
+    quickstart.VENV.mkdir()
+    (quickstart.VENV / "lib").mkdir()
+
+    def killed(_):
+        raise SystemExit
+
+    monkeypatch.setattr(quickstart.shutil, "rmtree", killed)
+    with pytest.raises(SystemExit):
+        quickstart.clear_venv()
+    assert quickstart.UNFINISHED.exists()
+
+
+def test_a_venv_whose_pip_lacks_files_is_made_anew(project, monkeypatch):
+    _, calls = project
+    quickstart.VENV.mkdir()
+    quickstart.VENV_PYTHON.touch()
+    monkeypatch.setattr(quickstart.subprocess, "call", lambda command, **_: int("pip" in command))
+    quickstart.set_up("demo")
+    assert calls == ["venv", "requirements.txt"]
+
+
+def test_a_second_set_up_waits_for_the_first_and_then_finds_all_done(project, monkeypatch, capsys):
+    _, calls = project
+    second = threading.Thread(target=quickstart.set_up, args=("demo",))
+
+    def install(requirements):
+        calls.append(requirements)
+        second.start()
+        while "waiting for it" not in (shown := capsys.readouterr().out):
+            assert second.is_alive(), shown
+            time.sleep(0.01)
+
+    monkeypatch.setattr(quickstart, "install", install)
+    quickstart.set_up("demo")
+    second.join()
+    assert calls == ["venv", "requirements.txt"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a lock cannot be handed on there")
+def test_pip_keeps_the_lock_when_quickstart_alone_is_killed(project):
+    quickstart.LOCK.parent.mkdir(exist_ok=True)
+    with quickstart.Lock():
+        pip = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, close_fds=False)
+    with open(quickstart.LOCK, "a") as file:
+        assert not quickstart.try_lock(file)
+        pip.communicate()
+        assert quickstart.try_lock(file)
+
+
 @pytest.mark.parametrize(
     ("log", "cause", "cure"),
     [
@@ -130,6 +205,12 @@ def test_venv_made_by_hand_is_kept(project):
          "ERROR: No matching distribution found for torch==2.13.0", "no network", "PIP_FIND_LINKS"),
         ("SSLError(SSLCertVerificationError(1, '[SSL: CERTIFICATE_VERIFY_FAILED] ...", "certificate", "PIP_CERT"),
         ("ERROR: No matching distribution found for torch==2.13.0", "no build of torch==2.13.0", "Python 3.10 to 3.13"),
+        ("Looking in links: /wheels\nERROR: No matching distribution found for torch==2.13.0",
+         "found in /wheels", "PIP_FIND_LINKS"),
+        ("Looking in indexes: https://m.org/simple\nERROR: No matching distribution found for a==1",
+         "found in https://m.org/simple", "add it"),
+        ("Traceback (most recent call last):\nModuleNotFoundError: No module named 'pip._vendor.urllib3'",
+         "pip itself", "delete"),
         ("ERROR: Could not install packages due to an OSError: [Errno 13] Permission denied: 'x'",
          "may not be written", "rights"),
         ("ERROR: something else\n", "something else", "pip failed"),
@@ -155,8 +236,10 @@ def test_old_python_is_told_what_to_do(monkeypatch, capsys):
 
 
 def test_unknown_command_is_refused_before_any_set_up(capsys):
-    assert quickstart.main(["tset"]) == 1
+    assert quickstart.main(["tset"]) == 2
     assert "unknown command 'tset'" in capsys.readouterr().err
+    assert quickstart.main(["setup", "--steps", "5"]) == 2
+    assert "'--steps'" in capsys.readouterr().err
 
 
 def test_help_needs_no_set_up_and_works_from_anywhere(tmp_path):
@@ -200,6 +283,22 @@ def test_quickstart_is_readable_by_old_pythons_and_needs_the_standard_library_on
     tree = ast.parse(SOURCE, feature_version=(3, 7))
     assert imported_modules(tree) <= sys.stdlib_module_names
     assert not any(isinstance(node, (ast.JoinedStr, ast.NamedExpr, ast.AnnAssign)) for node in ast.walk(tree))
+
+
+def test_python_2_can_read_quickstart_far_enough_to_say_what_is_needed(monkeypatch):
+    """What Python 3.6 has and Python 2 cannot parse: print with keywords, `raise ... from`, nonlocal, bare `*`, annotations."""
+    tree = ast.parse(SOURCE)
+    assert SOURCE.isascii()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id != "print", f"line {node.lineno}"
+        assert not (isinstance(node, ast.Raise) and node.cause), f"line {node.lineno}"
+        assert not isinstance(node, (ast.Nonlocal, ast.Starred, ast.AsyncFunctionDef, ast.YieldFrom)), f"line {node.lineno}"
+        if isinstance(node, ast.FunctionDef):
+            assert not node.args.kwonlyargs and not node.returns, f"line {node.lineno}"
+    monkeypatch.setitem(sys.modules, "pathlib", None)  # as where it does not exist
+    with pytest.raises(SystemExit, match="is needed; get one from"):
+        runpy.run_path(str(ROOT / "quickstart.py"))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs bash")
