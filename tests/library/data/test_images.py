@@ -198,6 +198,15 @@ def test_fit_enlarges_with_lanczos():
     assert np.abs(cut.astype(int) - whole[16:48, 4:36]).max() <= 1
 
 
+@pytest.mark.parametrize("name", [None, "linear", "cubic", "lanczos", "area", "box"])
+def test_fine_lines_become_their_mean_where_an_image_shrinks(name):
+    """Filters are widened (antialiasing): one that looks at a few pixels gives stripes of black and white."""
+    lines = np.zeros((240, 240, 3), dtype=np.uint8)
+    lines[::3] = 255
+    result = fit(lines, (32, 32), (0, 0), (32, 32), name)[2:-2].astype(int)
+    assert abs(result - 85).max() <= 20
+
+
 @pytest.mark.parametrize("name", ["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box"])
 @pytest.mark.parametrize("resized", [(20, 24), (90, 100), (20, 100)])
 def test_fit_with_each_interpolation(name, resized):
