@@ -38,7 +38,7 @@ NEGATIVE = "blurry, low quality"
 
 
 def make_specs(size: int, steps: int) -> list:
-    from library.generation.prompts import PromptSpec
+    from library.generation.prompts.spec import PromptSpec
 
     return [
         PromptSpec(PROMPTS[number // 8], NEGATIVE, width=size, height=size, seed=number, steps=steps, sampler="ddim")
@@ -111,25 +111,27 @@ def compare(way: str, device: str, folder: Path, size: int, steps: int, rounds: 
     """One row of the table: medians over the rounds (ratios: over all batches), and the largest difference of the images."""
     import numpy as np
 
-    from library.generation.generator import generate
-    from library.generation.networks import Networks
+    from library.generation.extras.networks import Networks
+    from library.generation.options import NetworkOptions
+    from library.generation.pipeline.pipeline import Pipeline
+    from library.generation.pipeline.settings import GenerateSettings
 
     lora = folder / "lora.safetensors" if way != "without a LoRA" else None
     if lora is not None and not lora.exists():
         write_lora(fresh_model("cpu"), lora)
     ours_model, specs = fresh_model(device), make_specs(size, steps)
     files = [str(lora)] if lora is not None else []
-    networks = Networks.load(["networks.lora"][: len(files)], files, model=ours_model, pre_calc="pre_calc" in way)
+    networks = Networks.load(ours_model, NetworkOptions(network_weights=files, network_pre_calc="pre_calc" in way))
     pipeline = make_pipeline(fresh_model(device), lora)
 
     warm_up = specs[:BATCH]
-    list(generate(ours_model, warm_up, batch_size=BATCH, networks=networks)), pipeline(warm_up)
+    list(Pipeline(ours_model, GenerateSettings(batch_size=BATCH, networks=networks)).generate(warm_up)), pipeline(warm_up)
     totals: list[tuple[float, ...]] = []
     ratios: list[tuple[float, float]] = []
     difference = 0
     for turn in range(rounds):
         seconds = {"ours": [0.0, 0.0], "theirs": [0.0, 0.0]}
-        images = generate(ours_model, specs, batch_size=BATCH, networks=networks)
+        images = Pipeline(ours_model, GenerateSettings(batch_size=BATCH, networks=networks)).generate(specs)
         for start in range(0, IMAGES, BATCH):
             batch = specs[start : start + BATCH]
             jobs = {"ours": partial(_next_images, images, len(batch)), "theirs": partial(pipeline, batch)}
@@ -164,14 +166,15 @@ def stop(*_):
 OURS = """
 from library.imports import collector_resting, import_model_libraries
 with collector_resting():
-    from library.generation.generator import generate
     from library.generation.loading import load_model
-    from library.generation.prompts import PromptSpec
+    from library.generation.options import ModelOptions, SpeedOptions
+    from library.generation.pipeline.pipeline import Pipeline
+    from library.generation.prompts.spec import PromptSpec
 import_model_libraries()
 mark()
-model = load_model({folder!r})
+model = load_model(ModelOptions(ckpt={folder!r}), SpeedOptions())
 mark()
-list(generate(model, [PromptSpec("a cat", "", width=64, height=64, seed=1, steps=1)], progress=stop))
+list(Pipeline(model).generate([PromptSpec("a cat", "", width=64, height=64, seed=1, steps=1)], progress=stop))
 """
 THEIRS = """
 from diffusers import StableDiffusionPipeline

@@ -41,8 +41,9 @@ from PIL import Image  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from library.errors import UserError, run_entry  # noqa: E402
-from library.generation.generator import generate  # noqa: E402
-from library.generation.prompts import PromptSpec  # noqa: E402
+from library.generation.pipeline.pipeline import Pipeline  # noqa: E402
+from library.generation.pipeline.settings import GenerateSettings  # noqa: E402
+from library.generation.prompts.spec import PromptSpec  # noqa: E402
 from library.models.family import Model  # noqa: E402
 from library.models.loading import load_stable_diffusion  # noqa: E402
 from library.sheets import contact_sheet  # noqa: E402
@@ -86,7 +87,7 @@ def draw(model: Model, prompts: list[str], seed: int) -> Tensor:
         PromptSpec(prompt=prompt, width=SIZE, height=SIZE, seed=1000 * seed + number, **demo.DRAWING)
         for number, prompt in enumerate(prompts)
     ]
-    return torch.stack([as_tensor(made.image) for made in generate(model, specs, batch_size=16)])
+    return torch.stack([as_tensor(made.image) for made in Pipeline(model, GenerateSettings(batch_size=16)).generate(specs)])
 
 
 def real_images(source: Path, style: str, names: list[str]) -> Tensor:

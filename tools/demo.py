@@ -23,7 +23,7 @@ from library.tools.command import Parser  # noqa: E402
 if TYPE_CHECKING:
     from PIL import Image
 
-    from library.generation.prompts import PromptSpec
+    from library.generation.prompts.spec import PromptSpec
     from library.models.family import Model
 
 BASE_MODEL = ROOT / "assets" / "base-model"  # a Diffusers folder; assets/MODEL_CARD.md
@@ -161,7 +161,7 @@ def draw_sheet(base: Path, lora: Path, held_out: dict[str, Path], resolution: in
     """Rows: the captions; columns: without and with the LoRA, from the same noise, and the held-out image itself."""
     from PIL import Image
 
-    from library.generation.prompts import PromptSpec
+    from library.generation.prompts.spec import PromptSpec
     from library.models.loading import load_stable_diffusion
     from library.sheets import contact_sheet
 
@@ -185,9 +185,10 @@ def draw_sheet(base: Path, lora: Path, held_out: dict[str, Path], resolution: in
 
 
 def draw(model: Model, specs: list[PromptSpec]) -> list[Image.Image]:
-    from library.generation.generator import generate
+    from library.generation.pipeline.pipeline import Pipeline
+    from library.generation.pipeline.settings import GenerateSettings
 
-    return [made.image for made in generate(model, specs, batch_size=len(specs))]
+    return [made.image for made in Pipeline(model, GenerateSettings(batch_size=len(specs))).generate(specs)]
 
 
 def add_lora(model: Model, lora: Path) -> None:

@@ -1,4 +1,4 @@
-"""The model for a run of images: in which precision, on which device, with which savings of memory."""
+"""The pipeline of a run: its model in which precision, on which device, with all that is attached to it."""
 
 from __future__ import annotations
 
@@ -9,42 +9,85 @@ from typing import TYPE_CHECKING
 import torch
 
 from library.devices import use_xformers
-from library.diffusion.process import Prediction
 from library.errors import UserError
 from library.freed_memory import keep_freed_memory
+from library.generation.extras.highres import load_highres
+from library.generation.extras.networks import Networks
+from library.generation.extras.regional import Regions
+from library.generation.extras.vae_slices import slice_vae
+from library.generation.options import GenerateOptions, ModelOptions, SpeedOptions
+from library.generation.pipeline.pipeline import Pipeline
+from library.generation.pipeline.settings import GenerateSettings
+from library.generation.prompts.sources import list_images
+from library.models.clip import CHUNK, inner_text_model
 from library.models.loading import load_stable_diffusion
 
 if TYPE_CHECKING:
     from library.models.family import Model
 
 
+def load_pipeline(options: GenerateOptions) -> Pipeline:
+    """Everything that the options name, cheap checks first."""
+    for option in ("network_weights", "textual_inversion_embeddings"):
+        group = options.network if option == "network_weights" else options.model
+        for file in getattr(group, option) or ():
+            if not Path(file).exists():
+                raise UserError(f"--{option} {file}: there is no such file")
+    model = load_model(options.model, options.speed)
+    networks = Networks.load(model, options.network)
+    settings = GenerateSettings(
+        batch_size=options.speed.batch_size,
+        vae_batch_size=options.speed.vae_batch_size,
+        clip_skip=options.model.clip_skip,
+        max_token_length=CHUNK * (options.prompts.max_embeddings_multiples or 1),
+        zero_terminal_snr=options.model.zero_terminal_snr or None,
+        networks=networks,
+        highres=load_highres(options.highres, model),
+        regions=_load_regions(options, networks),
+    )
+    return Pipeline(model, settings)
+
+
 def load_model(
-    ckpt: str, *, v2: bool | None = None, prediction: Prediction | None = None, vae: str | None = None,
-    dtype: torch.dtype = torch.float32,
-    no_half_vae: bool = False, device: torch.device | str | None = None, xformers: bool = False, channels_last: bool = False,
-    vae_tiling: bool = False,
+    chosen: ModelOptions, speed: SpeedOptions, device: torch.device | str | None = None
 ) -> Model:  # fmt: skip
     """The model of --ckpt: a file, a Diffusers folder, a hub id, or a pattern such as `models/*-v3*` that one file matches.
 
-    no_half_vae: the VAE stays in float32. device: None takes the GPU if there is one. vae_tiling: the VAE works in overlapping
-    tiles, which takes less memory for large images and changes them a little where tiles meet.
+    device: None takes the GPU if there is one.
     """
     device = torch.device(device) if device is not None else best_device()
-    if dtype == torch.float16 and device.type == "cpu":
+    if speed.fp16 and device.type == "cpu":
         raise UserError("--fp16 needs a GPU and none was found; leave it out")
     if device.type == "cpu":
         keep_freed_memory()
-    model = load_stable_diffusion(resolve_pattern(ckpt), v2=v2, prediction=prediction, vae=vae, dtype=dtype, device=device)
-    if no_half_vae:
+    model = load_stable_diffusion(
+        resolve_pattern(chosen.ckpt or ""), v2=chosen.v2, prediction="v" if chosen.v_parameterization else None, vae=chosen.vae,
+        dtype=torch.float16 if speed.fp16 else torch.bfloat16 if speed.bf16 else torch.float32, device=device,
+    )  # fmt: skip
+    _save_memory(model, speed, device)
+    layers = len(inner_text_model(model.text_encoders[0]).encoder.layers)
+    if (chosen.clip_skip or 1) > layers:
+        raise UserError(f"--clip_skip {chosen.clip_skip}: the model's text encoder has {layers} layers; give 1 to {layers}")
+    if chosen.textual_inversion_embeddings:
+        from library.generation.extras.embeddings import add_embeddings
+
+        words = add_embeddings(model, chosen.textual_inversion_embeddings)
+        print(f"embeddings: {', '.join(words)}")
+    return model
+
+
+def _save_memory(model: Model, speed: SpeedOptions, device: torch.device) -> None:
+    if speed.no_half_vae:
         model.vae.to(torch.float32)
-    if xformers:
+    if speed.xformers or speed.diffusers_xformers:
         use_xformers(model.denoiser, device)
-    if channels_last:
+    if speed.opt_channels_last:
         for part in (model.denoiser, model.vae):
             part.to(memory_format=torch.channels_last)
-    if vae_tiling:
+    if speed.vae_tiling:
         model.vae.enable_tiling()
-    return model
+    if speed.vae_slices:
+        slice_vae(model.vae, speed.vae_slices)
 
 
 def best_device() -> torch.device:
@@ -63,3 +106,12 @@ def resolve_pattern(ckpt: str) -> str:
         which = f"{len(found)} files, such as {found[0]} and {found[1]}" if found else "no file"
         raise UserError(f"--ckpt {ckpt} matches {which}; give a pattern that one file matches")
     return found[0]
+
+
+def _load_regions(options: GenerateOptions, networks: Networks) -> Regions | None:
+    """With networks a mask shows where each of them acts."""
+    chosen = options.network
+    if not (options.source.mask_path and chosen.network_weights) or chosen.network_merge:
+        return None
+    mask = list_images(options.source.mask_path, "--mask_path")[0]
+    return Regions.load(mask, networks, chosen.network_regional_mask_max_color_codes)

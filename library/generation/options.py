@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 from library.command_line import OptionGroup, parse
 from library.diffusion.samplers import SamplerName
 from library.errors import UserError
-from library.generation.prompts import LARGEST_SEED, MOST_STEPS, SIZE_STEP
+from library.generation.prompts.spec import LARGEST_SEED, MOST_STEPS, SIZE_STEP
 from library.generation.refused_options import REFUSED
 
 
@@ -86,6 +86,27 @@ class NetworkOptions(OptionGroup):
     network_pre_calc: bool = Field(False, description="add the networks to the weights for each batch: faster, same images")
     network_regional_mask_max_color_codes: Count | None = Field(None, description="regional masks by exact colours 1 to N")
     lora_dir: str | None = Field(None, description="folder in which <lora:name:0.8> in a prompt is found")
+
+    def problems(self) -> list[str]:
+        """What does not go together, each with the cure."""
+        files, modules = len(self.network_weights or ()), len(self.network_module or ())
+        rules: list[tuple[Any, str]] = [
+            (self.network_merge and self.network_merge_n_models,
+             "--network_merge and --network_merge_n_models exclude each other"),
+            ((self.network_merge_n_models or 0) > files,
+             f"--network_merge_n_models {self.network_merge_n_models} is more than the {files} files of --network_weights"),
+            (modules > 1 and modules != files,
+             f"--network_module has {modules} names for {files} files of --network_weights; give one for each"),
+        ]  # fmt: skip
+        for name in ("network_mul", "network_args"):
+            given = len(getattr(self, name) or ())
+            surplus = f"--{name} has {given} values for {files} files of --network_weights; leave the surplus out"
+            rules.append((given > files, surplus))
+        rules.append((self.network_pre_calc and not (files or self.lora_dir),
+                      "--network_pre_calc needs --network_weights or --lora_dir"))  # fmt: skip
+        names = ("network_module", "network_show_meta", "network_merge", "network_regional_mask_max_color_codes")
+        rules += [(getattr(self, name) and not files, f"--{name} needs --network_weights") for name in names]
+        return [message for wrong, message in rules if wrong]
 
 
 class SourceOptions(OptionGroup):
@@ -197,31 +218,10 @@ def _rules(o: GenerateOptions) -> list[tuple[Any, str]]:
          "--network_regional_mask_max_color_codes needs --mask_path"),
         (source.strength is not None and not (source.image_path or o.highres.highres_fix_scale),
          "--strength needs --image_path or --highres_fix_scale"),
-        *_network_rules(o.network),
+        *((True, problem) for problem in o.network.problems()),
         *_highres_rules(o.highres, source),
         *_sheet_rules(o),
     ]  # fmt: skip
-
-
-def _network_rules(network: NetworkOptions) -> list[tuple[Any, str]]:
-    files, modules = len(network.network_weights or ()), len(network.network_module or ())
-    rules = [
-        (network.network_merge and network.network_merge_n_models,
-         "--network_merge and --network_merge_n_models exclude each other"),
-        ((network.network_merge_n_models or 0) > files,
-         f"--network_merge_n_models {network.network_merge_n_models} is more than the {files} files of --network_weights"),
-        (modules > 1 and modules != files,
-         f"--network_module has {modules} names for {files} files of --network_weights; give one for each"),
-    ]  # fmt: skip
-    for name in ("network_mul", "network_args"):
-        given = len(getattr(network, name) or ())
-        surplus = f"--{name} has {given} values for {files} files of --network_weights; leave the surplus out"
-        rules.append((given > files, surplus))
-    rules.append((network.network_pre_calc and not (files or network.lora_dir),
-                  "--network_pre_calc needs --network_weights or --lora_dir"))  # fmt: skip
-    names = ("network_module", "network_show_meta", "network_merge", "network_regional_mask_max_color_codes")
-    rules += [(getattr(network, name) and not files, f"--{name} needs --network_weights") for name in names]
-    return rules
 
 
 def _highres_rules(highres: HighresOptions, source: SourceOptions) -> list[tuple[Any, str]]:

@@ -15,7 +15,8 @@ from library.data.loader import make_loader
 from library.data.text_cache import TextCache
 from library.devices import DTYPES, use_xformers
 from library.diffusion.loss import Objective
-from library.generation.prompts import PromptSpec, read_prompt_file
+from library.generation.prompts.prompt_file import read_prompt_file
+from library.generation.prompts.spec import PromptSpec
 from library.models.clip import tokenize
 from library.models.family import Conditioning, Model
 from library.models.loading import Header, load_stable_diffusion

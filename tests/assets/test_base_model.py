@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from library.generation.generator import generate
-from library.generation.prompts import PromptSpec
+from library.generation.pipeline.pipeline import Pipeline
+from library.generation.pipeline.settings import GenerateSettings
+from library.generation.prompts.spec import PromptSpec
 from library.models.clip import encode_text, tokenize
 from library.models.loading import load_stable_diffusion
 from library.models.saving import save_stable_diffusion
@@ -76,7 +77,9 @@ def test_it_draws_what_the_prompt_says(base):
         for seed in (1, 2)
         for name in names
     ]
-    images = np.stack([np.asarray(made.image, dtype=float) for made in generate(base, specs, batch_size=8)])
+    images = np.stack(
+        [np.asarray(made.image, dtype=float) for made in Pipeline(base, GenerateSettings(batch_size=8)).generate(specs)]
+    )
     distances = np.abs(images[:4, None] - images[None, 4:]).mean(axis=(2, 3, 4))
     assert (distances.argmin(axis=0) == np.arange(4)).all() and (distances.argmin(axis=1) == np.arange(4)).all()
     assert np.ptp(images, axis=(1, 2, 3)).min() > 60  # something on white

@@ -26,7 +26,8 @@ from library.data.config import DatasetDefaults, datasets_from_file
 from library.diffusion.samplers import SAMPLERS
 from library.errors import UserError
 from library.generation.options import GenerateOptions
-from library.generation.prompts import PromptSpec, read_prompt_file
+from library.generation.prompts.prompt_file import read_prompt_file
+from library.generation.prompts.spec import PromptSpec
 from library.models.saving import save_stable_diffusion
 from library.testing import small_stable_diffusion
 from library.training import entry

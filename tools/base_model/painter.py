@@ -12,8 +12,9 @@ from torch import Tensor
 from library.data.config import DatasetDefaults, datasets_from_file
 from library.data.dataset import Batch, TrainingDataset
 from library.diffusion.process import NoiseProcess, sample_timesteps
-from library.generation.generator import generate
-from library.generation.prompts import PromptSpec
+from library.generation.pipeline.pipeline import Pipeline
+from library.generation.pipeline.settings import GenerateSettings
+from library.generation.prompts.spec import PromptSpec
 from library.models import sd1
 from library.models.clip import encode_text, inner_text_model, load_tokenizer, text_config
 from library.models.family import Model
@@ -190,7 +191,7 @@ def draw_sheet(model: Model, path: Path) -> None:
     specs = [
         PromptSpec(prompt=prompt_of(style, name), seed=i, **DRAWING) for style in STYLES for i, name in enumerate(SHEET_NAMES)
     ]
-    images = [made.image for made in generate(model, specs, batch_size=16)]
+    images = [made.image for made in Pipeline(model, GenerateSettings(batch_size=16)).generate(specs)]
     sheet = Image.new("RGB", (64 * len(SHEET_NAMES), 64 * len(STYLES)))
     for i, image in enumerate(images):
         row, column = divmod(i, len(SHEET_NAMES))

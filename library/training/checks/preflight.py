@@ -16,7 +16,8 @@ from library.data.dataset import TrainingDataset
 from library.devices import check_precision, memory_there
 from library.errors import Problems
 from library.formats.tensor_file import MODEL_SUFFIXES
-from library.generation.prompts import PromptSpec, read_prompt_file
+from library.generation.prompts.prompt_file import read_prompt_file
+from library.generation.prompts.spec import PromptSpec
 from library.models.loading import Header, read_header
 from library.models.registry import FAMILIES, check_family
 from library.training.checks.contradictions import contradictions

@@ -16,8 +16,9 @@ from tqdm import tqdm
 from library.data.images import own_mark
 from library.errors import one_line
 from library.files import atomic_write
-from library.generation.generator import generate
-from library.generation.prompts import PromptSpec
+from library.generation.pipeline.pipeline import Pipeline
+from library.generation.pipeline.settings import GenerateSettings
+from library.generation.prompts.spec import PromptSpec
 from library.models.family import Model
 from library.models.modules import evaluating
 from library.processes import Processes
@@ -85,10 +86,11 @@ class Previews(Listener):
     def _own_share(self) -> dict[int, Image.Image | str]:
         """The images that this process draws, by number; in place of one that failed, the reason."""
         drawn: dict[int, Image.Image | str] = {}
+        pipeline = Pipeline(self.model, self._settings())  # a new one each time: it keeps encoded texts, and the weights change
         with self._models_on_device(), self.eval_weights(), evaluating(self.network):
             for number, spec in self.processes.share(list(enumerate(self.specs))):
                 try:
-                    drawn[number] = self._draw_one(spec)
+                    drawn[number] = next(pipeline.generate([spec])).image
                 except Exception as error:  # whatever it was, hours of training must not be lost for an image
                     drawn[number] = one_line(error)
         return drawn
@@ -115,16 +117,13 @@ class Previews(Listener):
         except Exception as error:
             tqdm.write(f"{path} was not drawn: {one_line(error)}")
 
-    def _draw_one(self, spec: PromptSpec) -> Image.Image:
-        drawn = generate(
-            self.model,
-            [spec],
+    def _settings(self) -> GenerateSettings:
+        return GenerateSettings(
             clip_skip=self.options.model.clip_skip,
             max_token_length=self.options.captions.max_token_length or 225,
             autocast=self.accelerator.autocast,
             zero_terminal_snr=self.options.loss.zero_terminal_snr,
         )
-        return next(iter(drawn))[1]
 
     def _path(self, moment: str, number: int, spec: PromptSpec) -> Path:
         """`{output_name_}{moment}_{number}_{time}{_seed}.png`."""

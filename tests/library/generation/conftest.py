@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 from reference_pipelines import SMALL
 
-from library.generation.generator import generate
+from library.generation.pipeline.pipeline import Pipeline
+from library.generation.pipeline.settings import GenerateSettings
 from library.models.family import Model
 from library.testing import small_stable_diffusion
 
@@ -32,7 +33,7 @@ def latents_of(monkeypatch):
 
         with monkeypatch.context() as patched:
             patched.setattr(Model, "decode", decode)
-            list(generate(model, specs, **options))
+            list(Pipeline(model, GenerateSettings(**options)).generate(specs))
         return seen
 
     return run

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from library.generation.prompts import PromptSpec
+from library.generation.prompts.spec import PromptSpec
 
 SMALL = {"unet_channels": (32, 32), "vae_channels": (32, 32, 32, 32)}
 

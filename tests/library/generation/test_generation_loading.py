@@ -11,9 +11,10 @@ from reference_pipelines import pipeline_latents
 from library.diffusion.process import NoiseProcess
 from library.diffusion.samplers import make_scheduler
 from library.errors import UserError
-from library.generation.generator import generate
 from library.generation.loading import load_model
-from library.generation.prompts import PromptSpec
+from library.generation.options import ModelOptions, SpeedOptions
+from library.generation.pipeline.pipeline import Pipeline
+from library.generation.prompts.spec import PromptSpec
 from library.models.saving import save_stable_diffusion
 
 CAT = PromptSpec("a cat", "blurry", width=64, height=64, seed=7, steps=2)
@@ -28,28 +29,32 @@ def saved(model, tmp_path_factory):
     return path
 
 
+def load(path, **speed):
+    return load_model(ModelOptions(ckpt=str(path)), SpeedOptions(**speed), device="cpu")
+
+
 def test_pattern_precision_and_layout(saved, model, latents_of):
-    loaded = load_model(str(saved.parent / "small-v*.safetensors"), device="cpu", channels_last=True)
+    loaded = load(saved.parent / "small-v*.safetensors", opt_channels_last=True)
     assert loaded.denoiser.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     for ours, expected in zip(latents_of(loaded, [CAT]), latents_of(model, [CAT]), strict=True):
         torch.testing.assert_close(ours, expected, **CLOSE)
-    half = load_model(str(saved), device="cpu", dtype=torch.bfloat16, no_half_vae=True)
+    half = load(saved, bf16=True, no_half_vae=True)
     assert half.denoiser.dtype == half.text_encoders[0].dtype == torch.bfloat16 and half.vae.dtype == torch.float32
 
 
 def test_xformers_without_a_gpu_is_told_and_makes_the_same(saved, model, latents_of, capsys):
-    loaded = load_model(str(saved), device="cpu", xformers=True)
+    loaded = load(saved, xformers=True)
     assert "--xformers" in capsys.readouterr().out  # there is no GPU here, and that is told
     torch.testing.assert_close(latents_of(loaded, [CAT])[0], latents_of(model, [CAT])[0], **CLOSE)
 
 
 def test_tiles_of_the_vae_make_nearly_the_same_image(saved):
-    tiled = load_model(str(saved), device="cpu", vae_tiling=True)
+    tiled = load(saved, vae_tiling=True)
     tiled.vae.tile_latent_min_size, tiled.vae.tile_sample_min_size = 8, 64  # the real ones are 64 and 512
     spec = replace(CAT, width=128, height=128, steps=1)
-    ((_, image, _),) = generate(tiled, [spec])
+    (image,) = (made.image for made in Pipeline(tiled).generate([spec]))
     tiled.vae.disable_tiling()
-    ((_, whole, _),) = generate(tiled, [spec])
+    (whole,) = (made.image for made in Pipeline(tiled).generate([spec]))
     assert image.size == (128, 128) and image.tobytes() != whole.tobytes()
 
 
@@ -58,15 +63,15 @@ def test_wrong_models_are_one_line(saved, tmp_path):
         (tmp_path / name).touch()
     for ckpt, message in ((tmp_path / "a*", "matches 2 files, such as .*a1 and .*a2"), (tmp_path / "b*", "matches no file")):
         with pytest.raises(UserError, match=message):
-            load_model(str(ckpt))
+            load(ckpt)
     with pytest.raises(UserError, match="--fp16 needs a GPU"):
-        load_model(str(saved), device="cpu", dtype=torch.float16)
+        load(saved, fp16=True)
 
 
 def test_a_folder_is_drawn_as_its_scheduler_predicts(v_model, tmp_path):
     save_stable_diffusion(v_model, tmp_path / "model")
-    assert load_model(str(tmp_path / "model")).prediction == "v"
-    assert load_model(str(tmp_path / "model"), prediction="epsilon").prediction == "epsilon"  # the option wins
+    chosen = ModelOptions(ckpt=str(tmp_path / "model"), v2=True)
+    assert load_model(chosen, SpeedOptions()).prediction == "v"
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler_a", "dpmsolver++"])
@@ -79,7 +84,7 @@ def test_zero_terminal_snr_equals_diffusers_pipeline(v_model, latents_of, sample
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_on_a_gpu(saved, dtype):
-    model = load_model(str(saved), dtype=dtype, no_half_vae=True)
-    assert len(list(generate(model, [CAT, replace(CAT, sampler="euler_a")]))) == 2
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision_on_a_gpu(saved, precision):
+    model = load_model(ModelOptions(ckpt=str(saved)), SpeedOptions(no_half_vae=True, **{precision: True}))
+    assert len(list(Pipeline(model).generate([CAT, replace(CAT, sampler="euler_a")]))) == 2

@@ -15,9 +15,11 @@ from small_runs import Recorder
 
 from library.formats.compvis import PartLayout
 from library.formats.names import UNET_PREFIX, VAE_PREFIX
-from library.generation.generator import generate
-from library.generation.networks import Networks
-from library.generation.prompts import PromptSpec
+from library.generation.extras.networks import Networks
+from library.generation.options import NetworkOptions
+from library.generation.pipeline.pipeline import Pipeline
+from library.generation.pipeline.settings import GenerateSettings
+from library.generation.prompts.spec import PromptSpec
 from library.models import registry, sd1
 from library.models.clip import encode_text, text_config
 from library.models.family import Conditioning, Family, LatentSpace, Records, TextRules
@@ -140,9 +142,9 @@ def test_it_trains_is_saved_merged_and_draws(base_model, run, words, tmp_path):
 
     def draw(**how) -> torch.Tensor:
         model = load_stable_diffusion(str(base_model))
-        networks = Networks.load(["networks.lora"], [str(file)], model=model, **how) if how else None
+        networks = Networks.load(model, NetworkOptions(network_weights=[str(file)], **how)) if how else None
         return torch.cat([torch.frombuffer(bytearray(m.image.tobytes()), dtype=torch.uint8) for m in
-                          generate(model, [SPEC], networks=networks)])  # fmt: skip
+                          Pipeline(model, GenerateSettings(networks=networks)).generate([SPEC])])  # fmt: skip
 
-    plain, applied, merged = draw().int(), draw(merge=False).int(), draw(merge=True).int()
+    plain, applied, merged = draw().int(), draw(network_merge=False).int(), draw(network_merge=True).int()
     assert (applied - merged).abs().max() <= 1 < (applied - plain).abs().max()

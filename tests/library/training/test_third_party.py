@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from library.errors import UserError
-from library.generation.networks import Networks
+from library.generation.extras.networks import Networks
+from library.generation.options import NetworkOptions
 from library.models.loading import load_stable_diffusion
 from library.network_modules import import_network_module
 
@@ -62,13 +63,14 @@ def test_files_of_lycoris_do_in_images_what_they_did_in_training(base_model, tmp
         return of.denoiser(noisy, torch.tensor([500]), encoder_hidden_states=of.text_encoders[0](tokens).last_hidden_state).sample
 
     base = predicted(again)
-    networks = Networks.load(["lycoris.kohya"], [str(file)], model=again)
+    networks = Networks.load(again, NetworkOptions(network_module=["lycoris.kohya"], network_weights=[str(file)]))
     torch.testing.assert_close(predicted(again), predicted(model), atol=1e-5, rtol=1e-4)
     networks.set([0.0])
     torch.testing.assert_close(predicted(again), base, atol=1e-5, rtol=1e-4)
     assert (predicted(model) - base).abs().max() > 1e-3
     with pytest.raises(UserError, match="merges at strength 1 alone, not 0.5|makes no network from these weights"):
-        Networks.load(["lycoris.kohya"], [str(file)], [0.5], model=again, merge=True)
+        chosen = {"network_module": ["lycoris.kohya"], "network_weights": [str(file)]}
+        Networks.load(again, NetworkOptions(**chosen, network_mul=[0.5], network_merge=True))
 
 
 def test_text_encoder_names_are_the_ecosystems(run):

@@ -349,16 +349,16 @@ def test_a_bug_or_a_full_memory_keeps_what_was_trained_too(run, tmp_path):
 
 def test_a_sample_image_that_fails_never_ends_the_run(run, tmp_path, monkeypatch, capsys):
     (tmp_path / "prompts.txt").write_text("a cat --s 1\na dog --s 1\n", encoding="utf-8")
-    from library.training.outputs import previews
+    from library.generation.pipeline.pipeline import Pipeline
 
-    drawn = previews.generate
+    generate = Pipeline.generate
 
-    def generate(model, specs, **more):
+    def failing(pipeline, specs, **more):
         if specs[0].prompt == "a cat":
             raise RuntimeError("no memory\nat all")
-        return drawn(model, specs, **more)
+        return generate(pipeline, specs, **more)
 
-    monkeypatch.setattr(previews, "generate", generate)
+    monkeypatch.setattr(Pipeline, "generate", failing)
     result = run(
         "--max_train_steps=1", f"--sample_prompts={tmp_path / 'prompts.txt'}", "--sample_at_first", "--network_train_unet_only"
     )

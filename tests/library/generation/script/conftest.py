@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from library.generation import studio
+from library.generation import loading
 from library.generation.options import parse_options
 from library.generation.session import run
 from library.models.saving import save_stable_diffusion
@@ -64,18 +64,23 @@ def loaded_models() -> dict:
 @pytest.fixture
 def shared_models(monkeypatch, loaded_models) -> None:
     """Runs share a model that was read before, unless something is attached to it that changes it."""
-    load = studio._load
+    load_pipeline, load_model = loading.load_pipeline, loading.load_model
 
-    def load_once(options):
-        network = options.network
-        if network.network_weights or network.lora_dir or options.model.textual_inversion_embeddings or options.speed.vae_slices:
-            return load(options)
-        key = (options.model, options.speed)
+    def load_once(model, speed):
+        key = (model, speed)
         if key not in loaded_models:
-            loaded_models[key] = load(options)
+            loaded_models[key] = load_model(model, speed)
         return loaded_models[key]
 
-    monkeypatch.setattr(studio, "_load", load_once)
+    def load(options):
+        network = options.network
+        changes = network.network_weights or network.lora_dir or options.model.textual_inversion_embeddings
+        with monkeypatch.context() as patched:
+            if not (changes or options.speed.vae_slices):
+                patched.setattr(loading, "load_model", load_once)
+            return load_pipeline(options)
+
+    monkeypatch.setattr(loading, "load_pipeline", load)
 
 
 @pytest.fixture

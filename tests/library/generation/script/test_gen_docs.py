@@ -22,8 +22,8 @@ from library.diffusion.samplers import SAMPLERS
 from library.errors import UserError
 from library.generation import session
 from library.generation.options import GenerateOptions, parse_options
-from library.generation.prompt_lines import INLINE_OPTIONS
-from library.generation.prompt_sources import RawPrompt
+from library.generation.prompts.inline import OPTIONS as INLINE_OPTIONS
+from library.generation.prompts.written import WrittenPrompt
 from library.generation.refused_options import REFUSED, REFUSED_INLINE
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -109,11 +109,11 @@ def test_the_commands_are_seen():
 
 
 def test_the_variants_of_the_page_are_variants():
-    plan = session.Planner(parse_options(["--ckpt=m", "--prompt=a"]))
+    builder = session.RequestBuilder(parse_options(["--ckpt=m", "--prompt=a"]))
     rows = re.findall(r"^\| `(\{.*?\})` \| ", ENGLISH, re.MULTILINE)
     assert len(rows) == 6
-    made = [len(plan.plan([RawPrompt(row.replace("\\|", "|"), row)])) for row in rows]
-    assert made == [1, 1, 1, 1, 3, 3] and not plan.problems
+    made = [len(builder.build([WrittenPrompt(row.replace("\\|", "|"), row)])) for row in rows]
+    assert made == [1, 1, 1, 1, 3, 3] and not builder.problems
 
 
 # ---------------------------------------------------------------- tables

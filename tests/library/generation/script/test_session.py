@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from library.errors import UserError
 from library.generation import session as session_module
-from library.generation import studio
+from library.generation.pipeline.latents import LatentSampler
 from library.models.family import Model
 
 ROOT = Path(__file__).parents[4]
@@ -56,7 +56,7 @@ def test_trap_6_3_each_image_of_a_batch_has_its_own_text_and_trap_6_5_its_own_se
 
 def test_the_model_and_its_networks_are_in_the_text(draw, gen_files):
     from library.files import sha256_of_file
-    from library.generation.png_text import lora_hash
+    from library.generation.outputs.png_text import lora_hash
 
     words = (*loras(gen_files, "mine"), "--network_mul", "0.8", f"--lora_dir={gen_files}", "--clip_skip=2")
     made = draw("--prompt=a <lora:style:0.5>", *words)
@@ -135,7 +135,7 @@ def test_sheet_compares_networks_one_by_one(draw, gen_files, tmp_path, capsys):
 def test_without_sizes_an_image_has_the_model_s_own(gen_files, tmp_path):
     from safetensors.torch import load_file
 
-    from library.generation.studio import default_size
+    from library.generation.pipeline.sizes import default_size
     from library.models.loading import load_stable_diffusion
     from library.models.saving import save_stable_diffusion
     from library.testing import small_stable_diffusion
@@ -171,15 +171,14 @@ def interrupted(monkeypatch):
     """Ctrl-C in the middle of the image of this prompt."""
 
     def at(prompt: str) -> None:
-        draw = studio.Studio.draw
+        sample = LatentSampler.sample
 
-        def draw_until(self, specs, progress, on_error):
-            for spec in specs:
-                if spec.prompt == prompt:
-                    raise KeyboardInterrupt
-                yield from draw(self, [spec], progress, on_error)
+        def until(self, stage, states, on_step):
+            if states[0].spec.prompt == prompt:
+                raise KeyboardInterrupt
+            return sample(self, stage, states, on_step)
 
-        monkeypatch.setattr(studio.Studio, "draw", draw_until)
+        monkeypatch.setattr(LatentSampler, "sample", until)
 
     return at
 

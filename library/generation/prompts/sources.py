@@ -1,0 +1,87 @@
+"""Where prompts come from: the command line, a file, standard input, or the text fields of source images."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from library.errors import UserError
+from library.generation.prompts.written import WrittenPrompt
+from library.text_files import decoded, lines_of, read_text
+
+if TYPE_CHECKING:
+    from library.generation.options import PromptOptions
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def list_images(path: str | None, option: str) -> list[Path]:
+    """The image, or those of a folder in the order of their names."""
+    if path is None:
+        return []
+    place = Path(path)
+    if place.is_dir():
+        found = sorted(p for p in place.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+        if not found:
+            raise UserError(f"{option} {path}: the folder holds no image ({', '.join(IMAGE_SUFFIXES)})")
+        return found
+    if not place.is_file():
+        raise UserError(f"{option} {path}: there is no such file or folder")
+    return [place]
+
+
+def read_prompts(chosen: PromptOptions, sources: list[Path]) -> list[WrittenPrompt]:
+    """The prompts in order, or those of the source images; none if they will be asked for."""
+    if chosen.prompt is not None:
+        return [WrittenPrompt(chosen.prompt, "--prompt")]
+    if chosen.from_file:
+        return _from_lines(chosen.from_file)
+    if chosen.interactive:
+        return []
+    return [_from_image(path) for path in sources]
+
+
+def _from_lines(file: str) -> list[WrittenPrompt]:
+    """One prompt a line; empty lines and those that begin with # are comments."""
+    if file == "-":
+        text, name = read_standard_input(), "standard input"
+    else:
+        path = Path(file)
+        if path.suffix.lower() in (".toml", ".json"):
+            raise UserError(f"--from_file {file}: give a text file (.txt) with one prompt a line")
+        text, name = read_text(path, "--from_file"), file
+    prompts = [
+        WrittenPrompt(line, f"{name}, line {number}")
+        for number, line in enumerate(lines_of(text), start=1)
+        if line.strip() and not line.lstrip().startswith("#")
+    ]
+    if not prompts:
+        raise UserError(f"--from_file {file}: there is no prompt in it; write one prompt a line")
+    return prompts
+
+
+def read_standard_input() -> str:
+    """All of it, as `decoded` reads a file."""
+    buffer = getattr(sys.stdin, "buffer", None)
+    if buffer is None:  # a text stream of a program around this one
+        return sys.stdin.read()
+    try:
+        return decoded(buffer.read())
+    except UnicodeDecodeError as error:
+        raise UserError(f"--from_file -: byte {error.start} of standard input is no UTF-8; write it as UTF-8") from error
+
+
+def _from_image(path: Path) -> WrittenPrompt:
+    """The fields `prompt` and `negative-prompt` that this script writes into its images."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            image.load()  # a PNG may have its text after the image
+            fields = getattr(image, "text", {})
+    except (OSError, UnidentifiedImageError, ValueError) as error:
+        raise UserError(f"--image_path: {path} cannot be read as an image: {error}") from error
+    if "prompt" not in fields:
+        raise UserError(f"{path} holds no prompt of this script; give --prompt or --from_file")
+    return WrittenPrompt(fields["prompt"], str(path), negative_prompt=fields.get("negative-prompt", ""), source=path)
