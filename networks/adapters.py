@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from library.errors import UserError
 from library.formats.adapters.registry import Adapter, find_adapter
-from networks.lora import TextEncoders, lora_path, named_for, named_parts
+from library.formats.lora_layouts import named_for
+from networks.lora import TextEncoders, lora_path, named_parts
 
 AnyLayer = nn.Linear | nn.Conv2d | nn.LayerNorm | nn.GroupNorm
 

@@ -36,8 +36,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from networks import lora_args
-from networks.lora import LoRAModule, LoRANetwork, TextEncoders, weight_delta, weights_or_file
+from networks.lora import LoRAModule, TextEncoders, weight_delta
 from networks.lora_args import NetworkArgs
+from networks.suite_network import SuiteNetwork
 
 READERS = {
     "unit": lora_args.read_int,
@@ -97,10 +98,11 @@ class DyLoRAModule(LoRAModule):
         return up * self.gain.view(1, -1, *[1] * (up.dim() - 2))
 
 
-class DyLoRANetwork(LoRANetwork):
+class DyLoRANetwork(SuiteNetwork):
     """LoRA modules of one rank R, of which `unit`, 2 `unit`, ... R are trained in turn."""
 
     module_class = DyLoRAModule
+    args: DyLoRAArgs
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -190,7 +192,7 @@ def create_network_from_weights(
     if "unit" not in network_args and file is not None:
         network_args["unit"] = unit_of_file(file)
     args = parse_network_args(network_args, neuron_dropout)
-    weights = weights_or_file(weights_sd, file)
+    weights = DyLoRANetwork.read(file) if weights_sd is None else weights_sd  # type: ignore[arg-type] # one of them is given
     network = DyLoRANetwork.from_weights(args, multiplier, weights, text_encoder, unet)
     return network, network.own_weights(weights)
 

@@ -1,6 +1,6 @@
 """A frozen layer and its LoRA as one function: the result of one operation after the other, with less memory read and written.
 
-networks/lora.py uses it wherever it holds; a copy of that file alone computes the plain formula.
+networks/lora.py uses it wherever that is the formula; a copy of that file alone computes one after the other.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The words of `--network_args` that networks.lora understands: read, checked, and what they mean for each layer.
 
-networks/lora.py alone has the plain ones (`PlainArgs`); here are those by block, LoRA+, and the words of the variants.
+A copy of networks/lora.py alone has the plain ones (`PLAIN_ARGS`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from library.errors import nearest
 from library.formats.blocks import BLOCK_MAPS, SD_BLOCKS, BlockMap, block_map
-from networks.lora import LoRAModule, PlainArgs
+from networks.lora import LoRAModule
 from networks.variants import VARIANTS, Variant, joined
 
 Reader = Callable[[str], Any]
@@ -145,12 +145,17 @@ def _variant_readers() -> dict[str, Reader]:
 
 
 @dataclass(frozen=True)
-class NetworkArgs(PlainArgs):
+class NetworkArgs:
     """What `--network_args` can say. None: not given.
 
     variants: the kinds of modules that were asked for; blocks: those of the model's U-Net, known once its layers are.
     """
 
+    conv_dim: int | None = None
+    conv_alpha: float | None = None
+    dropout: float | None = None
+    rank_dropout: float | None = None
+    module_dropout: float | None = None
     block_dims: tuple[int, ...] | None = None
     block_alphas: tuple[float, ...] | None = None
     conv_block_dims: tuple[int, ...] | None = None
@@ -166,11 +171,17 @@ class NetworkArgs(PlainArgs):
     blocks: BlockMap = SD_BLOCKS
 
     @property
+    def dropouts(self) -> dict[str, float]:
+        return {kind: getattr(self, kind) or 0.0 for kind in ("dropout", "rank_dropout", "module_dropout")}
+
+    @property
     def says_ranks(self) -> bool:
+        """Whether they say something about ranks or start that weights of a file say too."""
         return bool(self.block_dims) or self.conv3x3 or any(not variant.own_tensors for variant in self.variants)
 
     @property
     def module_class(self) -> type[LoRAModule] | None:
+        """The class of the modules, if it is not the network's usual one."""
         return joined(self.variants)
 
     @property
@@ -219,8 +230,10 @@ class NetworkArgs(PlainArgs):
         return f"unet_block{block}", self.lr_weights[block]
 
     def rank_and_alpha(self, lora_name: str, is_3x3: bool, dim: int, alpha: float) -> tuple[int, float]:
+        """What a layer gets, given network_dim and network_alpha. Rank 0: no module."""
         block = self.blocks.block_index(lora_name)
-        dim, alpha = super().rank_and_alpha(lora_name, is_3x3, dim, alpha)
+        if is_3x3:
+            dim, alpha = self.conv_dim or 0, 1.0 if self.conv_alpha is None else self.conv_alpha
         ranks, alphas = (self.conv_block_dims, self.conv_block_alphas) if is_3x3 else (self.block_dims, self.block_alphas)
         if block is None:
             return dim, alpha

@@ -4,34 +4,36 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from networks.lora import TEXT_ENCODER_PREFIX, UNET_PREFIX, LoRAModule, LoRANetwork
+from networks.lora import TEXT_ENCODER_PREFIX, UNET_PREFIX, LoRAModule
+from networks.lora_args import NetworkArgs
 
 logger = logging.getLogger(__name__)
 
+Parts = Mapping[str, Sequence[LoRAModule]]
 Rates = float | Sequence[float | None] | None
 UNET = "unet"
 
 
 def optimizer_groups(
-    network: LoRANetwork, text_encoder_lr: Rates, unet_lr: float | None, default_lr: float
+    parts: Parts, args: NetworkArgs, text_encoder_lr: Rates, unet_lr: float | None, default_lr: float
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Optimizer groups and their names for the log. A rate of None means the default; parts of rate 0 are left out.
 
-    text_encoder_lr: one rate for all text encoders, or a list with one for each. With block weights the U-Net has one group a
-    block, its rate times the weight. With LoRA+ (Hayou et al. 2024, arXiv 2402.12354) each group is two: down with its rate, up
-    with the ratio times as much.
+    parts: the modules that learn, by the prefix of their names. text_encoder_lr: one rate for all text encoders, or a list of one
+    for each. With block weights the U-Net has one group a block, its rate times the weight. With LoRA+ (Hayou et al. 2024, arXiv
+    2402.12354) each group is two: down with its rate, up with the ratio times as much.
     """
-    args, groups, names = network.args, [], []
+    groups, names = [], []
     ratios = {UNET: args.loraplus_unet_lr_ratio}
-    for part, lr, modules in _parts(network, text_encoder_lr, unet_lr):
+    for part, lr, modules in _with_rates(parts, text_encoder_lr, unet_lr):
         ratio = ratios.get(part, args.loraplus_text_encoder_lr_ratio) or args.loraplus_lr_ratio
-        for name, (weight, members) in _blocks(network, part, modules).items():
+        for name, (weight, members) in _blocks(args, part, modules).items():
             rate = (default_lr if lr is None else lr) * weight
             if not rate:
                 logger.warning("%s: learning rate 0, not trained", name)
@@ -48,17 +50,15 @@ def optimizer_groups(
     return groups, names
 
 
-def _parts(
-    network: LoRANetwork, text_encoder_lr: Rates, unet_lr: float | None
-) -> list[tuple[str, float | None, list[LoRAModule]]]:
+def _with_rates(parts: Parts, text_encoder_lr: Rates, unet_lr: float | None) -> list[tuple[str, float | None, list[LoRAModule]]]:
     """(name, rate, modules) of the text encoders, together or one by one, and of the U-Net."""
-    parts = network.parts
-    unet = (UNET, unet_lr, parts.pop(UNET_PREFIX, []))
+    text_encoders = {prefix: list(modules) for prefix, modules in parts.items() if prefix != UNET_PREFIX}
+    unet = (UNET, unet_lr, list(parts.get(UNET_PREFIX, [])))
     rates = list(text_encoder_lr) if isinstance(text_encoder_lr, Sequence) else [text_encoder_lr]
     if len(rates) == 1:
-        return [("textencoder", rates[0], list(itertools.chain(*parts.values()))), unet]
+        return [("textencoder", rates[0], list(itertools.chain(*text_encoders.values()))), unet]
     result = []
-    for prefix, modules in parts.items():
+    for prefix, modules in text_encoders.items():
         number = prefix.removeprefix(TEXT_ENCODER_PREFIX)
         if not number or int(number) > len(rates):
             raise ValueError(f"--text_encoder_lr has {len(rates)} rates; give one, or one for each text encoder")
@@ -66,13 +66,12 @@ def _parts(
     return [*result, unet]
 
 
-def _blocks(network: LoRANetwork, part: str, modules: Sequence[LoRAModule]) -> dict[str, tuple[float, list[LoRAModule]]]:
-    """The modules that learn by the name of their group, with the weight of its rate."""
+def _blocks(args: NetworkArgs, part: str, modules: Sequence[LoRAModule]) -> dict[str, tuple[float, list[LoRAModule]]]:
+    """The modules by the name of their group, with the weight of its rate."""
     blocks: dict[str, tuple[float, list[LoRAModule]]] = {}
     for module in modules:
-        if module.lora_name not in network.untrained:
-            name, weight = network.args.lr_block(module.lora_name) if part == UNET else (part, 1.0)
-            blocks.setdefault(name, (weight, []))[1].append(module)
+        name, weight = args.lr_block(module.lora_name) if part == UNET else (part, 1.0)
+        blocks.setdefault(name, (weight, []))[1].append(module)
     return blocks
 
 

@@ -1,4 +1,4 @@
-"""Modules that are more than plain LoRAs: other starts (PiSSA, orthogonal), rsLoRA and DoRA. networks/lora.py makes them.
+"""Modules that are more than plain LoRAs: other starts (PiSSA, orthogonal), rsLoRA and DoRA.
 
     --network_args "init=pissa"    --network_args "init=orthogonal"    --network_args "rs_lora=True"    --network_args "dora=True"
 
@@ -24,17 +24,25 @@ class Variant(LoRAModule):
     """A kind of LoRA module, chosen by a word of `--network_args`, or by the tensors of a file if it has `own_tensors`.
 
     word: alone it is a switch, `word=True`; with a choice it is one of the values of that word. is_addition: whether it can be
-    joined with another variant, of which it changes but a value.
+    joined with another variant, of which it changes but a value. own_tensors: what files hold of such a module beside alpha,
+    lora_down.weight and lora_up.weight. stores_as_given: whether files hold rank and alpha as the module was given them.
     """
 
     title: ClassVar[str]
     word: ClassVar[str]
     choice: ClassVar[str | None] = None
     is_addition: ClassVar[bool] = False
+    own_tensors: ClassVar[tuple[str, ...]] = ()
+    stores_as_given: ClassVar[bool] = True
 
     @classmethod
     def option(cls) -> str:
         return f"{cls.word}={cls.choice or True}"
+
+    @classmethod
+    def fits(cls, weights: Mapping[str, Tensor], name: str) -> bool:
+        """Whether the module of this name is of this kind in the weights of a file: those of plain LoRAs tell nothing."""
+        return any(f"{name}.{tensor}" in weights for tensor in cls.own_tensors)
 
 
 VARIANTS: list[type[Variant]] = []

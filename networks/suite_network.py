@@ -1,0 +1,275 @@
+"""A LoRA network as the suite has it, which networks/lora.py makes where it is not a copy alone.
+
+It trains by the contract that docs/developing.md has, with a rate for each part and block (lora_training.py). Its modules may be
+of other kinds than LoRA: those of variants.py train too, those of adapters.py only act. Files may be in the layouts of other
+programs (library/formats/lora_layouts.py); those it writes have the hashes of web UIs.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.formats import lora_layouts
+from library.formats.adapters.registry import find_adapter
+from library.formats.foreign import instead_of_a_lora
+from library.formats.lora_hashes import with_hashes
+from library.formats.lora_layouts import PeftConfig, named_for
+from library.formats.tensor_file import open_tensors
+from library.formats.tensor_output import save_pickled
+from networks.adapters import AdapterModule, all_layers, find_modules
+from networks.lora import (
+    UNET_PREFIX,
+    Layer,
+    LoRAModule,
+    LoRANetwork,
+    TextEncoders,
+    find_layers,
+    kernel_size,
+    merge_module,
+    module_weights,
+    save_tensors,
+)
+from networks.lora_args import NetworkArgs
+from networks.lora_training import limit_norms, optimizer_groups
+from networks.summary import summary
+from networks.variants import VARIANTS
+
+logger = logging.getLogger(__name__)
+
+
+class SuiteNetwork(LoRANetwork):
+    """LoRA modules for the layers of a model, and modules of networks/adapters.py for what a file holds beside LoRAs.
+
+    untrained: names of modules that no gradient reaches. Files have them; they are in no optimizer group.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], multiplier: float = 1.0, args: NetworkArgs | None = None):
+        super().__init__(modules, multiplier)
+        self.args = NetworkArgs() if args is None else args
+        self.untrained: frozenset[str] = frozenset()
+
+    @classmethod
+    def create(
+        cls, args: Any, multiplier: float, dim: int | None, alpha: float | None, text_encoder: TextEncoders, unet: Any
+    ) -> Any:
+        dim, alpha = 4 if dim is None else dim, 1.0 if alpha is None else alpha
+        if dim < 1 or args.conv_dim == 0:
+            raise ValueError(f"{'network_dim' if dim < 1 else 'conv_dim'} must be at least 1")
+        layers = find_layers(text_encoder, unet, args.conv3x3)
+        args = args.for_layers(layers)
+        module_class, modules = args.module_class or cls.module_class, []
+        for name, layer in layers.items():
+            rank, own_alpha = args.rank_and_alpha(name, kernel_size(layer) > 1, dim, alpha)
+            if rank:
+                modules.append(module_class(name, layer, rank, own_alpha, **args.dropouts))
+        return cls(modules, multiplier, args)
+
+    @classmethod
+    def from_weights(
+        cls, args: Any, multiplier: float, weights: Mapping[str, Tensor], text_encoder: TextEncoders, unet: Any
+    ) -> Any:
+        if args.says_ranks:
+            logger.warning("ranks, alphas and values are those of the weights; the ones in network_args are not used")
+        layers = find_layers(text_encoder, unet, conv3x3=True)
+        weights = kohya_weights(weights)
+        others = other_modules(weights, layers, text_encoder, unet)
+        weights = named_for(weights, layers)
+        kinds = modules_in(weights, layers, others)
+        modules: list[nn.Module] = []
+        for name in [name for name in layers if name in kinds]:
+            _, down, alpha = module_weights(weights, name, layers[name])
+            kind = cls.module_class if kinds[name] is LoRAModule else kinds[name]
+            modules.append(kind(name, layers[name], len(down), alpha, **args.dropouts))
+        return cls([*modules, *others.values()], multiplier, args.for_layers(layers))
+
+    @property
+    def others(self) -> dict[str, AdapterModule]:
+        """The modules that are no LoRAs, by name."""
+        return {name: module for name, module in self.named_children() if isinstance(module, AdapterModule)}
+
+    def layers_in(self, text_encoder: TextEncoders, unet: nn.Module | None) -> dict[str, Any]:
+        others = all_layers(text_encoder, unet) if self.others else {}
+        return others | super().layers_in(text_encoder, unet)
+
+    @torch.no_grad()
+    def merge_to(
+        self,
+        text_encoder: TextEncoders,
+        unet: nn.Module | None,
+        weights_sd: Mapping[str, Tensor],
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        layers = find_layers(text_encoder, unet, conv3x3=True)
+        weights = kohya_weights(weights_sd)
+        others = other_modules(weights, layers, text_encoder, unet)
+        every = all_layers(text_encoder, unet) if others else {}
+        for name, module in others.items():
+            module.merge(every[name], self.multiplier, dtype, device)
+        weights = named_for(weights, layers)
+        for name, kind in modules_in(weights, layers, others).items():
+            merge_module(kind, weights, name, layers[name], self.multiplier, dtype, device)
+
+    # ---- training
+
+    def prepare_optimizer_params(
+        self, text_encoder_lr: float | list[float] | None, unet_lr: float | None, default_lr: float
+    ) -> tuple[list[dict[str, Any]], list[str]]:
+        """Optimizer groups and their names for the log, see `optimizer_groups`."""
+        learning = {prefix: [m for m in part if m.lora_name not in self.untrained] for prefix, part in self.parts.items()}
+        return optimizer_groups(learning, self.args, text_encoder_lr, unet_lr, default_lr)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Nothing to do: the modules are recomputed with the model's own checkpoints, to which they are attached."""
+
+    def prepare_grad_etc(self, text_encoder: TextEncoders, unet: nn.Module | None) -> None:
+        for module in self.loras:
+            module.requires_grad_(module.lora_name not in self.untrained)
+
+    def on_epoch_start(self, text_encoder: TextEncoders, unet: nn.Module | None) -> None:
+        self.train()
+
+    def get_trainable_params(self) -> list[nn.Parameter]:
+        return [p for module in self.loras if module.lora_name not in self.untrained for p in module.parameters()]
+
+    def apply_max_norm_regularization(self, max_norm: float, device: Any = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Shrink every module whose product has a norm above max_norm, see `limit_norms`."""
+        return limit_norms(self.loras, max_norm)
+
+    def summary(self, dtype: torch.dtype | None = None) -> str:
+        """Modules, ranks, trainable numbers, the size of the file in this dtype (None: as it is); a chart if blocks differ."""
+        return summary(self.parts, self.args, dtype)
+
+    # ---- files
+
+    def save_weights(self, file: str | os.PathLike, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
+        """Write the file, whole or not at all; see `save_tensors`. dtype None keeps the weights' own."""
+        tensors = self.tensors(dtype)
+        if metadata is not None and Path(file).suffix == ".safetensors":
+            metadata = with_hashes(tensors, {**metadata, **self._stored_ranks(metadata)})
+        save_tensors(tensors, file, metadata, save_pickled)  # torch.save adds records that the A1111 web UI refuses
+
+    def _stored_ranks(self, metadata: Mapping[str, str]) -> dict[str, str]:
+        """Rank and alpha as files have them, where they differ from those that the modules were given."""
+        if "ss_network_dim" not in metadata or getattr(self.loras[0], "stores_as_given", True):
+            return {}
+        first = self.loras[0].file_weights()
+        return {"ss_network_dim": str(len(first["lora_down.weight"])), "ss_network_alpha": str(first["alpha"].item())}
+
+    @classmethod
+    def read(cls, file: str | os.PathLike) -> dict[str, Tensor]:
+        """The tensors of a file in any layout, by kohya's names."""
+        with open_tensors(Path(file)) as content:
+            tensors = {name: content.read(name) for name in content.shapes}
+            return kohya_weights(tensors, PeftConfig(Path(file), content.metadata))
+
+    def load_weights(self, file: str | os.PathLike) -> Any:
+        """Load a file; the alphas, and so the scales, are the file's. Returns the missing and the unexpected keys."""
+        if self.others:
+            name, module = next(iter(self.others.items()))
+            raise ValueError(f"{name} ({module.adapter.title}) is nothing that networks.lora trains; use lycoris.kohya")
+        modules = dict(self.named_children())
+        weights = named_for(self.read(file), modules)
+        modules_in(weights, modules)
+        result = self.load_state_dict(weights, strict=False)
+        conv3x3 = {k: t for k, t in weights.items() if k.endswith(".lora_down.weight") and t.dim() == 4 and t[0, 0].numel() > 1}
+        unet = self.parts.get(UNET_PREFIX)
+        if conv3x3 and unet and all(kernel_size(module.lora_down) == 1 for module in unet):
+            rank = len(next(iter(conv3x3.values())))
+            raise ValueError(
+                f"{file} has 3x3 convolutions, this network has none; use --dim_from_weights or --network_args conv_dim={rank}"
+            )
+        return result
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
+        """As torch's, for files of any layout: alpha may be missing (then it is the rank); Linear and 1x1 convolution fit."""
+        named, others = named_for(kohya_weights(state_dict), dict(self.named_children())), self.others
+        fitted = {key: tensor for key, tensor in named.items() if key.partition(".")[0] not in others}  # they have them
+        for name, module in self.named_children():
+            for kind in VARIANTS:
+                if kind.fits(fitted, name) and not isinstance(module, kind):
+                    option = f"use --dim_from_weights or --network_args {kind.option()}"
+                    raise ValueError(f"{name} is a {kind.title} in the weights; {option}")
+        return super().load_state_dict(fitted, strict=strict, assign=assign)
+
+    def own_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return super().own_weights(named_for(kohya_weights(weights), dict(self.named_children())))
+
+
+# ---------------------------------------------------------------- what weights hold
+
+
+def kohya_weights(weights: Mapping[str, Tensor], config: PeftConfig | None = None) -> dict[str, Tensor]:
+    """The weights by the names that networks here have; names in no known layout stay as they are.
+
+    config: where other programs write down their alphas.
+    """
+    kohya = {key: tensor for key, tensor in weights.items() if key.startswith("lora_")}
+    others = {key: tensor for key, tensor in weights.items() if key not in kohya}
+    return kohya | lora_layouts.kohya_weights(others, config)
+
+
+def other_modules(
+    weights: Mapping[str, Tensor], layers: Mapping[str, Layer], text_encoder: TextEncoders, unet: nn.Module | None
+) -> dict[str, AdapterModule]:
+    """What these weights hold for the model beside LoRAs of `layers`, by LoRA name."""
+    plain = (".alpha", ".lora_down.weight", ".lora_up.weight", ".dora_scale")
+    if all(key.endswith(plain) and key.partition(".")[0] in layers for key in weights):
+        return {}
+    return find_modules(weights, layers, text_encoder, unet)
+
+
+def modules_in(
+    weights: Mapping[str, Tensor], known: Mapping[str, Any], others: Mapping[str, Any] | None = None
+) -> dict[str, type[LoRAModule]]:
+    """The LoRA modules of these weights that `known` has too, and their kind. Warns of unused tensors; ValueError if all are.
+
+    others: what `other_modules` gave.
+    """
+    others = others or {}
+    weights = {key: tensor for key, tensor in weights.items() if key.partition(".")[0] not in others}
+    plain = ("alpha", "lora_down.weight", "lora_up.weight")
+    names = [key.removesuffix(".lora_down.weight") for key in weights if key.endswith(".lora_down.weight")]
+    pairs = {name: (weights[f"{name}.lora_down.weight"], weights.get(f"{name}.lora_up.weight")) for name in names}
+    kinds = {
+        name: LoRAModule
+        for name, (down, up) in pairs.items()
+        if name in known and down.numel() and up is not None and up.numel()  # a rank of 0 adds nothing
+    }
+    if not kinds and not others:
+        raise ValueError(
+            f"none of these weights ({len(names)} LoRA modules, {len(weights)} tensors) has a layer in this model; "
+            + (_instead(weights) or "are they a LoRA for this model?")
+        )
+    unused = []
+    for key in weights:
+        name, _, tensor = key.partition(".")
+        if name not in kinds:
+            unused.append(key)
+        elif tensor not in (*plain, *getattr(kinds[name], "own_tensors", ())):
+            kind = next((kind for kind in VARIANTS if tensor in kind.own_tensors), None)
+            if kind is None:
+                raise ValueError(f"{key} is not supported; {_instead(weights) or 'it is not part of a plain LoRA'}")
+            kinds[name] = kind
+    if unused:
+        logger.warning("%d of %d tensors have no layer in this model, such as %s", len(unused), len(weights), unused[0])
+    return kinds
+
+
+def _instead(weights: Mapping[str, Tensor]) -> str:
+    """`they are a LoHa file`, say; empty if nothing tells."""
+    if found := instead_of_a_lora(weights):
+        return f"they are {found[0]}"
+    layer = next(iter(weights), "").partition(".")[0]
+    parts = {key.partition(".")[2]: tensor for key, tensor in weights.items() if key.startswith(f"{layer}.")}
+    adapter = find_adapter(layer, parts)
+    if adapter is None or adapter.kind.name == "LoRA":
+        return ""
+    return f"{layer} ({adapter.title}) is nothing that networks.lora trains; use lycoris.kohya"
