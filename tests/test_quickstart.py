@@ -373,7 +373,7 @@ def test_what_the_tree_imports_is_required():
 
 
 def python_files() -> list[Path]:
-    folders = ("library", "networks", "tools", "tests", "benchmarks")
+    folders = ("library", "networks", "tools", "assets", "tests", "benchmarks")
     return [*ROOT.glob("*.py"), *itertools.chain.from_iterable((ROOT / folder).rglob("*.py") for folder in folders)]
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from assets.make.names import prompt_of
 from library.generation.pipeline.pipeline import Pipeline
 from library.generation.pipeline.settings import GenerateSettings
 from library.generation.prompts.spec import PromptSpec
@@ -17,7 +18,6 @@ from library.models.clip import encode_text, tokenize
 from library.models.loading import load_stable_diffusion
 from library.models.saving import save_stable_diffusion
 from networks.lora import create_network
-from tools.base_model.names import prompt_of
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = ROOT / "assets" / "base-model"

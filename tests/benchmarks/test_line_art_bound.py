@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from assets.make.perceptual import Perceptual
 from benchmarks import line_art_bound
-from tools.base_model.perceptual import Perceptual
 
 
 def test_pairs_are_moved_alike():

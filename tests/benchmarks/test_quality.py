@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from assets.make.names import NAMES
 from benchmarks import quality
 from library.testing import small_stable_diffusion
-from tools.base_model.names import NAMES
 
 
 def test_hits_count_rows_that_are_nearest_to_their_own():

@@ -1,4 +1,4 @@
-"""make_base_model: from tars of images to a model, broken off and gone on with; and the parts that it is made of."""
+"""base_model: from tars of images to a model, broken off and gone on with; and the parts that it is made of."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from assets.make import augment, autoencoder, base_model, diffusion, fetch, images, names, perceptual, training
+from assets.make.perceptual import Perceptual
 from library.errors import UserError
 from library.models.family import LatentSpace
 from library.models.loading import load_stable_diffusion
-from tools import make_base_model
-from tools.base_model import augment, autoencoder, fetch, images, names, painter, perceptual, training
-from tools.base_model.perceptual import Perceptual
 from tools.make_example_dataset import names_by_group
 
 EMOJI = {"1f34c": "Banana", "1f511": "Key", "1f419": "Octopus", "1f680": "Rocket", "1f600": "Grinning face"}
@@ -47,7 +46,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture
 def tiny(monkeypatch, vgg_weights):
-    """Few names, narrow models, small batches, a small judge."""
+    """Few names, narrow models, small batches, a small measure."""
     monkeypatch.setattr(perceptual, "_installed_weights", lambda: vgg_weights)
     for module in (images, autoencoder):
         monkeypatch.setattr(module, "NAMES", NAMED)
@@ -55,18 +54,18 @@ def tiny(monkeypatch, vgg_weights):
     monkeypatch.setattr(autoencoder, "BATCH", 2)
     monkeypatch.setattr(autoencoder, "HELD_OUT", 2)
     monkeypatch.setattr(autoencoder, "REPORT_EVERY", 1)
-    monkeypatch.setattr(painter, "UNET_CHANNELS", (32, 32, 32, 32))
-    monkeypatch.setattr(painter, "TEXT_LAYERS", 1)
-    monkeypatch.setattr(painter, "BATCH", 4)
-    monkeypatch.setattr(painter, "SHEET_NAMES", ("key",))
-    monkeypatch.setattr(painter, "REPORT_EVERY", 1)
-    monkeypatch.setattr(painter, "READING_STEPS", 2)
+    monkeypatch.setattr(diffusion, "UNET_CHANNELS", (32, 32, 32, 32))
+    monkeypatch.setattr(diffusion, "TEXT_LAYERS", 1)
+    monkeypatch.setattr(diffusion, "BATCH", 4)
+    monkeypatch.setattr(diffusion, "SHEET_NAMES", ("key",))
+    monkeypatch.setattr(diffusion, "REPORT_EVERY", 1)
+    monkeypatch.setattr(diffusion, "TEXT_ENCODER_STEPS", 2)
 
 
 def run(monkeypatch, source, folder, *options):
-    command = ["make_base_model.py", "--images", str(source), "--work", str(folder), "--output", str(folder / "base")]
+    command = ["base_model.py", "--images", str(source), "--work", str(folder), "--output", str(folder / "base")]
     monkeypatch.setattr(sys, "argv", [*command, "--vae_steps", "3", "--unet_steps", "3", *options])
-    return make_base_model.main()
+    return base_model.main()
 
 
 def weights(folder):
@@ -155,23 +154,23 @@ def test_green_and_purple_kept_is_all_for_the_image_and_none_for_grey():
 
 def test_the_perceptual_distance_joins_the_loss_late(tiny, vgg_weights):
     torch.manual_seed(0)
-    vae, reader, judge = autoencoder.new_autoencoder(seed=0), torch.nn.Conv2d(4, 3, 1), Perceptual(vgg_weights)
+    vae, reader, measure = autoencoder.new_autoencoder(seed=0), torch.nn.Conv2d(4, 3, 1), Perceptual(vgg_weights)
     image = torch.rand(1, 3, 64, 64) * 2 - 1
 
-    def loss(done, judge):
+    def loss(done, measure):
         torch.manual_seed(1)
-        return float(autoencoder._loss(vae, reader, image, done, judge).detach())
+        return float(autoencoder._loss(vae, reader, image, done, measure).detach())
 
-    assert loss(0.59, None) == loss(0.59, judge)
+    assert loss(0.59, None) == loss(0.59, measure)
     torch.manual_seed(1)
     drawn = autoencoder.softly_clipped(vae.decode(vae.encode(image).latent_dist.sample()).sample)
-    assert loss(0.61, judge) - loss(0.59, judge) == pytest.approx(float(judge.distance(drawn, image).detach()), rel=1e-3)
+    assert loss(0.61, measure) - loss(0.59, measure) == pytest.approx(float(measure.distance(drawn, image).detach()), rel=1e-3)
 
 
 def test_the_text_encoder_learns_to_tell_captions_apart(tiny, source, tmp_path):
     named = images.unpack(source, tmp_path / "images").named
-    made = painter.new_painter(autoencoder.new_autoencoder(seed=0).eval().requires_grad_(False), named, seed=0)
-    short, longer = painter.teach_reading(made, steps=5), painter.teach_reading(made, steps=60)
+    made = diffusion.new_training(autoencoder.new_autoencoder(seed=0).eval().requires_grad_(False), named, seed=0)
+    short, longer = diffusion.pretrain_text_encoder(made, steps=5), diffusion.pretrain_text_encoder(made, steps=60)
     assert longer < 0.8 * short
 
 
@@ -232,7 +231,7 @@ def test_augmented_images_keep_shape_and_range():
 
 @pytest.mark.parametrize(("snr", "weight"), [(0.01, 50.0), (0.25, 2.0), (1.0, 1.0), (4.0, 1.0), (50.0, 0.1)])
 def test_loss_weights(snr, weight):
-    assert float(painter.loss_weights(torch.tensor([snr]))) == pytest.approx(weight, rel=1e-4)
+    assert float(diffusion.loss_weights(torch.tensor([snr]))) == pytest.approx(weight, rel=1e-4)
 
 
 def test_learning_rate_rises_then_falls_to_two_per_cent():

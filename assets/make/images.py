@@ -12,8 +12,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from assets.make.names import AUTOENCODER_STYLES, NAMES, STYLES, prompt_of
 from library.errors import UserError
-from tools.base_model.names import AUTOENCODER_STYLES, NAMES, STYLES, prompt_of
 
 KEYWORDS = 3  # at most so many after the name
 

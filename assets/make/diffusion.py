@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from assets.make.names import STYLES, prompt_of
+from assets.make.training import Average, Checkpoint, clip_and_step, rate_at
 from library.data.config import DatasetDefaults, datasets_from_file
 from library.data.dataset import Batch, TrainingDataset
 from library.diffusion.process import NoiseProcess, sample_timesteps
@@ -20,18 +22,16 @@ from library.models.clip import encode_text, inner_text_model, load_tokenizer, t
 from library.models.family import Model
 from library.models.unet import unet_config
 from library.models.vae import vae_fingerprint
-from tools.base_model.names import STYLES, prompt_of
-from tools.base_model.training import Average, Checkpoint, clip_and_step, rate_at
 
 UNET_CHANNELS = (64, 128, 96, 64)
 TEXT_WIDTH, TEXT_LAYERS = 128, 2
 BATCH = 32
 PEAK_RATE = 1.5e-3
 EMA_DECAY = 0.998
-READING_STEPS, READING_RATE = 700, 1e-3
+TEXT_ENCODER_STEPS, TEXT_ENCODER_RATE = 700, 1e-3
 LEAST, GAMMA = 0.5, 5.0
 REPORT_EVERY, SHEET_EVERY = 100, 400
-DRAWING = {"width": 64, "height": 64, "steps": 20, "scale": 4.0, "sampler": "ddim"}
+SAMPLING = {"width": 64, "height": 64, "steps": 20, "scale": 4.0, "sampler": "ddim"}
 SHEET_NAMES = ("cat face", "penguin", "octopus", "sunflower", "banana", "pizza", "doughnut", "birthday cake")
 SHEET_NAMES += ("guitar", "key", "umbrella", "camera", "rocket", "sailboat", "castle", "rainbow")
 
@@ -50,8 +50,8 @@ batch_size = {batch}
 
 
 @dataclass
-class Painter:
-    """What is trained, with the parts around it."""
+class DiffusionTraining:
+    """The model that is trained, what it is trained on, and its loss."""
 
     model: Model
     dataset: TrainingDataset
@@ -65,14 +65,14 @@ class Painter:
         return (self.model.denoiser(noisy, t, encoder_hidden_states=context).sample - noise).square().flatten(1).mean(dim=1)
 
 
-def new_painter(vae: torch.nn.Module, named: Path, seed: int) -> Painter:
-    """A painter with random weights, and the dataset with its latents."""
+def new_training(vae: torch.nn.Module, named: Path, seed: int) -> DiffusionTraining:
+    """U-Net and text encoder with random weights, and the dataset with its latents."""
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(seed)
     config = unet_config(UNET_CHANNELS, context_width=TEXT_WIDTH)
-    config["sample_size"] = 8  # latents of 64 pixels: the size that is drawn where nobody says another
+    config["sample_size"] = 8  # latents of 64 pixels: the size that pipelines generate by default
     unet = UNet2DConditionModel.from_config(config)
     text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(text_config(TEXT_WIDTH, TEXT_LAYERS)))
     tokenizer = load_tokenizer()
@@ -81,7 +81,7 @@ def new_painter(vae: torch.nn.Module, named: Path, seed: int) -> Painter:
     dataset.cache_latents(
         lambda images, _: vae.encode(images).latent_dist.mode(), batch_size=32, to_disk=False, fingerprint=vae_fingerprint(vae)
     )
-    return Painter(model, dataset)
+    return DiffusionTraining(model, dataset)
 
 
 def dataset_file(named: Path) -> Path:
@@ -92,26 +92,26 @@ def dataset_file(named: Path) -> Path:
     return path
 
 
-def teach_reading(painter: Painter, steps: int) -> float:
-    """Before the U-Net exists, the text encoder learns to tell a caption's latents, through one linear map of its mean output.
+def pretrain_text_encoder(training: DiffusionTraining, steps: int) -> float:
+    """Train the text encoder, before the U-Net, to predict a caption's latents from the mean of its outputs by a linear map.
 
-    A U-Net that knows nothing attends evenly to all 77 tokens, most of them padding: so it is given their mean. Starting from
-    random outputs, which hardly differ between captions, it takes thousands of steps to notice the caption at all. Returns the
-    last steps' mean squared error, where 1 is that of knowing nothing.
+    The mean, because an untrained U-Net attends evenly to all 77 tokens, most of them padding. Without this the outputs of
+    different captions hardly differ, and the U-Net takes thousands of steps to follow the caption at all. Returns the mean
+    squared error of the last steps; the mean latents alone give 1.
     """
-    first = painter.dataset[1, 0].latents
-    reader = torch.nn.Linear(TEXT_WIDTH, first[0].numel())
-    parameters = [*painter.model.text_encoders[0].parameters(), *reader.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=READING_RATE, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    first = training.dataset[1, 0].latents
+    to_latents = torch.nn.Linear(TEXT_WIDTH, first[0].numel())
+    parameters = [*training.model.text_encoders[0].parameters(), *to_latents.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=TEXT_ENCODER_RATE, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     error = 1.0
     for step in range(steps):
-        epoch, position = divmod(step, painter.dataset.num_batches)
-        batch = painter.dataset[epoch + 1, position]
-        wanted = batch.latents * painter.model.vae.config.scaling_factor
-        told = reader(encode_text(painter.model.text_encoders[0], batch.tokens["ids"]).mean(dim=1)).view_as(wanted)
-        loss = (told - wanted).square().mean()
+        epoch, position = divmod(step, training.dataset.num_batches)
+        batch = training.dataset[epoch + 1, position]
+        wanted = batch.latents * training.model.vae.config.scaling_factor
+        predicted = to_latents(encode_text(training.model.text_encoders[0], batch.tokens["ids"]).mean(dim=1)).view_as(wanted)
+        loss = (predicted - wanted).square().mean()
         loss.backward()
-        clip_and_step(optimizer, rate_at(step, steps, READING_RATE, warm_up=50))
+        clip_and_step(optimizer, rate_at(step, steps, TEXT_ENCODER_RATE, warm_up=50))
         error += 0.05 * (float(loss.detach()) - error)
     return error
 
@@ -119,39 +119,39 @@ def teach_reading(painter: Painter, steps: int) -> float:
 def loss_weights(snr: Tensor) -> Tensor:
     """SNR within LEAST..GAMMA, over SNR: Min-SNR (Hang et al. 2023), but with more weight on nearly pure noise.
 
-    There the caption alone says what to draw. Plain noise prediction hardly counts it: an error d of the image is an error
+    There the prediction depends on the caption alone. The plain loss hardly counts it: an error d of the image is an error
     sqrt(SNR) d of the noise.
     """
     return snr.clamp(LEAST, GAMMA) / snr
 
 
-def train_painter(vae: torch.nn.Module, named: Path, work: Path, steps: int, seed: int = 1) -> Model:
+def train_diffusion(vae: torch.nn.Module, named: Path, work: Path, steps: int, seed: int = 1) -> Model:
     """The model with averaged weights after `steps` steps; goes on from the checkpoint in `work`."""
-    painter = new_painter(vae, named, seed)
-    parts = (painter.model.denoiser, painter.model.text_encoders[0])
+    training = new_training(vae, named, seed)
+    parts = (training.model.denoiser, training.model.text_encoders[0])
     parameters = [parameter for part in parts for parameter in part.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=PEAK_RATE, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     average = Average(parts, EMA_DECAY)
-    checkpoint = Checkpoint(work / "painter.pt", average, optimizer)
+    checkpoint = Checkpoint(work / "diffusion.pt", average, optimizer)
     averaged = Model(
         sd1.FAMILY,
         {"unet": average.averages[0], "vae": vae, "text_encoder": average.averages[1]},
-        [painter.model.tokenizers[0]],
+        [training.model.tokenizers[0]],
         "epsilon",
         "base model",
     )
     first, started, total = checkpoint.load(), time.time(), 0.0
     if first == 0:
-        print(f"the text encoder reads with an error of {teach_reading(painter, READING_STEPS):.3f}", flush=True)
-        average.averages[1].load_state_dict(painter.model.text_encoders[0].state_dict())
+        print(f"text encoder alone: mean squared error {pretrain_text_encoder(training, TEXT_ENCODER_STEPS):.3f}", flush=True)
+        average.averages[1].load_state_dict(training.model.text_encoders[0].state_dict())
     for part in parts:
         part.train()
     for step in range(first, steps):
-        epoch, position = divmod(step, painter.dataset.num_batches)
-        batch = painter.dataset[epoch + 1, position]
+        epoch, position = divmod(step, training.dataset.num_batches)
+        batch = training.dataset[epoch + 1, position]
         t = sample_timesteps(len(batch.paths), torch.device("cpu"))
-        losses = painter.loss(batch, torch.randn_like(batch.latents), t)
-        (losses * loss_weights(painter.process.snr()[t])).mean().backward()
+        losses = training.loss(batch, torch.randn_like(batch.latents), t)
+        (losses * loss_weights(training.process.snr()[t])).mean().backward()
         clip_and_step(optimizer, rate_at(step, steps, PEAK_RATE))
         average.update(step)
         total += losses.detach().mean()
@@ -160,27 +160,27 @@ def train_painter(vae: torch.nn.Module, named: Path, work: Path, steps: int, see
             speed = (done - first) * BATCH / (time.time() - started)
             print(
                 f"{time.strftime('%H:%M:%S')} U-Net step {done}/{steps}: loss {float(total) / REPORT_EVERY:.4f}, "
-                f"validation {validation_loss(Painter(averaged, painter.dataset)):.4f}, {speed:.1f} images/s",
+                f"validation {validation_loss(DiffusionTraining(averaged, training.dataset)):.4f}, {speed:.1f} images/s",
                 flush=True,
             )
             total = 0.0
             checkpoint.save(done)
         if done % SHEET_EVERY == 0 or done == steps:
             draw_sheet(averaged, work / f"sheet-{done:06d}.png")
-    zero_unused_tokens(averaged, painter.dataset)
+    zero_unused_tokens(averaged, training.dataset)
     return averaged
 
 
 @torch.no_grad()
-def validation_loss(painter: Painter, batches: int = 4) -> float:
+def validation_loss(training: DiffusionTraining, batches: int = 4) -> float:
     """The loss on the same noise and timesteps every time; timesteps evenly spread."""
     generator = torch.Generator().manual_seed(7)
     losses = []
-    for position in range(min(batches, painter.dataset.num_batches)):
-        batch = painter.dataset[1, position]
+    for position in range(min(batches, training.dataset.num_batches)):
+        batch = training.dataset[1, position]
         noise = torch.randn(batch.latents.shape, generator=generator)
         t = torch.linspace(20, 999, len(batch.paths)).long()
-        losses.append(painter.loss(batch, noise, t).mean())
+        losses.append(training.loss(batch, noise, t).mean())
     return float(torch.stack(losses).mean())
 
 
@@ -189,7 +189,7 @@ def draw_sheet(model: Model, path: Path) -> None:
     from PIL import Image
 
     specs = [
-        PromptSpec(prompt=prompt_of(style, name), seed=i, **DRAWING) for style in STYLES for i, name in enumerate(SHEET_NAMES)
+        PromptSpec(prompt=prompt_of(style, name), seed=i, **SAMPLING) for style in STYLES for i, name in enumerate(SHEET_NAMES)
     ]
     images = [made.image for made in Pipeline(model, GenerateSettings(batch_size=16)).generate(specs)]
     sheet = Image.new("RGB", (64 * len(SHEET_NAMES), 64 * len(STYLES)))
