@@ -209,10 +209,18 @@ class SuiteNetwork(LoRANetwork):
 def kohya_weights(weights: Mapping[str, Tensor], config: PeftConfig | None = None) -> dict[str, Tensor]:
     """The weights by the names that networks here have; names in no known layout stay as they are.
 
-    config: where other programs write down their alphas.
+    config: where other programs write down their alphas. Layers that have kohya's names keep them: which of them a model has is
+    for `named_for` to say.
     """
-    kohya = {key: tensor for key, tensor in weights.items() if key.startswith("lora_")}
-    others = {key: tensor for key, tensor in weights.items() if key not in kohya}
+    kohya, others = {}, {}
+    for key, tensor in weights.items():
+        layer, _, inside = key.partition(".")
+        if not key.startswith("lora_"):
+            others[key] = tensor
+        elif inside.startswith("lora_magnitude_vector"):  # peft's name for what DoRA learns of each output
+            kohya[f"{layer}.dora_scale"] = tensor.view(-1, 1)
+        else:
+            kohya[key] = tensor
     return kohya | lora_layouts.kohya_weights(others, config)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import networks.lora
+from library.errors import UserError
 from networks.lora import create_network, create_network_from_weights
 
 CONV = {"conv_dim": "2", "conv_alpha": "3"}
@@ -272,7 +273,7 @@ def test_bad_files_are_one_line_errors_and_pickled_code_never_runs(model, tmp_pa
     torch.save({"a": Bomb()}, "bomb.pt")
     torch.save([torch.zeros(1)], "list.pt")
     for name in ("cut.safetensors", "cut.pt", "empty.safetensors", "bomb.pt", "list.pt", "none.safetensors", "none.pt"):
-        with pytest.raises(ValueError, match=name) as caught:
+        with pytest.raises(UserError, match=name) as caught:
             create_network_from_weights(1.0, name, None, model.text_encoder, model.unet)
         assert "\n" not in str(caught.value)
     assert not Path("bomb-went-off").exists()

@@ -11,7 +11,8 @@ from torch import nn
 
 from library.errors import UserError
 from library.formats.lora_layouts import kohya_weights, lora_name
-from networks.lora import create_network, create_network_from_weights, find_layers, load_tensors
+from networks.lora import create_network, create_network_from_weights, find_layers
+from networks.suite_network import SuiteNetwork
 
 ATTENTION = "mid_block.attentions.0.transformer_blocks.0.attn1"
 
@@ -216,6 +217,6 @@ def test_kohya_s_own_names_stay_and_a_wrong_config_is_named(model, tmp_path):
     safetensors.torch.save_file({"a": torch.zeros(1)}, file)
     (tmp_path / "adapter_config.json").write_text("[1", encoding="utf-8")
     with pytest.raises(UserError, match="adapter_model.safetensors: the description of its alphas is not readable"):
-        load_tensors(file)
+        SuiteNetwork.read(file)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 2}), encoding="utf-8")
-    assert list(load_tensors(file)) == ["a"]
+    assert list(SuiteNetwork.read(file)) == ["a"]

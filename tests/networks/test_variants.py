@@ -10,6 +10,7 @@ from torch import nn
 
 import networks.lora
 from networks.lora import LoRAModule, create_network, create_network_from_weights
+from networks.suite_network import SuiteNetwork
 from networks.variants import VARIANTS, DoRAModule, OrthogonalModule, PissaModule, Variant, register
 
 CONV = {"conv_dim": "4", "conv_alpha": "3"}
@@ -307,7 +308,7 @@ def a1111(weight, up, down, alpha, dora_scale):
 def test_dora_files_give_the_same_weights_in_the_uis(model, loader, tmp_path):
     network = make_network(model, dora="True", **CONV)
     network.save_weights(tmp_path / "a.safetensors", None, None)
-    weights = networks.lora.load_tensors(tmp_path / "a.safetensors")
+    weights = SuiteNetwork.read(tmp_path / "a.safetensors")
     layers = networks.lora.find_layers(model.text_encoder, model.unet, conv3x3=True)
     for module in network.loras:
         name, weight = module.lora_name, layers[module.lora_name].weight
