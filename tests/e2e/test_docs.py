@@ -19,6 +19,7 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors import safe_open
+from user_pages import DOCS, ROOT, blocks, read_page
 
 import train_network
 from library.command_line import choices_of, groups_of, is_flag, option_names
@@ -39,10 +40,9 @@ from library.training.outputs.trackers import tracker_settings
 from networks.lora import create_network
 from networks.lora_args import readers
 
-ROOT = Path(__file__).resolve().parents[2]
 # The pages of the tools have tests of their own (tests/networks/test_documented_commands.py).
-FILES = (ROOT / "README.md", ROOT / "docs" / "speed.md", *sorted((ROOT / "docs").glob("train_*.md")))
-PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in FILES}
+FILES = ["README.md", "docs/speed.md", *(f"docs/{path.name}" for path in sorted(DOCS.glob("train_*.md")))]
+PAGES = {name: read_page(name) for name in FILES}
 ENGLISH, CHINESE = PAGES["docs/train_network_README.md"], PAGES["docs/train_network_README-zh.md"]
 BOTH = pytest.mark.parametrize("page", [ENGLISH, CHINESE], ids=["en", "zh"])
 
@@ -65,11 +65,6 @@ NOT_RUN = (
     r"python tools/doctor\.py .*",  # minutes: tests/library/doctor
 )  # fmt: skip
 PROGRAMS = ("accelerate", "python", "python3", "py", "pip", "git", "tensorboard", ".venv/bin/pip")
-
-
-def blocks(page: str) -> list[tuple[str, str]]:
-    """(language, content) of the fenced blocks of a page."""
-    return re.findall(r"^```(\w*)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
 
 
 def commands(page: str) -> list[str]:
@@ -290,35 +285,6 @@ def test_every_option_that_is_mentioned_exists(name):
     mentioned = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)(?!\*|\w)", PAGES[name])) - {"sample_every_n_"}
     known = set(option_names(TrainNetworkOptions)) | set(REFUSED.reasons) | set(option_names(GenerateOptions))
     assert mentioned - known - of_others - of_prompts - misspelt == set()
-
-
-def without_comments(content: str) -> str:
-    return re.sub(r"#.*", "", content)
-
-
-def test_both_languages_have_the_same_code():
-    code = [[(language, without_comments(content)) for language, content in blocks(page)] for page in (ENGLISH, CHINESE)]
-    assert code[0] == code[1]
-    shape = re.compile(r"^(#+) |^(\||- \*\*)", re.MULTILINE)
-    assert shape.findall(ENGLISH) == shape.findall(CHINESE)  # the same headings, table rows and lists
-    codes = [set(re.findall(r"`(--[^`]+)`", page)) for page in (ENGLISH, CHINESE)]
-    assert codes[0] == codes[1]
-
-
-@pytest.mark.parametrize("name", PAGES)
-def test_links_lead_somewhere(name):
-    def slugs(page: str) -> list[str]:
-        text = re.sub(r"^```.*?^```$", "", page, flags=re.DOTALL | re.MULTILINE)
-        titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
-        return [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
-
-    for target in re.findall(r"\]\(([^)\s]+)\)", PAGES[name]):
-        if target.startswith("http"):
-            continue
-        file, _, anchor = target.partition("#")
-        path = (ROOT / name).parent / file if file else ROOT / name
-        assert path.exists(), target
-        assert not anchor or anchor in slugs(path.read_text(encoding="utf-8")), target
 
 
 # ---------------------------------------------------------------- what can go wrong

@@ -1,4 +1,7 @@
-"""docs/train_README.md: its examples load, and its tables of keys say what the code says."""
+"""docs/train_README*.md: the examples load, and the tables of keys say what the code says.
+
+The examples of the Chinese page are the same (tests/e2e/test_sister_pages.py).
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,16 @@ import re
 from pathlib import Path
 
 import pytest
+from user_pages import blocks, read_page
 
 from library.data.buckets import BucketRule
 from library.data.config import REFUSED, DatasetDefaults, datasets_from_file
 from library.data.config_file import read_config_file
 from library.data.config_keys import DATASET_KEYS, SHARED_KEYS, SUBSET_ONLY, DatasetConfig, SubsetConfig
 
-GUIDE = (Path(__file__).parents[3] / "docs" / "train_README.md").read_text(encoding="utf-8")
-EXAMPLES = re.findall(r"^```toml\n(.*?)^```", GUIDE, re.DOTALL | re.MULTILINE)
-KEY_ROWS = re.findall(r"^\| `(\w+)` \| (.+?) \| ([GDS ]+) \| (.+) \|$", GUIDE, re.MULTILINE)
+ENGLISH, CHINESE = read_page("docs/train_README.md"), read_page("docs/train_README-zh.md")
+BOTH = pytest.mark.parametrize("guide", [ENGLISH, CHINESE], ids=["en", "zh"])
+EXAMPLES = [content for language, content in blocks(ENGLISH) if language == "toml"]
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=range(len(EXAMPLES)))
@@ -37,15 +41,17 @@ def test_there_are_examples():
     assert len(EXAMPLES) >= 5
 
 
-def test_every_key_is_in_the_tables_with_its_default_and_levels():
+@BOTH
+def test_every_key_is_in_the_tables_with_its_default_and_levels(guide):
+    rows = re.findall(r"^\| `(\w+)` \| (.+?) \| ([GDS ]+) \| (.+) \|$", guide, re.MULTILINE)
     fields = {**DatasetConfig.model_fields, **SubsetConfig.model_fields}
-    assert sorted(row[0] for row in KEY_ROWS) == sorted(DATASET_KEYS + SHARED_KEYS + SUBSET_ONLY)
-    for key, default, levels, _ in KEY_ROWS:
+    assert sorted(row[0] for row in rows) == sorted(DATASET_KEYS + SHARED_KEYS + SUBSET_ONLY)
+    for key, default, levels, _ in rows:
         value = fields[key].default
         if fields[key].is_required():
-            expected = "needed"
+            expected = "needed" if guide is ENGLISH else "必填"
         elif value is None:
-            expected = "none"
+            expected = "none" if guide is ENGLISH else "无"
         else:
             expected = f"`{value}`" if not isinstance(value, (bool, str)) else f"`{str(value).lower()}`"
             expected = f'`"{value}"`' if isinstance(value, str) else expected
@@ -54,18 +60,19 @@ def test_every_key_is_in_the_tables_with_its_default_and_levels():
 
 
 def test_refused_keys_are_listed():
-    assert all(f"`{key}`" in GUIDE for key in REFUSED)
+    assert all(f"`{key}`" in ENGLISH for key in REFUSED)
 
 
-def test_the_table_of_sizes_is_true():
-    rows = re.findall(r"^\| (\d+) x (\d+) \| (.+) \| (.+) \|$", GUIDE, re.MULTILINE)
+@BOTH
+def test_the_table_of_sizes_is_true(guide):
+    rows = re.findall(r"^\| (\d+) x (\d+) \| (.+) \| (.+) \|$", guide, re.MULTILINE)
     assert len(rows) == 7
     subset = SubsetConfig(image_dir="x")
     for width, height, normal, no_upscale in rows:
         for text, keeps in ((normal, False), (no_upscale, True)):
             config = DatasetConfig(resolution=512, enable_bucket=True, bucket_no_upscale=keeps, subsets=(subset,))
             place = BucketRule(config).place(int(width), int(height))
-            text = normal if text == "the same" else text
+            text = normal if text in ("the same", "同左") else text
             sizes = [tuple(map(int, size)) for size in re.findall(r"(\d+) x (\d+)", text)]
             assert sizes[-1] == place.bucket, (width, height, text)
             if len(sizes) == 2:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from user_pages import blocks, read_page
 
 from library.command_line import groups_of, is_flag
 from library.diffusion.samplers import SAMPLERS
@@ -26,9 +27,8 @@ from library.generation.prompts.inline import OPTIONS as INLINE_OPTIONS
 from library.generation.prompts.written import WrittenPrompt
 from library.generation.refused_options import REFUSED, REFUSED_INLINE
 
-ROOT = Path(__file__).resolve().parents[4]
 FILES = ("docs/gen_img_README.md", "docs/gen_img_README-zh.md", "README.md")
-PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in FILES}
+PAGES = {name: read_page(name) for name in FILES}
 ENGLISH, CHINESE, README = PAGES["docs/gen_img_README.md"], PAGES["docs/gen_img_README-zh.md"], PAGES["README.md"]
 BOTH = pytest.mark.parametrize("page", [ENGLISH, CHINESE], ids=["en", "zh"])
 FIELDS = {name: field for group in groups_of(GenerateOptions).values() for name, field in group.model_fields.items()}
@@ -37,11 +37,6 @@ FIELDS = {name: field for group in groups_of(GenerateOptions).values() for name,
 SMALL = ["--steps=1", "--W=64", "--H=64", "--no_preview"]
 SMALL_HIGHRES = ["--highres_fix_steps=1", "--W=128", "--H=128"]
 NEEDS_GPU = {"--fp16"}
-
-
-def blocks(page: str) -> list[tuple[str, str]]:
-    """(language, content) of the fenced blocks of a page."""
-    return re.findall(r"^```(\w*)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
 
 
 def commands(page: str) -> list[str]:
@@ -160,23 +155,6 @@ def test_refused_options_are_in_the_tables(page):
 def test_every_option_that_is_mentioned_exists(page):
     mentioned = set(re.findall(r"(?<![\w-])--([a-zA-Z]\w*)", page)) - {"network_weigth", "help", "sample_prompts", "q"}
     assert mentioned - set(FIELDS) - set(REFUSED.reasons) - set(INLINE_OPTIONS) - set(REFUSED_INLINE) == set()
-
-
-def test_both_languages_have_the_same_shape_and_code():
-    code = [[(language, re.sub(r"#.*", "", content)) for language, content in blocks(page)] for page in (ENGLISH, CHINESE)]
-    assert code[0] == code[1]
-    shape = re.compile(r"^(#+) |^(\||- )", re.MULTILINE)
-    assert shape.findall(ENGLISH) == shape.findall(CHINESE)  # the same headings, table rows and lists
-    assert set(re.findall(r"`(--[^`]+)`", ENGLISH)) == set(re.findall(r"`(--[^`]+)`", CHINESE))
-
-
-@pytest.mark.parametrize("name", list(PAGES)[:2])
-def test_links_lead_somewhere(name):
-    titles = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```$", "", PAGES[name], flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
-    slugs = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
-    for target in re.findall(r"\]\(([^)\s]+)\)", PAGES[name]):
-        file, _, anchor = target.partition("#")
-        assert (ROOT / name).parent.joinpath(file).exists() if file else anchor in slugs, target
 
 
 # ---------------------------------------------------------------- what can go wrong
