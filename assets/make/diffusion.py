@@ -20,8 +20,8 @@ from library.generation.prompts.spec import PromptSpec
 from library.models import sd1
 from library.models.clip import encode_text, inner_text_model, load_tokenizer, text_config
 from library.models.family import Model
+from library.models.modules import weights_fingerprint
 from library.models.unet import unet_config
-from library.models.vae import vae_fingerprint
 
 UNET_CHANNELS = (64, 128, 96, 64)
 TEXT_WIDTH, TEXT_LAYERS = 128, 2
@@ -79,7 +79,7 @@ def new_training(vae: torch.nn.Module, named: Path, seed: int) -> DiffusionTrain
     model = Model(sd1.FAMILY, {"unet": unet, "vae": vae, "text_encoder": text_encoder}, [tokenizer], "epsilon", "base model")
     dataset = TrainingDataset(datasets_from_file(dataset_file(named), DatasetDefaults()), seed=seed, tokenizers=[tokenizer])
     dataset.cache_latents(
-        lambda images, _: vae.encode(images).latent_dist.mode(), batch_size=32, to_disk=False, fingerprint=vae_fingerprint(vae)
+        lambda images, _: vae.encode(images).latent_dist.mode(), batch_size=32, to_disk=False, fingerprint=weights_fingerprint(vae)
     )
     return DiffusionTraining(model, dataset)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -19,21 +18,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
+from library.data.cache_files import require_writable, save, shapes_in
 from library.data.images import has_other_colours, has_transparency
 from library.data.masks import latent_mask
 from library.data.pixels import Placed, cut, mask_bytes, placed, read_bytes, to_tensor
 from library.data.table import ImageTable
 from library.errors import UserError
-from library.files import atomic_write, read_safetensors_header
 from library.models.family import LatentSpace
 from library.option_traits import fields_with
 from library.parallel import ahead
-
-log = logging.getLogger(__name__)
 
 FOLDER = ".latents"
 VERSION = 1  # to be raised when decoding, resizing or flipping change their result
@@ -72,15 +69,9 @@ def cache_path(image: Path, key: str) -> Path:
 
 
 def is_whole(path: Path, names: list[str], size: tuple[int, int]) -> bool:
-    """Whether a cache file is there with all its tensors, of `size` (rows, columns); a damaged one is told, and made again."""
-    if not path.exists():
-        return False
-    try:
-        header = read_safetensors_header(path)
-    except (UserError, OSError) as error:
-        log.warning("cached latents are made again: %s", error)
-        return False
-    return all(header.get(name, {}).get("shape", [])[1:] == list(size) for name in names)
+    """Whether a cache file is there with all its tensors, of `size` (rows, columns)."""
+    shapes = shapes_in(path)
+    return all(shapes.get(name, [])[1:] == list(size) for name in names)
 
 
 @dataclass(frozen=True)
@@ -273,29 +264,11 @@ class LatentCaching:
         """Save in a thread; earlier saves that failed are raised here."""
         path = cache_path(item.place.path, item.key)
         if path.parent not in self.writable:
-            require_writable(path.parent)
+            require_writable(path.parent, "cache_latents_to_disk", "cache_latents")
             self.writable.add(path.parent)
         self.writes.append(writers.submit(save, path, tensors))
         while len(self.writes) > 2 * self.batch_size:
             self.writes.popleft().result()
-
-
-def save(path: Path, tensors: dict[str, Tensor]) -> None:
-    with atomic_write(path) as temporary:
-        save_file(tensors, temporary)
-
-
-def require_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"--cache_latents_to_disk cannot write to {folder} ({error.strerror or error}); make the folder writable, "
-            "or give --cache_latents instead, which keeps the latents in memory"
-        ) from error
 
 
 def refuse_augmentations(table: ImageTable) -> None:

@@ -11,6 +11,7 @@ import logging
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,9 @@ from library.data.masks import latent_mask
 from library.data.order import EpochOrder, EpochPlanner
 from library.data.pixels import augmented, placed, to_tensor
 from library.data.table import build_table
+from library.data.text_cache import DiskTexts, MemoryTexts
 from library.data.tokens import CaptionTokenizer
-from library.models.family import SD_LATENTS, LatentSpace, Tokens
+from library.models.family import SD_LATENTS, Conditioning, LatentSpace, Tokens
 
 log = logging.getLogger(__name__)
 
@@ -45,13 +47,15 @@ class Batch:
     sizes: Tensor  # (B, 6) int64: original height, width; cut off at top, left after resizing; height, width of the batch
     images: Tensor | None = None  # (B, 3, H, W) float32, -1..1
     latents: Tensor | None = None  # (B, C, h, w) float32, not scaled
-    tokens: Tokens = field(default_factory=dict)  # see library.models.clip.tokenize; empty without tokenizers
+    tokens: Tokens = field(default_factory=dict)  # see library.models.clip.tokenize; empty without tokenizers, and with `text`
+    text: Conditioning | None = None  # what the text encoders make of the captions, if that is cached
     masks: Tensor | None = None  # (B, 1, H/8, W/8) float32, 0..1: how much of the error counts; only if an image has a mask
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory; the DataLoader calls this with pin_memory=True."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        pinned: dict[str, Any] = {name: value.pin_memory() for name, value in values.items() if isinstance(value, Tensor)}
+        kinds = (Tensor, Conditioning)
+        pinned: dict[str, Any] = {name: value.pin_memory() for name, value in values.items() if isinstance(value, kinds)}
         return replace(self, tokens={name: value.pin_memory() for name, value in self.tokens.items()}, **pinned)
 
 
@@ -86,6 +90,7 @@ class TrainingDataset(Dataset):
         self.loss_weights = np.where(self.table.is_reg(), prior_loss_weight, 1.0).astype(np.float32)
         self.planner = EpochPlanner(self.table, seed)
         self.latents: MemoryLatents | DiskLatents | None = None
+        self.texts: MemoryTexts | DiskTexts | None = None  # to be set before a loader is made
         self.latent_space = latent_space
         self.tokenizer: CaptionTokenizer | None = None
         if tokenizers:
@@ -159,7 +164,9 @@ class TrainingDataset(Dataset):
         if any(mask is not None for mask in masks):
             blank = torch.ones(1, *self.latent_space.size(*batch.size))
             batch.masks = torch.stack([blank if mask is None else mask for mask in masks])
-        if self.tokenizer is not None:
+        if self.texts is not None:
+            batch.text = self.texts.lookup(captions)
+        elif self.tokenizer is not None:
             batch.tokens = self.tokenizer(captions)
         return batch
 
@@ -208,18 +215,26 @@ class TrainingDataset(Dataset):
         if share[1] > 1:
             self.latents.join(gather)
 
-    def caption_variants(self, limit: int = 10_000) -> list[str] | None:
-        """Every caption that a batch can hold, if there are finitely many and at most `limit`; else None."""
-        found: set[str] = set()
+    def caption_variants(self, limit: int | None = 10_000) -> dict[str, Path] | None:
+        """Every caption that a batch can hold, sorted, with the folder of the first image that has it.
+
+        None if captions change without end, or if there are more than `limit`.
+        """
+        found: dict[str, Path] = {}
         for row in np.flatnonzero(self.table.repeats).tolist():
             variants = caption_variants(self.table.captions[row], self.table.config(row))
             if variants is None:
                 return None
-            found.update(variants)
-            if len(found) > limit:
-                log.warning("there are more than %d different captions, so the text encoder's outputs are not cached", limit)
+            for caption in variants:
+                found.setdefault(caption, self.table.config(row).image_dir)
+            if limit is not None and len(found) > limit:
+                log.warning(
+                    "there are more than %d different captions, so what the text encoder makes of them is not kept in memory; "
+                    "--cache_text_encoder_outputs_to_disk keeps it on disk",
+                    limit,
+                )
                 return None
-        return sorted(found)
+        return dict(sorted(found.items()))
 
     def describe(self) -> list[facts.DatasetFacts]:
         """Counts, buckets and tags, one entry a dataset."""

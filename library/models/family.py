@@ -38,6 +38,10 @@ class Conditioning:
         """As `Tensor.to`, for every tensor."""
         return Conditioning({name: value.to(*args, **kwargs) for name, value in self.tensors.items()})
 
+    def pin_memory(self) -> Conditioning:
+        """As `Tensor.pin_memory`, for every tensor."""
+        return Conditioning({name: value.pin_memory() for name, value in self.tensors.items()})
+
     def rows(self, index: Any) -> Conditioning:
         """Some of the rows: a slice, or a list of indices."""
         return Conditioning({name: value[index] for name, value in self.tensors.items()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,16 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
 
 def _canonical(module: nn.Module) -> dict[str, Tensor]:
     return {name.removeprefix(TEXT_MODEL): value for name, value in module.state_dict().items()}
+
+
+def weights_fingerprint(*modules: nn.Module) -> str:
+    """64 hex digits over weights and their dtypes, to tell whether what is cached was made with them."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, value in sorted(weights_of(module).items()):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def fill(module: nn.Module, tensors: Mapping[str, Tensor], source: str, kind: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -53,15 +52,6 @@ def empty_vae(config: Mapping[str, Any]) -> AutoencoderKL:
 
     with torch.device("meta"):
         return AutoencoderKL.from_config(dict(config))
-
-
-def vae_fingerprint(vae: AutoencoderKL) -> str:
-    """64 hex digits over the VAE's weights and their dtype, to tell whether cached latents are its own."""
-    digest = hashlib.sha256()
-    for name, value in sorted(vae.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 KL_VAE = Part(

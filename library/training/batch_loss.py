@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from library.data.dataset import Batch
-from library.data.text_cache import TextCache
 from library.diffusion.loss import Objective
 from library.models.family import Conditioning, Model
 
@@ -17,14 +16,14 @@ from library.models.family import Conditioning, Model
 class BatchLoss:
     """The diffusion loss of batches, on the model's device.
 
-    texts: embeddings of all captions, if they were encoded before. autocast: the context of the run's arithmetic.
+    autocast: the context of the run's arithmetic.
     """
 
     def __init__(
-        self, model: Model, objective: Objective, texts: TextCache | None, *, device: torch.device,
+        self, model: Model, objective: Objective, *, device: torch.device,
         autocast: Callable[[], AbstractContextManager], trains_text_encoder: bool, clip_skip: int | None,
     ) -> None:  # fmt: skip
-        self.model, self.objective, self.texts, self.device, self.autocast = model, objective, texts, device, autocast
+        self.model, self.objective, self.device, self.autocast = model, objective, device, autocast
         self.trains_text_encoder, self.clip_skip = trains_text_encoder, clip_skip
 
     def __call__(self, batch: Batch) -> Tensor:
@@ -57,8 +56,8 @@ class BatchLoss:
 
     def conditioning(self, batch: Batch) -> Conditioning:
         """What the denoiser reads of the captions."""
-        if self.texts is not None:
-            return self.texts.lookup(batch.captions).to(self.device, non_blocking=True)
+        if batch.text is not None:
+            return batch.text.to(self.device, non_blocking=True)
         with torch.set_grad_enabled(self.trains_text_encoder and torch.is_grad_enabled()), self.autocast():
             return self.model.encode_text(batch.tokens, self.clip_skip)
 

@@ -92,7 +92,7 @@ def build_network(network: NetworkOptions, optimizer: OptimizerOptions, model: M
         module=instance,
         groups=groups,
         group_names=names,
-        trains_text_encoder=not network.network_train_unet_only and trains_any(rates, optimizer.learning_rate),
+        trains_text_encoder=trains_text_encoder(network, optimizer, len(model.text_encoders)),
     )
 
 
@@ -106,9 +106,11 @@ def text_encoder_rates(options: OptimizerOptions, encoders: int) -> float | list
     return rates[0] if encoders == 1 else rates[:encoders]
 
 
-def trains_any(rates: float | list[float] | None, default: float) -> bool:
-    """Whether any text encoder has a rate above 0."""
-    return max(rates if isinstance(rates, list) else [default if rates is None else rates]) > 0
+def trains_text_encoder(network: NetworkOptions, optimizer: OptimizerOptions, encoders: int) -> bool:
+    """Whether any of a model's text encoders is trained with a rate above 0."""
+    rates = text_encoder_rates(optimizer, encoders)
+    highest = max(rates if isinstance(rates, list) else [optimizer.learning_rate if rates is None else rates])
+    return not network.network_train_unet_only and highest > 0
 
 
 def check_max_norm(instance: torch.nn.Module, model: Model) -> None:

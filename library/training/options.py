@@ -151,6 +151,15 @@ class CaptionOptions(OptionGroup):
         None, help="tokens of a caption; unset: 75", record="ss_max_token_length"
     )
     weighted_captions: bool = option(False, help="read (word:1.2) as a weight")
+    cache_text_encoder_outputs: bool = option(
+        False, help="encode every caption once, before training, or say why it cannot be done", resume="free"
+    )
+    cache_text_encoder_outputs_to_disk: bool = option(False, help="keep the encoded captions on disk too", resume="free")
+
+    @property
+    def caches_text(self) -> bool:
+        """Whether captions must be encoded before training."""
+        return self.cache_text_encoder_outputs or self.cache_text_encoder_outputs_to_disk
 
 
 class AugmentationOptions(OptionGroup):

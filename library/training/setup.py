@@ -12,15 +12,13 @@ from accelerate import Accelerator
 
 from library.data.dataset import TrainingDataset
 from library.data.loader import make_loader
-from library.data.text_cache import TextCache
 from library.devices import DTYPES, use_xformers
 from library.diffusion.loss import Objective
 from library.generation.prompts.prompt_file import read_prompt_file
 from library.generation.prompts.spec import PromptSpec
-from library.models.clip import tokenize
-from library.models.family import Conditioning, Model
+from library.models.family import Model
 from library.models.loading import Header, load_stable_diffusion
-from library.models.vae import vae_fingerprint
+from library.models.modules import weights_fingerprint
 from library.processes import Processes
 from library.training.batch_loss import BatchLoss
 from library.training.checks.estimates import base_formats
@@ -53,6 +51,7 @@ from library.training.run_state.resume import begin_at
 from library.training.run_state.snapshot import RandomNumbers, RunIdentity, Snapshot
 from library.training.run_state.state import StateFiles
 from library.training.step import TrainStep
+from library.training.text_caching import cache_text
 from library.training.validation import Validation, open_validation, validation_timesteps
 from library.training.validator import Validator
 
@@ -117,9 +116,9 @@ def prepare(
     for dataset in data.datasets:
         cache_latents(options, dataset, model, processes)
     attached = attach_network(options, ready.seed, model, accelerator.device, processes)
-    texts = cache_text(options, data.datasets, model, attached.network)
-    place_in_memory(options, data, model, ready.header, attached.network, texts, accelerator)
-    run = make_run(options, ready, data, model, attached, texts, accelerator, processes, listeners)
+    cache_text(options, data.datasets, model, attached.network, accelerator, processes)
+    place_in_memory(options, data, model, ready.header, attached.network, accelerator)
+    run = make_run(options, ready, data, model, attached, accelerator, processes, listeners)
     begin_at(run, ready.start, ready.resumed)
     return run
 
@@ -142,11 +141,10 @@ def attach_network(options: TrainNetworkOptions, seed: int, model: Model, device
 
 
 def place_in_memory(
-    options: TrainNetworkOptions, data: Data, model: Model, header: Header, network: TrainedNetwork, texts: TextCache | None,
-    accelerator: Accelerator,
-) -> None:  # fmt: skip
+    options: TrainNetworkOptions, data: Data, model: Model, header: Header, network: TrainedNetwork, accelerator: Accelerator
+) -> None:
     """Bring the frozen model into the form in which it takes the least memory and time."""
-    idle = ([model.vae] if data.train.latents is not None else []) + (model.text_encoders if texts is not None else [])
+    idle = ([model.vae] if data.train.latents is not None else []) + (model.text_encoders if data.train.texts is not None else [])
     offload_idle_parts(options, idle, keep_for_previews=bool(data.prompts))
     pack_frozen_weights(options, model, accelerator.device)
     if not options.precision.torch_compile:  # torch.compile already drops activations that it does not need
@@ -157,14 +155,14 @@ def place_in_memory(
 
 
 def make_run(
-    options: TrainNetworkOptions, ready: Ready, data: Data, model: Model, attached: Attached, texts: TextCache | None,
-    accelerator: Accelerator, processes: Processes, listeners: Sequence[Listener],
+    options: TrainNetworkOptions, ready: Ready, data: Data, model: Model, attached: Attached, accelerator: Accelerator,
+    processes: Processes, listeners: Sequence[Listener],
 ) -> Run:  # fmt: skip
     """Optimizer, step, files and listeners."""
     plan, seed, network = ready.plan, ready.seed, attached.network
     optimizer, optimizer_text = create_optimizer(options.optimizer, network.groups, accelerator.device)
     check_half_weights(optimizer, optimizer_text, trained_dtype(options))
-    step = make_step(options, optimizer, plan, seed, data, model, network, texts, accelerator, processes)
+    step = make_step(options, optimizer, plan, seed, data, model, network, accelerator, processes)
     used_weights = partial(eval_weights, optimizer, step.average)
     tracker = Tracker(options.logs, logged_options(options) if options.logs.log_config else None, processes.main)
     facts = run_facts(
@@ -202,7 +200,7 @@ def make_run(
 
 def make_step(
     options: TrainNetworkOptions, optimizer: torch.optim.Optimizer, plan: Plan, seed: int, data: Data, model: Model,
-    network: TrainedNetwork, texts: TextCache | None, accelerator: Accelerator, processes: Processes,
+    network: TrainedNetwork, accelerator: Accelerator, processes: Processes,
 ) -> TrainStep:  # fmt: skip
     """The step with its loss, schedule and average."""
     schedule = create_schedule(options.optimizer, optimizer, plan.max_steps)
@@ -213,7 +211,7 @@ def make_step(
     losses = LossRecord(window=plan.batches_per_epoch, explain=lambda: explain_nonfinite(options, network.parameters))
     process = model.process(options.loss.zero_terminal_snr)
     loss = BatchLoss(
-        model, Objective(options.loss, process, accelerator.device), texts, device=accelerator.device,
+        model, Objective(options.loss, process, accelerator.device), device=accelerator.device,
         autocast=accelerator.autocast, trains_text_encoder=network.trains_text_encoder, clip_skip=options.model.clip_skip,
     )  # fmt: skip
     return TrainStep(
@@ -273,24 +271,6 @@ def cache_latents(options: TrainNetworkOptions, dataset: TrainingDataset, model:
         return model.encode_images(images, [torch.Generator().manual_seed(seed) for seed in seeds]).cpu()
 
     dataset.cache_latents(
-        encode, batch_size=chosen.vae_batch_size, to_disk=chosen.cache_latents_to_disk, fingerprint=vae_fingerprint(model.vae),
-        share=(processes.rank, processes.world), gather=processes.gather,
+        encode, batch_size=chosen.vae_batch_size, to_disk=chosen.cache_latents_to_disk,
+        fingerprint=weights_fingerprint(model.vae), share=(processes.rank, processes.world), gather=processes.gather,
     )  # fmt: skip
-
-
-def cache_text(
-    options: TrainNetworkOptions, datasets: list[TrainingDataset], model: Model, network: TrainedNetwork
-) -> TextCache | None:
-    """Encode all captions once, if the text encoder is not trained and the captions do not change without end."""
-    found = [None if network.trains_text_encoder else dataset.caption_variants() for dataset in datasets]
-    if None in found:
-        return None
-    variants = [caption for captions in found for caption in captions]
-    captions = options.captions
-
-    @torch.no_grad()
-    def encode(texts: list[str]) -> Conditioning:
-        tokens = tokenize(model.tokenizers, texts, captions.max_token_length, captions.weighted_captions)
-        return model.encode_text(tokens, options.model.clip_skip).to("cpu")
-
-    return TextCache.build(variants, encode, batch_size=16)

@@ -44,7 +44,6 @@ def test_keys_that_ask_for_nothing_are_passed_over(tmp_path, line):
     "line, part",
     [
         ('model_train_type = "sdxl-lora"', "Stable Diffusion 1.x and 2.x"),
-        ("cache_text_encoder_outputs = true", "encoded once by themselves"),
         ("flip_agu = false", "did you mean 'flip_aug'"),
         ("zebra_stripes = 3", "no option is like it"),
     ],

@@ -5,7 +5,7 @@ import torch
 
 from library.models.clip import empty_text_encoder, encode_text, tokenize
 from library.models.unet import empty_unet
-from library.models.vae import vae_fingerprint
+from library.models.modules import weights_fingerprint
 from library.testing import sd2_configs, sd15_configs, small_stable_diffusion
 
 
@@ -25,7 +25,7 @@ def test_blocks_are_those_of_the_real_model(small_models, v2):
 
 def test_same_seed_same_weights_other_seed_other_weights(small_models):
     again, other = small_stable_diffusion(seed=1), small_stable_diffusion(seed=2)
-    assert vae_fingerprint(again.vae) == vae_fingerprint(small_models[False].vae) != vae_fingerprint(other.vae)
+    assert weights_fingerprint(again.vae) == weights_fingerprint(small_models[False].vae) != weights_fingerprint(other.vae)
     first = again.denoiser.state_dict()
     assert all(torch.equal(first[name], value) for name, value in small_models[False].denoiser.state_dict().items())
 
@@ -72,8 +72,8 @@ def test_ready_for_use(small_models):
 
 def test_fingerprint_sees_every_change():
     vae = small_stable_diffusion().vae
-    before = vae_fingerprint(vae)
+    before = weights_fingerprint(vae)
     with torch.no_grad():
         vae.decoder.conv_out.bias[0] += 1e-6
-    assert vae_fingerprint(vae) != before
-    assert vae_fingerprint(vae.half()) != before
+    assert weights_fingerprint(vae) != before
+    assert weights_fingerprint(vae.half()) != before

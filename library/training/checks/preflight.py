@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from library.data.dataset import TrainingDataset
+from library.data.text_cache import varying_captions
 from library.devices import check_precision, memory_there
 from library.errors import Problems
 from library.formats.tensor_file import MODEL_SUFFIXES
@@ -29,7 +30,7 @@ from library.training.checks.trial import trial_optimizer, try_schedule
 from library.training.datasets import dataset_configs, open_dataset
 from library.training.memory.compiling import check_backend
 from library.training.memory.precision import check_half_weights, trained_dtype
-from library.training.network import check_network_args
+from library.training.network import check_network_args, trains_text_encoder
 from library.training.optimization.ema import make_average
 from library.training.optimization.fused_backward import check_fused_backward
 from library.training.optimization.schedules import create_schedule, waits_for_validation
@@ -129,6 +130,7 @@ def checks_of_plan(options: TrainNetworkOptions, plan: Plan, dataset: TrainingDa
         lambda: try_schedule(options.optimizer, plan.max_steps),
         lambda: check_fused_backward(options, plan.processes) if options.optimizer.fused_backward_pass else None,
         lambda: nothing_to_validate_with(options, dataset),
+        lambda: changing_texts(options, dataset, header) if options.captions.caches_text and header else None,
         lambda: too_little_space(space_needed(options, plan, dataset, header)) if options.output.output_dir and header else None,
     ]
 
@@ -189,6 +191,16 @@ def nothing_to_validate_with(options: TrainNetworkOptions, dataset: TrainingData
     }
     for name in [name for name, value in wanted.items() if value and not dataset.table.held_out.any()]:
         yield f"--{name} needs images to validate with; give --validation_split 0.1, say, or the key in the dataset file"
+
+
+def changing_texts(options: TrainNetworkOptions, dataset: TrainingDataset, header: Header) -> Iterable[str]:
+    """Why --cache_text_encoder_outputs cannot be done: what the text encoders give is not the same at every use."""
+    if trains_text_encoder(options.network, options.optimizer, len(header.family.text_parts)):
+        yield (
+            "--cache_text_encoder_outputs: the text encoder is trained, so what it gives changes with every step; add "
+            "--network_train_unet_only, or take out --cache_text_encoder_outputs"
+        )
+    yield from varying_captions(dataset.table)
 
 
 def check_prompts(options: TrainNetworkOptions) -> None:

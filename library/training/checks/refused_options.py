@@ -30,11 +30,6 @@ _REASONS: dict[str, str] = {
         ],
         _DEEPSPEED,
     ),
-    # SDXL and other families, as front ends write them for every run
-    **dict.fromkeys(
-        ["cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk"],
-        "captions are encoded once by themselves where the text encoder is not trained; leave it out",
-    ),
     # keys of graphical front ends
     "model_train_type": "Stable Diffusion 1.x and 2.x are trained here; for them front ends write sd-lora",
     "epoch": "front ends make --max_train_steps of it; give --max_train_epochs",

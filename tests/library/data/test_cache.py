@@ -1,4 +1,4 @@
-"""Latents and text outputs computed once: the right ones, never stale ones, and not again after an interruption."""
+"""Latents computed once: the right ones, never stale ones, and not again after an interruption."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ from library.data.cache import FOLDER, cache_path
 from library.data.config_keys import DatasetConfig, SubsetConfig
 from library.data.dataset import TrainingDataset
 from library.data.loader import make_loader
-from library.data.text_cache import TextCache
 from library.errors import UserError
-from library.models.family import Conditioning
 
 SIZES = [(64, 64), (96, 48), (64, 64), (48, 96)]
 
@@ -277,19 +275,3 @@ def test_processes_share_the_work_and_each_has_all(folder, tmp_path, world, to_d
         for flipped in (False, True):
             expected = alone.latents.get(row, flipped)[0]
             assert all(torch.equal(part.latents.get(row, flipped)[0], expected) for part in parts)
-
-
-def test_text_cache_encodes_each_caption_once():
-    asked = []
-
-    def encode(captions):
-        asked.append(list(captions))
-        rows = [torch.full((77, 4), float(len(caption)), dtype=torch.float16) for caption in captions]
-        return Conditioning({"context": torch.stack(rows)})
-
-    texts = TextCache.build(["dog", "a cat", "", "dog", "horses"], encode, batch_size=3)
-    assert asked == [["dog", "a cat", ""], ["horses"]]
-    states = texts.lookup(["horses", "dog", "dog", ""])["context"]
-    assert states.shape == (4, 77, 4) and states.dtype == torch.float16 and states[:, 0, 0].tolist() == [6, 3, 3, 0]
-    with pytest.raises(KeyError):
-        texts.lookup(["bird"])

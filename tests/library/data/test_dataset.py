@@ -386,8 +386,9 @@ def test_missing_captions_are_said(tmp_path, caplog):
 
 def test_caption_variants(folder):
     fixed = TrainingDataset([config(subset(folder))], seed=1)
-    assert fixed.caption_variants() == sorted(f"dog, number {i}, Blue sky" for i in range(20))
-    assert fixed.caption_variants(limit=19) is None
+    assert list(fixed.caption_variants()) == sorted(f"dog, number {i}, Blue sky" for i in range(20))
+    assert set(fixed.caption_variants().values()) == {folder}
+    assert fixed.caption_variants(limit=19) is None and len(fixed.caption_variants(limit=None)) == 20
     dropped = TrainingDataset([config(subset(folder, caption_dropout_rate=0.5))], seed=1)
     served = {caption for epoch in (1, 2, 3) for i in range(len(dropped)) for caption in dropped[(epoch, i)].captions}
     assert "" in served and served <= set(dropped.caption_variants())

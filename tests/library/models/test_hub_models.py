@@ -12,7 +12,7 @@ import torch
 
 from library.errors import UserError
 from library.models.loading import load_stable_diffusion, load_vae
-from library.models.vae import vae_fingerprint
+from library.models.modules import weights_fingerprint
 
 COMMIT = "0123456789" * 4
 
@@ -77,7 +77,7 @@ def test_without_network_a_vae_fetched_before_is_used(cache, unreachable, saved_
     folder = saved_models[False, "folder"]
     fetched_before(cache, "somebody/some-vae", folder if inside else folder / "vae")
     vae = load_vae("somebody/some-vae")
-    assert vae_fingerprint(vae) == vae_fingerprint(small_models[False].vae)
+    assert weights_fingerprint(vae) == weights_fingerprint(small_models[False].vae)
     assert not vae.training and not any(parameter.requires_grad for parameter in vae.parameters()) and not caplog.text
 
 
@@ -94,7 +94,7 @@ def test_with_network_the_hub_is_used_and_its_libraries_stay_quiet(cache, monkey
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         model = load_stable_diffusion("somebody/some-model")
-    assert vae_fingerprint(model.vae) == vae_fingerprint(small_models[False].vae)
+    assert weights_fingerprint(model.vae) == weights_fingerprint(small_models[False].vae)
     assert not caplog.text and logging.getLogger("diffusers").level == level
 
 

@@ -12,7 +12,7 @@ from library.models import loading
 from library.models.clip import encode_text, tokenize
 from library.models.loading import load_stable_diffusion, load_vae
 from library.models.modules import weights_of
-from library.models.vae import vae_fingerprint
+from library.models.modules import weights_fingerprint
 
 PARTS = ("text_encoder", "vae", "unet")
 
@@ -224,7 +224,7 @@ def test_vae_from_everything(tmp_path, saved_models, tensors, small_models, form
             "vae weights": folder / "vae" / "diffusion_pytorch_model.safetensors",
         }[form]
     loaded = load_vae(str(path), torch.float32)
-    assert vae_fingerprint(loaded) == vae_fingerprint(small_models[False].vae)
+    assert weights_fingerprint(loaded) == weights_fingerprint(small_models[False].vae)
     images = torch.zeros(1, 3, 32, 32)
     assert loaded.encode(images).latent_dist.sample().shape == (1, 4, 4, 4)
 
@@ -234,7 +234,7 @@ def test_vae_option_replaces_the_vae_even_of_a_file_without_one(tmp_path, saved_
     save_file(stripped, tmp_path / "model.safetensors")
     other = str(saved_models[True, "folder"])
     model = load_stable_diffusion(str(tmp_path / "model.safetensors"), vae=other, dtype=torch.float32)
-    assert vae_fingerprint(model.vae) == vae_fingerprint(small_models[True].vae)
+    assert weights_fingerprint(model.vae) == weights_fingerprint(small_models[True].vae)
     assert weights_of(model.text_encoders[0]).keys() == weights_of(small_models[False].text_encoders[0]).keys()
 
 

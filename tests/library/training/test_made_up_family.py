@@ -121,7 +121,7 @@ def test_it_trains_is_saved_merged_and_draws(base_model, run, words, tmp_path):
     recorder = Recorder()
     done = run("--max_train_steps=6", "--network_dim=4", "--learning_rate=1e-2", *words, recorder)
     trained = recorder.runs[0]
-    assert (trained.step.loss.texts is not None) is ("--network_train_unet_only" in words)
+    assert (trained.data.train.texts is not None) is ("--network_train_unet_only" in words)
     assert all(sizes.tolist() == [[64, 64, 0, 0, 64, 64]] for sizes in SEEN)
     assert done.metadata()["ss_base_model_version"] == "made_up_v0"
     assert done.metadata()["modelspec.architecture"] == "made-up/lora"

@@ -424,18 +424,18 @@ def test_scale_weight_norms_bounds_every_module(run):
 def test_cached_texts_are_what_the_text_encoder_says(run, recorder):
     run("--max_train_steps=1", "--network_train_unet_only", recorder)
     (made,) = recorder.runs
-    loss, batch = made.step.loss, made.data.train[(1, 0)]
-    assert loss.texts is not None
-    cached, loss.texts = loss.conditioning(batch)["context"], None
+    loss, dataset = made.step.loss, made.data.train
+    cached = loss.conditioning(dataset[(1, 0)])["context"]
     assert next(made.model.text_encoders[0].parameters()).is_meta  # freed: nothing needs it any more
+    dataset.texts = None
     loss.model = load_stable_diffusion(made.options.model.pretrained_model_name_or_path)
-    torch.testing.assert_close(cached, loss.conditioning(batch)["context"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(cached, loss.conditioning(dataset[(1, 0)])["context"], rtol=1e-4, atol=1e-5)
 
 
 def test_texts_that_change_or_are_trained_are_not_cached(run, recorder):
     run("--max_train_steps=1", recorder)
     run("--max_train_steps=1", "--network_train_unet_only", "--shuffle_caption", "--caption_separator= ", recorder)
-    assert [made.step.loss.texts for made in recorder.runs] == [None, None]
+    assert [made.data.train.texts for made in recorder.runs] == [None, None]
 
 
 @pytest.mark.option("cache_latents")

@@ -1,0 +1,63 @@
+"""Encoding all captions before training, so that a step needs no text encoder."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from accelerate import Accelerator
+
+from library.data.dataset import TrainingDataset
+from library.data.text_cache import DiskTexts, MemoryTexts, keep_in_memory, keep_on_disk
+from library.models.clip import CHUNK, tokenize
+from library.models.family import Conditioning, Model
+from library.models.modules import evaluating, weights_fingerprint
+from library.processes import Processes
+from library.training.network import TrainedNetwork
+from library.training.options import TrainNetworkOptions
+
+
+def cache_text(
+    options: TrainNetworkOptions, datasets: list[TrainingDataset], model: Model, network: TrainedNetwork,
+    accelerator: Accelerator, processes: Processes,
+) -> None:  # fmt: skip
+    """Encode all captions once, where the text encoders are not trained and the captions do not change without end.
+
+    Without an option only if they are not too many to be kept in memory.
+    """
+    captions = options.captions
+    if network.trains_text_encoder:
+        return
+    found = [dataset.caption_variants(*([None] if captions.caches_text else [])) for dataset in datasets]
+    folders = {caption: folder for variants in found for caption, folder in (variants or {}).items()}
+    if None in found:
+        return
+    dtype = model.text_encoders[0].dtype
+
+    @torch.no_grad()
+    def encode(text: str) -> Conditioning:
+        tokens = tokenize(model.tokenizers, [text], captions.max_token_length, captions.weighted_captions)
+        with accelerator.autocast(), evaluating(network.module):
+            return model.encode_text(tokens, options.model.clip_skip).to("cpu", dtype)
+
+    if captions.cache_text_encoder_outputs_to_disk:
+        texts: MemoryTexts | DiskTexts = keep_on_disk(
+            folders, encode, fingerprint=text_fingerprint(options, model, network),
+            shapes=model.family.text.shapes(model, (captions.max_token_length or CHUNK) + 2),
+            share=(processes.rank, processes.world), wait=processes.wait,
+        )  # fmt: skip
+    else:
+        texts = keep_in_memory(folders, encode)
+    for dataset in datasets:
+        dataset.texts = texts
+
+
+def text_fingerprint(options: TrainNetworkOptions, model: Model, network: TrainedNetwork) -> str:
+    """All that decides what the text encoders make of a caption: weights, how they are run, tokenizers, and options."""
+    captions, chosen = options.captions, options.network
+    settings = [captions.max_token_length, captions.weighted_captions, options.model.clip_skip, options.training.mixed_precision]
+    paddings = [tokenizer.pad_token_id for tokenizer in model.tokenizers]
+    # A network that is not trained on the text encoder may still be attached to it; a new one changes nothing.
+    is_attached = chosen.network_weights and not chosen.network_train_unet_only
+    weights = weights_fingerprint(*model.text_encoders, *([network.module] if is_attached else []))
+    return json.dumps([model.family.name, weights, paddings, settings])
