@@ -24,36 +24,31 @@ import torch  # noqa: E402
 DTYPES = {"fp16": torch.float16, "float": torch.float32}
 
 
-def make_file(path: Path, kind: str) -> dict[str, float]:
-    """Write a full-size SD 1.5 with random fp16 weights."""
+def make_file(path: Path, kind: str, family: str = "sd1") -> dict[str, float]:
+    """Write a full-size model of a family with random fp16 weights."""
     from safetensors.torch import save_file
 
-    from library.formats.compvis import SD1_LAYOUT, join_compvis
-    from library.models import sd1
-    from library.models.clip import empty_text_encoder, load_tokenizer
+    from library.formats.compvis import join_compvis
+    from library.models.clip import load_tokenizer
     from library.models.family import Model
     from library.models.modules import fill, weights_of
+    from library.models.registry import by_name
     from library.models.saving import save_stable_diffusion
-    from library.models.unet import empty_unet
-    from library.models.vae import empty_vae
-    from library.testing import sd15_configs
+    from library.testing import full_size_configs
 
-    configs = sd15_configs()
-    unet, vae = empty_unet(configs["unet"]), empty_vae(configs["vae"])
-    text_encoder = empty_text_encoder(configs["text_encoder"])
-    parts = {"unet": unet.state_dict(), "vae": vae.state_dict(), "text_encoder": weights_of(text_encoder)}
+    chosen, configs = by_name(family), full_size_configs(family)
+    modules = {part.name: part.build(configs[part.name]) for part in chosen.parts}
+    parts = {name: weights_of(module) for name, module in modules.items()}
     for weights in parts.values():
         for name, value in weights.items():
             weights[name] = torch.empty(value.shape, dtype=torch.float16).uniform_(-0.05, 0.05)
     if kind == "folder":
-        for part, module in (("unet", unet), ("vae", vae), ("text_encoder", text_encoder)):
-            fill(module, parts[part], "random", part)
-        save_stable_diffusion(
-            Model(sd1.FAMILY, {"unet": unet, "vae": vae, "text_encoder": text_encoder}, [load_tokenizer()], "epsilon", "random"),
-            path,
-        )
+        for name, module in modules.items():
+            fill(module, parts[name], "random", name)
+        tokenizers = [load_tokenizer(padding) for padding in chosen.text.paddings]
+        save_stable_diffusion(Model(chosen, modules, tokenizers, "epsilon", "random"), path)
         return {}
-    tensors = {name: value.contiguous() for name, value in join_compvis(parts, SD1_LAYOUT).items()}
+    tensors = {name: value.contiguous() for name, value in join_compvis(parts, chosen.layout).items()}
     if kind == "safetensors":
         save_file(tensors, path)
     else:
@@ -69,7 +64,7 @@ def rss() -> int:
 def measure_load(path: Path, dtype: torch.dtype) -> dict[str, float]:
     """Seconds to a ready model, bytes of its weights, and by how many bytes the peak of memory grew."""
     from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: F401  imports are not what is measured
-    from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
+    from transformers import CLIPTextModelWithProjection, CLIPTokenizer  # noqa: F401
 
     from library.models.loading import load_stable_diffusion
 
@@ -77,7 +72,7 @@ def measure_load(path: Path, dtype: torch.dtype) -> dict[str, float]:
     start = time.perf_counter()
     model = load_stable_diffusion(str(path), dtype=dtype)
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-    weights = sum(value.nbytes for part in (model.denoiser, model.vae, model.text_encoders[0]) for value in part.parameters())
+    weights = sum(value.nbytes for part in model.parts.values() for value in part.parameters())
     return {"seconds": seconds, "cpu": cpu, "weights": weights, "peak": rss() - before}
 
 

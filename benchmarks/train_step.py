@@ -78,18 +78,18 @@ class Case:
 # ---------------------------------------------------------------- files
 
 
-def make_model(folder: Path, small: bool) -> None:
-    """An fp16 checkpoint with random weights, of SD 1.5's shapes or those of the tiny model, and the U-Net's configuration."""
+def make_model(folder: Path, small: bool, family: str = "sd1") -> None:
+    """An fp16 checkpoint with random weights, in full size or that of the tiny model, and the configuration of its U-Net."""
     from benchmarks.load_model import make_file
     from library.models.saving import save_stable_diffusion
-    from library.testing import sd15_configs, small_stable_diffusion
+    from library.testing import full_size_configs, small_sdxl, small_stable_diffusion
 
     if small:
-        model = small_stable_diffusion()
+        model = {"sd1": small_stable_diffusion, "sdxl": small_sdxl}[family]()
         save_stable_diffusion(model, folder / "model.safetensors")
     else:
-        make_file(folder / "model.safetensors", "safetensors")
-    config = dict(model.denoiser.config) if small else sd15_configs()["unet"]
+        make_file(folder / "model.safetensors", "safetensors", family)
+    config = dict(model.denoiser.config) if small else full_size_configs(family)["unet"]
     (folder / "unet.json").write_text(json.dumps(config), encoding="utf-8")
 
 
@@ -163,9 +163,14 @@ def floor_step(unet, case: Case) -> Callable[[], None]:
     latents = torch.randn(case.batch, unet.config.in_channels, side, side, **settings, requires_grad=True)
     context = torch.randn(case.batch, 77, unet.config.cross_attention_dim, **settings)
     times = torch.full((case.batch,), 500, device=unet.device)
+    added = {}
+    if unet.config.addition_embed_type == "text_time":
+        vector = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+        sizes = torch.tensor([[case.size, case.size, 0, 0, case.size, case.size]] * case.batch, device=unet.device)
+        added = {"text_embeds": torch.randn(case.batch, vector, **settings), "time_ids": sizes}
 
     def step() -> None:
-        unet(latents, times, context).sample.float().square().mean().backward()
+        unet(latents, times, context, added_cond_kwargs=added).sample.float().square().mean().backward()
         latents.grad = None
 
     return step

@@ -174,10 +174,15 @@ def header_of(model: Model) -> Header:
     return Header(model.family, {name: _shapes(module) for name, module in model.parts.items()})
 
 
+def full_size_configs(family: str) -> dict[str, Config]:
+    """The configurations of a full-size SD 1.5 (`sd1`), SD 2.x (`sd2`) or SDXL (`sdxl`)."""
+    return {"sd1": sd15_configs, "sd2": sd2_configs, "sdxl": sdxl_configs}[family]()
+
+
 @cache
 def full_size_header(family: str = "sd1") -> Header:
     """The header of a full-size SD 1.5 (`sd1`), SD 2.x (`sd2`) or SDXL (`sdxl`), as of a file."""
-    configs = {"sd1": sd15_configs, "sd2": sd2_configs, "sdxl": sdxl_configs}[family]()
+    configs = full_size_configs(family)
     parts = by_name(family).parts
     return Header(by_name(family), {part.name: _shapes(part.build(configs[part.name])) for part in parts})
 

@@ -79,7 +79,10 @@ def new_training(vae: torch.nn.Module, named: Path, seed: int) -> DiffusionTrain
     model = Model(sd1.FAMILY, {"unet": unet, "vae": vae, "text_encoder": text_encoder}, [tokenizer], "epsilon", "base model")
     dataset = TrainingDataset(datasets_from_file(dataset_file(named), DatasetDefaults()), seed=seed, tokenizers=[tokenizer])
     dataset.cache_latents(
-        lambda images, _: vae.encode(images).latent_dist.mode(), batch_size=32, to_disk=False, fingerprint=weights_fingerprint(vae)
+        lambda images, _: vae.encode(images).latent_dist.mode(),
+        batch_size=32,
+        to_disk=False,
+        fingerprint=weights_fingerprint(vae),
     )
     return DiffusionTraining(model, dataset)
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Size = tuple[int, int]
+LITTLE = 0.1  # of the training area, not worth a word
 
 
 @dataclass(frozen=True)
@@ -186,3 +187,43 @@ def bucket_info(counts: list[BucketCount], ar_errors: Iterable[float]) -> dict:
         },
         "mean_img_ar_error": sum(errors) / len(errors) if errors else 0.0,
     }
+
+
+def wrong_sides(config: DatasetConfig, step: int, model: str) -> str | None:
+    """What is wrong with a dataset for a model whose sides must be multiples of `step`, with the cure; None if nothing is."""
+    if config.enable_bucket:
+        if config.bucket_reso_steps % step:
+            given = config.bucket_reso_steps
+            return f"bucket_reso_steps is {given}, and sides for {model} are multiples of {step}; make it {step} or 64"
+        return None
+    width, height = config.resolution
+    if width % step or height % step:
+        nearest = "x".join(str(max(step, round(side / step) * step)) for side in config.resolution)
+        return f"resolution is {width}x{height}, and sides for {model} are multiples of {step}; make it {nearest}, say"
+    return None
+
+
+def better_bound(config: DatasetConfig, images: Iterable[tuple[Size, int]]) -> tuple[float, int, float] | None:
+    """Whether max_bucket_reso makes images much smaller than `resolution` asks for.
+
+    images: size and uses of each kind. Returns the share of the training area that images get on average, a better
+    max_bucket_reso, and the share with that; None if there is little to gain.
+    """
+    if not config.enable_bucket or config.bucket_no_upscale:
+        return None
+    images = list(images)
+    share = _share_of_area(config, images)
+    bound = -(-2 * max(config.resolution) // config.bucket_reso_steps) * config.bucket_reso_steps
+    if share >= 1 - LITTLE or bound <= config.max_bucket_reso:
+        return None
+    better = _share_of_area(config.model_copy(update={"max_bucket_reso": bound}), images)
+    return (share, bound, better) if better - share >= LITTLE else None
+
+
+def _share_of_area(config: DatasetConfig, images: Iterable[tuple[Size, int]]) -> float:
+    """The buckets' area as a share of that of `resolution`, on average over the uses of the images."""
+    rule, area, uses = BucketRule(config), 0, 0
+    for size, count in images:
+        area += math.prod(rule.place(*size).bucket) * count
+        uses += count
+    return area / (uses * math.prod(config.resolution)) if uses else 1.0

@@ -34,6 +34,7 @@ from library.parallel import ahead
 
 FOLDER = ".latents"
 VERSION = 1  # to be raised when decoding, resizing or flipping change their result
+NAN_CURE = "run it in full precision with --no_half_vae, or use another --vae"
 
 # (images (B, 3, H, W) float32 in -1..1 on the CPU, one seed an image) -> (B, 4, H/8, W/8).
 # The seeds come from the images' content, so that latents do not depend on which images are encoded together.
@@ -163,14 +164,16 @@ def tensor_name(flipped: bool) -> str:
 class LatentCaching:
     """One pass over the images: threads read and cut, the caller's thread encodes, threads write.
 
-    share: (rank, world). Of several processes each takes every world-th image; `join` puts the parts together.
+    share: (rank, world). Of several processes each takes every world-th image; `join` puts the parts together. cure: for the
+    error about values that are not finite.
     """
 
     def __init__(
         self, table: ImageTable, encode: EncodeImages, *, batch_size: int, to_disk: bool, fingerprint: str, workers: int | None,
-        latent_space: LatentSpace, share: tuple[int, int] = (0, 1),
+        latent_space: LatentSpace, share: tuple[int, int] = (0, 1), cure: str = NAN_CURE,
     ) -> None:  # fmt: skip
         refuse_augmentations(table)
+        self.cure = cure
         self.table, self.encode, self.batch_size = table, encode, batch_size
         self.to_disk, self.fingerprint, self.share, self.latent_space = to_disk, fingerprint, share, latent_space
         self.workers = workers or min(16, 2 * (os.cpu_count() or 1))
@@ -254,10 +257,7 @@ class LatentCaching:
         latents = self.encode(images, [seed_of(item.key, flipped) for item in batch]).detach().to("cpu", torch.float32)
         good = torch.isfinite(latents).flatten(1).all(dim=1).tolist()
         if not all(good):
-            raise UserError(
-                f"the VAE gives values that are not finite for {batch[good.index(False)].place.path}; "
-                "run it in full precision with --no_half_vae, or use another --vae"
-            )
+            raise UserError(f"the VAE gives values that are not finite for {batch[good.index(False)].place.path}; {self.cure}")
         return latents
 
     def write(self, item: Prepared, tensors: dict[str, Tensor], writers: ThreadPoolExecutor) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from library.data import facts
-from library.data.cache import DiskLatents, EncodeImages, LatentCaching, MemoryLatents
+from library.data.cache import NAN_CURE, DiskLatents, EncodeImages, LatentCaching, MemoryLatents
 from library.data.captions import caption_variants, process_caption
 from library.data.config_keys import DatasetConfig
 from library.data.holdout import still
@@ -198,18 +198,18 @@ class TrainingDataset(Dataset):
 
     def cache_latents(
         self, encode: EncodeImages, *, batch_size: int, to_disk: bool, fingerprint: str, workers: int | None = None,
-        share: tuple[int, int] = (0, 1), gather: Callable[[Any], list[Any]] = lambda value: [value],
+        share: tuple[int, int] = (0, 1), gather: Callable[[Any], list[Any]] = lambda value: [value], cure: str = NAN_CURE,
     ) -> None:  # fmt: skip
         """Encode every image once; batches then hold `latents` in place of `images`.
 
         `encode(images, seeds)`: (B, 3, H, W) float32 in -1..1 on the CPU and one seed an image -> (B, C, h, w).
         `fingerprint` names whatever else decides the result: weights and dtype of the VAE.
         `share`: (rank, world), if several processes share the work; `gather` then gives all of them the values of all.
-        To be called before a loader is made.
+        `cure`: what to do about a VAE whose values are not finite. To be called before a loader is made.
         """
         caching = LatentCaching(
             self.table, encode, batch_size=batch_size, to_disk=to_disk, fingerprint=fingerprint, workers=workers, share=share,
-            latent_space=self.latent_space,
+            latent_space=self.latent_space, cure=cure,
         )  # fmt: skip
         self.latents = caching.run()
         if share[1] > 1:

@@ -142,7 +142,8 @@ class Family:
     records: Records
     latents: LatentSpace = SD_LATENTS
     process: Callable[[Prediction], NoiseProcess] = NoiseProcess
-    kept_bytes: tuple[int, int] = (206_000, 33_000)  # see library/training/checks/estimates.py
+    side_step: int = 1  # sides of training images are multiples of this many pixels
+    half_vae: str | None = None  # a VAE for 16 bits, by its hub id, where the family's own overflows in fp16
 
     @property
     def text_parts(self) -> list[Part]:

@@ -115,4 +115,6 @@ FAMILY = Family(
         marks_prediction=True,
     ),
     latents=LATENTS,
+    side_step=32,
+    half_vae="madebyollin/sdxl-vae-fp16-fix",
 )

@@ -28,7 +28,7 @@ from library.training.loop import Listener, Loop, Outcome
 from library.training.memory.frozen import freeze_convolutions
 from library.training.memory.gradient_checkpointing import use_gradient_checkpointing
 from library.training.memory.placement import compile_model, offload_idle_parts, pack_frozen_weights
-from library.training.memory.precision import check_half_weights, explain_nonfinite, trained_dtype
+from library.training.memory.precision import check_half_weights, explain_nonfinite, trained_dtype, vae_cure
 from library.training.network import TrainedNetwork, build_network
 from library.training.optimization.ema import eval_weights, make_average
 from library.training.optimization.fused_backward import step_in_backward
@@ -208,7 +208,8 @@ def make_step(
         step_in_backward(optimizer, options.optimizer.max_grad_norm)
     average = make_average(options.validation, network.parameters, optimizer)
     network.module.prepare_grad_etc(*model.for_networks())
-    losses = LossRecord(window=plan.batches_per_epoch, explain=lambda: explain_nonfinite(options, network.parameters))
+    explain = partial(explain_nonfinite, options, network.parameters, model.family)
+    losses = LossRecord(window=plan.batches_per_epoch, explain=explain)
     process = model.process(options.loss.zero_terminal_snr)
     loss = BatchLoss(
         model, Objective(options.loss, process, accelerator.device), device=accelerator.device,
@@ -273,4 +274,5 @@ def cache_latents(options: TrainNetworkOptions, dataset: TrainingDataset, model:
     dataset.cache_latents(
         encode, batch_size=chosen.vae_batch_size, to_disk=chosen.cache_latents_to_disk,
         fingerprint=weights_fingerprint(model.vae), share=(processes.rank, processes.world), gather=processes.gather,
+        cure=vae_cure(options, model.family),
     )  # fmt: skip

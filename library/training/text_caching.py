@@ -60,4 +60,4 @@ def text_fingerprint(options: TrainNetworkOptions, model: Model, network: Traine
     # A network that is not trained on the text encoder may still be attached to it; a new one changes nothing.
     is_attached = chosen.network_weights and not chosen.network_train_unet_only
     weights = weights_fingerprint(*model.text_encoders, *([network.module] if is_attached else []))
-    return json.dumps([model.family.name, weights, paddings, settings])
+    return json.dumps([weights, paddings, settings])

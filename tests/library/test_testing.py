@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from library.models.clip import empty_text_encoder, encode_text, tokenize
-from library.models.unet import empty_unet
 from library.models.modules import weights_fingerprint
+from library.models.unet import empty_unet
 from library.testing import sd2_configs, sd15_configs, small_stable_diffusion
 
 

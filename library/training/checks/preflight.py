@@ -6,12 +6,15 @@ All problems are told together, each with its cure, so that nobody mends one aft
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from library.data.advice import advice
+from library.data.buckets import wrong_sides
+from library.data.config_keys import DatasetConfig
 from library.data.dataset import TrainingDataset
 from library.data.text_cache import varying_captions
 from library.devices import check_precision, memory_there
@@ -19,6 +22,7 @@ from library.errors import Problems
 from library.formats.tensor_file import MODEL_SUFFIXES
 from library.generation.prompts.prompt_file import read_prompt_file
 from library.generation.prompts.spec import PromptSpec
+from library.models.family import Family
 from library.models.loading import Header, read_header
 from library.models.registry import FAMILIES, check_family
 from library.training.checks.contradictions import contradictions
@@ -82,6 +86,8 @@ def preflight(options: TrainNetworkOptions, device: torch.device, world: int, fa
     run_checks(problems, [] if debug else checks_of_options(options, device))
     has_images = options.data.dataset_config or options.data.train_data_dir or options.data.in_json
     configs = problems.of(dataset_configs, options) if has_images else None
+    if configs and header:
+        problems.found += wrong_sizes(configs, header.family)
     resumed = None if debug else problems.of(open_state, options)
     seed = problems.of(chosen_seed, options, resumed) or 0
     dataset = problems.of(open_dataset, options, configs, seed, header.family if header else FAMILIES[0]) if configs else None
@@ -193,6 +199,14 @@ def nothing_to_validate_with(options: TrainNetworkOptions, dataset: TrainingData
         yield f"--{name} needs images to validate with; give --validation_split 0.1, say, or the key in the dataset file"
 
 
+def wrong_sizes(configs: Sequence[DatasetConfig], family: Family) -> Iterable[str]:
+    """Datasets whose training sizes the model does not take."""
+    for number, config in enumerate(configs, start=1):
+        wrong = wrong_sides(config, family.side_step, family.title)
+        if wrong:
+            yield f"dataset {number}: {wrong}"
+
+
 def changing_texts(options: TrainNetworkOptions, dataset: TrainingDataset, header: Header) -> Iterable[str]:
     """Why --cache_text_encoder_outputs cannot be done: what the text encoders give is not the same at every use."""
     if trains_text_encoder(options.network, options.optimizer, len(header.family.text_parts)):
@@ -214,6 +228,8 @@ def tell_notes(options: TrainNetworkOptions, dataset: TrainingDataset, device: t
     rates = options.optimizer
     if rates.learning_rate == 2e-6 and not (rates.unet_lr or rates.text_encoder_lr):
         print("--learning_rate is 2e-6, far too low for a LoRA to learn anything; 1e-4 is usual")
+    for line in advice(dataset.table):
+        print(line)
     idle = idle_options(options, dataset.table.configs)
     if idle:
         print(f"given, but without effect: {'; '.join(idle)}")

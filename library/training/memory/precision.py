@@ -8,6 +8,7 @@ import torch
 
 from library.devices import DTYPES
 from library.errors import UserError
+from library.models.family import Family
 from library.training.optimization.optimizers import spec_of
 from library.training.options import TrainNetworkOptions
 
@@ -43,13 +44,22 @@ def check_half_weights(optimizer: torch.optim.Optimizer, name: str, dtype: torch
             )
 
 
-def explain_nonfinite(options: TrainNetworkOptions, weights: Iterable[torch.Tensor]) -> str:
+def explain_nonfinite(options: TrainNetworkOptions, weights: Iterable[torch.Tensor], family: Family) -> str:
     """Why a loss is NaN or infinite, as far as the network's weights tell."""
     training, precision = options.training, options.precision
     if not all(bool(torch.isfinite(weight).all()) for weight in weights):
         more = ", or leave out --full_fp16" if precision.full_fp16 else ""
         return f"the network's own weights are not finite any more: lower --learning_rate{more}"
     if training.mixed_precision == "fp16":
-        vae = "" if options.model.no_half_vae or options.augmentation.cache_latents else ", or add --no_half_vae if it is the VAE"
+        is_checked = options.model.no_half_vae or options.augmentation.cache_latents or options.augmentation.cache_latents_to_disk
+        vae = "" if is_checked else f"; if it is the VAE, {vae_cure(options, family)}"
         return f"the network's weights are good, so the model overflowed in fp16: use --mixed_precision bf16 or no{vae}"
     return "the network's weights are good: look at the images named above, and lower --learning_rate if they are good too"
+
+
+def vae_cure(options: TrainNetworkOptions, family: Family) -> str:
+    """What to do about a VAE that gives values that are not finite."""
+    if options.training.mixed_precision == "no" or options.model.no_half_vae:
+        return "it runs in full precision, so its file is damaged: use another --vae"
+    other = f"--vae={family.half_vae}, which is made for 16 bits" if family.half_vae else "another --vae"
+    return f"run it in full precision with --no_half_vae, or give {other}"

@@ -5,11 +5,21 @@ from __future__ import annotations
 import csv
 import io
 import random
+import re
 from pathlib import Path
 
 import pytest
 
-from library.data.buckets import BucketRule, Placement, bucket_info, bucket_list, bucket_table, count_buckets
+from library.data.buckets import (
+    BucketRule,
+    Placement,
+    better_bound,
+    bucket_info,
+    bucket_list,
+    bucket_table,
+    count_buckets,
+    wrong_sides,
+)
 from library.data.config_keys import DatasetConfig, SubsetConfig
 
 DATA = Path(__file__).parents[2] / "data"
@@ -139,3 +149,54 @@ def test_table_and_metadata_count_images_and_repeats():
     text = screen.getvalue()
     assert "dataset 1" in text and "512 x 512" in text and "with repeats" in text
     assert [line.split()[-2] for line in text.splitlines() if "all" in line] == ["12"]
+
+
+# ---------------------------------------------------------------- sides that a model needs, and bounds that shrink
+
+
+def bucketed(**keys) -> DatasetConfig:
+    return DatasetConfig(**{"resolution": 1024, "enable_bucket": True, "subsets": (SUBSET,), **keys})
+
+
+@pytest.mark.parametrize(
+    "low, high, step, count, least, mean",
+    [
+        (256, 1024, 64, 25, 0.25, 0.61),
+        (256, 2048, 64, 41, 0.50, 0.91),
+        (512, 2048, 64, 33, 0.91, 0.96),
+        (512, 2048, 32, 65, 0.95, 0.98),
+    ],
+)
+def test_trap_31_the_buckets_of_1024_by_bounds(low, high, step, count, least, mean):
+    shares = [width * height / 1024**2 for width, height in bucket_list((1024, 1024), low, high, step)]
+    assert len(shares) == count
+    assert (min(shares), sum(shares) / count) == pytest.approx((least, mean), abs=0.006)
+
+
+def test_trap_31_bounds_that_shrink_images_are_told_with_a_better_one():
+    portraits = [((1000, 1500), 3)]
+    share, bound, better = better_bound(bucketed(), portraits)
+    assert (bound, share, better) == (2048, pytest.approx(704 * 1024 / 1024**2), pytest.approx(832 * 1216 / 1024**2))
+    mixed = better_bound(bucketed(), [*portraits, ((1024, 1024), 1)])
+    assert mixed is not None and mixed[0] == pytest.approx((3 * 704 * 1024 + 1024**2) / 4 / 1024**2)
+    assert better_bound(bucketed(), [((1024, 1024), 5)]) is None  # square images lose nothing
+    assert better_bound(bucketed(max_bucket_reso=2048), portraits) is None
+    assert better_bound(bucketed(resolution=512), portraits) is None  # the usual bounds fit SD 1
+    assert better_bound(bucketed(bucket_no_upscale=True), portraits) is None  # then the bounds choose nothing
+    assert better_bound(bucketed(enable_bucket=False), portraits) is None
+
+
+@pytest.mark.parametrize(
+    "keys, part",
+    [
+        ({"bucket_reso_steps": 32}, None),
+        ({"bucket_reso_steps": 96, "max_bucket_reso": 1152}, None),
+        ({"bucket_reso_steps": 48, "max_bucket_reso": 1152}, "bucket_reso_steps is 48, and sides for SDXL .* 32; make it 32"),
+        ({"enable_bucket": False, "resolution": (1024, 800)}, None),
+        ({"enable_bucket": False, "resolution": (1000, 500)}, "resolution is 1000x500, and .*; make it 992x512"),
+    ],
+)  # fmt: skip
+def test_sides_are_multiples_of_what_the_model_needs(keys, part):
+    wrong = wrong_sides(bucketed(**keys), 32, "SDXL")
+    assert wrong is None if part is None else re.match(part, wrong)
+    assert wrong_sides(bucketed(**keys), 1, "SD 1.x") is None

@@ -138,7 +138,7 @@ def test_trap_4_8_another_resolution_or_cut_is_encoded_anew(folder):
         assert batch.images.shape[2:] == batch.size[::-1]
 
 
-def test_trap_4_9_another_vae_or_a_changed_image_is_encoded_anew(folder):
+def test_trap_4_9_and_23_another_vae_or_a_changed_image_is_encoded_anew(folder):
     cache(make_dataset(folder))
     assert cache(make_dataset(folder), fingerprint="vae 2").images == 8
     before = os.stat(folder / "000.png")
@@ -200,7 +200,7 @@ def test_a_folder_that_cannot_be_written_is_named_with_the_cure(folder):
         cache(make_dataset(folder))
 
 
-def test_latents_that_are_not_finite_name_the_image(folder):
+def test_trap_24_latents_that_are_not_finite_name_the_image_and_are_not_kept(folder):
     def broken(images, seeds):
         latents = torch.zeros(len(images), 4, images.shape[2] // 8, images.shape[3] // 8)
         latents[-1, 2, 0, 0] = float("nan")

@@ -1,4 +1,4 @@
-"""What the text encoders make of captions, computed once: the right rows, never stale ones, and not again after an interruption."""
+"""What the text encoders make of captions, computed once: the right rows, never stale ones, none lost by an interruption."""
 
 from __future__ import annotations
 
@@ -103,7 +103,9 @@ def test_values_that_are_not_finite_are_never_kept(folders, tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / FOLDER).write_text("in the way", encoding="utf-8")
-    with pytest.raises(UserError, match="--cache_text_encoder_outputs_to_disk cannot write to .*give --cache_text_encoder_outputs"):
+    with pytest.raises(
+        UserError, match="--cache_text_encoder_outputs_to_disk cannot write to .*give --cache_text_encoder_outputs"
+    ):
         on_disk({"a cat": tmp_path})
 
 

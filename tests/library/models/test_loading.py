@@ -11,8 +11,7 @@ from library.errors import UserError
 from library.models import loading
 from library.models.clip import encode_text, tokenize
 from library.models.loading import load_stable_diffusion, load_vae
-from library.models.modules import weights_of
-from library.models.modules import weights_fingerprint
+from library.models.modules import weights_fingerprint, weights_of
 
 PARTS = ("text_encoder", "vae", "unet")
 

@@ -121,3 +121,27 @@ def test_trap_7_a_model_of_another_family_is_named(base_model, sdxl_file):
     check_family(str(sdxl_file), read_header(str(sdxl_file)).family, "sdxl")
     with pytest.raises(UserError, match=r"is an SD 1.x model; use train_network.py"):
         check_family(str(base_model), read_header(str(base_model)).family, "sdxl")
+
+
+def test_sides_that_are_no_multiples_of_32_are_refused_before_training(train):
+    with pytest.raises(UserError, match=r"dataset 1: resolution is 72x72, and sides for SDXL are multiples of 32; make it 64x64"):
+        train("--resolution=72", "--max_train_steps=1")
+    with pytest.raises(UserError, match=r"dataset 1: bucket_reso_steps is 8, .* make it 32 or 64"):
+        train("--enable_bucket", "--min_bucket_reso=32", "--bucket_reso_steps=8", "--max_train_steps=1")
+    train("--enable_bucket", "--min_bucket_reso=32", "--bucket_reso_steps=32", "--max_train_steps=1")
+
+
+def test_trap_24_a_vae_that_overflows_is_explained_with_the_one_that_does_not(train, sdxl_file, tmp_path):
+    tensors = load_file(sdxl_file)
+    bias = tensors["first_stage_model.quant_conv.bias"]
+    save_file(
+        tensors | {"first_stage_model.quant_conv.bias": torch.full_like(bias, float("inf"))}, tmp_path / "broken.safetensors"
+    )
+    words = [f"--vae={tmp_path / 'broken.safetensors'}", "--max_train_steps=1"]
+    with pytest.raises(
+        UserError, match=r"not finite for .*\.png; run it .* --no_half_vae, or give --vae=madebyollin/sdxl-vae-fp16-fix"
+    ):
+        train(*words, "--mixed_precision=bf16", "--cache_latents")
+    with pytest.raises(UserError, match="it runs in full precision, so its file is damaged"):
+        train(*words, "--cache_latents")
+    train("--vae", str(sdxl_file), "--cache_latents", "--max_train_steps=1")

@@ -1,4 +1,4 @@
-"""--cache_text_encoder_outputs through whole runs, of every family: the same bits as without, never stale, refused where it lies."""
+"""--cache_text_encoder_outputs through whole runs: the same bits as without, never stale, refused where it cannot be right."""
 
 from __future__ import annotations
 

@@ -149,6 +149,7 @@ def test_all_are_told_once_and_together(capsys, monkeypatch):
     dataset = type("Dataset", (), {"table": type("Table", (), {"configs": configs()})})
     monkeypatch.setattr(preflight, "largest_batch", lambda dataset: (1, (64, 64)))
     monkeypatch.setattr(preflight, "estimated_bytes", lambda *a: 0)
+    monkeypatch.setattr(preflight, "advice", lambda table: [])
     preflight.tell_notes(options, dataset, preflight.torch.device("cpu"), full_size_header())
     lines = capsys.readouterr().out.splitlines()
     assert (

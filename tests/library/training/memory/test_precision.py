@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from library.errors import UserError
+from library.models import sd1, sdxl
 from library.training.checks.contradictions import contradictions
 from library.training.memory.compiling import check_backend, compile_in_place
-from library.training.memory.precision import HalfGradScaler, check_half_weights, explain_nonfinite, trained_dtype
+from library.training.memory.precision import HalfGradScaler, check_half_weights, explain_nonfinite, trained_dtype, vae_cure
 from library.training.options import parse_options
 
 NEEDED = ["--pretrained_model_name_or_path=m", "--train_data_dir=d", "--output_dir=o", "--network_module=networks.lora"]
@@ -77,16 +78,21 @@ def test_the_loss_scaler_takes_fp16_gradients():
 
 
 @pytest.mark.option("no_half_vae")
-def test_a_loss_of_nan_is_explained():
+def test_trap_24_a_loss_of_nan_is_explained():
     good, bad = [torch.ones(2)], [torch.ones(2), torch.tensor([1.0, float("nan")])]
+
+    def explain(*words, weights=good, family=sd1.FAMILY):
+        return explain_nonfinite(options(*words), weights, family)
+
     half = ["--mixed_precision=fp16"]
-    assert "lower --learning_rate, or leave out --full_fp16" in explain_nonfinite(options(*half, "--full_fp16"), bad)
-    assert explain_nonfinite(options(), bad).endswith("any more: lower --learning_rate")
-    assert "overflowed in fp16" in explain_nonfinite(options(*half), good) and "--no_half_vae" in explain_nonfinite(
-        options(*half), good
-    )
-    assert "--no_half_vae" not in explain_nonfinite(options(*half, "--no_half_vae"), good)
-    assert "look at the images" in explain_nonfinite(options(), good)
+    assert "lower --learning_rate, or leave out --full_fp16" in explain(*half, "--full_fp16", weights=bad)
+    assert explain(weights=bad).endswith("any more: lower --learning_rate")
+    assert "overflowed in fp16" in explain(*half) and "with --no_half_vae, or give another --vae" in explain(*half)
+    assert "--no_half_vae" not in explain(*half, "--no_half_vae") and "look at the images" in explain()
+    named = explain(*half, family=sdxl.FAMILY)
+    assert "--no_half_vae, or give --vae=madebyollin/sdxl-vae-fp16-fix, which is made for 16 bits" in named
+    assert "--vae" not in explain(*half, "--cache_latents", family=sdxl.FAMILY), "the cache has looked at its latents"
+    assert vae_cure(options(), sdxl.FAMILY).startswith("it runs in full precision")
 
 
 # ---------------------------------------------------------------- torch.compile
