@@ -46,7 +46,7 @@ FLOORS = {
     "library.models": (*GROUND, "library.imports", "library.diffusion"),
     "library.data": (*GROUND, *HELPERS, "library.models"),
     "library.generation": (*GROUND, *HELPERS, "library.diffusion", "library.models", "library.data"),
-    "library.generation.prompts": (*GROUND, *HELPERS, "library.diffusion", "library.generation.refused_options"),
+    "library.generation.prompts": (*GROUND, *HELPERS, "library.diffusion", "library.data", "library.generation.refused_options"),
     "library.doctor": (*GROUND, "library.devices"),
     "networks": (*GROUND, "library.tools"),
 }

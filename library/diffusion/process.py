@@ -28,6 +28,9 @@ class NoiseProcess:
     beta_start: float = BETA_START
     beta_end: float = BETA_END
     timesteps: int = TRAIN_TIMESTEPS
+    # How samplers choose among the timesteps, as Diffusers' `timestep_spacing` and `steps_offset`; None: as each sampler has it.
+    spacing: str | None = None
+    steps_offset: int | None = None
 
     @property
     def predicts_velocity(self) -> bool:
@@ -58,7 +61,9 @@ class NoiseProcess:
 
     def scheduler_config(self) -> dict[str, Any]:
         """The schedule under the names that Diffusers' schedulers give it; zero terminal SNR apart."""
+        choice = {"timestep_spacing": self.spacing, "steps_offset": self.steps_offset}
         return {
+            **{name: value for name, value in choice.items() if value is not None},
             "beta_start": self.beta_start,
             "beta_end": self.beta_end,
             "beta_schedule": "scaled_linear",

@@ -68,13 +68,15 @@ def check_sampler(name: str, where: str = "") -> str:
 def make_scheduler(name: str, process: NoiseProcess) -> SchedulerMixin:
     """A fresh Diffusers scheduler for the sampler `name` (one of `SAMPLERS`) on the noise schedule of a model.
 
-    What is not set here stays as the class has it, so the scheduler equals `Class.from_config(pipeline.scheduler.config)` of a
-    Diffusers pipeline of Stable Diffusion. With zero terminal SNR sampling begins at the very last timestep.
+    What neither is set here nor in the process stays as the class has it, so the scheduler equals
+    `Class.from_config(pipeline.scheduler.config)` of the model's Diffusers pipeline. With zero terminal SNR sampling begins at
+    the very last timestep.
     """
     sampler = SAMPLERS[check_sampler(name)]
     is_lms = sampler.scheduler == "LMSDiscreteScheduler"
     scheduler_class = _lms_without_scipy() if is_lms else _diffusers_class(sampler.scheduler)
-    settings = {**process.scheduler_config(), **sampler.settings}
+    accepted = inspect.signature(scheduler_class).parameters
+    settings = sampler.settings | {name: value for name, value in process.scheduler_config().items() if name in accepted}
     if process.zero_terminal_snr:
         settings |= _zero_terminal_snr_settings(scheduler_class, process)
     with warnings.catch_warnings():

@@ -21,6 +21,8 @@ def ask_for_prompts(history: Path) -> Iterator[str]:
     console's own editing has to do.
     """
     readline = _line_editing(history)
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a byte that is no UTF-8 is named with its prompt, and ends nothing
     try:
         while True:
             try:
@@ -32,7 +34,7 @@ def ask_for_prompts(history: Path) -> Iterator[str]:
                 yield line
     finally:
         if readline is not None:
-            with suppress(OSError):
+            with suppress(OSError, UnicodeError):
                 history.parent.mkdir(parents=True, exist_ok=True)
                 readline.write_history_file(history)
 

@@ -16,11 +16,13 @@ from library.generation.extras.networks import Networks
 from library.generation.extras.regional import Regions
 from library.generation.extras.vae_slices import slice_vae
 from library.generation.options import GenerateOptions, ModelOptions, SpeedOptions
+from library.generation.pipeline.image_state import check_process
 from library.generation.pipeline.pipeline import Pipeline
 from library.generation.pipeline.settings import GenerateSettings
 from library.generation.prompts.sources import list_images
 from library.models.clip import CHUNK, inner_text_model
 from library.models.loading import load_stable_diffusion
+from library.models.registry import check_family
 
 if TYPE_CHECKING:
     from library.models.family import Model
@@ -34,6 +36,7 @@ def load_pipeline(options: GenerateOptions) -> Pipeline:
             if not Path(file).exists():
                 raise UserError(f"--{option} {file}: there is no such file")
     model = load_model(options.model, options.speed)
+    check_process(model.process(options.model.zero_terminal_snr or None))
     networks = Networks.load(model, options.network)
     settings = GenerateSettings(
         batch_size=options.speed.batch_size,
@@ -64,6 +67,8 @@ def load_model(
         resolve_pattern(chosen.ckpt or ""), v2=chosen.v2, prediction="v" if chosen.v_parameterization else None, vae=chosen.vae,
         dtype=torch.float16 if speed.fp16 else torch.bfloat16 if speed.bf16 else torch.float32, device=device,
     )  # fmt: skip
+    if chosen.sdxl:
+        check_family(model.name, model.family, "sdxl", "leave out --sdxl")
     _save_memory(model, speed, device)
     layers = len(inner_text_model(model.text_encoders[0]).encoder.layers)
     if (chosen.clip_skip or 1) > layers:
@@ -109,9 +114,11 @@ def resolve_pattern(ckpt: str) -> str:
 
 
 def _load_regions(options: GenerateOptions, networks: Networks) -> Regions | None:
-    """With networks a mask shows where each of them acts."""
-    chosen = options.network
-    if not (options.source.mask_path and chosen.network_weights) or chosen.network_merge:
+    """Where the mask shows where networks act, for all prompts or for those with sub-prompts alone."""
+    if not options.means_regions("one AND another"):
         return None
     mask = list_images(options.source.mask_path, "--mask_path")[0]
-    return Regions.load(mask, networks, chosen.network_regional_mask_max_color_codes)
+    regions = Regions.load(mask, networks, options.network.network_regional_mask_max_color_codes)
+    if options.means_regions("one"):
+        regions.check_networks()
+    return regions

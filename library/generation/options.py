@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 from library.command_line import OptionGroup, parse
 from library.diffusion.samplers import SamplerName
 from library.errors import UserError
-from library.generation.prompts.spec import LARGEST_SEED, MOST_STEPS, SIZE_STEP
+from library.generation.prompts.spec import LARGEST_SEED, MOST_STEPS, SIZE_STEP, split_regions
 from library.generation.refused_options import REFUSED
 
 
@@ -27,6 +27,7 @@ def _seeds(value: Any) -> Any:
 Seeds = Annotated[tuple[int, ...], BeforeValidator(_seeds)]
 Count = Annotated[int, Field(ge=1)]
 Side = Annotated[int, Field(ge=64, multiple_of=SIZE_STEP)]
+Crop = Annotated[int, Field(ge=0)]
 Depth = Annotated[int, Field(ge=0, le=3)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -38,6 +39,7 @@ class ModelOptions(OptionGroup):
         None, description="checkpoint (.safetensors, .ckpt), a pattern for one file, Diffusers folder or hub id"
     )
     v2: bool = Field(False, description="the model is Stable Diffusion 2.x")
+    sdxl: bool = Field(False, description="the model is SDXL; else it is an error")
     v_parameterization: bool = Field(False, description="the model predicts velocity (SD 2.x 768)")
     zero_terminal_snr: bool = Field(False, description="the model was trained on a noise schedule that ends in pure noise")
     vae: str | None = Field(None, description="another VAE: checkpoint, Diffusers folder or hub id")
@@ -69,6 +71,17 @@ class ImageOptions(OptionGroup):
     sampler: SamplerName = Field("ddim", description="sampling method")
     scale: float = Field(7.5, description="guidance; 1 or less switches it off")
     negative_scale: float | None = Field(None, description="separate guidance away from the negative prompt")
+
+
+class SizeOptions(OptionGroup):
+    """Sizes that SDXL is told"""
+
+    original_width: Count | None = Field(None, description="width that the image is said to have had; unset: its own")
+    original_height: Count | None = Field(None, description="height that the image is said to have had; unset: its own")
+    original_width_negative: Count | None = Field(None, description="the same for the negative prompt; unset: as for the prompt")
+    original_height_negative: Count | None = Field(None, description="the same for the negative prompt; unset: as for the prompt")
+    crop_top: Crop | None = Field(None, description="rows that are said to be cut off at the top; unset: 0")
+    crop_left: Crop | None = Field(None, description="columns that are said to be cut off at the left; unset: 0")
 
 
 class NetworkOptions(OptionGroup):
@@ -179,6 +192,7 @@ class GenerateOptions(BaseModel):
     model: ModelOptions = ModelOptions()
     prompts: PromptOptions = PromptOptions()
     image: ImageOptions = ImageOptions()
+    sizes: SizeOptions = SizeOptions()
     network: NetworkOptions = NetworkOptions()
     source: SourceOptions = SourceOptions()
     highres: HighresOptions = HighresOptions()
@@ -192,6 +206,17 @@ class GenerateOptions(BaseModel):
         if problems:
             raise UserError("; ".join(problems))
         return self
+
+    def means_regions(self, prompt: str) -> bool:
+        """Whether the mask says where networks act for this prompt, rather than what is repainted.
+
+        With an image to begin from it is regions only where the user asks for them: by several sub-prompts, or by colours.
+        """
+        network, source = self.network, self.source
+        if not source.mask_path or not network.network_weights or network.network_merge:
+            return False
+        asked = network.network_regional_mask_max_color_codes is not None or len(split_regions(prompt)) > 1
+        return asked or not source.image_path
 
 
 def _rules(o: GenerateOptions) -> list[tuple[Any, str]]:

@@ -24,6 +24,18 @@ _REASONS: dict[str, str] = {
         ],
         _CONTROL_NET,
     ),
+    **dict.fromkeys(["control_net_lllite_models", "control_net_multipliers"], _CONTROL_NET),
+    "clip_vision_strength": "the text vector is not replaced by that of an image; start from an image with --image_path",
+    **dict.fromkeys(
+        ["pyramid_noise_prob", "pyramid_noise_discount_range", "noise_offset_prob", "noise_offset_range"],
+        "the noise that an image begins from is not shaped; train with a noise offset or zero terminal SNR",
+    ),
+    **dict.fromkeys(
+        ["from_module", "prompter_module_args"], "prompts are not made by a module; print them and give --from_file=- (a pipe)"
+    ),
+    "emb_normalize_mode": "weighted prompts are rescaled as the family of the model needs it",
+    "force_scheduler_zero_steps_offset": "timesteps are those of the model's own scheduler (scheduler_config.json of a folder)",
+    "v1": "the family is read from the model; leave it out",
     **dict.fromkeys(
         [
             "gradual_latent_timesteps", "gradual_latent_ratio", "gradual_latent_ratio_step", "gradual_latent_every_n_steps",

@@ -15,8 +15,16 @@ from library.generation.prompts.inline import parse_line
 from library.generation.prompts.loras import PromptLoras, split_loras
 from library.generation.prompts.seeds import Seeds
 from library.generation.prompts.sources import list_images
-from library.generation.prompts.spec import DeepShrink, PromptSpec, check_negative_scale, check_regions, split_regions
+from library.generation.prompts.spec import (
+    DeepShrink,
+    PromptSpec,
+    ToldSizes,
+    check_negative_scale,
+    check_regions,
+    split_regions,
+)
 from library.generation.prompts.written import WrittenPrompt
+from library.safe_text import as_unicode, is_unicode
 
 DEFAULT_STRENGTH = 0.8
 
@@ -44,8 +52,7 @@ class RequestBuilder:
     def __init__(self, options: GenerateOptions) -> None:
         self.options = options
         self.sources = list_images(options.source.image_path, "--image_path")
-        masks = list_images(options.source.mask_path, "--mask_path")
-        self.masks = masks if self.sources and not self._regional else []  # a mask without sources shows regions
+        self.masks = list_images(options.source.mask_path, "--mask_path")
         self._loras = PromptLoras(Path(options.network.lora_dir) if options.network.lora_dir else None)
         self.problems: dict[str, str] = {}
         self.notes: list[str] = []
@@ -57,11 +64,6 @@ class RequestBuilder:
         self._seeds: Seeds | None = None
         self._made = 0
         self._networks = len(options.network.network_weights or ()) - (options.network.network_merge_n_models or 0)
-
-    @property
-    def _regional(self) -> bool:
-        """Whether the mask says where networks act, rather than what is repainted."""
-        return bool(self.options.network.network_weights and not self.options.network.network_merge)
 
     def build(self, prompts: list[WrittenPrompt]) -> list[Request]:
         """The images of these prompts, all repeats included, in the order in which they are to be made."""
@@ -97,6 +99,9 @@ class RequestBuilder:
 
     def _requests_of(self, written: WrittenPrompt) -> list[Request]:
         count = self._per_prompt
+        if not is_unicode(written.text):
+            cure = "write it anew, or set the terminal to UTF-8"
+            raise UserError(f"{written.where}: '{as_unicode(written.text)}' has bytes that are no UTF-8; {cure}")
         if written.source is not None:
             values = {"prompt": written.text, "negative_prompt": written.negative_prompt, "image": written.source}
             return [self._request(values, written)] * count
@@ -121,12 +126,14 @@ class RequestBuilder:
             "depth_1": shrink.ds_depth_1, "timestep_1": shrink.ds_timesteps_1, "depth_2": shrink.ds_depth_2,
             "timestep_2": shrink.ds_timesteps_2, "ratio": shrink.ds_ratio,
         }  # fmt: skip
-        for field in [field for field in values if field.startswith("deep_shrink.")]:
-            shrinking[field.removeprefix("deep_shrink.")] = values.pop(field)
+        sizes = self.options.sizes.model_dump(exclude_none=True)
+        for field in [field for field in values if "." in field]:
+            kind, _, name = field.partition(".")
+            {"deep_shrink": shrinking, "sizes": sizes}[kind][name] = values.pop(field)
         defaults = PromptSpec(
             width=image.W, height=image.H, scale=image.scale, steps=image.steps, sampler=image.sampler,
             negative_scale=image.negative_scale, strength=DEFAULT_STRENGTH if source.strength is None else source.strength,
-            deep_shrink=DeepShrink(**shrinking) if shrinking["depth_1"] is not None else None,
+            deep_shrink=DeepShrink(**shrinking) if shrinking["depth_1"] is not None else None, sizes=ToldSizes(**sizes),
         )  # fmt: skip
         return Request(replace(defaults, **values), written, seeds)
 
@@ -139,13 +146,13 @@ class RequestBuilder:
         self._check_line_of_deep_shrink(values, where)
         if self.options.network.network_merge and values.pop("multipliers", None):
             self.notes.append(f"{where}: --am does nothing, as --network_merge made the networks part of the model")
-        image, source = self.options.image, self.options.source
+        image = self.options.image
         try:
             for name, _ in split_loras(values["prompt"])[1]:
                 self._loras.find(name)
             negative_scale = values.get("negative_scale", image.negative_scale)
             check_negative_scale(values.get("scale", image.scale), negative_scale)
-            if source.mask_path and self._regional:
+            if self.options.means_regions(values["prompt"]):
                 check_regions(split_regions(values["prompt"]), self._networks)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
@@ -224,7 +231,8 @@ class RequestBuilder:
         self._made += 1
         if not self.sources:
             return request
-        mask = self.masks[number % len(self.masks)] if self.masks else None
+        repaints = bool(self.masks) and not self.options.means_regions(request.spec.prompt)
+        mask = self.masks[number % len(self.masks)] if repaints else None
         return _with(request, image=request.spec.image or self.sources[number % len(self.sources)], mask=mask)
 
 

@@ -165,6 +165,7 @@ class Model:
     name: str  # as the user gave it
     path: Path | None = None  # the file or folder if it is on this machine, None for a hub id or a model made in memory
     zero_terminal_snr: bool = False  # whether its noise schedule ends in pure noise
+    schedule: Mapping[str, Any] = field(default_factory=dict)  # fields of its noise process that a folder's scheduler sets
     _views: tuple[nn.Module | list[nn.Module], nn.Module] | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
@@ -194,7 +195,7 @@ class Model:
     def process(self, zero_terminal_snr: bool | None = None) -> NoiseProcess:
         """How latents are noised for this model, and what it predicts; `zero_terminal_snr` None: as the model has it."""
         own = self.zero_terminal_snr if zero_terminal_snr is None else zero_terminal_snr
-        return replace(self.family.process(self.prediction), zero_terminal_snr=own)
+        return replace(self.family.process(self.prediction), zero_terminal_snr=own, **self.schedule)
 
     def predict(self, noisy: Tensor, t: Tensor, conditioning: Conditioning, sizes: Tensor) -> Tensor:
         """What the denoiser sees in `noisy` (B, C, h, w): the noise, or the velocity.

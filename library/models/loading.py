@@ -23,7 +23,7 @@ from library.models.clip import VOCABULARY, load_tokenizer
 from library.models.family import Config, Family, Model, Part, Shapes
 from library.models.hub import download_configs, download_model, download_vae
 from library.models.modules import TEXT_MODEL, fill, ready, weights_of
-from library.models.prediction import Said, said_by_file, said_by_scheduler
+from library.models.prediction import Said, said_by_file, said_by_scheduler, schedule_of
 from library.models.registry import check_v2, detect, detect_folder, refuse_other_conditions, refuse_other_inputs
 from library.models.vae import KL_VAE
 
@@ -194,7 +194,8 @@ def _from_folder(folder: Path, v2: bool | None, prediction: Prediction | None, w
     modules = {part.name: _part_from_folder(part, folder / part.name, configs[part.name], where) for part in wanted}
     texts = zip(family.text_parts, family.text.paddings, strict=True)
     tokenizers = [_folder_tokenizer(folder / part.tokenizer, configs[part.name], padding) for part, padding in texts]
-    return Model(family, modules, tokenizers, chosen, str(folder), zero_terminal_snr=zero_snr)
+    schedule = schedule_of(_scheduler_config(folder) or {})
+    return Model(family, modules, tokenizers, chosen, str(folder), zero_terminal_snr=zero_snr, schedule=schedule)
 
 
 def _part_from_folder(part: Part, folder: Path, config: Config, where: Where) -> nn.Module:
@@ -237,8 +238,13 @@ def _folder_tokenizer(folder: Path, text_config: Config, padding: str) -> CLIPTo
 
 
 def _said_by_folder(folder: Path) -> Said:
-    scheduler = folder / "scheduler" / "scheduler_config.json"
-    return said_by_scheduler(_json(scheduler)) if scheduler.is_file() else Said()
+    config = _scheduler_config(folder)
+    return said_by_scheduler(config) if config is not None else Said()
+
+
+def _scheduler_config(folder: Path) -> Config | None:
+    file = folder / "scheduler" / "scheduler_config.json"
+    return _json(file) if file.is_file() else None
 
 
 def _decided(source: Path, said: Said, asked: Prediction | None) -> tuple[Prediction, bool]:

@@ -37,6 +37,14 @@ def said_by_file(file: TensorFile) -> Said:
     return Said(prediction or ("v" if zero_snr else None), zero_snr, where)
 
 
+def schedule_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the configuration of a scheduler says of the noise process, by the fields of `NoiseProcess`."""
+    names = {"timestep_spacing": "spacing", "steps_offset": "steps_offset"}
+    if config.get("beta_schedule") == "scaled_linear":  # the only form that `NoiseProcess` has
+        names |= {"beta_start": "beta_start", "beta_end": "beta_end"}
+    return {field: config[name] for name, field in names.items() if config.get(name) is not None}
+
+
 def said_by_scheduler(config: Mapping[str, Any]) -> Said:
     """By the configuration of a Diffusers folder's scheduler."""
     prediction = _SPELLINGS.get(config.get("prediction_type", "epsilon"))

@@ -70,10 +70,10 @@ def check_v2(source: str, family: Family, v2: bool) -> None:
         raise UserError(f"{source} is an {family.title} model; leave out --v2")
 
 
-def check_family(source: str, found: Family, wanted: str) -> None:
-    """Raise UserError, with the program that is the cure, for a model of another family than the one of this name."""
+def check_family(source: str, found: Family, wanted: str, cure: str = "use train_network.py, which trains all families") -> None:
+    """Raise UserError, with the cure, for a model of another family than the one of this name."""
     if found.name != wanted:
-        raise UserError(f"{source} is an {found.title} model; use train_network.py, which trains all families")
+        raise UserError(f"{source} is an {found.title} model; {cure}")
 
 
 def refuse_other_inputs(source: str, family: Family, channels: int) -> None:

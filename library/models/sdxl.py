@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from library.diffusion.process import NoiseProcess
 from library.formats.compvis import SDXL_LAYOUT
 from library.formats.names import renamed, unet_layout, unet_paths
 from library.models import clip, sd1, unet
@@ -98,6 +99,9 @@ TEXT_ENCODER_2 = replace(
     library=("transformers", "CLIPTextModelWithProjection"),
 )
 
+# Its published scheduler counts 1, 21, 41, .. with every sampler.
+PROCESS = partial(NoiseProcess, spacing="leading", steps_offset=1)
+
 FAMILY = Family(
     name="sdxl",
     title="SDXL",
@@ -117,4 +121,5 @@ FAMILY = Family(
     latents=LATENTS,
     side_step=32,
     half_vae="madebyollin/sdxl-vae-fp16-fix",
+    process=PROCESS,
 )

@@ -16,46 +16,71 @@ from library.models.clip import add_word, inner_text_model
 if TYPE_CHECKING:
     from library.models.family import Model
 
+IN_TWO = ("clip_l", "clip_g")  # in files for models with two text encoders: the table of each
+
 
 def add_embeddings(model: Model, files: list[str]) -> list[str]:
-    """Teach tokenizer and text encoder the word that each file is named after; returns the words.
+    """Teach tokenizers and text encoders the word that each file is named after; returns the words.
 
     A file with several vectors needs the word once in a prompt, where it takes as many tokens. Raises UserError, naming the
     file, for a word that the tokenizer has already, and for vectors of another width than the model's.
     """
-    table: Any = inner_text_model(model.text_encoders[0]).get_submodule("embeddings.token_embedding")
     words = []
-    for file in files:
-        path, vectors = Path(file), read_vectors(Path(file))
-        word = path.stem
-        if vectors.shape[1] != table.weight.shape[1]:
-            raise UserError(
-                f"{path} has vectors of {vectors.shape[1]} numbers, the model's text encoder {table.weight.shape[1]}; "
-                "it is for another Stable Diffusion version"
-            )
-        if word in model.tokenizers[0].get_vocab() or f"{word.lower()}</w>" in model.tokenizers[0].get_vocab():
+    for path in map(Path, files):
+        word, tables = path.stem, _tables_for(model, path)
+        vocabulary = model.tokenizers[0].get_vocab()
+        if word in vocabulary or f"{word.lower()}</w>" in vocabulary:
             raise UserError(f"{path}: '{word}' is a word of the vocabulary already; give the file another name")
-        first = len(table.weight)
-        add_word(model.tokenizers[0], word, [first + place for place in range(len(vectors))])
-        table.weight = torch.nn.Parameter(torch.cat([table.weight, vectors.to(table.weight)]), requires_grad=False)
-        table.num_embeddings = len(table.weight)
+        for tokenizer, encoder, vectors in zip(model.tokenizers, model.text_encoders, tables, strict=True):
+            table = _token_table(encoder)
+            first = len(table.weight)
+            add_word(tokenizer, word, [first + place for place in range(len(vectors))])
+            table.weight = torch.nn.Parameter(torch.cat([table.weight, vectors.to(table.weight)]), requires_grad=False)
+            table.num_embeddings = len(table.weight)
         words.append(word)
     return words
 
 
-def read_vectors(path: Path) -> Tensor:
-    """The vectors (N, width) of a file of the web UI, Diffusers or kohya's scripts."""
+def _token_table(text_encoder: Any) -> Any:
+    return inner_text_model(text_encoder).get_submodule("embeddings.token_embedding")
+
+
+def _tables_for(model: Model, path: Path) -> list[Tensor]:
+    """The vectors (N, width) for each text encoder. UserError if they are for other ones."""
+    found, title = read_vectors(path), model.family.title
+    count, wanted = len(found), len(model.text_encoders)
+    if count != wanted:
+        raise UserError(f"{path} is made for {count} text encoder(s), {title} has {wanted}; it is for another kind of model")
+    tables = [found[name] for name in IN_TWO] if wanted == len(IN_TWO) else list(found.values())
+    if len({len(table) for table in tables}) > 1:
+        raise UserError(f"{path}: the text encoders have different numbers of vectors; the file is damaged")
+    for table, encoder in zip(tables, model.text_encoders, strict=True):
+        width = _token_table(encoder).weight.shape[1]
+        if table.shape[1] != width:
+            raise UserError(
+                f"{path} has vectors of {table.shape[1]} numbers, the model's text encoder {width}; "
+                "it is for another Stable Diffusion version"
+            )
+    return tables
+
+
+def read_vectors(path: Path) -> dict[str, Tensor]:
+    """The tables of vectors (N, width) of a file of the web UI, Diffusers or kohya's scripts: one, or those named in `IN_TWO`."""
     if not path.is_file():
         raise UserError(f"--textual_inversion_embeddings {path}: there is no such file")
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         from safetensors.torch import load_file
 
         read_safetensors_header(path)  # says so if the file is damaged
         content: dict[str, Any] = load_file(path)
     else:
         content = load_pickled(path)
-    content = content.get("string_to_param", content)  # the web UI's .pt
-    tensors = [value for value in content.values() if isinstance(value, Tensor) and value.is_floating_point()]
-    if len(tensors) != 1 or tensors[0].dim() > 2:
+    content = content.get("string_to_param", content) if isinstance(content, dict) else {}  # the web UI's .pt
+    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor) and value.is_floating_point()}
+    if len(tensors) != 1 and set(tensors) != set(IN_TWO):
         raise UserError(f"{path} is no textual inversion: one table of vectors is needed, {len(tensors)} found")
-    return tensors[0].detach().reshape(-1, tensors[0].shape[-1])
+    for value in tensors.values():
+        if value.dim() not in (1, 2) or value.numel() == 0:
+            shape = " x ".join(map(str, value.shape)) or "a single number"
+            raise UserError(f"{path} is no textual inversion: a table of vectors is needed, its shape is {shape}")
+    return {name: value.detach().reshape(-1, value.shape[-1]) for name, value in tensors.items()}

@@ -229,7 +229,7 @@ class Networks:
 
 def show_file_metadata(path: Path) -> None:
     """Print what a .safetensors file says of itself."""
-    if path.suffix != ".safetensors" or not path.is_file():
+    if path.suffix.lower() != ".safetensors" or not path.is_file():
         print(f"{path} has no metadata" if path.is_file() else f"{path}: there is no such file")
         return
     metadata = read_safetensors_header(path).get("__metadata__", {})

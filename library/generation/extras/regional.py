@@ -55,14 +55,19 @@ class Regions:
             raise UserError(f"--mask_path {path}: {error}") from None
         if color_codes is not None and not 1 <= color_codes <= 7:
             raise UserError(f"--network_regional_mask_max_color_codes {color_codes}: there are 7 colours; give 1 to 7")
-        if networks.merged or networks.pre_calc:
-            raise UserError("regional prompts need networks with masks; leave --network_merge and --network_pre_calc out")
-        for loaded in networks.loaded:
-            if not loaded.module.__name__.startswith("networks."):
-                raise UserError(f"regional prompts: {loaded.module.__name__} cannot be masked; use networks.lora")
         return cls(image, networks, color_codes)
 
+    def check_networks(self) -> None:
+        """UserError for networks that cannot have masks."""
+        if self.networks.merged or self.networks.pre_calc:
+            raise UserError("regional prompts need networks with masks; leave --network_merge and --network_pre_calc out")
+        for loaded in self.networks.loaded:
+            if not loaded.module.__name__.startswith("networks."):
+                raise UserError(f"regional prompts: {loaded.module.__name__} cannot be masked; use networks.lora")
+
     def check(self, prompts: list[str]) -> None:
+        """UserError unless the networks can have masks and each has a sub-prompt."""
+        self.check_networks()
         check_regions(prompts, len(self.networks.loaded))
 
     def masks(self, count: int, height: int, width: int, device: torch.device) -> Tensor:
@@ -127,7 +132,7 @@ class _Layout:
     def limit(self, index: int, lora: Any, inputs: tuple[Tensor, ...], added: Tensor) -> Tensor:
         """What the LoRA of network `index` adds, where and on which rows it may."""
         name, rows = lora.lora_name, self.plain * self.batch
-        if name.endswith("_time_emb_proj"):
+        if added.dim() == 2:  # the timestep's embedding, which has no place
             return added
         if "_attn2_to_k" in name or "_attn2_to_v" in name or "_attn2_to_out" in name:
             own = torch.zeros(len(added), 1, 1, device=added.device)

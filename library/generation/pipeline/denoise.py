@@ -24,11 +24,13 @@ class Guidance:
 
     Guidance is off without `negative`. With `empty` too, the negative prompt has a scale of its own. With regions the context of
     `positive` is (P * B, N, width): the first sub-prompt of every image, then the second of every image, and so on.
-    scales, negative_scales: one for each image. sizes (B, 6): as in `library.data.dataset.Batch`.
+    scales, negative_scales: one for each image. sizes (B, 6): as in `library.data.dataset.Batch`; negative_sizes: what is told
+    beside the negative and the empty prompt.
     """
 
     model: Model
     sizes: Tensor
+    negative_sizes: Tensor
     positive: Conditioning
     negative: Conditioning | None
     empty: Conditioning | None
@@ -40,7 +42,7 @@ class Guidance:
         self.predictions = len(conditionings)
         self.dtype = next(self.model.denoiser.parameters()).dtype
         self._conditioning = Conditioning.cat(conditionings).to(self.dtype)
-        self._sizes = torch.cat([self.sizes] * self.predictions)
+        self._sizes = torch.cat([*[self.negative_sizes] * (self.predictions - 1), self.sizes])
 
     def __call__(self, noisy: Tensor, t: Tensor) -> Tensor:
         """The guided prediction, float32, at `noisy` (B, C, h, w) and one timestep."""

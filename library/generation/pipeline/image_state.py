@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from library.diffusion.process import NoiseProcess
 from library.diffusion.samplers import check_sampler
 from library.errors import UserError
 from library.generation.extras.deep_shrink import check_deep_shrink
@@ -15,12 +16,13 @@ from library.generation.pipeline.settings import GenerateSettings
 from library.generation.pipeline.sizes import size_of_spec
 from library.generation.prompts.loras import split_loras
 from library.generation.prompts.seeds import draw_seed
-from library.generation.prompts.spec import MOST_STEPS, PromptSpec, check_negative_scale, split_regions
+from library.generation.prompts.spec import MOST_STEPS, PromptSpec, ToldSizes, check_negative_scale, split_regions
 
 if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
+    from library.generation.extras.regional import Regions
     from library.models.family import Model
 
 
@@ -29,7 +31,7 @@ class ImageState:
     """What an image needs, and what a stage begins from or has made.
 
     index: which of the specs it is. spec: with its size and seed. prompts: what the text encoder reads, one text, or with
-    regions one for each sub-prompt; chunks: of 75 tokens.
+    regions one for each sub-prompt; chunks: of 75 tokens. regions: None where the mask says what is repainted.
     image, RGB, or latents (C, h, w) in place of it: both None where a stage begins from noise alone. source and mask (grey, mode
     L): for in-painting, in full size. error: why it failed.
     """
@@ -42,6 +44,7 @@ class ImageState:
     chunks: int = 1
     multipliers: tuple[float, ...] = ()
     loras: tuple[tuple[str, float], ...] = ()
+    regions: Regions | None = None
     image: Image.Image | None = None
     latents: Tensor | None = None
     source: Image.Image | None = None
@@ -84,6 +87,7 @@ def prepare(index: int, spec: PromptSpec, model: Model, settings: GenerateSettin
         state.spec = replace(state.spec, width=state.size[0], height=state.size[1])
         _check_size(model, state)
         _check_numbers(model, spec)
+        check_process(model.process(settings.zero_terminal_snr))
         _work_out(state, model, settings, texts)
     except UserError as error:
         state.error = error
@@ -100,9 +104,10 @@ def _work_out(state: ImageState, model: Model, settings: GenerateSettings, texts
         if split_loras(spec.negative_prompt)[1]:
             raise UserError(f"negative prompt '{short(spec.negative_prompt)}': <lora:...> belongs into the prompt; move it there")
     prompts = [prompt]
-    if settings.regions is not None:
+    state.regions = settings.regions if spec.mask is None else None
+    if state.regions is not None:
         prompts = split_regions(prompt)
-        settings.regions.check(prompts)
+        state.regions.check(prompts)
         if spec.deep_shrink is not None:
             raise UserError("Deep Shrink and regional prompts cannot be combined: masks have no place in the shrunk layers")
     state.prompts = tuple(prompts)
@@ -127,8 +132,18 @@ def _check_numbers(model: Model, spec: PromptSpec) -> None:
     check_negative_scale(spec.scale, spec.negative_scale)
     if spec.mask is not None and spec.image is None:
         raise UserError(f"{where}: a mask needs an image to begin from; give --image_path too")
+    if spec.sizes != ToldSizes() and getattr(model.denoiser.config, "addition_embed_type", None) is None:
+        given = ", ".join(f"--{name}" for name, value in vars(spec.sizes).items() if value)
+        raise UserError(f"{where}: {given}: {model.family.title} models are not told sizes; leave it out")
     if spec.deep_shrink is not None:
         check_deep_shrink(spec.deep_shrink, len(model.denoiser.config.block_out_channels))
+
+
+def check_process(process: NoiseProcess) -> None:
+    """UserError for a schedule that begins with pure noise, in which a model that predicts noise says nothing of the image."""
+    if process.zero_terminal_snr and not process.predicts_velocity:
+        cure = "add --v_parameterization if the model predicts velocity, else leave --zero_terminal_snr out"
+        raise UserError(f"--zero_terminal_snr needs a model that predicts velocity, and this one predicts noise; {cure}")
 
 
 def batches(states: Iterable[ImageState], size: int) -> Iterator[list[ImageState]]:

@@ -107,7 +107,7 @@ class LatentSampler:
 
         def only(index: int | None) -> tuple[float, ...]:
             """With regions, a network acts on its own sub-prompt alone."""
-            if self.settings.regions is None:
+            if first.regions is None:
                 return first.multipliers
             return tuple(strength if place == index else 0.0 for place, strength in enumerate(first.multipliers))
 
@@ -119,17 +119,17 @@ class LatentSampler:
         if networks is not None:
             networks.set(first.multipliers, first.loras)
         positive = parts[0] if len(parts) == 1 else parts[0].attending([part["context"] for part in parts])
-        width, height = size
-        sizes = torch.tensor([[height, width, 0, 0, height, width]] * len(states), device=device)
+        told = [state.spec.sizes.rows(*size) for state in states]
+        sizes, negative_sizes = (torch.tensor(rows, device=device) for rows in zip(*told, strict=True))
         scales = [state.spec.scale for state in states]
         negative_scales = scales if empty is None else [state.spec.negative_scale or 0.0 for state in states]
-        return Guidance(self.model, sizes, positive, negative, empty, scales, negative_scales)
+        return Guidance(self.model, sizes, negative_sizes, positive, negative, empty, scales, negative_scales)
 
     def _special_unet(self, first: ImageState, guidance: Guidance, noise: Tensor) -> AbstractContextManager[Any]:
         stack = ExitStack()
         stack.enter_context(shrinking(self.model.denoiser, first.spec.deep_shrink))
-        if self.settings.regions is not None:
+        if first.regions is not None:
             batch, plain = len(noise), guidance.predictions - 1
             parts = len(guidance.positive["context"]) // batch
-            stack.enter_context(self.settings.regions.acting(self.model.denoiser, batch, parts, plain, *noise.shape[2:]))
+            stack.enter_context(first.regions.acting(self.model.denoiser, batch, parts, plain, *noise.shape[2:]))
         return stack

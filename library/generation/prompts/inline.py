@@ -106,8 +106,22 @@ def _depth(text: str) -> int:
     return depth
 
 
+def _pixels(text: str) -> int:
+    pixels = read_integer(text)
+    if pixels < 1:
+        raise ValueError("a number of pixels")
+    return pixels
+
+
+def _crop(text: str) -> int:
+    pixels = read_integer(text)
+    if pixels < 0:
+        raise ValueError("a number of pixels, or 0")
+    return pixels
+
+
 class InlineOption(NamedTuple):
-    """An in-line option. field: of `PromptSpec`; "seeds"; or of `DeepShrink`, after "deep_shrink.".
+    """An in-line option. field: of `PromptSpec`; "seeds"; of `DeepShrink` or `ToldSizes`, after "deep_shrink." or "sizes.".
 
     key: its name in .toml and .json files of previews; None: previews do not have it. lenient: field and reader there, if they
     are others.
@@ -139,6 +153,12 @@ OPTIONS: dict[str, InlineOption] = {
     "dsd2": InlineOption("deep_shrink.depth_2", _depth),
     "dst2": InlineOption("deep_shrink.timestep_2", read_integer),
     "dsr": InlineOption("deep_shrink.ratio", _ratio),
+    "ow": InlineOption("sizes.original_width", _pixels),
+    "oh": InlineOption("sizes.original_height", _pixels),
+    "nw": InlineOption("sizes.original_width_negative", _pixels),
+    "nh": InlineOption("sizes.original_height_negative", _pixels),
+    "ct": InlineOption("sizes.crop_top", _crop),
+    "cl": InlineOption("sizes.crop_left", _crop),
 }
 # In prompts of previews: for other model families, and ControlNet. Harmless in files that people share, so a notice, no error.
 IGNORED_IN_PREVIEWS = ("cn", "g", "ctr", "rcfg", "fs")

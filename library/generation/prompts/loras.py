@@ -40,9 +40,9 @@ class PromptLoras:
         if self.folder is None:
             raise UserError(f"the prompt asks for <lora:{name}>, but no folder to find it in is given; add --lora_dir")
         if self._paths is None:
-            files = [path for path in self.folder.rglob("*") if path.suffix in SUFFIXES]
+            files = [path for path in self.folder.rglob("*") if path.suffix.lower() in SUFFIXES]
             self._paths = {}
-            for path in sorted(files, key=lambda path: (SUFFIXES.index(path.suffix), path)):
+            for path in sorted(files, key=lambda path: (SUFFIXES.index(path.suffix.lower()), path)):
                 self._paths.setdefault(path.stem, path)
         if name not in self._paths:
             raise unknown("LoRA", name, self._paths, str(self.folder))

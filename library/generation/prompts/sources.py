@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from library.errors import UserError
+from library.errors import UserError, one_line
 from library.generation.prompts.written import WrittenPrompt
 from library.text_files import decoded, lines_of, read_text
 
@@ -74,14 +75,15 @@ def read_standard_input() -> str:
 
 def _from_image(path: Path) -> WrittenPrompt:
     """The fields `prompt` and `negative-prompt` that this script writes into its images."""
-    from PIL import Image, UnidentifiedImageError
+    from library.data.images import BadImage, open_image
 
     try:
-        with Image.open(path) as image:
-            image.load()  # a PNG may have its text after the image
-            fields = getattr(image, "text", {})
-    except (OSError, UnidentifiedImageError, ValueError) as error:
-        raise UserError(f"--image_path: {path} cannot be read as an image: {error}") from error
+        with path.open("rb") as file, open_image(io.BytesIO(file.read())) as image:
+            fields = dict(getattr(image, "text", {}))  # a PNG may have its text after the image: then this reads all of it
+    except BadImage as error:
+        raise UserError(f"--image_path {path}: {error}") from error
+    except Exception as error:  # the decoders raise all sorts of errors for a damaged image
+        raise UserError(f"--image_path {path}: cannot be read as an image: {one_line(error)}") from error
     if "prompt" not in fields:
         raise UserError(f"{path} holds no prompt of this script; give --prompt or --from_file")
     return WrittenPrompt(fields["prompt"], str(path), negative_prompt=fields.get("negative-prompt", ""), source=path)

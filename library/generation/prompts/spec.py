@@ -29,6 +29,28 @@ class DeepShrink:
 
 
 @dataclass(frozen=True)
+class ToldSizes:
+    """What a model like SDXL is told of an image: the size that it had, and how much of it was cut off, in pixels.
+
+    None: the size in which it is made, and for the negative prompt what is told for the prompt.
+    """
+
+    original_width: int | None = None
+    original_height: int | None = None
+    original_width_negative: int | None = None
+    original_height_negative: int | None = None
+    crop_top: int = 0
+    crop_left: int = 0
+
+    def rows(self, width: int, height: int) -> tuple[list[int], list[int]]:
+        """Numbers for the prompt and for the negative prompt: original height, width; cut off top, left; target height, width."""
+        end = [self.crop_top, self.crop_left, height, width]
+        original = [self.original_height or height, self.original_width or width]
+        negative = [self.original_height_negative or original[0], self.original_width_negative or original[1]]
+        return original + end, negative + end
+
+
+@dataclass(frozen=True)
 class PromptSpec:
     """One image to make. Sizes in pixels; a guidance `scale` of 1 or less switches guidance off.
 
@@ -56,6 +78,7 @@ class PromptSpec:
     image: Path | None = None
     mask: Path | None = None
     deep_shrink: DeepShrink | None = None
+    sizes: ToldSizes = ToldSizes()
 
 
 def split_regions(prompt: str) -> list[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import re
+import struct
+import zlib
 from random import Random
 
 import pytest
@@ -11,6 +13,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from library.errors import UserError
+from library.generation.extras.image_input import load_image, load_mask, source_size
+from library.generation.extras.regional import Regions
 from library.generation.options import parse_options
 from library.generation.prompts.seeds import Seeds
 from library.generation.prompts.sources import read_prompts
@@ -183,11 +187,14 @@ def test_prompts_are_read_from_the_images_if_there_are_no_others(sources):
     assert made[0].spec.negative_prompt == "blurry"
 
 
-def test_masks_repaint_with_images_and_show_regions_with_networks(sources):
+def test_masks_repaint_with_images_unless_the_prompt_asks_for_regions(sources):
     repaint = builder(f"--image_path={sources}", f"--mask_path={sources}").build(lines("a"))
     assert repaint[0].spec.mask.name == "a.png"
-    regions = builder(f"--image_path={sources}", f"--mask_path={sources}", "--network_weights", "n").build(lines("a"))
-    assert regions[0].spec.mask is None
+    words = (f"--image_path={sources}", f"--mask_path={sources}", "--network_weights", "n")
+    single, several = builder(*words).build(lines("a", "b AND c"))
+    assert single.spec.mask.name == "a.png" and several.spec.mask is None
+    assert builder(*words, "--network_regional_mask_max_color_codes=1").build(lines("a"))[0].spec.mask is None
+    assert builder(*words, "--network_merge").build(lines("a AND b"))[0].spec.mask.name == "a.png"
 
 
 @pytest.mark.parametrize(("name", "message"), [("nothing", "there is no such file"), ("empty", "the folder holds no image")])
@@ -268,3 +275,45 @@ def test_trap_6_12_deep_shrink_holds_for_its_own_line_alone():
 def test_what_says_nothing_in_this_run_is_named(line, words, message):
     asked = builder(*words)
     assert asked.build(lines(line)) == [] and re.search(message, asked.problems["line 1"])
+
+
+def test_bytes_that_are_no_utf8_are_named():
+    asked = builder()
+    assert len(asked.build(lines("caf\udce9 --d 1", "a dog"))) == 1
+    assert re.fullmatch("line 1: 'caf\ufffd --d 1' has bytes that are no UTF-8; .*UTF-8", asked.problems["line 1"])
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-16", "utf-8-sig"])
+def test_prompts_in_utf16_with_and_without_a_mark(tmp_path, encoding):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("a cat --d 1\na dog\n".encode(encoding))
+    found = read_prompts(parse_options(["--ckpt=m", f"--from_file={path}"]).prompts, [])
+    assert [prompt.text for prompt in found] == ["a cat --d 1", "a dog"]
+
+
+def huge_png(path):
+    """A PNG of 60,000 x 60,000 pixels in its header, of which there are none."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    data = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + data)
+    return path
+
+
+def test_an_image_too_large_to_open_is_named_wherever_it_comes_from(tmp_path):
+    path = huge_png(tmp_path / "huge.png")
+    options = parse_options(["--ckpt=m", f"--image_path={path}"])
+    readers = (
+        lambda: read_prompts(options.prompts, [path]),
+        lambda: source_size(path),
+        lambda: load_image(path, (64, 64)),
+        lambda: load_mask(path, (64, 64)),
+        lambda: Regions.load(path, None),
+    )
+    for read in readers:
+        with pytest.raises(UserError, match="--(image|mask)_path .*huge.png: .*pixels") as error:
+            read()
+        assert "\n" not in str(error.value)

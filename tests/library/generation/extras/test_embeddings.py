@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 
 from library.errors import UserError
 from library.generation.extras.embeddings import add_embeddings
-from library.models.clip import encode_text, token_chunks
-from library.testing import small_stable_diffusion
+from library.models.clip import encode_text, token_chunks, tokenize_prompts
+from library.testing import small_sdxl, small_stable_diffusion
 
 
 @pytest.fixture
@@ -53,6 +53,10 @@ def test_a_weight_holds_for_all_its_vectors(model, tmp_path):
         ("cat", {"emb_params": torch.zeros(1, 64)}, "'cat' is a word of the vocabulary already"),
         ("wide", {"emb_params": torch.zeros(1, 768)}, "vectors of 768 numbers.* 64;.*another Stable Diffusion version"),
         ("lora", {"a": torch.zeros(1, 64), "b": torch.zeros(1, 64)}, "no textual inversion"),
+        ("number", {"emb_params": torch.tensor(1.0)}, "a table of vectors is needed, its shape is a single number"),
+        ("empty", {"emb_params": torch.zeros(0, 64)}, "a table of vectors is needed, its shape is 0 x 64"),
+        ("deep", {"emb_params": torch.zeros(1, 2, 64)}, "a table of vectors is needed, its shape is 1 x 2 x 64"),
+        ("sdxl", {"clip_l": torch.zeros(1, 64), "clip_g": torch.zeros(1, 64)}, r"made for 2 text encoder\(s\), SD 1.x has 1"),
     ],
 )
 def test_wrong_files_are_named(model, tmp_path, name, content, message):
@@ -63,6 +67,31 @@ def test_wrong_files_are_named(model, tmp_path, name, content, message):
     assert str(file) in str(error.value)
     with pytest.raises(UserError, match="there is no such file"):
         add_embeddings(model, ["nowhere.pt"])
+
+
+def test_a_suffix_in_capitals_and_a_file_that_holds_no_table(model, tmp_path):
+    save_file({"emb_params": torch.ones(1, 64)}, tmp_path / "mystyle.SAFETENSORS")
+    assert add_embeddings(model, [str(tmp_path / "mystyle.SAFETENSORS")]) == ["mystyle"]
+    torch.save([1, 2], tmp_path / "list.PT")
+    with pytest.raises(UserError, match="list.PT"):
+        add_embeddings(model, [str(tmp_path / "list.PT")])
+
+
+def test_on_sdxl_each_text_encoder_gets_its_own_vectors(tmp_path):
+    model = small_sdxl()
+    widths = [encoder.config.hidden_size for encoder in model.text_encoders]
+    one, two = (torch.randn(2, width) for width in widths)
+    save_file({"clip_g": two, "clip_l": one}, tmp_path / "mystyle.safetensors")
+    before = model.encode_text(tokenize_prompts(model.tokenizers, ["a photo"], 1))
+    assert add_embeddings(model, [str(tmp_path / "mystyle.safetensors")]) == ["mystyle"]
+    for encoder, vectors in zip(model.text_encoders, (one, two), strict=True):
+        assert torch.equal(encoder.get_input_embeddings().weight[49408:], vectors)
+    after = model.encode_text(tokenize_prompts(model.tokenizers, ["a photo", "a mystyle"], 1))
+    for name in ("context", "pooled"):
+        assert torch.allclose(after[name][:1], before[name], atol=1e-5) and not torch.allclose(after[name][1:], before[name])
+    save_file({"emb_params": one}, tmp_path / "old.safetensors")
+    with pytest.raises(UserError, match=r"old.safetensors is made for 1 text encoder\(s\), SDXL has 2"):
+        add_embeddings(model, [str(tmp_path / "old.safetensors")])
 
 
 def test_the_same_word_twice_is_an_error(model, tmp_path):

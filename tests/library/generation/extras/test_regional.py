@@ -201,4 +201,4 @@ def test_what_cannot_be_is_one_line(model, files, load, tmp_path):
         Regions.load(tmp_path / "nothing.png", networks)
     networks.close()
     with pytest.raises(UserError, match="--network_pre_calc"):
-        Regions.load(image, load(files, network_pre_calc=True))
+        Regions.load(image, load(files, network_pre_calc=True)).check_networks()

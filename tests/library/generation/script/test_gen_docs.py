@@ -26,6 +26,8 @@ from library.generation.options import GenerateOptions, parse_options
 from library.generation.prompts.inline import OPTIONS as INLINE_OPTIONS
 from library.generation.prompts.written import WrittenPrompt
 from library.generation.refused_options import REFUSED, REFUSED_INLINE
+from library.models.saving import save_stable_diffusion
+from library.testing import small_sdxl
 
 FILES = ("docs/gen_img_README.md", "docs/gen_img_README-zh.md", "README.md")
 PAGES = {name: read_page(name) for name in FILES}
@@ -56,6 +58,7 @@ def place(gen_files, tmp_path, monkeypatch, shared_models) -> Path:
         shutil.copy(folder / "out" / "mine.safetensors", folder / f"split-{name}.safetensors")
     width = 32
     save_file({"emb_params": torch.ones(2, width)}, folder / "mytoy.safetensors")
+    save_stable_diffusion(small_sdxl(), folder / "sdxl.safetensors")
     (folder / "photos").mkdir()
     Image.new("RGB", (70, 64), "green").save(folder / "photos" / "cat.png")
     Image.new("L", (70, 64), 255).save(folder / "mask.png")
@@ -154,6 +157,7 @@ def test_refused_options_are_in_the_tables(page):
 @BOTH
 def test_every_option_that_is_mentioned_exists(page):
     mentioned = set(re.findall(r"(?<![\w-])--([a-zA-Z]\w*)", page)) - {"network_weigth", "help", "sample_prompts", "q"}
+    mentioned -= {"max_token_length"}  # of training
     assert mentioned - set(FIELDS) - set(REFUSED.reasons) - set(INLINE_OPTIONS) - set(REFUSED_INLINE) == set()
 
 

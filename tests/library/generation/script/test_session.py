@@ -307,3 +307,32 @@ def test_a_black_image_is_named_with_the_cure(draw, gen_files, tmp_path, capsys)
     made = draw(f"--ckpt={tmp_path / 'black.safetensors'}", "--prompt=a")
     assert made.code == 1 and not made.files
     assert re.search("failed: .*black image.*(--vae|--no_half_vae)", capsys.readouterr().err)
+
+
+def test_zero_terminal_snr_without_velocity_says_why(draw, gen_files):
+    with pytest.raises(UserError, match="--zero_terminal_snr needs a model that predicts velocity.*add --v_parameterization"):
+        draw("--prompt=a", "--zero_terminal_snr")
+    assert draw("--prompt=a", "--zero_terminal_snr", "--v_parameterization", "--steps=1").code == 0
+
+
+def test_inpainting_with_a_lora_keeps_the_black_part(draw, gen_files, tmp_path):
+    Image.new("RGB", (64, 64), (10, 200, 10)).save(tmp_path / "source.png")
+    mask = Image.new("L", (64, 64), 0)
+    mask.paste(255, (32, 0, 64, 64))
+    mask.save(tmp_path / "mask.png")
+    words = (f"--image_path={tmp_path / 'source.png'}", f"--mask_path={tmp_path / 'mask.png'}", "--seed=1")
+    made = draw("--prompt=a", *words, *loras(gen_files, "mine"))
+    with Image.open(made.files[0]) as image:
+        assert image.crop((0, 0, 32, 64)).getcolors() == [(32 * 64, (10, 200, 10))] and len(image.getcolors(5000)) > 2
+    assert made.pixels() != draw("--prompt=a", *words).pixels()  # and the network acts
+    regional = draw("--prompt=a AND b", *words, *loras(gen_files, "mine", "style"))
+    with Image.open(regional.files[0]) as image:
+        assert len(image.crop((0, 0, 32, 64)).getcolors(5000)) > 1
+
+
+def test_a_byte_that_is_no_utf8_ends_no_interactive_session(gen_files, tmp_path):
+    words = [f"--ckpt={gen_files / 'model.safetensors'}", "--interactive", "--no_preview", "--W=64", "--H=64", "--steps=1"]
+    program = [sys.executable, str(ROOT / "gen_img_diffusers.py"), *words, f"--outdir={tmp_path / 'out'}"]
+    done = subprocess.run(program, input=b"a cat\ncaf\xe9\na dog\n", capture_output=True, timeout=120, check=False)
+    assert b"Traceback" not in done.stderr and b"prompt 2: 'caf" in done.stderr
+    assert done.returncode == 0 and len(list(tmp_path.glob("out/*.png"))) == 2
