@@ -29,15 +29,15 @@ def lines_of(text: str) -> list[str]:
     return re.split("\r\n|\n|\r", text)
 
 
-def decoded(content: bytes) -> str:
+def decoded(content: bytes, guess: bool = True) -> str:
     """The text in a file: UTF-8, or UTF-16 and UTF-32 as their mark says; UTF-16 without a mark if every other byte is NUL.
 
-    Raises UnicodeDecodeError for anything else.
+    guess: whether to know UTF-16 without a mark. Raises UnicodeDecodeError for anything else.
     """
     for mark, encoding in _MARKS:
         if content.startswith(mark):
             return content[len(mark) :].decode(encoding)
-    text = content.decode("utf-8") if b"\0" not in content else content.decode(_utf_16_by_nuls(content))
+    text = content.decode(_utf_16_by_nuls(content) if guess and b"\0" in content else "utf-8")
     if "\0" in text:
         raise UnicodeDecodeError("utf-8", content, content.index(0), content.index(0) + 1, "NUL stands in no text")
     return text
@@ -48,10 +48,10 @@ def _utf_16_by_nuls(content: bytes) -> str:
     return "utf-16-le" if content[1::2].count(0) >= content[::2].count(0) else "utf-16-be"
 
 
-def read_text(path: Path, option: str) -> str:
+def read_text(path: Path, option: str, guess: bool = True) -> str:
     """The content of a text file: see `decoded`. `option` is named where there is no such file."""
     try:
-        return decoded(path.read_bytes())
+        return decoded(path.read_bytes(), guess)
     except FileNotFoundError as error:
         raise UserError(f"{option} {path}: no such file; looked in {Path.cwd()}") from error
     except UnicodeDecodeError as error:

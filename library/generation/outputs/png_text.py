@@ -63,6 +63,7 @@ def text_fields(
     }  # fmt: skip
     if spec.negative_scale is not None:
         fields["negative-scale"] = f"{spec.negative_scale:g}"
+    fields |= {name.replace("_", "-"): str(value) for name, value in vars(spec.sizes).items() if value}
     return fields | {"raw-prompt": raw, "parameters": parameters(spec, facts, loras, stage, first_size)}
 
 

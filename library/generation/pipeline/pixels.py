@@ -49,7 +49,9 @@ def _decode(states: list[ImageState], model: Model) -> None:
                 image = composite(image, state.source, state.mask)
             state.image = image
         else:
-            reason = f"overflows in {weight.dtype}; keep it in float32 (--no_half_vae) or give another --vae"
+            fitting = model.family.half_vae
+            other = f"--vae={fitting}, which is made for 16 bits" if fitting else "another --vae"
+            reason = f"overflows in {weight.dtype}; keep it in float32 (--no_half_vae) or give {other}"
             if weight.dtype == torch.float32:
                 reason = "overflows or holds broken weights; give another --vae, or check the model"
             state.error = UserError(f"{state} gave a black image: the VAE {reason}")

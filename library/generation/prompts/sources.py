@@ -14,6 +14,7 @@ from library.text_files import decoded, lines_of, read_text
 if TYPE_CHECKING:
     from library.generation.options import PromptOptions
 
+GUESS = False  # captions come by thousands from other programs; a file of prompts is saved again in a moment
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -51,7 +52,7 @@ def _from_lines(file: str) -> list[WrittenPrompt]:
         path = Path(file)
         if path.suffix.lower() in (".toml", ".json"):
             raise UserError(f"--from_file {file}: give a text file (.txt) with one prompt a line")
-        text, name = read_text(path, "--from_file"), file
+        text, name = read_text(path, "--from_file", guess=GUESS), file
     prompts = [
         WrittenPrompt(line, f"{name}, line {number}")
         for number, line in enumerate(lines_of(text), start=1)
@@ -68,7 +69,7 @@ def read_standard_input() -> str:
     if buffer is None:  # a text stream of a program around this one
         return sys.stdin.read()
     try:
-        return decoded(buffer.read())
+        return decoded(buffer.read(), guess=GUESS)
     except UnicodeDecodeError as error:
         raise UserError(f"--from_file -: byte {error.start} of standard input is no UTF-8; write it as UTF-8") from error
 

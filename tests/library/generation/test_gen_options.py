@@ -74,6 +74,16 @@ def test_every_option_of_the_reference_is_taken_or_refused_by_name(row):
             parse_options([*words, f"--{name}", "many"])
 
 
+def test_every_option_of_sdxl_is_taken_or_refused_by_name():
+    text = (ROOT / "tests/data/options-sdxl_gen_img.csv").read_text(encoding="utf-8")
+    names = {name for row in csv.DictReader(text.splitlines()) for name in re.findall(r"--(\w+)", row["option"])}
+    assert len(names) > 35 and [name for name in sorted(names) if (name in FIELDS) == (name in REFUSED.reasons)] == []
+    sizes = parse_options([*NEEDED, "--original_width=2048", "--original_height_negative=8", "--crop_top=0"]).sizes
+    assert (sizes.original_width, sizes.original_height, sizes.original_height_negative, sizes.crop_top) == (2048, None, 8, 0)
+    with pytest.raises(UserError, match="--original_width: expected greater than or equal to 1"):
+        parse_options([*NEEDED, "--original_width=0"])
+
+
 def test_unknown_options_name_the_nearest_one():
     with pytest.raises(UserError, match="unknown option '--network_weigth'; did you mean '--network_weights'?"):
         parse_options([*NEEDED, "--network_weigth=x"])

@@ -18,7 +18,7 @@ from library.generation.extras.regional import Regions
 from library.generation.options import parse_options
 from library.generation.prompts.seeds import Seeds
 from library.generation.prompts.sources import read_prompts
-from library.generation.prompts.spec import DeepShrink, PromptSpec
+from library.generation.prompts.spec import DeepShrink, PromptSpec, ToldSizes
 from library.generation.prompts.written import WrittenPrompt
 from library.generation.request_builder import RequestBuilder
 
@@ -261,9 +261,17 @@ def test_trap_6_12_deep_shrink_holds_for_its_own_line_alone():
     assert everywhere.spec.deep_shrink == DeepShrink(1, 650, 0, 9, 0.5)
 
 
+def test_sizes_that_are_told_are_those_of_the_line_and_else_of_the_command_line():
+    told, plain = builder("--original_width=100", "--crop_top=8").build(lines("a --ow 200 --nh 50 --cl 3", "b"))
+    assert told.spec.sizes == ToldSizes(original_width=200, original_height_negative=50, crop_top=8, crop_left=3)
+    assert plain.spec.sizes == ToldSizes(original_width=100, crop_top=8)
+
+
 @pytest.mark.parametrize(
     ("line", "words", "message"),
     [
+        ("a --ow 0", [], "column 3: option --ow '0' is not a number of pixels"),
+        ("a --ct -1", [], "column 3: option --ct '-1' is not a number of pixels, or 0"),
         ("a --t 0.5", [], "column 3: option --t needs --image_path or --highres_fix_scale"),
         ("a --am 1", [], "column 3: option --am needs --network_weights"),
         ("a --am 1,2", ["--network_weights", "a"], r"column 3: option --am has 2 strengths for 1 network\(s\)"),
@@ -283,12 +291,19 @@ def test_bytes_that_are_no_utf8_are_named():
     assert re.fullmatch("line 1: 'caf\ufffd --d 1' has bytes that are no UTF-8; .*UTF-8", asked.problems["line 1"])
 
 
-@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-16", "utf-8-sig"])
-def test_prompts_in_utf16_with_and_without_a_mark(tmp_path, encoding):
+def test_prompts_in_utf16_are_read_with_a_mark_and_named_without_one(tmp_path, monkeypatch):
     path = tmp_path / "prompts.txt"
-    path.write_bytes("a cat --d 1\na dog\n".encode(encoding))
-    found = read_prompts(parse_options(["--ckpt=m", f"--from_file={path}"]).prompts, [])
-    assert [prompt.text for prompt in found] == ["a cat --d 1", "a dog"]
+    options = parse_options(["--ckpt=m", f"--from_file={path}"]).prompts
+    for encoding in ("utf-16", "utf-8-sig"):
+        path.write_bytes("a cat --d 1\na dog\n".encode(encoding))
+        assert [prompt.text for prompt in read_prompts(options, [])] == ["a cat --d 1", "a dog"]
+    for encoding in ("utf-16-le", "utf-16-be"):
+        path.write_bytes("a cat --d 1\na dog\n".encode(encoding))
+        with pytest.raises(UserError, match=r"prompts.txt: byte \d is no UTF-8; save the file as UTF-8"):
+            read_prompts(options, [])
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(path.read_bytes())))
+        with pytest.raises(UserError, match=r"--from_file -: byte \d of standard input is no UTF-8"):
+            read_prompts(parse_options(["--ckpt=m", "--from_file=-"]).prompts, [])
 
 
 def huge_png(path):

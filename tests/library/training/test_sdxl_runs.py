@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
@@ -145,3 +146,19 @@ def test_trap_24_a_vae_that_overflows_is_explained_with_the_one_that_does_not(tr
     with pytest.raises(UserError, match="it runs in full precision, so its file is damaged"):
         train(*words, "--cache_latents")
     train("--vae", str(sdxl_file), "--cache_latents", "--max_train_steps=1")
+
+
+def test_previews_have_the_training_size_and_learn_with_the_model(train, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat --s 2 --d 1\na dog --n blurry --w 96 --h 64 --s 2 --d 2\n", encoding="utf-8")
+    previews = (f"--sample_prompts={tmp_path / 'prompts.txt'}", "--sample_at_first", "--sample_every_n_steps=2")
+    done = train("--max_train_steps=2", "--learning_rate=0.05", *previews)
+    files = sorted((done.folder / "sample").glob("*.png"))
+    images = [Image.open(file) for file in files]
+    assert [image.size for image in images] == [(64, 64), (96, 64)] * 2
+    assert images[0].tobytes() != images[2].tobytes()
+
+
+def test_previews_with_zero_terminal_snr_and_a_model_that_predicts_noise_say_why(train, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a cat --s 2 --d 1\n", encoding="utf-8")
+    train("--max_train_steps=1", "--zero_terminal_snr", f"--sample_prompts={tmp_path / 'prompts.txt'}", "--sample_at_first")
+    assert "sample 0 failed: --zero_terminal_snr needs a model that predicts velocity" in capsys.readouterr().out

@@ -201,3 +201,12 @@ def test_regions_on_sdxl(xl, latents_of, tmp_path):
         embedding = loras["lora_unet_input_blocks_1_0_emb_layers_1"](torch.randn(2, 128))
     networks.close()
     assert layer[..., :4].eq(0).all() and layer[..., 4:].ne(0).all() and embedding.ne(0).all()
+
+
+def test_trap_24_a_vae_that_overflows_is_named_with_the_one_that_does_not():
+    model = small_sdxl()
+    with torch.no_grad():
+        model.vae.decoder.conv_out.bias.fill_(float("nan"))
+    model.vae.to(torch.bfloat16)
+    with pytest.raises(UserError, match=r"black image: .*--no_half_vae\) or give --vae=madebyollin/sdxl-vae-fp16-fix"):
+        list(Pipeline(model).generate([replace(CAT, steps=1)]))
