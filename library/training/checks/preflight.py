@@ -46,6 +46,7 @@ from library.training.plan import Plan, Progress
 from library.training.run_state.resume import check_start, chosen_seed, open_state
 from library.training.run_state.state import State
 
+FEW_STEPS = re.compile(r"(?<![a-z])(turbo|lightning|hyper|lcm|dmd2?)(?![a-z])", re.IGNORECASE)  # names of distilled models
 MANY = 10**9  # steps of a run whose length is not known yet
 
 Checks = list[Callable[[], Iterable[str] | None]]  # a check returns what is wrong, or raises it as a UserError
@@ -230,6 +231,11 @@ def tell_notes(options: TrainNetworkOptions, dataset: TrainingDataset, device: t
         print("--learning_rate is 2e-6, far too low for a LoRA to learn anything; 1e-4 is usual")
     for line in advice(dataset.table):
         print(line)
+    if FEW_STEPS.search(Path(options.model.pretrained_model_name_or_path or "").stem):
+        print(
+            "the model's name says that it draws in few steps, which training unlearns: train on the model that it was made "
+            "from, and use the LoRA with it"
+        )
     idle = idle_options(options, dataset.table.configs)
     if idle:
         print(f"given, but without effect: {'; '.join(idle)}")

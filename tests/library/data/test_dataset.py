@@ -348,7 +348,7 @@ def test_more_uses_than_memory_holds_are_refused(tmp_path):
         (225, "not read"),
     ],
 )
-def test_only_a_longer_limit_is_advised(tmp_path, tokenizer, caplog, limit, cure):
+def test_trap_15_captions_that_are_cut_are_counted_and_only_a_longer_limit_is_advised(tmp_path, tokenizer, caplog, limit, cure):
     folder = make_folder(tmp_path, 1)
     (folder / "000.txt").write_text("very " * 240, encoding="utf-8")
     TrainingDataset([config(subset(folder))], seed=1, tokenizers=[tokenizer], max_token_length=limit)

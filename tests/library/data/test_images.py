@@ -185,7 +185,7 @@ def test_fit_without_resizing_cuts():
     assert np.array_equal(fit(pixels, (40, 30), (5, 2), (32, 24)), pixels[2:26, 5:37])
 
 
-def test_fit_shrinks_by_averaging_areas():
+def test_trap_33_fit_shrinks_by_averaging_areas():
     pixels = gradient(64, 48)
     means = pixels.reshape(24, 2, 32, 2, 3).mean(axis=(1, 3))
     assert np.abs(fit(pixels, (32, 24), (0, 0), (32, 24)) - means).max() <= 0.51

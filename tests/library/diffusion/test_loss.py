@@ -134,7 +134,7 @@ def test_weightings_against_the_formulas(case, words, weight):
 
 
 @pytest.mark.parametrize("words, weight", [w for w in WEIGHTINGS if "--v_parameterization" in w[0]] + WEIGHTINGS[:1])
-def test_trap_5_6_weights_are_those_of_the_rescaled_schedule(case, words, weight):
+def test_trap_5_6_and_4_weights_are_those_of_the_rescaled_schedule(case, words, weight):
     ours, d = losses(case, *words, "--zero_terminal_snr")
     s = snr(case[1].numpy(), zero_terminal=True)
     with np.errstate(invalid="ignore"):

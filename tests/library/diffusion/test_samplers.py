@@ -52,7 +52,7 @@ def test_equals_the_scheduler_that_diffusers_makes_from_stable_diffusions_config
             assert ours.config[setting] == theirs.config[setting]
 
 
-def test_latents_are_not_clipped():
+def test_trap_35_latents_are_not_clipped():
     """Their values leave -1..1, so a sampler that clips would spoil the image."""
     assert not any(make_scheduler(name, NoiseProcess()).config.get("clip_sample") for name in SAMPLERS)
 
@@ -92,7 +92,7 @@ def _alpha_sigma(scheduler, timestep, noisy):
     return alpha.float(), ((1 - alpha**2) ** 0.5).float()
 
 
-def test_zero_terminal_snr_starts_at_the_last_timestep_in_pure_noise():
+def test_trap_5_zero_terminal_snr_starts_at_the_last_timestep_in_pure_noise():
     for name in SAMPLERS:
         scheduler = make_scheduler(name, NoiseProcess("v", zero_terminal_snr=True))
         scheduler.set_timesteps(10)

@@ -335,7 +335,7 @@ def rows() -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("column, network_args, unet_modules", [("in_default", {}, 722), ("in_conv_dim", {"conv_dim": "4"}, 788)])
-def test_every_lora_key_has_the_listed_name_and_shape(column, network_args, unet_modules):
+def test_trap_18_every_lora_key_has_the_listed_name_and_shape(column, network_args, unet_modules):
     network = create_network(1.0, 4, 1, None, *full_size().for_networks(), **network_args)
     shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     expected = {}
@@ -358,7 +358,7 @@ def test_every_lora_key_is_in_the_listed_block():
         assert str("te" if index is None else index) == row["block_index"], row["name"]
 
 
-def test_the_full_size_has_the_published_numbers():
+def test_trap_11_the_first_encoder_is_the_smaller_one_and_all_have_the_published_numbers():
     counts = {part: sum(p.numel() for p in module.parameters()) for part, module in full_size().parts.items()}
     assert counts == {
         "unet": 2_567_463_684, "vae": 83_653_863, "text_encoder": 123_060_480, "text_encoder_2": 694_659_840,

@@ -34,7 +34,7 @@ def packed(module: torch.nn.Module) -> int:
 
 
 @pytest.mark.option("fp8_base", "torch_compile", "dynamo_backend", "fused_backward_pass")
-def test_fused_and_packed_and_compiled_runs_do_as_the_plain_one(run, recorder, capsys, monkeypatch):
+def test_trap_45_fused_and_packed_and_compiled_runs_do_as_the_plain_one(run, recorder, capsys, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, backend: compiled.append((type(self).__name__, backend)))
     words = [*QUICK, "--max_grad_norm=0"]

@@ -111,7 +111,7 @@ def test_when_to_validate_and_when_to_stop():
 
 
 @pytest.mark.option("sample_sampler")
-def test_the_sampler_of_prompts_that_name_none(tmp_path):
+def test_trap_34_prompts_that_name_no_sampler_and_size_get_those_of_the_run(tmp_path):
     (tmp_path / "prompts.txt").write_text("a cat\na dog --ss ddim\n", encoding="utf-8")
     dataset = SimpleNamespace(table=SimpleNamespace(configs=[SimpleNamespace(resolution=(64, 96))]))
     words = [f"--sample_prompts={tmp_path / 'prompts.txt'}", "--sample_sampler=euler_a", "--sample_at_first"]

@@ -16,7 +16,7 @@ from two_processes import ROOT, launch  # beside this file
 from library.data.config_keys import DatasetConfig, SubsetConfig
 from library.data.dataset import TrainingDataset
 from library.models.saving import save_stable_diffusion
-from library.testing import small_stable_diffusion
+from library.testing import small_sdxl, small_stable_diffusion
 from library.training.options import parse_options
 from library.training.plan import Plan
 
@@ -46,6 +46,12 @@ VALIDATED = [
     "--validate_every_n_steps=1",
     "--network_dim=2",
 ]
+TEXTS = [
+    "--max_train_epochs=2",
+    "--train_batch_size=2",
+    "--network_train_unet_only",
+    "--cache_text_encoder_outputs_to_disk",
+]
 WARM = ["--lr_scheduler=constant_with_warmup", "--lr_warmup_steps=3", "--network_args", "rank_dropout=0.2", "module_dropout=0.2"]
 
 
@@ -55,6 +61,14 @@ def base_model(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("model") / "small.safetensors"
     model = small_stable_diffusion(unet_channels=(32, 32, 64, 64), vae_channels=(32, 32, 32, 32), text_width=32, text_layers=1)
     save_stable_diffusion(model, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def sdxl_model(tmp_path_factory) -> Path:
+    """The small SDXL."""
+    path = tmp_path_factory.mktemp("sdxl") / "sdxl.safetensors"
+    save_stable_diffusion(small_sdxl(unet_channels=(32, 32, 32), vae_channels=(32, 32, 32, 32), text_width=32), path)
     return path
 
 
@@ -86,7 +100,7 @@ def words(place: Path, base_model: Path, name: str, *more: str, data: str = "goo
 
 
 @pytest.fixture(scope="module")
-def outcomes(place, base_model):
+def outcomes(place, base_model, sdxl_model):
     """All runs of the two processes; starting them costs more than the runs."""
     launcher, page_words = documented_command()
     small = ["--max_train_epochs=1", "--mixed_precision=no", "--max_data_loader_n_workers=0"]
@@ -105,6 +119,8 @@ def outcomes(place, base_model):
                 str(place / "logs"),
             ),
             "validated": words(place, base_model, "validated", *VALIDATED),
+            "sdxl": words(place, sdxl_model, "sdxl", *COMMON),
+            "sdxl-texts": words(place, sdxl_model, "sdxl-texts", *TEXTS),
             "broken": words(place, base_model, "broken", *COMMON, data="bad"),
             "stopped": words(place, base_model, "stopped", "--max_train_steps=50", "--interrupt_at=1,2"),
             "wrong": words(place, base_model, "wrong", "--network_args", "conv_dm=4"),
@@ -120,13 +136,13 @@ def alone(place, base_model):
 
     from library.training.entry import train
 
-    def start(name: str, *more: str):
+    def start(name: str, *more: str, model: Path = base_model):
         AcceleratorState._reset_state(reset_partial_state=True)
         recorder, threads = Recorder(), torch.get_num_threads()
         torch.set_num_threads(
             1
         )  # as each of two has on two cores: sums in another order make other last digits, and Adam divides by them
-        given = words(place, base_model, name, *more, "--gradient_accumulation_steps=2")
+        given = words(place, model, name, *more, "--gradient_accumulation_steps=2")
         try:
             assert train(parse_options(given), [recorder]) == 0
         finally:
@@ -179,6 +195,22 @@ def test_validation_is_shared_out_and_measures_the_same(outcomes, alone, place):
     assert [int(step) for step, _ in found] == [step for step, _ in wanted] == [1, 2]
     assert [float(loss) for _, loss in found] == pytest.approx([loss for _, loss in wanted], abs=2e-5)
     assert (place / "validated" / "mine-best.safetensors").is_file()
+
+
+def test_trap_41_two_processes_train_both_text_encoders_of_sdxl_as_one_does(outcomes, alone, place, sdxl_model):
+    both, one = outcomes["sdxl"], alone("sdxl-alone", *COMMON, model=sdxl_model)
+    assert [outcome.code for outcome in both] == [0, 0], both
+    assert len(one.losses.values) == 6 and both[0].losses == both[1].losses == pytest.approx(one.losses.values, rel=1e-4)
+    assert_same(place, "sdxl", "sdxl-alone")
+
+
+def test_captions_cached_on_disk_by_two_processes_are_those_of_one(outcomes, alone, place, sdxl_model):
+    both = outcomes["sdxl-texts"]
+    assert [outcome.code for outcome in both] == [0, 0], both
+    files = sorted((place / "good" / ".texts").iterdir())
+    one = alone("sdxl-texts-alone", *TEXTS, model=sdxl_model)
+    assert sorted((place / "good" / ".texts").iterdir()) == files and len(files) == 1  # found again, not made anew
+    assert both[0].losses == both[1].losses == pytest.approx(one.losses.values, rel=1e-4)
 
 
 def test_files_are_written_once_and_by_one_process(outcomes, place):

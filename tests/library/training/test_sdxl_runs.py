@@ -6,13 +6,17 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from small_runs import Recorder
 
 from library.errors import UserError
 from library.models.clip import tokenize
 from library.models.loading import load_stable_diffusion, read_header
+from library.models.modules import evaluating
 from library.models.registry import check_family
 from library.models.saving import save_stable_diffusion
+from library.processes import Processes
 from library.testing import small_sdxl
+from library.training.validation import Validation
 from networks.lora import create_network_from_weights
 
 
@@ -46,7 +50,7 @@ def prediction(model):
     return model.predict(torch.ones(1, 4, 8, 8), torch.tensor([500]), text, sizes)
 
 
-def test_the_file_loads_in_diffusers_and_gives_the_same_image(train, sdxl_file, tmp_path):
+def test_trap_46_48_63_the_file_loads_in_diffusers_and_gives_the_same_image(train, sdxl_file, tmp_path):
     from diffusers import StableDiffusionXLPipeline
 
     done = train("--max_train_steps=4", "--learning_rate=0.02", "--network_args", "conv_dim=2")
@@ -93,11 +97,62 @@ def test_trap_60_a_resumed_run_ends_in_the_same_bytes(train):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], value) for key, value in theirs.items())
 
 
-def test_gradient_checkpointing_changes_nothing(train):
+def test_trap_39_gradient_checkpointing_changes_nothing(train):
     words = ["--max_train_steps=2", "--learning_rate=0.01"]
     plain, saving = train(*words), train(*words, "--gradient_checkpointing")
     for key, tensor in plain.tensors().items():
         torch.testing.assert_close(saving.tensors()[key], tensor, rtol=1e-4, atol=1e-6)
+
+
+def loss_at_fixed_noise(made) -> float:
+    """Mean loss over the images at four timesteps with noise that training never drew."""
+    options, cpu = made.options.validation, torch.device("cpu")
+    measured = Validation(made.data.train, options, cpu, Processes(), seed=999, timesteps=[200, 400, 600, 800], num_workers=0)
+    with evaluating(made.network.module):
+        return measured.loss(made.step.loss.unweighted)
+
+
+def test_learning_happens_and_each_text_encoder_and_the_unet_help(train):
+    losses = {}
+    rates = {"all": [], "unet": ["--text_encoder_lr=0"], "first": ["--unet_lr=0", "--text_encoder_lr", "2e-2", "0"],
+             "second": ["--unet_lr=0", "--text_encoder_lr", "0", "2e-2"]}  # fmt: skip
+    for name, words in rates.items():
+        recorder = Recorder()
+        train("--max_train_steps=20", "--train_batch_size=4", "--cache_latents", "--learning_rate=2e-2", "--network_alpha=2",
+              *words, recorder)  # fmt: skip
+        losses[name] = loss_at_fixed_noise(recorder.runs[-1])
+        recorder.runs[-1].network.module.set_multiplier(0)
+        losses["start"] = loss_at_fixed_noise(recorder.runs[-1])
+    # Measured: all 1.075, U-Net 1.092, first encoder 1.101, second 1.208 of 1.259.
+    assert losses["all"] < losses["unet"] < losses["start"]
+    assert max(losses["first"], losses["second"]) < 0.98 * losses["start"]
+    assert losses["all"] < 0.9 * losses["start"]
+
+
+def test_same_seed_gives_the_same_bytes_with_any_number_of_workers_and_with_previews(train, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat --s 1\n", encoding="utf-8")
+    words = ["--max_train_steps=4", "--train_batch_size=2", "--flip_aug", "--shuffle_caption", "--caption_dropout_rate=0.3"]
+    first = train(*words).tensors()
+    for more in (["--max_data_loader_n_workers=2"], [f"--sample_prompts={tmp_path / 'prompts.txt'}", "--sample_every_n_steps=2"]):
+        again = train(*words, *more).tensors()
+        assert first.keys() == again.keys() and all(torch.equal(first[key], value) for key, value in again.items()), more
+    assert any(not torch.equal(first[key], value) for key, value in train(*words, "--seed=2").tensors().items())
+
+
+def test_trap_16_17_a_dropped_caption_is_the_encoded_empty_text_for_both_encoders_and_the_pooled_vector(train):
+    recorder = Recorder()
+    train("--max_train_steps=1", "--caption_dropout_rate=1", recorder)
+    made = recorder.runs[0]
+    batch = made.data.train[(1, 0)]
+    assert batch.captions == [""]
+    with torch.no_grad():
+        dropped, empty = made.step.loss.conditioning(batch), made.model.encode_text(tokenize(made.model.tokenizers, [""]))
+    assert dropped.tensors.keys() == {"context", "pooled"}
+    assert all(torch.equal(dropped[name], value) and value.any() for name, value in empty.tensors.items())
+
+
+def test_trap_62_noise_offset_is_off_unless_asked_for(train):
+    assert train("--max_train_steps=1").metadata()["ss_noise_offset"] == "None"
 
 
 def test_trap_3_velocity_and_zero_terminal_snr_follow_the_model(run, sdxl_file, tmp_path, capsys):

@@ -347,7 +347,7 @@ def test_a_bug_or_a_full_memory_keeps_what_was_trained_too(run, tmp_path):
     assert len(list(tmp_path.rglob("mine-step00000001.safetensors"))) == 2
 
 
-def test_a_sample_image_that_fails_never_ends_the_run(run, tmp_path, monkeypatch, capsys):
+def test_trap_56_a_sample_image_that_fails_never_ends_the_run(run, tmp_path, monkeypatch, capsys):
     (tmp_path / "prompts.txt").write_text("a cat --s 1\na dog --s 1\n", encoding="utf-8")
     from library.generation.pipeline.pipeline import Pipeline
 

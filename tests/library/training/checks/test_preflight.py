@@ -232,7 +232,7 @@ def test_memory_is_estimated_by_what_counts(folder):
     assert 4e9 < plain < 6e9  # full size, float32, one tiny image
 
 
-def test_memory_that_is_short_is_told_with_what_helps(folder, monkeypatch, capsys):
+def test_trap_55_memory_that_is_short_is_told_with_what_helps(folder, monkeypatch, capsys):
     for there, short in ((2**33, False), (2**31, True)):
         monkeypatch.setattr(preflight, "memory_there", lambda device, there=there: (there, "the GPU's"))
         preflight.tell_notes(options(folder=folder), dataset(folder), CPU, full_size_header())
@@ -241,3 +241,13 @@ def test_memory_that_is_short_is_told_with_what_helps(folder, monkeypatch, capsy
     monkeypatch.undo()
     preflight.tell_notes(options(folder=folder), dataset(folder), CPU, full_size_header())
     assert "of this machine's free" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name, told",
+    [("sdxl_turbo_v1.safetensors", True), ("dreamXL-Lightning.safetensors", True), ("hyperrealism.safetensors", False)],
+)
+def test_trap_54_a_base_distilled_to_few_steps_is_told_by_its_name(folder, capsys, name, told):
+    chosen = options(f"--pretrained_model_name_or_path={name}", folder=folder)
+    preflight.tell_notes(chosen, dataset(folder), CPU, full_size_header())
+    assert ("draws in few steps" in capsys.readouterr().out) is told

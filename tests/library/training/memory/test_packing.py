@@ -102,7 +102,7 @@ def test_a_packed_model_is_smaller_and_says_nearly_the_same(unet, name, share, e
     (nn.Conv2d(4, 6, 3, stride=2, padding=1), (2, 4, 16, 16), PackedConv2d),
     (nn.Conv2d(4, 6, 1, bias=False), (1, 4, 9, 9), PackedConv2d),
 ])  # fmt: skip
-def test_gradients_to_the_input_are_those_of_the_unpacked_weight_and_nothing_is_kept_for_them(layer, shape, kind):
+def test_trap_58_gradients_to_the_input_are_those_of_the_unpacked_weight_and_nothing_is_kept_for_them(layer, shape, kind):
     layer = copy.deepcopy(layer).requires_grad_(False)
     pack_layer(layer, "int8")
     assert isinstance(layer, kind) and not any(p.requires_grad for p in layer.parameters())
