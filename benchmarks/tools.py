@@ -1,4 +1,4 @@
-"""Seconds and peak memory of the LoRA tools on full-size SD 1.5, beside straightforward ways, in one run.
+"""Seconds and peak memory of the LoRA tools on full-size SD 1.5 and SDXL, beside straightforward ways, in one run.
 
     python benchmarks/tools.py [--folder SOMEWHERE] [--only NAME ...]
 
@@ -12,6 +12,9 @@ vectors, also the 11520 x 11520 of a 3x3 convolution) and once thin (`full_matri
 modules. A decomposition is timed once for each shape and counted for all modules of it; shapes that cost more than a
 1280 x 1280 one are counted in proportion (plain: rows x columns^2, thin: rows^2 x columns, the columns being the longer side),
 since the whole would take up to an hour. Writes benchmarks/results/tools.md.
+
+The rows of SDXL (a float16 model of 6.9 GB, float16 LoRAs) have no straightforward way beside them. They need 15 GB of disk: of
+the tuned and the merged model only one is there at a time; `--only SDXL` makes and measures these alone.
 """
 
 from __future__ import annotations
@@ -25,8 +28,11 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -34,9 +40,16 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from library.formats.lora_targets import lora_targets  # noqa: E402
+from library.formats.compvis import join_compvis  # noqa: E402
+from library.formats.lora_targets import Target, lora_targets  # noqa: E402
 from library.formats.tensor_file import open_tensors  # noqa: E402
 from library.formats.tensor_output import rows_in, write_weights  # noqa: E402
+from library.models.modules import weights_of  # noqa: E402
+from library.models.registry import by_name  # noqa: E402
+from library.testing import sd15_configs, sdxl_configs  # noqa: E402
+
+if TYPE_CHECKING:
+    from library.models.family import Family
 
 GOALS = {  # times faster, seconds, times less memory, GB
     "svd_merge_lora 16 + 32 to 16": "200 x, 5 s",
@@ -44,66 +57,87 @@ GOALS = {  # times faster, seconds, times less memory, GB
     "extract_lora_from_models dim 4": "20 x, 10 s, 2 GB",
     "merge_lora into a model": "5 x in time, 8 x in memory, 1 GB",
     "resize_images_to_resolution": "1.8 x on 2 cores",
+    "SDXL: merge_lora into a model": "1 GB",
+    "SDXL: extract_lora_from_models dim 4": "1 GB",
 }
+SDXL = "SDXL: "  # how the names of its rows begin
 MADE = "made"  # the folder, in that of the files, that every measurement finds empty
 LARGEST = 1280**3  # rows^2 x columns of the costliest decomposition that is run
 
 # ---------------------------------------------------------------- files
 
 
-def model_shapes() -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a full-size SD 1.5 checkpoint."""
-    from library.formats.compvis import SD1_LAYOUT, join_compvis
-    from library.models.clip import empty_text_encoder
-    from library.models.modules import weights_of
-    from library.models.unet import empty_unet
-    from library.models.vae import empty_vae
-    from library.testing import sd15_configs
-
-    configs = sd15_configs()
-    text = weights_of(empty_text_encoder(configs["text_encoder"]))
-    parts = {
-        "unet": empty_unet(configs["unet"]).state_dict(),
-        "vae": empty_vae(configs["vae"]).state_dict(),
-        "text_encoder": text,
-    }
-    return {name: tuple(value.shape) for name, value in join_compvis(parts, SD1_LAYOUT).items()}
+def model_shapes(family: Family, configs: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a checkpoint of this family and these configurations of its parts."""
+    parts = {part.name: weights_of(part.build(configs[part.name])) for part in family.parts}
+    return {name: tuple(value.shape) for name, value in join_compvis(parts, family.layout).items()}
 
 
-def make_files(folder: Path) -> None:
-    shapes = model_shapes()
-    targets = lora_targets(shapes)
-    layers = {name: shapes[target.key] for name, target in targets.items()}
-    keys = {target.key for target in targets.values()}
-    plan = {name: (shape, torch.float16) for name, shape in shapes.items()}
+@dataclass(frozen=True)
+class Files:
+    """The files of one family in a folder: a model, the same tuned, and LoRAs. dtype: of the LoRAs."""
 
-    @lru_cache(4)
-    def tensor(name: str) -> Tensor:
+    folder: Path
+    shapes: Mapping[str, tuple[int, ...]]
+    dtype: torch.dtype
+
+    def path(self, name: str) -> str:
+        return str(self.folder / f"{name}.safetensors")
+
+    def make_model(self) -> None:
+        tensor = lru_cache(4)(self._tensor)
+        self._write("model", tensor)
+
+    def make_loras(self) -> None:
+        layers = {name: self.shapes[target.key] for name, target in self.targets.items()}
+        thirds = {name: target for name, target in self.targets.items() if target.third is not None}
+        layers |= {name: (self.shapes[target.key][0] // 3, *self.shapes[target.key][1:]) for name, target in thirds.items()}
+        for rank in (16, 32):
+            write_lora(Path(self.path(f"rank{rank}")), layers, rank, self.dtype)
+
+    def make_tuned(self) -> None:
+        """The model with a low-rank change and noise in every layer."""
+        keys = {target.key for target in self.targets.values()}
+
+        @lru_cache(4)
+        def tuned(name: str) -> Tensor:
+            value = self._tensor(name)
+            if name not in keys:
+                return value
+            generator = torch.Generator().manual_seed(hash_of(name) + 1)
+            rows, columns = len(value), value[0].numel()
+            change = torch.randn(rows, 8, generator=generator) @ torch.randn(8, columns, generator=generator) * 3e-4
+            change += torch.randn(rows, columns, generator=generator) * 3e-4
+            return (value.float() + change.view(value.shape)).half()
+
+        self._write("tuned", tuned)
+
+    @property
+    def targets(self) -> dict[str, Target]:
+        return lora_targets(self.shapes)
+
+    def _tensor(self, name: str) -> Tensor:
         generator = torch.Generator().manual_seed(hash_of(name))
-        return (torch.randn(shapes[name], generator=generator) * 0.02).half()
+        return (torch.randn(self.shapes[name], generator=generator) * 0.02).half()
 
-    @lru_cache(4)
-    def tuned(name: str) -> Tensor:
-        value = tensor(name)
-        if name not in keys:
-            return value
-        generator = torch.Generator().manual_seed(hash_of(name) + 1)
-        rows, columns = len(value), value[0].numel()
-        change = torch.randn(rows, 8, generator=generator) @ torch.randn(8, columns, generator=generator) * 3e-4
-        change += torch.randn(rows, columns, generator=generator) * 3e-4
-        return (value.float() + change.view(value.shape)).half()
+    def _write(self, name: str, tensor: Callable[[str], Tensor]) -> None:
+        plan = {name: (shape, torch.float16) for name, shape in self.shapes.items()}
+        write_weights(Path(self.path(name)), plan, lambda name, rows: rows_in(tensor(name), rows), {})
 
-    write_weights(folder / "model.safetensors", plan, lambda name, rows: rows_in(tensor(name), rows), {})
-    write_weights(folder / "tuned.safetensors", plan, lambda name, rows: rows_in(tuned(name), rows), {})
-    for rank in (16, 32):
-        write_lora(folder / f"rank{rank}.safetensors", layers, rank)
+
+def sd1_files(folder: Path) -> Files:
+    return Files(folder, model_shapes(by_name("sd1"), sd15_configs()), torch.float32)
+
+
+def sdxl_files(folder: Path) -> Files:
+    return Files(folder / "sdxl", model_shapes(by_name("sdxl"), sdxl_configs()), torch.float16)
 
 
 def hash_of(name: str) -> int:
     return sum(place * byte for place, byte in enumerate(name.encode(), 1))
 
 
-def write_lora(path: Path, layers: dict[str, tuple[int, ...]], rank: int) -> None:
+def write_lora(path: Path, layers: Mapping[str, tuple[int, ...]], rank: int, dtype: torch.dtype) -> None:
     from safetensors.torch import save_file
 
     generator = torch.Generator().manual_seed(rank)
@@ -113,7 +147,7 @@ def write_lora(path: Path, layers: dict[str, tuple[int, ...]], rank: int) -> Non
         tensors[f"{name}.lora_up.weight"] = up[:, :, None, None] if len(shape) == 4 else up
         tensors[f"{name}.lora_down.weight"] = torch.randn(rank, *shape[1:], generator=generator) * 0.01
         tensors[f"{name}.alpha"] = torch.tensor(float(rank))
-    save_file(tensors, path)
+    save_file({key: tensor.to(dtype) for key, tensor in tensors.items()}, path)
 
 
 def make_images(folder: Path) -> None:
@@ -160,10 +194,9 @@ def cost(shape: tuple[int, int]) -> int:
 def matrix_shapes(folder: Path, with_3x3: bool) -> Counter:
     with open_tensors(folder / "model.safetensors") as file:
         found = Counter()
-        for name, target in lora_targets(file.shapes).items():
+        for target in lora_targets(file.shapes, with_3x3).values():
             shape = file.shapes[target.key]
-            if with_3x3 or "_attentions_" in name or name.startswith("lora_te_"):
-                found[(shape[0], torch.Size(shape[1:]).numel())] += 1
+            found[(shape[0], torch.Size(shape[1:]).numel())] += 1
         return found
 
 
@@ -246,22 +279,13 @@ DECOMPOSING = [name for name, way in PLAIN.items() if way in (plain_svd_merge, p
 # ---------------------------------------------------------------- measuring
 
 
-def commands(folder: Path) -> dict[str, list[str]]:
-    def path(name: str) -> str:
-        return str(folder / name)
-
+def commands(files: Files) -> dict[str, list[str]]:
     def made(name: str) -> str:
-        return path(f"{MADE}/{name}")
+        return str(files.folder / MADE / name)
 
-    loras = [path("rank16.safetensors"), path("rank32.safetensors")]
+    loras = [files.path("rank16"), files.path("rank32")]
     merge = ["networks/merge_lora.py", "--models", *loras, "--ratios", "0.8", "0.5"]
-    extract = [
-        "networks/extract_lora_from_models.py",
-        "--model_org",
-        path("model.safetensors"),
-        "--model_tuned",
-        path("tuned.safetensors"),
-    ]
+    extract = ["networks/extract_lora_from_models.py", "--model_org", files.path("model"), "--model_tuned", files.path("tuned")]
     images = ["tools/resize_images_to_resolution.py", "--max_resolution", "512x512,384x384,256x256"]
     svd = ["networks/svd_merge_lora.py", "--models", *loras, "--ratios", "0.6", "0.4", "--new_rank", "16"]
     resize = ["networks/resize_lora.py", "--model", loras[1], "--new_rank", "8"]
@@ -269,11 +293,14 @@ def commands(folder: Path) -> dict[str, list[str]]:
         "svd_merge_lora 16 + 32 to 16": [*svd, "--save_to", made("svd.safetensors")],
         "resize_lora 32 to 8": [*resize, "--save_to", made("resized.safetensors")],
         "extract_lora_from_models dim 4": [*extract, "--save_to", made("extracted.safetensors"), "--dim", "4"],
-        "merge_lora into a model": [*merge, "--sd_model", path("model.safetensors"), "--save_to", made("merged.safetensors")],
+        "merge_lora into a model": [*merge, "--sd_model", files.path("model"), "--save_to", made("merged.safetensors")],
         "merge_lora of LoRAs": [*merge, "--save_to", made("both.safetensors")],
-        "check_lora_weights": ["networks/check_lora_weights.py", path("rank32.safetensors")],
-        "resize_images_to_resolution": [*images, path("images"), made("small")],
+        "check_lora_weights": ["networks/check_lora_weights.py", files.path("rank32")],
+        "resize_images_to_resolution": [*images, str(files.folder / "images"), made("small")],
     }
+
+
+SDXL_ROWS = ("svd_merge_lora 16 + 32 to 16", "merge_lora into a model", "extract_lora_from_models dim 4")
 
 
 # A process begins with the peak memory of the one that started it, which here holds torch; so a small one starts them.
@@ -312,27 +339,66 @@ def copy_seconds(folder: Path) -> float:
 def clear(folder: Path) -> None:
     """Make the folder for what is made anew, so that nothing is replaced."""
     shutil.rmtree(folder / MADE, ignore_errors=True)
-    (folder / MADE).mkdir()
+    (folder / MADE).mkdir(parents=True)
+
+
+def asked_for(only: list[str], name: str) -> bool:
+    return not only or any(part in name for part in only)
 
 
 def run(folder: Path, only: list[str]) -> list[str]:
-    if not (folder / "done").exists():
-        print("making files ...", flush=True)
-        make_files(folder)
-        make_images(folder / "images")
-        (folder / "done").touch()
     clear(folder)
     import_seconds = measured(["-c", "import torch"])[0]
     lines = [
         f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}; "
-        f"load of the machine at the start {os.getloadavg()[0]:.1f}; `import torch` alone: {import_seconds:.1f} s; "
-        f"copying the model's 2 GB to disk: {copy_seconds(folder):.1f} s.",
+        f"load of the machine at the start {os.getloadavg()[0]:.1f}; `import torch` alone: {import_seconds:.1f} s.",
         "",
         "| tool | seconds | peak GB | straightforward: seconds | peak GB | times faster | times less memory | goal |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name, words in commands(folder).items():
-        if only and not any(part in name for part in only):
+    files = sd1_files(folder)
+    if any(asked_for(only, name) for name in commands(files)):
+        lines += sd1_rows(files, only, import_seconds)
+    if any(asked_for(only, SDXL + name) for name in SDXL_ROWS):
+        lines += sdxl_rows(sdxl_files(folder), only)
+    return lines
+
+
+def sdxl_rows(files: Files, only: list[str]) -> list[str]:
+    """The tools on SDXL's large files, of which the tuned model is made last, when no merged one is there."""
+    clear(files.folder)
+    print("making files of SDXL ...", flush=True)
+    if not Path(files.path("rank32")).exists():
+        files.make_model()
+        files.make_loras()
+    lines = []
+    for name in SDXL_ROWS:
+        if not asked_for(only, SDXL + name):
+            continue
+        words = commands(files)[name]
+        clear(files.folder)
+        if files.path("tuned") in words and not Path(files.path("tuned")).exists():
+            files.make_tuned()
+        seconds, peak, _ = measured(words)
+        lines.append(f"| {SDXL}{name} | {seconds:.1f} | {peak:.2f} | - | - | - | - | {GOALS.get(SDXL + name, '-')} |")
+        print(lines[-1], flush=True)
+        clear(files.folder)
+        Path(files.path("tuned")).unlink(missing_ok=True)
+    return lines
+
+
+def sd1_rows(files: Files, only: list[str], import_seconds: float) -> list[str]:
+    folder = files.folder
+    if not (folder / "done").exists():
+        print("making files ...", flush=True)
+        files.make_model()
+        files.make_tuned()
+        files.make_loras()
+        make_images(folder / "images")
+        (folder / "done").touch()
+    lines = [f"| copying the model's 2 GB to disk | {copy_seconds(folder):.1f} | - | - | - | - | - | - |"]
+    for name, words in commands(files).items():
+        if not asked_for(only, name):
             continue
         clear(folder)
         seconds, peak, _ = measured(words)

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
-from library.errors import Problems, UserError, UserErrors, nearest
+from library.errors import NEGATIVE, Problems, UserError, UserErrors, nearest
 from library.option_files import read_option_tables
 
 LIKE = 0.7  # how like an unknown name a known one must be to be offered, from 0 to 1
@@ -75,6 +75,7 @@ def build_parser(options_class: type[BaseModel], description: str) -> argparse.A
     parser = argparse.ArgumentParser(
         usage="%(prog)s [options]", description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS
     )
+    parser._negative_number_matcher = NEGATIVE  # argparse's own takes no -5e-1
     for group_class in groups_of(options_class).values():
         heading = (group_class.__doc__ or group_class.__name__).strip().splitlines()[0]
         section = parser.add_argument_group(heading)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import difflib
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any, ParamSpec, TextIO, TypeVar
 
 from library.safe_text import SafeFormatter, on_terminal
+
+# A word that begins like an option and is a number in any notation, or a list of some: -.5, -5e-1, -1,0.5,1
+NEGATIVE = re.compile(r"-(?:[\d.][\d.,eE_+-]*|inf(?:inity)?|nan)$", re.IGNORECASE)
 
 P = ParamSpec("P")
 T = TypeVar("T")

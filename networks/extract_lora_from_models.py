@@ -20,6 +20,8 @@ from library.tools import lora_options
 from library.tools.command import Parser, run
 
 DIM = 4
+NO_USE = ("--load_original_model_to", "--load_tuned_model_to")
+REASON = "the models are read layer by layer; leave the option out, --device chooses where to calculate"
 MOST = 128  # largest rank that --explained takes if --dim does not say otherwise
 
 
@@ -35,8 +37,9 @@ def options() -> Parser:
     parser.add_argument(
         "--explained", type=float, help="choose each module's rank so that this part of its norm is kept, such as 0.9"
     )
-    parser.add_argument("--v2", action="store_true", help="the models are Stable Diffusion 2.x")
-    parser.add_argument("--v_parameterization", action="store_true", help="metadata: the models predict v")
+    lora_options.add_family(parser)
+    predicts_v = "metadata: the models predict v (default: as their files say)"
+    parser.add_argument("--v_parameterization", action="store_true", help=predicts_v)
     lora_options.add_device(parser)
     lora_options.add_precision(parser, "--load_precision", text="cast both models to this first")
     lora_options.add_precision(parser, "--save_precision", "float")
@@ -45,10 +48,15 @@ def options() -> Parser:
         "--min_diff", type=float, default=1e-5, help="leave out modules whose norm changed by less than this part"
     )
     lora_options.add_no_metadata(parser)
+    for option in NO_USE:
+        parser.add_argument(option, help=f"not supported: {REASON}")
     return parser
 
 
 def _check(args: argparse.Namespace) -> None:
+    for option in NO_USE:
+        if getattr(args, option[2:]) is not None:
+            raise UserError(f"{option} is not supported: {REASON}")
     lora_options.check_at_least_one("--dim", args.dim)
     lora_options.check_at_least_one("--conv_dim", args.conv_dim)
     lora_options.check_quantile(args.clamp_quantile)
@@ -68,26 +76,30 @@ def main(words: Sequence[str] | None = None) -> None:
             raise UserError(f"{option} {path} is a folder; make one file of it with tools/convert_diffusers20_original_sd.py")
 
     from library.formats.lora_file import write_lora
+    from library.formats.prediction import said_by_file
     from library.formats.tensor_file import open_tensors
-    from library.tools.checkpoint import check_model
+    from library.tools.checkpoint import family_of_model
     from library.tools.extract import Extraction, extract, metadata_of
     from library.tools.kept import print_kept
-    from library.tools.lora_metadata import without_modelspec
+    from library.tools.lora_metadata import Base, without_modelspec
 
     lora_options.check_device(args.device)
     dim = args.dim or (DIM if args.explained is None else MOST)
     load = dtype_of(args.load_precision) if args.load_precision else None
     how = Extraction(dim, args.conv_dim, args.explained, args.min_diff, args.clamp_quantile, load, args.device)
     with open_tensors(paths[0]) as original, open_tensors(paths[1]) as tuned:
-        check_model(original, args.v2, [])
-        check_model(tuned, args.v2, [])
+        family, other = (family_of_model(file, args.v2, args.sdxl) for file in (original, tuned))
+        if family is not other:
+            raise UserError(f"{paths[0]} is {family.title}, {paths[1]} is {other.title}; give two models of one family")
+        said = said_by_file(tuned).prediction or said_by_file(original).prediction
         modules, kept, unchanged = extract(original, tuned, how)
     if not modules:
         raise UserError(f"{paths[0]} and {paths[1]} do not differ in the layers that a LoRA can change; nothing was written")
-    metadata = metadata_of(modules, save_to, paths[0], paths[1], args.v2, args.v_parameterization)
+    base = Base(family, "v" if args.v_parameterization else said or "epsilon")
+    metadata = metadata_of(modules, save_to, paths[0], paths[1], base)
     write_lora(save_to, modules, without_modelspec(metadata) if args.no_metadata else metadata, dtype_of(args.save_precision))
     print_kept(kept)
-    if not any(name.startswith("lora_te_") for name in modules):
+    if not any(name.startswith("lora_te") for name in modules):
         print("the text encoders are the same, so the LoRA is for the U-Net alone")
     elif unchanged:
         print(f"{len(unchanged)} modules did not change and were left out, such as {unchanged[0]}")

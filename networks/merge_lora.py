@@ -1,111 +1,17 @@
-"""Merge LoRA files into a model, or into one LoRA. `python networks/merge_lora.py --help` lists the options.
-
-Into a model: W + sum of ratio * change, tensor by tensor from file to file, for LoRAs and all of their kin (LoHa, LoKr, DoRA and
-others, see docs/networks.md). Into one LoRA: exact, for LoRAs of any ranks and alphas, by putting the factors side by side; the
-rank is the sum of the ranks (svd_merge_lora.py makes a smaller one, and takes other kinds).
-"""
+"""Merge LoRA files into a model, or into one LoRA. `python networks/merge_lora.py --help` lists the options."""
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 if not __package__:  # run as a script: the repository, not this folder, is where modules are looked for
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.errors import UserError
-from library.formats.precision import dtype_of
-from library.tools import lora_options
-from library.tools.command import Parser, run
+from library.tools.command import run
+from library.tools.merge_program import main, options
 
-
-def options() -> Parser:
-    parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("--sd_model", help="checkpoint to merge into; without it the LoRAs are merged into one LoRA")
-    parser.add_argument("--save_to", required=True, help="file to write: .safetensors, .ckpt or .pt")
-    lora_options.add_models(parser, "LoRA files")
-    parser.add_argument("--v2", action="store_true", help="the model is Stable Diffusion 2.x")
-    parser.add_argument(
-        "--v_parameterization",
-        action="store_true",
-        default=None,
-        help="metadata: the model predicts v (default: as the LoRAs say)",
-    )
-    rounding = "dtype to round sums to before --save_precision; products are always float"
-    lora_options.add_precision(parser, "--precision", "float", rounding)
-    lora_options.add_precision(
-        parser, "--save_precision", text="dtype in the file (default: a model's own; --precision for a LoRA)"
-    )
-    parser.add_argument("--concat", action="store_true", help="LoRA with LoRA: put the factors side by side; that is always done")
-    parser.add_argument("--shuffle", action="store_true", help="LoRA with LoRA: ranks in a random order, the result is the same")
-    lora_options.add_no_metadata(parser, "leave out modelspec keys; a LoRA keeps what loaders need")
-    return parser
-
-
-def main(words: Sequence[str] | None = None) -> None:
-    args = options().parse_args(words)
-    lora_options.check_ratios(args.models, args.ratios)
-    inputs = [Path(name) for name in (*args.models, *([args.sd_model] if args.sd_model else []))]
-    save_to = lora_options.output_path(args.save_to, inputs)
-    if args.sd_model:
-        _into_model(args, save_to)
-    else:
-        _into_lora(args, save_to)
-
-
-def _into_model(args: argparse.Namespace, save_to: Path) -> None:
-    path = Path(args.sd_model)
-    if path.is_dir():
-        raise UserError(
-            f"--sd_model {path} is a Diffusers folder; make one file of it with tools/convert_diffusers20_original_sd.py"
-        )
-    if args.shuffle or args.concat:
-        raise UserError("--concat and --shuffle are for LoRAs merged into a LoRA; leave them out with --sd_model")
-
-    from library.formats.lora_file import read_loras
-    from library.formats.tensor_file import open_tensors
-    from library.tools.checkpoint import check_model
-    from library.tools.merge import merge_into_model
-
-    with open_tensors(path) as model:
-        loras = read_loras(args.models)
-        check_model(model, args.v2, loras)
-        unused = merge_into_model(
-            model,
-            loras,
-            args.ratios,
-            save_to,
-            compute=dtype_of(args.precision),
-            save=dtype_of(args.save_precision) if args.save_precision else None,
-            v_parameterization=args.v_parameterization,
-            with_modelspec=not args.no_metadata,
-        )
-    if unused:
-        print(f"warning: the model has no layer for {len(unused)} of the LoRA modules, such as {unused[0]}", file=sys.stderr)
-    parts = [path.name, *(f"{ratio:g} x {Path(name).name}" for name, ratio in zip(args.models, args.ratios, strict=True))]
-    print(f"saved {save_to}: {' + '.join(parts)}")
-
-
-def _into_lora(args: argparse.Namespace, save_to: Path) -> None:
-    if args.v2:
-        raise UserError("--v2 is for merging into a model with --sd_model; leave it out")
-
-    from library.formats.lora_file import read_loras, write_lora
-    from library.tools.changes import matrices_alone
-    from library.tools.lora_metadata import merged, without_modelspec
-    from library.tools.merge import merge_loras
-
-    loras = matrices_alone(read_loras(args.models))
-    modules = merge_loras(loras, args.ratios, args.shuffle)
-    metadata = merged(loras, args.ratios, modules, save_to, "merged", args.v_parameterization)
-    dtype = dtype_of(args.save_precision or args.precision)
-    write_lora(save_to, modules, without_modelspec(metadata) if args.no_metadata else metadata, dtype)
-    ranks = sorted({module.rank for module in modules.values()})
-    text = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-    print(f"saved {save_to}: the exact sum, {text}; for a smaller file of nearly the same effect use svd_merge_lora.py")
-
+__all__ = ["main", "options"]
 
 if __name__ == "__main__":
     run(main)

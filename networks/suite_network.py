@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from library.formats import lora_layouts
 from library.formats.adapters.registry import find_adapter
+from library.formats.families import titles
 from library.formats.foreign import instead_of_a_lora
 from library.formats.lora_hashes import with_hashes
 from library.formats.lora_layouts import PeftConfig, named_for
@@ -254,7 +255,7 @@ def modules_in(
     if not kinds and not others:
         raise ValueError(
             f"none of these weights ({len(names)} LoRA modules, {len(weights)} tensors) has a layer in this model; "
-            + (_instead(weights) or "are they a LoRA for this model?")
+            + (_other_families(weights, known) or _instead(weights) or "are they a LoRA for this model?")
         )
     unused = []
     for key in weights:
@@ -269,6 +270,12 @@ def modules_in(
     if unused:
         logger.warning("%d of %d tensors have no layer in this model, such as %s", len(unused), len(weights), unused[0])
     return kinds
+
+
+def _other_families(weights: Mapping[str, Tensor], layers: Mapping[str, Any]) -> str:
+    """`they are a LoRA for SDXL`, say, if these layers are of another family; empty if nothing tells."""
+    found = lora_layouts.other_families(weights, layers)
+    return f"they are a LoRA for {titles(found)}" if found else ""
 
 
 def _instead(weights: Mapping[str, Tensor]) -> str:

@@ -13,10 +13,8 @@ from pathlib import Path
 if not __package__:  # run as a script: the repository, not this folder, is where modules are looked for
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.errors import UserError
 from library.formats.precision import dtype_of
 from library.tools import lora_options
-from library.tools.block_weights import read_block_weights
 from library.tools.command import Parser, run
 
 
@@ -26,8 +24,8 @@ def options() -> Parser:
     lora_options.add_models(parser, "LoRA files; their ranks may differ")
     parser.add_argument("--new_rank", type=int, default=4, help="rank of the result")
     parser.add_argument("--new_conv_rank", type=int, help="rank for 3x3 convolutions (default: --new_rank)")
-    lbw = "strength by block, one for each model: a preset such as MIDD, or 12, 16, 17, 20 or 26 numbers with commas"
-    parser.add_argument("--lbw", "--lbws", nargs="*", dest="lbw", help=lbw)
+    lora_options.add_family(parser)
+    lora_options.add_block_weights(parser)
     lora_options.add_base_model(parser)
     lora_options.add_device(parser)
     lora_options.add_clamp_quantile(parser)
@@ -49,33 +47,32 @@ def main(words: Sequence[str] | None = None) -> None:
     lora_options.check_at_least_one("--new_rank", args.new_rank)
     lora_options.check_at_least_one("--new_conv_rank", args.new_conv_rank)
     lora_options.check_quantile(args.clamp_quantile)
-    if args.lbw is not None and len(args.lbw) != len(args.models):
-        raise UserError(f"--lbw: {len(args.lbw)} given for {len(args.models)} models; give one for each, in the same order")
+    lora_options.check_count("--lbw", args.lbw, args.models)
     inputs = [Path(name) for name in (*args.models, args.sd_model) if name]
     save_to = lora_options.output_path(args.save_to, inputs)
-    block_weights = [read_block_weights(text) for text in args.lbw] if args.lbw is not None else None
     from library.formats.lora_file import read_loras, write_lora
+    from library.tools.block_weights import strengths
     from library.tools.changes import base_weights, matrices_alone
+    from library.tools.checkpoint import check_family
     from library.tools.kept import print_kept
     from library.tools.lora_metadata import merged, without_modelspec
     from library.tools.svd_merge import svd_merge
 
     lora_options.check_device(args.device)
     loras = matrices_alone(read_loras(args.models))
+    check_family(loras, args.v2, args.sdxl)
+    parts = strengths(loras, args.ratios, args.lbw)
     with base_weights(args.sd_model, loras) as weight_of:
         modules, kept = svd_merge(
             loras,
-            args.ratios,
+            parts,
             args.new_rank,
             args.new_conv_rank,
-            block_weights=block_weights,
             device=args.device,
             clamp_quantile=args.clamp_quantile,
             weight_of=weight_of,
         )
-    metadata = merged(loras, args.ratios, modules, save_to, "merged by SVD", args.v_parameterization)
-    if args.lbw is not None:
-        metadata["ss_training_comment"] += f"; by block: {' | '.join(args.lbw)}"
+    metadata = merged(loras, parts, modules, save_to, "merged by SVD", args.v_parameterization, args.lbw)
     dtype = dtype_of(args.save_precision or args.precision)
     write_lora(save_to, modules, without_modelspec(metadata) if args.no_metadata else metadata, dtype)
     print_kept(kept)

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from library.formats.compvis import join_compvis
-from library.models.clip import inner_text_model
 from library.models.family import Model
-from library.testing import small_stable_diffusion
+from library.models.modules import weights_of
+from library.testing import small_sdxl, small_stable_diffusion
 from networks.lora import find_layers
 
 CHANNELS = dict(unet_channels=(32, 64, 64, 64), vae_channels=(32, 32, 32, 32))
@@ -25,16 +25,17 @@ def small_model(v2: bool = False, seed: int = 0) -> Model:
     return small_stable_diffusion(seed=seed, v2=v2, **CHANNELS)
 
 
+small_sdxl_model = cache(small_sdxl)
+
+
 def checkpoint_tensors(model: Model, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """What a CompVis file of the model holds, with a few extra keys, as files in the wild have them."""
-    text = {k: v for k, v in inner_text_model(model.text_encoders[0]).state_dict().items() if not k.endswith("position_ids")}
-    parts = {"unet": model.denoiser.state_dict(), "vae": model.vae.state_dict(), "text_encoder": text}
-    joined = join_compvis(parts, model.family.layout)
+    joined = join_compvis({name: weights_of(module) for name, module in model.parts.items()}, model.family.layout)
     return {k: v.to(dtype).contiguous() for k, v in joined.items()} | EXTRAS
 
 
 def layers_of(model: Model) -> dict[str, torch.nn.Module]:
-    return find_layers(model.text_encoders[0], model.denoiser, conv3x3=True)
+    return find_layers(*model.for_networks(), conv3x3=True)
 
 
 def lora_tensors(

@@ -1,8 +1,9 @@
-"""Convert Stable Diffusion 1.x and 2.x models between one file (.safetensors, .ckpt) and a Diffusers folder, both ways.
+"""Convert models of Stable Diffusion 1.x, 2.x and SDXL between one file (.safetensors, .ckpt) and a Diffusers folder, both ways.
 
 `python tools/convert_diffusers20_original_sd.py model.safetensors model_folder`
 
-A target with a suffix becomes a file in CompVis layout, one without a Diffusers folder. The dtype stays unless one is given.
+A target with a suffix becomes a file in CompVis layout, one without a Diffusers folder. Every tensor keeps its dtype
+unless one is given.
 """
 
 from __future__ import annotations
@@ -13,11 +14,17 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.errors import UserError, run_entry
 from library.tools.command import Parser
+
+if TYPE_CHECKING:
+    import torch
+
+    from library.models.family import Model
 
 FILE_SUFFIXES = (".safetensors", ".ckpt", ".pt")
 WORDS = ("fp16", "bf16", "float")
@@ -32,11 +39,9 @@ def options() -> Parser:
     parser.add_argument("model_to_load", help="file, Diffusers folder or hub id")
     parser.add_argument("model_to_save", help="with a suffix (.safetensors, .ckpt): a file; without: a Diffusers folder")
     generation = parser.add_mutually_exclusive_group()
-    generation.add_argument("--v1", action="store_true", help="the model is 1.x (default: seen from the model)")
-    generation.add_argument("--v2", action="store_true", help="the model is 2.x (default: seen from the model)")
-    parser.add_argument(
-        "--v_parameterization", action="store_true", help="the model predicts v (default: what a folder's scheduler says)"
-    )
+    generation.add_argument("--v1", action="store_true", help="the model is 1.x (default: read from the model)")
+    generation.add_argument("--v2", action="store_true", help="the model is 2.x (default: read from the model)")
+    parser.add_argument("--v_parameterization", action="store_true", help="the model predicts v (default: what the model says)")
     dtype = parser.add_mutually_exclusive_group()
     for name in WORDS:
         dtype.add_argument(f"--{name}", action="store_true", help=f"save as {name}")
@@ -89,49 +94,35 @@ def check(args: argparse.Namespace) -> Path:
     return target
 
 
-def stored_dtype(source: Path):
-    """The dtype of most tensors of the model, or None if that cannot be seen (a hub id); fp16 for one of 8 bits."""
-    import torch
-
-    from library.formats.tensor_file import open_tensors
-    from library.models.loading import open_weights
-
-    if not source.exists():
-        return None
-    # The dtype of a folder is that of its U-Net.
-    weights = open_tensors(source) if source.is_file() else open_weights(source / "unet", ("diffusion_pytorch_model",))
-    with weights:
-        counts = Counter(dtype for dtype in weights.dtypes.values() if dtype.is_floating_point)
-    if not counts:
-        raise UserError(f"{weights.path} holds no weights; it is no Stable Diffusion model")
-    dtype = counts.most_common(1)[0][0]
-    return torch.float16 if dtype.itemsize == 1 else dtype
-
-
-def predicts_v(source: Path) -> bool:
-    """What a Diffusers folder's scheduler says."""
-    config = source / "scheduler" / "scheduler_config.json"
-    return config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("prediction_type") == "v_prediction"
-
-
 def convert(args: argparse.Namespace, target: Path) -> None:
-    import torch
-
     from library.formats.precision import dtype_of
     from library.models.loading import load_stable_diffusion
     from library.models.saving import save_stable_diffusion
 
-    source = Path(args.model_to_load)
     metadata = read_metadata(args.metadata)
     v2 = args.v2 if args.v1 or args.v2 else None
     chosen = args.save_precision_as or next((name for name in WORDS if getattr(args, name)), None)
-    dtype = dtype_of(chosen) if chosen else stored_dtype(source) or torch.float32
-    v = args.v_parameterization or predicts_v(source)
-    model = load_stable_diffusion(args.model_to_load, v2=v2, prediction="v" if v else "epsilon", dtype=dtype, vae=args.vae)
+    dtype = dtype_of(chosen) if chosen else None
+    prediction = "v" if args.v_parameterization else None
+    model = load_stable_diffusion(args.model_to_load, v2=v2, prediction=prediction, dtype=dtype, vae=args.vae)
     counters = (args.epoch, args.global_step)
     numbers = None if counters == (None, None) else {"epoch": args.epoch or 0, "global_step": args.global_step or 0}
     save_stable_diffusion(model, target, dtype, metadata, numbers)
-    print(f"saved {target}: {model.family.title}, {str(dtype).removeprefix('torch.')}")
+    print(f"saved {target}: {model.family.title}, {dtypes_of(model)}")
+
+
+def dtypes_of(model: Model) -> str:
+    """The dtype of most weights of each part: `float16`, or `float16, vae float32`."""
+    by_part = {
+        name: Counter(weight.dtype for weight in part.parameters()).most_common(1)[0][0] for name, part in model.parts.items()
+    }
+    main = by_part["unet"]
+    others = [f"{name} {_plain(dtype)}" for name, dtype in by_part.items() if dtype != main]
+    return ", ".join([_plain(main), *others])
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def main(words: Sequence[str] | None = None) -> None:

@@ -39,6 +39,11 @@ class BlockMap:
         return 0 <= index - self.before - self.down < self.mid
 
     @property
+    def with_strengths(self) -> tuple[str, ...]:
+        """What `block_of` can give, in order: the text encoders, and the blocks with the middle as one."""
+        return (BASE, *dict.fromkeys("MID" if self.is_mid(index) else name for index, name in enumerate(self.names)))
+
+    @property
     def down_names(self) -> tuple[str, ...]:
         return self.names[self.before : self.before + self.down]
 

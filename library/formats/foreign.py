@@ -37,15 +37,10 @@ _WHOLE_MODELS = {
     "down_blocks.0.resnets.0.conv1.weight": "a whole U-Net",
 }
 _LORA_KINDS = {
-    "lora_te2_": "a LoRA for SDXL",
-    "text_encoder_2.": "a LoRA for SDXL",
-    "lora_unet_label_emb_": "a LoRA for SDXL",
     "lora_unet_double_blocks_": "a LoRA for Flux",
     "lora_unet_joint_blocks_": "a LoRA for SD 3",
     "lora_transformer_": "a LoRA for another family of models",
-    "transformer.": "a LoRA for another family of models",
-    "_transformer_blocks_1_": "a LoRA for SDXL",  # SD 1.x and 2.x have one in each place
-    ".transformer_blocks.1.": "a LoRA for SDXL",
+    "^transformer.": "a LoRA for another family of models",
     ".lambda_layer": "a T-LoRA, which changes with the noise of the step, so that LyCORIS' own loader alone can use it",
     ".oft_R.": "an OFT of version 2, which the program that made it (peft, OneTrainer) can merge into a model",
     ":up": "a LoRA of cloneofsimo's trainer, without names of layers, which that program can merge into a model",
@@ -92,19 +87,19 @@ def instead_of_a_folder(pipeline: str, configs: Mapping[str, Mapping[str, Any]])
 
 
 def instead_of_a_lora(names: Iterable[str]) -> tuple[str, str] | None:
-    """What a file with these tensors is instead of a LoRA, or its kin, for SD 1.x or 2.x, and the name that gives it away.
+    """What a file with these tensors is instead of a LoRA, or its kin, of a known family, and the name that gives it away.
 
-    >>> instead_of_a_lora(["lora_te2_x.lora_down.weight"])
-    ('a LoRA for SDXL', 'lora_te2_x.lora_down.weight')
+    >>> instead_of_a_lora(["lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"])
+    ('a LoRA for Flux', 'lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight')
     """
     names = [name for name in names if not name.startswith("bundle_emb.")]  # embeddings that OneTrainer puts beside a LoRA
     is_lora = any(mark in name for mark in _ANY_LORA for name in names)
-    for table in (_WHOLE_MODELS, _LORA_KINDS, *([] if is_lora else [_OTHER_FILES])):
+    for table in (_LORA_KINDS, *([] if is_lora else [_WHOLE_MODELS, _OTHER_FILES])):
         if found := _first(table, names):
             return (found[0] if table is _LORA_KINDS else f"{found[0]}, not a LoRA"), found[1]
     return None
 
 
 def _first(table: dict[str, str], names: list[str]) -> tuple[str, str] | None:
-    """The first row of the table whose mark is in a name, and that name."""
-    return next(((what, name) for mark, what in table.items() for name in names if mark in name), None)
+    """The first row of the table whose mark is in a name, and that name; `^` stands for a name's beginning."""
+    return next(((what, name) for mark, what in table.items() for name in names if mark in f"^{name}"), None)

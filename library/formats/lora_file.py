@@ -16,29 +16,31 @@ from library.files import atomic_write
 from library.formats.adapters.kind import Parts
 from library.formats.adapters.lora import LORA
 from library.formats.adapters.registry import Adapter, find_adapter
+from library.formats.families import FILE_FAMILIES, FileFamily, titles
 from library.formats.foreign import instead_of_a_lora
+from library.formats.lora_family import families_of_lora
 from library.formats.lora_hashes import with_hashes
-from library.formats.lora_layouts import KOHYA, PeftConfig, kohya_weights
+from library.formats.lora_layouts import KOHYA, PeftConfig, kohya_weights, lora_name, naming_family
 from library.formats.low_rank import LowRank, is_finite
 from library.formats.tensor_file import open_tensors
 from library.formats.tensor_output import save_pickled
 
 logger = logging.getLogger(__name__)
 
-WIDTHS = {768: False, 1024: True}  # of the text encoder: SD 1.x, SD 2.x. Others are small models, of which they tell nothing.
-
 
 @dataclass(frozen=True)
 class LoraFile:
     """A LoRA file, or one of its kin: what it says of each layer, by kohya name, in the file's order, and its metadata.
 
-    dtype: of its weights. left_out: keys of tensors that are no part of it, and of modules of rank 0.
+    families: those that it can be for. dtype: of its weights. left_out: keys of tensors that are no part of it, and of modules of
+    rank 0.
     """
 
     path: Path
     modules: dict[str, Adapter]
     metadata: dict[str, str]
     dtype: torch.dtype
+    families: tuple[FileFamily, ...] = FILE_FAMILIES
     left_out: tuple[str, ...] = ()
 
     @property
@@ -46,16 +48,17 @@ class LoraFile:
         return self.metadata.get("modelspec.title") or self.path.stem
 
     @property
-    def v2(self) -> bool | None:
-        """Whether it is for SD 2.x, by its metadata, or else the width of the text encoder; None if nothing tells."""
-        if self.metadata.get("ss_v2") in ("True", "False"):
-            return self.metadata["ss_v2"] == "True"
-        for name, module in self.modules.items():
-            if name.endswith(("_attn2_to_k", "_attn2_to_v", "_self_attn_q_proj", "_self_attn_k_proj", "_self_attn_v_proj")):
-                shape = module.matrix_shape
-                if shape is not None:
-                    return WIDTHS.get(shape[1])
-        return None
+    def family(self) -> FileFamily | None:
+        """The family that it is for; None if nothing tells."""
+        return self.families[0] if len(self.families) == 1 else None
+
+    def for_families(self, families: Sequence[FileFamily]) -> LoraFile:
+        """The same as a file for one of these, with the names that it has then."""
+        both = tuple(family for family in self.families if family in families)
+        if naming_family(both) is naming_family(self.families):
+            return replace(self, families=both)
+        modules = {lora_name(name, naming_family(both)) or name: module for name, module in self.modules.items()}
+        return replace(self, modules=modules, families=both)
 
     def require_finite(self) -> None:
         """UserError, naming the module, if a number is NaN or infinite."""
@@ -75,8 +78,9 @@ def read_lora(file: str | Path) -> LoraFile:
         found = {name: weights.view(name) for name in weights.shapes}  # mapped memory, which outlives the open file
         metadata = dict(weights.metadata)
     _check_family(found, path)
+    families = families_of_lora({name: tuple(tensor.shape) for name, tensor in found.items()}, metadata)
     try:
-        named = kohya_weights(dict(sorted(found.items())), PeftConfig(path, metadata))
+        named = kohya_weights(dict(sorted(found.items())), PeftConfig(path, metadata), naming_family(families))
     except UserError as error:
         raise error if str(path) in str(error) else UserError(f"{path}: {error}") from error
     layers: dict[str, dict[str, Tensor]] = {}
@@ -101,7 +105,7 @@ def read_lora(file: str | Path) -> LoraFile:
         _raise_for_nothing(found, left_out, path)
     if left_out:
         logger.warning(f"warning: {path}: {_listed(left_out)} left out; no layer has a use for it")
-    return LoraFile(path, modules, metadata, _dtype(modules), tuple(left_out))
+    return LoraFile(path, modules, metadata, _dtype(modules), families, tuple(left_out))
 
 
 def _listed(keys: Sequence[str]) -> str:
@@ -111,7 +115,7 @@ def _listed(keys: Sequence[str]) -> str:
 def _check_family(tensors: Mapping[str, Tensor], path: Path) -> None:
     if found := instead_of_a_lora(tensors):
         what, key = found
-        raise UserError(f"{path} is {what} (it holds {key}); only LoRA files for Stable Diffusion 1.x and 2.x can be used")
+        raise UserError(f"{path} is {what} (it holds {key}); only LoRA files for {titles(FILE_FAMILIES)} can be used")
 
 
 def _raise_for_nothing(tensors: Mapping[str, Tensor], left_out: Sequence[str], path: Path) -> None:
@@ -153,15 +157,19 @@ def _check(name: str, adapter: Adapter, path: Path) -> None:
 
 
 def read_loras(files: Sequence[str]) -> list[LoraFile]:
-    """Read files that are to be combined: finite, and all for the same generation of Stable Diffusion."""
+    """Read files that are to be combined: finite, and all for one family of models, whose names they get."""
     loras = [read_lora(file) for file in files]
     for lora in loras:
         lora.require_finite()
-    by_generation = {lora.v2: lora for lora in loras if lora.v2 is not None}
-    if len(by_generation) > 1:
-        raise UserError(
-            f"{by_generation[False].path} is for SD 1.x and {by_generation[True].path} for SD 2.x; they cannot be combined"
-        )
+    common = FILE_FAMILIES
+    for lora in loras:
+        both = tuple(family for family in common if family in lora.families)
+        if not both:
+            other = next((one for one in loras if not set(one.families) & set(lora.families)), loras[0])
+            found = f"{other.path} is for {titles(other.families)} and {lora.path} for {titles(lora.families)}"
+            raise UserError(f"{found}; they cannot be combined")
+        common = both
+    loras = [lora.for_families(common) for lora in loras]
     shapes: dict[str, tuple[LoraFile, tuple[int, int]]] = {}
     for lora in loras:
         for name, module in lora.modules.items():

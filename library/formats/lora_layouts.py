@@ -7,6 +7,9 @@
 | Diffusers, peft | `unet.mid_block.attentions.0.proj_in.lora_A.weight`, `base_model.model.mid_block...` |
 | older Diffusers | `unet...attn1.processor.to_q_lora.down.weight`, `text_encoder...q_proj.lora_linear_layer.up.weight` |
 | dotted | `unet.mid_block.attentions.0.proj_in.lora_down.weight`, or with `hada_w1_a` and others of LyCORIS |
+| ComfyUI | `diffusion_model.middle_block.1.proj_in.lora_up.weight`, `text_encoders.clip_l.transformer.text_model...` |
+
+For SD 1.x and 2.x kohya's names have Diffusers' blocks, for SDXL those of its checkpoints, and `lora_te1_`, `lora_te2_`.
 """
 
 from __future__ import annotations
@@ -23,14 +26,25 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
+from library.formats.families import SD1, SDXL, FileFamily
+from library.formats.lora_family import families_of_lora
 from library.formats.names import UNetLayout, unet_table
 
-KOHYA = ("lora_te_", "lora_unet_")
-_IN_UNET = ("down_blocks", "mid_block", "up_blocks", "conv_in", "conv_out", "conv_norm_out", "time_embedding")
-# Prefixes of other programs, and kohya's. `lora_te1_` is Diffusers' own conversion, also for the one text encoder of SD 1.
-_PREFIXES = {"lora_te1_": "lora_te_", "oft_unet_": "lora_unet_", "oft_te_": "lora_te_"} | {
-    f"lycoris_{start}": f"lora_unet_{start}" for start in _IN_UNET
-}
+KOHYA = ("lora_te_", "lora_te1_", "lora_te2_", "lora_unet_")
+_IN_UNET = ("down_blocks", "mid_block", "up_blocks", "conv_in", "conv_out", "conv_norm_out", "time_embedding", "add_embedding")
+_IN_COMPVIS_UNET = ("input_blocks", "middle_block", "output_blocks", "time_embed", "label_emb", "out_")
+_IN_TEXT = ("encoder_layers_", "final_layer_norm")  # also of a second text encoder
+# How paths in files begin, with underscores for dots -> the part they are in. The longest counts. `lora_te1_` is Diffusers' own
+# conversion, also for the one text encoder of SD 1.
+_PARTS = {
+    "lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2", "lora_unet_": "unet",
+    "oft_te_": "text_encoder", "oft_te1_": "text_encoder", "oft_te2_": "text_encoder_2", "oft_unet_": "unet",
+    "unet_": "unet", "text_encoder_": "text_encoder", "text_encoder_2_": "text_encoder_2",
+    "diffusion_model_": "unet", "model_diffusion_model_": "unet",
+    "text_encoders_clip_l_transformer_": "text_encoder", "text_encoders_clip_h_transformer_": "text_encoder",
+    "text_encoders_clip_g_transformer_": "text_encoder_2",
+}  # fmt: skip
+_UNDERSCORED = (*KOHYA, "oft_te_", "oft_te1_", "oft_te2_", "oft_unet_", *(f"lycoris_{start}" for start in _IN_UNET))
 
 # `...to_q.lora_A.weight` (peft, Diffusers), `...to_q.lora.down.weight`, `...q_proj.lora_linear_layer.down.weight`,
 # `...attn1.processor.to_q_lora.down.weight` (older Diffusers), `...to_q.lora_down.weight`
@@ -43,56 +57,73 @@ FOREIGN_KEY = re.compile(
 SIDES = {"A": "lora_down.weight", "down": "lora_down.weight", "B": "lora_up.weight", "up": "lora_up.weight"}
 
 
-def lora_name(path: str) -> str | None:
-    """The LoRA name of a layer, given as any layout gives it, or None.
+def lora_name(path: str, family: FileFamily = SD1) -> str | None:
+    """The LoRA name that a layer has in files for this family, given as any layout gives it; None if no layout does.
 
     >>> lora_name("unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_out")
     'lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_out_0'
     """
-    path = next((kohya + path[len(other) :] for other, kohya in _PREFIXES.items() if path.startswith(other)), path)
-    if path.startswith(KOHYA):
-        return _with_diffusers_blocks(path)
-    path = path.removeprefix("base_model.model.").replace(".processor.", ".")
-    part, _, inside = path.partition(".")
-    if part not in ("unet", "text_encoder"):
-        part, inside = "unet" if path.startswith(_IN_UNET) else "text_encoder", path
+    part, inside = _part_and_path(path)
+    if part not in family.lora_prefixes:
+        return path if path.startswith(KOHYA) else None
     if part == "unet":
-        prefix, inside = "lora_unet", re.sub(r"\.to_out$", ".to_out.0", inside)
+        is_known = path.startswith(_UNDERSCORED) or inside.startswith((*_IN_UNET, *_IN_COMPVIS_UNET))
+        inside = _with_blocks(inside, family.loras_name_checkpoint_paths)
     else:
-        inside = inside.removeprefix("text_model.")
-        prefix, inside = "lora_te_text_model", re.sub(r"self_attn\.to_(q|k|v|out)$", r"self_attn.\1_proj", inside)
-    is_known = inside.startswith(_IN_UNET if part == "unet" else ("encoder.layers.", "final_layer_norm"))
-    return f"{prefix}_{inside.replace('.', '_')}" if is_known else None
+        inside = inside.removeprefix("text_model_")
+        is_known = path.startswith(_UNDERSCORED) or inside.startswith(_IN_TEXT)
+        inside = f"text_model_{inside}"
+    return f"{family.lora_prefixes[part]}{inside}" if is_known else None
 
 
-def _with_diffusers_blocks(name: str) -> str:
-    """A kohya name, its U-Net block as Diffusers numbers it: `lora_unet_input_blocks_1_1_...` is of the first down block."""
-    inside = name.removeprefix("lora_unet_")
-    table = _block_names()
+def _part_and_path(path: str) -> tuple[str, str]:
+    """The part of the model that a layer is in, and its path there, with underscores for dots."""
+    is_dotted = not path.startswith(_UNDERSCORED)
+    path = path.removeprefix("base_model.model.").removeprefix("lycoris_").replace(".processor.", ".")
+    if is_dotted:
+        path = re.sub(r"(attn\d\.to_out)$", r"\1.0", path)
+        path = re.sub(r"self_attn\.to_(q|k|v|out)$", r"self_attn.\1_proj", path)
+    path = path.replace(".", "_")
+    starts = [start for start in _PARTS if path.startswith(start)]
+    if starts:
+        start = max(starts, key=len)
+        return _PARTS[start], path.removeprefix(start)
+    return "unet" if path.startswith((*_IN_UNET, *_IN_COMPVIS_UNET)) else "text_encoder", path
+
+
+def _with_blocks(inside: str, as_checkpoints: bool) -> str:
+    """A U-Net layer's path with its block as checkpoints name it (`input_blocks_1_1_...`), or as Diffusers does."""
+    table = _block_names(as_checkpoints)
     end = len(inside)
-    while end > 0 and inside != name:
+    while end > 0:
         if inside[:end] in table:
-            return f"lora_unet_{table[inside[:end]]}{inside[end:]}"
+            return table[inside[:end]] + inside[end:]
         end = inside.rfind("_", 0, end)
-    return name
+    return inside
 
 
 @cache
-def _block_names() -> dict[str, str]:
-    """CompVis' module names, with underscores, and Diffusers' for them, of the U-Net that SD 1.x and 2.x share."""
-    table: dict[str, str] = {}
+def _block_names(as_checkpoints: bool) -> dict[str, str]:
+    """CompVis' module names and Diffusers' for them, with underscores, of the U-Net that SD 1.x and 2.x share.
+
+    as_checkpoints: the reverse, of SDXL's U-Net.
+    """
+    if as_checkpoints:
+        table = unet_table(UNetLayout(3, 2, (False, True, True)))
+        return {diffusers.replace(".", "_"): compvis.replace(".", "_") for compvis, diffusers in table.items()}
+    table = {}
     for attention in ((True, True, True, False), (False,) * 4):  # upsamplers stand at another place where a level has none
         table |= unet_table(UNetLayout(4, 2, attention))
     return {compvis.replace(".", "_"): diffusers.replace(".", "_") for compvis, diffusers in table.items()}
 
 
-def kohya_key(key: str) -> tuple[str, str, str] | None:
+def kohya_key(key: str, family: FileFamily = SD1) -> tuple[str, str, str] | None:
     """(path, LoRA name, tensor's name) of a key in any layout; None if no layout has it. The path is as the file names the layer.
 
     >>> kohya_key("unet.mid_block.attentions.0.proj_in.lora_A.weight")[1:]
     ('lora_unet_mid_block_attentions_0_proj_in', 'lora_down.weight')
     """
-    if key.startswith((*KOHYA, *_PREFIXES)):
+    if key.startswith(_UNDERSCORED):
         path, _, tensor = key.partition(".")
         tensor = re.sub(r"^lora_magnitude_vector(\.\w+)*$", "dora_scale", tensor)
     elif match := FOREIGN_KEY.fullmatch(key):
@@ -100,20 +131,24 @@ def kohya_key(key: str) -> tuple[str, str, str] | None:
         tensor = match["tensor"] or ("dora_scale" if match["magnitude"] else SIDES[match["side"] or match["old_side"]])
     else:
         return None
-    name = lora_name(path)
+    name = lora_name(path, family)
     return (path, name, tensor) if name and tensor else None
 
 
-def kohya_weights(weights: Mapping[str, Tensor], config: PeftConfig | None = None) -> dict[str, Tensor]:
+def kohya_weights(
+    weights: Mapping[str, Tensor], config: PeftConfig | None = None, family: FileFamily | None = None
+) -> dict[str, Tensor]:
     """The weights by the names that this suite's own files have; names in no known layout stay as they are.
 
     config: where the alphas of Diffusers' and peft's layouts are written down. Without it they are the ranks.
+    family: whose names they get; None: SDXL's if the weights are for nothing else.
     Raises UserError if two tensors get one name.
     """
+    family = family or naming_family(families_of_lora({key: tuple(tensor.shape) for key, tensor in weights.items()}))
     result: dict[str, Tensor] = {}
     alphas: dict[str, float] = {}
     for key, tensor in weights.items():
-        path, name, inside = kohya_key(key) or ("", "", "")
+        path, name, inside = kohya_key(key, family) or ("", "", "")
         new = f"{name}.{inside}" if name else key
         if new in result:
             raise UserError(f"it holds {new} twice, the second time as {key}")
@@ -124,14 +159,36 @@ def kohya_weights(weights: Mapping[str, Tensor], config: PeftConfig | None = Non
     return result | {key: torch.tensor(alpha) for key, alpha in alphas.items() if key not in result}
 
 
+def naming_family(families: Collection[FileFamily]) -> FileFamily:
+    """The family whose names a file for one of these gets: SD 1.x and 2.x have the same."""
+    return SDXL if list(families) == [SDXL] else SD1
+
+
 def named_for(weights: Mapping[str, Tensor], layers: Collection[str]) -> dict[str, Tensor]:
-    """The weights with other names of layers brought to those in `layers`, where that makes them known."""
+    """The weights with other names of layers brought to those in `layers`, where that makes them known.
+
+    Weights for another family than that of the layers stay as they are, so that none of them is known.
+    """
+    if other_families(weights, layers):
+        return dict(weights)
     result = {}
     for key, tensor in weights.items():
         layer, dot, inside = key.partition(".")
-        name = layer if layer in layers else lora_name(layer)
+        name = layer if layer in layers else lora_name(layer, _naming_of(layers))
         result[f"{name if name in layers else layer}{dot}{inside}"] = tensor
     return result
+
+
+def other_families(weights: Mapping[str, Tensor], layers: Collection[str]) -> tuple[FileFamily, ...]:
+    """The families that the weights can be for, if that of a model with these layers is none of them."""
+    possible = families_of_lora({key: tuple(tensor.shape) for key, tensor in weights.items()})
+    return () if _naming_of(layers) in (naming_family([one]) for one in possible) else possible
+
+
+def _naming_of(layers: Collection[str]) -> FileFamily:
+    """The family by whose rules these layers are named."""
+    starts = ("lora_te1_", "lora_te2_", *(f"lora_unet_{block}" for block in ("input_blocks_", "middle_block_", "output_blocks_")))
+    return SDXL if any(name.startswith(starts) for name in layers) else SD1
 
 
 class PeftConfig:

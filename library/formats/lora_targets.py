@@ -1,28 +1,29 @@
 """Where the layers that LoRAs change lie in a checkpoint's file (CompVis layout), by LoRA name.
 
 `lora_unet_down_blocks_0_attentions_0_proj_in`, say, is `model.diffusion_model.input_blocks.1.1.proj_in.weight`. LoRA names are
-the layers' Diffusers names with underscores, so they follow from the one table of names in `names.py`. OpenCLIP, the text encoder
-of SD 2, holds query, key and value of a layer as one matrix, of which each LoRA module changes a third.
+paths with underscores: those of Diffusers, which follow from the one table of names in `names.py`, or for the U-Net of SDXL those
+of the file itself. OpenCLIP holds query, key and value of a layer as one matrix, of which each LoRA module changes a third.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
-from library.formats.compvis import SD1_LAYOUT, SD2_LAYOUT, SingleFileNames, layout_of
+from library.formats.compvis import SingleFileNames
+from library.formats.families import SD1, family_of_checkpoint
+from library.formats.names import UNET_PREFIX
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-_PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}
-# The layers outside of these blocks (conv_in, time_embedding, conv_out, ...) get no LoRA here; LyCORIS' presets have some.
-_LAYERS = {
-    "unet": re.compile(r"(?:down_blocks|mid_block|up_blocks)\..+\.weight"),
-    "text_encoder": re.compile(r"encoder\.layers\.\d+\.(?:self_attn|mlp)\.\w+\.weight"),
-}
+# The layers that get a LoRA here, by their names in Diffusers. Outside of these blocks (conv_in, time_embedding, conv_out, ...)
+# are none; LyCORIS' presets have some.
+_UNET_LAYERS = re.compile(r"(?:down_blocks|mid_block|up_blocks)\..+\.weight")
+_UNET_ATTENTION = re.compile(r".+\.attentions\..+\.weight")
+_TEXT_LAYERS = re.compile(r"encoder\.layers\.\d+\.(?:self_attn|mlp)\.\w+\.weight")
 
 
 @dataclass(frozen=True)
@@ -39,18 +40,16 @@ class Target:
         return slice(self.third * count // 3, (self.third + 1) * count // 3)
 
 
-def is_v2(names: Iterable[str]) -> bool | None:
-    """Whether a file with these tensors is SD 2.x, told by its text encoder; None if it holds none."""
-    found = layout_of(names)
-    return found is SD2_LAYOUT if found else None
+def lora_targets(shapes: Shapes, with_convolutions: bool = True) -> dict[str, Target]:
+    """LoRA name -> target, of all layers that the trainer can give a LoRA, in the order of the file.
 
-
-def lora_targets(shapes: Shapes) -> dict[str, Target]:
-    """LoRA name -> target, of all layers that the trainer can give a LoRA, in the order of the file."""
+    with_convolutions: also those of residual blocks and samplers, which get one with `conv_dim` alone.
+    """
+    unet = _UNET_LAYERS if with_convolutions else _UNET_ATTENTION
     return {
         lora_name: target
         for part, name, lora_name, target in _targets(shapes, ".weight")
-        if len(shapes[target.key]) > 1 and _LAYERS[part].fullmatch(name)
+        if len(shapes[target.key]) > 1 and (unet if part == "unet" else _TEXT_LAYERS).fullmatch(name)
     }
 
 
@@ -66,10 +65,14 @@ def bias_targets(shapes: Shapes) -> dict[str, Target]:
 
 def _targets(shapes: Shapes, ending: str) -> Iterator[tuple[str, str, str, Target]]:
     """(part, Diffusers name, LoRA name, target) of the tensors whose Diffusers names end so."""
-    names = SingleFileNames(shapes, layout_of(shapes) or SD1_LAYOUT)
+    family = family_of_checkpoint(shapes) or SD1
+    names = SingleFileNames(shapes, family.layout)
     for key, shape in shapes.items():
         placed = names.place(key, torch.empty(shape, device="meta"))
         for third, (part, name, _) in enumerate(placed):
-            if part in _PREFIXES and name.endswith(ending):
-                lora_name = _PREFIXES[part] + name.removesuffix(ending).replace(".", "_")
-                yield part, name, lora_name, Target(key, third if len(placed) == 3 else None)
+            if part not in family.lora_prefixes or not name.endswith(ending) or name.startswith("text_projection."):
+                continue  # files hold the projection transposed, and no trainer gives it a LoRA
+            path = key.removeprefix(UNET_PREFIX) if part == "unet" and family.loras_name_checkpoint_paths else name
+            inside = path.removesuffix(ending).replace(".", "_")
+            lora_name = f"{family.lora_prefixes[part]}{'' if part == 'unet' else 'text_model_'}{inside}"
+            yield part, name, lora_name, Target(key, third if len(placed) == 3 else None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import numbers
 import os
 import threading
 import zipfile
@@ -17,6 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -32,6 +34,7 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+WRAPPERS = ("state_dict", "model", "module")  # keys of a pickled file under which its tensors may be
 WINDOW = 64 << 20  # bytes of a file that are mapped at a time; mapped pages count as the process's memory
 
 Fetch = Callable[[int, int], Tensor]  # (first byte, number of bytes) -> flat uint8 tensor
@@ -143,9 +146,9 @@ class PickledFile(TensorFile):
         super().__init__(path)
         try:
             content = load_pickled(path, map_location="meta" if _is_plain_zip(path) else "cpu")
-            wrapped = content.get("state_dict")
-            tensors = wrapped if isinstance(wrapped, dict) else content
-            found = {str(name): value.detach() for name, value in tensors.items() if isinstance(value, Tensor)}
+            found = {
+                str(name): tensor for name, value in _unwrapped(content).items() if (tensor := _tensor_of(value)) is not None
+            }
             if not found:
                 raise UserError(f"{path} holds no tensors; it is no model or LoRA")
             self._tensors = dict(sorted(found.items(), key=lambda item: _storage_start(item[1])))
@@ -157,7 +160,9 @@ class PickledFile(TensorFile):
             raise
         self.shapes = {name: tuple(value.shape) for name, value in self._tensors.items()}
         self.dtypes = {name: value.dtype for name, value in self._tensors.items()}
-        self.numbers = {key: content[key] for key in ("epoch", "global_step") if isinstance(content.get(key), int)}
+        self.numbers = {
+            key: int(content[key]) for key in ("epoch", "global_step") if isinstance(content.get(key), numbers.Integral)
+        }
 
     def _tensor(self, name: str, fetch: Fetch) -> Tensor:
         value = self._tensors[name]
@@ -170,6 +175,20 @@ class PickledFile(TensorFile):
     def close(self) -> None:
         self._tensors = {}
         super().close()
+
+
+def _unwrapped(content: dict[str, Any]) -> dict[str, Any]:
+    """The dictionary of the tensors, which trainers put beside other things."""
+    wrapped = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), None)
+    return content if wrapped is None else _unwrapped(wrapped)
+
+
+def _tensor_of(value: Any) -> Tensor | None:
+    """A tensor, also of a numpy array of numbers; None of anything else."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    is_numbers = isinstance(value, numpy.ndarray) and value.dtype.kind in "fiub"
+    return torch.from_numpy(value.copy()) if is_numbers else None
 
 
 def _typed(found: Tensor, dtype: torch.dtype) -> Tensor:
@@ -255,7 +274,10 @@ def load_pickled(path: str | os.PathLike, map_location: str = "cpu") -> dict[str
 
 def _asks_for_code(message: str) -> bool:
     """Whether torch refused a pickle for what it would call, rather than for being damaged."""
-    return any(words in message for words in ("Unsupported global", "Unsupported class", "not an allowed global", "Trying to "))
+    return any(
+        words in message
+        for words in ("Unsupported global", "Unsupported class", "not an allowed global", "Trying to ", "Can only build")
+    )
 
 
 class _Inert:
@@ -266,15 +288,16 @@ class _Inert:
 
 
 def _harmless_globals() -> list[Any]:
-    """Names in the original SD checkpoints beside tensors: Lightning's record of the best model, and numpy numbers in it."""
-    import numpy
-
-    scalar = numpy.float64(0).__reduce__()[0]
+    """Data that stand in checkpoints beside tensors: Lightning's record of the best model, numpy's numbers and arrays."""
+    scalar, array = numpy.float64(0).__reduce__()[0], numpy.zeros(1).__reduce__()[0]
     modules = ("pytorch_lightning.callbacks.model_checkpoint", "lightning.pytorch.callbacks.model_checkpoint")
     return [
         *((_Inert, f"{module}.ModelCheckpoint") for module in modules),
         (scalar, "numpy.core.multiarray.scalar"),
         (scalar, "numpy._core.multiarray.scalar"),
+        (array, "numpy.core.multiarray._reconstruct"),
+        (array, "numpy._core.multiarray._reconstruct"),
+        numpy.ndarray,
         numpy.dtype,
-        *(type(numpy.dtype(kind)) for kind in ("float64", "float32", "int64")),
+        *(type(numpy.dtype(kind)) for kind in "?bhilqBHILQefdSU"),
     ]

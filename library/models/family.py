@@ -16,6 +16,7 @@ from torch import Generator, Tensor, nn
 
 from library.diffusion.process import NoiseProcess, Prediction
 from library.formats.compvis import Layout
+from library.formats.families import Records
 
 Shapes = Mapping[str, tuple[int, ...]]
 Config = dict[str, Any]
@@ -114,17 +115,6 @@ class TextRules:
     encode: Callable[[Model, Tokens, int | None], Conditioning]
     shapes: Callable[[Model, int], Mapping[str, tuple[int, ...]]]  # of a row, by the number of tokens
     clip_skip: Callable[[int | None], int | None] = lambda asked: asked  # what --clip_skip means; logs if it is nothing
-
-
-@dataclass(frozen=True)
-class Records:
-    """What files say about the family, by what the model predicts."""
-
-    v2: bool  # ss_v2
-    base_model_version: Mapping[Prediction, str]
-    architecture: Mapping[Prediction, str]  # modelspec.architecture
-    implementation: str = "diffusers"  # modelspec.implementation of a LoRA
-    marks_prediction: bool = False  # whether empty tensors in a single file say that the model predicts velocity
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def download_configs(name: str) -> Path:
         raise _unavailable(name, error) from error
 
 
-def download_vae(name: str, dtype: torch.dtype) -> AutoencoderKL:
+def download_vae(name: str, dtype: torch.dtype | None) -> AutoencoderKL:
     """The VAE of a repository on the hub: at its top, or in its folder `vae`. Raises UserError if it cannot be had."""
     only_local = not _hub_answers(name, ("config.json", "vae/config.json"))
     import_model_libraries()

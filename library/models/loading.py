@@ -17,13 +17,13 @@ from library.diffusion.process import Prediction
 from library.errors import UserError
 from library.formats.compvis import SingleFileNames
 from library.formats.names import VAE_PREFIX, modern_vae_name, renamed, vae_table_for, vae_to_diffusers
+from library.formats.prediction import Said, said_by_file, said_by_scheduler, schedule_of
 from library.formats.shards import ShardedFile
 from library.formats.tensor_file import TensorFile, open_tensors
 from library.models.clip import VOCABULARY, load_tokenizer
 from library.models.family import Config, Family, Model, Part, Shapes
 from library.models.hub import download_configs, download_model, download_vae
 from library.models.modules import TEXT_MODEL, fill, ready, weights_of
-from library.models.prediction import Said, said_by_file, said_by_scheduler, schedule_of
 from library.models.registry import check_v2, detect, detect_folder, refuse_other_conditions, refuse_other_inputs
 from library.models.vae import KL_VAE
 
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 logger = logging.getLogger(__name__)
+
+# What some programs keep of CLIP in the folder of a text encoder that projects nothing.
+CLIP_OF_IMAGES = ("text_projection", "logit_scale", "vision_model.", "visual_projection")
 
 # A tensor of the file, by its name there -> (part, name in the module, tensor), any number of them.
 Place = Callable[[str, Tensor], list[tuple[str, str, Tensor]]]
@@ -71,10 +74,12 @@ def load_stable_diffusion(
     v2: bool | None = None,
     prediction: Prediction | None = None,
     vae: str | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Model:
     """A model from a .safetensors or .ckpt file (CompVis layout), a Diffusers folder or a hub id, in `dtype` on `device`.
+
+    `dtype` None: every tensor keeps its own, to be saved again and not to be run; 8-bit ones become float16.
 
     `prediction` None: what the model says of itself, else noise. `vae` replaces the VAE; it may be any of these too, or hold a
     VAE alone. Raises UserError for what is not such a model, and if `v2` is given and does not fit it.
@@ -93,7 +98,7 @@ def load_stable_diffusion(
 
 
 def load_vae(
-    name_or_path: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", part: Part = KL_VAE
+    name_or_path: str, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu", part: Part = KL_VAE
 ) -> AutoencoderKL:
     """A VAE from a file of its own (CompVis or Diffusers names), a whole model's file, a Diffusers folder or a hub id.
 
@@ -204,7 +209,8 @@ def _part_from_folder(part: Part, folder: Path, config: Config, where: Where) ->
             name = modern_vae_name(name)
             value = vae_to_diffusers(name, value)
         name = name.removeprefix(TEXT_MODEL)
-        return [] if name.endswith("position_ids") else [(part.name, name, value)]
+        unused = name.endswith("position_ids") or (part.library[1] == "CLIPTextModel" and name.startswith(CLIP_OF_IMAGES))
+        return [] if unused else [(part.name, name, value)]
 
     with open_weights(folder, part.weight_files) as file:
         return _fill_modules(file, place, {part.name: (part, config)}, where)[part.name]
@@ -272,7 +278,8 @@ def _read_weights(file: TensorFile, place: Place, parts: tuple[str, ...], where:
     weights: dict[str, dict[str, Tensor]] = {part: {} for part in parts}
     for name, shape in file.shapes.items():
         if any(part in weights for part, _, _ in place(name, torch.empty(shape, device="meta"))):
-            for part, new, value in place(name, file.read(name, **where)):
+            is_8_bit = where["dtype"] is None and file.dtypes[name].is_floating_point and file.dtypes[name].itemsize == 1
+            for part, new, value in place(name, file.read(name, torch.float16 if is_8_bit else where["dtype"], where["device"])):
                 # The thirds of OpenCLIP's joined attention get memory of their own, so saving and training see three weights.
                 weights[part][new] = value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
     return weights

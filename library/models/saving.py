@@ -17,12 +17,12 @@ from library.diffusion.process import NoiseProcess
 from library.errors import UserError
 from library.files import atomic_write
 from library.formats.compvis import Parts, SingleFileNames, join_compvis
+from library.formats.prediction import V_MARK, ZERO_SNR_MARK
 from library.formats.tensor_file import MODEL_SUFFIXES, open_tensors
 from library.formats.tensor_output import save_pickled
 from library.models.clip import CLIP_BPE, VOCABULARY, path_in_files
 from library.models.family import Family, Model
 from library.models.modules import weights_of
-from library.models.prediction import V_MARK, ZERO_SNR_MARK
 
 
 def save_stable_diffusion(

@@ -6,10 +6,9 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from library.diffusion.process import Prediction
-from library.formats.compvis import SD1_LAYOUT
-from library.formats.modelspec import architecture, base_model_version
+from library.formats.families import SD1
 from library.models import clip, unet
-from library.models.family import Conditioning, Config, Family, Part, Records, Shapes, TextRules
+from library.models.family import Conditioning, Config, Family, Part, Shapes, TextRules
 from library.models.vae import KL_VAE
 
 if TYPE_CHECKING:
@@ -65,16 +64,12 @@ def has_activation(name: str, configs: dict[str, Config]) -> bool:
 
 FAMILY = Family(
     name="sd1",
-    title="SD 1.x",
+    title=SD1.title,
     parts=(unet_part(heads=8, upcast_attention=False, sizes={"epsilon": 64, "v": 64}), KL_VAE, text_part("quick_gelu")),
-    layout=SD1_LAYOUT,
+    layout=SD1.layout,
     pipeline="StableDiffusionPipeline",
     owns_folder=partial(has_activation, "quick_gelu"),
     text=TextRules(("<|endoftext|>",), clip.last_layer_conditioning, context_shape),
     predict=predict,
-    records=Records(
-        v2=False,
-        base_model_version={"epsilon": base_model_version(False, False), "v": base_model_version(False, True)},
-        architecture={"epsilon": architecture(False, False, lora=False), "v": architecture(False, True, lora=False)},
-    ),
+    records=SD1.records,
 )

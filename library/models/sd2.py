@@ -5,28 +5,23 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-from library.formats.compvis import SD2_LAYOUT
-from library.formats.modelspec import architecture, base_model_version
+from library.formats.families import SD2
 from library.models import sd1
 from library.models.clip import last_layer_conditioning
-from library.models.family import Records, TextRules
+from library.models.family import TextRules
 from library.models.vae import KL_VAE
 
 FAMILY = replace(
     sd1.FAMILY,
     name="sd2",
-    title="SD 2.x",
+    title=SD2.title,
     parts=(
         sd1.unet_part(heads=None, upcast_attention=True, sizes={"epsilon": 64, "v": 96}),  # 2.1 overflows in fp16 without upcast
         KL_VAE,
         sd1.text_part("gelu"),
     ),
-    layout=SD2_LAYOUT,
+    layout=SD2.layout,
     owns_folder=partial(sd1.has_activation, "gelu"),
     text=TextRules(("!",), last_layer_conditioning, sd1.context_shape),
-    records=Records(
-        v2=True,
-        base_model_version={"epsilon": base_model_version(True, False), "v": base_model_version(True, True)},
-        architecture={"epsilon": architecture(True, False, lora=False), "v": architecture(True, True, lora=False)},
-    ),
+    records=SD2.records,
 )

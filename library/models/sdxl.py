@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from library.diffusion.process import NoiseProcess
-from library.formats.compvis import SDXL_LAYOUT
+from library.formats.families import SDXL
 from library.formats.names import renamed, unet_layout, unet_paths
 from library.models import clip, sd1, unet
-from library.models.family import Conditioning, Config, Family, LatentSpace, Part, Records, TextRules
+from library.models.family import Conditioning, Config, Family, LatentSpace, Part, TextRules
 from library.models.modules import weights_of
 from library.models.vae import KL_VAE, read_vae_config
 
@@ -104,20 +104,14 @@ PROCESS = partial(NoiseProcess, spacing="leading", steps_offset=1)
 
 FAMILY = Family(
     name="sdxl",
-    title="SDXL",
+    title=SDXL.title,
     parts=(UNET, VAE, TEXT_ENCODER, TEXT_ENCODER_2),
-    layout=SDXL_LAYOUT,
+    layout=SDXL.layout,
     pipeline="StableDiffusionXLPipeline",
     owns_folder=owns_folder,
     text=TextRules(("<|endoftext|>", "!"), encode, text_shapes, fixed_layer),
     predict=predict,
-    records=Records(
-        v2=False,
-        base_model_version={"epsilon": "sdxl_base_v1-0", "v": "sdxl_base_v1-0"},
-        architecture={"epsilon": "stable-diffusion-xl-v1-base", "v": "stable-diffusion-xl-v1-base"},
-        implementation="https://github.com/Stability-AI/generative-models",
-        marks_prediction=True,
-    ),
+    records=SDXL.records,
     latents=LATENTS,
     side_step=32,
     half_vae="madebyollin/sdxl-vae-fp16-fix",

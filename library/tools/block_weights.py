@@ -1,18 +1,20 @@
-"""Strengths by block of the U-Net (`--lbw`): presets, and lists of 12, 16, 17, 20 or 26 numbers.
+"""Strengths by block of the U-Net (`--lbw`): presets, and lists of numbers (see `library/formats/blocks.py` for their blocks).
 
-The 26 blocks are BASE (the text encoder), IN00 to IN11, MID and OUT00 to OUT11. Shorter lists name only some of them; the
-others keep 1. 17 are those in which plain LoRAs have modules, 16 these without BASE. 20 and 12 are the lists of programs that
-were made for larger models; here they mean the blocks of the same names.
+SD 1.x and 2.x have lists of 26, of 17 (the blocks in which plain LoRAs have modules) and of 16 (these without BASE, the text
+encoder); SDXL has lists of 20 and of 12. A shorter list names only some blocks; the others keep 1. The lists of SDXL mean the
+blocks of the same names for SD 1.x and 2.x; those of SD 1.x and 2.x are no use for SDXL, which has other blocks.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from library.errors import UserError
-from library.formats.blocks import SD_BLOCKS
+from library.formats.blocks import SD_BLOCKS, SDXL_BLOCKS, BlockMap, block_map, block_of
+from library.formats.lora_file import LoraFile, all_names
 
-LISTS = SD_BLOCKS.lists
 # The web UI's presets, over the 17 blocks: the text encoder and these places in the list get 1, the others 0.
 _PRESETS = {
     "ALL": range(1, 17),
@@ -29,18 +31,58 @@ PRESETS = {
     **{name: [1.0, *(float(place in places) for place in range(1, 17))] for name, places in _PRESETS.items()},
     "ALL0.5": [0.5] * 17,
 }
+# Those that say the same of SDXL, over its 20 blocks. The others cut SD's blocks at places that SDXL has not.
+_SDXL_PRESETS = {
+    "NONE": [0.0] * 20,
+    "ALL": [1.0] * 20,
+    "INALL": [1.0] * 10 + [0.0] * 10,
+    "OUTALL": [1.0] + [0.0] * 10 + [1.0] * 9,
+    "ALL0.5": [0.5] * 20,
+}
 
 
-def read_block_weights(text: str) -> dict[str, float]:
+@dataclass(frozen=True)
+class Strength:
+    """How strongly a LoRA is merged: its ratio, times the strength of a module's block where one is given."""
+
+    ratio: float
+    by_block: Mapping[str, float] = field(default_factory=dict)
+
+    def of(self, lora_name: str) -> float:
+        """That of the module of this name."""
+        return self.ratio * self.by_block.get(block_of(lora_name), 1.0)
+
+
+def strengths(loras: Sequence[LoraFile], ratios: Sequence[float], texts: Sequence[str] | None) -> list[Strength]:
+    """The strength of each LoRA by `--ratios` and `--lbw`. UserError if a text is not for the blocks that the LoRAs have."""
+    if texts is None:
+        return [Strength(ratio) for ratio in ratios]
+    blocks = block_map(all_names(loras))
+    return [Strength(ratio, read_block_weights(text, blocks)) for ratio, text in zip(ratios, texts, strict=True)]
+
+
+def read_block_weights(text: str, blocks: BlockMap = SD_BLOCKS) -> dict[str, float]:
     """Strength by block name, from a preset, `1,0.5,...` or `[1, 0.5, ...]`; of the blocks that the list names."""
+    presets = _SDXL_PRESETS if blocks is SDXL_BLOCKS else PRESETS
+    if text.upper() in presets:
+        numbers = presets[text.upper()]
+        return dict(zip(blocks.lists[len(numbers)], numbers, strict=True))
     if text.upper() in PRESETS:
-        return dict(zip(LISTS[17], PRESETS[text.upper()], strict=True))
+        cure = f"for {blocks.title} give {_choice(blocks, presets)}"
+        raise UserError(f"--lbw {text} is made for the blocks of {SD_BLOCKS.title}; {cure}")
     try:
         numbers = [float(word) for word in text.strip().removeprefix("[").removesuffix("]").split(",")]
     except ValueError:
-        raise UserError(f"--lbw {text}: give numbers with commas, or one of {', '.join(PRESETS)}") from None
-    if len(numbers) not in LISTS:
-        raise UserError(f"--lbw: {len(numbers)} numbers given; 12, 16, 17, 20 or 26 are needed (17: {' '.join(LISTS[17])})")
+        raise UserError(f"--lbw {text}: give {_choice(blocks, presets)}") from None
+    if len(numbers) not in blocks.lists:
+        raise UserError(f"--lbw: {len(numbers)} numbers given; for {blocks.title} give {_choice(blocks, presets)}")
     if not all(math.isfinite(number) for number in numbers):
         raise UserError(f"--lbw {text}: every number must be finite")
-    return dict(zip(LISTS[len(numbers)], numbers, strict=True))
+    return dict(zip(blocks.lists[len(numbers)], numbers, strict=True))
+
+
+def _choice(blocks: BlockMap, presets: Mapping[str, Sequence[float]]) -> str:
+    counts = sorted(blocks.lists)
+    usual = 12 if blocks is SDXL_BLOCKS else 17
+    listed = f"{', '.join(map(str, counts[:-1]))} or {counts[-1]} numbers with commas ({usual}: {' '.join(blocks.lists[usual])})"
+    return f"{listed}, or one of {', '.join(presets)}"

@@ -14,23 +14,26 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.formats.lora_file import LoraFile
-from library.formats.lora_targets import is_v2, weight_targets
+from library.formats.lora_targets import weight_targets
 from library.formats.tensor_file import open_tensors
-from library.tools.checkpoint import check_model
+from library.tools.checkpoint import family_of_model, loras_for
 
 WeightOf = Callable[[str], Tensor | None]  # LoRA name -> the layer's weight in the base model, float32; None if there is none
 
-_IS_3X3 = re.compile(r"lora_unet_.*(?:conv1|conv2|samplers_0_conv|conv_in|conv_out)")
+_IS_3X3 = re.compile(
+    r"lora_unet_(?:.*(?:conv1|conv2|samplers_0_conv|conv_in|conv_out|in_layers_2|out_layers_3|_0_op|_[12]_conv)"
+    r"|input_blocks_0_0|out_2)"
+)
 
 
 @contextmanager
 def base_weights(sd_model: str | None, loras: Sequence[LoraFile]) -> Iterator[WeightOf]:
-    """The weights of the model that `--sd_model` names, if any. UserError if it is not of the LoRAs' generation."""
+    """The weights of the model that `--sd_model` names, if any. UserError if it is not of the LoRAs' family."""
     if sd_model is None:
         yield lambda name: None
         return
     with open_tensors(Path(sd_model)) as model:
-        check_model(model, bool(is_v2(model.shapes)), loras)
+        loras_for(model, family_of_model(model), loras)
         targets = weight_targets(model.shapes)
 
         def weight_of(name: str) -> Tensor | None:

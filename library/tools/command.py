@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any, NoReturn
 
-from library.errors import UserError, unknown
+from library.errors import NEGATIVE, UserError, unknown
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -29,6 +29,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str):
         super().__init__(description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
+        self._negative_number_matcher = NEGATIVE  # argparse's own takes no -5e-1
 
     def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         words = sys.argv[1:] if args is None else list(args)

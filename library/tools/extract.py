@@ -13,11 +13,10 @@ from tqdm import tqdm
 from library.errors import UserError
 from library.formats.lora_targets import Target, lora_targets
 from library.formats.low_rank import LowRank, best_low_rank, clamp, is_3x3, rank_for, rank_for_share
-from library.formats.modelspec import base_model_version
 from library.formats.tensor_file import TensorFile
 from library.parallel import on_matrices
 from library.tools.kept import Kept, named
-from library.tools.lora_metadata import modelspec_of, network
+from library.tools.lora_metadata import Base, modelspec_of, network
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def extract(original: TensorFile, tuned: TensorFile, how: Extraction) -> tuple[d
 
 def _pairs(original: TensorFile, tuned: TensorFile, how: Extraction) -> dict[str, list[tuple[str, Target, Target]]]:
     """The modules to extract with their targets in both files, by the key of the tensor in the first. Sizes are checked."""
-    first, second = lora_targets(original.shapes), lora_targets(tuned.shapes)
+    first, second = (lora_targets(file.shapes, how.conv_dim is not None) for file in (original, tuned))
     if odd := next(iter(first.keys() ^ second.keys()), None):
         lacks = tuned if odd in first else original
         raise UserError(f"{lacks.path} has no layer {odd}, the other model has; they are not of one kind")
@@ -69,8 +68,7 @@ def _pairs(original: TensorFile, tuned: TensorFile, how: Extraction) -> dict[str
         shapes = original.shapes[target.key], tuned.shapes[second[name].key]
         if torch.Size(shapes[0]).numel() != torch.Size(shapes[1]).numel():
             raise UserError(f"{name} is {shapes[0]} in {original.path} and {shapes[1]} in {tuned.path}; they are not of one kind")
-        if how.conv_dim is not None or "_attentions_" in name or name.startswith("lora_te_"):
-            pairs.setdefault(target.key, []).append((name, target, second[name]))
+        pairs.setdefault(target.key, []).append((name, target, second[name]))
     return pairs
 
 
@@ -108,13 +106,10 @@ def _module(difference: Tensor, how: Extraction) -> tuple[LowRank, tuple[float, 
     return module, (found.total**2, (found.total * found.kept(rank)) ** 2)
 
 
-def metadata_of(
-    modules: Mapping[str, LowRank], save_to: Path, original: Path, tuned: Path, v2: bool, v_parameterization: bool
-) -> dict[str, str]:
+def metadata_of(modules: Mapping[str, LowRank], save_to: Path, original: Path, tuned: Path, base: Base) -> dict[str, str]:
     """What the file says of itself."""
-    facts = network(modules) | {"ss_v2": str(v2)}
-    facts["ss_base_model_version"] = base_model_version(v2, v_parameterization)
+    facts = network(modules) | base.facts
     facts["ss_sd_model_name"] = original.name
     facts["ss_output_name"] = save_to.stem
     facts["ss_training_comment"] = f"extracted: {tuned.name} - {original.name}"
-    return facts | modelspec_of(save_to, facts, [tuned.stem, original.stem])
+    return facts | modelspec_of(save_to, base, [tuned.stem, original.stem])

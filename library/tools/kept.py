@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from library.errors import UserError
-from library.formats.blocks import BASE, SD_BLOCKS, block_of
+from library.formats.blocks import BASE, block_map, block_of
 from library.formats.low_rank import LowRank
 
 Result = TypeVar("Result")
@@ -40,7 +40,7 @@ def print_kept(kept: Kept) -> None:
             total[0] += before
             total[1] += after
     print("part of the norm that was kept:")
-    for block in (BASE, *SD_BLOCKS.names, "all"):
+    for block in (*block_map(kept).with_strengths, "all"):
         if block in sums:
             before, after = sums[block]
             print(f"  {'text encoder' if block == BASE else block:12} {(after / before) ** 0.5 if before else 1:7.2%}")

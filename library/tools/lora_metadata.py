@@ -4,29 +4,59 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from library.formats.families import GENERATIVE_MODELS, FileFamily
 from library.formats.lora_file import LoraFile
 from library.formats.low_rank import LowRank
-from library.formats.modelspec import MINIMUM, architecture, base_model_version, modelspec, prediction_type, says_v
+from library.formats.modelspec import MINIMUM, modelspec
+from library.formats.prediction import Prediction, said_by_lora
+from library.tools.block_weights import Strength
 
 # Of one training run, so they do not hold for a mixture; all else that the sources agree on is carried over.
 _OF_ONE_RUN = ("sshs_", "ss_session_id", "ss_training_started_at", "ss_training_finished_at", "ss_output_name", "ss_network_")
 
 
-def base_model_of(sources: Sequence[LoraFile], v_parameterization: bool | None) -> dict[str, str]:
-    """`ss_v2` and `ss_base_model_version`; v-prediction is what the option says, or else the sources.
+@dataclass(frozen=True)
+class Base:
+    """The model that a file is, or is for, as far as it is known."""
 
-    SD 2.x files that do not say what they predict are not marked as one or the other.
-    """
-    said = next((lora.metadata["ss_base_model_version"] for lora in sources if "ss_base_model_version" in lora.metadata), None)
-    v2 = next((lora.v2 for lora in sources if lora.v2 is not None), None)
-    if v2 is None:
-        return {}
-    if v_parameterization is None and said is None and v2:
-        return {"ss_v2": "True"}
-    predicts_v = says_v(said) if v_parameterization is None else v_parameterization
-    return {"ss_v2": str(v2), "ss_base_model_version": base_model_version(v2, predicts_v)}
+    family: FileFamily | None
+    prediction: Prediction | None
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """`ss_v2` and `ss_base_model_version`; the latter is left out where what is predicted is not known and decides it."""
+        if self.family is None:
+            return {}
+        version = self._one(self.family.records.base_model_version)
+        return {"ss_v2": str(self.family.records.v2)} | ({"ss_base_model_version": version} if version else {})
+
+    def spec(self, resolution: str | None, lora: bool) -> dict[str, str]:
+        """The keys of the model specification, without those that nothing says."""
+        if self.family is None:
+            return {}
+        architecture = self._one(self.family.records.architecture)
+        found = {
+            "architecture": architecture and architecture + ("/lora" if lora else ""),
+            "prediction_type": self.prediction,
+            "resolution": resolution or self._one(self.family.resolution),
+        }
+        return {key: value for key, value in found.items() if value}
+
+    def _one(self, values: Mapping[Prediction, str]) -> str | None:
+        """The value for what is predicted; where that is not known, the one that all have, if there is one."""
+        if self.prediction is not None:
+            return values[self.prediction]
+        return next(iter(values.values())) if len(set(values.values())) == 1 else None
+
+
+def base_of(sources: Sequence[LoraFile], v_parameterization: bool | None = None) -> Base:
+    """What LoRAs are for; v-prediction is what the option says, or else the first of them that says something."""
+    family = next((lora.family for lora in sources if lora.family), None)
+    said = next((found for lora in sources if (found := said_by_lora(lora.metadata))), None)
+    return Base(family, "v" if v_parameterization else said or (family.unsaid if family else None))
 
 
 def network(modules: Mapping[str, LowRank]) -> dict[str, str]:
@@ -52,11 +82,12 @@ def _common(values) -> str:
 
 def merged(
     sources: Sequence[LoraFile],
-    ratios: Sequence[float],
+    strengths: Sequence[Strength],
     modules: Mapping[str, LowRank],
     save_to: Path,
     how: str,
     v_parameterization: bool | None = None,
+    block_weights: Sequence[str] | None = None,
 ) -> dict[str, str]:
     """Metadata of a LoRA made of several: what all agree on, the new rank, and the parts with their ratios and hashes."""
     first, *others = [lora.metadata for lora in sources]
@@ -65,24 +96,29 @@ def merged(
         for key, value in first.items()
         if key.startswith("ss_") and not key.startswith(_OF_ONE_RUN) and all(other.get(key) == value for other in others)
     }
-    comment = f"{how}: " + " + ".join(f"{ratio:g} x {lora.path.name}" for lora, ratio in zip(sources, ratios, strict=True))
-    facts = {"ss_merged_from": merged_from(sources, ratios), "ss_training_comment": comment, "ss_output_name": save_to.stem}
-    facts |= base_model_of(sources, v_parameterization) | network(modules)
-    return carried | facts | modelspec_of(save_to, facts, [lora.title for lora in sources], first.get("modelspec.resolution"))
+    terms = [f"{strength.ratio:g} x {lora.path.name}" for lora, strength in zip(sources, strengths, strict=True)]
+    comment = f"{how}: {' + '.join(terms)}" + (f"; by block: {' | '.join(block_weights)}" if block_weights else "")
+    base = base_of(sources, v_parameterization)
+    facts = {"ss_merged_from": merged_from(sources, strengths), "ss_training_comment": comment, "ss_output_name": save_to.stem}
+    spec = modelspec_of(save_to, base, [lora.title for lora in sources], first.get("modelspec.resolution"))
+    return carried | facts | base.facts | network(modules) | spec
 
 
-def merged_from(sources: Sequence[LoraFile], ratios: Sequence[float]) -> str:
+def merged_from(sources: Sequence[LoraFile], strengths: Sequence[Strength]) -> str:
     """What was merged at which ratio, as JSON."""
     parts = [
-        {"name": lora.path.name, "ratio": ratio, "sshs_model_hash": lora.metadata.get("sshs_model_hash")}
-        for lora, ratio in zip(sources, ratios, strict=True)
+        {"name": lora.path.name, "ratio": strength.ratio, "sshs_model_hash": lora.metadata.get("sshs_model_hash")}
+        for lora, strength in zip(sources, strengths, strict=True)
     ]
     return json.dumps(parts)
 
 
 def changed(source: LoraFile, modules: Mapping[str, LowRank], comment: str, **facts: str) -> dict[str, str]:
-    """Metadata of a LoRA made of one: all that was there, the new rank, and a comment in front of the old one."""
-    carried = {key: value for key, value in source.metadata.items() if not key.startswith("sshs_")}
+    """Metadata of a LoRA made of one: all that was there, the new rank, and a comment in front of the old one.
+
+    The base model is named too where it was not: web UIs take a file with metadata but without that for one of SD 1.x.
+    """
+    carried = base_of([source]).facts | {key: value for key, value in source.metadata.items() if not key.startswith("sshs_")}
     old_comment = carried.get("ss_training_comment")
     comment = f"{comment}; {old_comment}" if old_comment and old_comment != "None" else comment
     numbers = network(modules)
@@ -101,21 +137,16 @@ def _merged_json(old: str, new: str) -> str:
 
 
 def modelspec_of(
-    save_to: Path, facts: Mapping[str, str], titles: Sequence[str], resolution: str | None = None, lora: bool = True
+    save_to: Path, base: Base, titles: Sequence[str], resolution: str | None = None, lora: bool = True
 ) -> dict[str, str]:
-    """The `modelspec.*` keys. Prediction type and resolution are left out where nothing says them."""
-    version = facts.get("ss_base_model_version")
-    v2, predicts_v = facts.get("ss_v2") == "True", says_v(version)
+    """The `modelspec.*` keys."""
+    implementation = base.family.records.implementation if base.family else "diffusers"
     keys = {
-        "implementation": "diffusers" if lora else "https://github.com/Stability-AI/generative-models",
+        "implementation": implementation if lora else GENERATIVE_MODELS,
         "title": save_to.stem,
         "merged_from": ", ".join(titles),
     }
-    if "ss_v2" in facts and (version or not v2):
-        keys["architecture"] = architecture(v2, predicts_v, lora)
-        keys["prediction_type"] = prediction_type(predicts_v)
-        keys["resolution"] = resolution or ("768x768" if v2 and predicts_v else "512x512")
-    return modelspec(keys)
+    return modelspec(keys | base.spec(resolution, lora))
 
 
 def without_modelspec(metadata: Mapping[str, str]) -> dict[str, str]:

@@ -19,6 +19,20 @@ def add_models(parser: Parser, text: str) -> None:
     parser.add_argument("--ratios", nargs="*", type=float, default=[], help=ratios)
 
 
+def add_family(parser: Parser) -> None:
+    """--v2 and --sdxl, which only check what the files say."""
+    family = parser.add_mutually_exclusive_group()
+    family.add_argument("--v2", action="store_true", help="the files are of Stable Diffusion 2.x (default: read from them)")
+    family.add_argument("--sdxl", action="store_true", help="the files are of SDXL (default: read from them)")
+
+
+def add_block_weights(parser: Parser) -> None:
+    """--lbw"""
+    lists = "12 or 20 numbers with commas for SDXL, 16, 17 or 26 for SD 1.x and 2.x"
+    text = f"strength by block, one for each model: a preset such as MIDD, or {lists}"
+    parser.add_argument("--lbw", "--lbws", nargs="*", dest="lbw", help=text)
+
+
 def add_precision(parser: Parser, option: str, default: str | None = None, text: str = "dtype in the file") -> None:
     """An option such as --save_precision."""
     parser.add_argument(option, choices=list(PRECISIONS), default=default, help=text)
@@ -70,6 +84,12 @@ def check_ratios(models: Sequence[str], ratios: Sequence[float]) -> None:
         raise UserError(f"--ratios: {len(ratios)} given for {len(models)} models; give one for each, in the same order")
     if wrong := [ratio for ratio in ratios if not math.isfinite(ratio)]:
         raise UserError(f"--ratios: {wrong[0]} is no strength; give numbers such as 0.8")
+
+
+def check_count(option: str, values: Sequence[str] | None, models: Sequence[str]) -> None:
+    """UserError unless there is one value a model, if there are any."""
+    if values is not None and len(values) != len(models):
+        raise UserError(f"{option}: {len(values)} given for {len(models)} models; give one for each, in the same order")
 
 
 def check_at_least_one(option: str, value: int | None) -> None:

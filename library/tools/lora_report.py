@@ -12,7 +12,8 @@ from torch import Tensor
 
 from library.formats.adapters.kind import Parts
 from library.formats.adapters.registry import Adapter
-from library.formats.blocks import BASE, SD_BLOCKS, block_of
+from library.formats.blocks import BASE, block_map, block_of
+from library.formats.families import FILE_FAMILIES, titles
 from library.formats.lora_file import LoraFile
 from library.formats.low_rank import LowRank, norm
 from library.formats.tensor_file import TensorFile
@@ -31,7 +32,7 @@ def report(lora: LoraFile) -> Iterator[str]:
         yield f"kinds: {', '.join(f'{count} {title}' for title, count in kinds.items())}"
     if lora.left_out:
         yield f"left out: {len(lora.left_out)} tensors that no layer has a use for, such as {lora.left_out[0]}"
-    yield f"for: {_generation(lora)}; dtype {str(lora.dtype).removeprefix('torch.')}; made by: {maker(lora)}"
+    yield f"for: {_family(lora)}; dtype {str(lora.dtype).removeprefix('torch.')}; made by: {maker(lora)}"
     yield f"NaN or infinity: {f'in {len(bad)} modules' if bad else 'none'}"
     yield ""
     width = max(len(name) for name in modules)
@@ -91,7 +92,7 @@ def _blocks(modules: dict[str, Adapter]) -> Iterator[str]:
     by_block: dict[str, list[Adapter]] = {}
     for name, module in modules.items():
         by_block.setdefault(block_of(name), []).append(module)
-    for block in (BASE, *SD_BLOCKS.names):
+    for block in block_map(modules).with_strengths:
         if block in by_block:
             found = by_block[block]
             ranks = sorted({factors.rank for adapter in found if (factors := _factors(adapter))})
@@ -100,10 +101,8 @@ def _blocks(modules: dict[str, Adapter]) -> Iterator[str]:
             yield f"{'text encoder' if block == BASE else block:12} {len(found):7} {text:>9} {total:9.4g}"
 
 
-def _generation(lora: LoraFile) -> str:
-    if lora.v2 is None:
-        return "unknown generation"
-    return "Stable Diffusion 2.x" if lora.v2 else "Stable Diffusion 1.x"
+def _family(lora: LoraFile) -> str:
+    return "unknown family" if len(lora.families) == len(FILE_FAMILIES) else titles(lora.families)
 
 
 def maker(lora: LoraFile) -> str:

@@ -14,18 +14,22 @@ from tqdm import tqdm
 
 from library.errors import UserError
 from library.formats.adapters.registry import Adapter
+from library.formats.families import FileFamily
 from library.formats.lora_file import LoraFile, all_names
-from library.formats.lora_targets import Target, bias_targets, is_v2, weight_targets
+from library.formats.lora_targets import Target, bias_targets, weight_targets
 from library.formats.low_rank import LowRank, shuffle, stack
+from library.formats.prediction import said_by_file
 from library.formats.tensor_file import TensorFile
 from library.formats.tensor_output import rows_in, write_weights
-from library.tools.lora_metadata import base_model_of, merged_from, modelspec_of
+from library.tools.block_weights import Strength
+from library.tools.lora_metadata import Base, base_of, merged_from, modelspec_of
 
 
 def merge_into_model(
     model: TensorFile,
+    family: FileFamily,
     loras: Sequence[LoraFile],
-    ratios: Sequence[float],
+    strengths: Sequence[Strength],
     save_to: Path,
     *,
     compute: torch.dtype = torch.float32,
@@ -37,7 +41,7 @@ def merge_into_model(
 
     save None: every tensor keeps its dtype. Tensors that are no part of the network (the noise schedule's) keep it always.
     """
-    changes, unused = _changes(model, loras, ratios)
+    changes, unused = _changes(model, loras, strengths)
     if not changes:
         raise UserError(
             f"{model.path} has no layer for any module of the LoRAs, such as {unused[0]}; they are for another kind of model"
@@ -55,11 +59,10 @@ def merge_into_model(
 
     metadata = dict(model.metadata)
     if with_modelspec:
-        v2 = is_v2(model.shapes)
-        facts = base_model_of(loras, v_parameterization) | ({"ss_v2": str(v2)} if v2 is not None else {})
+        base = Base(family, "v" if v_parameterization else said_by_file(model).prediction or base_of(loras).prediction)
         titles = [metadata.get("modelspec.title") or model.path.stem, *(lora.title for lora in loras)]
-        spec = modelspec_of(save_to, facts, titles, metadata.get("modelspec.resolution"), lora=False)
-        metadata |= spec | {"ss_merged_from": merged_from(loras, ratios)}
+        spec = modelspec_of(save_to, base, titles, metadata.get("modelspec.resolution"), lora=False)
+        metadata |= spec | {"ss_merged_from": merged_from(loras, strengths)}
     with progress:
         write_weights(save_to, plan, rows_of, metadata, model.numbers)
     return unused
@@ -84,14 +87,14 @@ class Change:
         return torch.zeros_like(weight).flatten(1) if change is None else (change * self.ratio).view(len(weight), -1)
 
 
-def _changes(model: TensorFile, loras: Sequence[LoraFile], ratios: Sequence[float]) -> tuple[dict[str, list[Change]], list[str]]:
+def _changes(
+    model: TensorFile, loras: Sequence[LoraFile], strengths: Sequence[Strength]
+) -> tuple[dict[str, list[Change]], list[str]]:
     """The changes by the tensor's name in the model, and the modules for which the model has no layer."""
     weights, biases = weight_targets(model.shapes), bias_targets(model.shapes)
-    if not weights:
-        raise UserError(f"{model.path} is no Stable Diffusion 1.x or 2.x checkpoint: its layers have other names")
     changes: dict[str, list[Change]] = {}
     unused = []
-    for lora, ratio in zip(loras, ratios, strict=True):
+    for lora, strength in zip(loras, strengths, strict=True):
         for name, adapter in lora.modules.items():
             targets = [(weights.get(name), False)] if adapter.changes_weight else []
             targets += [(biases.get(name), True)] if adapter.changes_bias else []
@@ -101,7 +104,7 @@ def _changes(model: TensorFile, loras: Sequence[LoraFile], ratios: Sequence[floa
                     continue
                 if not of_bias:
                     _check_size(model, lora, name, target)
-                changes.setdefault(target.key, []).append(Change(target, lora, adapter, ratio, of_bias))
+                changes.setdefault(target.key, []).append(Change(target, lora, adapter, strength.of(name), of_bias))
     return changes, list(dict.fromkeys(unused))
 
 
@@ -162,12 +165,13 @@ def _merged(weight: Tensor, rows: slice, count: int, changes: Mapping[Target, Su
     return weight
 
 
-def merge_loras(loras: Sequence[LoraFile], ratios: Sequence[float], shuffled: bool = False) -> dict[str, LowRank]:
-    """The exact sum of ratio * LoRA, by module. A module that only some of the files have is the sum over those."""
+def merge_loras(loras: Sequence[LoraFile], strengths: Sequence[Strength], shuffled: bool = False) -> dict[str, LowRank]:
+    """The exact sum of strength * LoRA, by module. A module that only some of the files have is the sum over those."""
     generator = torch.Generator().manual_seed(0)
     result = {}
     for name in tqdm(all_names(loras), unit="module", desc="merging"):
-        parts = [(_low_rank(lora, name), ratio) for lora, ratio in zip(loras, ratios, strict=True) if name in lora.modules]
+        pairs = zip(loras, strengths, strict=True)
+        parts = [(_low_rank(lora, name), strength.of(name)) for lora, strength in pairs if name in lora.modules]
         result[name] = shuffle(stack(parts), generator) if shuffled else stack(parts)
     return result
 

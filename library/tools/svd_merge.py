@@ -2,45 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 from tqdm import tqdm
 
 from library.errors import UserError
-from library.formats.blocks import block_of
 from library.formats.lora_file import LoraFile, all_names
 from library.formats.low_rank import LowRank, best_low_rank, clamp, decompose, delta, is_3x3, rank_for, stack
 from library.parallel import on_matrices
+from library.tools.block_weights import Strength
 from library.tools.changes import WeightOf, dense_change
 from library.tools.kept import Kept, named, split_results
 
 
 def svd_merge(
     loras: Sequence[LoraFile],
-    ratios: Sequence[float],
+    strengths: Sequence[Strength],
     new_rank: int,
     new_conv_rank: int | None = None,
     *,
-    block_weights: Sequence[Mapping[str, float]] | None = None,
     device: str = "cpu",
     clamp_quantile: float | None = None,
     weight_of: WeightOf = lambda name: None,
 ) -> tuple[dict[str, LowRank], Kept]:
-    """The sum of ratio * block weight * LoRA, each module cut to `new_rank`, or `new_conv_rank` if it is a 3x3 convolution.
+    """The sum of strength * LoRA, each module cut to `new_rank`, or `new_conv_rank` if it is a 3x3 convolution.
 
     Where the ranks of the parts are fewer together, the sum is exact and has those. weight_of: for modules whose change depends
     on the model.
     """
-    weights = block_weights or [{}] * len(loras)
 
     def work(name: str) -> tuple[LowRank, tuple[float, float]]:
-        block = block_of(name)
-        parts = [
-            (lora, ratio * by_block.get(block, 1.0))
-            for lora, ratio, by_block in zip(loras, ratios, weights, strict=True)
-            if name in lora.modules
-        ]
+        parts = [(lora, strength.of(name)) for lora, strength in zip(loras, strengths, strict=True) if name in lora.modules]
         factors = [(module, factor) for lora, factor in parts if (module := lora.modules[name].low_rank())]
         like: LowRank | Sequence[int]
         if len(factors) == len(parts):

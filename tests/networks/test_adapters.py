@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kind_files import CONV, KINDS, NORM, file_of, random
 from safetensors.torch import save_file
-from test_kinds import CONV, KINDS, NORM, random
 from tool_files import lora_tensors, small_model
 
 from networks.adapters import AdapterModule
@@ -29,7 +29,7 @@ def files(unet):
         "lora_unet_time_embedding_linear_1.lora_down.weight": torch.randn(2, down.shape[1], generator=generator) * 0.1,
     }
     return {
-        **{name: random(shapes) for name, shapes in KINDS.items()},
+        **{name: file_of(name) for name in KINDS},
         "norm": random({"w_norm": (size,), "b_norm": (size,)}, NORM),
         "bias": random({"diff_b": (64,)}, CONV),
         "kernel": random({"diff": (64, 64, 3, 3), "diff_b": (64,)}, CONV),

@@ -149,8 +149,11 @@ def test_wrong_input(models):
             run(models, *words)
     with pytest.raises(UserError, match="do not differ"):
         run(models, tuned="org.safetensors")
-    with pytest.raises(UserError, match="leave out --v2" if v2 == [] else "add --v2"):
-        run((folder, None, [] if v2 else ["--v2"]))
+    with pytest.raises(UserError, match="leave out --sdxl"):
+        run((folder, None, ["--sdxl"]))
+    if not v2:
+        with pytest.raises(UserError, match="leave out --v2"):
+            run((folder, None, ["--v2"]))
     with pytest.raises(UserError, match="is a folder"):
         run(models, tuned=".")
     with pytest.raises(UserError, match="overwrite an input"):

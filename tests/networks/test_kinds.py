@@ -4,32 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kind_files import CONV, KINDS, LAYER, NORM, TUCKER, file_of, layer_of, random, title_of
 from tool_files import checkpoint_tensors, load, lora_tensors, save_lora, small_model
 
 from library.errors import UserError
 from library.formats.lora_file import read_lora
 from networks import check_lora_weights, merge_lora, resize_lora, svd_merge_lora
 
-LAYER = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
-CONV = "lora_unet_mid_block_resnets_0_conv1"
-NORM = "lora_unet_mid_block_attentions_0_norm"
 KEY = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q.weight"
 CONV_KEY = "model.diffusion_model.middle_block.0.in_layers.2.weight"
 NORM_KEY = "model.diffusion_model.middle_block.1.norm"
-# kind -> shapes of its tensors, for a Linear layer of 64 in and out
-KINDS = {
-    "LoRA": {"lora_up.weight": (64, 2), "lora_down.weight": (2, 64)},
-    "LoHa": {"hada_w1_a": (64, 2), "hada_w1_b": (2, 64), "hada_w2_a": (64, 2), "hada_w2_b": (2, 64)},
-    "LoKr": {"lokr_w1": (2, 2), "lokr_w2_a": (32, 2), "lokr_w2_b": (2, 32)},
-    "full difference": {"diff": (64, 64)},
-    "GLoRA": {"a1.weight": (64, 2), "a2.weight": (2, 64), "b1.weight": (64, 2), "b2.weight": (2, 64)},
-    "IA3": {"weight": (64,), "on_input": ()},
-    "OFT": {"oft_blocks": (8, 8, 8)},
-    "BOFT": {"oft_blocks": (2, 8, 8, 8)},
-    "LoRA with DoRA": {"lora_up.weight": (64, 2), "lora_down.weight": (2, 64), "dora_scale": (64, 1)},
-}
-NEED_THE_MODEL = ("GLoRA", "IA3", "OFT", "BOFT", "LoRA with DoRA")
-EXACT_AT_32 = ("LoRA", "LoHa", "GLoRA")  # the ranks of these changes are 2, 4 and 4
+NEED_THE_MODEL = ("GLoRA", "IA3", "OFT", "BOFT", "LoRA with DoRA", "LoRA with DoRA, by input")
+EXACT_AT_32 = ("LoRA", TUCKER, "LoHa", "GLoRA")  # the ranks of these changes are 2, 2, 4 and 4
+EXACT_SUM = ("LoRA", TUCKER)
 
 
 @pytest.fixture(scope="module")
@@ -40,32 +27,29 @@ def model(tmp_path_factory):
     return path, tensors
 
 
-def random(shapes: dict[str, tuple[int, ...]], layer: str = LAYER) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    tensors = {f"{layer}.{name}": torch.randn(shape, generator=generator) * 0.1 for name, shape in shapes.items()}
-    if f"{layer}.on_input" in tensors:
-        tensors[f"{layer}.on_input"] = torch.tensor(1)
-    return tensors
-
-
 @pytest.fixture(params=KINDS)
 def kind(request, tmp_path):
-    path = save_lora(tmp_path / "kind.safetensors", random(KINDS[request.param]))
-    assert read_lora(path).modules[LAYER].title == request.param
+    path = save_lora(tmp_path / "kind.safetensors", file_of(request.param))
+    assert read_lora(path).modules[layer_of(request.param)].title == title_of(request.param)
     return request.param, path
 
 
+def key_of(kind):
+    return CONV_KEY if layer_of(kind) == CONV else KEY
+
+
 def change_of(path, weight):
-    return read_lora(path).modules[LAYER].weight_change(weight)
+    (adapter,) = read_lora(path).modules.values()
+    return adapter.weight_change(weight)
 
 
 def test_merge_into_a_model_adds_the_change_and_nothing_else(kind, model, tmp_path):
-    base, tensors = model
-    out = tmp_path / "out.safetensors"
-    merge_lora.main(["--sd_model", str(base), "--save_to", str(out), "--models", kind[1], "--ratios", "0.5"])
+    (name, path), (base, tensors) = kind, model
+    key, out = key_of(name), tmp_path / "out.safetensors"
+    merge_lora.main(["--sd_model", str(base), "--save_to", str(out), "--models", path, "--ratios", "0.5"])
     merged = load(out)
-    torch.testing.assert_close(merged[KEY], tensors[KEY] + 0.5 * change_of(kind[1], tensors[KEY]), atol=1e-6, rtol=1e-5)
-    assert [name for name in tensors if not torch.equal(merged[name], tensors[name])] == [KEY]
+    torch.testing.assert_close(merged[key], tensors[key] + 0.5 * change_of(path, tensors[key]), atol=1e-6, rtol=1e-5)
+    assert [other for other in tensors if not torch.equal(merged[other], tensors[other])] == [key]
 
 
 @pytest.mark.parametrize("tool", [resize_lora, svd_merge_lora])
@@ -76,14 +60,15 @@ def test_a_lora_of_rank_32_is_the_nearest_one(kind, model, tmp_path, tool):
     source = ["--model", path] if tool is resize_lora else ["--models", path, "--ratios", "1"]
     words = [*source, "--save_to", str(out), "--new_rank", "32"]
     if name in NEED_THE_MODEL:
-        with pytest.raises(UserError, match=f"kind.safetensors: {LAYER} is of the kind {name}, .* with --sd_model"):
+        with pytest.raises(UserError, match=f"kind.safetensors: {LAYER} is of the kind {title_of(name)}, .* with --sd_model"):
             tool.main(words)
         words += ["--sd_model", str(base)]
     tool.main(words)
-    found = read_lora(out).modules[LAYER].low_rank()
+    found = read_lora(out).modules[layer_of(name)].low_rank()
     assert found is not None
-    expected = change_of(path, tensors[KEY]).double()
-    error = (found.up.double() @ found.down.double() * found.scale - expected).norm()
+    expected = change_of(path, tensors[key_of(name)]).double().flatten(1)
+    up, down = found.matrices()
+    error = (up.double() @ down.double() * found.scale - expected).norm()
     u, s, vh = torch.linalg.svd(expected)
     assert error <= max(1.001 * s[32:].norm(), 1e-6 * s.norm())
     assert (error < 1e-5 * s.norm()) == (name in EXACT_AT_32 or s[32:].norm() < 1e-5 * s.norm())
@@ -92,8 +77,9 @@ def test_a_lora_of_rank_32_is_the_nearest_one(kind, model, tmp_path, tool):
 def test_check_names_the_kind(kind, capsys):
     check_lora_weights.main([kind[1]])
     lines = capsys.readouterr().out.splitlines()
-    row = next(line for line in lines if line.startswith(LAYER))
-    assert kind[0] == "LoRA" or (row.endswith(kind[0]) and f"kinds: 1 {kind[0]}" in lines)
+    title, layer = title_of(kind[0]), layer_of(kind[0])
+    row = next(line for line in lines if line.startswith(layer))
+    assert title == "LoRA" or (row.endswith(title) and f"kinds: 1 {title}" in lines)
 
 
 def test_a_mixture_of_kinds_is_merged_by_svd(model, tmp_path):
@@ -106,10 +92,17 @@ def test_a_mixture_of_kinds_is_merged_by_svd(model, tmp_path):
     torch.testing.assert_close(found.up @ found.down * found.scale, expected, atol=1e-6, rtol=1e-4)
 
 
-def test_an_exact_sum_of_other_kinds_is_an_error_with_its_cure(tmp_path):
-    path = save_lora(tmp_path / "loha.safetensors", random(KINDS["LoHa"]))
-    with pytest.raises(UserError, match="is of the kind LoHa, whose sum with others is no LoRA; use svd_merge_lora.py"):
-        merge_lora.main(["--models", path, "--ratios", "1", "--save_to", str(tmp_path / "out.safetensors")])
+def test_the_sum_in_one_lora_is_exact_or_an_error_with_its_cure(kind, model, tmp_path):
+    (name, path), out = kind, tmp_path / "out.safetensors"
+    words = ["--models", path, path, "--ratios", "1", "-0.25", "--save_to", str(out)]
+    if name not in EXACT_SUM:
+        says = f"is of the kind {title_of(name)}, whose sum with others is no LoRA; use svd_merge_lora.py"
+        with pytest.raises(UserError, match=says):
+            merge_lora.main(words)
+        return
+    merge_lora.main(words)
+    weight = model[1][key_of(name)]
+    torch.testing.assert_close(change_of(out, weight), 0.75 * change_of(path, weight), atol=1e-6, rtol=1e-4)
 
 
 def test_a_flat_pair_for_a_kernel_becomes_a_lora_of_a_convolution(model, tmp_path):

@@ -235,12 +235,15 @@ def test_wrong_input_is_named_before_any_work(model, tmp_path):
     assert "nan is no strength" in error("--save_to", out, "--models", a, "--ratios", "nan")
     assert "overwrite an input" in error("--save_to", a, "--models", a, "--ratios", "1")
     assert "did you mean '--ratios'" in error("--save_to", out, "--models", a, "--ratio", "1")
-    assert "--v2 is for merging into a model" in error("--save_to", out, "--models", a, "--ratios", "1", "--v2")
+    sd1 = save_lora(tmp_path / "sd1.safetensors", lora_tensors(model, only="mid_block"), ss_v2="False")
+    assert "sd1.safetensors is for SD 1.x; leave out --v2" in error("--save_to", out, "--models", sd1, "--ratios", "1", "--v2")
     assert "invalid choice" in error("--save_to", out, "--models", a, "--ratios", "1", "--precision", "fp8")
     checkpoint = save_lora(tmp_path / "m.safetensors", checkpoint_tensors(model))
     assert "a whole model" in error("--save_to", out, "--models", checkpoint, "--ratios", "1")
     assert "leave out --v2" in error("--sd_model", checkpoint, "--save_to", out, "--models", a, "--ratios", "1", "--v2")
-    assert "no Stable Diffusion checkpoint" in error("--sd_model", a, "--save_to", out, "--models", b, "--ratios", "1")
+    assert "no checkpoint of SD 1.x or SD 2.x or SDXL: it lacks the U-Net" in error(
+        "--sd_model", a, "--save_to", out, "--models", b, "--ratios", "1"
+    )
     assert "Diffusers folder" in error("--sd_model", str(tmp_path), "--save_to", out, "--models", a, "--ratios", "1")
     assert not Path(out).exists() and not list(tmp_path.glob(".*"))
 

@@ -10,8 +10,8 @@ import torch
 from tool_files import assert_close, load, lora_tensors, metadata_of, products, save_lora, small_model, total
 
 from library.errors import UserError
-from library.formats.blocks import block_of
-from library.tools.block_weights import LISTS, PRESETS, read_block_weights
+from library.formats.blocks import SD_BLOCKS, block_of
+from library.tools.block_weights import PRESETS, read_block_weights
 from networks.svd_merge_lora import main
 
 
@@ -88,7 +88,7 @@ def test_block_weights(parts):
     _, a, b, _ = parts
     weights = ",".join(str(0.1 * place) for place in range(26))
     result = products(merge(parts, "--new_rank", "9", "--lbw", weights, "INALL"))
-    by_block = [dict(zip(LISTS[26], [0.1 * place for place in range(26)], strict=True)), read_block_weights("INALL")]
+    by_block = [dict(zip(SD_BLOCKS.lists[26], [0.1 * place for place in range(26)], strict=True)), read_block_weights("INALL")]
     expected = total(
         *[
             {name: ratio * weights.get(block_of(name), 1.0) * value for name, value in products(part).items()}
@@ -100,9 +100,9 @@ def test_block_weights(parts):
 
 
 def test_block_lists_name_their_blocks():
-    assert all(len(names) == count == len(set(names)) for count, names in LISTS.items())
+    assert all(len(names) == count == len(set(names)) for count, names in SD_BLOCKS.lists.items())
     assert read_block_weights("[0, 1, 1,1,1,1,1,1,1,1,1,1,1,1,1,1,0.5]") | {} == {
-        **dict.fromkeys(LISTS[17], 1.0),
+        **dict.fromkeys(SD_BLOCKS.lists[17], 1.0),
         "BASE": 0,
         "OUT11": 0.5,
     }
@@ -115,9 +115,9 @@ def test_block_lists_name_their_blocks():
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--lbw", "1,2", "ALL"], "2 numbers given; 12, 16, 17, 20 or 26"),
+        (["--lbw", "1,2", "ALL"], "2 numbers given; for Stable Diffusion 1.x and 2.x give 12, 16, 17, 20 or 26"),
         (["--lbw", "ALL"], "1 given for 2 models"),
-        (["--lbw", "ALL", "some"], "give numbers with commas, or one of NONE"),
+        (["--lbw", "ALL", "some"], "give 12, 16, .* numbers with commas .*, or one of NONE"),
         (["--new_rank", "0"], "--new_rank 0: must be at least 1"),
         (["--clamp_quantile", "2"], "above 0 and at most 1"),
         (["--device", "quantum"], "not to be had here"),

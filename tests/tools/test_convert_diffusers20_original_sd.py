@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
 from library.models.saving import save_stable_diffusion
-from library.testing import small_stable_diffusion
+from library.testing import small_sdxl, small_stable_diffusion
 from tools.convert_diffusers20_original_sd import main
 
 ROOT = Path(__file__).parents[2]
@@ -175,3 +176,48 @@ def test_a_file_of_8_bits_becomes_fp16_and_one_without_vae_gets_another(model, t
         convert(tmp_path / "no_vae.safetensors", tmp_path / "b.safetensors", "--vae", str(model[0] / "model.safetensors"))
     )
     assert given.keys() == tensors.keys()
+
+
+def test_every_part_keeps_its_own_dtype(tmp_path, capsys):
+    """Also within a part: many files have float32 norms, or a float32 VAE beside a float16 U-Net."""
+    save_stable_diffusion(small_stable_diffusion(**SIZES), tmp_path / "model.safetensors")
+    starts = {
+        "first_stage_model.": torch.float32,
+        "cond_stage_model.": torch.bfloat16,
+        "model.diffusion_model.out.0": torch.float32,
+    }
+    tensors = {
+        name: value.to(next((dtype for start, dtype in starts.items() if name.startswith(start)), torch.float16))
+        for name, value in load_file(tmp_path / "model.safetensors").items()
+    }
+    save_file(tensors, tmp_path / "mixed.safetensors")
+    folder = convert(tmp_path / "mixed.safetensors", tmp_path / "folder")
+    assert "float16, vae float32, text_encoder bfloat16" in capsys.readouterr().out
+    back = load_file(convert(folder, tmp_path / "back.safetensors"))
+    assert {name: value.dtype for name, value in back.items()} == {name: value.dtype for name, value in tensors.items()}
+    assert all(torch.equal(back[name], value) for name, value in tensors.items())
+
+
+def test_traps_1_2_and_51_sdxl_there_and_back_with_marks_and_a_projection_turned_both_ways(tmp_path):
+    source = tmp_path / "model.safetensors"
+    save_stable_diffusion(replace(small_sdxl(v_parameterization=True), zero_terminal_snr=True), source, torch.float16)
+    original = load_file(source)
+    assert original["v_pred"].numel() == original["ztsnr"].numel() == 0
+    folder = convert(source, tmp_path / "folder")
+    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    assert scheduler["prediction_type"] == "v_prediction" and scheduler["rescale_betas_zero_snr"]
+    back = load_file(convert(folder, tmp_path / "back.safetensors"))
+    assert back.keys() == original.keys() and all(torch.equal(back[name], value) for name, value in original.items())
+    key = "conditioner.embedders.1.model.text_projection"
+    in_folder = load_file(folder / "text_encoder_2" / "model.safetensors")["text_projection.weight"]
+    assert torch.equal(in_folder, original[key].T) and not torch.equal(in_folder, original[key])
+
+
+@pytest.mark.parametrize("extra", ["text_projection.weight", "logit_scale", "visual_projection.weight"])
+def test_what_a_text_encoders_folder_has_of_clip_beside_it_is_no_use_here(model, tmp_path, extra):
+    folder, v2 = model
+    there = convert(folder / "model.safetensors", tmp_path / "folder")
+    weights = load_file(there / "text_encoder" / "model.safetensors")
+    save_file(weights | {extra: torch.ones(64, 64)}, there / "text_encoder" / "model.safetensors")
+    back, original = load_file(convert(there, tmp_path / "back.safetensors")), load_file(folder / "model.safetensors")
+    assert all(torch.equal(back[name], value) for name, value in original.items())

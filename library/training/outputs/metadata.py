@@ -26,9 +26,9 @@ from library.data.config_keys import DatasetConfig, SubsetConfig
 from library.data.facts import DatasetFacts, SubsetFacts
 from library.errors import UserError
 from library.files import legacy_hash_of_file, sha256_of_file
+from library.formats.families import Records
 from library.formats.modelspec import MINIMUM, modelspec
 from library.key_values import read_pairs
-from library.models.family import Records
 from library.option_traits import fields_with, traits_of
 from library.safe_text import as_data, as_unicode
 from library.training.network import TrainedNetwork

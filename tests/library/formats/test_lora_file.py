@@ -99,8 +99,11 @@ NAME = "lora_unet_mid_block_attentions_0_proj_in"
         ({f"{NAME}.lambda_layer": (2,)}, "a T-LoRA"),
         ({f"unet.{UNET}.to_q.oft_R.weight": (2, 2)}, "an OFT of version 2"),
         ({"unet:0:up": (2, 2)}, "cloneofsimo"),
-        ({"lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": (2, 2)}, "SDXL"),
-        ({"lora_unet_input_blocks_4_1_transformer_blocks_1_attn1_to_q.lora_up.weight": (2, 2)}, "SDXL"),
+        (
+            {"lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": (2, 2)},
+            "a LoRA for Flux .* only LoRA files for SD 1.x or SD 2.x or SDXL",
+        ),
+        ({"transformer.transformer_blocks.1.attn.to_q.lora_A.weight": (2, 2)}, "a LoRA for another family of models"),
         ({"model.diffusion_model.out.2.weight": (4, 4, 3, 3)}, "a whole model"),
         ({"emb_params": (3, 768)}, "textual inversion"),
         ({"foo.weight": (3, 3)}, "foo.weight is not part of one, nor are the others"),

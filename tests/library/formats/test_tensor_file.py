@@ -10,6 +10,7 @@ import types
 import zipfile
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -231,3 +232,36 @@ def test_pickled_tensors(tmp_path):
     (tmp_path / "cut.ckpt").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="cut.ckpt is cut off"):
         load_pickled(tmp_path / "cut.ckpt")
+
+
+@pytest.mark.parametrize("wrapper", ["state_dict", "model", "module"])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_tensors_under_any_wrapper_also_in_each_other(tmp_path, wrapper, legacy):
+    content = {wrapper: {"state_dict": {"a": torch.arange(6.0).view(2, 3)}}, "epoch": 2, "optimizer": {"b": torch.ones(2)}}
+    torch.save(content, tmp_path / "m.ckpt", _use_new_zipfile_serialization=not legacy)
+    with open_tensors(tmp_path / "m.ckpt") as file:
+        assert list(file.shapes) == ["a"] and torch.equal(file.read("a"), content[wrapper]["state_dict"]["a"])
+
+
+def test_numbers_and_arrays_of_numpy_are_data(tmp_path):
+    """Beside the tensors, and in place of some."""
+    arrays = {f"weight.{kind}": numpy.arange(6).astype(kind).reshape(2, 3) for kind in ("f2", "f4", "f8", "i8", "u1", "?")}
+    turned = numpy.arange(6, dtype="f4").reshape(2, 3).T
+    more = {"names": numpy.array(["a", "b"]), "loss": numpy.float32(0.5), "best": numpy.float16(1)}
+    counters = {"epoch": numpy.int64(3), "global_step": numpy.int32(40)}
+    content = {"model": {"a": torch.ones(2), **arrays, "turned": turned}, **more, **counters}
+    torch.save(content, tmp_path / "m.ckpt")
+    with open_tensors(tmp_path / "m.ckpt") as file:
+        assert set(file.shapes) == {"a", "turned", *arrays} and file.numbers == {"epoch": 3, "global_step": 40}
+        for name, array in {**arrays, "turned": turned}.items():
+            assert file.read(name).numpy().dtype == array.dtype and (file.read(name).numpy() == array).all(), name
+            assert torch.equal(file.view(name), file.read(name))
+
+
+def test_trap_1_17_code_in_an_array_never_runs(tmp_path):
+    target = tmp_path / "went-off"
+    array = numpy.array([Bomb(str(target))], dtype=object)
+    torch.save({"model": {"a": torch.ones(1)}, "log": array}, tmp_path / "m.ckpt")
+    with pytest.raises(UserError, match="code in it would have run"):
+        open_tensors(tmp_path / "m.ckpt")
+    assert not target.exists()

@@ -14,6 +14,7 @@ import torch
 from small_runs import Recorder
 
 from library.formats.compvis import PartLayout
+from library.formats.families import Records
 from library.formats.names import UNET_PREFIX, VAE_PREFIX
 from library.generation.extras.networks import Networks
 from library.generation.options import NetworkOptions
@@ -22,7 +23,7 @@ from library.generation.pipeline.settings import GenerateSettings
 from library.generation.prompts.spec import PromptSpec
 from library.models import registry, sd1
 from library.models.clip import encode_text, text_config
-from library.models.family import Conditioning, Family, LatentSpace, Records, TextRules
+from library.models.family import Conditioning, Family, LatentSpace, TextRules
 from library.models.loading import load_stable_diffusion, read_header
 from library.models.saving import save_stable_diffusion
 from library.models.unet import unet_config

@@ -23,9 +23,12 @@ from lycoris.modules import (
     NormModule,
     get_module,
 )
+from tool_files import small_model
 from torch import Tensor, nn
 
 from library.formats.adapters.registry import Adapter, find_adapter
+from library.formats.lora_file import read_lora
+from networks.lora import create_network_from_weights
 
 RANK = 4
 LAYERS = {
@@ -197,3 +200,37 @@ def test_lycoris_tells_the_same_kind(kind, tmp_path):
     cls, options, _ = KINDS[kind]
     module = trained(cls, LAYERS["linear"](), **options)
     assert get_module({f"layer.{name}": value for name, value in saved(module, tmp_path).items()}, "layer")[0] is cls
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "ckpt", "pt"])
+@pytest.mark.parametrize("algo", ["locon", "loha", "lokr", "ia3"])
+def test_the_file_that_lycoris_itself_writes_acts_as_its_network_did(tmp_path, algo, suffix):
+    """Made, applied and saved by its network for kohya's trainer; drawn and merged here by what is in the file."""
+    from lycoris import kohya
+
+    model = small_model()
+    text_encoder, unet = model.for_networks()
+    theirs = kohya.create_network(1.0, 2, 1.0, None, text_encoder, unet, algo=algo, preset="attn-mlp")
+    theirs.apply_to(text_encoder, unet, False, True)
+    torch.manual_seed(0)
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    generator = torch.Generator().manual_seed(1)
+    noisy, text = torch.randn(1, 4, 16, 16, generator=generator), torch.randn(1, 7, 64, generator=generator)
+
+    @torch.no_grad()
+    def answer() -> Tensor:
+        return unet(noisy, torch.tensor([500]), text).sample
+
+    expected, file = answer(), tmp_path / f"mine.{suffix}"
+    theirs.save_weights(str(file), None, {})
+    theirs.restore()
+    plain = answer()
+    ours, weights = create_network_from_weights(1.0, file, None, text_encoder, unet)
+    ours.apply_to(text_encoder, unet)
+    ours.load_state_dict(weights)
+    found = answer()
+    ours.unapply()
+    assert (expected - plain).abs().max() > 2e-3 and torch.equal(answer(), plain)
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-3)
+    assert len(read_lora(file).modules) == len(ours.loras)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from library.diffusion.process import Prediction
 from library.formats.tensor_file import TensorFile
+
+Prediction = Literal["epsilon", "v"]  # what a model answers with: the noise, or the velocity
 
 V_MARK, ZERO_SNR_MARK = "v_pred", "ztsnr"  # empty tensors of single files
 _SPELLINGS: Mapping[str, Prediction] = {"v": "v", "v_prediction": "v", "epsilon": "epsilon"}
@@ -43,6 +44,14 @@ def schedule_of(config: Mapping[str, Any]) -> dict[str, Any]:
     if config.get("beta_schedule") == "scaled_linear":  # the only form that `NoiseProcess` has
         names |= {"beta_start": "beta_start", "beta_end": "beta_end"}
     return {field: config[name] for name, field in names.items() if config.get(name) is not None}
+
+
+def said_by_lora(metadata: Mapping[str, str]) -> Prediction | None:
+    """By the metadata of a LoRA: of SD 1.x and 2.x `ss_base_model_version` tells, of others it is the same for both."""
+    version = metadata.get("ss_base_model_version", "")
+    if version.startswith("sd_"):
+        return "v" if version.endswith("_v") else "epsilon"
+    return _SPELLINGS.get(metadata.get("modelspec.prediction_type", ""))
 
 
 def said_by_scheduler(config: Mapping[str, Any]) -> Said:

@@ -1,0 +1,221 @@
+"""LoRAs for SDXL as other programs write them: each acts on the model as the same LoRA in kohya's layout does."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from tool_files import checkpoint_tensors, layers_of, load, lora_tensors, products, save_lora, small_sdxl_model
+
+from library.formats.families import SDXL
+from library.formats.lora_file import read_lora
+from library.formats.lora_layouts import lora_name
+from library.models.clip import tokenize
+from library.models.saving import save_stable_diffusion
+from library.testing import small_sdxl
+from networks import merge_lora
+from networks.lora import create_network_from_weights
+
+PARTS = ("unet", "text_encoder", "text_encoder_2")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_sdxl_model()
+
+
+@pytest.fixture(scope="module")
+def kohya(model):
+    """A LoRA of all layers with alpha = rank, which layouts without alphas mean."""
+    return lora_tensors(model, 4, 4.0, 7)
+
+
+@pytest.fixture(scope="module")
+def paths(model):
+    """LoRA name -> the part that a layer is in, its path there, and its path in a checkpoint if it is in the U-Net."""
+    diffusers = {id(layer): (part, path) for part in PARTS for path, layer in model.parts[part].named_modules()}
+    encoders, unet = model.for_networks()
+    in_files = {id(layer): path for view in (*encoders, unet) for path, layer in view.named_modules()}
+    found = {}
+    for name, layer in layers_of(model).items():
+        part, path = diffusers[id(layer)]
+        found[name] = (part, path, in_files[id(layer)]) if part == "unet" else (part, in_files[id(layer)], None)
+    return found
+
+
+def outputs(model):
+    """What text encoders and U-Net give for one text."""
+    generator = torch.Generator().manual_seed(3)
+    noisy, t = torch.randn(1, 4, 8, 8, generator=generator), torch.tensor([500])
+    with torch.no_grad():
+        conditioning = model.encode_text(tokenize(model.tokenizers, ["a small cat"], None))
+        answer = model.predict(noisy, t, conditioning, torch.tensor([[64, 64, 0, 0, 64, 64]]))
+    return torch.cat([part.flatten() for part in (*conditioning.tensors.values(), answer)])
+
+
+def outputs_of(pipe):
+    """The same of Diffusers' pipeline."""
+    with torch.no_grad():
+        context, _, pooled, _ = pipe.encode_prompt("a small cat", do_classifier_free_guidance=False)
+        noisy, t = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3)), torch.tensor([500])
+        added = {"text_embeds": pooled, "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]])}
+        answer = pipe.unet(noisy, t, encoder_hidden_states=context, added_cond_kwargs=added).sample
+    return torch.cat([part.flatten() for part in (context, pooled, answer)])
+
+
+def applied(model, file):
+    network, weights = create_network_from_weights(1.0, file, None, *model.for_networks())
+    network.apply_to(*model.for_networks())
+    network.load_state_dict(weights)
+    network.eval()
+    result = outputs(model)
+    network.unapply()
+    return result
+
+
+def peft(name, part, path, compvis, side):
+    return f"{part}.{path}.lora_{'A' if side == 'down' else 'B'}.weight"
+
+
+def diffusers(name, part, path, compvis, side):
+    return f"{part}.{path}.lora{'' if part == 'unet' else '_linear_layer'}.{side}.weight"
+
+
+def mixture(name, part, path, compvis, side):
+    """Older OneTrainer, ai-toolkit and Diffusers' `--output_kohya_format`: kohya's prefixes, Diffusers' paths."""
+    prefix = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}[part]
+    return f"{prefix}{path.replace('.', '_')}.lora_{side}.weight"
+
+
+def comfy(name, part, path, compvis, side):
+    """What ComfyUI's node saves."""
+    if part == "unet":
+        return f"diffusion_model.{compvis}.lora_{side}.weight"
+    return f"text_encoders.clip_{'l' if part == 'text_encoder' else 'g'}.transformer.{path}.lora_{side}.weight"
+
+
+def dotted(name, part, path, compvis, side):
+    return f"{part}.{path}.lora_{side}.weight"
+
+
+def onetrainer(name, part, path, compvis, side):
+    """Today's OneTrainer, and everybody else."""
+    return f"{name}.lora_{side}.weight"
+
+
+@pytest.mark.parametrize("layout", [peft, diffusers, mixture, comfy, dotted, onetrainer])
+def test_trap_46_and_47_every_layout_acts_as_kohya_s(model, kohya, paths, tmp_path, layout):
+    """Where another program takes nothing or the half of it, and says so in a line for each key or not at all."""
+    extra = (
+        {"bundle_emb.word.clip_l": torch.zeros(2, 64), "bundle_emb.word.clip_g": torch.zeros(2, 64)}
+        if layout is onetrainer
+        else {}
+    )
+    tensors = {
+        layout(name, *path, side): kohya[f"{name}.lora_{side}.weight"] for name, path in paths.items() for side in ("down", "up")
+    }
+    file = save_lora(tmp_path / "other.safetensors", tensors | extra)
+    found = read_lora(file)
+    assert found.families == (SDXL,) and set(found.modules) == set(paths) and set(found.left_out) == set(extra)
+    ours = save_lora(tmp_path / "kohya.safetensors", kohya)
+    plain, expected = outputs(model), applied(model, ours)
+    assert (expected - plain).abs().max() > 0.05
+    torch.testing.assert_close(applied(model, file), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", [peft, mixture, comfy])
+def test_they_are_merged_as_kohya_s(model, kohya, paths, tmp_path, layout):
+    tensors = {
+        layout(name, *path, side): kohya[f"{name}.lora_{side}.weight"] for name, path in paths.items() for side in ("down", "up")
+    }
+    base = save_lora(tmp_path / "model.safetensors", checkpoint_tensors(model))
+    results = []
+    for weights in (tensors, kohya):
+        file, out = save_lora(tmp_path / "lora.safetensors", weights), tmp_path / "out.safetensors"
+        merge_lora.main(["--sd_model", base, "--save_to", str(out), "--models", file, "--ratios", "0.5"])
+        results.append(load(out))
+    assert results[0].keys() == results[1].keys()
+    for key, value in results[1].items():
+        torch.testing.assert_close(results[0][key], value, msg=key)
+
+
+def test_a_u_net_alone_in_diffusers_names_finds_its_blocks(model, kohya, paths, tmp_path):
+    """Also where the names alone do not tell SDXL: the model's layers do."""
+    one = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
+    tensors = {peft(one, *paths[one], side): kohya[f"{one}.lora_{side}.weight"] for side in ("down", "up")}
+    file = save_lora(tmp_path / "a.safetensors", tensors)
+    assert len(read_lora(file).families) > 1
+    network, weights = create_network_from_weights(1.0, file, None, *model.for_networks())
+    assert [module.lora_name for module in network.loras] == [one] and f"{one}.lora_up.weight" in weights
+
+
+def test_the_file_that_diffusers_itself_writes_loads(tmp_path):
+    """Through peft's adapters on all three parts and the pipeline's `save_lora_weights`, with an alpha that is not the rank."""
+    from diffusers import StableDiffusionXLPipeline
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    model = small_sdxl(seed=4)
+    save_stable_diffusion(model, tmp_path / "model")
+    pipe = StableDiffusionXLPipeline.from_pretrained(str(tmp_path / "model"), add_watermarker=False)
+    configs, layers = {}, {}
+    for name, targets in {
+        "unet": ["to_q", "to_out.0", "conv1"], "text_encoder": ["q_proj"], "text_encoder_2": ["fc1", "out_proj"],
+    }.items():  # fmt: skip
+        part = getattr(pipe, name)
+        torch.manual_seed(1)
+        configs[name] = LoraConfig(r=4, lora_alpha=6, target_modules=targets, init_lora_weights=False)
+        part.add_adapter(configs[name])
+        layers[name] = convert_state_dict_to_diffusers(get_peft_model_state_dict(part))
+    StableDiffusionXLPipeline.save_lora_weights(
+        tmp_path, layers["unet"], layers["text_encoder"], layers["text_encoder_2"],
+        **{f"{name}_lora_adapter_metadata": config.to_dict() for name, config in configs.items()},
+    )  # fmt: skip
+    theirs = outputs_of(pipe)
+    found = applied(model, tmp_path / "pytorch_lora_weights.safetensors")
+    assert (theirs - outputs(model)).abs().max() > 0.05
+    torch.testing.assert_close(found, theirs, atol=5e-5, rtol=1e-3)
+
+
+def test_trap_63_our_file_acts_in_diffusers_as_here(tmp_path, kohya):
+    from diffusers import StableDiffusionXLPipeline
+
+    model = small_sdxl()
+    save_stable_diffusion(model, tmp_path / "model")
+    pipe = StableDiffusionXLPipeline.from_pretrained(str(tmp_path / "model"), add_watermarker=False)
+    file = save_lora(tmp_path / "kohya.safetensors", {key: value for key, value in kohya.items()})
+    pipe.load_lora_weights(file)
+    parts = (pipe.unet, pipe.text_encoder, pipe.text_encoder_2)
+    loaded = sum(name.endswith("lora_A.default_0.weight") for part in parts for name in part.state_dict())
+    assert loaded == len(products(kohya))  # no key is left
+    torch.testing.assert_close(outputs_of(pipe), applied(model, file), atol=5e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "path, name",
+    [
+        ("unet.down_blocks.1.attentions.0.proj_in", "lora_unet_input_blocks_4_1_proj_in"),
+        (
+            "lora_unet_up_blocks_1_attentions_2_proj_out",
+            "lora_unet_output_blocks_5_1_proj_out",
+        ),
+        ("unet.up_blocks.0.upsamplers.0.conv", "lora_unet_output_blocks_2_2_conv"),
+        ("unet.down_blocks.0.downsamplers.0.conv", "lora_unet_input_blocks_3_0_op"),
+        ("unet.mid_block.resnets.1.conv2", "lora_unet_middle_block_2_out_layers_3"),
+        ("unet.add_embedding.linear_2", "lora_unet_label_emb_0_2"),
+        ("unet.time_embedding.linear_1", "lora_unet_time_embed_0"),
+        ("unet.conv_in", "lora_unet_input_blocks_0_0"),
+        ("unet.conv_out", "lora_unet_out_2"),
+        ("diffusion_model.input_blocks.10.1.proj_in", "lora_unet_input_blocks_10_1_proj_in"),
+        ("lora_unet_input_blocks_4_1_proj_in", "lora_unet_input_blocks_4_1_proj_in"),
+        ("lora_te_text_model_encoder_layers_0_mlp_fc1", "lora_te1_text_model_encoder_layers_0_mlp_fc1"),
+        ("text_encoder.text_model.encoder.layers.0.self_attn.to_out", "lora_te1_text_model_encoder_layers_0_self_attn_out_proj"),
+        ("text_encoder_2.encoder.layers.31.mlp.fc2", "lora_te2_text_model_encoder_layers_31_mlp_fc2"),
+        ("transformer.blocks.0.attn.to_q", None),
+    ],
+)
+def test_names(path, name):
+    assert lora_name(path, SDXL) == name
