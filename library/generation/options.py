@@ -74,7 +74,7 @@ class ImageOptions(OptionGroup):
 
 
 class SizeOptions(OptionGroup):
-    """Sizes that SDXL is told"""
+    """Size conditioning (SDXL)"""
 
     original_width: Count | None = Field(None, description="width that the image is said to have had; unset: its own")
     original_height: Count | None = Field(None, description="height that the image is said to have had; unset: its own")

@@ -18,7 +18,7 @@ from library.generation.prompts.sources import list_images
 from library.generation.prompts.spec import (
     DeepShrink,
     PromptSpec,
-    ToldSizes,
+    SizeConditioning,
     check_negative_scale,
     check_regions,
     split_regions,
@@ -133,7 +133,7 @@ class RequestBuilder:
         defaults = PromptSpec(
             width=image.W, height=image.H, scale=image.scale, steps=image.steps, sampler=image.sampler,
             negative_scale=image.negative_scale, strength=DEFAULT_STRENGTH if source.strength is None else source.strength,
-            deep_shrink=DeepShrink(**shrinking) if shrinking["depth_1"] is not None else None, sizes=ToldSizes(**sizes),
+            deep_shrink=DeepShrink(**shrinking) if shrinking["depth_1"] is not None else None, sizes=SizeConditioning(**sizes),
         )  # fmt: skip
         return Request(replace(defaults, **values), written, seeds)
 

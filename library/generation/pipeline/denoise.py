@@ -24,8 +24,8 @@ class Guidance:
 
     Guidance is off without `negative`. With `empty` too, the negative prompt has a scale of its own. With regions the context of
     `positive` is (P * B, N, width): the first sub-prompt of every image, then the second of every image, and so on.
-    scales, negative_scales: one for each image. sizes (B, 6): as in `library.data.dataset.Batch`; negative_sizes: what is told
-    beside the negative and the empty prompt.
+    scales, negative_scales: one for each image. sizes (B, 6): as in `library.data.dataset.Batch`; negative_sizes: those for
+    the negative and the empty prompt.
     """
 
     model: Model

@@ -16,7 +16,7 @@ from library.generation.pipeline.settings import GenerateSettings
 from library.generation.pipeline.sizes import size_of_spec
 from library.generation.prompts.loras import split_loras
 from library.generation.prompts.seeds import draw_seed
-from library.generation.prompts.spec import MOST_STEPS, PromptSpec, ToldSizes, check_negative_scale, split_regions
+from library.generation.prompts.spec import MOST_STEPS, PromptSpec, SizeConditioning, check_negative_scale, split_regions
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -132,9 +132,9 @@ def _check_numbers(model: Model, spec: PromptSpec) -> None:
     check_negative_scale(spec.scale, spec.negative_scale)
     if spec.mask is not None and spec.image is None:
         raise UserError(f"{where}: a mask needs an image to begin from; give --image_path too")
-    if spec.sizes != ToldSizes() and getattr(model.denoiser.config, "addition_embed_type", None) is None:
+    if spec.sizes != SizeConditioning() and getattr(model.denoiser.config, "addition_embed_type", None) is None:
         given = ", ".join(f"--{name}" for name, value in vars(spec.sizes).items() if value)
-        raise UserError(f"{where}: {given}: {model.family.title} models are not told sizes; leave it out")
+        raise UserError(f"{where}: {given}: {model.family.title} models take no size conditioning; leave it out")
     if spec.deep_shrink is not None:
         check_deep_shrink(spec.deep_shrink, len(model.denoiser.config.block_out_channels))
 

@@ -119,8 +119,8 @@ class LatentSampler:
         if networks is not None:
             networks.set(first.multipliers, first.loras)
         positive = parts[0] if len(parts) == 1 else parts[0].attending([part["context"] for part in parts])
-        told = [state.spec.sizes.rows(*size) for state in states]
-        sizes, negative_sizes = (torch.tensor(rows, device=device) for rows in zip(*told, strict=True))
+        conditions = [state.spec.sizes.rows(*size) for state in states]
+        sizes, negative_sizes = (torch.tensor(rows, device=device) for rows in zip(*conditions, strict=True))
         scales = [state.spec.scale for state in states]
         negative_scales = scales if empty is None else [state.spec.negative_scale or 0.0 for state in states]
         return Guidance(self.model, sizes, negative_sizes, positive, negative, empty, scales, negative_scales)

@@ -121,8 +121,9 @@ def _crop(text: str) -> int:
 
 
 class InlineOption(NamedTuple):
-    """An in-line option. field: of `PromptSpec`; "seeds"; of `DeepShrink` or `ToldSizes`, after "deep_shrink." or "sizes.".
+    """An in-line option.
 
+    field: of `PromptSpec`; "seeds"; or of `DeepShrink` after "deep_shrink.", of `SizeConditioning` after "sizes.".
     key: its name in .toml and .json files of previews; None: previews do not have it. lenient: field and reader there, if they
     are others.
     """

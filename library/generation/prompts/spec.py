@@ -29,10 +29,10 @@ class DeepShrink:
 
 
 @dataclass(frozen=True)
-class ToldSizes:
-    """What a model like SDXL is told of an image: the size that it had, and how much of it was cut off, in pixels.
+class SizeConditioning:
+    """Size conditioning of a model like SDXL: the original size of an image, and how much of it was cropped, in pixels.
 
-    None: the size in which it is made, and for the negative prompt what is told for the prompt.
+    None: the size in which it is made; for the negative prompt the same as for the prompt.
     """
 
     original_width: int | None = None
@@ -43,7 +43,7 @@ class ToldSizes:
     crop_left: int = 0
 
     def rows(self, width: int, height: int) -> tuple[list[int], list[int]]:
-        """Numbers for the prompt and for the negative prompt: original height, width; cut off top, left; target height, width."""
+        """Numbers for the prompt and for the negative prompt: original height, width; crop top, left; target height, width."""
         end = [self.crop_top, self.crop_left, height, width]
         original = [self.original_height or height, self.original_width or width]
         negative = [self.original_height_negative or original[0], self.original_width_negative or original[1]]
@@ -78,7 +78,7 @@ class PromptSpec:
     image: Path | None = None
     mask: Path | None = None
     deep_shrink: DeepShrink | None = None
-    sizes: ToldSizes = ToldSizes()
+    sizes: SizeConditioning = SizeConditioning()
 
 
 def split_regions(prompt: str) -> list[str]:

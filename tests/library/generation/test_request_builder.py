@@ -18,7 +18,7 @@ from library.generation.extras.regional import Regions
 from library.generation.options import parse_options
 from library.generation.prompts.seeds import Seeds
 from library.generation.prompts.sources import read_prompts
-from library.generation.prompts.spec import DeepShrink, PromptSpec, ToldSizes
+from library.generation.prompts.spec import DeepShrink, PromptSpec, SizeConditioning
 from library.generation.prompts.written import WrittenPrompt
 from library.generation.request_builder import RequestBuilder
 
@@ -261,10 +261,10 @@ def test_trap_6_12_deep_shrink_holds_for_its_own_line_alone():
     assert everywhere.spec.deep_shrink == DeepShrink(1, 650, 0, 9, 0.5)
 
 
-def test_sizes_that_are_told_are_those_of_the_line_and_else_of_the_command_line():
+def test_size_conditioning_is_that_of_the_line_and_else_of_the_command_line():
     told, plain = builder("--original_width=100", "--crop_top=8").build(lines("a --ow 200 --nh 50 --cl 3", "b"))
-    assert told.spec.sizes == ToldSizes(original_width=200, original_height_negative=50, crop_top=8, crop_left=3)
-    assert plain.spec.sizes == ToldSizes(original_width=100, crop_top=8)
+    assert told.spec.sizes == SizeConditioning(original_width=200, original_height_negative=50, crop_top=8, crop_left=3)
+    assert plain.spec.sizes == SizeConditioning(original_width=100, crop_top=8)
 
 
 @pytest.mark.parametrize(

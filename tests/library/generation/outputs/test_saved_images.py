@@ -20,7 +20,7 @@ from library.files import write_new
 from library.generation.outputs.file_names import FileNames
 from library.generation.outputs.image_writer import MOST_WAITING, ImageWriter
 from library.generation.outputs.png_text import RunFacts, UsedLora, lora_hash, model_hash, parameters, text_fields
-from library.generation.prompts.spec import PromptSpec, ToldSizes
+from library.generation.prompts.spec import PromptSpec, SizeConditioning
 
 IMAGE = Image.new("RGB", (8, 8), "red")
 
@@ -165,7 +165,7 @@ def test_own_fields():
     }  # fmt: skip
     assert text_fields(PromptSpec(seed=1, negative_scale=1.5), "", FACTS, (), None, None)["negative-scale"] == "1.5"
     assert text_fields(SPEC, "", FACTS, (), 0, (64, 64))["steps"] == "28"
-    told = text_fields(PromptSpec(seed=1, sizes=ToldSizes(original_width=2048, crop_left=3)), "", FACTS, (), None, None)
+    told = text_fields(PromptSpec(seed=1, sizes=SizeConditioning(original_width=2048, crop_left=3)), "", FACTS, (), None, None)
     assert (told["original-width"], told["crop-left"]) == ("2048", "3") and "original-height" not in told
 
 

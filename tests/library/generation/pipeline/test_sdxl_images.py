@@ -22,7 +22,7 @@ from library.generation.options import NetworkOptions
 from library.generation.pipeline.pipeline import Pipeline
 from library.generation.pipeline.settings import GenerateSettings
 from library.generation.pipeline.sizes import default_size
-from library.generation.prompts.spec import DeepShrink, PromptSpec, ToldSizes
+from library.generation.prompts.spec import DeepShrink, PromptSpec, SizeConditioning
 from library.models.loading import load_stable_diffusion
 from library.models.saving import save_stable_diffusion
 from library.testing import small_sdxl, small_stable_diffusion
@@ -114,7 +114,7 @@ def test_a_folder_is_sampled_as_its_own_scheduler_says(xl, latents_of, tmp_path)
 
 
 def test_sizes_are_told_as_diffusers_tells_them(xl, latents_of):
-    told = ToldSizes(300, 200, 40, 30, 8, 16)
+    told = SizeConditioning(300, 200, 40, 30, 8, 16)
     (ours,) = latents_of(xl, [replace(CAT, sizes=told)])
     theirs = pipeline_latents(
         xl, scheduler_of("ddim", PUBLISHED), CAT, original_size=(200, 300), crops_coords_top_left=(8, 16),
@@ -129,14 +129,14 @@ def test_sizes_are_told_as_diffusers_tells_them(xl, latents_of):
 
 
 def test_what_is_not_told_is_the_size_of_the_image_and_that_of_the_prompt():
-    assert ToldSizes().rows(64, 96) == ([96, 64, 0, 0, 96, 64], [96, 64, 0, 0, 96, 64])
-    assert ToldSizes(original_width=10, crop_left=3).rows(64, 96) == ([96, 10, 0, 3, 96, 64], [96, 10, 0, 3, 96, 64])
-    assert ToldSizes(original_height_negative=7).rows(64, 96)[1] == [7, 64, 0, 0, 96, 64]
+    assert SizeConditioning().rows(64, 96) == ([96, 64, 0, 0, 96, 64], [96, 64, 0, 0, 96, 64])
+    assert SizeConditioning(original_width=10, crop_left=3).rows(64, 96) == ([96, 10, 0, 3, 96, 64], [96, 10, 0, 3, 96, 64])
+    assert SizeConditioning(original_height_negative=7).rows(64, 96)[1] == [7, 64, 0, 0, 96, 64]
 
 
 def test_a_model_that_is_told_no_sizes_refuses_them():
-    spec = replace(CAT, sizes=ToldSizes(original_width=300, crop_top=8))
-    with pytest.raises(UserError, match="--original_width, --crop_top: SD 1.x models are not told sizes; leave it out"):
+    spec = replace(CAT, sizes=SizeConditioning(original_width=300, crop_top=8))
+    with pytest.raises(UserError, match="--original_width, --crop_top: SD 1.x models take no size conditioning; leave it out"):
         list(Pipeline(small_stable_diffusion()).generate([spec]))
 
 
