@@ -36,7 +36,7 @@ OptionsT = TypeVar("OptionsT", bound=BaseModel)
 
 def groups_of(options_class: type[BaseModel]) -> dict[str, type[OptionGroup]]:
     """The groups of an options class by name."""
-    return {name: field.annotation for name, field in options_class.model_fields.items()}
+    return {name: typing.cast(type[OptionGroup], field.annotation) for name, field in options_class.model_fields.items()}
 
 
 def option_names(options_class: type[BaseModel]) -> dict[str, str]:
@@ -125,9 +125,7 @@ def parse(options_class: type[OptionsT], arguments: list[str], description: str,
         in_file = read_config_file(options_class, path, refused, problems)
         values.update({key: (value, f"'{key}' in {path}") for key, value in in_file.items()})
     values.update({key: (value, f"--{key}") for key, value in given.items()})
-    options = problems.of(build, options_class, values)
-    problems.tell()
-    return options
+    return problems.results([problems.of(build, options_class, values)])[0]
 
 
 def parse_command_line(

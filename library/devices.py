@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import TYPE_CHECKING
 
 import torch
 
 from library.errors import UserError
 from library.formats.precision import PRECISIONS, dtype_of
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
 
 DTYPES = {"no": torch.float32, **{precision: dtype_of(precision) for precision in PRECISIONS}}
 
@@ -29,7 +33,7 @@ def cpu_has_fast_bf16() -> bool:
     return bool(query() or torch.cpu._is_amx_tile_supported())
 
 
-def use_xformers(unet: torch.nn.Module, device: torch.device) -> None:
+def use_xformers(unet: UNet2DConditionModel, device: torch.device) -> None:
     """Attention by xformers where it can be had; torch's own is as exact and nearly as fast."""
     try:
         import xformers.ops  # noqa: F401

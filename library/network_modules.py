@@ -8,7 +8,7 @@ import json
 import os
 import pkgutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +23,27 @@ from library.key_values import read_value
 
 if TYPE_CHECKING:
     from library.models.family import Model
+
+
+Texts = torch.nn.Module | list[torch.nn.Module]  # one text encoder, or several
+
+
+class AdapterNetwork(torch.nn.Module):
+    """The types of what a network module makes, when each is called: docs/developing.md. A network need not inherit from this."""
+
+    apply_to: Callable[[Texts, torch.nn.Module, bool, bool], object]
+    prepare_optimizer_params: Callable[[float | list[float] | None, float | None, float], Any]
+    prepare_grad_etc: Callable[[Texts, torch.nn.Module], object]
+    on_epoch_start: Callable[[Texts, torch.nn.Module], object]
+    enable_gradient_checkpointing: Callable[[], object]
+    save_weights: Callable[[str, torch.dtype | None, dict[str, str] | None], object]
+    load_weights: Callable[[str], object]
+    set_multiplier: Callable[[float], object]
+    is_mergeable: Callable[[], bool]
+    merge_to: Callable[[Texts, torch.nn.Module, dict[str, torch.Tensor], torch.dtype, torch.device], object]
+    on_step_start: Callable[[Texts, torch.nn.Module], object]  # this one and the next two need not be there
+    apply_max_norm_regularization: Callable[[float, torch.device], object]
+    summary: Callable[[torch.dtype | None], str]
 
 
 def import_network_module(name: str) -> ModuleType:
@@ -82,7 +103,7 @@ def is_ours(module: ModuleType) -> bool:
 def network_from_file(
     module: ModuleType, file: str, strength: float, model: Model, *, where: str, merges: bool = False,
     **arguments: Any,
-) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:  # fmt: skip
+) -> tuple[AdapterNetwork, dict[str, torch.Tensor]]:  # fmt: skip
     """A network for the weights of this file, not yet applied or loaded, and these weights.
 
     Where a module of others fails at a file of its own, as LyCORIS 4.1 does at ia3 and some lokr files, the network is made as

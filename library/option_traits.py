@@ -7,10 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field
 from pydantic.fields import FieldInfo
+
+from library.errors import UserError
+
+T = TypeVar("T")
 
 IN_OTHER_WORDS = "in other words"
 
@@ -50,6 +54,13 @@ def option(default: Any = ..., *, help: str | None = None, **words: Any) -> Any:
     """A field of an option group or a dataset table: pydantic's checks (`ge=0`) and properties of `Traits` by their names."""
     traits = Traits(**{name: words.pop(name) for name in list(words) if name in _TRAITS})
     return Field(default, description=help, json_schema_extra={"traits": traits}, **words)  # type: ignore[dict-item]
+
+
+def required(value: T | None, name: str) -> T:
+    """The value of an option that a run cannot do without. Raises UserError if it was not given."""
+    if value is None:
+        raise UserError(f"--{name} is missing")
+    return value
 
 
 def traits_of(field: FieldInfo) -> Traits:

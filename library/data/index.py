@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -22,6 +23,8 @@ from library.errors import UserError, listed
 from library.parallel import ahead
 
 log = logging.getLogger(__name__)
+
+Source = TypeVar("Source")
 
 NAMED_AT_MOST = 10
 CHUNK = 128  # files for one turn of a thread: fewer would cost more in hand-over than in reading
@@ -103,7 +106,7 @@ def index_folders(folders: Sequence[Path], on_bad_image: str = "refuse") -> dict
     return index_images({folder: (folder, [path.name for path in list_images(folder)]) for folder in folders}, on_bad_image)
 
 
-def index_images(sources: Mapping[Path, tuple[Path, list[str]]], on_bad_image: str = "refuse") -> dict[Path, Images]:
+def index_images(sources: Mapping[Source, tuple[Path, list[str]]], on_bad_image: str = "refuse") -> dict[Source, Images]:
     """The same for images that are known already: source -> (folder, names below it)."""
     paths_of = {source: [folder / name for name in names] for source, (folder, names) in sources.items()}
     paths = [path for source in sources for path in paths_of[source]]

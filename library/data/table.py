@@ -111,7 +111,9 @@ def build_table(configs: Sequence[DatasetConfig], on_bad_image: str = "refuse", 
     metadata = [read_metadata(subset, on_bad_image) if subset.metadata_file else None for subset in every]
     listed = {_source(s): (s.image_dir, found.names) for s, found in zip(every, metadata, strict=True) if found}
     folders = [subset.image_dir for subset in every if not subset.metadata_file]
-    index = {(None, folder): found for folder, found in index_folders(folders, on_bad_image).items()}
+    index: dict[tuple[Path | None, Path], Images] = {
+        (None, folder): found for folder, found in index_folders(folders, on_bad_image).items()
+    }
     index |= index_images(listed, on_bad_image)
     images = [index[_source(subset)] for subset in every]
     numbers = [number for number, config in enumerate(configs) for _ in config.subsets]

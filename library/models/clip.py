@@ -210,7 +210,7 @@ def join_states(hidden: Tensor, input_ids: Tensor, weights: Tensor | None = None
     return (joined.float() * _join_chunks(weights.to(joined.device).unsqueeze(-1))).to(joined.dtype)
 
 
-def pooled_state(text_encoder: nn.Module, last_hidden: Tensor, input_ids: Tensor) -> Tensor:
+def pooled_state(text_encoder: CLIPTextModelWithProjection, last_hidden: Tensor, input_ids: Tensor) -> Tensor:
     """The projection (B, width) of the first end token of the first chunk; added words have larger ids than the end token."""
     first = last_hidden.reshape(*input_ids.shape, -1)[:, 0]
     ends = (input_ids[:, 0] == END_TOKEN).int().argmax(dim=1)

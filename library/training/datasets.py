@@ -7,6 +7,7 @@ from pathlib import Path
 from library.data.config import DatasetConfig, DatasetDefaults, datasets_from_file, datasets_from_folders, datasets_from_metadata
 from library.data.dataset import TrainingDataset
 from library.data.masks import check_masks
+from library.errors import UserError
 from library.models.clip import load_tokenizer
 from library.models.family import Family
 from library.training.options import TrainNetworkOptions
@@ -36,9 +37,11 @@ def dataset_configs(options: TrainNetworkOptions) -> list[DatasetConfig]:
             print(f"--dataset_config is given, so --{' and --'.join(ignored)} is not used")
     elif data.in_json:
         configs = datasets_from_metadata(Path(data.in_json), Path(data.train_data_dir) if data.train_data_dir else None, defaults)
-    else:
+    elif data.train_data_dir:
         reg, masks = (Path(folder) if folder else None for folder in (data.reg_data_dir, data.conditioning_data_dir))
         configs = datasets_from_folders(Path(data.train_data_dir), reg, defaults, masks)
+    else:
+        raise UserError("no images: give --dataset_config or --train_data_dir")
     check_masks(configs, options.loss.masked_loss)
     return configs
 

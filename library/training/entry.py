@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -14,7 +13,7 @@ from library.data.debug import write_debug_sheet
 from library.devices import cpu_has_fast_bf16, use_all_cores
 from library.freed_memory import keep_freed_memory
 from library.processes import EndedElsewhere, Processes, launched_world, timeout
-from library.training.checks.preflight import preflight
+from library.training.checks.preflight import check_images, preflight
 from library.training.loop import Listener
 from library.training.memory.precision import HalfGradScaler
 from library.training.options import TrainNetworkOptions
@@ -48,13 +47,11 @@ def train_here(
 ) -> int:  # fmt: skip
     """Train as one of the processes of a run."""
     set_up_machine(options, accelerator)
+    if options.data.debug_dataset:
+        return show_images(options, processes)
     ready = processes.on_main(lambda: preflight(options, accelerator.device, processes.world, family))
     options = ready.options
     print(ready.dataset.bucket_table())
-    if options.data.debug_dataset:
-        sheet = processes.on_main(lambda: write_debug_sheet(ready.dataset, Path(options.output.output_dir)))
-        print(f"the images are in {sheet}")
-        return 0
     run = prepare(options, ready, accelerator, processes, listeners)
     started = time.perf_counter()
     outcome = run.train()
@@ -62,6 +59,15 @@ def train_here(
     skipped = sum(processes.gather(run.step.skipped))
     processes.on_main(lambda: summarize(run, outcome, seconds, skipped))
     return 0 if outcome.is_finished else 130
+
+
+def show_images(options: TrainNetworkOptions, processes: Processes) -> int:
+    """--debug_dataset: a sheet with what would be trained on, without a model."""
+    dataset = processes.on_main(lambda: check_images(options))
+    print(dataset.bucket_table())
+    sheet = processes.on_main(lambda: write_debug_sheet(dataset, options.output.folder))
+    print(f"the images are in {sheet}")
+    return 0
 
 
 def make_accelerator(options: TrainNetworkOptions) -> Accelerator:

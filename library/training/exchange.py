@@ -92,8 +92,7 @@ class StepExchange:
                 parameter.grad = None
             self._parts()[2].zero_()
             self._fill(failed=True)
-            self._all_reduce(0, lambda slot: [])
-            self._last.failed = True
+            self._all_reduce(0, lambda slot: []).failed = True
 
     def check(self) -> None:
         """Read the result of the last step. Raises EndedElsewhere if another process failed in it."""
@@ -116,13 +115,14 @@ class StepExchange:
         flags.copy_(torch.tensor([float(p.grad is not None) for p in self.parameters]), non_blocking=True)
         tail[-2:] = torch.tensor([float(stop), float(failed)])
 
-    def _all_reduce(self, step: int, paths: Callable[[int], list[str]]) -> None:
+    def _all_reduce(self, step: int, paths: Callable[[int], list[str]]) -> StepResult:
         try:
             dist.all_reduce(self._buffer)
         except RuntimeError as error:
             raise lost_process(error) from error
         self._last = StepResult(self._parts()[2].clone(), step, self.slots, paths)
         self.losses.expect(self._last)
+        return self._last
 
     def _take(self) -> None:
         """Give each parameter its sum. One that has a gradient in no process keeps none: the optimizer leaves it alone."""

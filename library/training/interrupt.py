@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 from tqdm import tqdm
 
@@ -14,11 +16,11 @@ SECOND_SIGNAL_AFTER = 5.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
 
 
 @contextmanager
-def stop_on_interrupt():
+def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
     """Gives a function that says whether Ctrl-C (or a kill signal) came; a second one ends the program at once."""
     asked: list[float] = []
 
-    def note(number: int, frame) -> None:
+    def note(number: int, frame: FrameType | None) -> None:
         if asked and time.monotonic() > asked[0] + SECOND_SIGNAL_AFTER:
             raise KeyboardInterrupt
         if asked:

@@ -12,6 +12,7 @@ from library.errors import UserError
 from library.key_values import read_pairs
 from library.models.family import Model
 from library.network_modules import (
+    AdapterNetwork,
     check_merge,
     check_module_arguments,
     import_network_module,
@@ -19,6 +20,7 @@ from library.network_modules import (
     network_from_file,
     user_errors,
 )
+from library.option_traits import required
 from library.training.options import NetworkOptions, OptimizerOptions
 
 
@@ -26,7 +28,7 @@ from library.training.options import NetworkOptions, OptimizerOptions
 class TrainedNetwork:
     """A network that is attached to a model, with its parameter groups for the optimizer."""
 
-    module: torch.nn.Module
+    module: AdapterNetwork
     groups: list[dict[str, Any]]
     group_names: list[str]
     trains_text_encoder: bool
@@ -47,7 +49,7 @@ class TrainedNetwork:
 
 def check_network_args(options: NetworkOptions) -> None:
     """Check the module's name and --network_args without a model, as far as the module offers that (`parse_network_args`)."""
-    module = import_network_module(options.network_module)
+    module = import_network_module(options.module_name)
     arguments = read_pairs(options.network_args, "--network_args")
     check_module_arguments(module, arguments, "--network_args")
     if hasattr(module, "parse_network_args"):
@@ -74,7 +76,7 @@ def build_network(network: NetworkOptions, optimizer: OptimizerOptions, model: M
     The frozen model must already be on its device and in its dtype. A part whose learning rate is 0 is attached and saved, but
     not trained.
     """
-    module = import_network_module(network.network_module)
+    module = import_network_module(network.module_name)
     merge_base_weights(network, module, model)
     instance = _create(network, module, model)
     _attach(network, instance, model)
@@ -113,7 +115,7 @@ def trains_text_encoder(network: NetworkOptions, optimizer: OptimizerOptions, en
     return not network.network_train_unet_only and highest > 0
 
 
-def check_max_norm(instance: torch.nn.Module, model: Model) -> None:
+def check_max_norm(instance: AdapterNetwork, model: Model) -> None:
     """A network that cannot shrink its modules says so now, and not after the first step."""
     if not hasattr(instance, "apply_max_norm_regularization"):
         raise UserError("--scale_weight_norms: this network module has no such thing; leave the option out")
@@ -121,32 +123,34 @@ def check_max_norm(instance: torch.nn.Module, model: Model) -> None:
         instance.apply_max_norm_regularization(1e9, model.denoiser.device)  # so large that it changes nothing
 
 
-def _create(options: NetworkOptions, module: ModuleType, model: Model) -> torch.nn.Module:
+def _create(options: NetworkOptions, module: ModuleType, model: Model) -> AdapterNetwork:
     arguments = module_arguments(module, read_pairs(options.network_args, "--network_args"))
     parts = (model.vae, *model.for_networks())
     if options.network_dropout is not None:
         arguments["neuron_dropout"] = options.network_dropout
     if options.dim_from_weights:
         where = f"--network_weights {options.network_weights}"
-        return network_from_file(module, options.network_weights, 1.0, model, where=where, **arguments)[0]
+        return network_from_file(
+            module, required(options.network_weights, "network_weights"), 1.0, model, where=where, **arguments
+        )[0]
     dim = 4 if options.network_dim is None else options.network_dim
     with user_errors(f"--network_module {options.network_module}", module):
         return module.create_network(1.0, dim, options.network_alpha, *parts, **arguments)
 
 
-def _attach(options: NetworkOptions, instance: torch.nn.Module, model: Model) -> None:
-    with user_errors(f"--network_module {options.network_module}", import_network_module(options.network_module)):
+def _attach(options: NetworkOptions, instance: AdapterNetwork, model: Model) -> None:
+    with user_errors(f"--network_module {options.network_module}", import_network_module(options.module_name)):
         instance.apply_to(
             *model.for_networks(),
             not options.network_train_unet_only,
             not options.network_train_text_encoder_only,
         )
         if options.dim_from_weights:
-            instance.load_weights(options.network_weights)
+            instance.load_weights(required(options.network_weights, "network_weights"))
 
 
 def _parameter_groups(
-    instance: torch.nn.Module, options: OptimizerOptions, text_rates: float | list[float] | None
+    instance: AdapterNetwork, options: OptimizerOptions, text_rates: float | list[float] | None
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Groups and their names for logging; modules of third parties return the groups alone."""
     result = instance.prepare_optimizer_params(text_rates, options.unet_lr, options.learning_rate)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PlainSerializer
 
 from library.command_line import OptionGroup, groups_of, parse
 from library.diffusion.samplers import SamplerName
-from library.option_traits import IN_OTHER_WORDS, option
+from library.option_traits import IN_OTHER_WORDS, option, required
 from library.training.checks.refused_options import REFUSED
 
 
@@ -80,6 +81,11 @@ class ModelOptions(OptionGroup):
         False, help="attention that needs little memory: torch's, also where xformers is asked for", resume="free"
     )
     sdpa: bool = option(False, help="attention by torch (this is the default)", resume="free")
+
+    @property
+    def source(self) -> str:
+        """The model to train on. Raises UserError if none was given."""
+        return required(self.pretrained_model_name_or_path, "pretrained_model_name_or_path")
 
     @property
     def prediction(self) -> Literal["epsilon", "v"]:
@@ -215,6 +221,11 @@ class NetworkOptions(OptionGroup):
     scale_weight_norms: float | None = option(
         None, ge=0, help="largest norm of a LoRA module's weight; 0: off", record="ss_scale_weight_norms"
     )
+
+    @property
+    def module_name(self) -> str:
+        """The module of the network. Raises UserError if none was given."""
+        return required(self.network_module, "network_module")
 
 
 class OptimizerOptions(OptionGroup):
@@ -466,6 +477,11 @@ class OutputOptions(OptionGroup):
     save_last_n_steps: CountOrOff = option(
         None, help="remove step files that are older than this many steps", needs=("save_every_n_steps",)
     )
+
+    @property
+    def folder(self) -> Path:
+        """--output_dir. Raises UserError if it was not given."""
+        return Path(required(self.output_dir, "output_dir"))
 
 
 class MetadataOptions(OptionGroup):

@@ -21,11 +21,11 @@ def seed_everything(seed: int, *salt: int) -> None:
 def random_state(device: torch.device) -> dict[str, Any]:
     """The state of every generator that a run may draw from, as tensors, numbers and texts."""
     version, numbers, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     state = {
         "torch": torch.get_rng_state(),
         "python": [version, torch.tensor(numbers), gauss],
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "numpy": [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached],
     }
     if device.type != "cpu":
         state["device"] = torch.get_device_module(device).get_rng_state(device)

@@ -248,7 +248,7 @@ def load_model(options: TrainNetworkOptions, accelerator: Accelerator) -> Model:
     """The frozen model in the dtype it computes in, on the device; a U-Net that is going to be packed waits in main memory."""
     chosen, is_packed = options.model, base_formats(options)["unet"]
     model = load_stable_diffusion(
-        chosen.pretrained_model_name_or_path, v2=chosen.v2, prediction=chosen.prediction, vae=chosen.vae,
+        chosen.source, v2=chosen.v2, prediction=chosen.prediction, vae=chosen.vae,
         dtype=DTYPES[options.training.mixed_precision], device="cpu" if is_packed else accelerator.device,
     )  # fmt: skip
     if is_packed:

@@ -141,7 +141,7 @@ class TrainStep:
     def _report(self) -> StepReport:
         names = self.network.group_names
         return StepReport(
-            dict(zip(names, self.schedule.get_last_lr(), strict=True)),
+            dict(zip(names, map(float, self.schedule.get_last_lr()), strict=True)),
             dict(zip(names, found_rates(self.optimizer) or [], strict=False)),
         )
 

@@ -15,8 +15,6 @@ def contradictions(options: TrainNetworkOptions) -> list[str]:
         (options.hub.save_state_to_huggingface and not options.hub.huggingface_repo_id,
          "--save_state_to_huggingface needs --huggingface_repo_id"),
         (not model.pretrained_model_name_or_path, "--pretrained_model_name_or_path is missing: give the model to train on"),
-        (not data.dataset_config and not data.train_data_dir and not data.in_json,
-         "no images: give --dataset_config or --train_data_dir"),
         (data.in_json and not data.dataset_config and bool(data.reg_data_dir),
          "--reg_data_dir has no place beside --in_json; put both into a --dataset_config, as two [[datasets]]"),
         (data.conditioning_data_dir and (data.dataset_config or data.in_json),

@@ -30,7 +30,7 @@ def space_needed(options: TrainNetworkOptions, plan: Plan, dataset: TrainingData
         kept = steps_kept(options, state.save_last_n_steps_state or output.save_last_n_steps)
         states += at_once(epochs, state.save_last_n_epochs_state or output.save_last_n_epochs) + at_once(steps, kept)
     states += state.save_state or state.save_state_on_train_end
-    needed = {Path(output.output_dir): files * network_file_bytes(options, header) + states * state_bytes(options, header)}
+    needed = {output.folder: files * network_file_bytes(options, header) + states * state_bytes(options, header)}
     if options.augmentation.cache_latents_to_disk:
         table = dataset.table
         for subset in table.subsets:

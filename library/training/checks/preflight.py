@@ -54,7 +54,7 @@ Checks = list[Callable[[], Iterable[str] | None]]  # a check returns what is wro
 
 @dataclass(frozen=True)
 class Ready:
-    """What was opened on the way: the images, the seed, and where the run begins. debug_dataset needs no plan and no start.
+    """What was opened on the way: the images, the seed, and where the run begins.
 
     options: as they were given, and where they leave it open as the model says.
     """
@@ -62,10 +62,10 @@ class Ready:
     options: TrainNetworkOptions
     dataset: TrainingDataset
     seed: int
-    header: Header | None = None  # of the model
-    plan: Plan | None = None
-    resumed: State | None = None
-    start: Progress | None = None
+    header: Header  # of the model
+    plan: Plan
+    start: Progress
+    resumed: State | None
 
 
 def preflight(options: TrainNetworkOptions, device: torch.device, world: int, family: str | None = None) -> Ready:
@@ -75,33 +75,50 @@ def preflight(options: TrainNetworkOptions, device: torch.device, world: int, fa
     is wrong with them is reported together with the rest.
     """
     problems = Problems()
-    debug = options.data.debug_dataset
-    header = None if debug else problems.of(read_model_header, options)
+    header = problems.of(read_model_header, options)
     if header is not None:
         if family:
-            problems.of(check_family, options.model.pretrained_model_name_or_path or "", header.family, family)
+            problems.of(check_family, options.model.source, header.family, family)
         options, line = following_model(options, header)
         if line:
             print(line)
     problems.found += contradictions(options)
-    run_checks(problems, [] if debug else checks_of_options(options, device))
-    has_images = options.data.dataset_config or options.data.train_data_dir or options.data.in_json
-    configs = problems.of(dataset_configs, options) if has_images else None
-    if configs and header:
-        problems.found += wrong_sizes(configs, header.family)
-    resumed = None if debug else problems.of(open_state, options)
+    run_checks(problems, checks_of_options(options, device))
+    resumed = problems.of(open_state, options)
     seed = problems.of(chosen_seed, options, resumed) or 0
-    dataset = problems.of(open_dataset, options, configs, seed, header.family if header else FAMILIES[0]) if configs else None
-    if dataset is None or debug:
-        problems.tell()
-        return Ready(options, dataset, seed)
+    dataset = open_images(problems, options, seed, header.family if header else None)
     dataset.world = world
     plan = Plan.of(options, dataset.num_batches, world)
     run_checks(problems, checks_of_plan(options, plan, dataset, header))
     start = problems.of(check_start, options, plan, dataset, resumed)
     problems.tell()
+    assert header is not None and start is not None  # else there was a problem
     tell_notes(options, dataset, device, header)
-    return Ready(options, dataset, seed, header, plan, resumed, start)
+    return Ready(options, dataset, seed, header, plan, start, resumed)
+
+
+def check_images(options: TrainNetworkOptions) -> TrainingDataset:
+    """The images alone, for --debug_dataset, which needs no model. Raises UserErrors with everything that is wrong."""
+    problems = Problems()
+    problems.found += contradictions(options)
+    dataset = open_images(problems, options, problems.of(chosen_seed, options, None) or 0, None)
+    problems.tell()
+    return dataset
+
+
+def open_images(problems: Problems, options: TrainNetworkOptions, seed: int, family: Family | None) -> TrainingDataset:
+    """The indexed images. Where they cannot be opened, UserErrors with this and all that was found before.
+
+    family: of the model; None if there is no model to look at.
+    """
+    configs = problems.of(dataset_configs, options)
+    if configs and family:
+        problems.found += wrong_sizes(configs, family)
+    dataset = problems.of(open_dataset, options, configs, seed, family or FAMILIES[0]) if configs else None
+    if dataset is None:
+        problems.tell()
+    assert dataset is not None  # else there was a problem
+    return dataset
 
 
 def run_checks(problems: Problems, checks: Checks) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_input
 
 FEW_POSITIONS = 64  # of a convolution's result, in the whole batch
 
@@ -22,7 +23,7 @@ class _Frozen(torch.autograd.Function):
         return ctx.layer.gradient_to_input(gradient, ctx.shape), None
 
 
-class FrozenLayer:
+class FrozenLayer(nn.Module):
     """A layer whose weight does not learn; torch's own keep the input of a convolution all the same."""
 
     multiplies_by_weight = True  # as torch's own class does, so that networks/fused.py may compute layer and LoRA as one function
@@ -39,7 +40,7 @@ class FrozenLayer:
 
     @property
     def weight_type(self) -> torch.dtype:
-        return self.weight.dtype
+        raise NotImplementedError
 
 
 class FrozenConv2d(FrozenLayer, nn.Conv2d):
@@ -47,6 +48,10 @@ class FrozenConv2d(FrozenLayer, nn.Conv2d):
 
     There oneDNN takes as long to bring the weight into its own order, at every call, as to compute with it.
     """
+
+    @property
+    def weight_type(self) -> torch.dtype:
+        return self.weight.dtype
 
     def result(self, x: Tensor) -> Tensor:
         weight = self.weight
@@ -63,7 +68,7 @@ class FrozenConv2d(FrozenLayer, nn.Conv2d):
     def gradient_to_input(self, gradient: Tensor, shape: torch.Size) -> Tensor:
         weight = self.weight.to(gradient.dtype)
         if not self._has_few_positions(shape, weight):
-            return torch.nn.grad.conv2d_input(shape, weight, gradient, self.stride, self.padding, self.dilation, self.groups)
+            return conv2d_input(shape, weight, gradient, self.stride, self.padding, self.dilation, self.groups)
         columns = weight.flatten(1).T @ gradient.transpose(0, 1).flatten(1)
         return F.fold(columns.view(len(columns), shape[0], -1).transpose(0, 1), shape[2:], **self._window)
 
@@ -72,12 +77,18 @@ class FrozenConv2d(FrozenLayer, nn.Conv2d):
         return is_usual and shape[0] * self._result_size(shape).numel() <= FEW_POSITIONS
 
     def _result_size(self, shape: torch.Size) -> torch.Size:
-        sides = zip(shape[2:], self.kernel_size, self.stride, self.padding, self.dilation, strict=True)
+        sides = zip(shape[2:], self.kernel_size, self.stride, self._zeros, self.dilation, strict=True)
         return torch.Size([(side + 2 * pad - step * (kernel - 1) - 1) // stride + 1 for side, kernel, stride, pad, step in sides])
 
     @property
     def _window(self) -> dict[str, tuple[int, ...]]:
-        return {"kernel_size": self.kernel_size, "dilation": self.dilation, "padding": self.padding, "stride": self.stride}
+        return {"kernel_size": self.kernel_size, "dilation": self.dilation, "padding": self._zeros, "stride": self.stride}
+
+    @property
+    def _zeros(self) -> tuple[int, ...]:
+        """Zeros around the input, on a side."""
+        assert not isinstance(self.padding, str)  # see can_be_frozen
+        return self.padding
 
 
 def can_be_frozen(layer: nn.Module) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -59,9 +60,15 @@ def use_gradient_checkpointing(
     print(f"gradient checkpointing: {share}, about {needed:.1f} of {budget:.1f} GiB{cure}")
 
 
-def units(unet: nn.Module) -> list[nn.Module]:
+class Unit(nn.Module):
+    """What the parts that can be checkpointed have in common; a class of Diffusers need not inherit from it."""
+
+    gradient_checkpointing: bool
+
+
+def units(unet: nn.Module) -> list[Unit]:
     """The parts of a U-Net of Diffusers that can be checkpointed one by one: blocks (their residual layers) and transformers."""
-    return [module for module in unet.modules() if hasattr(module, "gradient_checkpointing")]
+    return [cast(Unit, module) for module in unet.modules() if hasattr(module, "gradient_checkpointing")]
 
 
 def choose(plain: Sequence[int], checkpointed: Sequence[int], budget: float) -> tuple[set[int], int]:
@@ -105,7 +112,7 @@ def count_kept(
     return found[0], found[1]
 
 
-def _kept(parts: list[nn.Module], run: Callable[[], Tensor], own: list[Tensor]) -> list[int]:
+def _kept(parts: Sequence[nn.Module], run: Callable[[], Tensor], own: list[Tensor]) -> list[int]:
     """Bytes kept for the backward pass of `run`, by the part whose forward kept them; last: in none. `own` does not count."""
     sizes, stack = [0] * (len(parts) + 1), [len(parts)]
     seen = {tensor.untyped_storage()._cdata: tensor for tensor in own}  # holds them all, so that no number is given twice

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -81,13 +82,20 @@ FORMATS = {
 class _Packed(FrozenLayer):
     """A layer whose weight is kept packed. `weight` unpacks it, so that whatever reads it goes on working."""
 
+    format: Format
     packed: Tensor
     scale: Tensor
+    shape: torch.Size  # of the weight, and its type
+    dtype: torch.dtype
 
     @property
     def weight(self) -> Tensor:
         """The weight in the type it had, made anew at every reading."""
         return self.format.unpack(self.packed, self.scale.float(), self.shape).to(self.dtype)
+
+    @weight.setter
+    def weight(self, value: Tensor) -> NoReturn:
+        raise AttributeError("a packed weight cannot be replaced")
 
     @property
     def weight_type(self) -> torch.dtype:
@@ -124,11 +132,12 @@ def pack_weights(model: nn.Module, name: str, device: torch.device | None = None
 
 def pack_layer(layer: nn.Module, name: str, device: torch.device | None = None) -> int:
     """Pack the weight of one layer, in place: hooks and whatever else is attached to the layer stay. Returns the bytes saved."""
-    weight = layer.weight
+    weight = layer.get_parameter("weight")
     packed, scale = FORMATS[name].pack(weight.to(device, torch.float32))
     del layer.weight
     layer.__class__ = CLASSES[type(layer)]
-    layer.format, layer.shape, layer.dtype = FORMATS[name], weight.shape, weight.dtype
-    layer.packed = nn.Parameter(packed, requires_grad=False)  # parameters, so that they count and move as weights do
-    layer.register_buffer("scale", scale, persistent=False)
+    new = cast(_Packed, layer)
+    new.format, new.shape, new.dtype = FORMATS[name], weight.shape, weight.dtype
+    new.packed = nn.Parameter(packed, requires_grad=False)  # parameters, so that they count and move as weights do
+    new.register_buffer("scale", scale, persistent=False)
     return weight.nbytes - packed.nbytes - scale.nbytes

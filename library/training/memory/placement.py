@@ -18,13 +18,14 @@ from library.training.options import TrainNetworkOptions
 def pack_frozen_weights(options: TrainNetworkOptions, model: Model, device: torch.device) -> None:
     """--base_dtype, --fp8_base and --fp8_base_unet: 8 or 4 bits for the large weights from now on, the U-Net on the device."""
     formats = base_formats(options)
-    if not formats["unet"]:
+    unet_format, text_format = formats["unet"], formats["text_encoder"]
+    if not unet_format:
         return
-    saved = pack_weights(model.denoiser, formats["unet"], device)
+    saved = pack_weights(model.denoiser, unet_format, device)
     model.denoiser.to(device)
-    for encoder in model.text_encoders if formats["text_encoder"] else ():
-        saved += pack_weights(encoder, formats["text_encoder"])  # where it is: it may be idle, on the CPU
-    print(f"frozen weights in {formats['unet']}: {saved / 2**20:.0f} MiB less")
+    if text_format:
+        saved += sum(pack_weights(encoder, text_format) for encoder in model.text_encoders)  # may be idle, on the CPU
+    print(f"frozen weights in {unet_format}: {saved / 2**20:.0f} MiB less")
     packed = [layer for layer in model.denoiser.modules() if isinstance(layer, tuple(CLASSES.values()))]
     if not options.training.gradient_checkpointing and any("forward" in vars(layer) for layer in packed):
         print(

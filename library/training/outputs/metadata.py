@@ -178,7 +178,7 @@ def as_data_url(image: str) -> str:
 def all_model_facts(options: ModelOptions) -> dict[str, str]:
     """Names and hashes of the base model and, if one is given, of the VAE."""
     vae = model_facts("vae", options.vae) if options.vae else {}
-    return model_facts("sd_model", options.pretrained_model_name_or_path) | vae
+    return model_facts("sd_model", options.source) | vae
 
 
 def model_facts(kind: str, name_or_path: str) -> dict[str, str]:

@@ -44,7 +44,7 @@ class Previews(Listener):
         self.eval_weights = eval_weights
         self.options, self.specs, self.model, self.network = options, specs, model, network
         self.accelerator, self.tracker, self.processes = accelerator, tracker, processes
-        self.folder = Path(options.output.output_dir) / "sample"
+        self.folder = options.output.folder / "sample"
 
     def begin(self, run: Run) -> None:
         """Before the first step, if --sample_at_first."""
@@ -54,16 +54,18 @@ class Previews(Listener):
     def after_step(self, progress: Progress, report: StepReport) -> None:
         """After every --sample_every_n_steps steps; --sample_every_n_epochs wins over it."""
         interval = self.options.previews.sample_every_n_steps or 0
-        if interval > 0 and progress.step % interval == 0 and not self._by_epoch():
+        if interval > 0 and progress.step % interval == 0 and not self._by_epoch:
             self.draw(f"{progress.step:06d}", progress.step)
 
     def after_epoch(self, progress: Progress, epoch: int) -> None:
         """At the end of every --sample_every_n_epochs epochs."""
-        if self._by_epoch() and epoch % self.options.previews.sample_every_n_epochs == 0:
+        if self._by_epoch and epoch % self._by_epoch == 0:
             self.draw(f"e{epoch:06d}", progress.step)
 
-    def _by_epoch(self) -> bool:
-        return (self.options.previews.sample_every_n_epochs or 0) > 0
+    @property
+    def _by_epoch(self) -> int:
+        """Epochs from one preview to the next; 0: they do not come by epochs."""
+        return max(0, self.options.previews.sample_every_n_epochs or 0)
 
     def draw(self, moment: str, step: int) -> None:
         """Draw all prompts; `moment` becomes part of the files' names. The processes share the work."""
@@ -111,7 +113,7 @@ class Previews(Listener):
         if not self.processes.main:
             return
         name = self.options.output.output_name
-        path = Path(self.options.output.output_dir) / f"{name or 'last'}-samples.png"
+        path = self.options.output.folder / f"{name or 'last'}-samples.png"
         try:
             write_sample_grid(self.folder, name, [spec.prompt for spec in self.specs], path)
         except Exception as error:

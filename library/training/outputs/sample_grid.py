@@ -66,8 +66,10 @@ def label(moment: str) -> str:
 
 def opened(path: Path | None) -> Image.Image | None:
     """The image, or None if there is none or somebody took it away."""
+    if path is None:
+        return None
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except (OSError, AttributeError):
+    except OSError:
         return None

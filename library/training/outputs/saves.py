@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import nn
 from tqdm import tqdm
 
 from library.errors import UserError
+from library.network_modules import AdapterNetwork
 from library.processes import Processes
 from library.training.loop import Listener, Stop
 from library.training.outputs.metadata import RunMetadata
@@ -23,7 +23,13 @@ class SavedWeights(Listener):
     """Saves the network as --save_every_n_steps and --save_every_n_epochs ask for, and at the end."""
 
     def __init__(
-        self, files: ModelFiles, network: nn.Module, metadata: RunMetadata, losses: LossRecord, plan: Plan, processes: Processes
+        self,
+        files: ModelFiles,
+        network: AdapterNetwork,
+        metadata: RunMetadata,
+        losses: LossRecord,
+        plan: Plan,
+        processes: Processes,
     ) -> None:
         self.files, self.network, self.metadata, self.losses = files, network, metadata, losses
         self.plan, self.processes = plan, processes

@@ -20,6 +20,7 @@ from library.errors import RunFailed, UserError, one_line
 from library.files import atomic_write, write_new
 from library.formats.tensor_file import load_pickled
 from library.formats.tensor_output import save_pickled
+from library.network_modules import AdapterNetwork
 from library.safe_text import as_unicode, on_terminal
 from library.training.options import OutputOptions
 from library.training.outputs.hub import Uploads
@@ -42,7 +43,7 @@ class ModelFiles:
         """writes: whether this process writes files; in a run of several only the main one does."""
         self.options, self.eval_weights = options, eval_weights
         self.uploads, self.writes = uploads, writes
-        self.folder = Path(options.output_dir)
+        self.folder = options.folder
         self.written: list[Path] = []
 
     def check_folder(self) -> None:
@@ -87,7 +88,7 @@ class ModelFiles:
             return max(1, epochs // self.options.save_n_epoch_ratio)
         return self.options.save_every_n_epochs
 
-    def save(self, path: Path, network: torch.nn.Module, metadata: dict[str, str]) -> None:
+    def save(self, path: Path, network: AdapterNetwork, metadata: dict[str, str]) -> None:
         """Write the network under its final name only when the file is whole and holds no NaN.
 
         If that fails for any other reason, it is written elsewhere: see `keep_elsewhere`. Raises NotSaved then.
@@ -115,7 +116,7 @@ class ModelFiles:
         if self.uploads:
             self.uploads.file(path, last=path == self.final_path())
 
-    def _write(self, file: Path, network: torch.nn.Module, metadata: dict[str, str], shown_as: Path) -> None:
+    def _write(self, file: Path, network: AdapterNetwork, metadata: dict[str, str], shown_as: Path) -> None:
         dtype = DTYPES[self.options.save_precision] if self.options.save_precision else None
         with self.eval_weights():
             try:

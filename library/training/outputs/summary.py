@@ -38,7 +38,8 @@ def summarize(run: Run, outcome: Outcome, seconds: float, skipped: int) -> None:
     plot = files.folder / f"{name or 'last'}-loss.png"
     drawn = try_loss_plot(losses, plot, name or "loss", validations.history)
     run.tracker.finish()
-    files.uploads.finish()
+    if files.uploads:
+        files.uploads.finish()
     last = files.written[-1]
     peak = peak_memory_bytes(run.accelerator.device)
     rows = [("LoRA" if finished else "LoRA so far", str(last)), ("loss plot", drawn)]

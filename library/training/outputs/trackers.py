@@ -103,8 +103,9 @@ def start_trackers(options: LogOptions, config: Mapping[str, Any] | None) -> lis
         from accelerate.tracking import WandBTracker
 
         named = {"name": options.wandb_run_name} if options.wandb_run_name else {}
-        if options.logging_dir:
-            named["dir"] = logging_folder(options)
+        folder = logging_folder(options)
+        if folder:
+            named["dir"] = folder
         log_in_to_wandb(options)
         started.append(_started("wandb", lambda: WandBTracker(name, **{**named, **settings.get("wandb", {})}), config))
     return started

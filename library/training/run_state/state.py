@@ -188,9 +188,11 @@ def _damage(folder: Path, record: dict[str, Any]) -> str | None:
 def read_state(folder: Path) -> State:
     """A whole state with its tensors on the CPU. Raises UserError, naming the file, if something is missing or damaged."""
     record = _record(folder)
-    problem = record if isinstance(record, str) else _damage(folder, record)
+    if isinstance(record, str):
+        raise _unusable(folder, record)
+    problem = _damage(folder, record)
     if problem:
-        raise UserError(f"--resume {folder}: {problem}; resume from another state")
+        raise _unusable(folder, problem)
     state = State(record, folder=folder)
     for name in record["files"]:
         stem, suffix = os.path.splitext(name)
@@ -199,6 +201,10 @@ def read_state(folder: Path) -> State:
         else:
             state.objects[stem] = load_pickled(folder / name)["value"]
     return state
+
+
+def _unusable(folder: Path, problem: str) -> UserError:
+    return UserError(f"--resume {folder}: {problem}; resume from another state")
 
 
 # ---------------------------------------------------------------- names and old ones

@@ -138,9 +138,9 @@ def test_all_that_is_missing_is_said_at_once():
     found = problems(parse_options([]))
     starts = (
         "--pretrained_model_name_or_path is missing",
-        "no images: give --dataset_config",
         "--network_module",
         "--output_dir",
+        "no images: give --dataset_config",
     )
     assert [text.startswith(start) for text, start in zip(found, starts, strict=True)] == [True] * 4
 
