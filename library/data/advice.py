@@ -17,7 +17,7 @@ def advice(table: ImageTable) -> Iterator[str]:
     """A line for each dataset that max_bucket_reso shrinks, and one about images that are enlarged."""
     for number, config in enumerate(table.configs):
         rows = np.flatnonzero((table.dataset() == number) & (table.repeats > 0))
-        sizes = Counter({})
+        sizes: Counter[tuple[int, int]] = Counter()
         for (width, height), count in zip(table.sizes[rows].tolist(), table.repeats[rows].tolist(), strict=True):
             sizes[width, height] += count
         found = better_bound(config, sizes.items())

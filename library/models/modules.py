@@ -30,7 +30,7 @@ def weights_fingerprint(*modules: nn.Module) -> str:
     for module in modules:
         for name, value in sorted(weights_of(module).items()):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
