@@ -84,9 +84,10 @@ def preflight(options: TrainNetworkOptions, device: torch.device, world: int, fa
             print(line)
     problems.found += contradictions(options)
     run_checks(problems, checks_of_options(options, device))
+    configs = problems.of(dataset_configs, options)
     resumed = problems.of(open_state, options)
     seed = problems.of(chosen_seed, options, resumed) or 0
-    dataset = open_images(problems, options, seed, header.family if header else None)
+    dataset = open_images(problems, options, configs, seed, header.family if header else None)
     dataset.world = world
     plan = Plan.of(options, dataset.num_batches, world)
     run_checks(problems, checks_of_plan(options, plan, dataset, header))
@@ -101,17 +102,19 @@ def check_images(options: TrainNetworkOptions) -> TrainingDataset:
     """The images alone, for --debug_dataset, which needs no model. Raises UserErrors with everything that is wrong."""
     problems = Problems()
     problems.found += contradictions(options)
-    dataset = open_images(problems, options, problems.of(chosen_seed, options, None) or 0, None)
+    configs, seed = problems.of(dataset_configs, options), problems.of(chosen_seed, options, None) or 0
+    dataset = open_images(problems, options, configs, seed, None)
     problems.tell()
     return dataset
 
 
-def open_images(problems: Problems, options: TrainNetworkOptions, seed: int, family: Family | None) -> TrainingDataset:
+def open_images(
+    problems: Problems, options: TrainNetworkOptions, configs: list[DatasetConfig] | None, seed: int, family: Family | None
+) -> TrainingDataset:
     """The indexed images. Where they cannot be opened, UserErrors with this and all that was found before.
 
     family: of the model; None if there is no model to look at.
     """
-    configs = problems.of(dataset_configs, options)
     if configs and family:
         problems.found += wrong_sizes(configs, family)
     dataset = problems.of(open_dataset, options, configs, seed, family or FAMILIES[0]) if configs else None
