@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from library.errors import UserError
-from library.safe_text import SafeFormatter
+from library.safe_text import SafeFormatter, on_terminal
 
 # Loggers of libraries that advise to install what no run here uses: bitsandbytes names kernels of its 4-bit layers.
 ADVISE_NEEDLESSLY = ("bitsandbytes.backends.cpu.ops",)
@@ -42,6 +44,32 @@ class Once(logging.Filter):
         new = text not in self._seen
         self._seen.add(text)
         return new or record.levelno < logging.WARNING
+
+
+class KeptWarnings(logging.Handler):
+    """Keeps the text of each warning, once; at most MOST of them."""
+
+    MOST = 200
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: dict[str, None] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if len(self.texts) < self.MOST:
+            self.texts[on_terminal(record.getMessage())] = None
+
+
+@contextmanager
+def keeping_warnings() -> Iterator[KeptWarnings]:
+    """Keep what the suite warns of within the block; what other packages warn of is seldom about the run."""
+    kept, root = KeptWarnings(), logging.getLogger()
+    kept.addFilter(lambda record: record.name.startswith(("library.", "networks.")))
+    root.addHandler(kept)
+    try:
+        yield kept
+    finally:
+        root.removeHandler(kept)
 
 
 class LoggedLines:

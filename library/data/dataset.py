@@ -26,7 +26,7 @@ from library.data.config_keys import DatasetConfig
 from library.data.holdout import still
 from library.data.masks import latent_mask
 from library.data.order import EpochOrder, EpochPlanner
-from library.data.pixels import augmented, placed, to_tensor
+from library.data.pixels import Placed, augmented, placed, to_tensor
 from library.data.table import build_table
 from library.data.text_cache import DiskTexts, MemoryTexts
 from library.data.tokens import CaptionTokenizer
@@ -57,6 +57,17 @@ class Batch:
         kinds = (Tensor, Conditioning)
         pinned: dict[str, Any] = {name: value.pin_memory() for name, value in values.items() if isinstance(value, kinds)}
         return replace(self, tokens={name: value.pin_memory() for name, value in self.tokens.items()}, **pinned)
+
+
+@dataclass(frozen=True)
+class Use:
+    """One use of an image: its row of the table, its caption then, pixels (H, W, 3) uint8, mask (H, W) uint8, and the cut."""
+
+    row: int
+    caption: str
+    pixels: np.ndarray
+    mask: np.ndarray | None
+    place: Placed
 
 
 class TrainingDataset(Dataset):
@@ -143,7 +154,7 @@ class TrainingDataset(Dataset):
         captions, masks, sizes = [], [], []
         images: list[Any] = []  # arrays of pixels or tensors of latents
         for slot, row in enumerate(rows):
-            rng = random.Random(f"{self.seed}/picture/{epoch}/{position}/{slot}")
+            rng = self._random(epoch, position, slot)
             captions.append(self._caption(row, rng, epoch, position))
             image, mask, size = self._image(row, rng)
             images.append(image)
@@ -169,6 +180,28 @@ class TrainingDataset(Dataset):
         elif self.tokenizer is not None:
             batch.tokens = self.tokenizer(captions)
         return batch
+
+    def use(self, epoch: int, position: int, slot: int) -> Use:
+        """What the batch at this position holds in one place, in pixels even where latents are cached.
+
+        Raises UserError if the image cannot be read.
+        """
+        row = int(self.epoch_order(epoch)[position][slot])
+        rng = self._random(epoch, position, slot)
+        caption = self._caption(row, rng, epoch, position)
+        flipped = self.table.config(row).flip_aug and rng.random() < 0.5
+        pixels, mask, place = augmented(self.table, row, rng)
+        if flipped:
+            pixels, mask = pixels[:, ::-1], None if mask is None else mask[:, ::-1]
+        return Use(row, caption, pixels, mask, place)
+
+    def caption_of_use(self, epoch: int, position: int, slot: int) -> str:
+        """Its caption alone."""
+        row = int(self.epoch_order(epoch)[position][slot])
+        return self._caption(row, self._random(epoch, position, slot), epoch, position)
+
+    def _random(self, epoch: int, position: int, slot: int) -> random.Random:
+        return random.Random(f"{self.seed}/picture/{epoch}/{position}/{slot}")
 
     def _caption(self, row: int, rng: random.Random, epoch: int, position: int) -> str:
         return process_caption(

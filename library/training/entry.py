@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
+from library.console import KeptWarnings, keeping_warnings
 from library.data.debug import write_debug_sheet
 from library.devices import cpu_has_fast_bf16, use_all_cores
 from library.freed_memory import keep_freed_memory
@@ -30,8 +31,8 @@ def train(options: TrainNetworkOptions, listeners: Sequence[Listener] = (), fami
     accelerator = make_accelerator(options)
     processes = Processes()
     try:
-        with processes.ending_together():
-            return train_here(options, accelerator, processes, listeners, family)
+        with processes.ending_together(), keeping_warnings() as warnings:
+            return train_here(options, accelerator, processes, warnings, listeners, family)
     except EndedElsewhere as error:
         return error.exit_code
     except KeyboardInterrupt:  # no time to wait for the others
@@ -42,8 +43,8 @@ def train(options: TrainNetworkOptions, listeners: Sequence[Listener] = (), fami
 
 
 def train_here(
-    options: TrainNetworkOptions, accelerator: Accelerator, processes: Processes, listeners: Sequence[Listener] = (),
-    family: str | None = None,
+    options: TrainNetworkOptions, accelerator: Accelerator, processes: Processes, warnings: KeptWarnings,
+    listeners: Sequence[Listener] = (), family: str | None = None,
 ) -> int:  # fmt: skip
     """Train as one of the processes of a run."""
     set_up_machine(options, accelerator)
@@ -52,7 +53,7 @@ def train_here(
     ready = processes.on_main(lambda: preflight(options, accelerator.device, processes.world, family))
     options = ready.options
     print(ready.dataset.bucket_table())
-    run = prepare(options, ready, accelerator, processes, listeners)
+    run = prepare(options, ready, accelerator, processes, listeners, warnings)
     started = time.perf_counter()
     outcome = run.train()
     seconds = time.perf_counter() - started

@@ -468,6 +468,7 @@ class OutputOptions(OptionGroup):
     output_name: str | None = option(None, help="file name of the LoRA, without suffix", record="ss_output_name")
     save_model_as: Literal["safetensors", "ckpt", "pt"] = option("safetensors", help="file format")
     save_precision: Literal["float", "fp16", "bf16"] | None = option(None, help="number format in the file; unset: as trained")
+    no_report: bool = option(False, help="write no page about the run (output_name.html)")
     save_every_n_epochs: CountOrOff = option(None, help="save after every Nth epoch", unless="save_n_epoch_ratio")
     save_every_n_steps: CountOrOff = option(None, help="save after every Nth step")
     save_n_epoch_ratio: CountOrOff = option(None, help="save about this many times; sets save_every_n_epochs")

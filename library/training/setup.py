@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from library.console import KeptWarnings
 from library.data.dataset import TrainingDataset
 from library.data.loader import make_loader
 from library.devices import DTYPES, use_xformers
@@ -38,6 +39,7 @@ from library.training.options import TrainNetworkOptions
 from library.training.outputs.hub import Uploads
 from library.training.outputs.metadata import RunMetadata, all_model_facts, run_facts
 from library.training.outputs.previews import Previews
+from library.training.outputs.run_page import RunPage
 from library.training.outputs.saves import SavedStates, SavedWeights
 from library.training.outputs.saving import ModelFiles
 from library.training.outputs.step_log import StepLog
@@ -98,19 +100,25 @@ class Run:
     states: StateFiles
     previews: Previews
     validator: Validator
+    page: RunPage
     snapshot: Snapshot
 
     def train(self) -> Outcome:
         """All steps from `loop.progress` on."""
-        for listener in self.loop.listeners:
-            listener.begin(self)
-        return self.loop.run()
+        with self.page.kept(self):
+            for listener in self.loop.listeners:
+                listener.begin(self)
+            return self.loop.run()
 
 
 def prepare(
-    options: TrainNetworkOptions, ready: Ready, accelerator: Accelerator, processes: Processes, listeners: Sequence[Listener] = ()
-) -> Run:
-    """Everything between the images and the first step. listeners: called after those of the run itself."""
+    options: TrainNetworkOptions, ready: Ready, accelerator: Accelerator, processes: Processes,
+    listeners: Sequence[Listener] = (), warnings: KeptWarnings | None = None,
+) -> Run:  # fmt: skip
+    """Everything between the images and the first step.
+
+    listeners: called after those of the run itself. warnings: for the page about the run.
+    """
     data = open_data(options, ready)
     model = load_model(options, accelerator)
     for dataset in data.datasets:
@@ -118,7 +126,8 @@ def prepare(
     attached = attach_network(options, ready.seed, model, accelerator.device, processes)
     cache_text(options, data.datasets, model, attached.network, accelerator, processes)
     place_in_memory(options, data, model, ready.header, attached.network, accelerator)
-    run = make_run(options, ready, data, model, attached, accelerator, processes, listeners)
+    page = RunPage(options.output, ready.notes, warnings, processes)
+    run = make_run(options, ready, data, model, attached, accelerator, processes, page, listeners)
     begin_at(run, ready.start, ready.resumed)
     return run
 
@@ -156,7 +165,7 @@ def place_in_memory(
 
 def make_run(
     options: TrainNetworkOptions, ready: Ready, data: Data, model: Model, attached: Attached, accelerator: Accelerator,
-    processes: Processes, listeners: Sequence[Listener],
+    processes: Processes, page: RunPage, listeners: Sequence[Listener],
 ) -> Run:  # fmt: skip
     """Optimizer, step, files and listeners."""
     plan, seed, network = ready.plan, ready.seed, attached.network
@@ -183,7 +192,7 @@ def make_run(
         network=network, schedule=step.schedule, eval_weights=used_weights, weights=weights, tracker=tracker,
     )  # fmt: skip
     identity = RunIdentity(options, data.train.table, attached.model_digest, plan, seed, metadata)
-    own: list[Listener] = [StepLog(step.losses, tracker), weights, previews, validator]
+    own: list[Listener] = [StepLog(step.losses, tracker), weights, previews, validator, page]
     snapshot = Snapshot([identity, *own, step, RandomNumbers(accelerator.device)])
     own.append(SavedStates(states, snapshot, weights, processes))
     loader = make_loader(
@@ -194,7 +203,7 @@ def make_run(
     loop = Loop(plan, step, loader, [*own, *listeners], processes, weights.rescue, ready.start)
     return Run(
         options, accelerator, plan, seed, data, model, network, step, loop, step.losses, tracker, metadata, files, states,
-        previews, validator, snapshot,
+        previews, validator, page, snapshot,
     )  # fmt: skip
 
 

@@ -56,7 +56,7 @@ Checks = list[Callable[[], Iterable[str] | None]]  # a check returns what is wro
 class Ready:
     """What was opened on the way: the images, the seed, and where the run begins.
 
-    options: as they were given, and where they leave it open as the model says.
+    options: as they were given, and where they leave it open as the model says. notes: what is most likely not meant.
     """
 
     options: TrainNetworkOptions
@@ -66,6 +66,7 @@ class Ready:
     plan: Plan
     start: Progress
     resumed: State | None
+    notes: Sequence[str] = ()
 
 
 def preflight(options: TrainNetworkOptions, device: torch.device, world: int, family: str | None = None) -> Ready:
@@ -94,8 +95,8 @@ def preflight(options: TrainNetworkOptions, device: torch.device, world: int, fa
     start = problems.of(check_start, options, plan, dataset, resumed)
     problems.tell()
     assert header is not None and start is not None  # else there was a problem
-    tell_notes(options, dataset, device, header)
-    return Ready(options, dataset, seed, header, plan, start, resumed)
+    notes = tell_notes(options, dataset, device, header)
+    return Ready(options, dataset, seed, header, plan, start, resumed, notes)
 
 
 def check_images(options: TrainNetworkOptions) -> TrainingDataset:
@@ -244,25 +245,26 @@ def check_prompts(options: TrainNetworkOptions) -> None:
         read_prompt_file(Path(path), PromptSpec(sampler=options.previews.sample_sampler))
 
 
-def tell_notes(options: TrainNetworkOptions, dataset: TrainingDataset, device: torch.device, header: Header) -> None:
-    """What is allowed and most likely not meant, and how much memory will be used."""
-    rates = options.optimizer
+def tell_notes(options: TrainNetworkOptions, dataset: TrainingDataset, device: torch.device, header: Header) -> list[str]:
+    """Print what is allowed and most likely not meant, and how much memory will be used. Returns the former."""
+    notes, rates = [], options.optimizer
     if rates.learning_rate == 2e-6 and not (rates.unet_lr or rates.text_encoder_lr):
-        print("--learning_rate is 2e-6, far too low for a LoRA to learn anything; 1e-4 is usual")
-    for line in advice(dataset.table):
-        print(line)
+        notes.append("--learning_rate is 2e-6, far too low for a LoRA to learn anything; 1e-4 is usual")
+    notes += advice(dataset.table)
     if FEW_STEPS.search(Path(options.model.pretrained_model_name_or_path or "").stem):
-        print(
+        notes.append(
             "the model's name says that it draws in few steps, which training unlearns: train on the model that it was made "
             "from, and use the LoRA with it"
         )
     idle = idle_options(options, dataset.table.configs)
     if idle:
-        print(f"given, but without effect: {'; '.join(idle)}")
+        notes.append(f"given, but without effect: {'; '.join(idle)}")
+    for note in notes:
+        print(note)
     needed, (there, whose) = estimated_bytes(options, header, *largest_batch(dataset)), memory_there(device)
-    cure = (
-        "; if it does not fit: --gradient_checkpointing, --cache_latents, a smaller batch or --resolution"
-        if needed > there
-        else ""
-    )
-    print(f"memory: about {needed / 2**30:.1f} of {whose} {there / 2**30:.1f} GiB will be used (a rough estimate){cure}")
+    memory = f"memory: about {needed / 2**30:.1f} of {whose} {there / 2**30:.1f} GiB will be used (a rough estimate)"
+    if needed > there:
+        memory += "; if it does not fit: --gradient_checkpointing, --cache_latents, a smaller batch or --resolution"
+        notes.append(memory)
+    print(memory)
+    return notes

@@ -6,11 +6,10 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from library.data.images import OWN_IMAGE
 from library.errors import one_line
 from library.files import atomic_write
+from library.pages.curves import running_mean
 from library.safe_text import on_terminal
 from library.training.outputs.tracking import LossRecord
 
@@ -51,12 +50,15 @@ def try_loss_plot(record: LossRecord, path: Path, title: str, validation: Sequen
 
 def draw_losses(axes, record: LossRecord, title: str, validation: Sequence[tuple[int, float]]) -> None:
     axes.plot(record.steps, record.values, color="#9ecae1", linewidth=0.8, label="each batch")
-    width = min(len(record.values), max(20, record.window))
+    width = record.smoothing
     if width > 1:
-        values = torch.tensor(record.values, dtype=torch.float64)
-        sums = torch.cat([torch.zeros(1, dtype=torch.float64), values.cumsum(0)])
-        means = (sums[width:] - sums[:-width]) / width
-        axes.plot(record.steps[width - 1 :], means, color="#08519c", linewidth=1.8, label=f"mean of {width}")
+        axes.plot(
+            record.steps[width - 1 :],
+            running_mean(record.values, width),
+            color="#08519c",
+            linewidth=1.8,
+            label=f"mean of {width}",
+        )
     if validation:
         axes.plot(*zip(*validation, strict=True), color="#d94801", marker="o", markersize=4, linestyle=":", label="validation")
     axes.set(ylabel="loss")

@@ -27,6 +27,7 @@ from library.training.options import TrainNetworkOptions
 from library.training.outputs.sample_grid import write_sample_grid
 from library.training.outputs.trackers import Tracker
 from library.training.plan import Progress
+from library.training.run_state.state import State
 from library.training.step import StepReport
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ class Previews(Listener):
         self.options, self.specs, self.model, self.network = options, specs, model, network
         self.accelerator, self.tracker, self.processes = accelerator, tracker, processes
         self.folder = options.output.folder / "sample"
+        # (step, moment as in the file's name, number of the prompt), on the main process
+        self.drawn: list[tuple[int, str, int]] = []
 
     def begin(self, run: Run) -> None:
         """Before the first step, if --sample_at_first."""
@@ -61,6 +64,14 @@ class Previews(Listener):
         """At the end of every --sample_every_n_epochs epochs."""
         if self._by_epoch and epoch % self._by_epoch == 0:
             self.draw(f"e{epoch:06d}", progress.step)
+
+    def state(self) -> State:
+        """Which images there are."""
+        return State(record={"samples": self.drawn})
+
+    def load_state(self, state: State) -> None:
+        """Put back what `state` gave; states of older versions have none."""
+        self.drawn = [(step, moment, number) for step, moment, number in state.record.get("samples", [])]
 
     @property
     def _by_epoch(self) -> int:
@@ -79,6 +90,7 @@ class Previews(Listener):
                 tqdm.write(f"sample {number} failed: {result if isinstance(result, str) else problem}")
             else:
                 images[f"sample_{number}"] = result
+                self.drawn.append((step, moment, number))
         self.tracker.log_images(step, images)
         self._write_grid()
         seconds = time.perf_counter() - started

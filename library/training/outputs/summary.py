@@ -43,6 +43,8 @@ def summarize(run: Run, outcome: Outcome, seconds: float, skipped: int) -> None:
     last = files.written[-1]
     peak = peak_memory_bytes(run.accelerator.device)
     rows = [("LoRA" if finished else "LoRA so far", str(last)), ("loss plot", drawn)]
+    if run.page.is_written:
+        rows.append(("page", f"{run.page.path} (open it in a browser)"))
     if validations.best is not None:
         at, loss = validations.best
         rows.append(("best", f"{files.best_path()} (validation loss {loss:.5f} after step {at})"))

@@ -139,6 +139,11 @@ class LossRecord:
         return {"loss": f"{self.current:.4f}", "average": f"{self.average:.4f}"} if self.values else {}
 
     @property
+    def smoothing(self) -> int:
+        """Batches over which a plot averages: those of an epoch, and at least 20."""
+        return min(len(self.values), max(20, self.window))
+
+    @property
     def current(self) -> float | None:
         """The newest loss that was read."""
         return self.values[-1] if self.values else None

@@ -1,0 +1,26 @@
+"""Small copies of images in a page's folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from PIL import Image
+
+QUALITY = 86
+WITHOUT_LOSS = 160 * 160  # pixels: lossy compression saves little on smaller images, and shows
+
+
+def lay_image(image: Image.Image, path: Path, longest: int) -> None:
+    """Write an image as WebP, its longer side at most `longest` pixels. `path` ends in .webp; its folder is there.
+
+    Thousands of them are written, and each can be made again: they are renamed into place, but not flushed one by one.
+    """
+    small = image.convert("RGB")
+    small.thumbnail((longest, longest), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
+    try:
+        small.save(temporary, "WEBP", quality=QUALITY, method=2, lossless=small.width * small.height <= WITHOUT_LOSS)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
