@@ -33,8 +33,8 @@ def test_files_of_a_run(run):
     )
     assert result.code == 0
     assert result.files() == [
-        "mine-000002.safetensors", "mine-000003.safetensors", "mine-loss.png", "mine-step00000005.safetensors",
-        "mine-step00000010.safetensors", "mine-step00000015.safetensors", "mine.safetensors",
+        "mine-000002.safetensors", "mine-000003.safetensors", "mine-loss.png", "mine-page", "mine-step00000005.safetensors",
+        "mine-step00000010.safetensors", "mine-step00000015.safetensors", "mine.html", "mine.safetensors",
     ]  # fmt: skip
     assert result.metadata("mine-000002.safetensors")["ss_epoch"] == "2"
     assert result.metadata("mine-step00000010.safetensors")["ss_epoch"] == "2"
@@ -280,7 +280,7 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(run, capsys):
     before = signal.getsignal(signal.SIGINT)
     result = run("--max_train_steps=9", InForward(2, interrupt))
     assert result.code == 130
-    assert result.files() == ["mine-loss.png", "mine-step00000002.safetensors"]
+    assert result.files() == ["mine-loss.png", "mine-page", "mine-step00000002.safetensors", "mine.html"]
     assert result.metadata("mine-step00000002.safetensors")["ss_steps"] == "2"
     assert result.metadata("mine-step00000002.safetensors")["ss_epoch"] == "0"
     assert "--network_weights=" in capsys.readouterr().out

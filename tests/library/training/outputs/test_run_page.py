@@ -146,5 +146,5 @@ def test_a_long_run_stays_small(tmp_path, monkeypatch):
         words_of_a_run(image_folder(tmp_path / "images"), tmp_path / "out", "--max_train_steps=2"), AfterStep(grow, step=2)
     )
     page = data_of(run.page.path)
-    assert page["batches"] == 100_000 and len(page["samples"]["steps"]) == 125
+    assert page["batches"] == 100_001 and len(page["samples"]["steps"]) == 125
     assert run.page.path.stat().st_size < 1_000_000
