@@ -206,7 +206,8 @@ def report(output: Path, lora: Path, sheet: Path, command: list[str]) -> None:
     quote = powershell_quoted if os.name == "nt" else shlex.quote
     print(f"LoRA:          {lora}")
     print(f"Contact sheet: {sheet}")
-    print(f"Loss plot:     {output / f'{NAME}-loss.png'}\n")
+    print(f"Loss plot:     {output / f'{NAME}-loss.png'}")
+    print(f"Page:          {output / f'{NAME}.html'} (open it in a browser)\n")
     print("The training was this command; change it and go on from here:\n")
     print(f"cd {quote(str(ROOT))}\n{activate}\n{as_typed(command)}")
 
