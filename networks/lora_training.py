@@ -84,8 +84,9 @@ def limit_norms(modules: Sequence[LoRAModule], max_norm: float) -> tuple[Tensor,
     """
     ratios, norms = [], []
     for module in modules:
-        norm = module.product_norm().clamp(min=max_norm / 2)
-        ratio = norm.clamp(max=max_norm) / norm
+        norm = module.product_norm()
+        above_zero = norm.clamp(min=max_norm / 2)
+        ratio = above_zero.clamp(max=max_norm) / above_zero
         module.lora_up.weight.mul_(ratio.sqrt())
         module.lora_down.weight.mul_(ratio.sqrt())
         ratios.append(ratio)

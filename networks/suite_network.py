@@ -120,6 +120,16 @@ class SuiteNetwork(LoRANetwork):
 
     # ---- training
 
+    def leave_untrained(self, text_encoder: TextEncoders, unet: nn.Module | None, unread: Iterable[nn.Module]) -> None:
+        """Keep the modules of layers inside `unread`, which no gradient reaches, out of all that is trained and measured."""
+        inside = {id(layer) for part in unread for layer in part.modules()}
+        layers = self.layers_in(text_encoder, unet)
+        self.untrained = frozenset(m.lora_name for m in self.loras if id(layers[m.lora_name]) in inside)
+
+    @property
+    def trained(self) -> list[LoRAModule]:
+        return [module for module in self.loras if module.lora_name not in self.untrained]
+
     def prepare_optimizer_params(
         self, text_encoder_lr: float | list[float] | None, unet_lr: float | None, default_lr: float
     ) -> tuple[list[dict[str, Any]], list[str]]:
@@ -138,11 +148,11 @@ class SuiteNetwork(LoRANetwork):
         self.train()
 
     def get_trainable_params(self) -> list[nn.Parameter]:
-        return [p for module in self.loras if module.lora_name not in self.untrained for p in module.parameters()]
+        return [parameter for module in self.trained for parameter in module.parameters()]
 
     def apply_max_norm_regularization(self, max_norm: float, device: Any = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Shrink every module whose product has a norm above max_norm, see `limit_norms`."""
-        return limit_norms(self.loras, max_norm)
+        """Shrink every trained module whose product has a norm above max_norm, see `limit_norms`."""
+        return limit_norms(self.trained, max_norm)
 
     def summary(self, dtype: torch.dtype | None = None) -> str:
         """Modules, ranks, trainable numbers, the size of the file in this dtype (None: as it is); a chart if blocks differ."""

@@ -191,6 +191,11 @@ def last_layer_conditioning(model: Model, tokens: Tokens, clip_skip: int | None 
     return Conditioning({"context": encode_text(encoder, tokens["ids"], clip_skip, tokens.get("weights"))})
 
 
+def layers_behind(clip_skip: int | None) -> tuple[int, ...]:
+    """How many layers follow the one that `last_layer_conditioning` reads."""
+    return ((clip_skip or 1) - 1,)
+
+
 def encode_layers(text_encoder: nn.Module, input_ids: Tensor) -> Any:
     """What the encoder answers to ids (B, chunks, 77): `hidden_states` of all layers, `last_hidden_state` after the norm.
 

@@ -115,6 +115,8 @@ class TextRules:
     encode: Callable[[Model, Tokens, int | None], Conditioning]
     shapes: Callable[[Model, int], Mapping[str, tuple[int, ...]]]  # of a row, by the number of tokens
     clip_skip: Callable[[int | None], int | None] = lambda asked: asked  # what --clip_skip means; logs if it is nothing
+    # By --clip_skip: how many of the last layers of each text encoder the encoding does not depend on.
+    unread: Callable[[int | None], tuple[int, ...]] = lambda clip_skip: ()
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,14 @@ class Model:
         device = next(self.text_encoders[0].parameters()).device
         moved = {name: value.to(device, non_blocking=True) for name, value in tokens.items()}
         return self.family.text.encode(self, moved, clip_skip)
+
+    def unread_layers(self, clip_skip: int | None = None) -> list[nn.Module]:
+        """The layers of the text encoders on which `encode_text` does not depend, so that no gradient ever reaches them."""
+        found = []
+        for encoder, count in zip(self.text_encoders, self.family.text.unread(clip_skip), strict=False):
+            layers = next(module for path, module in encoder.named_modules() if path.endswith("encoder.layers"))
+            found += list(layers)[len(layers) - count :]
+        return found
 
     def encode_images(self, images: Tensor, generators: Sequence[Generator] | None = None) -> Tensor:
         """Latents (B, C, h, w), float32, of images (B, 3, H, W) in -1..1: a sample of the posterior, not scaled.

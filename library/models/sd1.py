@@ -69,7 +69,7 @@ FAMILY = Family(
     layout=SD1.layout,
     pipeline="StableDiffusionPipeline",
     owns_folder=partial(has_activation, "quick_gelu"),
-    text=TextRules(("<|endoftext|>",), clip.last_layer_conditioning, context_shape),
+    text=TextRules(("<|endoftext|>",), clip.last_layer_conditioning, context_shape, unread=clip.layers_behind),
     predict=predict,
     records=SD1.records,
 )

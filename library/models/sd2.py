@@ -7,7 +7,7 @@ from functools import partial
 
 from library.formats.families import SD2
 from library.models import sd1
-from library.models.clip import last_layer_conditioning
+from library.models.clip import last_layer_conditioning, layers_behind
 from library.models.family import TextRules
 from library.models.vae import KL_VAE
 
@@ -22,6 +22,6 @@ FAMILY = replace(
     ),
     layout=SD2.layout,
     owns_folder=partial(sd1.has_activation, "gelu"),
-    text=TextRules(("!",), last_layer_conditioning, sd1.context_shape),
+    text=TextRules(("!",), last_layer_conditioning, sd1.context_shape, unread=layers_behind),
     records=SD2.records,
 )

@@ -109,7 +109,7 @@ FAMILY = Family(
     layout=SDXL.layout,
     pipeline="StableDiffusionXLPipeline",
     owns_folder=owns_folder,
-    text=TextRules(("<|endoftext|>", "!"), encode, text_shapes, fixed_layer),
+    text=TextRules(("<|endoftext|>", "!"), encode, text_shapes, fixed_layer, unread=lambda clip_skip: (1, 0)),
     predict=predict,
     records=SDXL.records,
     latents=LATENTS,

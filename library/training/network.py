@@ -70,7 +70,9 @@ def merge_base_weights(options: NetworkOptions, module: ModuleType, model: Model
         print(f"merged {path} into the model at strength {strength}")
 
 
-def build_network(network: NetworkOptions, optimizer: OptimizerOptions, model: Model) -> TrainedNetwork:
+def build_network(
+    network: NetworkOptions, optimizer: OptimizerOptions, model: Model, clip_skip: int | None = None
+) -> TrainedNetwork:
     """Create the network as the options say, attach it to the model, and make its parameter groups.
 
     The frozen model must already be on its device and in its dtype. A part whose learning rate is 0 is attached and saved, but
@@ -85,6 +87,8 @@ def build_network(network: NetworkOptions, optimizer: OptimizerOptions, model: M
             instance.load_weights(network.network_weights)
         print(f"continuing from {network.network_weights}")
     instance.requires_grad_(True)
+    if hasattr(instance, "leave_untrained"):  # beyond the contract
+        instance.leave_untrained(*model.for_networks(), model.unread_layers(clip_skip))
     if network.scale_weight_norms:
         check_max_norm(instance, model)
     rates = text_encoder_rates(optimizer, len(model.text_encoders))

@@ -143,7 +143,7 @@ def open_data(options: TrainNetworkOptions, ready: Ready) -> Data:
 def attach_network(options: TrainNetworkOptions, seed: int, model: Model, device: torch.device, processes: Processes) -> Attached:
     """The network on the model, on the device, with the same weights in all processes."""
     seed_everything(seed)
-    network = build_network(options.network, options.optimizer, model)
+    network = build_network(options.network, options.optimizer, model, options.model.clip_skip)
     network.module.to(device, trained_dtype(options))
     processes.same_weights(network.module)
     return Attached(network, model_digest(model))

@@ -179,6 +179,24 @@ def test_the_folder_that_peft_itself_writes_loads(linear_model, use_dora, tmp_pa
     torch.testing.assert_close(found, theirs, atol=3e-5, rtol=1e-3)
 
 
+@pytest.mark.parametrize("ending", ["", ".weight", ".default.weight"])
+def test_the_magnitudes_of_peft_under_kohya_s_names_are_read_as_dora_s(model, ending, tmp_path):
+    network = create_network(1.0, 4, 2.0, None, model.text_encoder, model.unet, dora="True")
+    file = tmp_path / "a.safetensors"
+    weights = {key: tensor for key, tensor in network.file_weights().items() if not key.endswith(".dora_scale")}  # up is zero
+    for name, layer in find_layers(model.text_encoder, model.unet).items():
+        weights[f"{name}.lora_magnitude_vector{ending}"] = layer.weight.detach().flatten(1).norm(dim=1) * 1.5
+    safetensors.torch.save_file(weights, file)
+    loaded, weights = create_network_from_weights(1.0, file, None, model.text_encoder, model.unet)
+    loaded.load_state_dict(weights)
+    assert {type(module).__name__ for module in loaded.loras} == {"DoRAModule"}
+    assert loaded.load_weights(file).missing_keys == []
+    before = [layer.weight.clone() for layer in find_layers(model.text_encoder, model.unet).values()]
+    loaded.merge_to(model.text_encoder, model.unet, weights)
+    for old, layer in zip(before, find_layers(model.text_encoder, model.unet).values(), strict=True):
+        torch.testing.assert_close(layer.weight, 1.5 * old)
+
+
 def test_alphas_in_other_layouts_count(model):
     network = make_network(model)
     weights = rewritten(model, network, peft)

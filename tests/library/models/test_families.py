@@ -13,10 +13,12 @@ from torch import nn
 
 from library.errors import UserError
 from library.models import sd1, sd2
+from library.models.clip import inner_text_model, tokenize
 from library.models.family import Conditioning, renamed_view
 from library.models.loading import read_header
 from library.models.registry import FAMILIES, by_name, check_v2
 from library.models.unet import empty_unet, read_unet_config, unet_config
+from library.testing import small_sdxl, small_stable_diffusion
 from networks.lora import find_layers
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -111,6 +113,29 @@ def test_conditionings_are_moved_cut_and_joined():
 # ---------------------------------------------------------------- nobody else asks
 
 ASKS = re.compile(r"family\.name\b|family (==|is not) |\bif [^#\n]*\bv2\b|\bv2\b[^#\n:=]* (if|else) ")
+
+
+@pytest.mark.parametrize(
+    "make, clip_skip, counts",
+    [
+        (small_stable_diffusion, None, [0]),
+        (small_stable_diffusion, 2, [1]),
+        (small_stable_diffusion, 3, [2]),
+        (small_sdxl, None, [1, 0]),
+        (small_sdxl, 2, [1, 0]),
+    ],
+)
+def test_trap_38_layers_that_are_not_read_are_those_that_no_gradient_reaches(make, clip_skip, counts):
+    model = make(text_layers=3)
+    for encoder in model.text_encoders:
+        encoder.requires_grad_(True)
+    tokens = tokenize(model.tokenizers, ["a red square"])
+    sum(value.square().sum() for value in model.encode_text(tokens, clip_skip).tensors.values()).backward()
+    layers = [layer for encoder in model.text_encoders for layer in inner_text_model(encoder).encoder.layers]
+    dead = [layer for layer in layers if layer.mlp.fc1.weight.grad is None or not layer.mlp.fc1.weight.grad.any()]
+    unread = model.unread_layers(clip_skip)
+    assert len(layers) == 3 * len(model.text_encoders) and unread == dead
+    assert [sum(layer in unread for layer in layers[first : first + 3]) for first in range(0, len(layers), 3)] == counts
 
 
 def test_no_code_outside_the_models_asks_which_family_it_is():

@@ -16,6 +16,7 @@ from library.models.registry import check_family
 from library.models.saving import save_stable_diffusion
 from library.processes import Processes
 from library.testing import small_sdxl
+from library.training.loop import Listener
 from library.training.validation import Validation
 from networks.lora import create_network_from_weights
 
@@ -88,6 +89,54 @@ def test_trap_46_48_63_the_file_loads_in_diffusers_and_gives_the_same_image(trai
     network.merge_to(*merged.for_networks(), weights)
     torch.testing.assert_close(prediction(merged), prediction(model), rtol=1e-3, atol=1e-4)
     assert (prediction(merged) - plain).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--network_module=networks.dylora", "--network_args", "unit=1"],
+        ["--network_args", "dora=True"],
+        ["--network_args", "init=pissa"],
+        ["--network_args", "init=orthogonal"],
+        ["--network_args", "block_dims=" + ",".join(["2"] * 23), "down_lr_weight=sine", "up_lr_weight=cosine+0.1"],
+    ],
+    ids=["DyLoRA", "DoRA", "PiSSA", "orthogonal", "by block"],
+)
+def test_trap_44_every_kind_of_network_trains_all_parts_and_its_file_loads(train, sdxl_file, words):
+    done = train("--max_train_steps=2", "--learning_rate=0.01", *words)
+    _, network, weights = applied(sdxl_file, done.folder / "mine.safetensors")
+    assert list(network.parts) == ["lora_te1", "lora_te2", "lora_unet"]
+    plain = load_stable_diffusion(str(sdxl_file))
+    before = prediction(plain)
+    network.merge_to(*plain.for_networks(), weights)
+    assert (prediction(plain) - before).abs().max() > 1e-4
+
+
+def test_trap_36_several_rates_are_one_for_each_text_encoder(train):
+    rates = {}
+
+    class Rates(Listener):
+        def begin(self, run):
+            groups = zip(run.network.group_names, run.network.groups, strict=True)
+            rates.update({name: group["lr"] for name, group in groups})
+
+    done = train("--max_train_steps=1", "--text_encoder_lr", "5e-5", "1e-5", "--unet_lr=1e-4", Rates())
+    assert rates == {"textencoder1": 5e-5, "textencoder2": 1e-5, "unet": 1e-4}
+    assert done.metadata()["ss_text_encoder_lr"] == "[5e-05, 1e-05]"
+
+
+def test_trap_38_the_layer_that_never_learns_is_in_the_file(train):
+    done = train("--max_train_steps=2", "--learning_rate=0.05", "--scale_weight_norms=0.01")
+    tensors = done.tensors()
+    dead = [key for key in tensors if key.startswith("lora_te1_text_model_encoder_layers_2_")]
+    assert len(dead) == 3 * 6 and not any(tensors[key].any() for key in dead if key.endswith("lora_up.weight"))
+    live = [key for key in tensors if key.startswith("lora_te1_") and key not in dead and key.endswith("lora_up.weight")]
+    assert len(live) == 2 * 6 and all(tensors[key].any() for key in live)
+
+
+def test_trap_42_numbers_for_the_blocks_of_sd_1_are_answered_with_the_slots(train):
+    with pytest.raises(UserError, match="network_args block_dims: 25 numbers given, 23 needed for SDXL: EMB IN00 .* OUT08 OUT"):
+        train("--max_train_steps=1", "--network_args", "block_dims=" + ",".join(["2"] * 25))
 
 
 def test_trap_60_a_resumed_run_ends_in_the_same_bytes(train):
