@@ -126,6 +126,8 @@ class ModelFiles:
             except ValueError as error:
                 raise RunFailed(f"{shown_as} was not written: {error}") from error
         check_finite(file, shown_as)
+        if file.suffix != ".safetensors":
+            write_plainly(file)
 
     def remove_old_epoch(self, epoch: int, interval: int) -> None:
         """After the save of `epoch`: keep the last --save_last_n_epochs epoch files."""
@@ -178,6 +180,13 @@ def write_plain(file: Path, weights: dict[str, torch.Tensor], shown_as: Path) ->
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
     save_file(tensors, file) if file.suffix == ".safetensors" else save_pickled(tensors, file)
     check_finite(file, shown_as)
+
+
+def write_plainly(file: Path) -> None:
+    """Write a pickled file anew without the records that torch.save adds, for which the A1111 web UI refuses it."""
+    content = load_pickled(file)
+    if all(isinstance(value, torch.Tensor) for value in content.values()):
+        save_pickled(content, file)
 
 
 def check_finite(file: Path, shown_as: Path) -> None:

@@ -12,7 +12,10 @@ from library.errors import UserError
 from library.generation.extras.networks import Networks
 from library.generation.options import NetworkOptions
 from library.models.loading import load_stable_diffusion
+from library.models.saving import save_stable_diffusion
 from library.network_modules import import_network_module
+from library.testing import small_sdxl
+from networks.lora import find_layers
 
 pytest.importorskip("lycoris.kohya", reason="an extra: pip install lycoris-lora")
 
@@ -71,6 +74,24 @@ def test_files_of_lycoris_do_in_images_what_they_did_in_training(base_model, tmp
     with pytest.raises(UserError, match="merges at strength 1 alone, not 0.5|makes no network from these weights"):
         chosen = {"network_module": ["lycoris.kohya"], "network_weights": [str(file)]}
         Networks.load(again, NetworkOptions(**chosen, network_mul=[0.5], network_merge=True))
+
+
+@pytest.mark.parametrize("algo", ["loha", "locon"])
+def test_trap_44_lycoris_trains_both_text_encoders_and_the_u_net_of_sdxl(run, tmp_path, algo):
+    base = tmp_path / "sdxl.safetensors"
+    save_stable_diffusion(small_sdxl(unet_channels=(32, 32, 32), vae_channels=(32, 32, 32, 32)), base)
+    words = ["--network_module=lycoris.kohya", "--network_dim=2", "--network_args", f"algo={algo}", "--learning_rate=0.01"]
+    done = run(f"--pretrained_model_name_or_path={base}", *words, "--max_train_steps=2")
+    tensors = done.tensors()
+    model = load_stable_diffusion(str(base))
+    layers = find_layers(*model.for_networks(), conv3x3=True)
+    assert set(layers) <= {key.partition(".")[0] for key in tensors}
+    assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
+    before = {name: layer.weight.clone() for name, layer in layers.items()}
+    file = str(done.folder / "mine.safetensors")
+    Networks.load(model, NetworkOptions(network_module=["networks.lora"], network_weights=[file], network_merge=True))
+    unchanged = {name for name, layer in layers.items() if torch.equal(layer.weight, before[name])}
+    assert unchanged == {name for name in layers if name.startswith("lora_te1_text_model_encoder_layers_2_")}  # no gradient
 
 
 def test_text_encoder_names_are_the_ecosystems(run):

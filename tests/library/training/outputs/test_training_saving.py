@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
+import zipfile
 
 import pytest
 import safetensors.torch
@@ -56,6 +58,25 @@ def test_no_file_with_a_nan_appears_whatever_module_wrote_it(tmp_path, save_as, 
     with pytest.raises(RunFailed, match="w holds NaN"):
         files(tmp_path, save_model_as=save_as).save(tmp_path / f"a.{save_as}", network, {})
     assert not list(tmp_path.iterdir())
+
+
+def takes(path) -> bool:
+    """Whether the A1111 web UI takes the records of a pickled file (its modules/safe.py)."""
+    with zipfile.ZipFile(path) as archive:
+        return all(re.fullmatch(r"[^/]+/(data\.pkl|version|data/\d+)", name) for name in archive.namelist())
+
+
+def test_a_pickled_file_of_any_module_has_the_records_that_the_a1111_web_ui_takes_and_no_others(tmp_path):
+    class Pickling(Network):
+        def save_weights(self, file, dtype, metadata):
+            torch.save({"w": torch.full((3,), self.value), "v": torch.ones(2, dtype=torch.float16)}, file)
+
+    path = tmp_path / "a.ckpt"
+    Pickling(1.5).save_weights(tmp_path / "plain.ckpt", None, None)
+    files(tmp_path, save_model_as="ckpt").save(path, Pickling(1.5), {})
+    assert takes(path) and not takes(tmp_path / "plain.ckpt")  # torch's own writer has more
+    content = torch.load(path, weights_only=True)
+    assert content["w"].tolist() == [1.5] * 3 and content["v"].dtype == torch.float16
 
 
 def test_fp16_that_overflows_is_not_written(tmp_path):
