@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from importlib.metadata import version
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from library.errors import UserError
 from library.generation.extras.networks import Networks
@@ -74,6 +76,28 @@ def test_files_of_lycoris_do_in_images_what_they_did_in_training(base_model, tmp
     with pytest.raises(UserError, match="merges at strength 1 alone, not 0.5|makes no network from these weights"):
         chosen = {"network_module": ["lycoris.kohya"], "network_weights": [str(file)]}
         Networks.load(again, NetworkOptions(**chosen, network_mul=[0.5], network_merge=True))
+
+
+@pytest.mark.parametrize("algo", ["loha", "lokr"])
+def test_files_of_lycoris_as_ckpt_are_read_by_the_suite_and_by_lycoris(run, base_model, algo):
+    words = ["--network_module=lycoris.kohya", "--network_dim=2", "--network_args", f"algo={algo}", UNET_ONLY]
+    done = run(*words, "--max_train_steps=2", "--save_model_as=ckpt", "--learning_rate=0.05")
+    file = str(done.folder / "mine.ckpt")
+    with zipfile.ZipFile(file) as archive:
+        assert {name.split("/")[1] for name in archive.namelist()} <= {"data.pkl", "data", "version"}
+    content = torch.load(file, weights_only=True)
+    plain = str(done.folder / "plain.safetensors")
+    save_file(content, plain)
+    changes = []
+    for path in (file, plain):
+        model = load_stable_diffusion(str(base_model))
+        before = model.denoiser.mid_block.attentions[0].proj_in.weight.clone()
+        Networks.load(model, NetworkOptions(network_module=["networks.lora"], network_weights=[path], network_merge=True))
+        changes.append(model.denoiser.mid_block.attentions[0].proj_in.weight - before)
+    assert changes[0].abs().max() > 1e-5 and torch.equal(*changes)
+    again = run(*words, "--max_train_steps=1", f"--network_weights={file}", "--learning_rate=1e-12")
+    for key, tensor in again.tensors().items():
+        torch.testing.assert_close(tensor, content[key], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("algo", ["loha", "locon"])
