@@ -32,11 +32,11 @@ def evenly(
     steps: Sequence[int] | np.ndarray, values: Sequence[float] | np.ndarray, points: int = MOST_BINS
 ) -> tuple[list[int], list[float]]:
     """At most so many points of a smooth curve, evenly spread, the first and the last among them."""
-    steps, values = np.asarray(steps), np.asarray(values)
-    if len(values) > points:
-        kept = np.linspace(0, len(values) - 1, points).round().astype(int)
-        steps, values = steps[kept], values[kept]
-    return steps.tolist(), rounded(values)
+    places, heights = np.asarray(steps), np.asarray(values)
+    if len(heights) > points:
+        kept = np.linspace(0, len(heights) - 1, points).round().astype(int)
+        places, heights = places[kept], heights[kept]
+    return places.tolist(), rounded(heights)
 
 
 def rounded(values: np.ndarray) -> list[float]:
