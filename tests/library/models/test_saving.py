@@ -109,7 +109,7 @@ def test_folders_are_replaced_only_if_they_are_models(tmp_path, small_models, sa
     (other / "cat.png").write_bytes(b"x")
     with pytest.raises(UserError, match="exists and is no Diffusers model"):
         save_stable_diffusion(small_models[False], other)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "images"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "model"]
 
 
 def test_names_on_disk_have_text_model_in_every_transformers_version(saved_models):
