@@ -262,7 +262,7 @@ def rate_curves(losses: LossRecord, last: int) -> list[dict[str, Any]]:
     for name, points in list(losses.rates.items()):
         curves.setdefault(tuple(points[:]), []).append(name)
     found = []
-    for points, names in curves.items():
-        steps, rates = zip(*points, strict=True)
+    for curve, names in curves.items():
+        steps, rates = zip(*curve, strict=True)
         found.append({"names": names, "curve": evenly([*steps, max(last, steps[-1])], [*rates, rates[-1]], RATE_POINTS)})
     return found

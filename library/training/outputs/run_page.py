@@ -51,6 +51,8 @@ class RunPage(Listener):
         self._seen_files: list[Path] = []
         self._said_trouble = False
         self._due = 0.0
+        self._has_several = False
+        self._thread = ThreadPoolExecutor(1, "page")  # it starts with its first work
         self._writing: Future[None] | None = None
 
     @contextmanager
@@ -103,7 +105,6 @@ class RunPage(Listener):
         self._run, self._progress = run, run.loop.progress
         self._start = Moment(time.time(), run.loop.progress.step)
         self._has_several = len(run.data.train.table.configs) > 1
-        self._thread = ThreadPoolExecutor(1, "page")
         self._fixed: dict[str, Any] | None = None
         self._samples = PageSamples(run.previews, folder_of(self.path))
         self._write("running")  # here and not in the thread: loader processes must not be forked while it decodes images
