@@ -27,11 +27,7 @@ from user_pages import (
     without_comments,
 )
 
-NOT_YET = {
-    "networks.md", "check_lora_weights.md", "convert_diffusers20_original_sd.md", "extract_lora_from_dylora.md",
-    "extract_lora_from_models.md", "merge_lora.md", "resize_images_to_resolution.md", "resize_lora.md", "svd_merge_lora.md",
-}  # fmt: skip
-PAIRS = {name: (read_page(f"docs/{name}"), read_page(f"docs/{sister(name)}")) for name in ENGLISH_PAGES if name not in NOT_YET}
+PAIRS = {name: (read_page(f"docs/{name}"), read_page(f"docs/{sister(name)}")) for name in ENGLISH_PAGES}
 ALL_PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 PAGES = pytest.mark.parametrize("name", PAIRS)
 
