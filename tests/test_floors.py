@@ -28,6 +28,7 @@ HELPERS = (
     "library.imports",
     "library.key_values",
     "library.network_modules",
+    "library.openmp",
     "library.option_files",
     "library.option_traits",
     "library.processes",

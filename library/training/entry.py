@@ -13,6 +13,7 @@ from library.console import KeptWarnings, keeping_warnings
 from library.data.debug import write_debug_sheet
 from library.devices import cpu_has_fast_bf16, use_all_cores
 from library.freed_memory import keep_freed_memory
+from library.openmp import machine_was_busy
 from library.processes import EndedElsewhere, Processes, launched_world, timeout
 from library.training.checks.preflight import check_images, preflight
 from library.training.loop import Listener
@@ -86,6 +87,7 @@ def set_up_machine(options: TrainNetworkOptions, accelerator: Accelerator) -> No
         accelerator.scaler = HalfGradScaler(accelerator.device.type)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
-        print(f"no GPU: training on the CPU, {use_all_cores()} threads")
+        beside = " (other programs are busy too: steps take longer)" if machine_was_busy() else ""
+        print(f"no GPU: training on the CPU, {use_all_cores()} threads{beside}")
         if options.training.mixed_precision == "bf16" and not cpu_has_fast_bf16():
             print("this processor has no bf16 units: --mixed_precision no is many times faster here")

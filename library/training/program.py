@@ -8,6 +8,7 @@ import time
 from library.console import is_main_process, quiet_unless_main, set_up_console
 from library.errors import UserError
 from library.imports import collector_resting
+from library.openmp import let_waiting_threads_sleep
 
 
 def main(family: str | None = None) -> int:
@@ -16,6 +17,7 @@ def main(family: str | None = None) -> int:
     family: the one family of models to accept, by its name.
     """
     quiet_unless_main()
+    let_waiting_threads_sleep()
     from library.training.checks.launcher import check_launcher
     from library.training.options import all_defaults, parse_options
 
