@@ -24,7 +24,15 @@ KINDS = {
     "png": "PNG", "jpg": "JPEG", "webp": "WEBP", "bmp": "BMP", "gif": "GIF", "tif": "TIFF", "avif": "AVIF", "ppm": "PPM", "ico": "ICO",
     "jp2": "JPEG2000",
 }  # fmt: skip
-DEBUG = ("--debug_dataset", "--resolution=64", "--output_dir=out", "--caption_extension=.txt", "--seed=1")
+DEBUG = (
+    "--pretrained_model_name_or_path=x",
+    "--network_module=networks.lora",
+    "--debug_dataset",
+    "--resolution=64",
+    "--output_dir=out",
+    "--caption_extension=.txt",
+    "--seed=1",
+)
 
 
 def image(rng: random.Random, folder: Path, shelf: Shelf) -> Case:

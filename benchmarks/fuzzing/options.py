@@ -196,7 +196,7 @@ def _random_words(rng: random.Random, options: type[BaseModel]) -> tuple[list[st
     fields, words, unknown = option_fields(options), [], ""
     for name in mutations.some(rng, sorted(fields), 6):
         field = fields[name]
-        if rng.random() < 0.07:
+        if rng.random() < 0.04:
             unknown = f"--{mutations.misspelt(rng, name)}"
             words.append(unknown)
             continue
@@ -216,7 +216,7 @@ def _random_words(rng: random.Random, options: type[BaseModel]) -> tuple[list[st
 
 def _value(rng: random.Random, field: FieldInfo) -> Any:
     """A value that the option may have, or an odd one."""
-    if rng.random() < 0.35:
+    if rng.random() < 0.25:
         return rng.choice(mutations.ODD_VALUES)
     if is_flag(field):
         return rng.random() < 0.7
@@ -227,7 +227,7 @@ def _value(rng: random.Random, field: FieldInfo) -> Any:
         return rng.choice(choices)
     kind = str(field.annotation)
     if "int" in kind or "float" in kind or "Count" in kind:
-        return rng.choice((0, 1, 2, 8, 64, 0.1, 0.5, -1))
+        return rng.choice((0, 1, 1, 1, 2, 8, 64, 0.1, 0.5, -1))
     return rng.choice(("x", "1", "data", "out", "x.safetensors", mutations.text(rng)))
 
 
