@@ -131,14 +131,36 @@ def read_safetensors_header(path: str | os.PathLike) -> dict[str, Any]:
             raise UserError(f"{path} is no .safetensors file or is cut off: its header does not fit; fetch it again")
         try:
             header = json.loads(file.read(length))
-            entries = [entry for name, entry in header.items() if name != "__metadata__"]
-            end = max((entry["data_offsets"][1] for entry in entries), default=0)
-            complete = all({"dtype", "shape"} <= entry.keys() for entry in entries)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path} is no .safetensors file: its header is not readable; fetch it again") from error
-    if not complete or 8 + length + end != size:
+    if not isinstance(header, dict) or not _is_metadata(header.get("__metadata__")):
+        raise UserError(f"{path} is no .safetensors file: its header is not readable; fetch it again")
+    entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    for name, entry in entries.items():
+        if not _is_entry(entry):
+            raise UserError(
+                f"{path} is damaged: its header does not say type, shape and place of the tensor {name}; fetch it again"
+            )
+    end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    if 8 + length + end != size:
         raise UserError(f"{path} is cut off or damaged: {8 + length + end:,} bytes expected, {size:,} found; fetch it again")
     return header
+
+
+def _is_metadata(value: Any) -> bool:
+    return value is None or (isinstance(value, dict) and all(isinstance(text, str) for text in value.values()))
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether a tensor is described as the format says: dtype, shape, and where its bytes begin and end."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        return False
+    shape, place = entry.get("shape"), entry.get("data_offsets")
+    return _are_counts(shape) and _are_counts(place) and len(place) == 2 and place[0] <= place[1]
+
+
+def _are_counts(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
 
 
 def sha256_of_file(path: str | os.PathLike) -> str:

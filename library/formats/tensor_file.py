@@ -130,7 +130,7 @@ class SafetensorsFile(TensorFile):
         dtype, shape, (begin, end) = DTYPES.get(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
         if dtype is None:
             raise UserError(f"{self.path}: the tensor {name} has the unknown dtype {entry['dtype']}; get an fp16 or fp32 file")
-        if begin < 0 or any(size < 0 for size in shape) or end - begin != math.prod(shape) * dtype.itemsize:
+        if end - begin != math.prod(shape) * dtype.itemsize:
             raise UserError(f"{self.path} is damaged: the size of the tensor {name} does not fit its shape; fetch it again")
         self.shapes[name], self.dtypes[name], self._begins[name] = shape, dtype, start + begin
 

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,6 +73,36 @@ def test_foreign_content_is_named(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(UserError, match="x.safetensors"):
         read_safetensors_header(path)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("shape", 1.5), ("shape", ["100"]), ("shape", [-100]), ("shape", None), ("dtype", 4), ("dtype", []), ("data_offsets", [400]),
+        ("data_offsets", [0, "400"]), ("data_offsets", [400, 0]), ("data_offsets", 400),
+    ],
+)  # fmt: skip
+def test_a_header_that_describes_a_tensor_oddly_names_it(whole, key, value):
+    with_header(whole, lambda header: header["a"].update({key: value}))
+    with pytest.raises(UserError, match="a.safetensors is damaged: .* tensor a; fetch it again"):
+        read_safetensors_header(whole)
+
+
+@pytest.mark.parametrize("value", [5, "text", ["a"], {"a": 1}])
+def test_metadata_that_is_no_table_of_texts_is_named(whole, value):
+    with_header(whole, lambda header: header.update(__metadata__=value))
+    with pytest.raises(UserError, match="a.safetensors"):
+        read_safetensors_header(whole)
+
+
+def with_header(path: Path, change: Callable[[dict], object]) -> None:
+    """Change the JSON of a .safetensors file's header."""
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
 
 
 def test_hashes(tmp_path):
