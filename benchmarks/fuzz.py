@@ -178,8 +178,9 @@ def show(kind: str, number: int, seed: int, folder: Path, shelf: Shelf) -> None:
 
 
 COLUMNS = {
-    "inputs": "inputs", "well": "ended well", "refused": "refused in one line, exit code 2", "failed": "failed in one line, exit code 1",
-    "otherwise": "ended otherwise", "traceback": "traceback", "lost": "silent loss", "half": "half-written files",
+    "inputs": "inputs", "well": "ended well", "refused": "refused in one line, exit code 2",
+    "failed": "failed in one line, exit code 1", "otherwise": "ended otherwise", "traceback": "traceback",
+    "lost": "silent loss", "half": "half-written files",
 }  # fmt: skip
 
 

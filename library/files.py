@@ -133,7 +133,9 @@ def read_safetensors_header(path: str | os.PathLike) -> dict[str, Any]:
             header = json.loads(file.read(length))
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path} is no .safetensors file: its header is not readable; fetch it again") from error
-    if not isinstance(header, dict) or not _is_metadata(header.get("__metadata__")):
+    if isinstance(header, dict) and header.get("__metadata__", {}) is None:  # null, as some writers have it
+        del header["__metadata__"]
+    if not isinstance(header, dict) or not _is_metadata(header.get("__metadata__", {})):
         raise UserError(f"{path} is no .safetensors file: its header is not readable; fetch it again")
     entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
     for name, entry in entries.items():
@@ -148,7 +150,7 @@ def read_safetensors_header(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def _is_metadata(value: Any) -> bool:
-    return value is None or (isinstance(value, dict) and all(isinstance(text, str) for text in value.values()))
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
 
 
 def _is_entry(entry: Any) -> bool:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from library.errors import UserError, one_line
-from library.text_files import parse_toml, read_text
+from library.errors import UserError
+from library.text_files import parse_json, parse_toml, read_text, refuse_odd_texts
 
 
 def read_option_tables(path: Path) -> dict[str, Any]:
     """The tables of a file of options. Raises UserError that says what the file is if it holds no options."""
     text = read_text(path, "--config_file")
-    try:
-        content = json.loads(text) if text.lstrip().startswith("{") else parse_toml(text, path)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: this is neither TOML nor JSON: {one_line(error)}") from error
+    content = parse_json(text, path) if text.lstrip().startswith("{") else parse_toml(text, path)
+    refuse_odd_texts(content, path)
     _refuse_other_files(content, path)
     return content
 

@@ -36,7 +36,7 @@ def decoded(content: bytes, guess: bool = True) -> str:
     """
     for mark, encoding in _MARKS:
         if content.startswith(mark):
-            return content[len(mark) :].decode(encoding)
+            return content[len(mark) :].decode(encoding).lstrip("\ufeff")  # of files put together there may be several
     text = content.decode(_utf_16_by_nuls(content) if guess and b"\0" in content else "utf-8")
     if "\0" in text:
         raise UnicodeDecodeError("utf-8", content, content.index(0), content.index(0) + 1, "NUL stands in no text")
@@ -79,6 +79,24 @@ def parse_json(text: str, path: Path, line: int | None = None) -> Any:
         raise UserError(f"{path}, {place}: this is no JSON: {error.msg}") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
         raise UserError(f"{path}, line {line or 1}: this is no JSON that can be read: {one_line(error)}") from error
+
+
+def refuse_odd_texts(value: Any, path: Path, key: str = "") -> None:
+    """Raise UserError for a text in a file's tables that no path can be: JSON and TOML can spell NUL and half an emoji."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            refuse_odd_texts(name, path, "a key")
+            refuse_odd_texts(inner, path, name)
+    elif isinstance(value, list):
+        for inner in value:
+            refuse_odd_texts(inner, path, key)
+    elif isinstance(value, str):
+        try:
+            is_text = b"\0" not in value.encode("utf-8", "surrogateescape")
+        except UnicodeEncodeError:
+            is_text = False
+        if not is_text:
+            raise UserError(f"{path}: {key}: {ascii(value)[:80]} holds NUL or half an emoji; write the text anew")
 
 
 def _toml_error(path: Path, text: str, message: str) -> UserError:

@@ -21,9 +21,15 @@ from library.safe_text import on_terminal
 
 MODES = ("RGB", "RGBA", "L", "LA", "P", "1", "I;16", "I", "F", "CMYK", "YCbCr", "HSV", "LAB")
 KINDS = {
-    "png": "PNG", "jpg": "JPEG", "webp": "WEBP", "bmp": "BMP", "gif": "GIF", "tif": "TIFF", "avif": "AVIF", "ppm": "PPM", "ico": "ICO",
-    "jp2": "JPEG2000",
+    "png": "PNG", "jpg": "JPEG", "webp": "WEBP", "bmp": "BMP", "gif": "GIF", "tif": "TIFF", "avif": "AVIF", "ppm": "PPM",
+    "ico": "ICO", "jp2": "JPEG2000",
 }  # fmt: skip
+# Options that change captions from use to use.
+CHANGING = (
+    "--shuffle_caption", "--keep_tokens=1", "--keep_tokens_separator=|||", "--caption_dropout_rate=0.5", "--caption_prefix=p",
+    "--caption_tag_dropout_rate=0.5", "--enable_wildcard", "--secondary_separator=;;", "--caption_separator=;",
+    "--weighted_captions", "--max_token_length=150", "--token_warmup_step=2",
+)  # fmt: skip
 DEBUG = (
     "--pretrained_model_name_or_path=x",
     "--network_module=networks.lora",
@@ -98,22 +104,14 @@ def caption(rng: random.Random, folder: Path, shelf: Shelf) -> Case:
     is_damaged = rng.random() < 0.25
     (data / "odd.txt").write_bytes(mutations.damaged(rng, content) if is_damaged else content)
     words = [*DEBUG, "--train_data_dir=data"]
-    changing = mutations.some(
-        rng,
-        (
-            "--shuffle_caption", "--keep_tokens=1", "--keep_tokens_separator=|||", "--caption_dropout_rate=0.5", "--caption_prefix=p",
-            "--caption_tag_dropout_rate=0.5", "--enable_wildcard", "--secondary_separator=;;", "--caption_separator=;", "--weighted_captions",
-            "--max_token_length=150", "--token_warmup_step=2",
-        ),
-        4,
-    ) if rng.random() < 0.5 else []  # fmt: skip
+    changing = mutations.some(rng, CHANGING, 4) if rng.random() < 0.5 else []
     is_plain = not is_damaged and not changing
     return training(folder, words + changing, lost=partial(_caption_is_lost, text) if is_plain else None)
 
 
 def _caption_is_lost(text: str, printed: str) -> str:
     """Whether the first line that is not blank is not what is trained, and nothing is said."""
-    wanted = next((line.strip() for line in re.split("\r\n|\n|\r", text.removeprefix("\ufeff")) if line.strip()), "")
+    wanted = next((line.strip() for line in re.split("\r\n|\n|\r", text.lstrip("\ufeff")) if line.strip()), "")
     found = re.search(r"^    caption: (.*)$", printed, re.MULTILINE)
     is_said = "half an emoji" in printed or "no UTF-8" in printed
     return "" if is_said or (found and found[1] == repr(wanted)) else f"wanted {wanted[:80]!r}, shown {found and found[1][:80]}"

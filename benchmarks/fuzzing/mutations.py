@@ -8,14 +8,15 @@ from typing import Any
 
 # Texts that people, programs and accidents put where another was expected.
 ODD_TEXTS = (
-    "", " ", "0", "-1", "1", "2.5", "1e400", "nan", "inf", "-inf", "1,5", "1,2,3", "true", "False", "None", "null", "é", "e\u0301", "日本",
-    "😀", "a\u2028b", "\ufeffa", "a" * 5000, "../x", "a/b/c", "a\\b", "CON", "x.", "x ", ".", "..", "*", "?", "{", "}", "{a|", "[1,2", "(a:1.2",
-    "a,b;c", "--x", "-", "=", "a=b", "1_000", "0x10", "１２", "%s", "$HOME", "~", "#", "'", '"', "\t", "a\nb", "\ud83d", "\udcff", "1" * 5000,
-    "999999999999999999999", "<lora:a:1>", "BREAK", "file.safetensors", "a.png", "bf16", "fp32", "float16", "cuda:7", "auto",
+    "", " ", "0", "-1", "1", "2.5", "1e400", "nan", "inf", "-inf", "1,5", "1,2,3", "true", "False", "None", "null",
+    "é", "e\u0301", "日本", "😀", "a\u2028b", "\ufeffa", "a" * 5000, "../x", "a/b/c", "a\\b", "CON", "x.", "x ", ".",
+    "..", "*", "?", "{", "}", "{a|", "[1,2", "(a:1.2", "a,b;c", "--x", "-", "=", "a=b", "1_000", "0x10", "１２", "%s",
+    "$HOME", "~", "#", "'", '"', "\t", "a\nb", "a\0b", "\ud83d", "\udcff", "1" * 5000, "999999999999999999999", "<lora:a:1>",
+    "BREAK", "file.safetensors", "a.png", "bf16", "fp32", "float16", "cuda:7", "auto",
 )  # fmt: skip
 ODD_VALUES: tuple[Any, ...] = (
-    True, False, 0, 1, -1, 64, 10**30, 0.5, -0.0, 1e300, float("nan"), float("inf"), [], {}, [1, 2], [[]], ["a", 1], {"a": {"b": []}}, None,
-    *ODD_TEXTS,
+    True, False, 0, 1, -1, 64, 10**30, 0.5, -0.0, 1e300, float("nan"), float("inf"), [], {}, [1, 2], [[]], ["a", 1],
+    {"a": {"b": []}}, None, *ODD_TEXTS,
 )  # fmt: skip
 
 
@@ -89,15 +90,19 @@ def encoded(rng: random.Random, content: str) -> bytes:
     """The text as some editor would save it."""
     encoding = rng.choice(("utf-8", "utf-8", "utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32", "latin-1", "shift_jis"))
     ends = rng.choice(("\n", "\n", "\r\n", "\r"))
-    return content.replace("\n", ends).encode(encoding, "surrogatepass" if encoding.startswith("utf") else "replace")
+    content = content.replace("\n", ends)
+    try:
+        return content.encode(encoding)
+    except UnicodeEncodeError:  # an editor would have taken another encoding too; half an emoji it cannot save
+        return content.encode("utf-8", "surrogatepass")
 
 
 def misspelt(rng: random.Random, name: str) -> str:
     """The name with a letter changed, doubled, taken out or in capitals."""
     place = rng.randrange(len(name))
     return rng.choice((
-        name[:place] + name[place + 1 :], name[:place] + name[place] * 2 + name[place + 1 :], name[:place] + "x" + name[place + 1 :],
-        name.upper(), name + "s", name.replace("_", "-"), name.replace("_", ""),
+        name[:place] + name[place + 1 :], name[:place] + name[place] * 2 + name[place + 1 :],
+        name[:place] + "x" + name[place + 1 :], name.upper(), name + "s", name.replace("_", "-"), name.replace("_", ""),
     ))  # fmt: skip
 
 

@@ -24,9 +24,9 @@ from library.tools.command import Parser
 from library.training.options import TrainNetworkOptions
 
 TOOLS = (
-    "networks.check_lora_weights", "networks.extract_lora_from_dylora", "networks.extract_lora_from_models", "networks.merge_lora",
-    "networks.resize_lora", "networks.svd_merge_lora", "tools.convert_diffusers20_original_sd", "tools.resize_images_to_resolution",
-    "tools.doctor", "tools.demo", "tools.make_example_dataset",
+    "networks.check_lora_weights", "networks.extract_lora_from_dylora", "networks.extract_lora_from_models",
+    "networks.merge_lora", "networks.resize_lora", "networks.svd_merge_lora", "tools.convert_diffusers20_original_sd",
+    "tools.resize_images_to_resolution", "tools.doctor", "tools.demo", "tools.make_example_dataset",
 )  # fmt: skip
 ENDS_BY_ITSELF = "networks."  # the tools that end by library.tools.command.run
 # They train, draw or read an archive with no option at all; so here they always get one that is wrong.
@@ -178,9 +178,10 @@ def _good_words(name: str, folder: Path, shelf: Shelf) -> list[str]:
 def words_of_a_run(folder: Path, shelf: Shelf) -> list[str]:
     """A small run whose images lie in the folder."""
     return [
-        f"--pretrained_model_name_or_path={shelf.model}", f"--train_data_dir={_images(folder).parent}", "--caption_extension=.txt",
-        "--resolution=64", "--network_module=networks.lora", "--network_dim=2", "--output_dir=out", "--output_name=x", "--seed=1",
-        "--max_train_steps=1", "--max_data_loader_n_workers=0", "--learning_rate=1e-3",
+        f"--pretrained_model_name_or_path={shelf.model}", f"--train_data_dir={_images(folder).parent}",
+        "--caption_extension=.txt", "--resolution=64", "--network_module=networks.lora", "--network_dim=2",
+        "--output_dir=out", "--output_name=x", "--seed=1", "--max_train_steps=1", "--max_data_loader_n_workers=0",
+        "--learning_rate=1e-3",
     ]  # fmt: skip
 
 
@@ -228,7 +229,7 @@ def _value(rng: random.Random, field: FieldInfo) -> Any:
     kind = str(field.annotation)
     if "int" in kind or "float" in kind or "Count" in kind:
         return rng.choice((0, 1, 1, 1, 2, 8, 64, 0.1, 0.5, -1))
-    return rng.choice(("x", "1", "data", "out", "x.safetensors", mutations.text(rng)))
+    return rng.choice(("x", "1", "data", "out", "x.weights", mutations.text(rng)))
 
 
 def _never(unknown: str) -> Lost | None:

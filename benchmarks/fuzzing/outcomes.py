@@ -88,8 +88,8 @@ def run_program(main: Main, words: Sequence[str], folder: Path, is_tool: bool = 
 @contextlib.contextmanager
 def _as_a_process(words: Sequence[str], folder: Path, printed: io.TextIOWrapper, stdin: bytes) -> Iterator[None]:
     """Words, folder, streams and logging of a process of its own; put back afterwards."""
-    root = logging.getLogger()
-    kept = sys.argv, os.getcwd(), sys.stdin, sys.stdout, sys.stderr, root.handlers[:], root.level, command._leave
+    root, library = logging.getLogger(), logging.getLogger("library")
+    kept = sys.argv, os.getcwd(), sys.stdin, sys.stdout, sys.stderr, root.handlers[:], root.level, library.level, command._leave
     handler = logging.StreamHandler(printed)
     handler.setFormatter(SafeFormatter("warning: %(message)s"))
     sys.argv, sys.stdout, sys.stderr = ["program", *words], printed, printed
@@ -101,9 +101,11 @@ def _as_a_process(words: Sequence[str], folder: Path, printed: io.TextIOWrapper,
         with warnings.catch_warnings():
             yield
     finally:
-        sys.argv, place, sys.stdin, sys.stdout, sys.stderr, root.handlers[:], level, command._leave = kept
+        sys.argv, place, sys.stdin, sys.stdout, sys.stderr, root.handlers[:], level, of_library, command._leave = kept
         os.chdir(place)
         root.setLevel(level)
+        library.setLevel(of_library)
+        logging.captureWarnings(False)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import UserError
-from library.text_files import parse_json, parse_toml, read_text
+from library.text_files import parse_json, parse_toml, read_text, refuse_odd_texts
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
@@ -18,4 +18,5 @@ def read_config_file(path: Path) -> dict[str, Any]:
     tables = parse_toml(text, path) if suffix == ".toml" else parse_json(text, path)
     if not isinstance(tables, dict):
         raise UserError(f"{path}: the file must hold the tables 'general' and 'datasets', not a {type(tables).__name__}")
+    refuse_odd_texts(tables, path)
     return tables

@@ -162,7 +162,7 @@ def reverse(table: Table) -> Table:
 
 def vae_to_diffusers(name: str, value: Tensor) -> Tensor:
     """The attention of the VAE's middle is a 1x1 convolution (C, C, 1, 1) in CompVis files, linear (C, C) in Diffusers."""
-    return value.flatten(1) if _VAE_1X1.fullmatch(name) else value
+    return value.flatten(1) if value.dim() > 1 and _VAE_1X1.fullmatch(name) else value
 
 
 def vae_to_compvis(name: str, value: Tensor) -> Tensor:

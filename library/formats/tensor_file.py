@@ -203,7 +203,7 @@ def _is_plain_zip(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
-    except zipfile.BadZipFile:
+    except Exception:  # a damaged archive can raise anything
         return False
 
 

@@ -78,8 +78,8 @@ def test_foreign_content_is_named(tmp_path, content):
 @pytest.mark.parametrize(
     "key, value",
     [
-        ("shape", 1.5), ("shape", ["100"]), ("shape", [-100]), ("shape", None), ("dtype", 4), ("dtype", []), ("data_offsets", [400]),
-        ("data_offsets", [0, "400"]), ("data_offsets", [400, 0]), ("data_offsets", 400),
+        ("shape", 1.5), ("shape", ["100"]), ("shape", [-100]), ("shape", None), ("dtype", 4), ("dtype", []),
+        ("data_offsets", [400]), ("data_offsets", [0, "400"]), ("data_offsets", [400, 0]), ("data_offsets", 400),
     ],
 )  # fmt: skip
 def test_a_header_that_describes_a_tensor_oddly_names_it(whole, key, value):
@@ -93,6 +93,11 @@ def test_metadata_that_is_no_table_of_texts_is_named(whole, value):
     with_header(whole, lambda header: header.update(__metadata__=value))
     with pytest.raises(UserError, match="a.safetensors"):
         read_safetensors_header(whole)
+
+
+def test_metadata_that_is_null_is_none(whole):
+    with_header(whole, lambda header: header.update(__metadata__=None))
+    assert "__metadata__" not in read_safetensors_header(whole)
 
 
 def with_header(path: Path, change: Callable[[dict], object]) -> None:

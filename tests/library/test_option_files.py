@@ -56,7 +56,7 @@ def test_other_keys_are_refused_with_the_cure(tmp_path, line, part):
 def test_a_json_file_holds_options_too(tmp_path):
     assert parsed(tmp_path, json.dumps({"network_dim": 8, "optimizer_args": ["a=1"]}), "c.json").network.network_dim == 8
     (problem,) = problems_of(tmp_path, "{not json", "c.json")
-    assert "neither TOML nor JSON" in problem
+    assert "c.json, line 1, column 2: this is no JSON" in problem
 
 
 @pytest.mark.parametrize(

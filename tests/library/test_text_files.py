@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from library.errors import UserError
-from library.text_files import decoded, lines_of, parse_json, read_text
+from library.text_files import decoded, lines_of, parse_json, read_text, refuse_odd_texts
 
 CUTS_NOTHING = "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
 
@@ -58,3 +58,19 @@ def test_wrong_json_is_told_with_file_and_line(text, line, words):
         pytest.skip("this Python reads numbers of any length")
     with pytest.raises(UserError, match=f"^meta.json, {words}"):
         parse_json(text, Path("meta.json"), line)
+
+
+@pytest.mark.parametrize("text", ["\ud83d", "a\0b"])
+@pytest.mark.parametrize("place", ["value", "list", "key", "inner"])
+def test_a_text_that_no_path_can_be_is_named_with_its_key(text, place):
+    tables = {
+        "value": {"image_dir": text}, "list": {"x": [1, text]}, "key": {text: 1},
+        "inner": {"general": {"x": {"image_dir": text}}},
+    }[place]  # fmt: skip
+    with pytest.raises(UserError, match="c.json: .* holds NUL or half an emoji; write the text anew"):
+        refuse_odd_texts(tables, Path("c.json"))
+    refuse_odd_texts({"image_dir": "\udce9t\udce9", "x": ["😀", 1, None]}, Path("c.json"))  # a path that is no UTF-8 is one
+
+
+def test_several_marks_at_the_beginning_are_no_text():
+    assert decoded(codecs.BOM_UTF8 * 2 + b"a") == decoded(codecs.BOM_UTF16_LE * 2 + b"a\0") == "a"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from library.diffusion.samplers import SAMPLERS
 from library.errors import UserError
 from library.files import read_safetensors_header, sha256_of_file
+from library.generation.prompts.loras import split_loras
 from library.generation.prompts.spec import PromptSpec
 
 if TYPE_CHECKING:
@@ -73,14 +74,23 @@ def parameters(
 ) -> str:  # fmt: skip
     """The text that the web UI shows below an image and reads back: prompt, negative prompt, one line of `Key: value`.
 
-    Networks stand in the prompt as `<lora:name:strength>`, as the web UI writes them.
+    Networks stand in the prompt as `<lora:name:strength>`, as the web UI writes them; one that the prompt calls itself has a tag
+    for what it acts with beyond that.
     """
-    tags = [f"<lora:{lora.name}:{lora.strength:g}>" for lora in loras if f"<lora:{lora.name}:" not in spec.prompt]
-    lines = [_one_line(" ".join([spec.prompt, *tags]))]
+    lines = [_one_line(" ".join([spec.prompt, *_tags(spec.prompt, loras)]))]
     if spec.negative_prompt:
         lines.append(f"Negative prompt: {_one_line(spec.negative_prompt)}")
     values = _settings(spec, facts, loras, stage, first_size)
     return "\n".join([*lines, ", ".join(f"{key}: {_quoted(value)}" for key, value in values.items())])
+
+
+def _tags(prompt: str, loras: Sequence[UsedLora]) -> list[str]:
+    """What the prompt lacks to name all networks with their whole strength."""
+    called: dict[str, float] = {}
+    for name, strength in split_loras(prompt)[1]:
+        called[name] = called.get(name, 0.0) + strength
+    missing = [(lora.name, f"{lora.strength - called.pop(lora.name, 0.0):.6g}") for lora in loras]
+    return [f"<lora:{name}:{strength}>" for name, strength in missing if abs(float(strength)) > 1e-6]
 
 
 def _settings(
@@ -123,8 +133,11 @@ def model_hash(path: Path | None) -> str | None:
 
 
 def loras_with_hashes(used: Sequence[tuple[Path, float]]) -> list[UsedLora]:
-    """Names, strengths and hashes of the files that acted on an image."""
-    return [UsedLora(path.stem, strength, lora_hash(path)) for path, strength in used]
+    """Names, strengths and hashes of the files that acted on an image, each once: strengths of one file add up."""
+    strengths: dict[Path, float] = {}
+    for path, strength in used:
+        strengths[path] = strengths.get(path, 0.0) + strength
+    return [UsedLora(path.stem, strength, lora_hash(path)) for path, strength in strengths.items()]
 
 
 @cache  # a file is read once a run

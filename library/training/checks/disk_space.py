@@ -72,10 +72,14 @@ def too_little_space(needed: dict[Path, int]) -> Iterable[str]:
         if size * ENOUGH > free:
             named = ", ".join(map(str, folders))
             yield (
-                f"the disk of {named} has {free / 2**30:.2f} GiB free and the run writes about {size / 2**30:.2f} GiB; "
+                f"the disk of {named} has {_amount(free)} free and the run writes about {_amount(size)}; "
                 "make room, keep fewer files (--save_last_n_epochs, --save_last_n_epochs_state, --save_precision=fp16) "
                 "or choose another --output_dir"
             )
+
+
+def _amount(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
 
 
 def bytes_in(folder: Path) -> int:

@@ -131,6 +131,8 @@ def _spec(module: str, class_name: str) -> OptimizerSpec:
 def import_class(dotted: str, option: str, install: str | None = None) -> type:
     """The class that a dotted path names; a missing package is reported with what to install."""
     module_name, _, class_name = dotted.rpartition(".")
+    if not module_name or not all(part.isidentifier() for part in dotted.split(".")):
+        raise UserError(f"{option}: this is no name of a class; write it as package.module.Class")
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from library.formats.compvis import SD1_LAYOUT, SD2_LAYOUT, join_compvis, split_compvis
-from library.formats.names import OLD_CLIP_PREFIX, OPEN_CLIP_PREFIX, modern_vae_name
+from library.formats.names import OLD_CLIP_PREFIX, OPEN_CLIP_PREFIX, modern_vae_name, vae_to_diffusers
 from library.models.clip import empty_text_encoder
 from library.models.modules import weights_of
 from library.models.unet import empty_unet
@@ -155,3 +155,10 @@ def test_full_size_lora_targets_exist(full_size, v2):
     """The 16 transformer blocks and the text layers that LoRA names are made of (138 text modules for SD 2: 23 layers)."""
     assert sum(name.endswith("attn1.to_q.weight") for name in full_size["unet"]) == 16
     assert sum(name.endswith("self_attn.q_proj.weight") for name in full_size["text_encoder"]) == (23 if v2 else 12)
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 4), (4, 4, 1, 1)])
+def test_attention_of_a_vae_in_any_shape_is_read(shape):
+    """A shape that no VAE has is found later, with the file's name: here nothing may fail."""
+    name = "decoder.mid_block.attentions.0.to_q.weight"
+    assert vae_to_diffusers(name, torch.zeros(shape)).dim() == min(len(shape), 2)

@@ -192,6 +192,16 @@ def test_trap_1_17_code_in_a_checkpoint_never_runs(tmp_path, protocol):
     assert not target.exists()
 
 
+def test_an_archive_whose_names_are_no_text_is_named(tmp_path):
+    path = tmp_path / "model.ckpt"
+    torch.save({"x": torch.zeros(2)}, path)
+    content = path.read_bytes()
+    start = content.rindex(b"PK\x01\x02")  # the directory's last entry; its flags say that names are UTF-8
+    flags = (int.from_bytes(content[start + 8 : start + 10], "little") | 0x800).to_bytes(2, "little")
+    path.write_bytes(content[: start + 8] + flags + content[start + 10 : start + 46] + b"\x82" + content[start + 47 :])
+    refused(path, "model.ckpt")
+
+
 def test_code_inside_a_zip_named_safetensors_never_runs(tmp_path):
     target, path = tmp_path / "was-run", tmp_path / "model.safetensors"
     with zipfile.ZipFile(path, "w") as archive:

@@ -19,7 +19,15 @@ from library.errors import UserError
 from library.files import write_new
 from library.generation.outputs.file_names import FileNames
 from library.generation.outputs.image_writer import MOST_WAITING, ImageWriter
-from library.generation.outputs.png_text import RunFacts, UsedLora, lora_hash, model_hash, parameters, text_fields
+from library.generation.outputs.png_text import (
+    RunFacts,
+    UsedLora,
+    lora_hash,
+    loras_with_hashes,
+    model_hash,
+    parameters,
+    text_fields,
+)
 from library.generation.prompts.spec import PromptSpec, SizeConditioning
 
 IMAGE = Image.new("RGB", (8, 8), "red")
@@ -147,6 +155,17 @@ def test_parameters_letter_by_letter():
 def test_a_network_that_the_prompt_names_is_named_once():
     spec = PromptSpec("a cat <lora:ink:0.5>", seed=1)
     assert read_as_web_ui(parameters(spec, FACTS, [UsedLora("ink", 0.5, "0" * 12)]))["Prompt"] == "a cat <lora:ink:0.5>"
+
+
+def test_a_network_that_acts_twice_is_named_with_its_whole_strength(tmp_path):
+    """By two options, or by an option and the prompt."""
+    save_file({"a": torch.ones(1)}, tmp_path / "ink.safetensors")
+    twice = loras_with_hashes([(tmp_path / "ink.safetensors", 0.8), (tmp_path / "ink.safetensors", 0.5)])
+    assert [(lora.name, round(lora.strength, 6)) for lora in twice] == [("ink", 1.3)]
+    found = read_as_web_ui(parameters(SPEC, FACTS, twice))
+    assert found["Prompt"].endswith("<lora:ink:1.3>") and found["Lora hashes"] == f"ink: {twice[0].hash}"
+    called = PromptSpec("a cat <lora:ink:0.5>", seed=1)
+    assert read_as_web_ui(parameters(called, FACTS, twice))["Prompt"] == "a cat <lora:ink:0.5> <lora:ink:0.8>"
 
 
 def test_two_stages_as_the_web_ui_has_them():

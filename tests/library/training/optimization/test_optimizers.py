@@ -101,6 +101,8 @@ def test_any_class_by_path_and_torch_classes_by_name(name):
         ({"optimizer_type": "AdmW"}, "AdamW"),
         ({"optimizer_type": "no_such_package.Thing"}, "pip install no_such_package"),
         ({"optimizer_type": "torch.optim.AdamWW"}, "torch.optim.AdamW"),
+        ({"optimizer_type": "."}, "package.module.Class"),
+        ({"optimizer_type": "..optim.AdamW"}, "package.module.Class"),
         ({"optimizer_type": "torch.optim.SparseAdam"}, "sparse"),
         ({"optimizer_type": "torch.optim.Optimizer"}, "is no optimizer"),
         ({"optimizer_type": "pathlib.Path"}, "is no optimizer"),
