@@ -19,7 +19,7 @@ ASSETS = Path(__file__).parent / "assets"
 
 
 def write_page(path: Path, kind: str, title: str, data: Mapping[str, Any]) -> None:
-    """Write a page atomically. kind: "run", "dataset" or "sheet", by the name of its program in `assets`. data: for JSON.
+    """Write a page atomically. kind: the name of its program in `assets`, such as "run". data: for JSON.
 
     Raises UserError if the file cannot be written.
     """
