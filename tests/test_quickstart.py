@@ -363,7 +363,7 @@ def test_what_the_tree_imports_is_required():
         allowed = for_tests if path.relative_to(ROOT).parts[0] in ("tests", "benchmarks") else required
         local = own | {
             sibling.stem
-            for folder in (path.parent, ROOT / "tests", ROOT / "tests/library/training")
+            for folder in (path.parent, ROOT / "tests", ROOT / "tests/library/training", ROOT / "tests/library/generation")
             for sibling in folder.iterdir()
         }
         for module in imported_modules(ast.parse(path.read_text(encoding="utf-8"))) - sys.stdlib_module_names - local - OPTIONAL:

@@ -87,8 +87,9 @@ def build_network(
             instance.load_weights(network.network_weights)
         print(f"continuing from {network.network_weights}")
     instance.requires_grad_(True)
-    if hasattr(instance, "leave_untrained"):  # beyond the contract
-        instance.leave_untrained(*model.for_networks(), model.unread_layers(clip_skip))
+    leave_untrained: Any = getattr(instance, "leave_untrained", None)  # beyond the contract
+    if leave_untrained is not None:
+        leave_untrained(*model.for_networks(), model.unread_layers(clip_skip))
     if network.scale_weight_norms:
         check_max_norm(instance, model)
     rates = text_encoder_rates(optimizer, len(model.text_encoders))

@@ -216,7 +216,7 @@ def test_captions_cached_on_disk_by_two_processes_are_those_of_one(outcomes, alo
 def test_files_are_written_once_and_by_one_process(outcomes, place):
     assert [outcome.code for outcome in outcomes["cached"]] == [0, 0], outcomes["cached"]
     names = sorted(path.name for path in (place / "cached").iterdir() if path.suffix != ".png")
-    assert names == ["mine-000001.safetensors", "mine.safetensors", "sample"]
+    assert names == ["mine-000001.safetensors", "mine-page", "mine.html", "mine.safetensors", "sample"]
     assert len(list((place / "cached" / "sample").glob("*.png"))) == 3
     assert (place / "cached" / "mine-samples.png").stat().st_size > 1000
     assert len(list((place / "logs").rglob("events*"))) == 1
