@@ -45,6 +45,7 @@ TEXT_ENCODER_BLOCKS = frozenset({"CLIPAttention", "CLIPSdpaAttention", "CLIPMLP"
 UNET_BLOCKS = frozenset({"Transformer2DModel"})
 UNET_BLOCKS_3X3 = UNET_BLOCKS | {"ResnetBlock2D", "Downsample2D", "Upsample2D"}
 
+PLAIN_TENSORS = ("alpha", "lora_down.weight", "lora_up.weight")  # of a module in a file
 Layer = nn.Linear | nn.Conv2d
 TextEncoders = nn.Module | list | tuple | None  # of several, any may be None
 
@@ -420,7 +421,7 @@ def names_in(weights: Mapping[str, Tensor], layers: Iterable[str]) -> list[str]:
         name, _, tensor = key.partition(".")
         if name not in names:
             of_no_layer.append(key)
-        elif tensor not in ("alpha", "lora_down.weight", "lora_up.weight"):
+        elif tensor not in PLAIN_TENSORS:
             raise ValueError(f"{key} is no part of a plain LoRA, and this copy of lora.py knows no other; use the suite")
     if of_no_layer:
         logger.warning("%d of %d tensors have no layer in this model, such as %s", len(of_no_layer), len(weights), of_no_layer[0])

@@ -26,6 +26,7 @@ from library.formats.tensor_file import open_tensors
 from library.formats.tensor_output import save_pickled
 from networks.adapters import AdapterModule, all_layers, find_modules
 from networks.lora import (
+    PLAIN_TENSORS,
     UNET_PREFIX,
     Layer,
     LoRAModule,
@@ -254,7 +255,6 @@ def modules_in(
     """
     others = others or {}
     weights = {key: tensor for key, tensor in weights.items() if key.partition(".")[0] not in others}
-    plain = ("alpha", "lora_down.weight", "lora_up.weight")
     names = [key.removesuffix(".lora_down.weight") for key in weights if key.endswith(".lora_down.weight")]
     pairs = {name: (weights[f"{name}.lora_down.weight"], weights.get(f"{name}.lora_up.weight")) for name in names}
     kinds = {
@@ -272,7 +272,7 @@ def modules_in(
         name, _, tensor = key.partition(".")
         if name not in kinds:
             unused.append(key)
-        elif tensor not in (*plain, *getattr(kinds[name], "own_tensors", ())):
+        elif tensor not in (*PLAIN_TENSORS, *getattr(kinds[name], "own_tensors", ())):
             kind = next((kind for kind in VARIANTS if tensor in kind.own_tensors), None)
             if kind is None:
                 raise ValueError(f"{key} is not supported; {_instead(weights) or 'it is not part of a plain LoRA'}")

@@ -169,13 +169,7 @@ def dataset_config(rng: random.Random, folder: Path, shelf: Shelf) -> Case:
             key = unknown = mutations.misspelt(rng, key)
         table[key] = rng.choice(mutations.ODD_VALUES)
     config = {"general": general, "datasets": [dataset]}
-    is_json = rng.random() < 0.3
-    text = json.dumps(config) if is_json else as_toml(config)
-    is_damaged = rng.random() < 0.3
-    if is_damaged:
-        text = mutations.damaged_text(rng, text)
-    name = f"data.{'json' if is_json else 'toml'}"
-    (folder / name).write_bytes(mutations.encoded(rng, text) if is_damaged else text.encode("utf-8", "surrogatepass"))
+    name, is_damaged = write_config(rng, folder, "data", config)
     words = [*DEBUG, f"--dataset_config={name}"]
     return training(folder, words, lost=None if is_damaged or not unknown else partial(is_passed_over, unknown))
 
@@ -183,6 +177,18 @@ def dataset_config(rng: random.Random, folder: Path, shelf: Shelf) -> Case:
 def is_passed_over(key: str, printed: str) -> str:
     """Whether a key that does not exist is taken without a word."""
     return "" if on_terminal(key) in printed or key in printed else f"unknown key {key!r} is passed over"
+
+
+def write_config(rng: random.Random, folder: Path, stem: str, config: dict[str, Any]) -> tuple[str, bool]:
+    """Write it as TOML or JSON, now and then damaged. Returns the file's name, and whether it is damaged."""
+    is_json = rng.random() < 0.3
+    text = json.dumps(config) if is_json else as_toml(config)
+    is_damaged = rng.random() < 0.3
+    if is_damaged:
+        text = mutations.damaged_text(rng, text)
+    name = f"{stem}.{'json' if is_json else 'toml'}"
+    (folder / name).write_bytes(mutations.encoded(rng, text) if is_damaged else text.encode("utf-8", "surrogatepass"))
+    return name, is_damaged
 
 
 def as_toml(config: dict[str, Any]) -> str:

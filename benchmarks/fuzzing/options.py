@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 import quickstart
 from benchmarks.fuzzing import mutations
 from benchmarks.fuzzing.case import Case, Lost, training
-from benchmarks.fuzzing.data import as_toml, good_image, is_passed_over
+from benchmarks.fuzzing.data import as_toml, good_image, is_passed_over, write_config
 from benchmarks.fuzzing.shelf import Shelf
 from library.command_line import choices_of, is_flag, is_list, option_fields
 from library.generation.options import GenerateOptions
@@ -61,13 +61,7 @@ def training_config(rng: random.Random, folder: Path, shelf: Shelf) -> Case:
         names = sorted(config)
         rng.shuffle(names)
         config = {"model": {name: config[name] for name in names[::2]}, "rest": {name: config[name] for name in names[1::2]}}
-    is_json = rng.random() < 0.3
-    text = json.dumps(config) if is_json else as_toml(config)
-    is_damaged = rng.random() < 0.3
-    if is_damaged:
-        text = mutations.damaged_text(rng, text)
-    name = f"run.{'json' if is_json else 'toml'}"
-    (folder / name).write_bytes(mutations.encoded(rng, text) if is_damaged else text.encode("utf-8", "surrogatepass"))
+    name, is_damaged = write_config(rng, folder, "run", config)
     lost = partial(is_passed_over, unknown) if unknown and not is_damaged and unknown.lower() not in fields else None
     return training(folder, [f"--config_file={name}"], lost)
 

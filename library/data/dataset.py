@@ -34,6 +34,8 @@ from library.models.family import SD_LATENTS, Conditioning, LatentSpace, Tokens
 
 log = logging.getLogger(__name__)
 
+MOST_CAPTIONS = 10_000  # of which what the text encoder makes is kept in memory without an option that asks for it
+
 
 @dataclass
 class Batch:
@@ -61,12 +63,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class Use:
-    """One use of an image: its row of the table, its caption then, pixels (H, W, 3) uint8, mask (H, W) uint8, and the cut."""
+    """One use of an image: its caption then, its pixels (H, W, 3) uint8, and where they are cut from."""
 
-    row: int
     caption: str
     pixels: np.ndarray
-    mask: np.ndarray | None
     place: Placed
 
 
@@ -189,19 +189,16 @@ class TrainingDataset(Dataset):
         row = int(self.epoch_order(epoch)[position][slot])
         rng = self._random(epoch, position, slot)
         caption = self._caption(row, rng, epoch, position)
-        flipped = self.table.config(row).flip_aug and rng.random() < 0.5
-        pixels, mask, place = augmented(self.table, row, rng)
-        if flipped:
-            pixels, mask = pixels[:, ::-1], None if mask is None else mask[:, ::-1]
-        return Use(row, caption, pixels, mask, place)
-
-    def caption_of_use(self, epoch: int, position: int, slot: int) -> str:
-        """Its caption alone."""
-        row = int(self.epoch_order(epoch)[position][slot])
-        return self._caption(row, self._random(epoch, position, slot), epoch, position)
+        flipped = self._is_flipped(row, rng)
+        pixels, _, place = augmented(self.table, row, rng)
+        return Use(caption, pixels[:, ::-1] if flipped else pixels, place)
 
     def _random(self, epoch: int, position: int, slot: int) -> random.Random:
         return random.Random(f"{self.seed}/picture/{epoch}/{position}/{slot}")
+
+    def _is_flipped(self, row: int, rng: random.Random) -> bool:
+        """To be drawn before anything else about the image: so it is the same with and without a cache."""
+        return self.table.config(row).flip_aug and rng.random() < 0.5
 
     def _caption(self, row: int, rng: random.Random, epoch: int, position: int) -> str:
         return process_caption(
@@ -214,11 +211,8 @@ class TrainingDataset(Dataset):
         )
 
     def _image(self, row: int, rng: random.Random) -> tuple[Tensor | np.ndarray, Tensor | None, tuple[int, ...]]:
-        """Pixels (H, W, 3) uint8 or latents (C, h, w), mask (1, h, w), and the sizes as in `Batch`.
-
-        The flip is drawn first: it is the same with and without a cache.
-        """
-        flipped = self.table.config(row).flip_aug and rng.random() < 0.5
+        """Pixels (H, W, 3) uint8 or latents (C, h, w), mask (1, h, w), and the sizes as in `Batch`."""
+        flipped = self._is_flipped(row, rng)
         image: Tensor | np.ndarray
         if self.latents is not None:
             image, mask = self.latents.get(row, flipped)
@@ -248,7 +242,7 @@ class TrainingDataset(Dataset):
         if share[1] > 1:
             self.latents.join(gather)
 
-    def caption_variants(self, limit: int | None = 10_000) -> dict[str, Path] | None:
+    def caption_variants(self, limit: int | None = MOST_CAPTIONS) -> dict[str, Path] | None:
         """Every caption that a batch can hold, sorted, with the folder of the first image that has it.
 
         None if captions change without end, or if there are more than `limit`.

@@ -30,9 +30,12 @@ if TYPE_CHECKING:
 
 def load_pipeline(options: GenerateOptions) -> Pipeline:
     """Everything that the options name, cheap checks first."""
-    for option in ("network_weights", "textual_inversion_embeddings"):
-        group = options.network if option == "network_weights" else options.model
-        for file in getattr(group, option) or ():
+    given = {
+        "network_weights": options.network.network_weights,
+        "textual_inversion_embeddings": options.model.textual_inversion_embeddings,
+    }
+    for option, files in given.items():
+        for file in files or ():
             if not Path(file).exists():
                 raise UserError(f"--{option} {file}: there is no such file")
     model = load_model(options.model, options.speed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -215,9 +216,7 @@ class RequestBuilder:
 
     def _note_unused(self, requests: list[Request]) -> None:
         """Say which seeds of --d no image gets."""
-        counts: dict[str, int] = {}
-        for request in requests:
-            counts[request.where] = counts.get(request.where, 0) + 1
+        counts = Counter(request.where for request in requests)
         for request in {request.where: request for request in requests}.values():
             unused = request.seeds[counts[request.where] :]
             named = ", ".join(map(str, unused))
@@ -242,8 +241,7 @@ def _with(request: Request, **values: Any) -> Request:
 
 def _numbered_by_line(requests: list[Request]) -> Iterator[tuple[int, Request]]:
     """Each request with its number among those of the same line, from 0."""
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     for request in requests:
-        number = counts.get(request.where, 0)
-        counts[request.where] = number + 1
-        yield number, request
+        yield counts[request.where], request
+        counts[request.where] += 1

@@ -480,6 +480,11 @@ class OutputOptions(OptionGroup):
     )
 
     @property
+    def file_stem(self) -> str:
+        """What the names of the final LoRA and of the files about the run begin with."""
+        return self.output_name or "last"
+
+    @property
     def folder(self) -> Path:
         """--output_dir. Raises UserError if it was not given."""
         return Path(required(self.output_dir, "output_dir"))

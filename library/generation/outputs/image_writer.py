@@ -29,8 +29,7 @@ class ImageWriter:
 
     def __exit__(self, kind: object, *details: object) -> None:
         try:
-            while self._waiting:
-                self._waiting.popleft().result()
+            self.wait()
         finally:
             self._thread.shutdown()
 

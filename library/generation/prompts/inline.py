@@ -37,6 +37,26 @@ def read_number(text: str) -> float:
     return number
 
 
+def _within(read: Callable[[str], float], least: float, most: float, what: str) -> Reader:
+    """A reader of numbers from `least` to `most`, both included."""
+
+    def reader(text: str) -> Any:
+        number = read(text)
+        if not least <= number <= most:
+            raise ValueError(what)
+        return number
+
+    return reader
+
+
+_steps = _within(read_integer, 1, MOST_STEPS, f"a number of steps from 1 to {MOST_STEPS}")
+_seed = _within(read_integer, 0, LARGEST_SEED, f"a whole number from 0 to {LARGEST_SEED}")  # those that torch accepts
+_share = _within(read_number, 0, 1, "a number from 0 to 1")
+_depth = _within(read_integer, 0, 3, "a depth from 0 to 3")
+_pixels = _within(read_integer, 1, math.inf, "a number of pixels")
+_crop = _within(read_integer, 0, math.inf, "a number of pixels, or 0")
+
+
 def _size(text: str) -> int:
     size = read_integer(text)
     if size < SMALLEST_SIZE or size % SIZE_STEP:
@@ -45,40 +65,16 @@ def _size(text: str) -> int:
 
 
 def _rounded_size(text: str) -> int:
-    size = read_integer(text)
-    if size < 1:
-        raise ValueError("a number of pixels")
+    size = _pixels(text)
     return max(SMALLEST_SIZE, size - size % SIZE_STEP)
-
-
-def _steps(text: str) -> int:
-    steps = read_integer(text)
-    if not 1 <= steps <= MOST_STEPS:
-        raise ValueError(f"a number of steps from 1 to {MOST_STEPS}")
-    return steps
 
 
 def _clamped_steps(text: str) -> int:
     return min(max(read_integer(text), 1), MOST_STEPS)
 
 
-def read_seed(text: str) -> int:
-    """A seed that torch accepts."""
-    seed = read_integer(text)
-    if not 0 <= seed <= LARGEST_SEED:
-        raise ValueError(f"a whole number from 0 to {LARGEST_SEED}")
-    return seed
-
-
 def _seeds(text: str) -> tuple[int, ...]:
-    return tuple(read_seed(part.strip()) for part in text.split(","))
-
-
-def _share(text: str) -> float:
-    share = read_number(text)
-    if not 0 <= share <= 1:
-        raise ValueError("a number from 0 to 1")
-    return share
+    return tuple(_seed(part.strip()) for part in text.split(","))
 
 
 def _ratio(text: str) -> float:
@@ -97,27 +93,6 @@ def _multipliers(text: str) -> tuple[float, ...]:
         return tuple(read_number(part) for part in text.split(","))
     except ValueError:
         raise ValueError("a list of numbers with commas") from None
-
-
-def _depth(text: str) -> int:
-    depth = read_integer(text)
-    if not 0 <= depth <= 3:
-        raise ValueError("a depth from 0 to 3")
-    return depth
-
-
-def _pixels(text: str) -> int:
-    pixels = read_integer(text)
-    if pixels < 1:
-        raise ValueError("a number of pixels")
-    return pixels
-
-
-def _crop(text: str) -> int:
-    pixels = read_integer(text)
-    if pixels < 0:
-        raise ValueError("a number of pixels, or 0")
-    return pixels
 
 
 class InlineOption(NamedTuple):
@@ -143,7 +118,7 @@ OPTIONS: dict[str, InlineOption] = {
     "w": InlineOption("width", _size, "width", ("width", _rounded_size)),
     "h": InlineOption("height", _size, "height", ("height", _rounded_size)),
     "s": InlineOption("steps", _steps, "sample_steps", ("steps", _clamped_steps)),
-    "d": InlineOption("seeds", _seeds, "seed", ("seed", read_seed)),
+    "d": InlineOption("seeds", _seeds, "seed", ("seed", _seed)),
     "l": InlineOption("scale", read_number, "scale"),
     "nl": InlineOption("negative_scale", _number_or_none),
     "t": InlineOption("strength", _share),

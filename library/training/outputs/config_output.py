@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from library.errors import UserError
 from library.files import write_text
@@ -14,6 +16,14 @@ from library.option_traits import traits_of
 from library.safe_text import as_unicode, is_unicode
 
 ABOUT_THE_FILE = ("config_file", "output_config")
+
+
+def changed_options(group: BaseModel) -> Iterator[tuple[str, FieldInfo, Any]]:
+    """Name, declaration and value of each option of a group that differs from its default, but for those about config files."""
+    for name, field in type(group).model_fields.items():
+        value = getattr(group, name)
+        if name not in ABOUT_THE_FILE and value != field.get_default():
+            yield name, field, value
 
 
 def toml_value(value: Any) -> str:
@@ -33,11 +43,7 @@ def options_as_toml(options: BaseModel) -> str:
     """Every option that differs from its default, in a table for each group; secrets are left out."""
     tables = []
     for name, group in options:
-        given = {
-            option: getattr(group, option)
-            for option, field in type(group).model_fields.items()
-            if option not in ABOUT_THE_FILE and not traits_of(field).secret and getattr(group, option) != field.get_default()
-        }
+        given = {option: value for option, field, value in changed_options(group) if not traits_of(field).secret}
         if given:
             tables.append("\n".join([f"[{name}]", *(f"{option} = {toml_value(value)}" for option, value in given.items())]))
     return "\n\n".join(tables) + "\n"

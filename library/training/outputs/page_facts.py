@@ -15,15 +15,16 @@ from pydantic import BaseModel
 
 from library.data.dataset import TrainingDataset
 from library.data.facts import DatasetFacts
-from library.devices import DTYPES, peak_memory_bytes
+from library.devices import peak_memory_bytes
 from library.errors import UserError
 from library.models.clip import CHUNK, count_tokens
 from library.option_traits import traits_of
 from library.pages.chart_script import lay_chart_script
 from library.pages.curves import evenly, extremes, running_mean
 from library.pages.images import lay_image
-from library.training.outputs.config_output import ABOUT_THE_FILE
+from library.training.outputs.config_output import changed_options
 from library.training.outputs.from_metadata import as_words
+from library.training.outputs.summary import network_summary
 from library.training.outputs.tracking import LossRecord
 from library.training.plan import Progress
 
@@ -52,12 +53,12 @@ def facts_at_start(run: Run, folder: Path) -> dict[str, Any]:
     settings, secrets = changed_settings(options)
     name = options.model.pretrained_model_name_or_path or ""
     return {
-        "name": options.output.output_name or "last",
+        "name": options.output.file_stem,
         "lora": run.files.final_path().name,
         "model": Path(name).name or name,
         "model_title": run.model.family.title,
         "base": name,
-        "network": network_words(run),
+        "network": network_summary(options, run.network),
         "trigger": options.metadata.metadata_trigger_phrase or "",
         "began": round(float(run.metadata.facts["ss_training_started_at"]) * 1000),
         "chart": lay_chart_script(folder),
@@ -68,28 +69,17 @@ def facts_at_start(run: Run, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def network_words(run: Run) -> str:
-    """What is trained, as the run prints it."""
-    module, precision = run.network.module, run.options.output.save_precision
-    if hasattr(module, "summary"):
-        return f"{run.options.network.network_module}: {module.summary(DTYPES[precision] if precision else None)}"
-    return f"{run.options.network.network_module}: {sum(p.numel() for p in run.network.parameters):,} parameters"
-
-
 def changed_settings(options: BaseModel) -> tuple[list[dict[str, str]], list[str]]:
     """Options that differ from their defaults, and the names of secret ones, whose values are written nowhere."""
     rows, secrets = [], []
     for _, group in options:
         heading = (type(group).__doc__ or "").strip().splitlines()[0]
-        for name, field in type(group).model_fields.items():
-            value, default = getattr(group, name), field.get_default()
-            if name in ABOUT_THE_FILE or value == default:
-                continue
+        for name, field, value in changed_options(group):
             if traits_of(field).secret:
                 secrets.append(name)
                 continue
             rows.append({
-                "group": heading, "name": name, "value": as_text(value), "default": as_text(default),
+                "group": heading, "name": name, "value": as_text(value), "default": as_text(field.get_default()),
                 "help": field.description or "",
             })  # fmt: skip
     return rows, secrets
@@ -107,10 +97,9 @@ def command(run: Run) -> str:
     given = {
         name: value if not isinstance(value, tuple) else list(value)
         for _, group in run.options
-        for name, field in type(group).model_fields.items()
-        if (value := getattr(group, name)) != field.get_default()
-        and not traits_of(field).secret and name not in (*ABOUT_THE_FILE, "resume")
-    }  # fmt: skip
+        for name, field, value in changed_options(group)
+        if not traits_of(field).secret and name != "resume"
+    }
     launch = f"--multi_gpu --num_processes {run.plan.processes} " if run.plan.processes > 1 else ""
     words = as_words({**given, "seed": run.seed})
     return f"accelerate launch {launch}--num_cpu_threads_per_process 1 train_network.py {' '.join(words)}"

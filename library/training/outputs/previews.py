@@ -124,10 +124,10 @@ class Previews(Listener):
         """All images of the run so far on one sheet next to the LoRA."""
         if not self.processes.main:
             return
-        name = self.options.output.output_name
-        path = self.options.output.folder / f"{name or 'last'}-samples.png"
+        output = self.options.output
+        path = output.folder / f"{output.file_stem}-samples.png"
         try:
-            write_sample_grid(self.folder, name, [spec.prompt for spec in self.specs], path)
+            write_sample_grid(self.folder, output.output_name, [spec.prompt for spec in self.specs], path)
         except Exception as error:
             tqdm.write(f"{path} was not drawn: {one_line(error)}")
 

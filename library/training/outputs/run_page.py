@@ -42,7 +42,7 @@ class RunPage(Listener):
     """
 
     def __init__(self, options: OutputOptions, notes: Sequence[str], warnings: KeptWarnings | None, processes: Processes) -> None:
-        self.path = options.folder / f"{options.output_name or 'last'}.html"
+        self.path = options.folder / f"{options.file_stem}.html"
         self.is_written = processes.main and not options.no_report
         self.notes, self.warnings = notes, warnings
         self.saved: dict[str, int] = {}  # name of a file -> step after which it was saved

@@ -73,7 +73,7 @@ class ModelFiles:
 
     def final_path(self) -> Path:
         """`name.safetensors`; without --output_name: `last.safetensors`."""
-        return self._path(self.options.output_name or "last")
+        return self._path(self.options.file_stem)
 
     def best_path(self) -> Path:
         """`name-best.safetensors`; without --output_name: `best.safetensors`."""

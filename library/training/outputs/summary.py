@@ -17,13 +17,19 @@ if TYPE_CHECKING:
     from library.training.setup import Run
 
 
-def print_plan(options: TrainNetworkOptions, plan: Plan, network: TrainedNetwork, seed: int) -> None:
-    """The network and the length of the run."""
+def network_summary(options: TrainNetworkOptions, network: TrainedNetwork) -> str:
+    """What is trained: the network module, and what it says of itself."""
     if hasattr(network.module, "summary"):
         precision = options.output.save_precision
-        print(f"network {options.network.network_module}: {network.module.summary(DTYPES[precision] if precision else None)}")
+        said = network.module.summary(DTYPES[precision] if precision else None)
     else:
-        print(f"network {options.network.network_module}: {sum(p.numel() for p in network.parameters):,} trainable numbers")
+        said = f"{sum(p.numel() for p in network.parameters):,} trainable numbers"
+    return f"{options.network.network_module}: {said}"
+
+
+def print_plan(options: TrainNetworkOptions, plan: Plan, network: TrainedNetwork, seed: int) -> None:
+    """The network and the length of the run."""
+    print(f"network {network_summary(options, network)}")
     shared = f" ({plan.accumulation} on each of {plan.processes} processes)" if plan.processes > 1 else ""
     print(
         f"plan: {plan.max_steps} steps of {plan.batches_per_step} batch{'es' if plan.batches_per_step > 1 else ''}{shared}, "
@@ -35,7 +41,7 @@ def summarize(run: Run, outcome: Outcome, seconds: float, skipped: int) -> None:
     """The last screen: where the files are, the final loss, the speed, the memory. skipped: batches, of all processes."""
     name, files, losses, validations = run.options.output.output_name, run.files, run.losses, run.validator.record
     step, finished = outcome.progress.step, outcome.is_finished
-    plot = files.folder / f"{name or 'last'}-loss.png"
+    plot = files.folder / f"{run.options.output.file_stem}-loss.png"
     drawn = try_loss_plot(losses, plot, name or "loss", validations.history)
     run.tracker.finish()
     if files.uploads:
