@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from library.errors import UserError
 from library.formats.adapters.registry import Adapter, find_adapter
 from library.formats.lora_layouts import named_for
-from networks.lora import TextEncoders, lora_path, named_parts
+from networks.lora import TextEncoders, UNet, Weights, lora_path, named_parts
 
 AnyLayer = nn.Linear | nn.Conv2d | nn.LayerNorm | nn.GroupNorm
 
@@ -89,19 +89,17 @@ def _applied(layer: AnyLayer, x: Tensor, weight: Tensor, bias: Tensor | None) ->
     return F.linear(x, weight, bias)
 
 
-def all_layers(text_encoder: TextEncoders, unet: nn.Module | None) -> dict[str, AnyLayer]:
+def all_layers(text_encoder: TextEncoders, unet: UNet) -> dict[str, AnyLayer]:
     """Every layer that a file can change, by LoRA name: also those that `find_layers` has no LoRA for."""
     layers: dict[str, AnyLayer] = {}
-    for prefix, root in named_parts(text_encoder, unet).items():
-        for path, module in root.named_modules() if root is not None else ():
+    for prefix, part in named_parts(text_encoder, unet).items():
+        for path, module in part.named_modules():
             if isinstance(module, AnyLayer) and module.weight is not None:
                 layers[lora_path(path, prefix)] = module
     return layers
 
 
-def find_modules(
-    weights: Mapping[str, Tensor], plain: Mapping[str, Any], text_encoder: TextEncoders, unet: nn.Module | None
-) -> dict[str, AdapterModule]:
+def find_modules(weights: Weights, plain: Mapping[str, Any], text_encoder: TextEncoders, unet: UNet) -> dict[str, AdapterModule]:
     """The adapters of these weights for layers of this model, without the LoRAs and DoRAs of `plain` layers.
 
     Raises ValueError, naming layer and tensors, if they are incomplete or do not fit the layer's shape.

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from networks import lora_args
-from networks.lora import LoRAModule, TextEncoders, weight_delta
+from networks.lora import LoRAModule, TextEncoders, UNet, Weights, weight_delta
 from networks.lora_args import NetworkArgs
 from networks.suite_network import SuiteNetwork
 
@@ -52,7 +52,7 @@ READERS = {
 
 @dataclass(frozen=True)
 class DyLoRAArgs(NetworkArgs):
-    """What `--network_args` can say to a DyLoRA. None: not given."""
+    """The values of `--network_args` for a DyLoRA. None: not given."""
 
     unit: int | None = None
 
@@ -86,7 +86,7 @@ class DyLoRAModule(LoRAModule):
         weights = {key: tensor for key, tensor in super().file_weights().items() if key != "gain"}
         return weights | {"lora_up.weight": self._with_gain().detach()}
 
-    def from_file(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def from_file(self, weights: Weights) -> dict[str, Tensor]:
         if f"{self.lora_name}.gain" in weights:  # a state of this network, not a file
             return {key: weights[f"{self.lora_name}.{key}"] for key in self.state_dict()}
         fitted = super().from_file(weights)
@@ -99,7 +99,7 @@ class DyLoRAModule(LoRAModule):
 
 
 class DyLoRANetwork(SuiteNetwork):
-    """LoRA modules of one rank R, of which `unit`, 2 `unit`, ... R are trained in turn."""
+    """LoRA modules of one rank R. Each step trains the first `unit`, 2 `unit`, ... or R ranks."""
 
     module_class = DyLoRAModule
     args: DyLoRAArgs
@@ -120,7 +120,7 @@ class DyLoRANetwork(SuiteNetwork):
     def loras(self) -> Sequence[DyLoRAModule]:
         return list(self.children())  # type: ignore[arg-type]
 
-    def on_step_start(self, text_encoder: TextEncoders = None, unet: nn.Module | None = None) -> None:
+    def on_step_start(self, text_encoder: TextEncoders = None, unet: UNet = None) -> None:
         """Draw the rank of this step from torch's CPU generator, the same for every module and until the next call."""
         self.use_rank(self.unit * (1 + int(torch.randint(self.rank // self.unit, ()))))
 
@@ -161,7 +161,7 @@ def create_network(
     network_alpha: float | None,
     vae: Any,
     text_encoder: TextEncoders,
-    unet: nn.Module | None,
+    unet: UNet,
     neuron_dropout: float | None = None,
     **network_args: Any,
 ) -> DyLoRANetwork:
@@ -179,7 +179,7 @@ def create_network_from_weights(
     file: str | os.PathLike | None,
     vae: Any,
     text_encoder: TextEncoders,
-    unet: nn.Module | None,
+    unet: UNet,
     weights_sd: dict[str, Tensor] | None = None,
     for_inference: bool = False,
     neuron_dropout: float | None = None,
@@ -198,7 +198,7 @@ def create_network_from_weights(
 
 
 def unit_of_file(file: str | os.PathLike) -> str | None:
-    """The unit with which a file was trained, as its metadata has it; None if that says nothing."""
+    """The unit with which a file was trained, as its metadata has it; None if it has none."""
     if Path(file).suffix != ".safetensors" or not Path(file).is_file():
         return None
     try:

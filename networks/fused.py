@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from networks.lora import Layer, LoRAModule
 
 
-def joined(module: LoRAModule, layer: Layer, x: Tensor, output: Tensor) -> Tensor | None:
-    """output + module(x), computed into `output`, which is what the layer gave for x; None where that is not the formula."""
+def fused_output(module: LoRAModule, layer: Layer, x: Tensor, output: Tensor) -> Tensor | None:
+    """output + module(x), written into `output`, which is what the layer gave for x. None: compute that sum the usual way."""
     if not _fits(module, layer, output):
         return None
     function = _AdaptedConv if isinstance(layer, nn.Conv2d) else _AdaptedLinear
@@ -21,12 +21,12 @@ def joined(module: LoRAModule, layer: Layer, x: Tensor, output: Tensor) -> Tenso
 
 
 def _fits(module: LoRAModule, layer: Layer, output: Tensor) -> bool:
-    """Whether it is the plain formula, on what a frozen layer gave and nothing has changed."""
+    """Whether the module adds the plain formula, and `output` is as the frozen layer returned it: no hook has changed it."""
     if torch.compiler.is_compiling():  # compilers join operations themselves
         return False
-    draws = module.training and (module.dropout or module.rank_dropout)
-    watched = any(inner._forward_hooks or inner._forward_pre_hooks for inner in module.modules())
-    is_plain = getattr(module.forward, "__func__", None) is LoRAModule.forward and not draws and not watched
+    drops = module.training and (module.dropout or module.rank_dropout)
+    has_hooks = any(inner._forward_hooks or inner._forward_pre_hooks for inner in module.modules())
+    is_plain = getattr(module.forward, "__func__", None) is LoRAModule.forward and not drops and not has_hooks
     is_first = next(iter(layer._forward_hooks)) == module.hook.id
     is_frozen = not any(weight.requires_grad for weight in layer.parameters())
     same_type = output.dtype == module.lora_down.weight.dtype or torch.is_autocast_enabled(output.device.type)
@@ -34,8 +34,8 @@ def _fits(module: LoRAModule, layer: Layer, output: Tensor) -> bool:
 
 
 def _is_one_matrix(layer: Layer) -> bool:
-    """Whether the layer multiplies every position by its `weight`: torch's own do, others say so by `multiplies_by_weight`."""
-    forward = getattr(layer.forward, "__func__", None)  # no method if something has taken its place
+    """Whether the layer multiplies every position by its `weight`: torch's own do, and others with `multiplies_by_weight`."""
+    forward = getattr(layer.forward, "__func__", None)  # None: the method was replaced by a plain function
     if forward is None:
         return False
     if forward not in (nn.Linear.forward, nn.Conv2d.forward) and not getattr(layer, "multiplies_by_weight", False):

@@ -48,6 +48,10 @@ UNET_BLOCKS_3X3 = UNET_BLOCKS | {"ResnetBlock2D", "Downsample2D", "Upsample2D"}
 PLAIN_TENSORS = ("alpha", "lora_down.weight", "lora_up.weight")  # of a module in a file
 Layer = nn.Linear | nn.Conv2d
 TextEncoders = nn.Module | list | tuple | None  # of several, any may be None
+UNet = nn.Module | None
+Weights = Mapping[str, Tensor]  # by their names in a file
+DType = torch.dtype | None
+Device = torch.device | str | None
 
 
 def suite(module: str) -> Any:
@@ -58,24 +62,27 @@ def suite(module: str) -> Any:
 # ---------------------------------------------------------------- which layers, and what they are called
 
 
-def find_layers(text_encoder: TextEncoders, unet: nn.Module | None, conv3x3: bool = False) -> dict[str, Layer]:
+def find_layers(text_encoder: TextEncoders, unet: UNet, conv3x3: bool = False) -> dict[str, Layer]:
     """The layers that can get a LoRA, by LoRA name, in the order in which files list them.
 
     Names begin with `lora_te`, or of several text encoders with `lora_te1`, `lora_te2`, and with `lora_unet`.
     """
-    blocks = UNET_BLOCKS_3X3 if conv3x3 else UNET_BLOCKS
     layers: dict[str, Layer] = {}
     for prefix, part in named_parts(text_encoder, unet).items():
-        layers |= _layers_in(part, prefix, blocks if prefix == UNET_PREFIX else TEXT_ENCODER_BLOCKS)
+        unet_blocks = UNET_BLOCKS_3X3 if conv3x3 else UNET_BLOCKS
+        paths = _layers_in(part, unet_blocks if prefix == UNET_PREFIX else TEXT_ENCODER_BLOCKS)
+        # Files list a transformer block as attn1, ff, attn2; today's Diffusers holds it as attn1, attn2, ff.
+        for _, block in itertools.groupby(paths, key=_transformer_block):
+            layers |= {lora_path(path, prefix): paths[path] for path in sorted(block, key=lambda path: ".attn2." in path)}
     return layers
 
 
-def named_parts(text_encoder: TextEncoders, unet: nn.Module | None) -> dict[str, nn.Module | None]:
-    """The parts of the model by the prefix of their LoRA names, in the order of files."""
+def named_parts(text_encoder: TextEncoders, unet: UNet) -> dict[str, nn.Module]:
+    """The parts of the model that are given, by the prefix of their LoRA names, in the order of files."""
     encoders = text_encoder if isinstance(text_encoder, list | tuple) else [text_encoder]
     numbers = range(1, len(encoders) + 1) if len(encoders) > 1 else [""]
     prefixes = [*(f"{TEXT_ENCODER_PREFIX}{number}" for number in numbers), UNET_PREFIX]
-    return dict(zip(prefixes, [*encoders, unet], strict=True))
+    return {prefix: part for prefix, part in zip(prefixes, [*encoders, unet], strict=True) if part is not None}
 
 
 def prefix_of(lora_name: str) -> str:
@@ -83,24 +90,18 @@ def prefix_of(lora_name: str) -> str:
     return "_".join(lora_name.split("_", 2)[:2])
 
 
-def _layers_in(root: nn.Module | None, prefix: str, block_classes: frozenset[str]) -> dict[str, Layer]:
-    paths: dict[str, Layer] = {}
-    for block_path, block in root.named_modules() if root is not None else ():
-        if type(block).__name__ in block_classes:
-            for path, layer in block.named_modules(prefix=block_path):
-                if isinstance(layer, Layer):
-                    paths[path] = layer
-    names = {}
-    # Files list a transformer block as attn1, ff, attn2; today's Diffusers holds it as attn1, attn2, ff.
-    for _, group in itertools.groupby(paths, key=_transformer_block):
-        for path in sorted(group, key=lambda p: ".attn2." in p):
-            names[lora_path(path, prefix)] = paths[path]
-    return names
-
-
 def lora_path(path: str, prefix: str) -> str:
     """The LoRA name of the layer at this path in the part of the model that has the prefix."""
-    return f"{prefix}_{_standard_path(path, prefix).replace('.', '_')}"
+    if prefix != UNET_PREFIX and not path.startswith("text_model."):
+        path = f"text_model.{path}"  # transformers 5.6 dropped this level of `CLIPTextModel`, files keep it
+    return f"{prefix}_{path.replace('.', '_')}"
+
+
+def _layers_in(part: nn.Module, block_classes: frozenset[str]) -> dict[str, Layer]:
+    """The layers inside of all blocks of these classes, by path."""
+    blocks = [(path, block) for path, block in part.named_modules() if type(block).__name__ in block_classes]
+    modules = itertools.chain(*(block.named_modules(prefix=path) for path, block in blocks))
+    return {path: module for path, module in modules if isinstance(module, Layer)}
 
 
 def _transformer_block(path: str) -> str:
@@ -109,14 +110,14 @@ def _transformer_block(path: str) -> str:
     return ".".join(parts[: parts.index("transformer_blocks") + 2]) if "transformer_blocks" in parts else path
 
 
-def _standard_path(path: str, prefix: str) -> str:
-    """The path as files have it: transformers 5.6 dropped the `text_model` level of `CLIPTextModel`, files keep it."""
-    return f"text_model.{path}" if prefix != UNET_PREFIX and not path.startswith("text_model.") else path
-
-
 def kernel_size(layer: Layer) -> int:
     """Positions that one output sees: 1 for Linear and 1x1 convolutions, 9 for 3x3."""
     return layer.weight[0, 0].numel()
+
+
+def matrix_shape(layer: Layer) -> tuple[int, int]:
+    """(out, in) of the layer's weight as a matrix, where `in` counts the positions of a convolution's window."""
+    return len(layer.weight), layer.weight[0].numel()
 
 
 # ---------------------------------------------------------------- one layer
@@ -131,6 +132,7 @@ class LoRAModule(nn.Module):
     """
 
     alpha: Tensor
+    hook: Any
 
     def __init__(
         self,
@@ -146,6 +148,7 @@ class LoRAModule(nn.Module):
         super().__init__()
         self.lora_name, self.rank, self.multiplier, self.enabled = lora_name, rank, multiplier, True
         self.dropout, self.rank_dropout, self.module_dropout = dropout, rank_dropout, module_dropout
+        self.matrix_shape, self.hook = matrix_shape(layer), None
         if isinstance(layer, nn.Conv2d):
             window = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
             self.lora_down: Layer = nn.Conv2d(layer.in_channels, rank, *window, bias=False)  # type: ignore[arg-type]
@@ -157,7 +160,6 @@ class LoRAModule(nn.Module):
         nn.init.zeros_(self.lora_up.weight)
         self.register_buffer("alpha", torch.tensor(float(alpha or rank)))
         self.read_scale()
-        self.hook: Any = None
 
     def read_scale(self) -> None:
         """Set the scale from the alpha tensor, once: reading a tensor at every step would make the host wait for the GPU."""
@@ -172,7 +174,7 @@ class LoRAModule(nn.Module):
         if self.training and self.rank_dropout:
             hidden = hidden * self._rank_mask(hidden)
             factor = factor / (1 - self.rank_dropout)
-        # The rank is the narrowest place, so scaling costs least there.
+        # Scaled between the two, where a position has the fewest values.
         return self.lora_up(hidden * factor)
 
     def in_own_type(self, x: Tensor) -> Tensor:
@@ -181,10 +183,10 @@ class LoRAModule(nn.Module):
 
     def _rank_mask(self, hidden: Tensor) -> Tensor:
         """0 or 1 for each sample and rank, the same at every token or position."""
-        keep = torch.rand(hidden.shape[0], self.rank, device=hidden.device) > self.rank_dropout
-        if isinstance(self.lora_down, nn.Conv2d):
-            return keep[:, :, None, None]
-        return keep.view(hidden.shape[0], *[1] * (hidden.dim() - 2), self.rank)
+        keep = torch.rand(len(hidden), self.rank, device=hidden.device) > self.rank_dropout
+        positions = [1] * (hidden.dim() - 2)
+        shape = (self.rank, *positions) if isinstance(self.lora_down, nn.Conv2d) else (*positions, self.rank)
+        return keep.view(len(hidden), *shape)
 
     def is_idle(self) -> bool:
         """Whether this call adds nothing: switched off, strength 0 outside of training, or dropped as a whole."""
@@ -196,14 +198,14 @@ class LoRAModule(nn.Module):
     def attach(self, layer: Layer) -> None:
         """Add this module's result to the layer's from now on. Several networks may be attached to one layer."""
         fused = suite("networks.fused")
-        self._joined = fused.joined if fused else None
+        self._fused_output = fused.fused_output if fused else None
         self.hook = layer.register_forward_hook(self._add)
 
     def _add(self, layer: Layer, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if self.is_idle():
             return output
-        joined = self._joined(self, layer, inputs[0], output) if self._joined else None
-        return output + self(inputs[0]).to(output.dtype) if joined is None else joined
+        fused = self._fused_output(self, layer, inputs[0], output) if self._fused_output else None
+        return output + self(inputs[0]).to(output.dtype) if fused is None else fused
 
     def detach(self) -> None:
         """Undo `attach`."""
@@ -219,25 +221,22 @@ class LoRAModule(nn.Module):
         """What a file holds of this module: alpha, lora_down.weight and lora_up.weight."""
         return {key: tensor.detach() for key, tensor in self.state_dict().items()}
 
-    def from_file(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def from_file(self, weights: Weights) -> dict[str, Tensor]:
         """The weights of a file, by their names in it, that are this module's, in its shapes. ValueError if the rank differs."""
-        up, down, alpha = module_weights(weights, self.lora_name, self)
+        up, down, alpha = module_weights(weights, self.lora_name, self.matrix_shape)
         if len(down) != self.rank:
             option = "--network_dim " if kernel_size(self.lora_down) == 1 else "--network_args conv_dim="
             raise ValueError(
                 f"{self.lora_name} has rank {len(down)} in the weights and {self.rank} in this network; "
                 f"use --dim_from_weights or {option}{len(down)}"
             )
-        shaped = {
-            "lora_up.weight": up.reshape(self.lora_up.weight.shape),
-            "lora_down.weight": down.reshape(self.lora_down.weight.shape),
-        }
-        return {"alpha": torch.tensor(alpha), **shaped}
+        up, down = up.reshape_as(self.lora_up.weight), down.reshape_as(self.lora_down.weight)
+        return {"alpha": torch.tensor(alpha), "lora_up.weight": up, "lora_down.weight": down}
 
     @classmethod
-    def weight_change(cls, weights: Mapping[str, Tensor], name: str, layer: Layer, device: Any = None) -> Tensor:
+    def weight_change(cls, weights: Weights, name: str, layer: Layer, device: Device = None) -> Tensor:
         """What the module of this name adds to the weight of this layer, in float32 and the weight's shape."""
-        return weight_delta(*module_weights(weights, name, layer), device=device).view(layer.weight.shape)
+        return weight_delta(*module_weights(weights, name, matrix_shape(layer)), device=device).view(layer.weight.shape)
 
 
 # ---------------------------------------------------------------- the network
@@ -259,7 +258,7 @@ class LoRANetwork(nn.Module):
 
     @classmethod
     def create(
-        cls, args: Any, multiplier: float, dim: int | None, alpha: float | None, text_encoder: TextEncoders, unet: Any
+        cls, args: Any, multiplier: float, dim: int | None, alpha: float | None, text_encoder: TextEncoders, unet: UNet
     ) -> Any:
         """A new network; args are what `parse_network_args` gave."""
         ranks = 4 if dim is None else dim, 1.0 if alpha is None else alpha
@@ -271,13 +270,11 @@ class LoRANetwork(nn.Module):
         return cls(modules, multiplier)
 
     @classmethod
-    def from_weights(
-        cls, args: Any, multiplier: float, weights: Mapping[str, Tensor], text_encoder: TextEncoders, unet: Any
-    ) -> Any:
+    def from_weights(cls, args: Any, multiplier: float, weights: Weights, text_encoder: TextEncoders, unet: UNet) -> Any:
         """A network with the modules, ranks and alphas of these weights, which are not yet loaded into it."""
         layers, modules = find_layers(text_encoder, unet, conv3x3=True), []
         for name in names_in(weights, layers):
-            _, down, alpha = module_weights(weights, name, layers[name])
+            _, down, alpha = module_weights(weights, name, matrix_shape(layers[name]))
             modules.append(cls.module_class(name, layers[name], len(down), alpha, **_dropouts(args)))
         return cls(modules, multiplier)
 
@@ -295,9 +292,7 @@ class LoRANetwork(nn.Module):
 
     # ---- on and off
 
-    def apply_to(
-        self, text_encoder: TextEncoders, unet: nn.Module | None, apply_text_encoder: bool = True, apply_unet: bool = True
-    ) -> None:
+    def apply_to(self, text_encoder: TextEncoders, unet: UNet, apply_text_encoder: bool = True, apply_unet: bool = True) -> None:
         """Attach the modules to the model's layers. Parts not applied are dropped: neither trained nor saved."""
         for module in self.loras:
             if not (apply_unet if prefix_of(module.lora_name) == UNET_PREFIX else apply_text_encoder):
@@ -310,7 +305,7 @@ class LoRANetwork(nn.Module):
                 raise ValueError(f"{missing}; was the network made for another model?")
             module.attach(layers[module.lora_name])
 
-    def layers_in(self, text_encoder: TextEncoders, unet: nn.Module | None) -> dict[str, Any]:
+    def layers_in(self, text_encoder: TextEncoders, unet: UNet) -> dict[str, Any]:
         """The model's layers that this network can have modules for, by LoRA name."""
         return find_layers(text_encoder, unet, conv3x3=True)
 
@@ -336,12 +331,7 @@ class LoRANetwork(nn.Module):
 
     @torch.no_grad()
     def merge_to(
-        self,
-        text_encoder: TextEncoders,
-        unet: nn.Module | None,
-        weights_sd: Mapping[str, Tensor],
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
+        self, text_encoder: TextEncoders, unet: UNet, weights_sd: Weights, dtype: DType = None, device: Device = None
     ) -> None:
         """Change the model's layers for good: W += multiplier * alpha / rank * up down, in float32.
 
@@ -353,11 +343,11 @@ class LoRANetwork(nn.Module):
 
     # ---- files
 
-    def save_weights(self, file: str | os.PathLike, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
+    def save_weights(self, file: str | os.PathLike, dtype: DType, metadata: Mapping[str, str] | None) -> None:
         """Write the file, whole or not at all; see `save_tensors`. dtype None keeps the weights' own."""
         save_tensors(self.tensors(dtype), file, metadata)
 
-    def tensors(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    def tensors(self, dtype: DType) -> dict[str, Tensor]:
         """`file_weights` on the CPU in this dtype; None: in their own."""
         return {key: t.to("cpu", dtype or t.dtype).contiguous() for key, t in self.file_weights().items()}
 
@@ -367,14 +357,17 @@ class LoRANetwork(nn.Module):
 
     @classmethod
     def read(cls, file: str | os.PathLike) -> dict[str, Tensor]:
-        """The tensors of a file by the names that this network has for them."""
-        return load_tensors(file)
+        """The tensors of a .safetensors file, or of a pickled one (no code in it runs), by this network's names for them."""
+        if Path(file).suffix.lower() == ".safetensors":
+            return safetensors.torch.load_file(file)
+        content = torch.load(file, map_location="cpu", weights_only=True)
+        return content.get("state_dict", content)
 
     def load_weights(self, file: str | os.PathLike) -> Any:
         """Load a file; the alphas, and so the scales, are the file's. Returns the missing and the unexpected keys."""
         return self.load_state_dict(self.read(file), strict=False)
 
-    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
+    def load_state_dict(self, state_dict: Weights, strict: bool = True, assign: bool = False) -> Any:
         """As torch's; alpha may be missing (then it is the rank), and Linear and 1x1 convolution fit each other."""
         fitted = dict(state_dict)
         for module in self.loras:
@@ -386,7 +379,7 @@ class LoRANetwork(nn.Module):
             module.read_scale()
         return result
 
-    def own_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def own_weights(self, weights: Weights) -> dict[str, Tensor]:
         """Those of a file's weights that are of modules of this network, by its names."""
         modules = dict(self.named_children())
         return {key: tensor for key, tensor in weights.items() if key.partition(".")[0] in modules}
@@ -395,14 +388,14 @@ class LoRANetwork(nn.Module):
 # ---------------------------------------------------------------- weights as tensors
 
 
-def weight_delta(up: Tensor, down: Tensor, alpha: float, device: Any = None) -> Tensor:
+def weight_delta(up: Tensor, down: Tensor, alpha: float, device: Device = None) -> Tensor:
     """alpha / rank * up down in float32: (out, in), or (out, in, k, k) for a convolution."""
     up, down = up.to(device, torch.float32), down.to(device, torch.float32)
     return (up.flatten(1) @ down.flatten(1)).mul_(alpha / down.shape[0]).view(up.shape[0], *down.shape[1:])
 
 
 def merge_module(
-    kind: type[LoRAModule], weights: Mapping[str, Tensor], name: str, layer: Layer, multiplier: float, dtype: Any, device: Any
+    kind: type[LoRAModule], weights: Weights, name: str, layer: Layer, multiplier: float, dtype: DType, device: Device
 ) -> None:
     """Add what the module of this name, which is of this kind, adds at this strength to the weight of its layer."""
     weight = layer.weight
@@ -411,51 +404,35 @@ def merge_module(
     weight.copy_(merged.to(dtype or weight.dtype))
 
 
-def names_in(weights: Mapping[str, Tensor], layers: Iterable[str]) -> list[str]:
+def names_in(weights: Weights, layers: Iterable[str]) -> list[str]:
     """The layers that these weights have a LoRA for. Warns of tensors that have no layer; ValueError if none has one."""
     names = [name for name in layers if f"{name}.lora_down.weight" in weights and f"{name}.lora_up.weight" in weights]
     if not names:
         raise ValueError(f"none of these {len(weights)} tensors is of a LoRA for this model, by kohya's names")
-    of_no_layer = []
-    for key in weights:
-        name, _, tensor = key.partition(".")
-        if name not in names:
-            of_no_layer.append(key)
-        elif tensor not in PLAIN_TENSORS:
-            raise ValueError(f"{key} is no part of a plain LoRA, and this copy of lora.py knows no other; use the suite")
-    if of_no_layer:
-        logger.warning("%d of %d tensors have no layer in this model, such as %s", len(of_no_layer), len(weights), of_no_layer[0])
+    unused = [key for key in weights if key.partition(".")[0] not in names]
+    if strange := next((key for key in weights if key not in unused and key.partition(".")[2] not in PLAIN_TENSORS), None):
+        raise ValueError(f"{strange} is no part of a plain LoRA, and this copy of lora.py knows no other; use the suite")
+    if unused:
+        logger.warning("%d of %d tensors have no layer in this model, such as %s", len(unused), len(weights), unused[0])
     return names
 
 
-def module_weights(weights: Mapping[str, Tensor], name: str, target: Layer | LoRAModule) -> tuple[Tensor, Tensor, float]:
-    """(up, down, alpha) of one module, checked against the layer or LoRA module it is for. No alpha, or 0: the rank."""
+def module_weights(weights: Weights, name: str, shape: tuple[int, int]) -> tuple[Tensor, Tensor, float]:
+    """(up, down, alpha) of one module, checked against the `matrix_shape` of its layer. No alpha, or 0: the rank."""
     up, down = weights[f"{name}.lora_up.weight"], weights[f"{name}.lora_down.weight"]
-    if isinstance(target, LoRAModule):
-        out_size, in_size = len(target.lora_up.weight), target.lora_down.weight[0].numel()
-    else:
-        out_size, in_size = len(target.weight), target.weight[0].numel()
     rank = len(down)
     # Sizes, not shapes: SD 2 has its projections as Linear (2-D) or as 1x1 convolution (4-D), and weights fit both.
-    if (len(up), up[0].numel(), down[0].numel()) != (out_size, rank, in_size):
+    if (len(up), up[0].numel(), down[0].numel()) != (shape[0], rank, shape[1]):
         raise ValueError(
             f"{name}: the weights (down {tuple(down.shape)}, up {tuple(up.shape)}) do not fit this model's layer "
-            f"({in_size} in, {out_size} out); are they for another Stable Diffusion version?"
+            f"({shape[1]} in, {shape[0]} out); are they for another Stable Diffusion version?"
         )
     alpha = weights.get(f"{name}.alpha")
     return up, down, float(alpha if alpha is not None else 0) or float(rank)
 
 
-def load_tensors(file: str | os.PathLike) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, or of a pickled one, in which no code is run."""
-    if Path(file).suffix.lower() == ".safetensors":
-        return safetensors.torch.load_file(file)
-    content = torch.load(file, map_location="cpu", weights_only=True)
-    return content.get("state_dict", content)
-
-
 def save_tensors(
-    tensors: Mapping[str, Tensor],
+    tensors: Weights,
     file: str | os.PathLike,
     metadata: Mapping[str, str] | None,
     save_pickled: Callable[[dict[str, Tensor], Path], object] = torch.save,
@@ -508,7 +485,7 @@ def create_network(
     network_alpha: float | None,
     vae: Any,
     text_encoder: TextEncoders,
-    unet: nn.Module | None,
+    unet: UNet,
     neuron_dropout: float | None = None,
     **network_args: Any,
 ) -> Any:
@@ -525,7 +502,7 @@ def create_network_from_weights(
     file: str | os.PathLike | None,
     vae: Any,
     text_encoder: TextEncoders,
-    unet: nn.Module | None,
+    unet: UNet,
     weights_sd: dict[str, Tensor] | None = None,
     for_inference: bool = False,
     neuron_dropout: float | None = None,

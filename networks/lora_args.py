@@ -15,7 +15,7 @@ from typing import Any
 from library.errors import nearest
 from library.formats.blocks import BLOCK_MAPS, SD_BLOCKS, BlockMap, block_map
 from networks.lora import LoRAModule
-from networks.variants import VARIANTS, Variant, joined
+from networks.variants import VARIANTS, Variant, combined
 
 Reader = Callable[[str], Any]
 
@@ -146,7 +146,7 @@ def _variant_readers() -> dict[str, Reader]:
 
 @dataclass(frozen=True)
 class NetworkArgs:
-    """What `--network_args` can say. None: not given.
+    """The values of `--network_args`. None: not given.
 
     variants: the kinds of modules that were asked for; blocks: those of the model's U-Net, known once its layers are.
     """
@@ -175,14 +175,14 @@ class NetworkArgs:
         return {kind: getattr(self, kind) or 0.0 for kind in ("dropout", "rank_dropout", "module_dropout")}
 
     @property
-    def says_ranks(self) -> bool:
-        """Whether they say something about ranks or start that weights of a file say too."""
+    def sets_ranks(self) -> bool:
+        """Whether they set ranks or the start, which the weights of a file set too."""
         return bool(self.block_dims) or self.conv3x3 or any(not variant.own_tensors for variant in self.variants)
 
     @property
     def module_class(self) -> type[LoRAModule] | None:
         """The class of the modules, if it is not the network's usual one."""
-        return joined(self.variants)
+        return combined(self.variants)
 
     @property
     def conv3x3(self) -> bool:
@@ -291,6 +291,6 @@ def parse_network_args(
     if "conv_dim" in given and "conv_block_dims" in given:
         raise ValueError("network_args conv_dim and conv_block_dims both say the ranks of 3x3 convolutions; give one of them")
     chosen = tuple(variant for variant in VARIANTS if given.get(variant.word) == (variant.choice or True))
-    joined(chosen)
+    combined(chosen)
     own = {key: value for key, value in given.items() if key not in _variant_readers()}
     return kind(**own, variants=chosen)

@@ -1,4 +1,4 @@
-"""A LoRA network as the suite has it, which networks/lora.py makes where it is not a copy alone.
+"""The suite's LoRA network, which networks/lora.py makes unless it is a copy alone.
 
 It trains by the contract that docs/developing.md has, with a rate for each part and block (lora_training.py). Its modules may be
 of other kinds than LoRA: those of variants.py train too, those of adapters.py only act. Files may be in the layouts of other
@@ -28,12 +28,17 @@ from networks.adapters import AdapterModule, all_layers, find_modules
 from networks.lora import (
     PLAIN_TENSORS,
     UNET_PREFIX,
+    Device,
+    DType,
     Layer,
     LoRAModule,
     LoRANetwork,
     TextEncoders,
+    UNet,
+    Weights,
     find_layers,
     kernel_size,
+    matrix_shape,
     merge_module,
     module_weights,
     save_tensors,
@@ -59,7 +64,7 @@ class SuiteNetwork(LoRANetwork):
 
     @classmethod
     def create(
-        cls, args: Any, multiplier: float, dim: int | None, alpha: float | None, text_encoder: TextEncoders, unet: Any
+        cls, args: Any, multiplier: float, dim: int | None, alpha: float | None, text_encoder: TextEncoders, unet: UNet
     ) -> Any:
         dim, alpha = 4 if dim is None else dim, 1.0 if alpha is None else alpha
         if dim < 1 or args.conv_dim == 0:
@@ -74,10 +79,8 @@ class SuiteNetwork(LoRANetwork):
         return cls(modules, multiplier, args)
 
     @classmethod
-    def from_weights(
-        cls, args: Any, multiplier: float, weights: Mapping[str, Tensor], text_encoder: TextEncoders, unet: Any
-    ) -> Any:
-        if args.says_ranks:
+    def from_weights(cls, args: Any, multiplier: float, weights: Weights, text_encoder: TextEncoders, unet: UNet) -> Any:
+        if args.sets_ranks:
             logger.warning("ranks, alphas and values are those of the weights; the ones in network_args are not used")
         layers = find_layers(text_encoder, unet, conv3x3=True)
         weights = kohya_weights(weights)
@@ -86,7 +89,7 @@ class SuiteNetwork(LoRANetwork):
         kinds = modules_in(weights, layers, others)
         modules: list[nn.Module] = []
         for name in [name for name in layers if name in kinds]:
-            _, down, alpha = module_weights(weights, name, layers[name])
+            _, down, alpha = module_weights(weights, name, matrix_shape(layers[name]))
             kind = cls.module_class if kinds[name] is LoRAModule else kinds[name]
             modules.append(kind(name, layers[name], len(down), alpha, **args.dropouts))
         return cls([*modules, *others.values()], multiplier, args.for_layers(layers))
@@ -96,18 +99,13 @@ class SuiteNetwork(LoRANetwork):
         """The modules that are no LoRAs, by name."""
         return {name: module for name, module in self.named_children() if isinstance(module, AdapterModule)}
 
-    def layers_in(self, text_encoder: TextEncoders, unet: nn.Module | None) -> dict[str, Any]:
+    def layers_in(self, text_encoder: TextEncoders, unet: UNet) -> dict[str, Any]:
         others = all_layers(text_encoder, unet) if self.others else {}
         return others | super().layers_in(text_encoder, unet)
 
     @torch.no_grad()
     def merge_to(
-        self,
-        text_encoder: TextEncoders,
-        unet: nn.Module | None,
-        weights_sd: Mapping[str, Tensor],
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
+        self, text_encoder: TextEncoders, unet: UNet, weights_sd: Weights, dtype: DType = None, device: Device = None
     ) -> None:
         layers = find_layers(text_encoder, unet, conv3x3=True)
         weights = kohya_weights(weights_sd)
@@ -121,8 +119,8 @@ class SuiteNetwork(LoRANetwork):
 
     # ---- training
 
-    def leave_untrained(self, text_encoder: TextEncoders, unet: nn.Module | None, unread: Iterable[nn.Module]) -> None:
-        """Keep the modules of layers inside `unread`, which no gradient reaches, out of all that is trained and measured."""
+    def leave_untrained(self, text_encoder: TextEncoders, unet: UNet, unread: Iterable[nn.Module]) -> None:
+        """Leave out of training and norms the modules of layers inside `unread`, which no gradient reaches."""
         inside = {id(layer) for part in unread for layer in part.modules()}
         layers = self.layers_in(text_encoder, unet)
         self.untrained = frozenset(m.lora_name for m in self.loras if id(layers[m.lora_name]) in inside)
@@ -141,27 +139,27 @@ class SuiteNetwork(LoRANetwork):
     def enable_gradient_checkpointing(self) -> None:
         """Nothing to do: the modules are recomputed with the model's own checkpoints, to which they are attached."""
 
-    def prepare_grad_etc(self, text_encoder: TextEncoders, unet: nn.Module | None) -> None:
+    def prepare_grad_etc(self, text_encoder: TextEncoders, unet: UNet) -> None:
         for module in self.loras:
             module.requires_grad_(module.lora_name not in self.untrained)
 
-    def on_epoch_start(self, text_encoder: TextEncoders, unet: nn.Module | None) -> None:
+    def on_epoch_start(self, text_encoder: TextEncoders, unet: UNet) -> None:
         self.train()
 
     def get_trainable_params(self) -> list[nn.Parameter]:
         return [parameter for module in self.trained for parameter in module.parameters()]
 
-    def apply_max_norm_regularization(self, max_norm: float, device: Any = None) -> tuple[Tensor, Tensor, Tensor]:
+    def apply_max_norm_regularization(self, max_norm: float, device: Device = None) -> tuple[Tensor, Tensor, Tensor]:
         """Shrink every trained module whose product has a norm above max_norm, see `limit_norms`."""
         return limit_norms(self.trained, max_norm)
 
-    def summary(self, dtype: torch.dtype | None = None) -> str:
+    def summary(self, dtype: DType = None) -> str:
         """Modules, ranks, trainable numbers, the size of the file in this dtype (None: as it is); a chart if blocks differ."""
         return summary(self.parts, self.args, dtype)
 
     # ---- files
 
-    def save_weights(self, file: str | os.PathLike, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
+    def save_weights(self, file: str | os.PathLike, dtype: DType, metadata: Mapping[str, str] | None) -> None:
         """Write the file, whole or not at all; see `save_tensors`. dtype None keeps the weights' own."""
         tensors = self.tensors(dtype)
         if metadata is not None and Path(file).suffix == ".safetensors":
@@ -200,7 +198,7 @@ class SuiteNetwork(LoRANetwork):
             )
         return result
 
-    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
+    def load_state_dict(self, state_dict: Weights, strict: bool = True, assign: bool = False) -> Any:
         """As torch's, for files of any layout: alpha may be missing (then it is the rank); Linear and 1x1 convolution fit."""
         named, others = named_for(kohya_weights(state_dict), dict(self.named_children())), self.others
         fitted = {key: tensor for key, tensor in named.items() if key.partition(".")[0] not in others}  # they have them
@@ -211,14 +209,14 @@ class SuiteNetwork(LoRANetwork):
                     raise ValueError(f"{name} is a {kind.title} in the weights; {option}")
         return super().load_state_dict(fitted, strict=strict, assign=assign)
 
-    def own_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def own_weights(self, weights: Weights) -> dict[str, Tensor]:
         return super().own_weights(named_for(kohya_weights(weights), dict(self.named_children())))
 
 
 # ---------------------------------------------------------------- what weights hold
 
 
-def kohya_weights(weights: Mapping[str, Tensor], config: PeftConfig | None = None) -> dict[str, Tensor]:
+def kohya_weights(weights: Weights, config: PeftConfig | None = None) -> dict[str, Tensor]:
     """The weights by the names that networks here have; names in no known layout stay as they are.
 
     config: where other programs write down their alphas. Layers that have kohya's names keep them: which of them a model has is
@@ -237,7 +235,7 @@ def kohya_weights(weights: Mapping[str, Tensor], config: PeftConfig | None = Non
 
 
 def other_modules(
-    weights: Mapping[str, Tensor], layers: Mapping[str, Layer], text_encoder: TextEncoders, unet: nn.Module | None
+    weights: Weights, layers: Mapping[str, Layer], text_encoder: TextEncoders, unet: UNet
 ) -> dict[str, AdapterModule]:
     """What these weights hold for the model beside LoRAs of `layers`, by LoRA name."""
     plain = (".alpha", ".lora_down.weight", ".lora_up.weight", ".dora_scale")
@@ -247,7 +245,7 @@ def other_modules(
 
 
 def modules_in(
-    weights: Mapping[str, Tensor], known: Mapping[str, Any], others: Mapping[str, Any] | None = None
+    weights: Weights, known: Mapping[str, Any], others: Mapping[str, Any] | None = None
 ) -> dict[str, type[LoRAModule]]:
     """The LoRA modules of these weights that `known` has too, and their kind. Warns of unused tensors; ValueError if all are.
 
@@ -282,13 +280,13 @@ def modules_in(
     return kinds
 
 
-def _other_families(weights: Mapping[str, Tensor], layers: Mapping[str, Any]) -> str:
+def _other_families(weights: Weights, layers: Mapping[str, Any]) -> str:
     """`they are a LoRA for SDXL`, say, if these layers are of another family; empty if nothing tells."""
     found = lora_layouts.other_families(weights, layers)
     return f"they are a LoRA for {titles(found)}" if found else ""
 
 
-def _instead(weights: Mapping[str, Tensor]) -> str:
+def _instead(weights: Weights) -> str:
     """`they are a LoHa file`, say; empty if nothing tells."""
     if found := instead_of_a_lora(weights):
         return f"they are {found[0]}"

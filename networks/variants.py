@@ -10,21 +10,21 @@ A variant is a subclass of `Variant` with `@register` above it; that is all ther
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from networks.lora import Layer, LoRAModule, module_weights, weight_delta
+from networks.lora import Layer, LoRAModule, Weights, module_weights, weight_delta
 
 
 class Variant(LoRAModule):
     """A kind of LoRA module, chosen by a word of `--network_args`, or by the tensors of a file if it has `own_tensors`.
 
     word: alone it is a switch, `word=True`; with a choice it is one of the values of that word. is_addition: whether it can be
-    joined with another variant, of which it changes but a value. own_tensors: what files hold of such a module beside alpha,
+    combined with another variant, of which it changes one value only. own_tensors: what files hold of such a module beside alpha,
     lora_down.weight and lora_up.weight. stores_as_given: whether files hold rank and alpha as the module was given them.
     """
 
@@ -40,8 +40,8 @@ class Variant(LoRAModule):
         return f"{cls.word}={cls.choice or True}"
 
     @classmethod
-    def fits(cls, weights: Mapping[str, Tensor], name: str) -> bool:
-        """Whether the module of this name is of this kind in the weights of a file: those of plain LoRAs tell nothing."""
+    def fits(cls, weights: Weights, name: str) -> bool:
+        """Whether the module of this name is of this kind in the weights of a file. False if it has no tensors of its own."""
         return any(f"{name}.{tensor}" in weights for tensor in cls.own_tensors)
 
 
@@ -55,7 +55,7 @@ def register(kind: Kind) -> Kind:
     return kind
 
 
-def joined(kinds: Iterable[type[Variant]]) -> type[Variant] | None:
+def combined(kinds: Iterable[type[Variant]]) -> type[Variant] | None:
     """The class for these variants together, additions first; None for none. ValueError if two of them do not go together."""
     kinds = sorted(kinds, key=lambda kind: not kind.is_addition)
     if len(clashing := [kind.option() for kind in kinds if not kind.is_addition]) > 1:
@@ -112,8 +112,8 @@ class PissaModule(Variant):
             "lora_up.weight": torch.cat([up, -self.start_up], 1),
         }
 
-    def from_file(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        up, down, alpha = module_weights(weights, self.lora_name, self)
+    def from_file(self, weights: Weights) -> dict[str, Tensor]:
+        up, down, alpha = module_weights(weights, self.lora_name, self.matrix_shape)
         if f"{self.lora_name}.start_up" in weights:  # a state of this network, not a file
             return {key: weights[f"{self.lora_name}.{key}"] for key in self.state_dict()}
         if len(down) != 2 * self.rank:
@@ -213,7 +213,7 @@ class DoRAModule(Variant):
         up = weights["lora_up.weight"] * self.scale
         return weights | {"lora_up.weight": up, "alpha": torch.full_like(self.alpha, self.rank)}
 
-    def from_file(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def from_file(self, weights: Weights) -> dict[str, Tensor]:
         key = f"{self.lora_name}.dora_scale"
         if key not in weights:
             raise ValueError(f"{self.lora_name} is no DoRA in the weights; leave out dora=True to go on from it")
@@ -223,7 +223,7 @@ class DoRAModule(Variant):
         return super().from_file(weights) | {"dora_scale": scale}
 
     @classmethod
-    def weight_change(cls, weights: Mapping[str, Tensor], name: str, layer: Layer, device: Any = None) -> Tensor:
+    def weight_change(cls, weights: Weights, name: str, layer: Layer, device: Any = None) -> Tensor:
         delta = super().weight_change(weights, name, layer, device)
         return dora_change(layer.weight.to(delta), delta, weights[f"{name}.dora_scale"].to(delta))
 
@@ -244,10 +244,10 @@ def dora_shaped(scale: Tensor, weight: Tensor) -> Tensor:
     axis = dora_axis(scale)
     if scale.numel() != weight.shape[axis]:
         raise ValueError(f"a dora_scale has the shape {tuple(scale.shape)}, its layer's weight {tuple(weight.shape)}")
-    return scale.reshape([-1 if place == axis else 1 for place in range(weight.dim())])
+    return scale.reshape([-1 if dim == axis else 1 for dim in range(weight.dim())])
 
 
 def dora_norm(weight: Tensor, axis: int) -> Tensor:
     """The norm over all other axes, in float32, with the shape of the weight but for ones."""
-    others = [place for place in range(weight.dim()) if place != axis]
+    others = [dim for dim in range(weight.dim()) if dim != axis]
     return torch.linalg.vector_norm(weight.float(), dim=others, keepdim=True).clamp(min=torch.finfo(torch.float32).eps)
