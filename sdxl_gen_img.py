@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from library.errors import run_entry
+from library.entry import run_entry
 from library.generation.program import main
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from library.errors import run_entry
+from library.entry import run_entry
 from library.training.program import main
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ from assets.make.names import STYLES  # noqa: E402
 from assets.make.perceptual import Perceptual  # noqa: E402
 from assets.make.training import clip_and_step, rate_at  # noqa: E402
 from benchmarks.quality import EXAMPLE, LINE_ART, real_images, tell, unseen_names  # noqa: E402
-from library.errors import UserError, run_entry  # noqa: E402
+from library.entry import run_entry  # noqa: E402
+from library.errors import UserError  # noqa: E402
 
 BATCH, RATE, SHIFT = 8, 2e-3, 4
 

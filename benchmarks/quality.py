@@ -43,7 +43,8 @@ from torch import Tensor  # noqa: E402
 from assets.make.images import read_tar  # noqa: E402
 from assets.make.names import NAMES, STYLES, prompt_of  # noqa: E402
 from assets.make.perceptual import Perceptual, frechet_distance, pairwise  # noqa: E402
-from library.errors import UserError, run_entry  # noqa: E402
+from library.entry import run_entry  # noqa: E402
+from library.errors import UserError  # noqa: E402
 from library.generation.pipeline.pipeline import Pipeline  # noqa: E402
 from library.generation.pipeline.settings import GenerateSettings  # noqa: E402
 from library.generation.prompts.spec import PromptSpec  # noqa: E402

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import logging
 import re
-import sys
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
-from typing import Any, ParamSpec, TextIO, TypeVar
-
-from library.safe_text import SafeFormatter, on_terminal
+from typing import ParamSpec, TypeVar
 
 # A word that begins like an option and is a number in any notation, or a list of some: -.5, -5e-1, -1,0.5,1
 NEGATIVE = re.compile(r"-(?:[\d.][\d.,eE_+-]*|inf(?:inity)?|nan)$", re.IGNORECASE)
@@ -109,59 +104,6 @@ def unknown(what: str, name: str, known: Iterable[str], where: str = "") -> User
     return UserError(f"unknown {what} '{name}'{f' in {where}' if where else ''}; {cure}")
 
 
-class PatientStream:
-    """A text stream that never ends a run: not by a letter that the console lacks, nor when the reader of the pipe has ended."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self.stream = stream
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # Windows consoles and redirected output are often not UTF-8
-
-    def write(self, text: str) -> int:
-        with suppress(OSError):
-            try:
-                self.stream.write(text)
-            except UnicodeEncodeError:  # a stream of others, which could not be set
-                self.stream.write(text.encode("ascii", "backslashreplace").decode())
-        return len(text)
-
-    def flush(self) -> None:
-        with suppress(OSError):
-            self.stream.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
-
-
 def one_line(error: BaseException, most: int = 300) -> str:
     """What an error says, in one line of at most so many letters."""
     return " ".join(str(error).split())[:most] or type(error).__name__
-
-
-def run_entry(main: Callable[[], int | None]) -> None:
-    """Run an entry script's `main` and leave the process with its exit code.
-
-    0: done; 2: the user's input was wrong (one line on stderr); 1: the run could not go on; 130: interrupted.
-    """
-    sys.stdout, sys.stderr = PatientStream(sys.stdout), PatientStream(sys.stderr)
-    handler = logging.StreamHandler()
-    handler.setFormatter(SafeFormatter("warning: %(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    try:
-        code = main() or 0
-    except UserError as error:
-        sys.stdout.flush()
-        for problem in getattr(error, "problems", [str(error)]):
-            print(f"error: {on_terminal(' '.join(problem.split()))}", file=sys.stderr)
-        code = error.exit_code
-    except OSError as error:
-        problem = problem_of_path(error)
-        if problem is None:
-            raise
-        sys.stdout.flush()
-        print(f"error: {on_terminal(str(problem))}", file=sys.stderr)
-        code = problem.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 130
-    sys.exit(code)

@@ -12,8 +12,9 @@ from pathlib import Path
 if not __package__:  # run as a script: the repository, not this folder, is where modules are looked for
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from library.entry import run_tool
 from library.tools import lora_options
-from library.tools.command import Parser, run
+from library.tools.command import Parser
 
 
 def options() -> Parser:
@@ -48,4 +49,4 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_tool(main)

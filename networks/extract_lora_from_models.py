@@ -14,10 +14,11 @@ from pathlib import Path
 if not __package__:  # run as a script: the repository, not this folder, is where modules are looked for
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from library.entry import run_tool
 from library.errors import UserError
 from library.formats.precision import dtype_of
 from library.tools import lora_options
-from library.tools.command import Parser, run
+from library.tools.command import Parser
 
 DIM = 4
 NO_USE = ("--load_original_model_to", "--load_tuned_model_to")
@@ -107,4 +108,4 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_tool(main)

@@ -8,10 +8,10 @@ from pathlib import Path
 if not __package__:  # run as a script: the repository, not this folder, is where modules are looked for
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.tools.command import run
+from library.entry import run_tool
 from library.tools.merge_program import main, options
 
 __all__ = ["main", "options"]
 
 if __name__ == "__main__":
-    run(main)
+    run_tool(main)

@@ -39,7 +39,8 @@ HELPERS = (
 FLOORS = {
     "library.safe_text": (),
     "library.parallel": (),
-    "library.errors": ("library.safe_text",),
+    "library.errors": (),
+    "library.entry": ("library.safe_text", "library.errors"),
     "library.files": ("library.safe_text", "library.errors"),
     "library.formats": GROUND,
     "library.tools": GROUND,
@@ -50,7 +51,7 @@ FLOORS = {
     "library.generation": (*GROUND, *HELPERS, "library.diffusion", "library.models", "library.data", "library.pages"),
     "library.generation.prompts": (*GROUND, *HELPERS, "library.diffusion", "library.data", "library.generation.refused_options"),
     "library.doctor": (*GROUND, "library.devices"),
-    "networks": (*GROUND, "library.tools"),
+    "networks": (*GROUND, "library.entry", "library.tools"),
 }
 TORCH_ALONE = {"torch", "safetensors", "numpy"}  # of other projects, on the ground floor
 

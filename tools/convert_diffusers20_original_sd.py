@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.errors import UserError, run_entry
+from library.entry import run_entry
+from library.errors import UserError
 from library.tools.command import Parser
 
 if TYPE_CHECKING:

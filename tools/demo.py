@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # this file may be started from anywhere
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here is fetched
 
-from library.errors import UserError, run_entry  # noqa: E402
+from library.entry import run_entry  # noqa: E402
+from library.errors import UserError  # noqa: E402
 from library.files import atomic_write  # noqa: E402
 from library.tools.command import Parser  # noqa: E402
 

@@ -70,6 +70,6 @@ def as_data(report: dict[str, list[Finding]], bad: list[str], rows: list | None)
 if __name__ == "__main__":
     if python_version().state == "bad":
         sys.exit(str(python_version()))  # what is imported next cannot be read by it
-    from library.errors import run_entry
+    from library.entry import run_entry
 
     run_entry(main)

@@ -17,7 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # this file may be started from anywhere
 
-from library.errors import UserError, run_entry  # noqa: E402
+from library.entry import run_entry  # noqa: E402
+from library.errors import UserError  # noqa: E402
 from library.tools.command import Parser  # noqa: E402
 
 STYLE = "fluenthc"

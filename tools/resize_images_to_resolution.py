@@ -17,7 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.errors import RunFailed, UserError, run_entry
+from library.entry import run_entry
+from library.errors import RunFailed, UserError
 from library.tools.command import Parser
 
 FILTERS = ("area", "cubic", "lanczos4", "linear", "nearest", "box")

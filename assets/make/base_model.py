@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # this file may be started from anywhere
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched but the packages
 
-from library.errors import UserError, run_entry  # noqa: E402
+from library.entry import run_entry  # noqa: E402
+from library.errors import UserError  # noqa: E402
 from library.tools.command import Parser  # noqa: E402
 
 

@@ -20,11 +20,10 @@ class Case:
     words: Sequence[str]
     folder: Path
     lost: Lost | None = None
-    is_tool: bool = False
     stdin: bytes = b""
 
     def run(self) -> Outcome:
-        return run_program(self.main, self.words, self.folder, self.is_tool, self.stdin)
+        return run_program(self.main, self.words, self.folder, self.stdin)
 
     def silent_loss(self, outcome: Outcome) -> str:
         return self.lost(outcome.text) if self.lost and outcome.ended_well else ""

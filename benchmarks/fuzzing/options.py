@@ -28,7 +28,6 @@ TOOLS = (
     "networks.merge_lora", "networks.resize_lora", "networks.svd_merge_lora", "tools.convert_diffusers20_original_sd",
     "tools.resize_images_to_resolution", "tools.doctor", "tools.demo", "tools.make_example_dataset",
 )  # fmt: skip
-ENDS_BY_ITSELF = "networks."  # the tools that end by library.tools.command.run
 # They train, draw or read an archive with no option at all; so here they always get one that is wrong.
 SLOW_WITHOUT_ERROR = ("tools.demo", "tools.make_example_dataset", "tools.doctor")
 NUMBERS = ("0", "1", "2", "3", "8", "64", "0.5", "1e-4", "-1", "1.5", "1000", "100000000000000000000")
@@ -119,7 +118,7 @@ def tool_words(rng: random.Random, folder: Path, shelf: Shelf) -> Case:
     if rng.random() < 0.2 or name in SLOW_WITHOUT_ERROR:
         unknown = f"--{mutations.misspelt(rng, 'save_to_nowhere')}"
         words.append(unknown)
-    return Case(importlib.import_module(name).main, words, folder, _never(unknown), is_tool=name.startswith(ENDS_BY_ITSELF))
+    return Case(importlib.import_module(name).main, words, folder, _never(unknown))
 
 
 def quickstart_words(rng: random.Random, folder: Path, shelf: Shelf) -> Case:

@@ -21,9 +21,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from library.errors import run_entry
+from library.entry import run_entry
 from library.safe_text import SafeFormatter
-from library.tools import command
 
 LONGEST_SECONDS = 60  # an input that takes longer counts as a hang
 MOST_LINES = 40  # of error lines: a screen
@@ -66,13 +65,13 @@ class Outcome:
         return self.text.count("error: ")
 
 
-def run_program(main: Main, words: Sequence[str], folder: Path, is_tool: bool = False, stdin: bytes = b"") -> Outcome:
-    """`main` with these words on its command line, in `folder`. is_tool: of those that end by library.tools.command.run."""
+def run_program(main: Main, words: Sequence[str], folder: Path, stdin: bytes = b"") -> Outcome:
+    """`main` with these words on its command line, in `folder`."""
     printed = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace", write_through=True)
     code, trace = 0, ""
     with _as_a_process(words, folder, printed, stdin), _at_most(LONGEST_SECONDS):
         try:
-            command.run(main) if is_tool else run_entry(main)
+            run_entry(main)
         except SystemExit as ended:
             code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
         except Reached:
@@ -89,19 +88,18 @@ def run_program(main: Main, words: Sequence[str], folder: Path, is_tool: bool = 
 def _as_a_process(words: Sequence[str], folder: Path, printed: io.TextIOWrapper, stdin: bytes) -> Iterator[None]:
     """Words, folder, streams and logging of a process of its own; put back afterwards."""
     root, library = logging.getLogger(), logging.getLogger("library")
-    kept = sys.argv, os.getcwd(), sys.stdin, sys.stdout, sys.stderr, root.handlers[:], root.level, library.level, command._leave
+    kept = sys.argv, os.getcwd(), sys.stdin, sys.stdout, sys.stderr, root.handlers[:], root.level, library.level
     handler = logging.StreamHandler(printed)
     handler.setFormatter(SafeFormatter("warning: %(message)s"))
     sys.argv, sys.stdout, sys.stderr = ["program", *words], printed, printed
     sys.stdin = io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8", errors="surrogateescape")
     root.handlers[:] = [handler]
     os.chdir(folder)
-    command._leave = sys.exit
     try:
         with warnings.catch_warnings():
             yield
     finally:
-        sys.argv, place, sys.stdin, sys.stdout, sys.stderr, root.handlers[:], level, of_library, command._leave = kept
+        sys.argv, place, sys.stdin, sys.stdout, sys.stderr, root.handlers[:], level, of_library = kept
         os.chdir(place)
         root.setLevel(level)
         library.setLevel(of_library)

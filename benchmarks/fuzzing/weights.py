@@ -79,7 +79,7 @@ def checkpoint(rng: random.Random, folder: Path, shelf: Shelf) -> Case:
 def _tool(name: str, words: list[str], folder: Path, lost: Lost | None = None) -> Case:
     from importlib import import_module
 
-    return Case(import_module(f"networks.{name}").main, words, folder, lost, is_tool=True)
+    return Case(import_module(f"networks.{name}").main, words, folder, lost)
 
 
 def _change_tensors(rng: random.Random, content: dict[str, Tensor]) -> None:

@@ -40,7 +40,7 @@ def test_each_fault_is_seen(tmp_path):
         raise UserError("the file is odd; mend it")
 
     assert judged(lambda: 1 / 0, tmp_path).counts["traceback"] == 1
-    assert judged(wrong, tmp_path, is_tool=True).counts["refused"] == judged(wrong, tmp_path).counts["refused"] == 1
+    assert judged(wrong, tmp_path).counts["refused"] == 1
     assert judged(lambda: 3, tmp_path).counts["otherwise"] == 1
     assert judged(lambda: 2, tmp_path).counts["otherwise"] == 1  # refused without a word
     assert judged(lambda: 0, tmp_path, lost=lambda text: "a.png").counts["lost"] == 1

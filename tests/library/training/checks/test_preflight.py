@@ -8,7 +8,8 @@ from PIL import Image
 
 from library.data.config_keys import DatasetConfig, SubsetConfig
 from library.data.dataset import TrainingDataset
-from library.errors import UserError, run_entry
+from library.entry import run_entry
+from library.errors import UserError
 from library.testing import full_size_header
 from library.training.checks import disk_space, preflight
 from library.training.checks.contradictions import contradictions

@@ -1,0 +1,93 @@
+"""How every program runs: streams that take any text, errors of one line without a traceback, exit codes.
+
+0: done; 1: the run could not go on; 2: wrong input; 120: what a tool printed could not be written; 130: interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn, TextIO
+
+from library.errors import UserError, problem_of_path
+from library.safe_text import SafeFormatter, on_terminal
+
+Main = Callable[[], int | None]
+
+
+class PatientStream:
+    """A text stream that never ends a run: not by a letter that the console lacks, nor when the reader of the pipe has ended.
+
+    has_lost: whether some text could not be written.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream, self.has_lost = stream, False
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # Windows consoles and redirected output are often not UTF-8
+
+    def write(self, text: str) -> int:
+        try:
+            try:
+                self.stream.write(text)
+            except UnicodeEncodeError:  # a stream of others, which could not be set
+                self.stream.write(text.encode("ascii", "backslashreplace").decode())
+        except OSError:
+            self.has_lost = True
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError:
+            self.has_lost = True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def run_entry(main: Main) -> NoReturn:
+    """Run an entry script's `main` and leave the process with its exit code."""
+    sys.exit(_exit_code(main))
+
+
+def run_tool(main: Main) -> NoReturn:
+    """The same for a tool that takes a second or two: torch gets one thread, and the process ends at once.
+
+    Python would first take torch and all else apart piece by piece, which costs half a second.
+    """
+    # library/parallel.py has the threads: torch's own would spin beside them while they wait, on a busy machine most of the time.
+    os.environ["OMP_NUM_THREADS"] = "1"  # torch reads it when it is imported, which is after the options are read
+    code = _exit_code(main)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    lost = any(getattr(stream, "has_lost", False) for stream in (sys.stdout, sys.stderr))
+    os._exit(code or (120 if lost else 0))  # 120 is what Python itself gives then
+
+
+def _exit_code(main: Main) -> int:
+    sys.stdout, sys.stderr = PatientStream(sys.stdout), PatientStream(sys.stderr)  # type: ignore[assignment]
+    handler = logging.StreamHandler()
+    handler.setFormatter(SafeFormatter("warning: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    try:
+        return main() or 0
+    except UserError as error:
+        return _print_errors(getattr(error, "problems", [str(error)]), error.exit_code)
+    except OSError as error:
+        problem = problem_of_path(error)
+        if problem is None:
+            raise
+        return _print_errors([str(problem)], problem.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _print_errors(problems: list[str], code: int) -> int:
+    sys.stdout.flush()
+    for problem in problems:
+        print(f"error: {on_terminal(' '.join(problem.split()))}", file=sys.stderr)
+    return code
