@@ -251,7 +251,7 @@ def make_inputs(folder: Path) -> None:
     for name in ("images", "masks", "regularisation"):
         (unfinished / name).mkdir(parents=True)
     sd1 = small_stable_diffusion(seed=1, **MODEL)
-    sd2 = small_stable_diffusion(seed=2, v2=True, v_parameterization=True, **MODEL)
+    sd2 = small_stable_diffusion(seed=2, family="sd2", v_parameterization=True, **MODEL)
     for name, model in (("sd1", sd1), ("sd2", sd2)):
         save_stable_diffusion(model, unfinished / f"{name}.safetensors")
     save_lora(unfinished / "lora_a.safetensors", sd1, seed=3, conv_dim="2", conv_alpha="1")

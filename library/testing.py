@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from library.diffusion.process import Prediction
-from library.models import sd1, sd2, sdxl
+from library.models import sdxl
 from library.models.clip import load_tokenizer, text_config
 from library.models.family import SD_LATENTS, Config, Family, Model
 from library.models.loading import Header
@@ -19,13 +19,15 @@ from library.models.registry import by_name
 from library.models.unet import LATENT_CHANNELS, SIZE_WIDTH, SIZES, unet_config
 from library.models.vae import vae_config
 
+SD2_UNET: dict[str, Any] = {"heads": None, "linear_projection": True, "upcast_attention": True}
+SD2_SIZES: dict[Prediction, int] = {"epsilon": 64, "v": 96}  # latents at the resolution that a model was trained for
 LATENT_SPREAD = 5.5  # standard deviation of SD's real latents, so that 0.18215 brings these to about 1 too
 LATENT_LOG_VARIANCE = -12.0  # real posteriors are narrow: a sample is close to its mean
 
 
 def small_stable_diffusion(
     seed: int = 0,
-    v2: bool = False,
+    family: str = "sd1",
     v_parameterization: bool = False,
     *,
     unet_channels: tuple[int, ...] = (32, 64, 96, 96),
@@ -34,19 +36,21 @@ def small_stable_diffusion(
     text_layers: int = 2,
     dtype: torch.dtype = torch.float32,
 ) -> Model:
-    """A model of SD 1's (or 2's) blocks, names and vocabulary, but narrow; channels are multiples of 32 (group norm).
+    """A model of SD 1's (`sd1`) or 2's (`sd2`) blocks, names and vocabulary, but narrow; channels are multiples of 32.
 
     The weights are uniform numbers from a seeded generator, which are the same on every machine, and scaled so that signals keep
     their size: predictions depend on image, timestep and text. The VAE's 8 x 8 pixels to a latent are as in the real one.
     """
-    family = sd2.FAMILY if v2 else sd1.FAMILY
     prediction: Prediction = "v" if v_parameterization else "epsilon"
+    own_unet, activation = {"sd1": ({}, "quick_gelu"), "sd2": ({**SD2_UNET, "sample_size": SD2_SIZES[prediction]}, "gelu")}[
+        family
+    ]
     configs = {
-        "unet": small_unet_config(family, prediction, unet_channels, text_width),
+        "unet": unet_config(unet_channels, context_width=text_width, **own_unet),
         "vae": vae_config(vae_channels, layers=1),
-        "text_encoder": text_config(text_width, text_layers, activation="gelu" if v2 else "quick_gelu"),
+        "text_encoder": text_config(text_width, text_layers, activation=activation),
     }
-    return small_model(family, configs, seed, prediction, dtype)
+    return small_model(by_name(family), configs, seed, prediction, dtype)
 
 
 def small_sdxl(
@@ -109,7 +113,7 @@ def sd15_configs() -> dict[str, Config]:
 def sd2_configs() -> dict[str, Config]:
     """The full-size SD 2.x that predicts velocity; its text encoder has 23 of OpenCLIP's 24 layers."""
     return {
-        "unet": unet_config((320, 640, 1280, 1280), context_width=1024, sample_size=96, **SD2_UNET),
+        "unet": unet_config((320, 640, 1280, 1280), context_width=1024, sample_size=SD2_SIZES["v"], **SD2_UNET),
         "vae": vae_config((128, 256, 512, 512)),
         "text_encoder": text_config(1024, 23, activation="gelu"),
     }
@@ -126,14 +130,6 @@ def sdxl_configs() -> dict[str, Config]:
         "text_encoder": text_config(768, 12),
         "text_encoder_2": text_config(1280, 32, activation="gelu"),
     }  # fmt: skip
-
-
-SD2_UNET: dict[str, Any] = {"heads": None, "linear_projection": True, "upcast_attention": True}
-
-
-def small_unet_config(family: Family, prediction: Prediction, channels: tuple[int, ...], text_width: int) -> Config:
-    own: dict[str, Any] = {**SD2_UNET, "sample_size": 96 if prediction == "v" else 64} if family is sd2.FAMILY else {}
-    return unet_config(channels, context_width=text_width, **own)
 
 
 def _random_weights(module: nn.Module, generator: torch.Generator, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -21,8 +21,8 @@ EXTRAS = {"betas": torch.linspace(0, 1, 9), "model_ema.decay": torch.tensor(0.99
 
 
 @cache
-def small_model(v2: bool = False, seed: int = 0) -> Model:
-    return small_stable_diffusion(seed=seed, v2=v2, **CHANNELS)
+def small_model(family: str = "sd1", seed: int = 0) -> Model:
+    return small_stable_diffusion(seed=seed, family=family, **CHANNELS)
 
 
 small_sdxl_model = cache(small_sdxl)

@@ -39,9 +39,10 @@ def options() -> Parser:
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("model_to_load", help="file, Diffusers folder or hub id")
     parser.add_argument("model_to_save", help="with a suffix (.safetensors, .ckpt): a file; without: a Diffusers folder")
-    generation = parser.add_mutually_exclusive_group()
-    generation.add_argument("--v1", action="store_true", help="the model is 1.x (default: read from the model)")
-    generation.add_argument("--v2", action="store_true", help="the model is 2.x (default: read from the model)")
+    version = parser.add_mutually_exclusive_group()
+    for name, is_v2 in (("1", False), ("2", True)):
+        text = f"the model is {name}.x (default: read from the model)"
+        version.add_argument(f"--v{name}", dest="v2", action="store_const", const=is_v2, help=text)
     parser.add_argument("--v_parameterization", action="store_true", help="the model predicts v (default: what the model says)")
     dtype = parser.add_mutually_exclusive_group()
     for name in WORDS:
@@ -90,8 +91,6 @@ def check(args: argparse.Namespace) -> Path:
         raise UserError("--epoch and --global_step have a place in a .ckpt only; leave them out")
     if args.metadata is not None and suffix != ".safetensors":
         raise UserError("--metadata has a place in a .safetensors file only; leave it out")
-    if args.unet_use_linear_projection and args.v1:
-        raise UserError("--unet_use_linear_projection is for 2.x models; leave it out")
     return target
 
 
@@ -101,11 +100,12 @@ def convert(args: argparse.Namespace, target: Path) -> None:
     from library.models.saving import save_stable_diffusion
 
     metadata = read_metadata(args.metadata)
-    v2 = args.v2 if args.v1 or args.v2 else None
     chosen = args.save_precision_as or next((name for name in WORDS if getattr(args, name)), None)
     dtype = dtype_of(chosen) if chosen else None
     prediction = "v" if args.v_parameterization else None
-    model = load_stable_diffusion(args.model_to_load, v2=v2, prediction=prediction, dtype=dtype, vae=args.vae)
+    model = load_stable_diffusion(args.model_to_load, v2=args.v2, prediction=prediction, dtype=dtype, vae=args.vae)
+    if args.unet_use_linear_projection and not model.denoiser.config.use_linear_projection:
+        raise UserError(f"--unet_use_linear_projection: {model.family.title} has no linear projections; leave it out")
     counters = (args.epoch, args.global_step)
     numbers = None if counters == (None, None) else {"epoch": args.epoch or 0, "global_step": args.global_step or 0}
     save_stable_diffusion(model, target, dtype, metadata, numbers)

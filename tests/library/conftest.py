@@ -8,8 +8,8 @@ from library.testing import small_stable_diffusion
 
 @pytest.fixture(scope="session")
 def small_models():
-    """The small SD 1 and SD 2, by `v2`. Tests must not change them."""
-    return {v2: small_stable_diffusion(seed=1, v2=v2) for v2 in (False, True)}
+    """The small SD 1 and SD 2, by whether they need `--v2`. Tests must not change them."""
+    return {False: small_stable_diffusion(seed=1), True: small_stable_diffusion(seed=1, family="sd2")}
 
 
 @pytest.fixture(scope="session")

@@ -6,16 +6,16 @@ import torch
 from library.models.clip import empty_text_encoder, encode_text, tokenize
 from library.models.modules import weights_fingerprint
 from library.models.unet import empty_unet
-from library.testing import sd2_configs, sd15_configs, small_stable_diffusion
+from library.testing import full_size_configs, small_stable_diffusion
 
 
 def module_names(module):
     return {name for name, _ in module.named_modules()}
 
 
-@pytest.mark.parametrize("v2", [False, True])
-def test_blocks_are_those_of_the_real_model(small_models, v2):
-    configs = sd2_configs() if v2 else sd15_configs()
+@pytest.mark.parametrize("v2, family", [(False, "sd1"), (True, "sd2")])
+def test_blocks_are_those_of_the_real_model(small_models, v2, family):
+    configs = full_size_configs(family)
     small, full = module_names(small_models[v2].denoiser), module_names(empty_unet(configs["unet"]))
     assert small == full
     text = empty_text_encoder(configs["text_encoder"])

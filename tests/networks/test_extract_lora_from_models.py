@@ -28,15 +28,15 @@ def added(tensors, weights):
     return result
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["v1", "v2"])
+@pytest.fixture(scope="module", params=["sd1", "sd2"])
 def models(request, tmp_path_factory):
     """A model, the same with a known LoRA of rank 4 in it, and that LoRA."""
     folder = tmp_path_factory.mktemp("extract")
-    model = small_model(v2=request.param)
+    model = small_model(request.param)
     tensors, weights = checkpoint_tensors(model), lora_tensors(model, 4, 4.0)
     save_lora(folder / "org.safetensors", tensors)
     save_lora(folder / "tuned.safetensors", added(tensors, weights))
-    return folder, weights, ["--v2"] if request.param else []
+    return folder, weights, {"sd1": [], "sd2": ["--v2"]}[request.param]
 
 
 def run(models, *words, name="lora.safetensors", tuned="tuned.safetensors"):

@@ -152,7 +152,7 @@ def test_layers_outside_of_the_blocks_are_merged(model, tmp_path):
 
 
 def test_a_kind_changes_its_third_of_open_clip(tmp_path):
-    model = small_model(v2=True)
+    model = small_model("sd2")
     tensors = checkpoint_tensors(model)
     base = save_lora(tmp_path / "v2.safetensors", tensors)
     layer, key = (

@@ -33,15 +33,15 @@ from networks.merge_lora import main
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["v1", "v2"])
+@pytest.fixture(scope="module", params=["sd1", "sd2"])
 def files(request, tmp_path_factory):
     """A checkpoint in fp16, and two LoRAs of other ranks, the second without alphas and for the U-Net alone."""
     folder = tmp_path_factory.mktemp("merge")
-    model = small_model(v2=request.param)
+    model = small_model(request.param)
     save_lora(folder / "model.safetensors", checkpoint_tensors(model), format="pt", note="kept")
     save_lora(folder / "a.safetensors", lora_tensors(model, 4, 2.0, 1))
     save_lora(folder / "b.safetensors", lora_tensors(model, 3, None, 2, conv3x3=False, only="lora_unet"))
-    return folder, model, ["--v2"] if request.param else []
+    return folder, model, {"sd1": [], "sd2": ["--v2"]}[request.param]
 
 
 def merged(files, *words, save_to="out.safetensors"):
@@ -118,7 +118,7 @@ def test_a_half_precision_ckpt_keeps_its_dtype_and_old_text_encoder_names(tmp_pa
 
 
 def test_sd2_projections_may_be_linear_or_1x1_convolutions(tmp_path):
-    model = small_model(v2=True)
+    model = small_model("sd2")
     weights = lora_tensors(model, only="mid_block_attentions_0_proj_in")
     as_conv = {key: value[:, :, None, None] if value.dim() == 2 else value for key, value in weights.items()}
     checkpoint = save_lora(tmp_path / "m.safetensors", checkpoint_tensors(model))
@@ -195,7 +195,7 @@ def test_trap_1_6_metadata_is_written_and_says_what_was_merged(model, tmp_path):
 
 
 def test_trap_1_15_sd2_is_marked_as_predicting_v_only_if_it_does(tmp_path):
-    weights = lora_tensors(small_model(v2=True), only="mid_block")
+    weights = lora_tensors(small_model("sd2"), only="mid_block")
 
     def spec(*words, **said):
         lora = save_lora(tmp_path / "a.safetensors", weights, ss_v2="True", **said)

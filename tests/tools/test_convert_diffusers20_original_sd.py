@@ -22,12 +22,14 @@ ROOT = Path(__file__).parents[2]
 SIZES = dict(unet_channels=(32, 64, 64, 64), vae_channels=(32, 32, 32, 32))
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["v1", "v2"])
+@pytest.fixture(scope="module", params=[("sd1", False), ("sd2", True)], ids=["sd1", "sd2"])
 def model(request, tmp_path_factory):
+    """A folder with the model in a file, and whether it is an SD 2 that predicts v."""
     folder = tmp_path_factory.mktemp("convert")
-    model = small_stable_diffusion(v2=request.param, v_parameterization=request.param, **SIZES)
+    family, predicts_v = request.param
+    model = small_stable_diffusion(family=family, v_parameterization=predicts_v, **SIZES)
     save_stable_diffusion(model, folder / "model.safetensors", torch.float16)
-    return folder, request.param
+    return folder, predicts_v
 
 
 def convert(source, target, *words):
@@ -82,6 +84,9 @@ def test_wrong_input(model, tmp_path):
     for words, message in cases:
         with pytest.raises(UserError, match=message):
             convert(source, *words)
+    if not v2:
+        with pytest.raises(UserError, match="--unet_use_linear_projection: SD 1.x has no linear projections"):
+            convert(source, tmp_path / "m", "--unet_use_linear_projection")
     with pytest.raises(UserError, match="neither a file nor a folder here"):
         convert("nobody/nothing", tmp_path / "m.ckpt")
     (tmp_path / "bad.safetensors").write_bytes(source.read_bytes()[:500])

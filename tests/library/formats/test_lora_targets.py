@@ -68,7 +68,7 @@ def test_the_names_are_those_of_the_key_list(checkpoint):
 
 def test_the_names_lead_to_the_same_weights_as_the_suite_loads():
     """Every tensor is filled with its target in the file; then the loaded model's layers must hold the same numbers."""
-    for model in (small_stable_diffusion(), small_stable_diffusion(v2=True), small_sdxl()):
+    for model in (small_stable_diffusion(), small_stable_diffusion(family="sd2"), small_sdxl()):
         parts = {name: weights_of(module) for name, module in model.parts.items()}
         tensors = join_compvis(parts, model.family.layout)
         assert split_compvis(tensors, model.family.layout)[0]["unet"].keys() == parts["unet"].keys()

@@ -17,7 +17,7 @@ def model():
 
 @pytest.fixture(scope="session")
 def v_model():
-    return small_stable_diffusion(seed=1, v2=True, v_parameterization=True, **SMALL)
+    return small_stable_diffusion(seed=1, family="sd2", v_parameterization=True, **SMALL)
 
 
 @pytest.fixture

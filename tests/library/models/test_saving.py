@@ -132,7 +132,7 @@ def test_diffusers_opens_the_folder_offline(small_models, saved_models, v2, tmp_
 
 
 def test_folder_of_a_velocity_model_says_so(tmp_path):
-    save_stable_diffusion(small_stable_diffusion(v2=True, v_parameterization=True), tmp_path / "model")
+    save_stable_diffusion(small_stable_diffusion(family="sd2", v_parameterization=True), tmp_path / "model")
     scheduler = json.loads((tmp_path / "model/scheduler/scheduler_config.json").read_text(encoding="utf-8"))
     assert scheduler["prediction_type"] == "v_prediction"
     assert {"vocab.json", "merges.txt"} <= {path.name for path in (tmp_path / "model/tokenizer").iterdir()}

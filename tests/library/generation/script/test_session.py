@@ -146,7 +146,7 @@ def test_without_sizes_an_image_has_the_model_s_own(gen_files, tmp_path):
     save_stable_diffusion(model, tmp_path / "folder")
     assert default_size(load_stable_diffusion(str(tmp_path / "folder"))) == (64, 64)
     small = {"unet_channels": (32, 32, 32, 32), "vae_channels": (32, 32, 32, 32), "text_width": 32, "text_layers": 1}
-    assert default_size(small_stable_diffusion(v2=True, v_parameterization=True, **small)) == (768, 768)
+    assert default_size(small_stable_diffusion(family="sd2", v_parameterization=True, **small)) == (768, 768)
     save_file(load_file(gen_files / "model.safetensors"), tmp_path / "tiny.safetensors", {"modelspec.resolution": "64x96"})
     assert default_size(load_stable_diffusion(str(tmp_path / "tiny.safetensors"))) == (64, 96)
 
