@@ -16,6 +16,10 @@ from library.models.modules import weights_of
 from library.testing import small_sdxl, small_stable_diffusion
 from networks.lora import find_layers
 
+NETWORKS = Path(__file__).parents[1] / "networks"
+NETWORK_TOOLS = sorted(
+    path.stem for path in NETWORKS.glob("*.py") if path.read_text(encoding="utf-8").endswith("    run_tool(main)\n")
+)
 CHANNELS = dict(unet_channels=(32, 64, 64, 64), vae_channels=(32, 32, 32, 32))
 EXTRAS = {"betas": torch.linspace(0, 1, 9), "model_ema.decay": torch.tensor(0.99), "model_ema.num_updates": torch.tensor(7)}
 
