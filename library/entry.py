@@ -17,8 +17,8 @@ from library.safe_text import SafeFormatter, on_terminal
 Main = Callable[[], int | None]
 
 
-class PatientStream:
-    """A text stream that never ends a run: not by a letter that the console lacks, nor when the reader of the pipe has ended.
+class SafeStream:
+    """A text stream that never raises: not for a character that the console lacks, nor when the reader of the pipe has ended.
 
     has_lost: whether some text could not be written.
     """
@@ -68,7 +68,7 @@ def run_tool(main: Main) -> NoReturn:
 
 
 def _exit_code(main: Main) -> int:
-    sys.stdout, sys.stderr = PatientStream(sys.stdout), PatientStream(sys.stderr)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = SafeStream(sys.stdout), SafeStream(sys.stderr)  # type: ignore[assignment]
     handler = logging.StreamHandler()
     handler.setFormatter(SafeFormatter("warning: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])

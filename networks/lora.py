@@ -520,5 +520,5 @@ def create_network_from_weights(
 
 
 def _network_class() -> type[LoRANetwork]:
-    beside = suite("networks.suite_network")
-    return beside.SuiteNetwork if beside else LoRANetwork
+    module = suite("networks.suite_network")
+    return module.SuiteNetwork if module else LoRANetwork

@@ -9,7 +9,7 @@ from io import StringIO
 
 import pytest
 
-from library.entry import PatientStream, run_entry, run_tool
+from library.entry import SafeStream, run_entry, run_tool
 from library.errors import RunFailed, UserError, UserErrors
 
 
@@ -89,7 +89,7 @@ def test_a_tools_output_that_nobody_could_read_is_no_success(monkeypatch):
 def test_output_into_a_closed_pipe_or_an_old_console_ends_nothing():
     read, write = os.pipe()
     os.close(read)
-    stream = PatientStream(open(write, "w", encoding="ascii"))  # noqa: SIM115  (closing it would fail)
+    stream = SafeStream(open(write, "w", encoding="ascii"))  # noqa: SIM115  (closing it would fail)
     for _ in range(3):
         assert stream.write("größe\n" * 10_000) == 60_000
         stream.flush()
@@ -102,6 +102,6 @@ def test_a_stream_that_cannot_be_set_takes_any_text():
             text.encode()
             self.text = text
 
-    stream = PatientStream(Plain())
+    stream = SafeStream(Plain())
     assert stream.write("a\udce9") == 2 and stream.stream.text == "a\\udce9"
     assert not stream.has_lost
