@@ -2,11 +2,11 @@
 
     python benchmarks/fuzz.py [--seed 1] [--share 1.0] [--kinds image caption ...] [--only image:17]
 
-Images, captions, metadata files, dataset files, training configs, command lines of all programs, prompts, LoRA files and
-checkpoints, each made from (seed, kind, number), so that --only makes one again and prints all of it. The programs run in this
-process through the code that ends their scripts. A training stops where the model would load, and drawing where it would be
-loaded, but for one input in TRAINED_ONE_IN, which goes on to its files. Writes benchmarks/results/fuzz.md. About ten
-minutes on two cores.
+Images, captions, metadata files, dataset files, training configs, command lines of all programs, prompts, LoRA files,
+checkpoints and full disks, each made from (seed, kind, number), so that --only makes one again and prints all of it. The
+programs run in this process through the code that ends their scripts. A training stops where the model would load, and
+drawing where it would be loaded, but for one input in TRAINED_ONE_IN and the kinds in WRITING, which go on to their files.
+Writes benchmarks/results/fuzz.md. About a quarter of an hour on two cores.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from accelerate.state import AcceleratorState  # noqa: E402
 
 from benchmarks.fuzzing import data, options, weights  # noqa: E402
 from benchmarks.fuzzing.case import Case  # noqa: E402
+from benchmarks.fuzzing.full_disk import full_disk  # noqa: E402
 from benchmarks.fuzzing.outcomes import Outcome, Reached, half_written  # noqa: E402
 from benchmarks.fuzzing.shelf import Shelf, make_shelf  # noqa: E402
 
@@ -52,6 +53,7 @@ KINDS: dict[str, tuple[Callable[[random.Random, Path, Shelf], Case], int]] = {
     "quickstart command line": (options.quickstart_words, 50),
     "LoRA file": (weights.lora_file, 600),
     "checkpoint": (weights.checkpoint, 300),
+    "full disk": (full_disk, 150),
 }
 TRAINED_ONE_IN = 25
 RESULTS = ROOT / "benchmarks" / "results" / "fuzz.md"
@@ -116,7 +118,8 @@ def run_one(kind: str, number: int, seed: int, folder: Path, shelf: Shelf) -> tu
     place.mkdir(parents=True)
     case = KINDS[kind][0](random.Random(f"{seed}/{kind}/{number}"), place, shelf)
     inputs = {path: path.stat().st_mtime_ns for path in place.rglob("*") if path.is_file()}
-    with contextlib.nullcontext() if number % TRAINED_ONE_IN == 0 else without_slow_work(kind):
+    goes_on = number % TRAINED_ONE_IN == 0 or kind in WRITING
+    with contextlib.nullcontext() if goes_on else without_slow_work(kind):
         outcome = case.run()
     AcceleratorState._reset_state(reset_partial_state=True)
     for path, changed in inputs.items():
@@ -145,6 +148,7 @@ def without_slow_work(kind: str) -> Iterator[None]:
 
 
 WEIGHTS = ("LoRA file", "checkpoint")
+WRITING = ("full disk",)  # of which all inputs go on to the files
 
 
 def note(row: Row, name: str, case: Case, outcome: Outcome, half: list[str]) -> None:

@@ -14,16 +14,20 @@ Lost = Callable[[str], str]  # printed text -> what was lost without a word, or 
 
 @dataclass(frozen=True)
 class Case:
-    """`main` with `words` in `folder`, where the input lies. lost: asked if the program ended well."""
+    """`main` with `words` in `folder`, where the input lies. lost: asked if the program ended well.
+
+    largest_file: bytes that a file may have, as if the disk were full then.
+    """
 
     main: Main
     words: Sequence[str]
     folder: Path
     lost: Lost | None = None
     stdin: bytes = b""
+    largest_file: int | None = None
 
     def run(self) -> Outcome:
-        return run_program(self.main, self.words, self.folder, self.stdin)
+        return run_program(self.main, self.words, self.folder, self.stdin, self.largest_file)
 
     def silent_loss(self, outcome: Outcome) -> str:
         return self.lost(outcome.text) if self.lost and outcome.ended_well else ""

@@ -17,6 +17,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -65,11 +70,16 @@ class Outcome:
         return self.text.count("error: ")
 
 
-def run_program(main: Main, words: Sequence[str], folder: Path, stdin: bytes = b"") -> Outcome:
-    """`main` with these words on its command line, in `folder`."""
+def run_program(
+    main: Main, words: Sequence[str], folder: Path, stdin: bytes = b"", largest_file: int | None = None
+) -> Outcome:
+    """`main` with these words on its command line, in `folder`.
+
+    largest_file: bytes that a file may have, where the system knows such limits.
+    """
     printed = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace", write_through=True)
     code, trace = 0, ""
-    with _as_a_process(words, folder, printed, stdin), _at_most(LONGEST_SECONDS):
+    with _as_a_process(words, folder, printed, stdin), _at_most(LONGEST_SECONDS), _files_up_to(largest_file):
         try:
             run_entry(main)
         except SystemExit as ended:
@@ -123,6 +133,20 @@ def _at_most(seconds: int) -> Iterator[None]:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+
+
+@contextlib.contextmanager
+def _files_up_to(size: int | None) -> Iterator[None]:
+    """Let a file that would become larger fail to be written."""
+    if size is None or resource is None:
+        yield
+        return
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def half_written(folder: Path) -> list[str]:

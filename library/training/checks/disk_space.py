@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from library.data.cache import FOLDER
+from library.data.cache import FOLDER as LATENTS
 from library.data.dataset import TrainingDataset
+from library.data.text_cache import FOLDER as TEXTS
 from library.models.loading import Header
-from library.training.checks.estimates import network_file_bytes, state_bytes
+from library.training.checks.estimates import encoded_text_bytes, network_file_bytes, state_bytes
 from library.training.options import TrainNetworkOptions
 from library.training.outputs.saving import ModelFiles
 from library.training.plan import Plan
@@ -31,16 +33,30 @@ def space_needed(options: TrainNetworkOptions, plan: Plan, dataset: TrainingData
         states += at_once(epochs, state.save_last_n_epochs_state or output.save_last_n_epochs) + at_once(steps, kept)
     states += state.save_state or state.save_state_on_train_end
     needed = {output.folder: files * network_file_bytes(options, header) + states * state_bytes(options, header)}
-    if options.augmentation.cache_latents_to_disk:
-        table = dataset.table
-        for subset in table.subsets:
-            rows = range(subset.start, subset.end)
-            used = (table.bucket_size(row) for row in rows if table.repeats[row] or table.held_out[row])
-            folder = subset.config.image_dir
-            positions = sum(math.prod(dataset.latent_space.size(*size)) for size in used)
-            latents = positions * dataset.latent_space.channels * 4 * (2 if subset.config.flip_aug else 1)  # float32
-            needed[folder] = needed.get(folder, 0) + max(0, latents - bytes_in(folder / FOLDER))
+    for folder, size in [*latents_to_write(options, dataset), *texts_to_write(options, dataset, header)]:
+        needed[folder] = needed.get(folder, 0) + size
     return needed
+
+
+def latents_to_write(options: TrainNetworkOptions, dataset: TrainingDataset) -> Iterable[tuple[Path, int]]:
+    """Folders of images, and the bytes of the latents that are still to be kept there."""
+    table = dataset.table
+    for subset in table.subsets if options.augmentation.cache_latents_to_disk else ():
+        rows = range(subset.start, subset.end)
+        used = (table.bucket_size(row) for row in rows if table.repeats[row] or table.held_out[row])
+        positions = sum(math.prod(dataset.latent_space.size(*size)) for size in used)
+        size = positions * dataset.latent_space.channels * 4 * (2 if subset.config.flip_aug else 1)  # float32
+        yield subset.config.image_dir, max(0, size - bytes_in(subset.config.image_dir / LATENTS))
+
+
+def texts_to_write(options: TrainNetworkOptions, dataset: TrainingDataset, header: Header) -> Iterable[tuple[Path, int]]:
+    """Folders of images, and the bytes of the encoded captions that are still to be kept there."""
+    if not options.captions.cache_text_encoder_outputs_to_disk:
+        return
+    datasets = [one for one in (dataset, dataset.validation()) if one is not None]
+    folder_of = {caption: folder for one in datasets for caption, folder in (one.caption_variants(limit=None) or {}).items()}
+    for folder, captions in Counter(folder_of.values()).items():
+        yield folder, max(0, captions * encoded_text_bytes(options, header) - bytes_in(folder / TEXTS))
 
 
 def saves(options: TrainNetworkOptions, plan: Plan) -> tuple[int, int]:
@@ -73,8 +89,8 @@ def too_little_space(needed: dict[Path, int]) -> Iterable[str]:
             named = ", ".join(map(str, folders))
             yield (
                 f"the disk of {named} has {_amount(free)} free and the run writes about {_amount(size)}; "
-                "make room, keep fewer files (--save_last_n_epochs, --save_last_n_epochs_state, --save_precision=fp16) "
-                "or choose another --output_dir"
+                "make room, keep fewer files (--save_last_n_epochs, --save_last_n_epochs_state, --save_precision=fp16), "
+                "cache in memory (--cache_latents, --cache_text_encoder_outputs) or choose another --output_dir"
             )
 
 

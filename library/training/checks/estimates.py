@@ -12,6 +12,7 @@ import re
 
 from library.data.dataset import TrainingDataset
 from library.key_values import read_pairs
+from library.models.clip import CHUNK
 from library.models.family import Shapes
 from library.models.loading import Header
 from library.training.memory.packing import FORMATS
@@ -66,6 +67,13 @@ def state_bytes(options: TrainNetworkOptions, header: Header) -> int:
     spec = spec_named(optimizer_name(options.optimizer))
     moments = spec.moments * spec.moment_bits // 8
     return network_numbers(options, header) * (4 + moments + (4 if options.validation.ema_decay else 0))
+
+
+def encoded_text_bytes(options: TrainNetworkOptions, header: Header) -> int:
+    """Size of what the text encoders make of one caption: a context that is as wide as the denoiser's attention reads it."""
+    shapes = next((header.shapes.get(part.name, {}) for part in header.family.parts if part.role == "denoiser"), {})
+    width = next((shape[1] for name, shape in shapes.items() if name.endswith(".attn2.to_k.weight")), 0)
+    return ((options.captions.max_token_length or CHUNK) + 2) * width * number_bytes(options)
 
 
 def estimated_bytes(options: TrainNetworkOptions, header: Header, batch: int, size: tuple[int, int]) -> int:

@@ -229,6 +229,27 @@ def test_latents_that_lie_there_already_need_no_space(folder):
     )
 
 
+@pytest.mark.parametrize("family, row_bytes", [("sd1", 77 * 768 * 4), ("sdxl", 77 * 2048 * 4)])
+def test_encoded_captions_are_counted_once_each_beside_their_images(folder, family, row_bytes):
+    Image.new("RGB", (64, 64)).save(folder / "b.png")
+    Image.new("RGB", (64, 64)).save(folder / "c.png")
+    for name, caption in (("a", "a cat"), ("b", "a dog"), ("c", "a cat")):
+        (folder / f"{name}.txt").write_text(caption, encoding="utf-8")
+    (folder / ".texts").mkdir()
+    (folder / ".texts" / "one").write_bytes(bytes(1000))
+    words = ["--cache_text_encoder_outputs_to_disk", "--network_train_unet_only"]
+    captioned = TrainingDataset(
+        [DatasetConfig(resolution=(64, 64), subsets=(SubsetConfig(image_dir=folder, caption_extension=".txt"),))], seed=1
+    )
+
+    def written(*more: str) -> int:
+        chosen = options(*words, *more, folder=folder)
+        return disk_space.space_needed(chosen, Plan.of(chosen, 1), captioned, full_size_header(family))[folder]
+
+    assert written() == 2 * row_bytes - 1000
+    assert written("--mixed_precision=bf16", "--max_token_length=150") == 2 * (row_bytes // 77 // 2) * 152 - 1000
+
+
 def test_memory_is_estimated_by_what_counts(folder):
     batch = largest_batch(dataset(folder))
     plain, half, saving, large = (
