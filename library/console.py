@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from library.errors import UserError
@@ -121,12 +121,32 @@ def silence_needless_advice() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+class LogFile(logging.StreamHandler):
+    """A file of log lines. When it cannot be written any more (a full disk), a line says so, and standard error gets the rest."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.is_lost = path, False
+        super().__init__(open(path, "a", encoding="utf-8"))  # noqa: SIM115  (open to the end of the process)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Called by `emit` where an error is raised; logging's own would print a traceback for each line."""
+        error = sys.exc_info()[1]
+        if self.is_lost or not isinstance(error, OSError):
+            return
+        self.is_lost, lost = True, self.stream
+        with suppress(OSError):  # what is buffered cannot be written either
+            lost.close()
+        self.stream = sys.stderr
+        print(f"warning: {self.path} cannot be written any more: {error.strerror}; its lines come here", file=sys.stderr)
+        self.emit(record)
+
+
 def file_handler(file: str) -> logging.Handler:
     """Lines with time and level. Raises UserError if the file cannot be written."""
     path = Path(file)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(path, encoding="utf-8")
+        handler = LogFile(path)
     except OSError as error:
         raise UserError(f"--console_log_file {path} cannot be written: {error.strerror}; choose another file") from error
     handler.setFormatter(SafeFormatter("%(asctime)s %(levelname)s %(message)s"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import ParamSpec, TypeVar
@@ -29,9 +30,13 @@ class UserErrors(UserError):
 
 
 def problem_of_path(error: OSError) -> UserError | None:
-    """What to say of a path that the system will not look at (rights, a long name, a link to itself); None without a path."""
+    """What to say of a path that the system will not look at (rights, a long name, a link to itself), or of a full disk.
+
+    None for any other error without a path.
+    """
     if error.filename is None:
-        return None
+        is_full = errno.errorcode.get(error.errno or 0) in ("ENOSPC", "EDQUOT", "EFBIG")
+        return UserError(f"a file cannot be written: {error.strerror}; make room on its disk") if is_full else None
     return UserError(f"{error.filename}: {error.strerror or error}; check the path and the rights of its folders")
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import logging
 import sys
 
@@ -68,6 +69,21 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("x", encoding="utf-8")
     with pytest.raises(UserError, match="--console_log_file .*choose another file"):
         set_up_console(None, str(tmp_path / "file" / "log"), False)
+
+
+def test_a_log_file_on_a_full_disk_is_given_up_in_one_line(tmp_path, capfd):
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(28, "No space left on device")
+
+    set_up_console(None, str(tmp_path / "log"), False)
+    (handler,) = logging.getLogger().handlers
+    handler.stream = Full()
+    print("plan: 4 steps")
+    logging.getLogger("library").warning("look out")
+    first, plan, warning = capfd.readouterr().err.splitlines()
+    assert first == f"warning: {tmp_path / 'log'} cannot be written any more: No space left on device; its lines come here"
+    assert plan.endswith("INFO plan: 4 steps") and warning.endswith("WARNING look out")
 
 
 def test_advice_to_install_what_no_run_uses_is_not_shown(capsys):

@@ -59,6 +59,12 @@ def test_a_path_that_cannot_be_looked_at_is_one_line(capsys, run, error):
 
 
 @pytest.mark.parametrize("run", [run_entry, run_tool])
+def test_a_full_disk_that_no_writer_speaks_of_is_one_line(capsys, run):
+    assert exit_code(run, raising(OSError(28, "No space left on device"))) == 2
+    assert capsys.readouterr().err.startswith("error: a file cannot be written: No space left on device; make room")
+
+
+@pytest.mark.parametrize("run", [run_entry, run_tool])
 def test_a_program_passes_its_code_on_and_lets_bugs_show(run):
     assert exit_code(run, lambda: 3) == 3
     assert exit_code(run, lambda: None) == 0
