@@ -17,6 +17,7 @@ SMALLEST_CELL = 192  # a 64 px image is shown at 192 px
 LARGEST_CELL = 512
 LARGEST_SHEET = 80_000_000  # pixels; Pillow warns of a "decompression bomb" when it opens 89 million
 MIN_LABEL_LINES = 3
+MOST_LETTERS = 2_000  # of a label; a caption may be a book
 
 # Fonts for labels that Pillow's own (Latin) font cannot write; Pillow searches the system's font folders.
 FALLBACK_FONTS = (
@@ -169,6 +170,7 @@ def _write(
 def _wrap(text: str, size: int, width: int, most: int | None = None) -> list[str]:
     """Lines of `text` not wider than `width`: broken at spaces, and inside words that are too long (or are Chinese)."""
     text = _plain(text)
+    text = text if len(text) <= MOST_LETTERS else f"{text[:MOST_LETTERS]}…"
     font = _font(text, size)
     lines, line = [], ""
     for word in text.split(" ") if text else []:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +71,25 @@ def parse_toml(text: str, path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: the tables are nested too deeply") from error
 
 
+class DoubleKey(ValueError):
+    """A key that a JSON object has twice: readers take the last, and the first would be lost without a word."""
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        raise DoubleKey(Counter(key for key, _ in pairs).most_common(1)[0][0])
+    return table
+
+
 def parse_json(text: str, path: Path, line: int | None = None) -> Any:
-    """The value of a JSON text. A syntax error names line and column. line: where in the file the text stands."""
+    """The value of a JSON text. A syntax error names line and column, a double key the key. line: where in the file it stands."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_without_doubles)
+    except DoubleKey as error:
+        raise UserError(
+            f"{path}{f', line {line}' if line else ''}: '{error}' stands twice in one object; take one out"
+        ) from error
     except json.JSONDecodeError as error:
         place = f"line {line or error.lineno}, column {error.colno}"
         raise UserError(f"{path}, {place}: this is no JSON: {error.msg}") from error

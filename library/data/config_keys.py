@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from library.errors import UserErrors
 from library.option_traits import fields_with, option
+from library.text_files import lines_of
 
 # Far beyond any use; a slip of the pen must not end in an overflow or fill the memory.
 MAX_COUNT = 1_000_000
@@ -48,7 +49,10 @@ def _face_range(value: Any) -> Any:
 def _path(value: Any) -> Any:
     if not isinstance(value, (str, Path)) or not str(value).strip():
         raise ValueError("a path in quotes")
-    return Path(value).expanduser()
+    try:
+        return Path(value).expanduser()
+    except RuntimeError as error:  # of ~somebody
+        raise ValueError("a path whose ~ is the folder of a user of this machine") from error
 
 
 def _path_or_none(value: Any) -> Any:
@@ -59,6 +63,13 @@ def _extension(value: Any) -> Any:
     if not isinstance(value, str) or not value.strip(". "):
         raise ValueError('a suffix such as ".txt"')
     return value if value.startswith(".") else f".{value}"
+
+
+def _one_line(value: str | None) -> str | None:
+    """Only the first line of a caption counts, so a line end within a prefix would take the caption away."""
+    if value and len(lines_of(value)) > 1:
+        raise ValueError("a text of one line")
+    return value
 
 
 def _multiple_of_8(value: Any) -> Any:
@@ -72,6 +83,7 @@ Positive = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 NotNegative = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
 Share = Annotated[float, Field(ge=0, le=1)]
+OneLine = Annotated[str | None, AfterValidator(_one_line)]
 
 
 class _Frozen(BaseModel):
@@ -89,7 +101,7 @@ class SubsetConfig(_Frozen):
     metadata_file: Annotated[Path | None, BeforeValidator(_path_or_none)] = option(None, path=True)
     conditioning_data_dir: Annotated[Path | None, BeforeValidator(_path_or_none)] = option(None, path=True)
     is_reg: bool = False
-    class_tokens: str | None = None
+    class_tokens: OneLine = None
     caption_extension: Annotated[str, BeforeValidator(_extension)] = ".caption"
     num_repeats: Positive = option(1, entry=True)
     color_aug: bool = option(False, varies="pixels", record="ss_color_aug", entry=True)
@@ -102,8 +114,8 @@ class SubsetConfig(_Frozen):
     secondary_separator: str | None = option(None, entry=True)
     # Held-out images keep it: without it the braces would stay in their captions. The alternative is drawn by a fixed seed.
     enable_wildcard: bool = option(False, varies="caption", held_out=True, entry=True)
-    caption_prefix: str | None = option(None, entry=True)
-    caption_suffix: str | None = option(None, entry=True)
+    caption_prefix: OneLine = option(None, entry=True)
+    caption_suffix: OneLine = option(None, entry=True)
     caption_dropout_rate: Share = option(0.0, varies="dropout")
     caption_dropout_every_n_epochs: NotNegative = option(0, varies="dropout")
     caption_tag_dropout_rate: Share = option(0.0, varies="caption")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from PIL import Image
 
@@ -110,3 +112,9 @@ def test_label_counts_must_match():
         contact_sheet([[None], [None]], ["only one"], [])
     with pytest.raises(ValueError, match="2 columns but 1 column labels"):
         contact_sheet([[None, None]], [], ["only one"])
+
+
+def test_a_word_without_end_takes_no_time_and_no_room():
+    started = time.perf_counter()
+    sheet = contact_sheet([[image(RED)]], ["x" * 1_000_000], ["y" * 1_000_000], title="z" * 1_000_000)
+    assert time.perf_counter() - started < 30 and sheet.width * sheet.height < LARGEST_SHEET

@@ -51,12 +51,14 @@ def test_an_empty_file_is_an_empty_text():
         ('{"a": }', 7, "line 7, column 7: this is no JSON"),
         ("[" * 100_000, None, "line 1: this is no JSON that can be read"),
         ("1" * 10_000, 3, "line 3: this is no JSON that can be read"),
+        ('{"x": {"a.png": 1, "b": 2, "a.png": 1}}', None, "'a.png' stands twice"),
+        ('{"a": 1, "a": 2}', 4, "line 4: 'a' stands twice"),
     ],
 )
 def test_wrong_json_is_told_with_file_and_line(text, line, words):
     if text.isdecimal() and not hasattr(sys, "set_int_max_str_digits"):
         pytest.skip("this Python reads numbers of any length")
-    with pytest.raises(UserError, match=f"^meta.json, {words}"):
+    with pytest.raises(UserError, match=f"^meta.json[,:] {words}"):
         parse_json(text, Path("meta.json"), line)
 
 
