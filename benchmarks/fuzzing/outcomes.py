@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import signal
 import sys
 import time
@@ -149,14 +150,21 @@ def _files_up_to(size: int | None) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+# Temporary files and folders are named so: .name.12345678.suffix
+TEMPORARY = re.compile(r"\..*\.[0-9a-f]{8}(\.\w+)?|\.probe-.*")
+
+
 def half_written(folder: Path) -> list[str]:
-    """Files below `folder` that are not whole: temporary names, and those that their own reader refuses."""
-    return [str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file() and not _is_whole(path)]
+    """Files below `folder` that are not whole: temporary ones, also by their folder, and those that their own reader refuses."""
+    return [str(path) for path in _files(folder) if any(map(TEMPORARY.fullmatch, path.parts)) or not _is_whole(folder / path)]
+
+
+def _files(folder: Path) -> list[Path]:
+    """Their paths below the folder."""
+    return [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
 
 
 def _is_whole(path: Path) -> bool:
-    if path.name.startswith(".") and path.name.count(".") >= 2 and path.name != ".prompt_history":
-        return False  # the form of temporary names: .name.12345678.suffix
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         return True

@@ -52,7 +52,12 @@ def test_half_a_file_is_seen(tmp_path, shelf):
     (tmp_path / "half.safetensors").write_bytes(shelf.lora_file.read_bytes()[:-5])
     (tmp_path / ".whole.12ab34cd.safetensors").write_bytes(b"")
     (tmp_path / "half.png").write_bytes(b"no image")
-    assert outcomes.half_written(tmp_path) == [".whole.12ab34cd.safetensors", "half.png", "half.safetensors"]
+    (tmp_path / ".x-state.12ab34cd").mkdir()
+    (tmp_path / ".x-state.12ab34cd" / "record.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "..odd.name.txt").write_text("whole", encoding="utf-8")
+    assert outcomes.half_written(tmp_path) == [
+        ".whole.12ab34cd.safetensors", str(Path(".x-state.12ab34cd") / "record.json"), "half.png", "half.safetensors",
+    ]  # fmt: skip
 
 
 def test_an_input_is_made_of_seed_kind_and_number(shelf, tmp_path):
