@@ -202,7 +202,7 @@ def decode(content: bytes, file: str = "") -> np.ndarray:
 
 
 def decode_values(content: bytes) -> np.ndarray:
-    """The red channel of an upright image that holds values rather than colours, such as a mask: (H, W) uint8.
+    """The upright image in a file's bytes that holds values rather than colours, such as a mask: (H, W, 3) uint8.
 
     Transparent parts become black, since what was erased is 0; a colour profile is ignored. Raises BadImage.
     """
@@ -211,7 +211,7 @@ def decode_values(content: bytes) -> np.ndarray:
 
 def _values(image: Image.Image) -> tuple[Image.Image, None]:
     image.info.pop("icc_profile", None)
-    return to_rgb(image, background="black").getchannel("R"), None
+    return to_rgb(image, background="black"), None
 
 
 def decode_with_alpha(content: bytes, file: str = "") -> tuple[np.ndarray, np.ndarray | None]:

@@ -94,7 +94,7 @@ def _check_shape(mask: Path, width: int, height: int) -> None:
 def decode_mask(content: bytes, path: Path) -> np.ndarray:
     """The red channel of a mask's file, (H, W) uint8; what was erased in it does not count."""
     try:
-        return decode_values(content)
+        return np.ascontiguousarray(decode_values(content)[:, :, 0])
     except BadImage as error:
         raise UserError(f"mask {path}: {error}") from error
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Generator, Tensor
 
-from library.data.images import BadImage, decode, size_of
+from library.data.images import BadImage, decode, decode_values, size_of
 from library.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,20 +33,23 @@ def source_size(path: Path) -> tuple[int, int]:
     return width - width % SIDE_STEP, height - height % SIDE_STEP
 
 
-def load_image(path: Path, size: tuple[int, int], option: str = "--image_path") -> Image.Image:
+def load_image(path: Path, size: tuple[int, int]) -> Image.Image:
     """An upright RGB image, stretched to `size` (width, height) if it has another one."""
+    return resized(_opened(path, "--image_path", decode), size)
+
+
+def _opened(path: Path, option: str, decode: Callable[[bytes], np.ndarray]) -> Image.Image:
     try:
-        image = Image.fromarray(decode(path.read_bytes()))
+        return Image.fromarray(decode(path.read_bytes()))
     except OSError as error:
         raise UserError(f"{option} {path}: {error.strerror or error}") from None
     except BadImage as error:
         raise UserError(f"{option} {path}: {error}") from None
-    return resized(image, size)
 
 
 def load_mask(path: Path, size: tuple[int, int]) -> Image.Image:
-    """A grey image (mode L) of `size`: 255 is painted anew, 0 kept."""
-    mask = load_image(path, size, "--mask_path").convert("L")
+    """A grey image (mode L) of `size`: 255 is painted anew, 0 kept, and so is what was erased."""
+    mask = resized(_opened(path, "--mask_path", decode_values), size).convert("L")
     if mask.getextrema()[1] == 0:
         raise UserError(f"--mask_path {path} is black all over, so nothing would be painted; white is what changes")
     return mask

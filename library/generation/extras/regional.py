@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from library.data.images import BadImage, decode
+from library.data.images import BadImage, decode_values
 from library.errors import UserError
 from library.generation.prompts.spec import check_regions
 
@@ -48,7 +48,7 @@ class Regions:
         With `color_codes` N: the exact colours 1 to N, where bit 0 of the number is red, bit 1 green, bit 2 blue.
         """
         try:
-            image = decode(Path(path).read_bytes())
+            image = decode_values(Path(path).read_bytes())
         except OSError as error:
             raise UserError(f"--mask_path {path}: {error.strerror or error}") from None
         except BadImage as error:

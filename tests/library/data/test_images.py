@@ -272,9 +272,9 @@ def test_what_is_erased_in_an_image_of_values_is_black():
     values = np.zeros((8, 8, 4), dtype=np.uint8)
     values[:, 4:] = 255
     values[0, :4, :3] = 200  # of another colour, and erased all the same
-    assert decode_values(encoded(Image.fromarray(values)))[:, [0, 7]].tolist() == [[0, 255]] * 8
+    assert decode_values(encoded(Image.fromarray(values)))[:, [0, 7]].tolist() == [[[0] * 3, [255] * 3]] * 8
     opaque = Image.fromarray(gradient(9, 7))
-    assert np.array_equal(decode_values(encoded(opaque)), gradient(9, 7)[..., 0])
+    assert np.array_equal(decode_values(encoded(opaque)), gradient(9, 7))
 
 
 def test_images_decoded_at_once_are_bounded_by_their_pixels(monkeypatch):

@@ -152,5 +152,13 @@ def test_sizes_of_sources(tmp_path):
     assert load_mask(tmp_path / "mask.png", (32, 32)).size == (32, 32)
 
 
+def test_what_is_erased_in_a_mask_is_kept(tmp_path):
+    strokes = np.zeros((8, 8, 4), np.uint8)
+    strokes[:, :, :3] = 255  # white everywhere, and transparent but for the right half
+    strokes[:, 4:, 3] = 255
+    Image.fromarray(strokes).save(tmp_path / "mask.png")
+    assert np.asarray(load_mask(tmp_path / "mask.png", (8, 8)))[:, [0, 7]].tolist() == [[0, 255]] * 8
+
+
 def test_steps_are_counted_as_diffusers_counts():
     assert [run_steps(10, strength) for strength in (0, 0.09, 0.1, 0.79, 0.8, 1)] == [0, 0, 1, 7, 8, 10]

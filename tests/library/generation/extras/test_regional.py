@@ -185,6 +185,14 @@ def test_exact_colours(files, load, tmp_path):
     assert [mask.view(4, 16).mean(1).tolist() for mask in masks] == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [1, 1, 1, 1]]
 
 
+def test_what_is_erased_belongs_to_no_region(files, load, tmp_path):
+    image = Image.open(colours(tmp_path / "mask.png", RED, GREEN)).convert("RGBA")
+    image.paste((255, 255, 255, 0), (0, 0, 16, 64))
+    image.save(tmp_path / "mask.png")
+    masks = Regions.load(tmp_path / "mask.png", load(files)).masks(2, 64, 64, torch.device("cpu"))[:, 0, 0]
+    assert masks[:, [0, 20, 63]].tolist() == [[0, 1, 0], [0, 0, 1]]
+
+
 def test_what_cannot_be_is_one_line(model, files, load, tmp_path):
     networks = load(files)
     image = colours(tmp_path / "mask.png", RED)
