@@ -79,15 +79,21 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 def list_images(folder: Path) -> list[Path]:
     """The images lying directly in a folder, sorted by name."""
-    return [folder / name for name in _scan(folder)[0] if _is_image(name)]
+    return [folder / name for name in _scan(folder)[0] if is_image(name)]
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
+    """Whether a file counts as an image, by its name."""
     return os.path.splitext(name)[1].lower() in image_suffixes()
 
 
+def is_unread(name: str) -> bool:
+    """Whether a file is an image of a kind that is not read, by its name."""
+    return os.path.splitext(name)[1].lower() in UNREAD_SUFFIXES and not is_image(name)
+
+
 def _has_images(folder: Path) -> bool:
-    return any(_is_image(name) for name in _scan(folder)[0])
+    return any(is_image(name) for name in _scan(folder)[0])
 
 
 def _subfolders(folder: Path) -> list[Path]:
@@ -100,7 +106,7 @@ def check_images(folder: Path, caption_extension: str, where: str) -> None:
     Raises UserError if no file in the folder counts as an image.
     """
     names, _ = _scan(folder)
-    images = [name for name in names if _is_image(name)]
+    images = [name for name in names if is_image(name)]
     suffixes = " ".join(image_suffixes())
     if not images:
         below = [child.name for child in _subfolders(folder) if _has_images(child)]
@@ -109,20 +115,20 @@ def check_images(folder: Path, caption_extension: str, where: str) -> None:
     unusual = [name for name in images if os.path.splitext(name)[1].lower() not in (*USUAL_SUFFIXES, ".avif", ".jxl")]
     if unusual:  # other trainers leave them out
         log.warning("%s: images of unusual kinds are used too: %s", folder, listed(unusual))
-    unread = _unread_images(folder, [name for name in names if not _is_image(name)], caption_extension)
+    unread = unread_images(folder, caption_extension)
     if unread:
         log.warning("%s: images left out: %s; convert them to one of %s", folder, listed(unread), suffixes)
     _warn_of_other_captions(folder, names, images, caption_extension)
 
 
-def _unread_images(folder: Path, names: list[str], caption_extension: str) -> list[str]:
-    """Those of the files that are images by their suffix or, where that says nothing, by their content."""
+def unread_images(folder: Path, caption_extension: str) -> list[str]:
+    """Files directly in a folder that are images and are not read: by suffix or, where that says nothing, by content."""
     unread, unknown = [], []
-    for name in names:
-        suffix = os.path.splitext(name)[1].lower()
-        if suffix in UNREAD_SUFFIXES:
+    for name in _scan(folder)[0]:
+        is_known = is_image(name) or os.path.splitext(name)[1].lower() in OTHER_SUFFIXES
+        if is_unread(name):
             unread.append(name)
-        elif suffix not in OTHER_SUFFIXES and not name.lower().endswith(caption_extension.lower()):
+        elif not is_known and not name.lower().endswith(caption_extension.lower()):
             unknown.append(name)
     return sorted(unread + [name for name in unknown[:LOOKED_INTO_AT_MOST] if _holds_an_image(folder / name)])
 

@@ -6,8 +6,9 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from library.data.folders import image_suffixes, is_image, is_unread
 from library.data.images import BadImage, open_image, to_rgb, turn_of
 from library.errors import UserError
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 # Pillow's filters widen as an image shrinks, so that fine patterns do not turn into false ones.
 FILTERS = {
     "cubic": Image.Resampling.BICUBIC,
@@ -110,7 +111,7 @@ def make_copies(source: Path, target_folder: Path, settings: Settings, associate
         options = {"compress_level": 1} if settings.save_as_png else {"quality": 100}
         save(copy, target_folder / f"{stem}{settings.suffix}", icc_profile=profile, **options)
         for other in associated:
-            shutil.copyfile(other, target_folder / f"{stem}{other.suffix}")
+            copy_file(other, target_folder / f"{stem}{other.suffix}")
 
 
 def copy_name(source: Path, resolution: tuple[int, int]) -> str:
@@ -119,9 +120,22 @@ def copy_name(source: Path, resolution: tuple[int, int]) -> str:
 
 def save(image: Image.Image, path: Path, **options: Any) -> None:
     """Write an image; it appears under its name when whole."""
+    with _appearing(path) as temporary:
+        image.save(temporary, **options)
+
+
+def copy_file(source: Path, path: Path) -> None:
+    """Copy a file; it appears under its name when whole."""
+    with _appearing(path) as temporary:
+        shutil.copyfile(source, temporary)
+
+
+@contextmanager
+def _appearing(path: Path) -> Iterator[Path]:
+    """A temporary path that gets the name when the block ends well. Not flushed to the disk: there may be thousands."""
     temporary = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
     try:
-        image.save(temporary, **options)
+        yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -153,25 +167,25 @@ def refuse_collisions(images: Sequence[Path]) -> None:
 def resize_folder(source: Path, target: Path, settings: Settings) -> list[str]:
     """Fill the target folder; returns a line for each image that could not be used."""
     files = files_below(source, target)
-    images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+    images = [path for path in files if is_image(path.name)]
     if not images:
-        raise UserError(f"no images ({', '.join(IMAGE_SUFFIXES)}) in {source}")
+        raise UserError(f"no images ({' '.join(image_suffixes())}) in {source}")
     refuse_collisions(images)
     others: dict[tuple[Path, str], list[Path]] = {}
     for path in files:
-        if path.suffix.lower() not in IMAGE_SUFFIXES:
+        if not is_image(path.name):
             others.setdefault((path.parent, path.stem), []).append(path)
 
     def work(path: Path) -> None:
         folder = target / path.parent.relative_to(source)
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, folder / path.name)
-        if path.suffix.lower() in IMAGE_SUFFIXES:
+        copy_file(path, folder / path.name)
+        if is_image(path.name):
             associated = others.get((path.parent, path.stem), []) if settings.copy_associated_files else []
             make_copies(path, folder, settings, associated)
 
     cv2.setNumThreads(1)  # the pool below uses all cores; decoding, resizing and encoding all run side by side in threads
-    bad = []
+    bad = [f"{path}: images of this kind are not read; it is copied as it is" for path in files if is_unread(path.name)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         tasks = {pool.submit(work, path): path for path in files}
         try:

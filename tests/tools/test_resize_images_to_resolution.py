@@ -109,6 +109,32 @@ def test_trap_7_6_upper_case_suffixes_are_images(folders):
     assert run(folders) == ["A+16x16.jpg", "A+8x8.jpg", "A.PNG", "b+16x16.jpg", "b+8x8.jpg", "b.JPeG"]
 
 
+def test_images_of_all_kinds_that_training_reads_are_resized_and_others_are_named(folders, capsys):
+    make_image(folders[0] / "a.gif")
+    make_image(folders[0] / "b.tiff")
+    (folders[0] / "c.heic").write_bytes(b"x")
+    with pytest.raises(RunFailed, match="1 images could not be used"):
+        run(folders, resolutions="16x16")
+    assert "c.heic: images of this kind are not read; it is copied as it is" in capsys.readouterr().err
+    names = sorted(path.name for path in folders[1].iterdir())
+    assert names == ["a+16x16.jpg", "a.gif", "b+16x16.jpg", "b.tiff", "c.heic"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limit")
+def test_a_disk_that_is_full_leaves_no_half_of_a_file(folders, capsys):
+    import resource
+
+    make_image(folders[0] / "a.png", (300, 300))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(RunFailed, match="1 images could not be used"):
+            run(folders)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "File too large" in capsys.readouterr().err and not list(folders[1].iterdir())
+
+
 def test_subfolders_names_of_all_languages_and_small_images(folders):
     make_image(folders[0] / "猫" / "ñ 1.png", (4, 3))
     assert run(folders) == ["猫/ñ 1+16x16.jpg", "猫/ñ 1+8x8.jpg", "猫/ñ 1.png"]

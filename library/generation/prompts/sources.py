@@ -3,34 +3,39 @@
 from __future__ import annotations
 
 import io
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from library.errors import UserError, one_line
+from library.data import folders
+from library.errors import UserError, listed, one_line
 from library.generation.prompts.written import WrittenPrompt
 from library.text_files import decoded, lines_of, read_text
 
 if TYPE_CHECKING:
     from library.generation.options import PromptOptions
 
+log = logging.getLogger(__name__)
+
 GUESS = False  # captions come by thousands from other programs; a file of prompts is saved again in a moment
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def list_images(path: str | None, option: str) -> list[Path]:
-    """The image, or those of a folder in the order of their names."""
+    """The image, or those of a folder in the order of their names. Images there that are not read are logged."""
     if path is None:
         return []
     place = Path(path)
-    if place.is_dir():
-        found = sorted(p for p in place.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-        if not found:
-            raise UserError(f"{option} {path}: the folder holds no image ({', '.join(IMAGE_SUFFIXES)})")
-        return found
-    if not place.is_file():
-        raise UserError(f"{option} {path}: there is no such file or folder")
-    return [place]
+    if not place.is_dir():
+        if not place.is_file():
+            raise UserError(f"{option} {path}: there is no such file or folder")
+        return [place]
+    found, unread = folders.list_images(place), folders.unread_images(place, ".txt")
+    if unread:
+        log.warning("%s %s: images left out, since their kinds are not read: %s", option, path, listed(unread))
+    if not found:
+        raise UserError(f"{option} {path}: the folder holds no image ({' '.join(folders.image_suffixes())})")
+    return found
 
 
 def read_prompts(chosen: PromptOptions, sources: list[Path]) -> list[WrittenPrompt]:

@@ -17,7 +17,7 @@ from library.generation.extras.image_input import load_image, load_mask, source_
 from library.generation.extras.regional import Regions
 from library.generation.options import parse_options
 from library.generation.prompts.seeds import Seeds
-from library.generation.prompts.sources import read_prompts
+from library.generation.prompts.sources import list_images, read_prompts
 from library.generation.prompts.spec import DeepShrink, PromptSpec, SizeConditioning
 from library.generation.prompts.written import WrittenPrompt
 from library.generation.request_builder import RequestBuilder
@@ -202,6 +202,15 @@ def test_images_that_are_not_there(tmp_path, name, message):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=f"--image_path .*{name}: {message}"):
         builder(f"--image_path={tmp_path / name}")
+
+
+def test_images_of_a_folder_are_those_that_training_reads_and_others_are_named(tmp_path, caplog):
+    for name in ("a.bmp", "b.gif", "c.PNG"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    (tmp_path / "d.heic").write_bytes(b"x")
+    (tmp_path / "a.txt").write_text("a caption", encoding="utf-8")
+    assert [path.name for path in list_images(str(tmp_path), "--image_path")] == ["a.bmp", "b.gif", "c.PNG"]
+    assert "images left out, since their kinds are not read: d.heic" in caplog.text
 
 
 def test_an_image_without_a_prompt_is_named(tmp_path):
