@@ -56,8 +56,7 @@ def _tool(rng: random.Random, folder: Path, shelf: Shelf) -> Case:
         ("extract_lora_from_dylora", [f"--model={lora}", "--unit=1"]),
     ))  # fmt: skip
     main: Callable[[], None] = importlib.import_module(f"networks.{name}").main
-    written = {"extract_lora_from_dylora": "x0001"}.get(name, "x")
-    lost = None if name == "extract_lora_from_dylora" else _is_there(folder / "out" / f"{written}{suffix}")
+    lost = None if name == "extract_lora_from_dylora" else _is_there(folder / output)  # that one writes a file a rank
     return Case(main, [*words, f"--save_to={output}"], folder, lost)
 
 
