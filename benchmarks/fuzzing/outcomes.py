@@ -71,9 +71,7 @@ class Outcome:
         return self.text.count("error: ")
 
 
-def run_program(
-    main: Main, words: Sequence[str], folder: Path, stdin: bytes = b"", largest_file: int | None = None
-) -> Outcome:
+def run_program(main: Main, words: Sequence[str], folder: Path, stdin: bytes = b"", largest_file: int | None = None) -> Outcome:
     """`main` with these words on its command line, in `folder`.
 
     largest_file: bytes that a file may have, where the system knows such limits.
