@@ -26,7 +26,7 @@ from library.data.config_keys import DatasetConfig
 from library.data.holdout import still
 from library.data.masks import latent_mask
 from library.data.order import EpochOrder, EpochPlanner
-from library.data.pixels import Placed, augmented, placed, to_tensor
+from library.data.pixels import Placed, augmented, cut, mask_bytes, placed, read_bytes, to_tensor
 from library.data.table import build_table
 from library.data.text_cache import DiskTexts, MemoryTexts
 from library.data.tokens import CaptionTokenizer
@@ -63,10 +63,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Use:
-    """One use of an image: its caption then, its pixels (H, W, 3) uint8, and where they are cut from."""
+    """One use of an image: its caption then, its pixels (H, W, 3) uint8, its mask (H, W) uint8, and where they are cut from."""
 
     caption: str
     pixels: np.ndarray
+    mask: np.ndarray | None
     place: Placed
 
 
@@ -181,6 +182,11 @@ class TrainingDataset(Dataset):
             batch.tokens = self.tokenizer(captions)
         return batch
 
+    def caption(self, epoch: int, position: int, slot: int) -> str:
+        """The caption that the batch at this position has in one place."""
+        row = int(self.epoch_order(epoch)[position][slot])
+        return self._caption(row, self._random(epoch, position, slot), epoch, position)
+
     def use(self, epoch: int, position: int, slot: int) -> Use:
         """What the batch at this position holds in one place, in pixels even where latents are cached.
 
@@ -190,8 +196,16 @@ class TrainingDataset(Dataset):
         rng = self._random(epoch, position, slot)
         caption = self._caption(row, rng, epoch, position)
         flipped = self._is_flipped(row, rng)
-        pixels, _, place = augmented(self.table, row, rng)
-        return Use(caption, pixels[:, ::-1] if flipped else pixels, place)
+        pixels, mask, place = augmented(self.table, row, rng)
+        if flipped:
+            pixels, mask = pixels[:, ::-1], None if mask is None else mask[:, ::-1]
+        return Use(caption, pixels, mask, place)
+
+    def unchanged(self, row: int) -> Use:
+        """An image and its caption as validation uses them. Raises UserError if the image cannot be read."""
+        place, config = placed(self.table, row), still(self.table.config(row))
+        caption = process_caption(self.table.captions[row], config, random.Random(0), epoch=1, step=0, max_train_steps=0)
+        return Use(caption, *cut(place, read_bytes(place.path), mask_bytes(place)), place)
 
     def _random(self, epoch: int, position: int, slot: int) -> random.Random:
         return random.Random(f"{self.seed}/picture/{epoch}/{position}/{slot}")

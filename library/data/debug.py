@@ -1,4 +1,4 @@
-"""--debug_dataset: what the trainer will see, on the screen and as a contact sheet, and nothing else."""
+"""--debug_dataset: what the trainer will see, on the screen, as a contact sheet and as a page, and nothing else."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from library.models.clip import CHUNK, count_tokens, tokenize
+from library.models.clip import CHUNK, count_tokens, tokenize, whole_words_within
 from library.safe_text import bytes_of
 
 log = logging.getLogger(__name__)
@@ -31,6 +31,19 @@ class CaptionTokenizer:
         """The first one, by which tokens are counted and shown: all have the same words."""
         return self.tokenizers[0]
 
+    @property
+    def limit(self) -> int:
+        """Tokens of a caption that are read."""
+        return self.max_token_length or CHUNK
+
+    def count(self, caption: str) -> int:
+        """Tokens of a caption, also of what is cut off."""
+        return count_tokens(self.tokenizer, caption, self.weighted)
+
+    def read_part(self, caption: str) -> str:
+        """The beginning of a caption that is read; the rest is cut off."""
+        return whole_words_within(self.tokenizer, caption, self.limit, self.weighted)
+
     def readable(self, input_ids: Tensor) -> list[str]:
         """The words of one caption's ids (chunks, 77) for the first encoder, without begin, end and padding."""
         around = {self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id}
@@ -39,12 +52,12 @@ class CaptionTokenizer:
 
     def warn_of_long(self, captions: Sequence[str]) -> int:
         """Say once how many captions are cut, with an example; returns their number."""
-        limit = self.max_token_length or CHUNK
+        limit = self.limit
         # A token is at least one byte, so a short text needs no counting.
         candidates = [text for text in dict.fromkeys(captions) if len(bytes_of(text)) > limit]
-        long = [text for text in candidates if count_tokens(self.tokenizer, text, self.weighted) > limit]
+        long = [text for text in candidates if self.count(text) > limit]
         if long:
-            tokens = count_tokens(self.tokenizer, long[0], self.weighted)
+            tokens = self.count(long[0])
             longer = {CHUNK: "give --max_token_length=150 or 225", 2 * CHUNK: "give --max_token_length=225"}
             cure = longer.get(limit, "the rest is not read")
             log.warning(

@@ -20,6 +20,7 @@ from library.generation.outputs.comparison import Comparison, columns_of
 from library.generation.outputs.file_names import FileNames
 from library.generation.outputs.image_writer import ImageWriter
 from library.generation.outputs.png_text import RunFacts, loras_with_hashes, run_facts, text_fields
+from library.generation.outputs.sheet_page import write_sheet_page
 from library.generation.prompts.sources import read_prompts
 from library.generation.prompts.written import WrittenPrompt
 from library.generation.request_builder import Request, RequestBuilder
@@ -88,6 +89,8 @@ class Session:
             except KeyboardInterrupt:
                 self.interrupted = True
             sheet = self.write_sheet()
+        if sheet is not None:
+            self.write_sheet_page(sheet.with_suffix(".html"))  # with the names of the files, which are all there now
         self.sum_up(sheet)
         if self.interrupted:
             return 130
@@ -130,7 +133,13 @@ class Session:
             return text_fields(spec, request.written.text, self.facts.result(), loras_with_hashes(used), stage, first_size)
 
         names = self.names.candidates(number, made.stage, spec.seed, spec.image)
-        then = (lambda path: self.tell(str(path))) if self.options.prompts.interactive else None
+
+        def then(path: Path) -> None:
+            if self.options.prompts.interactive:
+                self.tell(str(path))
+            if self.comparison is not None and made.stage:
+                self.comparison.files[made.index] = path
+
         self.writer.add(made.image, names, text, then)
         if made.stage:
             self.finished += 1
@@ -162,6 +171,11 @@ class Session:
         names = (self.folder / f"{stem}{'' if not copy else f'_{copy}'}.png" for copy in range(1000))
         return write_new(names, sheet.save)
 
+    def write_sheet_page(self, path: Path) -> None:
+        """The sheet as a page."""
+        assert self.comparison is not None  # there is a sheet
+        write_sheet_page(self.comparison, Path(self.pipeline.model.name).stem, path)
+
     def sum_up(self, sheet: Path | None) -> None:
         """The last lines."""
         speed = f" ({self.seconds:.1f} s, {self.seconds / self.finished:.2f} s an image)" if self.finished else ""
@@ -172,7 +186,7 @@ class Session:
         if self.skipped:
             print(f"{self.skipped} line(s) of prompts skipped; the reasons are above")
         if sheet is not None:
-            print(f"sheet: {sheet}")
+            print(f"sheet: {sheet}\nas a page: {sheet.with_suffix('.html')}")
 
 
 def _failure(where: str, error: UserError) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +28,8 @@ VOCABULARY = 49408
 CHUNK = 75  # tokens of text in one chunk
 END_TOKEN = 49407
 CHUNK_WITH_ENDS = CHUNK + 2  # what the text encoder reads at once: begin token, text, end token
+
+WORD = re.compile(r"[A-Za-z]+|\S")  # no token crosses their borders; letters of other scripts have tokens of their own
 
 ADDED_WORDS = "words_of_several_tokens"  # attribute of a tokenizer: token id -> the ids that it stands for
 
@@ -161,6 +165,15 @@ def count_tokens(tokenizer: CLIPTokenizer, caption: str, weighted: bool = False)
     if weighted:
         return sum(map(len, _weighted_chunks(tokenizer, caption)))
     return len(_token_ids(tokenizer, [caption])[0])
+
+
+def whole_words_within(tokenizer: CLIPTokenizer, caption: str, limit: int, weighted: bool = False) -> str:
+    """The longest beginning of a caption, in whole words, that has at most so many tokens."""
+    ends = [found.end() for found in WORD.finditer(caption)]
+    if not ends or count_tokens(tokenizer, caption, weighted) <= limit:
+        return caption
+    kept = bisect_right(ends, limit, key=lambda end: count_tokens(tokenizer, caption[:end], weighted))
+    return caption[: ends[kept - 1]] if kept else ""
 
 
 def count_chunks(tokenizer: CLIPTokenizer, prompt: str) -> int:

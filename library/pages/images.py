@@ -12,11 +12,11 @@ WITHOUT_LOSS = 160 * 160  # pixels: lossy compression saves little on smaller im
 
 
 def lay_image(image: Image.Image, path: Path, longest: int) -> None:
-    """Write an image as WebP, its longer side at most `longest` pixels. `path` ends in .webp; its folder is there.
+    """Write an image as WebP, its longer side at most `longest` pixels; RGBA stays so. `path` ends in .webp; its folder is there.
 
     Thousands of them are written, and each can be made again: they are renamed into place, but not flushed one by one.
     """
-    small = image.convert("RGB")
+    small = image.convert("RGBA" if image.mode == "RGBA" else "RGB")
     small.thumbnail((longest, longest), Image.Resampling.LANCZOS, reducing_gap=2.0)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from library.console import KeptWarnings, keeping_warnings
+from library.data.dataset_page import write_dataset_page
 from library.data.debug import write_debug_sheet
 from library.devices import cpu_has_fast_bf16, use_all_cores
 from library.freed_memory import keep_freed_memory
@@ -64,11 +65,13 @@ def train_here(
 
 
 def show_images(options: TrainNetworkOptions, processes: Processes) -> int:
-    """--debug_dataset: a sheet with what would be trained on, without a model."""
+    """--debug_dataset: a sheet and a page with what would be trained on, without a model."""
     dataset = processes.on_main(lambda: check_images(options))
     print(dataset.bucket_table())
     sheet = processes.on_main(lambda: write_debug_sheet(dataset, options.output.folder))
-    print(f"the images are in {sheet}")
+    page = options.output.folder / "debug_dataset.html"
+    processes.on_main(lambda: write_dataset_page(dataset, page))
+    print(f"the first batches are in {sheet}, all images in {page}")
     return 0
 
 

@@ -45,13 +45,24 @@ def _short_names(files: Sequence[str]) -> list[str]:
     ]
 
 
+@dataclass(frozen=True)
+class Grid:
+    """What stands where on the sheet: labels of its columns and rows, and of each cell the number of its spec."""
+
+    title: str
+    columns: list[str]
+    rows: list[str]
+    cells: list[list[int]]
+
+
 class Comparison:
     """Collects the images of a run into a grid: a row for each prompt and seed, a column for each network and strength."""
 
     def __init__(self, columns: Sequence[Column]) -> None:
         self.columns = list(columns)
         self.rows: list[PromptSpec] = []
-        self._images: dict[tuple[int, int], Image.Image] = {}  # by row and column
+        self.images: dict[int, Image.Image] = {}  # small ones, by the number of the spec
+        self.files: dict[int, Path] = {}  # in which they were saved
 
     def specs(self, rows: Sequence[PromptSpec]) -> list[PromptSpec]:
         """The spec of every image, a column after the other: those of a column can be made together."""
@@ -64,26 +75,32 @@ class Comparison:
 
     def add(self, index: int, image: Image.Image) -> None:
         """A finished image, by its number among the specs."""
-        column, row = divmod(index, len(self.rows))
         small = image.copy()
         small.thumbnail((LARGEST_CELL, LARGEST_CELL), Image.Resampling.LANCZOS)
-        self._images[row, column] = small
+        self.images[index] = small
 
     def __len__(self) -> int:
-        return len(self._images)
+        return len(self.images)
 
     def draw(self, title: str) -> Image.Image:
         """The sheet; an image that failed leaves an empty place."""
+        grid = self.grid(title)
+        return contact_sheet(
+            [[self.images.get(index) for index in row] for row in grid.cells], grid.rows, grid.columns, grid.title
+        )
+
+    def grid(self, title: str) -> Grid:
+        """The order of the sheet."""
         seeds = {spec.seed for spec in self.rows}
         if len(seeds) == 1:
             title = f"{title}, seed {seeds.pop()}"
         if self.columns[0].multipliers is None:
             return self._prompts_by_seeds(title)
-        rows = [[self._images.get((number, index)) for index in range(len(self.columns))] for number in range(len(self.rows))]
+        cells = [[column * len(self.rows) + row for column in range(len(self.columns))] for row in range(len(self.rows))]
         labels = [f"seed {spec.seed}: {spec.prompt}" if seeds else spec.prompt for spec in self.rows]
-        return contact_sheet(rows, labels, [column.label for column in self.columns], title)
+        return Grid(title, [column.label for column in self.columns], labels, cells)
 
-    def _prompts_by_seeds(self, title: str) -> Image.Image:
+    def _prompts_by_seeds(self, title: str) -> Grid:
         """Without networks: a row for each prompt, a column for each seed."""
         numbers: dict[tuple[str, str], list[int]] = {}
         for number, spec in enumerate(self.rows):
@@ -95,5 +112,4 @@ class Comparison:
             for (prompt, _), row in zip(numbers, seeds, strict=True)
         ]
         heads = [f"seed {seed}" for seed in seeds[0]] if alike and len(seeds[0]) > 1 else []
-        rows = [[self._images.get((number, 0)) for number in row] for row in numbers.values()]
-        return contact_sheet(rows, labels, heads, title)
+        return Grid(title, heads, labels, list(numbers.values()))

@@ -71,8 +71,9 @@ function code(text) {
   return make("div", { class: "code" }, block, button);
 }
 
-function picture(source, alt, tiny = false) {
-  return make("img", { src: address(source), alt, loading: "lazy", decoding: "async", class: tiny ? "tiny" : null });
+/** An image that is loaded when it comes near. size: [width, height], so that its place is known before. */
+function picture(source, alt, tiny = false, [width, height] = [null, null]) {
+  return make("img", { src: address(source), alt, loading: "lazy", decoding: "async", class: tiny ? "tiny" : null, width, height });
 }
 
 /** A table. columns: [heading, class]; rows: arrays of cells; the first cell of a row heads it. */
@@ -86,30 +87,36 @@ function table(columns, rows, options = {}) {
 
 const bar = (value, most, label) => make("progress", { max: Math.max(most, 1), value, "aria-label": label });
 
-/** A large view of one of several images. items: {src, caption, link?, tiny?}. moved(index) is called as the reader goes on. */
+/**
+ * A large view of one of several images. items: {src, alt, about, link?, over?, tiny?}; about() gives what stands below the image, link
+ * is the original file, over an image to lay over it. moved(index) is called as the reader goes on.
+ */
 const dialog = make("dialog", {});
 function enlarge(items, start, moved = () => {}) {
   let index = start;
   const image = make("img", {});
-  const text = make("p", {});
+  const over = make("img", { class: "over", alt: "" });
+  const about = make("div", { class: "about" });
   const place = make("span", { class: "soft small number" });
   const link = make("a", { target: "_blank", class: "small" }, say("original"));
   const go = (to) => {
     index = (to + items.length) % items.length;
     const item = items[index];
     image.src = address(item.src);
-    image.alt = item.caption;
+    image.alt = item.alt;
     image.className = item.tiny ? "tiny" : "";
-    text.textContent = item.caption;
-    place.textContent = `${index + 1} / ${items.length}`;
+    over.hidden = !item.over;
+    if (item.over) over.src = address(item.over);
+    about.replaceChildren(...[item.about()].flat());
+    place.textContent = `${number(index + 1)} / ${number(items.length)}`;
     link.hidden = !item.link;
     if (item.link) link.href = address(item.link);
     moved(index);
   };
   const button = (words, action) => make("button", { class: "button", type: "button", onclick: action }, words);
   dialog.replaceChildren(
-    make("div", { class: "view" }, image),
-    make("div", { class: "under" }, text, make("div", { class: "row" },
+    make("div", { class: "view" }, make("div", { class: "layers" }, image, over)),
+    make("div", { class: "under" }, about, make("div", { class: "row" },
       items.length > 1 ? [button(`← ${say("previous")}`, () => go(index - 1)), button(`${say("next")} →`, () => go(index + 1)), place] : null,
       link, button(say("close"), () => dialog.close()))));
   dialog.setAttribute("aria-label", say("enlarged"));
@@ -124,6 +131,29 @@ function enlarge(items, start, moved = () => {}) {
   if (!dialog.isConnected) document.body.append(dialog);
   dialog.showModal();
 }
+
+/** Folders, buckets, lengths of captions and tags of a dataset. */
+function dataTables(data) {
+  const several = data.datasets.length > 1;
+  const folders = (one) => make("div", {}, make("h3", {}, several ? say("dataset_n", { n: one.number }) : say("folders")),
+    table([[say("folder"), ""], [say("images"), "right"], [say("repeats"), "right"]], one.subsets.map((part) =>
+      [[part.folder, part.reg ? make("span", { class: "soft" }, ` (${say("reg")})`) : null], number(part.images), `× ${part.repeats}`]),
+      { caption: say("dataset_caption", { size: one.size.join(" × "), batch: one.batch }) + (one.held_out ? ` ${say("held_out", { n: number(one.held_out) })}` : "") }));
+  const buckets = (one) => make("div", {}, make("h3", {}, say("buckets") + (several ? ` · ${say("dataset_n", { n: one.number })}` : "")),
+    table([[say("bucket"), ""], [say("images"), "right"], [say("uses"), "right"], ["", "bar"]], one.buckets.map(([width, height, images, uses]) =>
+      [`${width} × ${height}`, number(images), number(uses), bar(uses, Math.max(...one.buckets.map((bucket) => bucket[3])), `${width} × ${height}`)])));
+  const tokens = ({ ranges, limit, longest, cut, counted, images }) => make("div", {}, make("h3", {}, say("token_lengths")),
+    table([[say("tokens"), ""], [say("images"), "right"], ["", "bar"]], ranges.map(([from, to, count]) =>
+      [`${from} – ${to}`, number(count), bar(count, Math.max(...ranges.map((range) => range[2])), `${from} – ${to}`)]),
+      { caption: say("token_caption", { limit, longest, cut }) + (counted < images ? ` ${say("token_some", { n: number(counted), all: number(images) })}` : "") }));
+  const tags = () => make("div", {}, make("h3", {}, say("tags")),
+    make("ul", { class: "chips" }, data.tags.map(([tag, count]) => make("li", {}, `${tag} · ${number(count)}`))));
+  return make("div", { class: "two" }, data.datasets.map(folders), data.datasets.map(buckets),
+    data.tokens ? tokens(data.tokens) : null, data.tags.length ? tags() : null);
+}
+
+/** One of the large figures at the top. */
+const figure = (name, value, under) => make("div", {}, make("dt", {}, name), make("dd", {}, value, under ? make("small", {}, under) : null));
 
 function navigation(parts) {
   return make("nav", { "aria-label": say("contents") }, make("ul", {}, parts.map(([id, words]) => make("li", {}, make("a", { href: `#${id}` }, words)))));

@@ -59,8 +59,6 @@ function head(host, run) {
   ]);
 }
 
-const figure = (name, value, under) => make("div", {}, make("dt", {}, name), make("dd", {}, value, under ? make("small", {}, under) : null));
-
 function notes([warnings, skipped]) {
   const lines = [...warnings, ...(skipped ? [say("skipped", { n: skipped })] : [])];
   if (!lines.length) return [];
@@ -198,7 +196,8 @@ function sampleCard(prompt, steps, images, choose) {
     `${prompt.sampler}, ${say("sampler_steps", { n: prompt.steps })}, ${say("scale", { n: prompt.scale })}, ${prompt.size.join(" × ")}`].filter(Boolean);
   const image = make("img", { class: tiny ? "tiny" : null, width: prompt.size[0], height: prompt.size[1], decoding: "async" });
   let at = 0;
-  const items = steps.map((step, index) => there[index] && { index, src: there[index][0], link: there[index][1], tiny, caption: `${say("at_step", { step: number(step) })} · ${prompt.text}\n${details.join(" · ")}` }).filter(Boolean);
+  const items = steps.map((step, index) => there[index] && { index, src: there[index][0], link: there[index][1], tiny, alt: alt(index),
+    about: () => [make("p", {}, `${say("at_step", { step: number(step) })} · ${prompt.text}`), make("p", { class: "soft small" }, details.join(" · "))] }).filter(Boolean);
   const frame = make("button", { class: "frame", type: "button", onclick: () => {
     const start = items.findIndex((item) => item.index === at);
     if (start >= 0) enlarge(items, start, (place) => choose(items[place].index));
@@ -249,26 +248,15 @@ function usePart([lora, base, trigger, tags]) {
 /* What was trained. */
 
 function dataPart(data) {
+  const items = data.examples.map((one) => ({ src: one.src, alt: say("example_alt", { file: one.file, caption: one.caption }), tiny: Math.max(...one.size) <= 128,
+    about: () => [make("p", {}, one.caption || say("empty_caption")), make("p", { class: "soft small" }, `${one.file} · ${one.size.join(" × ")}`)] }));
   return make("div", {},
     make("div", { class: "cards small" }, data.examples.map((one, index) => make("figure", {},
-      make("button", { class: "frame", type: "button", onclick: () => enlarge(data.examples.map((example) => ({ src: example.src, caption: `${example.file} · ${example.size.join(" × ")}\n${example.caption}`, tiny: Math.max(...example.size) <= 128 })), index) },
-        picture(one.src, say("example_alt", { file: one.file, caption: one.caption }), Math.max(...one.size) <= 128)),
+      make("button", { class: "frame", type: "button", onclick: () => enlarge(items, index) }, picture(one.src, items[index].alt, items[index].tiny)),
       make("figcaption", {}, one.caption || say("empty_caption"))))),
     data.examples.length ? make("p", { class: "soft small", style: "margin-top:0.8rem" }, say("about_examples")) : null,
-    make("div", { class: "two" },
-      data.datasets.map((one) => make("div", {}, make("h3", {}, data.datasets.length > 1 ? say("dataset_n", { n: one.number }) : say("folders")),
-        table([[say("folder"), ""], [say("images"), "right"], [say("repeats"), "right"]], one.subsets.map((part) => [[part.folder, part.reg ? make("span", { class: "soft" }, ` (${say("reg")})`) : null], number(part.images), `× ${part.repeats}`]),
-          { caption: say("dataset_caption", { size: one.size.join(" × "), batch: one.batch }) + (one.held_out ? ` ${say("held_out", { n: number(one.held_out) })}` : "") }))),
-      data.datasets.map((one) => make("div", {}, make("h3", {}, say("buckets") + (data.datasets.length > 1 ? ` · ${say("dataset_n", { n: one.number })}` : "")),
-        table([[say("bucket"), ""], [say("images"), "right"], [say("uses"), "right"], ["", "bar"]], one.buckets.map(([width, height, images, uses]) =>
-          [`${width} × ${height}`, number(images), number(uses), bar(uses, Math.max(...one.buckets.map((bucket) => bucket[3])), `${width} × ${height}`)])))),
-      data.tokens ? make("div", {}, make("h3", {}, say("token_lengths")),
-        table([[say("tokens"), ""], [say("images"), "right"], ["", "bar"]], data.tokens.ranges.map(([from, to, count]) =>
-          [`${from} – ${to}`, number(count), bar(count, Math.max(...data.tokens.ranges.map((range) => range[2])), `${from} – ${to}`)]),
-          { caption: say("token_caption", { limit: data.tokens.limit, longest: data.tokens.longest, cut: data.tokens.cut }) + (data.tokens.counted < data.tokens.images ? ` ${say("token_some", { n: number(data.tokens.counted), all: number(data.tokens.images) })}` : "") })) : null,
-      data.tags.length ? make("div", {}, make("h3", {}, say("tags")),
-        make("ul", { class: "chips" }, data.tags.map(([tag, count]) => make("li", {}, `${tag} · ${number(count)}`)))) : null,
-    ));
+    dataTables(data),
+  );
 }
 
 function settingsPart(run) {

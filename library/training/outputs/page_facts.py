@@ -14,10 +14,9 @@ from PIL import Image
 from pydantic import BaseModel
 
 from library.data.dataset import TrainingDataset
-from library.data.facts import DatasetFacts
+from library.data.page_data import data_tables, token_table
 from library.devices import peak_memory_bytes
 from library.errors import UserError
-from library.models.clip import CHUNK, count_tokens
 from library.option_traits import traits_of
 from library.pages.chart_script import lay_chart_script
 from library.pages.curves import evenly, extremes, running_mean
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 EXAMPLES = 8
 EXAMPLE_SIZE = 384  # pixels
 COUNTED = 1000  # captions whose tokens are counted: more would cost seconds
-TAGS = 24
 DATASETS = 8  # with curves of their own
 DATASET_POINTS, RATE_POINTS, VALIDATIONS = 300, 300, 600
 
@@ -107,67 +105,18 @@ def command(run: Run) -> str:
 
 def data_facts(dataset: TrainingDataset, folder: Path) -> dict[str, Any]:
     """Buckets, counts, token lengths, tags, and some images as they are trained."""
-    facts = dataset.describe()
-    tags: Counter[str] = Counter()
-    for one in facts:
-        for counts in one.tag_frequency.values():
-            tags.update(counts)
-    return {
-        "datasets": [described(one, number) for number, one in enumerate(facts)],
-        "tokens": token_facts(dataset),
-        "tags": [[tag, count] for tag, count in tags.most_common(TAGS) if count > 1],
-        "examples": examples(dataset, folder),
-    }
-
-
-def described(facts: DatasetFacts, number: int) -> dict[str, Any]:
-    """One dataset."""
-    return {
-        "number": number + 1,
-        "size": list(facts.config.resolution),
-        "batch": facts.config.batch_size,
-        "images": facts.num_train_images,
-        "reg": facts.num_reg_images,
-        "held_out": facts.num_validation_images,
-        "buckets": [[*bucket.bucket, bucket.images, bucket.with_repeats] for bucket in facts.buckets],
-        "subsets": [
-            {
-                "folder": subset.folder, "images": subset.img_count, "repeats": subset.config.num_repeats,
-                "reg": subset.config.is_reg,
-            }
-            for subset in facts.subsets
-        ],
-    }  # fmt: skip
+    return {**data_tables(dataset), "tokens": token_facts(dataset), "examples": examples(dataset, folder)}
 
 
 def token_facts(dataset: TrainingDataset) -> dict[str, Any] | None:
     """How long the captions are, of at most COUNTED evenly chosen images; None without a tokenizer."""
-    if dataset.tokenizer is None:
-        return None
     tokenizer, rows = dataset.tokenizer, np.flatnonzero(dataset.table.repeats)
+    if tokenizer is None:
+        return None
     chosen = rows if len(rows) <= COUNTED else rows[np.linspace(0, len(rows) - 1, COUNTED).round().astype(int)]
-    seen: dict[str, int] = {}
-    for row in chosen.tolist():
-        caption = dataset.table.captions[row]
-        if caption not in seen:
-            seen[caption] = count_tokens(tokenizer.tokenizer, caption, tokenizer.weighted)
-    lengths = [seen[dataset.table.captions[row]] for row in chosen.tolist()]
-    limit = tokenizer.max_token_length or CHUNK
-    return {
-        "limit": limit, "counted": len(lengths), "images": len(rows), "longest": max(lengths),
-        "cut": sum(length > limit for length in lengths), "ranges": ranges(lengths),
-    }  # fmt: skip
-
-
-def ranges(lengths: list[int]) -> list[list[int]]:
-    """[from, to, how many] of at most eight ranges of equal width.
-
-    >>> ranges([0, 3, 12])
-    [[0, 4, 2], [5, 9, 0], [10, 14, 1]]
-    """
-    width = max(5, math.ceil((max(lengths) + 1) / 8 / 5) * 5)
-    counts = Counter(length // width for length in lengths)
-    return [[part * width, part * width + width - 1, counts[part]] for part in range(max(counts) + 1)]
+    captions = [dataset.table.captions[row] for row in chosen.tolist()]
+    lengths = {caption: tokenizer.count(caption) for caption in dict.fromkeys(captions)}
+    return token_table([lengths[caption] for caption in captions], tokenizer.limit, len(rows))
 
 
 def examples(dataset: TrainingDataset, folder: Path) -> list[dict[str, Any]]:

@@ -1,58 +1,28 @@
-"""A real headless Chromium, driven by selenium: Debian's packages chromium and chromium-driver, or Chrome with its driver."""
+"""A page in a real browser, from the disk."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import browsers
 import pytest
-
-Open = Callable[..., Any]
-
-
-def found(*names: str) -> str | None:
-    return next((path for name in names if (path := shutil.which(name))), None)
 
 
 @pytest.fixture(scope="session")
 def chromium() -> Iterator[Any]:
-    """One browser for all tests that need it; without one they are skipped, and say so."""
-    browser, driver = found("chromium", "chromium-browser", "google-chrome", "chrome"), found("chromedriver")
-    if not browser or not driver:
-        pytest.skip("no browser here: install chromium and chromium-driver")
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = browser
-    for word in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--host-resolver-rules=MAP * ~NOTFOUND",
-    ):
-        options.add_argument(word)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    window = webdriver.Chrome(options=options, service=Service(driver))
-    window.set_script_timeout(20)
-    yield window
-    window.quit()
+    """One browser for all tests that need it."""
+    with browsers.chromium() as window:
+        yield window
 
 
 @pytest.fixture
-def open_page(chromium) -> Open:
-    """`open_page(path, width=390, dark=True, language="zh-CN")` gives the browser with the page, from the disk."""
+def open_page(chromium) -> browsers.Open:
+    """`open_page(path, width=390, dark=True, language="zh-CN")` gives the browser with the page."""
 
     def open_it(path: Path, width: int = 1280, dark: bool = False, language: str = "en-US") -> Any:
-        size = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 500}
-        chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
-        agent = {"userAgent": "test", "acceptLanguage": language}
-        chromium.execute_cdp_cmd("Emulation.setUserAgentOverride", agent)
+        browsers.look_as(chromium, width, dark, language)
         chromium.get_log("browser")
         chromium.get(path.resolve().as_uri())
         return chromium

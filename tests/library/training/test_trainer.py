@@ -600,10 +600,12 @@ def test_trap_5_4_every_rate_is_logged_once_under_its_name(run, tmp_path):
 
 
 @pytest.mark.option("debug_dataset")
-def test_debug_dataset_writes_a_sheet_and_stops(run, capsys):
+def test_debug_dataset_writes_a_sheet_and_a_page_and_stops(run, images, capsys):
     result = run("--debug_dataset", "--pretrained_model_name_or_path=/no/model")
-    assert str(result.folder / "debug_dataset.png") in capsys.readouterr().out
-    assert result.code == 0 and result.files() == ["debug_dataset.png"]
+    told = capsys.readouterr().out
+    assert all(str(result.folder / name) in told for name in ("debug_dataset.png", "debug_dataset.html"))
+    assert result.code == 0 and result.files() == ["debug_dataset-page", "debug_dataset.html", "debug_dataset.png"]
+    assert len(list((result.folder / "debug_dataset-page").iterdir())) == len(list(images.glob("*.png")))
 
 
 # ---------------------------------------------------------------- real loaders

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import json
 import os
 import re
 import signal
@@ -123,7 +124,14 @@ def test_sheet_compares_networks_one_by_one(draw, gen_files, tmp_path, capsys):
     assert tags[::4] == [[], ["<lora:mine:0.5>"], ["<lora:style:0.5>"]]
     assert [text["seed"] for text in made.texts[:4]] == ["1", "2", "3", "3"]
     (sheet,) = made.folder.glob("sheet_*.png")
-    assert f"sheet: {sheet}" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"sheet: {sheet}" in told and f"as a page: {sheet.with_suffix('.html')}" in told
+    data = json.loads(re.search(r'id="data">(.*?)</script>', sheet.with_suffix(".html").read_text(encoding="utf-8"))[1])
+    assert data["networks"] == [None, "mine x 0.5", "style x 0.5"] and [spec["seed"] for spec in data["specs"]] == [1, 2, 3, 3]
+    assert [[cell["file"] for cell in row] for row in data["cells"]] == [
+        [made.files[4 * column + row].name for column in range(3)] for row in range(4)
+    ]
+    assert all((made.folder / cell["copy"]).is_file() for row in data["cells"] for cell in row)
     assert Image.open(sheet).width > 3 * 192 and Image.open(sheet).height > 4 * 192
     alone = draw("--prompt=a cat", *loras(gen_files, "style"), "--network_mul", "0.5", "--seed=1", "--steps=1")
     assert alike(alone.pixels()[0], made.pixels()[8])
