@@ -75,8 +75,9 @@ def first_uses(dataset: TrainingDataset, most: int) -> list[list[Place]]:
     """Of each row its first uses of the first epochs, at most so many; none of a row that is never used."""
     found: list[list[Place]] = [[] for _ in range(len(dataset.table))]
     for epoch in range(1, most + 1):
-        for position, batch in enumerate(dataset.epoch_order(epoch)):
-            for slot, row in enumerate(batch.tolist()):
+        order = dataset.epoch_order(epoch)
+        for position in range(len(order)):
+            for slot, row in enumerate(order[position].tolist()):
                 if len(found[row]) < most:
                     found[row].append((epoch, position, slot))
     return found
