@@ -154,7 +154,7 @@ class SuiteNetwork(LoRANetwork):
         return limit_norms(self.trained, max_norm)
 
     def summary(self, dtype: DType = None) -> str:
-        """Modules, ranks, trainable numbers, the size of the file in this dtype (None: as it is); a chart if blocks differ."""
+        """Modules, ranks, trainable parameters, the size of the file in this dtype (None: as it is); a chart if blocks differ."""
         return summary(self.parts, self.args, dtype)
 
     # ---- files

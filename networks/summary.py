@@ -11,7 +11,7 @@ from networks.lora_args import NetworkArgs
 
 
 def summary(parts: Mapping[str, Sequence[LoRAModule]], args: NetworkArgs, dtype: torch.dtype | None = None) -> str:
-    """Modules, ranks, trainable numbers, the size of the file in this dtype (None: as it is); a chart if blocks differ.
+    """Modules, ranks, trainable parameters, the size of the file in this dtype (None: as it is); a chart if blocks differ.
 
     parts: the modules by the prefix of their names.
     """
@@ -20,8 +20,8 @@ def summary(parts: Mapping[str, Sequence[LoRAModule]], args: NetworkArgs, dtype:
     for module in sorted(unet, key=lambda m: args.blocks.block_index(m.lora_name) or 0):
         blocks.setdefault(args.blocks.names[args.blocks.block_index(module.lora_name) or 0], []).append(module)
     size = sum(t.numel() * (dtype or t.dtype).itemsize for m in modules for t in m.file_weights().values()) / 2**20
-    numbers = sum(p.numel() for module in modules for p in module.parameters())
-    lines = [f"{len(modules)} LoRA modules, {numbers:,} trainable numbers; a file will have about {size:.1f} MiB"]
+    parameters = sum(p.numel() for module in modules for p in module.parameters())
+    lines = [f"{len(modules)} LoRA modules, {parameters:,} trainable parameters; a file will have about {size:.1f} MiB"]
     is_uniform = args.lr_weights is None and ";" not in ranks_text(unet).replace("; 3x3", "")
     for prefix, part in parts.items():
         ranks = f", {ranks_text(part)}" if is_uniform or prefix != UNET_PREFIX else ""

@@ -18,7 +18,7 @@ def test_modules_ranks_numbers_and_size(model, tmp_path):
     network.save_weights(tmp_path / "a.safetensors", torch.float16, None)
     size = (tmp_path / "a.safetensors").stat().st_size / 2**20
     said = float(lines[0].split("about ")[1].split()[0])
-    assert f"{len(network.loras)} LoRA modules, {numbers:,} trainable numbers" in lines[0]
+    assert f"{len(network.loras)} LoRA modules, {numbers:,} trainable parameters" in lines[0]
     assert abs(said - size) < 0.06 + 0.02 * size  # the header is left out
     assert lines[1] == "  text encoder: 12 modules, rank 4, alpha 1"
     assert lines[2] == f"  U-Net: {len(network.parts['lora_unet'])} modules, rank 4, alpha 1; 3x3: rank 64, alpha 1"

@@ -21,10 +21,10 @@ def network_summary(options: TrainNetworkOptions, network: TrainedNetwork) -> st
     """What is trained: the network module, and what it says of itself."""
     if hasattr(network.module, "summary"):
         precision = options.output.save_precision
-        said = network.module.summary(DTYPES[precision] if precision else None)
+        words = network.module.summary(DTYPES[precision] if precision else None)
     else:
-        said = f"{sum(p.numel() for p in network.parameters):,} trainable numbers"
-    return f"{options.network.network_module}: {said}"
+        words = f"{sum(p.numel() for p in network.parameters):,} trainable parameters"
+    return f"{options.network.network_module}: {words}"
 
 
 def print_plan(options: TrainNetworkOptions, plan: Plan, network: TrainedNetwork, seed: int) -> None:
