@@ -14,14 +14,14 @@ from library.models import sdxl
 from library.models.clip import load_tokenizer, text_config
 from library.models.family import SD_LATENTS, Config, Family, Model
 from library.models.loading import Header
-from library.models.modules import fill, ready, weights_of
+from library.models.modules import fill, for_inference, weights_of
 from library.models.registry import by_name
 from library.models.unet import LATENT_CHANNELS, SIZE_WIDTH, SIZES, unet_config
 from library.models.vae import vae_config
 
 SD2_UNET: dict[str, Any] = {"heads": None, "linear_projection": True, "upcast_attention": True}
 SD2_SIZES: dict[Prediction, int] = {"epsilon": 64, "v": 96}  # latents at the resolution that a model was trained for
-LATENT_SPREAD = 5.5  # standard deviation of SD's real latents, so that 0.18215 brings these to about 1 too
+LATENT_SPREAD = 5.5  # standard deviation of SD's real latents, which the scale 0.18215 brings to about 1
 LATENT_LOG_VARIANCE = -12.0  # real posteriors are narrow: a sample is close to its mean
 
 
@@ -38,8 +38,8 @@ def small_stable_diffusion(
 ) -> Model:
     """A model of SD 1's (`sd1`) or 2's (`sd2`) blocks, names and vocabulary, but narrow; channels are multiples of 32.
 
-    The weights are uniform numbers from a seeded generator, which are the same on every machine, and scaled so that signals keep
-    their size: predictions depend on image, timestep and text. The VAE's 8 x 8 pixels to a latent are as in the real one.
+    The weights are uniform random numbers from a seeded generator, the same on every machine, scaled so that activations keep
+    their size: predictions depend on image, timestep and text. The VAE has 8 x 8 pixels for each latent, as the real one.
     """
     prediction: Prediction = "v" if v_parameterization else "epsilon"
     own_unet, activation = {"sd1": ({}, "quick_gelu"), "sd2": ({**SD2_UNET, "sample_size": SD2_SIZES[prediction]}, "gelu")}[
@@ -64,7 +64,7 @@ def small_sdxl(
     text_layers: int = 3,
     dtype: torch.dtype = torch.float32,
 ) -> Model:
-    """A small SDXL in the same way: two text encoders, three levels of which the first attends to nothing, sizes as conditioning.
+    """A small SDXL in the same way: two text encoders, three levels (the first without attention), sizes as conditioning.
 
     `depths`: transformer blocks by level.
     """
@@ -94,7 +94,7 @@ def small_model(
     for part in family.parts:
         parts[part.name] = module = part.build(configs[part.name])
         fill(module, _random_weights(module, generator, dtype), "the small model", part.title)
-        ready(module)
+        for_inference(module)
         if part.role == "vae":
             _narrow_posterior(module)
     tokenizers = [load_tokenizer(padding) for padding in family.text.paddings]
@@ -140,7 +140,7 @@ def _random_weights(module: nn.Module, generator: torch.Generator, dtype: torch.
 
 
 def _random_weight(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Norms do nothing, biases are small, embeddings have deviation 0.5, other weights 1 / sqrt(inputs)."""
+    """Norms are the identity, biases small, embeddings of deviation 0.5, other weights of deviation 1 / sqrt(inputs)."""
     if len(shape) == 1:
         if name.endswith("weight"):
             return torch.ones(shape)
@@ -150,12 +150,12 @@ def _random_weight(name: str, shape: torch.Size, generator: torch.Generator) -> 
 
 
 def _uniform(shape: torch.Size, deviation: float, generator: torch.Generator) -> Tensor:
-    """Uniform numbers of mean 0. Unlike normal ones they take no logarithm, whose last bit differs between processors."""
+    """Uniform random numbers of mean 0. Normal ones would need a logarithm, whose last bit differs between processors."""
     return (torch.rand(shape, generator=generator) * 2 - 1) * (deviation * math.sqrt(3))
 
 
 def _narrow_posterior(vae: Any) -> None:
-    """Make the VAE encode as a trained one does: latents of the usual spread and next to no noise."""
+    """Make the VAE encode like a trained one: latents of the usual deviation, and almost no noise."""
     weight, bias = vae.quant_conv.weight, vae.quant_conv.bias
     spread = LATENT_SPREAD * SD_LATENTS.scale / vae.config.scaling_factor
     with torch.no_grad():

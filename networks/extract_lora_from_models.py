@@ -77,7 +77,7 @@ def main(words: Sequence[str] | None = None) -> None:
             raise UserError(f"{option} {path} is a folder; make one file of it with tools/convert_diffusers20_original_sd.py")
 
     from library.formats.lora_file import write_lora
-    from library.formats.prediction import said_by_file
+    from library.formats.prediction import prediction_of_file
     from library.formats.tensor_file import open_tensors
     from library.tools.checkpoint import family_of_model
     from library.tools.extract import Extraction, extract, metadata_of
@@ -92,11 +92,11 @@ def main(words: Sequence[str] | None = None) -> None:
         family, other = (family_of_model(file, args.v2, args.sdxl) for file in (original, tuned))
         if family is not other:
             raise UserError(f"{paths[0]} is {family.title}, {paths[1]} is {other.title}; give two models of one family")
-        said = said_by_file(tuned).prediction or said_by_file(original).prediction
+        stated = prediction_of_file(tuned).prediction or prediction_of_file(original).prediction
         modules, kept, unchanged = extract(original, tuned, how)
     if not modules:
         raise UserError(f"{paths[0]} and {paths[1]} do not differ in the layers that a LoRA can change; nothing was written")
-    base = Base(family, "v" if args.v_parameterization else said or "epsilon")
+    base = Base(family, "v" if args.v_parameterization else stated or "epsilon")
     metadata = metadata_of(modules, save_to, paths[0], paths[1], base)
     write_lora(save_to, modules, without_modelspec(metadata) if args.no_metadata else metadata, dtype_of(args.save_precision))
     print_kept(kept)

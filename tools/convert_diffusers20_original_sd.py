@@ -106,9 +106,9 @@ def convert(args: argparse.Namespace, target: Path) -> None:
     model = load_stable_diffusion(args.model_to_load, v2=args.v2, prediction=prediction, dtype=dtype, vae=args.vae)
     if args.unet_use_linear_projection and not model.denoiser.config.use_linear_projection:
         raise UserError(f"--unet_use_linear_projection: {model.family.title} has no linear projections; leave it out")
-    counters = (args.epoch, args.global_step)
-    numbers = None if counters == (None, None) else {"epoch": args.epoch or 0, "global_step": args.global_step or 0}
-    save_stable_diffusion(model, target, dtype, metadata, numbers)
+    given = (args.epoch, args.global_step) != (None, None)
+    counters = {"epoch": args.epoch or 0, "global_step": args.global_step or 0} if given else None
+    save_stable_diffusion(model, target, dtype, metadata, counters)
     print(f"saved {target}: {model.family.title}, {dtypes_of(model)}")
 
 

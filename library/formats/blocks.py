@@ -1,7 +1,7 @@
 """The blocks of a U-Net by LoRA name, for ranks, learning rates and strengths by block. Pure data and functions on names.
 
-Stable Diffusion 1.x and 2.x have 25 blocks and LoRA names as Diffusers has them, `lora_unet_down_blocks_1_attentions_0_...`.
-SDXL has 23 and the names of its checkpoints, `lora_unet_input_blocks_4_1_...`. So the form of a name tells which are meant.
+Stable Diffusion 1.x and 2.x have 25 blocks and LoRA names in Diffusers' form, `lora_unet_down_blocks_1_attentions_0_...`.
+SDXL has 23 and LoRA names in the form of its checkpoints, `lora_unet_input_blocks_4_1_...`. So a name shows its family.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ BASE = "BASE"  # the text encoders, in lists of strengths
 
 @dataclass(frozen=True)
 class BlockMap:
-    """The blocks of one kind of U-Net: `before` slots, then `down`, `mid` and `up` blocks, then perhaps more slots.
+    """The blocks of one kind of U-Net: `before` slots, then `down`, `mid` and `up` blocks, then optionally more slots.
 
-    names: of all slots, in the order of block ranks (`block_dims`). lists: the blocks that a list of strengths of that length
-    (`--lbw`) names; there MID is the whole of the middle.
+    names: of all slots, in the order of block ranks (`block_dims`). lists: the blocks of a list of strengths (`--lbw`) by its
+    length; in these MID is all middle blocks.
     """
 
     title: str
@@ -31,7 +31,7 @@ class BlockMap:
     index_of: Callable[[str], int | None]
 
     def block_index(self, lora_name: str) -> int | None:
-        """The slot that a LoRA name belongs to; None in a text encoder, and for names of another form."""
+        """The slot of a LoRA name; None for a text encoder, and for names of another form."""
         index = self.index_of(lora_name)
         return index if index is not None and index < len(self.names) else None
 
@@ -40,7 +40,7 @@ class BlockMap:
 
     @property
     def with_strengths(self) -> tuple[str, ...]:
-        """What `block_of` can give, in order: the text encoders, and the blocks with the middle as one."""
+        """All results of `block_of`, in order: the text encoders, and the blocks with the middle as one."""
         return (BASE, *dict.fromkeys("MID" if self.is_mid(index) else name for index, name in enumerate(self.names)))
 
     @property
@@ -81,7 +81,7 @@ def _sgm_index(lora_name: str) -> int | None:
 
 
 _WITH_ATTENTION = ("IN01", "IN02", "IN04", "IN05", "IN07", "IN08", "MID", *_numbered("OUT", 12, 3))
-_SDXL_LISTS = {  # of programs that were made for SDXL; for other models they mean the blocks of the same names
+_SDXL_LISTS = {  # of programs for SDXL; for other models they stand for the blocks of the same names
     20: (BASE, *_numbered("IN", 9), "MID", *_numbered("OUT", 9)),
     12: (BASE, "IN04", "IN05", "IN07", "IN08", "MID", *_numbered("OUT", 6)),
 }
@@ -114,7 +114,7 @@ BLOCK_MAPS = (SD_BLOCKS, SDXL_BLOCKS)
 
 
 def block_map(lora_names: Iterable[str]) -> BlockMap:
-    """The blocks that these LoRA names are of; those of Stable Diffusion 1.x and 2.x if no name tells."""
+    """The block map of these LoRA names; that of Stable Diffusion 1.x and 2.x if no name shows it."""
     for name in lora_names:
         for blocks in BLOCK_MAPS:
             if blocks.block_index(name) is not None:
@@ -123,7 +123,7 @@ def block_map(lora_names: Iterable[str]) -> BlockMap:
 
 
 def block_of(lora_name: str) -> str:
-    """The block in a list of strengths that a module belongs to: `IN04`, `MID` or `OUT02`, say; BASE for a text encoder's."""
+    """The block of a module in a list of strengths, such as `IN04` or `MID`; BASE for a text encoder's."""
     blocks = block_map([lora_name])
     index = blocks.block_index(lora_name)
     if index is None:

@@ -97,7 +97,7 @@ class SingleFileNames:
                 rename, nothing = self._renames[row.part], torch.empty(0)
                 self.unknown += [prefix + name for name in _inside(names, prefix) if not rename(name, nothing)]
 
-    def place(self, name: str, value: Tensor) -> list[tuple[str, str, Tensor]]:
+    def to_parts(self, name: str, value: Tensor) -> list[tuple[str, str, Tensor]]:
         """(part, Diffusers name, tensor) of a tensor: three for OpenCLIP's joined attention, none for what is not used.
 
         Not used are: the noise schedule, averaged (EMA) weights, position_ids, logit_scale, and of SD 2's OpenCLIP the last layer
@@ -115,10 +115,10 @@ def split_compvis(tensors: Mapping[str, Tensor], layout: Layout) -> tuple[Parts,
     parts: Parts = {row.part: {} for row in layout}
     extra = {}
     for name, value in tensors.items():
-        placed = names.place(name, value)
-        for part, new, tensor in placed:
+        in_parts = names.to_parts(name, value)
+        for part, new, tensor in in_parts:
             parts[part][new] = tensor
-        if not placed:
+        if not in_parts:
             extra[name] = value
     return parts, extra
 

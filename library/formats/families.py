@@ -27,8 +27,8 @@ class FileFamily:
     """What files of one family have in common.
 
     lora_prefixes: how the LoRA names of a part's layers begin. loras_name_checkpoint_paths: whether LoRA files name the U-Net's
-    layers as checkpoints do (`input_blocks_4_1_...`), and not as Diffusers does (`down_blocks_1_attentions_0_...`). unsaid: what
-    the model that a LoRA is for predicts, where nothing says it.
+    layers as checkpoints do (`input_blocks_4_1_...`), and not as Diffusers does (`down_blocks_1_attentions_0_...`).
+    default_prediction: of the model that a LoRA is for, if nothing states it.
     """
 
     title: str
@@ -37,7 +37,7 @@ class FileFamily:
     resolution: Mapping[Prediction, str]
     lora_prefixes: Mapping[str, str]
     loras_name_checkpoint_paths: bool = False
-    unsaid: Prediction | None = None
+    default_prediction: Prediction | None = None
 
 
 def _both(text: str) -> Mapping[Prediction, str]:
@@ -55,7 +55,7 @@ SD1 = FileFamily(
     ),
     resolution=_both("512x512"),
     lora_prefixes=_ONE_TEXT_ENCODER,
-    unsaid="epsilon",
+    default_prediction="epsilon",
 )
 SD2 = FileFamily(
     title="SD 2.x",

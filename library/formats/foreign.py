@@ -1,11 +1,11 @@
-"""What a wrong file is instead: told by its first bytes, or by the names of its tensors. One table, for models and LoRAs."""
+"""Recognition of wrong files by their first bytes or the names of their tensors. One table, for models and LoRAs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-# What the first bytes of files that hold no tensors give away.
+# First bytes of files without tensors -> what such a file is.
 _BEGINNINGS = (
     (b"\x89PNG", "a PNG image"),
     (b"\xff\xd8\xff", "a JPEG image"),
@@ -16,7 +16,7 @@ _BEGINNINGS = (
     (b"GGUF", "a GGUF file, a format of other programs"),
 )
 
-# A piece of a tensor's name -> what such a file is. The first that is found counts.
+# A part of a tensor's name -> what such a file is. The first match counts.
 _OTHER_MODELS = {
     "conditioner.embedders.0.model.": "the refiner of SDXL",
     "edm_vpred.sigma_max": "an EDM model that predicts velocity (CosXL)",
@@ -25,7 +25,7 @@ _OTHER_MODELS = {
     "model.diffusion_model.joint_blocks.": "a Stable Diffusion 3 model",
     "double_blocks.": "a Flux model",
 }
-# A piece of the name of a Diffusers folder's pipeline -> what it is.
+# A part of the class name of a Diffusers folder's pipeline -> what the folder is.
 _OTHER_PIPELINES = {
     "Kolors": "a Kolors model",
     "Diffusion3": "a Stable Diffusion 3 model",
@@ -55,14 +55,14 @@ _OTHER_FILES = {
 
 
 def file_kind(start: bytes) -> str | None:
-    """What a file that begins with these bytes is, if it is known and holds no tensors: `a web page; ...`."""
+    """What a file with these first bytes is, such as `a web page; ...`; None if it is unknown or may hold tensors."""
     if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
         return "a WebP image"
     return next((what for beginning, what in _BEGINNINGS if start.lstrip().startswith(beginning)), None)
 
 
 def instead_of_a_model(names: Iterable[str]) -> str | None:
-    """What a file with these tensors is instead of a model of a known family, with the cure; None if nothing gives it away.
+    """What a file with these tensors is instead of a model of a known family, with the cure; None if it is not recognised.
 
     >>> instead_of_a_model(["control_model.input_hint_block.0.weight"])
     'a ControlNet, not a model; use an SD 1.x, SD 2.x or SDXL model'
@@ -77,7 +77,7 @@ def instead_of_a_model(names: Iterable[str]) -> str | None:
 
 
 def instead_of_a_folder(pipeline: str, configs: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """The same of a Diffusers folder, by the class of its pipeline and the configurations of its parts."""
+    """The same for a Diffusers folder, by the class of its pipeline and the configurations of its parts."""
     what = next((what for mark, what in _OTHER_PIPELINES.items() if mark in pipeline), None)
     if configs.get("vae", {}).get("latents_mean"):
         what = "an EDM model (Playground v2.5)"
@@ -87,7 +87,7 @@ def instead_of_a_folder(pipeline: str, configs: Mapping[str, Mapping[str, Any]])
 
 
 def instead_of_a_lora(names: Iterable[str]) -> tuple[str, str] | None:
-    """What a file with these tensors is instead of a LoRA, or its kin, of a known family, and the name that gives it away.
+    """What a file with these tensors is instead of an adapter of a known family, and the name that shows it.
 
     >>> instead_of_a_lora(["lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"])
     ('a LoRA for Flux', 'lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight')
@@ -101,5 +101,5 @@ def instead_of_a_lora(names: Iterable[str]) -> tuple[str, str] | None:
 
 
 def _first(table: dict[str, str], names: list[str]) -> tuple[str, str] | None:
-    """The first row of the table whose mark is in a name, and that name; `^` stands for a name's beginning."""
+    """The first row of the table whose mark is in a name, and that name; `^` matches the beginning of a name."""
     return next(((what, name) for mark, what in table.items() for name in names if mark in f"^{name}"), None)

@@ -1,4 +1,4 @@
-"""Which family of models a LoRA file is for, told by the names and shapes of its tensors and by its metadata."""
+"""The family of models that a LoRA file is for, by the names and shapes of its tensors and by its metadata."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _OF_SD = re.compile(
 _HAS_WIDTH = r"(?:lora_(?:linear_layer_)?(?:down|A)(?:_\w+)?_weight|hada_w1_b|diff)"  # tensors of (rank or outputs, inputs)
 _CROSS_ATTENTION = re.compile(r".*attn2_(?:processor_)?to_[kv]_" + _HAS_WIDTH)
 _TEXT_ATTENTION = re.compile(r"(?:lora_te_|text_encoder_).*self_attn_[qkv]_proj_" + _HAS_WIDTH)
-_CONTEXT_WIDTHS = {768: SD1, 1024: SD2, 2048: SDXL}  # of full-size models; small ones have others, which tell nothing
+_CONTEXT_WIDTHS = {768: SD1, 1024: SD2, 2048: SDXL}  # of full-size models; other widths show nothing
 
 
 def families_of_lora(shapes: Shapes, metadata: Mapping[str, str] | None = None) -> tuple[FileFamily, ...]:
-    """The families that a LoRA file with these tensors can be for: all of them if nothing tells.
+    """The families that a LoRA file with these tensors can be for: all of them if nothing shows it.
 
-    Layers that others have not are the surest sign, then what the metadata say, then widths. `ss_v2` comes last: that SDXL is
-    not version 2 stands in its files too.
+    Layers that only one family has count most, then the metadata, then widths. `ss_v2` comes last, since it is False in files
+    for SDXL too.
     """
     metadata = metadata or {}
     names = {key.replace(".", "_"): shape for key, shape in shapes.items()}
@@ -46,9 +46,9 @@ def _by_layers(names: Iterable[str]) -> tuple[FileFamily, ...]:
 
 
 def _by_version(metadata: Mapping[str, str]) -> tuple[FileFamily, ...]:
-    said = metadata.get("ss_base_model_version", "").lower()
+    version = metadata.get("ss_base_model_version", "").lower()
     starts = {"sd_v1": SD1, "sd_v2": SD2, "sdxl": SDXL}
-    return tuple(family for start, family in starts.items() if said.startswith(start)) or FILE_FAMILIES
+    return tuple(family for start, family in starts.items() if version.startswith(start)) or FILE_FAMILIES
 
 
 def _by_widths(names: Shapes) -> tuple[FileFamily, ...]:
@@ -60,6 +60,6 @@ def _by_widths(names: Shapes) -> tuple[FileFamily, ...]:
 
 
 def _by_v2(metadata: Mapping[str, str]) -> tuple[tuple[FileFamily, ...], ...]:
-    """False is first no more than not 2.x, and then 1.x, as web UIs take it."""
-    said = metadata.get("ss_v2")
-    return {"True": ((SD2,),), "False": ((SD1, SDXL), (SD1,))}.get(said or "", ())
+    """Signs in order: False excludes 2.x; if that leaves several families, it means 1.x, as for web UIs."""
+    v2 = metadata.get("ss_v2")
+    return {"True": ((SD2,),), "False": ((SD1, SDXL), (SD1,))}.get(v2 or "", ())

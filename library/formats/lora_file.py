@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from library.errors import UserError
+from library.errors import UserError, listed
 from library.files import atomic_write
 from library.formats.adapters.kind import Parts
 from library.formats.adapters.lora import LORA
@@ -104,12 +104,8 @@ def read_lora(file: str | Path) -> LoraFile:
     if not modules:
         _raise_for_nothing(found, left_out, path)
     if left_out:
-        logger.warning(f"warning: {path}: {_listed(left_out)} left out; no layer has a use for it")
+        logger.warning("%s: left out, since no layer has a use for them: %s", path, listed(left_out, 3))
     return LoraFile(path, modules, metadata, _dtype(modules), families, tuple(left_out))
-
-
-def _listed(keys: Sequence[str]) -> str:
-    return f"{keys[0]} is" if len(keys) == 1 else f"{len(keys)} tensors, such as {keys[0]}, are"
 
 
 def _check_family(tensors: Mapping[str, Tensor], path: Path) -> None:

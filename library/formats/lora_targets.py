@@ -68,11 +68,11 @@ def _targets(shapes: Shapes, ending: str) -> Iterator[tuple[str, str, str, Targe
     family = family_of_checkpoint(shapes) or SD1
     names = SingleFileNames(shapes, family.layout)
     for key, shape in shapes.items():
-        placed = names.place(key, torch.empty(shape, device="meta"))
-        for third, (part, name, _) in enumerate(placed):
+        in_parts = names.to_parts(key, torch.empty(shape, device="meta"))
+        for third, (part, name, _) in enumerate(in_parts):
             if part not in family.lora_prefixes or not name.endswith(ending) or name.startswith("text_projection."):
                 continue  # files hold the projection transposed, and no trainer gives it a LoRA
             path = key.removeprefix(UNET_PREFIX) if part == "unet" and family.loras_name_checkpoint_paths else name
             inside = path.removesuffix(ending).replace(".", "_")
             lora_name = f"{family.lora_prefixes[part]}{'' if part == 'unet' else 'text_model_'}{inside}"
-            yield part, name, lora_name, Target(key, third if len(placed) == 3 else None)
+            yield part, name, lora_name, Target(key, third if len(in_parts) == 3 else None)

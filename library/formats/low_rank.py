@@ -176,10 +176,10 @@ def split(module: LowRank, rank: int) -> LowRank:
 
 
 def clamp(module: LowRank, quantile: float) -> LowRank:
-    """Every number cut to the quantile of the absolute values of both factors. Costs accuracy: only where it is asked for."""
+    """Both factors clamped to the quantile of their absolute values. This costs accuracy."""
     sizes = torch.cat([module.up.flatten(), module.down.flatten()]).abs().float()
-    place = min(len(sizes), max(1, math.ceil(quantile * len(sizes))))
-    limit = float(sizes.kthvalue(place).values)  # torch.quantile refuses more than 16 million numbers
+    position = min(len(sizes), max(1, math.ceil(quantile * len(sizes))))
+    limit = float(sizes.kthvalue(position).values)  # torch.quantile refuses more than 16 million numbers
     return replace(module, up=module.up.clamp(-limit, limit), down=module.down.clamp(-limit, limit))
 
 
@@ -259,14 +259,14 @@ def exact_low_rank(matrix: Tensor, total: float | None = None) -> Decomposition:
     Squaring costs digits below 1e-8 of the largest singular value, which float32 weights do not have anyway.
     """
     if matrix.shape[0] > matrix.shape[1]:
-        turned = exact_low_rank(matrix.T, total)
-        return Decomposition(turned.vh.T, turned.s, turned.u.T, turned.total)
+        found = exact_low_rank(matrix.T, total)
+        return Decomposition(found.vh.T, found.s, found.u.T, found.total)
     double = matrix.to(_float64_device(matrix), torch.float64)
     u = _eigen(double @ double.T)[1]
-    rest = u.T @ double
-    s = rest.norm(dim=1)
+    projected = u.T @ double
+    s = projected.norm(dim=1)
     order = s.argsort(descending=True)
-    vh = rest / s.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+    vh = projected / s.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
     total = double.norm().item() if total is None else total
     return Decomposition(u[:, order].float().cpu(), s[order].cpu(), vh[order].float().cpu(), total)
 
@@ -317,8 +317,8 @@ def _subspace_iteration(matrix: Tensor, rank: int, total: float, seed: int) -> D
     basis = torch.linalg.qr(matrix @ start)[0]
     captured, gain = 0.0, 0.0
     for number in range(MAX_PASSES):
-        rest = basis.T @ matrix  # (k, in)
-        squares, turn = _eigen((rest @ rest.T).cpu().double())
+        projected = basis.T @ matrix  # (k, in)
+        squares, rotation = _eigen((projected @ projected.T).cpu().double())
         before, gain_before = captured, gain
         captured = squares[-rank:].sum().item()
         gain = captured - before
@@ -328,9 +328,9 @@ def _subspace_iteration(matrix: Tensor, rank: int, total: float, seed: int) -> D
             return _finish(matrix, basis, rank, total, is_small=error < 1e-4 * total**2)
         # One pass of A A^T less half its smallest found eigenvalue. In the basis of the found singular vectors each column
         # has a size of its own, so that small ones do not drown in the rounding of large ones.
-        turn = turn.to(basis)
+        rotation = rotation.to(basis)
         shift = squares[0].item() / 2
-        basis = matrix @ (rest.T @ turn) - shift * (basis @ turn)
+        basis = matrix @ (projected.T @ rotation) - shift * (basis @ rotation)
         basis = torch.linalg.qr(basis / basis.norm(dim=0).clamp(min=torch.finfo(torch.float32).tiny))[0]
     return None
 
@@ -347,9 +347,9 @@ def _finish(matrix: Tensor, basis: Tensor, rank: int, total: float, is_small: bo
         matrix = matrix.to(_float64_device(matrix), torch.float64)
         basis = torch.linalg.qr(matrix @ torch.linalg.qr((basis.to(matrix).T @ matrix).T)[0])[0]
         total = matrix.norm().item()
-    rest = (basis.T @ matrix).cpu().double()
-    # The SVD of the flat `rest` by way of a thin QR: its core is k x k.
-    right, core = torch.linalg.qr(rest.T)
+    projected = (basis.T @ matrix).cpu().double()
+    # The SVD of the flat `projected` by way of a thin QR: its core is k x k.
+    right, core = torch.linalg.qr(projected.T)
     u, s, vh = _svd(core.T)
     u, vh = basis.cpu().double() @ u[:, :rank], vh[:rank] @ right.T
     return Decomposition(u.float(), s[:rank], vh.float(), total)

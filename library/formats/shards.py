@@ -18,7 +18,7 @@ class ShardedFile(TensorFile):
     """The tensors that an index (`....safetensors.index.json`) lists. Use it in a `with` block, which closes all files."""
 
     def __init__(self, index: Path):
-        self.path, self.shapes, self.dtypes, self.metadata, self.numbers = index, {}, {}, {}, {}
+        self.path, self.shapes, self.dtypes, self.metadata, self.counters = index, {}, {}, {}, {}
         self._stack, self._file_of = ExitStack(), {}
         try:
             for path, names in _shards(index):

@@ -48,7 +48,7 @@ class TensorFile(ABC):
         self.shapes: dict[str, tuple[int, ...]] = {}  # by name, in the order of the file's bytes
         self.dtypes: dict[str, torch.dtype] = {}
         self.metadata: dict[str, str] = {}  # of a .safetensors file
-        self.numbers: dict[str, Any] = {}  # what a pickled checkpoint says of itself: epoch, global_step
+        self.counters: dict[str, Any] = {}  # what a pickled checkpoint says of itself: epoch, global_step
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by close()
         self._size = os.fstat(self._file.fileno()).st_size
         self._window: mmap.mmap | None = None
@@ -160,7 +160,7 @@ class PickledFile(TensorFile):
             raise
         self.shapes = {name: tuple(value.shape) for name, value in self._tensors.items()}
         self.dtypes = {name: value.dtype for name, value in self._tensors.items()}
-        self.numbers = {
+        self.counters = {
             key: int(content[key]) for key in ("epoch", "global_step") if isinstance(content.get(key), numbers.Integral)
         }
 

@@ -47,12 +47,12 @@ def write_weights(
     plan: Plan,
     rows_of: Callable[[str, slice], Tensor],
     metadata: Mapping[str, str],
-    numbers: Mapping[str, Any] | None = None,
+    counters: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the tensors of the plan to `path`, asking `rows_of` for some rows of one at a time; a number is asked for by no rows.
 
     Parts of a few MB stay in the processor's cache, and their memory is used again and again. `metadata` goes into a
-    .safetensors file, `numbers` (epoch, global_step) into a pickled one, beside `state_dict`; without `numbers` that is the
+    .safetensors file, `counters` (epoch, global_step) into a pickled one, beside `state_dict`; without `counters` that is the
     dictionary of the tensors alone, as LoRA files are. UserError, naming the tensor, for a number that is not
     finite, or if what was written does not read back the same; then no file is made.
     """
@@ -81,20 +81,20 @@ def write_weights(
         if is_safetensors:
             _write_safetensors(stream, names, plan, contents(), metadata)
         else:
-            _write_pickled(stream, names, plan, contents(), numbers or {})
+            _write_pickled(stream, names, plan, contents(), counters or {})
         stream.flush_rest()  # the disk works on while the file is read back
         _verify(temporary, path, plan, sums)
 
 
-def save_pickled(tensors: Mapping[str, Tensor], path: Path, numbers: Mapping[str, Any] | None = None) -> None:
+def save_pickled(tensors: Mapping[str, Tensor], path: Path, counters: Mapping[str, Any] | None = None) -> None:
     """Write tensors that are in memory as a .ckpt or .pt file to `path` as it is, which is the caller's to make atomic.
 
-    numbers: see `write_weights`.
+    counters: see `write_weights`.
     """
     plan = {name: (tuple(value.shape), value.dtype) for name, value in tensors.items()}
     contents = ((name, _bytes(value.detach().to("cpu").contiguous())) for name, value in tensors.items())
     with open(path, "wb") as file:
-        _write_pickled(file, list(tensors), plan, contents, numbers)
+        _write_pickled(file, list(tensors), plan, contents, counters)
 
 
 def _parts(shape: tuple[int, ...]) -> list[slice]:
@@ -203,7 +203,7 @@ class _Pickler(pickle.Pickler):
 
 
 def _write_pickled(
-    stream: BinaryIO | _Flusher, names: Sequence[str], plan: Plan, contents: Contents, numbers: Mapping[str, Any] | None
+    stream: BinaryIO | _Flusher, names: Sequence[str], plan: Plan, contents: Contents, counters: Mapping[str, Any] | None
 ) -> None:
     """An archive that torch.load reads: the pickled dictionary, the version of this format, and a record for each tensor.
 
@@ -213,7 +213,7 @@ def _write_pickled(
         raise UserError(f"{strange[0]} is {plan[strange[0]][1]}, which .ckpt has no place for; save it as .safetensors")
     tensors = {name: _Stored(str(index), *plan[name]) for index, name in enumerate(names)}
     pickled = BytesIO()
-    _Pickler(pickled, protocol=2).dump(tensors if numbers is None else {"state_dict": tensors, **numbers})
+    _Pickler(pickled, protocol=2).dump(tensors if counters is None else {"state_dict": tensors, **counters})
     records = {"data.pkl": pickled.getvalue(), "version": b"3\n"}
     if sys.byteorder != "little":  # what readers assume, and the only one that the web UI's older loaders take
         records["byteorder"] = sys.byteorder.encode()

@@ -1,4 +1,4 @@
-"""From captions and prompts to what the U-Net reads: tokens, chunks of 75, weights, embeddings."""
+"""From captions and prompts to embeddings: tokens, chunks of 75, weights, CLIP text encoders."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from library.errors import UserError
 from library.imports import import_model_libraries
 from library.models.family import Conditioning
-from library.models.modules import count_numbers
+from library.models.modules import count_indices
 from library.models.prompt_weights import parse_weights, split_at_breaks
 from library.safe_text import as_unicode
 
@@ -27,11 +27,11 @@ CLIP_BPE = Path(__file__).resolve().parents[2] / "assets" / "clip-bpe"
 VOCABULARY = 49408
 CHUNK = 75  # tokens of text in one chunk
 END_TOKEN = 49407
-CHUNK_WITH_ENDS = CHUNK + 2  # what the text encoder reads at once: begin token, text, end token
+CHUNK_WITH_ENDS = CHUNK + 2  # the input length of the text encoder: begin token, text, end token
 
 WORD = re.compile(r"[A-Za-z]+|\S")  # no token crosses their borders; letters of other scripts have tokens of their own
 
-ADDED_WORDS = "words_of_several_tokens"  # attribute of a tokenizer: token id -> the ids that it stands for
+ADDED_WORDS = "words_of_several_tokens"  # attribute of a tokenizer: id of an added word -> all its ids
 
 Chunk = list[tuple[int, float]]  # (token id, weight), at most CHUNK of them
 
@@ -73,7 +73,7 @@ def read_text_config(shapes: Shapes, *, activation: str = "quick_gelu") -> Confi
     projection = shapes.get("text_projection.weight")
     return text_config(
         width,
-        count_numbers(shapes, r"encoder\.layers\.(\d+)\.mlp\.fc1\.weight"),
+        count_indices(shapes, r"encoder\.layers\.(\d+)\.mlp\.fc1\.weight"),
         activation=activation,
         inner_width=shapes["encoder.layers.0.mlp.fc1.weight"][0],
         vocabulary=vocabulary,
@@ -101,18 +101,18 @@ def empty_pooling_text_encoder(config: Mapping[str, Any]) -> CLIPTextModelWithPr
 
 
 def path_in_files(path: str) -> str:
-    """The path of a text encoder's layer in files: they have the level `text_model`, whatever the version of transformers."""
+    """The path of a text encoder's layer in files, which have the level `text_model` for every version of transformers."""
     return path if path == "text_model" or path.startswith(("text_model.", "text_projection")) else f"text_model.{path}"
 
 
 def add_word(tokenizer: CLIPTokenizer, word: str, ids: list[int]) -> None:
-    """From now on `word`, where it stands alone, becomes these token ids, of which the first is new and the tokenizer's next."""
+    """Make the tokenizer turn the whole word `word` into these ids. The first must be the tokenizer's next free id."""
     from transformers import AddedToken
 
     if tokenizer.add_tokens(AddedToken(word, single_word=True)) != 1 or tokenizer.convert_tokens_to_ids(word) != ids[0]:
         raise UserError(f"'{word}' cannot be added to the tokenizer; give its file another name")
-    # The ids behind the first belong to no word, but the next word must not get them.
-    tokenizer.add_tokens([AddedToken(f"<{word}, vector {place}>", normalized=False) for place in range(2, len(ids) + 1)])
+    # Reserve the other ids, so that the next added word does not get them.
+    tokenizer.add_tokens([AddedToken(f"<{word}, vector {number}>", normalized=False) for number in range(2, len(ids) + 1)])
     setattr(tokenizer, ADDED_WORDS, {**getattr(tokenizer, ADDED_WORDS, {}), ids[0]: ids})
 
 
@@ -121,14 +121,14 @@ def tokenize(
 ) -> Tokens:
     """Captions for every text encoder: `ids` (B, chunks, 77), int64, and with `weighted` `weights` of that shape, float32.
 
-    The second encoder's are `ids_2` and `weights_2`. `max_token_length` is 75 (None), 150 or 225; longer text is cut there. Every
-    chunk is begin token, up to 75 tokens, end token, padding; the text encoder sees each chunk on its own.
+    The second encoder's are `ids_2` and `weights_2`. `max_token_length` is 75 (None), 150 or 225; longer text is truncated. A
+    chunk is begin token, up to 75 tokens, end token, padding; the text encoder encodes each chunk separately.
     """
     return _by_encoder(tokenizers, texts, _chunks_of(max_token_length), weighted, keeps_weights=weighted)
 
 
 def tokenize_prompts(tokenizers: Sequence[CLIPTokenizer], prompts: Sequence[str], chunks: int) -> Tokens:
-    """The same for prompts, of which weights are always read; there are none in the result where all are 1."""
+    """As `tokenize` for prompts: weights are always read, and left out of the result if all are 1."""
     return _by_encoder(tokenizers, prompts, chunks, weighted=True, keeps_weights=False)
 
 
@@ -161,7 +161,7 @@ def token_chunks(
 
 
 def count_tokens(tokenizer: CLIPTokenizer, caption: str, weighted: bool = False) -> int:
-    """How many tokens the text has without begin and end token, so that callers can say what will be cut."""
+    """The number of tokens without begin and end token."""
     if weighted:
         return sum(map(len, _weighted_chunks(tokenizer, caption)))
     return len(_token_ids(tokenizer, [caption])[0])
@@ -177,7 +177,7 @@ def whole_words_within(tokenizer: CLIPTokenizer, caption: str, limit: int, weigh
 
 
 def count_chunks(tokenizer: CLIPTokenizer, prompt: str) -> int:
-    """How many chunks of 75 the weighted prompt needs, at least 1."""
+    """The number of chunks of 75 tokens that the weighted prompt needs, at least 1."""
     return len(_weighted_chunks(tokenizer, prompt))
 
 
@@ -199,18 +199,18 @@ def encode_text(
 
 
 def last_layer_conditioning(model: Model, tokens: Tokens, clip_skip: int | None = None) -> Conditioning:
-    """SD 1 and 2: `context` is the wanted layer of the one encoder, after the final layer norm."""
+    """SD 1 and 2: `context` is the output of the layer that clip_skip chooses, after the final layer norm."""
     (encoder,) = model.text_encoders
     return Conditioning({"context": encode_text(encoder, tokens["ids"], clip_skip, tokens.get("weights"))})
 
 
 def layers_behind(clip_skip: int | None) -> tuple[int, ...]:
-    """How many layers follow the one that `last_layer_conditioning` reads."""
+    """The number of layers after the one that `last_layer_conditioning` reads."""
     return ((clip_skip or 1) - 1,)
 
 
 def encode_layers(text_encoder: nn.Module, input_ids: Tensor) -> Any:
-    """What the encoder answers to ids (B, chunks, 77): `hidden_states` of all layers, `last_hidden_state` after the norm.
+    """The encoder's output for ids (B, chunks, 77): `hidden_states` of all layers, `last_hidden_state` after the norm.
 
     Each is (B * chunks, 77, width); see `join_states`.
     """
@@ -220,7 +220,7 @@ def encode_layers(text_encoder: nn.Module, input_ids: Tensor) -> Any:
 def join_states(hidden: Tensor, input_ids: Tensor, weights: Tensor | None = None) -> Tensor:
     """(B * chunks, 77, width) -> (B, chunks * 75 + 2, width), each token's state multiplied by its weight.
 
-    Without a norm the states have a mean near zero, so nothing is rescaled to it.
+    Unlike `apply_weights` this does not rescale to the mean, which is near zero without a norm.
     """
     joined = _join_chunks(hidden.reshape(*input_ids.shape, -1))
     if weights is None:
@@ -236,14 +236,14 @@ def pooled_state(text_encoder: CLIPTextModelWithProjection, last_hidden: Tensor,
 
 
 def apply_weights(embeddings: Tensor, weights: Tensor) -> Tensor:
-    """Multiply embeddings (B, N, width) by weights (B, N, 1), then rescale each prompt to the mean over all values it had.
+    """Multiply embeddings (B, N, width) by weights (B, N, 1), then rescale each prompt to its mean before that.
 
-    A prompt of one weight throughout comes out as it went in, bit for bit.
+    A prompt whose weights are all equal is not changed, bit for bit.
     """
     plain = embeddings.float()
     weighted = plain * weights
     before, after = (values.mean(dim=(1, 2), keepdim=True) for values in (plain, weighted))
-    rescalable = after.abs() > 1e-6  # a mean that vanishes cannot be kept; the weights alone apply
+    rescalable = after.abs() > 1e-6  # a mean near zero cannot be restored; then only the weights apply
     ratio = torch.where(rescalable, before / torch.where(rescalable, after, 1.0), 1.0)
     equal = (weights == weights[:, :1]).all(dim=1, keepdim=True)
     return torch.where(equal, plain, weighted * ratio).to(embeddings.dtype)
@@ -258,7 +258,7 @@ def inner_text_model(text_encoder: nn.Module) -> Any:
 
 
 def _hidden_states(text_encoder: nn.Module, ids: Tensor, clip_skip: int | None) -> Tensor:
-    """Output (B, 77, width) of the wanted layer after the final layer norm."""
+    """Output (B, 77, width) of the layer that clip_skip chooses, after the final layer norm."""
     if clip_skip is None or clip_skip == 1:
         return text_encoder(ids).last_hidden_state
     inner = inner_text_model(text_encoder)
@@ -271,7 +271,7 @@ def _hidden_states(text_encoder: nn.Module, ids: Tensor, clip_skip: int | None) 
 
 
 def _join_chunks(values: Tensor) -> Tensor:
-    """(B, chunks, 77, width) -> (B, chunks * 75 + 2, width): first begin, the text of every chunk, last end."""
+    """(B, chunks, 77, width) -> (B, chunks * 75 + 2, width): the first begin token, all text, the last end token."""
     return torch.cat([values[:, 0, :1], values[:, :, 1:-1].flatten(1, 2), values[:, -1, -1:]], dim=1)
 
 
@@ -286,8 +286,8 @@ def _chunks_of(max_token_length: int | None) -> int:
 def _token_ids(tokenizer: CLIPTokenizer, texts: list[str]) -> list[list[int]]:
     """Token ids of each text without begin and end.
 
-    `split_special_tokens` keeps text from being taken for special tokens: with SD 2's padding token "!", an exclamation mark
-    in a caption would otherwise become padding. Half an emoji, which is no Unicode, is left out.
+    `split_special_tokens` treats all text as text: otherwise an exclamation mark in a caption would become padding with SD 2's
+    padding token "!". Lone surrogates (half an emoji) are left out.
     """
     if not texts:
         return []
@@ -307,12 +307,12 @@ def _weighted_chunks(tokenizer: CLIPTokenizer, prompt: str) -> list[Chunk]:
 
 
 def _fill(runs: list[Chunk]) -> list[Chunk]:
-    """Cut each run of tokens into chunks of 75; every run begins a chunk, even an empty one."""
+    """Split each run of tokens into chunks of 75. Every run begins a new chunk, also an empty run."""
     return [run[start : start + CHUNK] for run in runs for start in range(0, max(len(run), 1), CHUNK)]
 
 
 def _to_tensors(tokenizer: CLIPTokenizer, prompts: list[list[Chunk]], chunks: int) -> tuple[Tensor, Tensor]:
-    """Ids and weights (B, chunks, 77): chunks beyond that number are cut, missing ones are empty."""
+    """Ids and weights (B, chunks, 77): chunks beyond that number are dropped, missing ones are empty."""
     ids = torch.full((len(prompts), chunks, CHUNK_WITH_ENDS), tokenizer.pad_token_id, dtype=torch.int64)
     weights = torch.ones(ids.shape, dtype=torch.float32)
     ids[:, :, 0] = tokenizer.bos_token_id

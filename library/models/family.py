@@ -1,6 +1,6 @@
-"""What a family of models is: one frozen value, with nothing to inherit from. And a loaded model of one.
+"""A family of models as one frozen value, `Family`, without inheritance; and `Model`, a loaded model of a family.
 
-A field is in `Family` only because two families differ in it and trainer, data, generation or tools need it. Nobody outside
+`Family` has a field only if two families differ in it and trainer, data, generation or tools need it. No code outside
 library/models compares a family's name.
 """
 
@@ -20,12 +20,12 @@ from library.formats.families import Records
 
 Shapes = Mapping[str, tuple[int, ...]]
 Config = dict[str, Any]
-Tokens = dict[str, Tensor]  # what text encoders read: "ids" and, of weighted text, "weights", (B, chunks, 77) each
+Tokens = dict[str, Tensor]  # input of text encoders: "ids" and, for weighted text, "weights", (B, chunks, 77) each
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the denoiser reads beside latents and timestep: named tensors, a row for each image. SD: context (B, N, width)."""
+    """The text input of the denoiser: named tensors with a row for each image. SD: context (B, N, width)."""
 
     tensors: Mapping[str, Tensor]
 
@@ -51,19 +51,19 @@ class Conditioning:
         """Every row on its own."""
         return (self.rows(slice(row, row + 1)) for row in range(len(self)))
 
-    def attending(self, contexts: Sequence[Tensor]) -> Conditioning:
-        """The same with these contexts, one after the other, in place of its own; with regions there are several to an image."""
+    def with_contexts(self, contexts: Sequence[Tensor]) -> Conditioning:
+        """A copy with these contexts, concatenated, instead of its own; regional prompts have several for each image."""
         return Conditioning({**self.tensors, "context": torch.cat(list(contexts))})
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
-        """The rows of all, one after the other."""
+        """The concatenated rows of all parts."""
         return Conditioning({name: torch.cat([part[name] for part in parts]) for name in parts[0].tensors})
 
 
 @dataclass(frozen=True)
 class LatentSpace:
-    """The latents of a VAE, and how they are brought to about unit variance: (latents - shift) * scale."""
+    """The latents of a VAE, and their scaling to about unit variance: (latents - shift) * scale."""
 
     channels: int = 4
     pixels_per_latent: int = 8  # on a side
@@ -71,7 +71,7 @@ class LatentSpace:
     shift: float = 0.0
 
     def scaled(self, latents: Tensor) -> Tensor:
-        """Latents of the VAE as the denoiser knows them."""
+        """Latents of the VAE, scaled for the denoiser."""
         return ((latents - self.shift) if self.shift else latents) * self.scale
 
     def unscaled(self, latents: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ class Part:
     read_config: Callable[[Shapes, Prediction], Config]
     library: tuple[str, str]  # package and class, as model_index.json has them
     weight_files: tuple[str, ...]  # without suffix, in the part's folder
-    # The part -> how the path of one of its layers reads in LoRA files (None: it is not in them); None: the same.
+    # part -> (path of a layer -> its path in LoRA files, None if they do not have it); None: the paths are the same.
     file_paths: Callable[[nn.Module], Callable[[str], str | None]] | None = None
 
     @property
@@ -109,19 +109,19 @@ class Part:
 
 @dataclass(frozen=True)
 class TextRules:
-    """How text becomes a `Conditioning`: a tokenizer for each text encoder, by what it pads with, and the encoding."""
+    """How text becomes a `Conditioning`. paddings: the padding token of each text encoder's tokenizer."""
 
     paddings: tuple[str, ...]
     encode: Callable[[Model, Tokens, int | None], Conditioning]
     shapes: Callable[[Model, int], Mapping[str, tuple[int, ...]]]  # of a row, by the number of tokens
-    clip_skip: Callable[[int | None], int | None] = lambda asked: asked  # what --clip_skip means; logs if it is nothing
-    # By --clip_skip: how many of the last layers of each text encoder the encoding does not depend on.
+    clip_skip: Callable[[int | None], int | None] = lambda given: given  # --clip_skip -> the value to use; warns if it differs
+    # By --clip_skip: the number of last layers of each text encoder that do not affect the encoding.
     unread: Callable[[int | None], tuple[int, ...]] = lambda clip_skip: ()
 
 
 @dataclass(frozen=True)
 class Family:
-    """Everything in which one family of models differs from others."""
+    """Everything in which families of models differ."""
 
     name: str
     title: str  # for messages
@@ -135,7 +135,7 @@ class Family:
     latents: LatentSpace = SD_LATENTS
     process: Callable[[Prediction], NoiseProcess] = NoiseProcess
     side_step: int = 1  # sides of training images are multiples of this many pixels
-    half_vae: str | None = None  # a VAE for 16 bits, by its hub id, where the family's own overflows in fp16
+    half_vae: str | None = None  # hub id of a VAE for fp16, if the family's own overflows in it
 
     @property
     def text_parts(self) -> list[Part]:
@@ -148,7 +148,7 @@ class Family:
 
 @dataclass
 class Model:
-    """A model ready for use: every part in eval mode, no parameter asking for gradients."""
+    """A loaded model: every part in eval mode, no parameter requires gradients."""
 
     family: Family
     parts: dict[str, Any]  # of Diffusers and transformers, whose attributes (config, dtype, ...) are looked up by name
@@ -174,7 +174,7 @@ class Model:
 
     @property
     def latents(self) -> LatentSpace:
-        """That of the VAE which is loaded."""
+        """The latent space of the loaded VAE."""
         config = self.vae.config
         return replace(
             self.family.latents,
@@ -185,25 +185,25 @@ class Model:
         )
 
     def process(self, zero_terminal_snr: bool | None = None) -> NoiseProcess:
-        """How latents are noised for this model, and what it predicts; `zero_terminal_snr` None: as the model has it."""
+        """The model's noise process and prediction; `zero_terminal_snr` None: that of the model."""
         own = self.zero_terminal_snr if zero_terminal_snr is None else zero_terminal_snr
         return replace(self.family.process(self.prediction), zero_terminal_snr=own, **self.schedule)
 
     def predict(self, noisy: Tensor, t: Tensor, conditioning: Conditioning, sizes: Tensor) -> Tensor:
-        """What the denoiser sees in `noisy` (B, C, h, w): the noise, or the velocity.
+        """The denoiser's prediction for `noisy` (B, C, h, w): noise or velocity, as `prediction` says.
 
-        `t` (B,), or one for all, are 0..999; `sizes` (B, 6) are those of `library.data.dataset.Batch`.
+        `t`, (B,) or a scalar, are 0..999; `sizes` (B, 6) are those of `library.data.dataset.Batch`.
         """
         return self.family.predict(self, noisy, t, conditioning, sizes)
 
     def encode_text(self, tokens: Tokens, clip_skip: int | None = None) -> Conditioning:
-        """Differentiable in the text encoders' weights; `clip_skip` N: the Nth layer from the end (None: the family's own)."""
+        """Encode tokens; differentiable in their weights. `clip_skip` N: the Nth layer from the end; None: the default."""
         device = next(self.text_encoders[0].parameters()).device
         moved = {name: value.to(device, non_blocking=True) for name, value in tokens.items()}
         return self.family.text.encode(self, moved, clip_skip)
 
     def unread_layers(self, clip_skip: int | None = None) -> list[nn.Module]:
-        """The layers of the text encoders on which `encode_text` does not depend, so that no gradient ever reaches them."""
+        """The layers of the text encoders that do not affect `encode_text`, so that they never get gradients."""
         found = []
         for encoder, count in zip(self.text_encoders, self.family.text.unread(clip_skip), strict=False):
             layers = next(module for path, module in encoder.named_modules() if path.endswith("encoder.layers"))
@@ -213,8 +213,8 @@ class Model:
     def encode_images(self, images: Tensor, generators: Sequence[Generator] | None = None) -> Tensor:
         """Latents (B, C, h, w), float32, of images (B, 3, H, W) in -1..1: a sample of the posterior, not scaled.
 
-        Its noise comes from torch's global generator, or from a CPU generator for each image, so that it does not depend on
-        what is encoded together.
+        Its noise comes from torch's global generator, or from one CPU generator for each image; then it does not depend on the
+        other images of the batch.
         """
         weight = next(self.vae.parameters())
         posterior = self.vae.encode(images.to(weight.device, weight.dtype, non_blocking=True)).latent_dist
@@ -225,12 +225,12 @@ class Model:
         return mean.float() + posterior.std.float() * noise.to(mean.device)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in -1..1 of latents (B, C, h, w) as the denoiser knows them."""
+        """Images (B, 3, H, W) in -1..1 of scaled latents (B, C, h, w)."""
         weight = next(self.vae.parameters())
         return self.vae.decode(self.latents.unscaled(latents.to(weight.device, weight.dtype))).sample.clamp(-1, 1)
 
     def for_networks(self) -> tuple[nn.Module | list[nn.Module], nn.Module]:
-        """Text encoders (one alone, several as a list) and denoiser as network modules see them: with the paths of LoRA files."""
+        """Text encoders (one module, or a list) and denoiser as network modules get them: with the paths of LoRA files."""
         if self._views is None:
             encoders = [renamed_view(self.parts[part.name], part.file_paths) for part in self.family.text_parts]
             denoiser = next(part for part in self.family.parts if part.role == "denoiser")
@@ -240,9 +240,9 @@ class Model:
 
 
 def renamed_view(root: nn.Module, file_paths: Callable[[nn.Module], Callable[[str], str | None]] | None) -> nn.Module:
-    """The same layers in a tree whose paths are those of files; nodes keep their class names, by which layers are chosen.
+    """The layers of `root` in a tree with the paths of files. Nodes keep their class names, by which layers are chosen.
 
-    A path that files do not have is left out. For a model to call use `root`: a view computes nothing.
+    Layers without a path in files are left out. A view cannot be called; call `root`.
     """
     if file_paths is None:
         return root

@@ -1,6 +1,6 @@
-"""Models of the Hugging Face hub: asked for once, so that a run without network ends in seconds and not after many retries.
+"""Models of the Hugging Face hub. One request checks the hub first, so that a run without network ends without many retries.
 
-What was fetched before is used where the hub cannot be asked. Only then are the heavy libraries imported.
+If the hub does not answer, files that were downloaded before are used. Heavy libraries are imported after that request.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from library.imports import import_model_libraries
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
-ANSWER_WITHIN = 10.0  # seconds
+TIMEOUT = 10.0  # seconds
 
 
 def download_model(name: str) -> Path:
-    """The local copy of a model on the hub, fetched if it is not there yet. Raises UserError if it cannot be had."""
+    """The local copy of a model on the hub, downloaded if needed. Raises UserError if it is not available."""
     only_local = not _hub_answers(name, ("model_index.json",))
     import_model_libraries()
     from diffusers import DiffusionPipeline
@@ -40,7 +40,7 @@ def download_model(name: str) -> Path:
 
 
 def download_configs(name: str) -> Path:
-    """A folder with the configurations of a model on the hub, without its weights. Raises UserError if they cannot be had."""
+    """A folder with the configurations of a model on the hub, without weights. Raises UserError if they are not available."""
     only_local = not _hub_answers(name, ("model_index.json",))
     from huggingface_hub import snapshot_download
 
@@ -52,7 +52,7 @@ def download_configs(name: str) -> Path:
 
 
 def download_vae(name: str, dtype: torch.dtype | None) -> AutoencoderKL:
-    """The VAE of a repository on the hub: at its top, or in its folder `vae`. Raises UserError if it cannot be had."""
+    """The VAE of a repository on the hub: at its top, or in its folder `vae`. Raises UserError if it is not available."""
     only_local = not _hub_answers(name, ("config.json", "vae/config.json"))
     import_model_libraries()
     from diffusers import AutoencoderKL
@@ -69,9 +69,9 @@ def download_vae(name: str, dtype: torch.dtype | None) -> AutoencoderKL:
 
 
 def _hub_answers(name: str, files: tuple[str, ...]) -> bool:
-    """Whether the hub has this model; False if it cannot say so, but one of `files` was fetched before (HF_HUB_OFFLINE counts).
+    """Whether the hub answers that it has this model. False if it does not, but one of `files` was downloaded before.
 
-    Raises UserError if neither is true, or if the name cannot be that of a model on the hub.
+    Raises UserError if neither is true, or if no model on the hub can have this name. With HF_HUB_OFFLINE the hub never answers.
     """
     from huggingface_hub import HfApi, try_to_load_from_cache
 
@@ -80,10 +80,10 @@ def _hub_answers(name: str, files: tuple[str, ...]) -> bool:
         raise wrong_path
     try:
         fetched_before = any(isinstance(try_to_load_from_cache(name, file), str) for file in files)
-    except ValueError as error:  # the hub has no such names
+    except ValueError as error:  # not a valid name on the hub
         raise wrong_path from error
     try:
-        HfApi().model_info(name, timeout=ANSWER_WITHIN)
+        HfApi().model_info(name, timeout=TIMEOUT)
     except Exception as error:  # no network, HF_HUB_OFFLINE, no such model, ...
         if not fetched_before:
             raise _unavailable(name, error) from error
@@ -94,13 +94,13 @@ def _hub_answers(name: str, files: tuple[str, ...]) -> bool:
 def _unavailable(name: str, error: Exception) -> UserError:
     reason = (str(error) or type(error).__name__).strip().splitlines()[0].partition(". ")[0][:200]
     return UserError(
-        f"{name} is neither a file nor a folder here, and could not be had from the Hugging Face hub ({reason}); give a path"
+        f"{name} is neither a file nor a folder here, and is not available from the Hugging Face hub ({reason}); give a path"
     )
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the libraries' own remarks; what goes wrong is raised, and progress bars stay."""
+    """Silence warnings and log messages of the libraries. Errors are raised, and progress bars stay."""
     loggers = [logging.getLogger(name) for name in ("huggingface_hub", "diffusers", "transformers")]
     levels = [logger.level for logger in loggers]
     try:

@@ -1,4 +1,4 @@
-"""Models from files, folders and the hub: shapes first, then each tensor straight into its module."""
+"""Models from files, folders and the hub: shapes first, then each tensor directly into its module."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from library.diffusion.process import Prediction
 from library.errors import UserError
 from library.formats.compvis import SingleFileNames
 from library.formats.names import VAE_PREFIX, modern_vae_name, renamed, vae_table_for, vae_to_diffusers
-from library.formats.prediction import Said, said_by_file, said_by_scheduler, schedule_of
+from library.formats.prediction import StatedPrediction, prediction_of_file, prediction_of_scheduler, schedule_of
 from library.formats.shards import ShardedFile
 from library.formats.tensor_file import TensorFile, open_tensors
 from library.models.clip import VOCABULARY, load_tokenizer
 from library.models.family import Config, Family, Model, Part, Shapes
 from library.models.hub import download_configs, download_model, download_vae
-from library.models.modules import TEXT_MODEL, fill, ready, weights_of
+from library.models.modules import TEXT_MODEL, fill, for_inference, weights_of
 from library.models.registry import check_v2, detect, detect_folder, refuse_other_conditions, refuse_other_inputs
 from library.models.vae import KL_VAE
 
@@ -33,31 +33,31 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What some programs keep of CLIP in the folder of a text encoder that projects nothing.
-CLIP_OF_IMAGES = ("text_projection", "logit_scale", "vision_model.", "visual_projection")
+# Weights of CLIP that some programs write to the folder of a text encoder which does not use them.
+UNUSED_CLIP_WEIGHTS = ("text_projection", "logit_scale", "vision_model.", "visual_projection")
 
-# A tensor of the file, by its name there -> (part, name in the module, tensor), any number of them.
-Place = Callable[[str, Tensor], list[tuple[str, str, Tensor]]]
-Where = dict[str, Any]  # dtype and device
+# (name in the file, tensor) -> any number of (part, name in the module, tensor).
+ToParts = Callable[[str, Tensor], list[tuple[str, str, Tensor]]]
+TensorOptions = dict[str, Any]  # dtype, device
 
 
 @dataclass(frozen=True)
 class Header:
-    """What is known of a model before its weights are read: its family, and the shapes of each part by Diffusers names."""
+    """A model without its weights: its family, and the shapes of each part by Diffusers names."""
 
     family: Family
     shapes: Mapping[str, Shapes]
-    said: Said = Said()  # about what it predicts
+    stated: StatedPrediction = StatedPrediction()
 
 
 def read_header(name_or_path: str, v2: bool | None = None) -> Header:
-    """The header of a model file, folder or hub id. UserError for what is no model, or if `v2` is given and does not fit."""
+    """The header of a model file, folder or hub id. Raises UserError if it is no model, or contradicts `v2`."""
     path = Path(name_or_path)
     if path.is_file():
         with open_tensors(path) as file:
             family = _family_of_file(path, file.shapes, v2)
-            shapes = _shapes_by_part(file, SingleFileNames(file.shapes, family.layout).place, family)
-            return Header(family, shapes, said_by_file(file))
+            shapes = _shapes_by_part(file, SingleFileNames(file.shapes, family.layout).to_parts, family)
+            return Header(family, shapes, prediction_of_file(file))
     folder = path if path.is_dir() else download_configs(name_or_path)
     family, configs = _family_of_folder(folder, v2)
     shapes = {}
@@ -65,7 +65,7 @@ def read_header(name_or_path: str, v2: bool | None = None) -> Header:
         if part.name in configs:
             weights = weights_of(_build(part, configs[part.name], folder))
             shapes[part.name] = {name: tuple(value.shape) for name, value in weights.items()}
-    return Header(family, shapes, _said_by_folder(folder))
+    return Header(family, shapes, _prediction_of_folder(folder))
 
 
 def load_stable_diffusion(
@@ -79,21 +79,20 @@ def load_stable_diffusion(
 ) -> Model:
     """A model from a .safetensors or .ckpt file (CompVis layout), a Diffusers folder or a hub id, in `dtype` on `device`.
 
-    `dtype` None: every tensor keeps its own, to be saved again and not to be run; 8-bit ones become float16.
-
-    `prediction` None: what the model says of itself, else noise. `vae` replaces the VAE; it may be any of these too, or hold a
-    VAE alone. Raises UserError for what is not such a model, and if `v2` is given and does not fit it.
+    `dtype` None: every tensor keeps its own, for saving and not for running; 8-bit ones become float16. `prediction` None: the
+    model's own statement, else noise. `vae` replaces the VAE: a file, folder or hub id of a model or of a VAE alone. Raises
+    UserError if this is no such model, or contradicts `v2`.
     """
     path = Path(name_or_path)
-    where: Where = {"dtype": dtype, "device": device}
+    to: TensorOptions = {"dtype": dtype, "device": device}
     if path.is_file():
-        model = _from_file(path, v2, prediction, vae is None, where)
+        model = _from_file(path, v2, prediction, vae is None, to)
     else:
         folder = path if path.is_dir() else download_model(name_or_path)
-        model = _from_folder(folder, v2, prediction, vae is None, where)
+        model = _from_folder(folder, v2, prediction, vae is None, to)
     model.name, model.path = str(name_or_path), path if path.exists() else None
     if vae is not None:
-        model.parts["vae"] = load_vae(vae, **where, part=model.family.vae_part)
+        model.parts["vae"] = load_vae(vae, **to, part=model.family.vae_part)
     return model
 
 
@@ -102,18 +101,18 @@ def load_vae(
 ) -> AutoencoderKL:
     """A VAE from a file of its own (CompVis or Diffusers names), a whole model's file, a Diffusers folder or a hub id.
 
-    `part`: the VAE of the family it is for.
+    `part`: the VAE of the model's family.
     """
     path = Path(name_or_path)
-    where: Where = {"dtype": dtype, "device": device}
+    to: TensorOptions = {"dtype": dtype, "device": device}
     if path.is_file():
-        return _vae_from_file(path, part, where)
+        return _vae_from_file(path, part, to)
     if not path.is_dir():
-        return ready(download_vae(name_or_path, dtype).to(device))
+        return for_inference(download_vae(name_or_path, dtype).to(device))
     folder = path if (path / "config.json").is_file() else path / "vae"
     if not (folder / "config.json").is_file():
         raise UserError(f"{path} holds no VAE: it has neither config.json nor vae/config.json; give a VAE's or model's folder")
-    return _part_from_folder(part, folder, _json(folder / "config.json"), where)
+    return _part_from_folder(part, folder, _json(folder / "config.json"), to)
 
 
 def _family_of_file(path: Path, shapes: Shapes, v2: bool | None) -> Family:
@@ -123,21 +122,21 @@ def _family_of_file(path: Path, shapes: Shapes, v2: bool | None) -> Family:
     return family
 
 
-def _from_file(path: Path, v2: bool | None, prediction: Prediction | None, with_vae: bool, where: Where) -> Model:
+def _from_file(path: Path, v2: bool | None, prediction: Prediction | None, with_vae: bool, to: TensorOptions) -> Model:
     with open_tensors(path) as file:
         family = _family_of_file(path, file.shapes, v2)
-        chosen, zero_snr = _decided(path, said_by_file(file), prediction)
+        chosen, zero_snr = _decided(path, prediction_of_file(file), prediction)
         names = SingleFileNames(file.shapes, family.layout)
         if names.unknown:
             raise UserError(f"{path} is no {family.title} model: its U-Net has the foreign weight {names.unknown[0]}")
-        shapes = _shapes_by_part(file, names.place, family)
+        shapes = _shapes_by_part(file, names.to_parts, family)
         wanted = [part for part in family.parts if with_vae or part.role != "vae"]
         for part in wanted:
             if not shapes[part.name]:
                 cure = "give a VAE with --vae" if part.role == "vae" else "fetch the whole model"
                 raise UserError(f"{path} holds no {part.name.replace('_', ' ')}; {cure}")
         configs = _read_configs(str(path), family, shapes, wanted, chosen)
-        modules = _fill_modules(file, names.place, {part.name: (part, configs[part.name]) for part in wanted}, where)
+        modules = _fill_modules(file, names.to_parts, {part.name: (part, configs[part.name]) for part in wanted}, to)
     tokenizers = [load_tokenizer(padding) for padding in family.text.paddings]
     return Model(family, modules, tokenizers, chosen, str(path), zero_terminal_snr=zero_snr)
 
@@ -152,7 +151,7 @@ def _read_configs(
         raise UserError(f"{source} is incomplete: its architecture cannot be read ({error}); fetch the whole model") from error
 
 
-def _vae_from_file(path: Path, part: Part, where: Where) -> AutoencoderKL:
+def _vae_from_file(path: Path, part: Part, to: TensorOptions) -> AutoencoderKL:
     with open_tensors(path) as file:
         prefix = VAE_PREFIX if any(name.startswith(VAE_PREFIX) for name in file.shapes) else ""
         names = [name[len(prefix) :] for name in file.shapes if name.startswith(prefix)]
@@ -161,23 +160,23 @@ def _vae_from_file(path: Path, part: Part, where: Where) -> AutoencoderKL:
         in_diffusers_names = any(name.startswith("encoder.down_blocks.") for name in names)
         table = vae_table_for(names)
 
-        def place(name: str, value: Tensor) -> list[tuple[str, str, Tensor]]:
+        def to_parts(name: str, value: Tensor) -> list[tuple[str, str, Tensor]]:
             inside = name[len(prefix) :]
             new = modern_vae_name(inside) if in_diffusers_names else renamed(inside, table)
             if new is None or not name.startswith(prefix) or new.startswith("loss."):
                 return []
             return [("vae", new, vae_to_diffusers(new, value))]
 
-        shapes = _shapes_by_part(file, place)["vae"]
+        shapes = _shapes_by_part(file, to_parts)["vae"]
         try:
             config = part.read_config(shapes, "epsilon")
         except (KeyError, IndexError) as error:
             raise UserError(f"{path} is incomplete: the VAE's architecture cannot be read ({error}); fetch it again") from error
-        return _fill_modules(file, place, {"vae": (part, config)}, where)["vae"]
+        return _fill_modules(file, to_parts, {"vae": (part, config)}, to)["vae"]
 
 
 def _family_of_folder(folder: Path, v2: bool | None) -> tuple[Family, dict[str, Config]]:
-    """The family of a Diffusers folder, and the configurations of the parts that are in it."""
+    """The family of a Diffusers folder, and the configurations of its parts."""
     if not (folder / "model_index.json").is_file():
         raise UserError(f"{folder} is a folder without model_index.json, so no Diffusers model; give the model's file")
     pipeline = str(_json(folder / "model_index.json").get("_class_name", ""))
@@ -191,29 +190,29 @@ def _family_of_folder(folder: Path, v2: bool | None) -> tuple[Family, dict[str, 
     return family, configs
 
 
-def _from_folder(folder: Path, v2: bool | None, prediction: Prediction | None, with_vae: bool, where: Where) -> Model:
+def _from_folder(folder: Path, v2: bool | None, prediction: Prediction | None, with_vae: bool, to: TensorOptions) -> Model:
     family, configs = _family_of_folder(folder, v2)
-    chosen, zero_snr = _decided(folder, _said_by_folder(folder), prediction)
+    chosen, zero_snr = _decided(folder, _prediction_of_folder(folder), prediction)
     wanted = [part for part in family.parts if with_vae or part.role != "vae"]
     configs |= {part.name: _json(folder / part.name / "config.json") for part in wanted if part.name not in configs}
-    modules = {part.name: _part_from_folder(part, folder / part.name, configs[part.name], where) for part in wanted}
+    modules = {part.name: _part_from_folder(part, folder / part.name, configs[part.name], to) for part in wanted}
     texts = zip(family.text_parts, family.text.paddings, strict=True)
     tokenizers = [_folder_tokenizer(folder / part.tokenizer, configs[part.name], padding) for part, padding in texts]
     schedule = schedule_of(_scheduler_config(folder) or {})
     return Model(family, modules, tokenizers, chosen, str(folder), zero_terminal_snr=zero_snr, schedule=schedule)
 
 
-def _part_from_folder(part: Part, folder: Path, config: Config, where: Where) -> nn.Module:
-    def place(name: str, value: Tensor) -> list[tuple[str, str, Tensor]]:
+def _part_from_folder(part: Part, folder: Path, config: Config, to: TensorOptions) -> nn.Module:
+    def to_parts(name: str, value: Tensor) -> list[tuple[str, str, Tensor]]:
         if part.role == "vae":
             name = modern_vae_name(name)
             value = vae_to_diffusers(name, value)
         name = name.removeprefix(TEXT_MODEL)
-        unused = name.endswith("position_ids") or (part.library[1] == "CLIPTextModel" and name.startswith(CLIP_OF_IMAGES))
+        unused = name.endswith("position_ids") or (part.library[1] == "CLIPTextModel" and name.startswith(UNUSED_CLIP_WEIGHTS))
         return [] if unused else [(part.name, name, value)]
 
     with open_weights(folder, part.weight_files) as file:
-        return _fill_modules(file, place, {part.name: (part, config)}, where)[part.name]
+        return _fill_modules(file, to_parts, {part.name: (part, config)}, to)[part.name]
 
 
 def open_weights(folder: Path, stems: tuple[str, ...]) -> TensorFile:
@@ -232,7 +231,7 @@ def open_weights(folder: Path, stems: tuple[str, ...]) -> TensorFile:
 
 
 def _folder_tokenizer(folder: Path, text_config: Config, padding: str) -> CLIPTokenizer:
-    """CLIP's tokenizer, unless the folder's text encoder has another vocabulary: then the folder's own."""
+    """CLIP's tokenizer; the folder's own if its text encoder has another vocabulary."""
     if text_config.get("vocab_size", VOCABULARY) == VOCABULARY:
         return load_tokenizer(padding)
     from transformers import CLIPTokenizer
@@ -243,9 +242,9 @@ def _folder_tokenizer(folder: Path, text_config: Config, padding: str) -> CLIPTo
         raise UserError(f"{folder} is needed (the vocabulary is not CLIP's) but not readable: {error}") from error
 
 
-def _said_by_folder(folder: Path) -> Said:
+def _prediction_of_folder(folder: Path) -> StatedPrediction:
     config = _scheduler_config(folder)
-    return said_by_scheduler(config) if config is not None else Said()
+    return prediction_of_scheduler(config) if config is not None else StatedPrediction()
 
 
 def _scheduler_config(folder: Path) -> Config | None:
@@ -253,34 +252,36 @@ def _scheduler_config(folder: Path) -> Config | None:
     return _json(file) if file.is_file() else None
 
 
-def _decided(source: Path, said: Said, asked: Prediction | None) -> tuple[Prediction, bool]:
-    """What the model predicts, and whether its noise schedule ends in pure noise: what was asked for wins."""
-    if asked is not None and said.prediction not in (None, asked):
+def _decided(source: Path, stated: StatedPrediction, asked: Prediction | None) -> tuple[Prediction, bool]:
+    """The prediction, and whether the noise schedule ends in pure noise. `asked` wins over what the model states."""
+    if asked is not None and stated.prediction not in (None, asked):
         given = "--v_parameterization" if asked == "v" else "v_parameterization = false"
-        logger.warning("%s predicts %s; %s is probably wrong", source, said, given)
-    chosen = asked or said.prediction or "epsilon"
-    return chosen, said.zero_terminal_snr and chosen == "v"
+        logger.warning("%s predicts %s; %s is probably wrong", source, stated, given)
+    chosen = asked or stated.prediction or "epsilon"
+    return chosen, stated.zero_terminal_snr and chosen == "v"
 
 
-def _fill_modules(file: TensorFile, place: Place, parts: dict[str, tuple[Part, Config]], where: Where) -> dict[str, nn.Module]:
-    """Modules of these parts and configurations with the file's weights; they are built while a second thread reads."""
+def _fill_modules(
+    file: TensorFile, to_parts: ToParts, parts: dict[str, tuple[Part, Config]], to: TensorOptions
+) -> dict[str, nn.Module]:
+    """Modules of these parts and configurations with the file's weights. A second thread reads while they are built."""
     with ThreadPoolExecutor(1) as reader:
-        reading = reader.submit(_read_weights, file, place, tuple(parts), where)
+        reading = reader.submit(_read_weights, file, to_parts, tuple(parts), to)
         modules = {name: _build(part, config, file.path) for name, (part, config) in parts.items()}
         weights = reading.result()
     for name, module in modules.items():
         fill(module, weights.pop(name), str(file.path), parts[name][0].title)
-    return {name: ready(module) for name, module in modules.items()}
+    return {name: for_inference(module) for name, module in modules.items()}
 
 
-def _read_weights(file: TensorFile, place: Place, parts: tuple[str, ...], where: Where) -> dict[str, dict[str, Tensor]]:
-    """The weights of `parts` under their names in the modules, read tensor by tensor in the file's order."""
+def _read_weights(file: TensorFile, to_parts: ToParts, parts: tuple[str, ...], to: TensorOptions) -> dict[str, dict[str, Tensor]]:
+    """The weights of `parts` by their names in the modules, read tensor by tensor in the order of the file."""
     weights: dict[str, dict[str, Tensor]] = {part: {} for part in parts}
     for name, shape in file.shapes.items():
-        if any(part in weights for part, _, _ in place(name, torch.empty(shape, device="meta"))):
-            is_8_bit = where["dtype"] is None and file.dtypes[name].is_floating_point and file.dtypes[name].itemsize == 1
-            for part, new, value in place(name, file.read(name, torch.float16 if is_8_bit else where["dtype"], where["device"])):
-                # The thirds of OpenCLIP's joined attention get memory of their own, so saving and training see three weights.
+        if any(part in weights for part, _, _ in to_parts(name, torch.empty(shape, device="meta"))):
+            is_8_bit = to["dtype"] is None and file.dtypes[name].is_floating_point and file.dtypes[name].itemsize == 1
+            for part, new, value in to_parts(name, file.read(name, torch.float16 if is_8_bit else to["dtype"], to["device"])):
+                # Copy views (the thirds of OpenCLIP's joined attention), so that each weight has memory of its own.
                 weights[part][new] = value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
     return weights
 
@@ -288,16 +289,16 @@ def _read_weights(file: TensorFile, place: Place, parts: tuple[str, ...], where:
 def _build(part: Part, config: Config, path: Path) -> nn.Module:
     try:
         return part.build(config)
-    except Exception as error:  # whatever the libraries raise for a configuration they cannot build
+    except Exception as error:  # the libraries raise many kinds for a wrong configuration
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path}: no {part.name.replace('_', ' ')} can be built as its configuration says: {reason}") from error
 
 
-def _shapes_by_part(file: TensorFile, place: Place, family: Family | None = None) -> dict[str, dict[str, tuple[int, ...]]]:
-    """The shape of every weight under its Diffusers name; of the VAE alone without a family."""
+def _shapes_by_part(file: TensorFile, to_parts: ToParts, family: Family | None = None) -> dict[str, dict[str, tuple[int, ...]]]:
+    """The shapes of each part by Diffusers names; without a family those of the VAE alone."""
     shapes: dict[str, dict[str, tuple[int, ...]]] = {part.name: {} for part in (family.parts if family else [KL_VAE])}
     for name, shape in file.shapes.items():
-        for part, new, value in place(name, torch.empty(shape, device="meta")):
+        for part, new, value in to_parts(name, torch.empty(shape, device="meta")):
             shapes[part][new] = tuple(value.shape)
     return shapes
 

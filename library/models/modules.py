@@ -1,4 +1,4 @@
-"""How parts of models are built without initialising weights that are then replaced, and filled with those of a file."""
+"""Parts of models: built without initial weights on the meta device, then filled with weights of a file."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 
-TEXT_MODEL = "text_model."  # before a text encoder's names on disk; `CLIPTextModel` lost that level in transformers 5.6
+TEXT_MODEL = "text_model."  # prefix of a text encoder's names on disk; from transformers 5.6 on `CLIPTextModel` does not have it
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
-    """The weights of a part. A text encoder's come without `text_model.`, the same in every version of transformers."""
+    """The weights of a part by name. Names of a text encoder have no `text_model.`, in every version of transformers."""
     return {name: value for name, value in _canonical(module).items() if not name.endswith("position_ids")}
 
 
@@ -25,7 +25,7 @@ def _canonical(module: nn.Module) -> dict[str, Tensor]:
 
 
 def weights_fingerprint(*modules: nn.Module) -> str:
-    """64 hex digits over weights and their dtypes, to tell whether what is cached was made with them."""
+    """64 hex digits over weights and their dtypes, as a part of cache keys."""
     digest = hashlib.sha256()
     for module in modules:
         for name, value in sorted(weights_of(module).items()):
@@ -37,7 +37,7 @@ def weights_fingerprint(*modules: nn.Module) -> str:
 def fill(module: nn.Module, tensors: Mapping[str, Tensor], source: str, kind: str) -> None:
     """Make `tensors` (named as by `weights_of`) the weights of a module on the meta device, without copying.
 
-    Raises UserError, naming `source`, `kind` and the first weight that is missing, left over or of another shape.
+    Raises UserError, naming `source`, `kind` and the first weight that is missing, unknown or of another shape.
     """
     expected = {name: tuple(value.shape) for name, value in weights_of(module).items()}
     missing = [name for name in expected if name not in tensors]
@@ -59,24 +59,24 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], source: str, kind: st
 
 @contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Put the modules into evaluation mode, without dropout; afterwards every part of them has the mode that it had."""
-    training = [part for module in modules for part in module.modules() if part.training]
+    """Put the modules into eval mode for the block, then restore the mode of every submodule."""
+    training = [child for module in modules for child in module.modules() if child.training]
     try:
-        for part in training:
-            part.training = False
+        for child in training:
+            child.training = False
         yield
     finally:
-        for part in training:
-            part.training = True
+        for child in training:
+            child.training = True
 
 
-def ready(module: nn.Module) -> nn.Module:
-    """Eval mode, no gradients: what training wants to train it turns on itself."""
+def for_inference(module: nn.Module) -> nn.Module:
+    """Eval mode, no gradients. Training enables gradients where it needs them."""
     return module.eval().requires_grad_(False)
 
 
 def _fill_position_ids(module: nn.Module, device: torch.device) -> None:
-    """Give CLIP's table of positions 0..76 its values: it is no weight, so no file has to hold it."""
+    """Fill CLIP's buffer of positions 0..76, which is not a weight and need not be in a file."""
     for name, buffer in list(module.named_buffers()):
         if buffer.is_meta:
             parent, _, last = name.rpartition(".")
@@ -86,7 +86,7 @@ def _fill_position_ids(module: nn.Module, device: torch.device) -> None:
             module.get_submodule(parent).register_buffer(last, positions, persistent=False)
 
 
-def count_numbers(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> int:
-    """How many numbers, from 0 on, stand at the pattern's group."""
+def count_indices(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> int:
+    """The number of consecutive indices, from 0 on, that the pattern's group matches in the names."""
     found = {int(match.group(1)) for name in shapes if (match := re.fullmatch(pattern, name))}
     return next(number for number in range(len(found) + 1) if number not in found)

@@ -13,10 +13,10 @@ _BREAK = re.compile(r"\bBREAK\b")
 
 
 def parse_weights(prompt: str) -> list[tuple[str, float]]:
-    """Read a prompt into pieces of text with their weights, in order; neighbours of one weight are one piece.
+    """Read a prompt as pieces of text with weights, in order. Neighbours of equal weight are one piece.
 
-    `(x)` is 1.1, `[x]` 1/1.1, `(x:1.3)` 1.3; nested brackets multiply; a backslash takes a bracket or a backslash literally.
-    An open bracket that never closes reaches to the end; a closing one that was never opened is ordinary text.
+    `(x)` is 1.1, `[x]` 1/1.1, `(x:1.3)` 1.3; nested brackets multiply; a backslash escapes a bracket or a backslash.
+    A bracket that is not closed extends to the end; a closing bracket without an opening one is plain text.
 
     >>> parse_weights("a (cat:1.5) sits")
     [('a ', 1.0), ('cat', 1.5), (' sits', 1.0)]
@@ -52,7 +52,7 @@ def parse_weights(prompt: str) -> list[tuple[str, float]]:
 
 
 def _join_equal(pieces: list[tuple[str, float]]) -> list[tuple[str, float]]:
-    """Join neighbours of one weight, so that text without brackets is tokenised whole."""
+    """Join neighbours of equal weight, so that text without brackets is tokenized as a whole."""
     joined: list[tuple[str, float]] = []
     for text, weight in pieces:
         if joined and math.isclose(joined[-1][1], weight, rel_tol=1e-9):

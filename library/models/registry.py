@@ -1,4 +1,4 @@
-"""The families of models that are known, and which of them a model is of: told by names, shapes and configurations."""
+"""The known families of models, and detection of a model's family from names, shapes and configurations."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def by_name(name: str) -> Family:
     return next(family for family in FAMILIES if family.name == name)
 
 
-# Between processes a family travels by its name, as its functions may be local ones.
+# Pickle a family by its name, since its fields may be local functions.
 copyreg.pickle(Family, lambda family: (by_name, (family.name,)))
 
 
@@ -34,9 +34,9 @@ _INPUT_CHANNELS = {
 
 
 def detect(path: Path, shapes: Shapes) -> Family:
-    """The family of a single file with these tensors: that whose text encoders it holds.
+    """The family of a single file with these tensors: the one whose text encoders it holds (small models may have any width).
 
-    Widths say nothing of small models. Raises UserError, saying what the file is instead, if it is no model of a known family.
+    Raises UserError, saying what the file is instead, if it is no model of a known family.
     """
     if not shapes:
         raise UserError(f"{path} holds no tensors; it is no model file")
@@ -45,7 +45,7 @@ def detect(path: Path, shapes: Shapes) -> Family:
     if any(name.startswith(UNET_PREFIX + "input_blocks.") for name in shapes):
         layout = layout_of(shapes, [family.layout for family in FAMILIES])
         found = (family for family in FAMILIES if family.layout == layout)
-        return next(found, FAMILIES[0])  # without a text encoder it is incomplete, which is found where it is loaded
+        return next(found, FAMILIES[0])  # without a text encoder; loading raises the error that it is incomplete
     if any(name.startswith(("down_blocks.", "encoder.", "text_model.", "first_stage_model.", FIRST_EMBEDDER)) for name in shapes):
         raise UserError(f"{path} is one part of a model, not a whole one; give the whole file or the folder of all parts")
     raise UserError(f"{path} is no Stable Diffusion model: it holds {len(shapes)} tensors such as {next(iter(shapes))}")
@@ -58,12 +58,12 @@ def detect_folder(folder: Path, pipeline: str, configs: Mapping[str, Config]) ->
     named = next((family for family in FAMILIES if family.pipeline == pipeline), FAMILIES[0])
     if missing := [part.name for part in named.text_parts if part.name not in configs]:
         raise UserError(f"{folder} is incomplete: {pipeline} needs {' and '.join(missing)}; fetch the whole model")
-    by_pipeline = sorted(FAMILIES, key=lambda family: family.pipeline != pipeline)  # those of this name first
+    by_pipeline = sorted(FAMILIES, key=lambda family: family.pipeline != pipeline)  # the family of this pipeline first
     return next((family for family in by_pipeline if family.owns_folder(configs)), named)
 
 
 def check_v2(source: str, family: Family, v2: bool) -> None:
-    """Raise UserError if the user's `--v2` does not fit the model."""
+    """Raises UserError if the user's `--v2` contradicts the model."""
     if family.records.v2 and not v2:
         raise UserError(f"{source} is an SD 2.x model; add --v2 (and --v_parameterization if it is one for 768 px)")
     if v2 and not family.records.v2:
@@ -71,22 +71,24 @@ def check_v2(source: str, family: Family, v2: bool) -> None:
 
 
 def check_family(source: str, found: Family, wanted: str, cure: str = "use train_network.py, which trains all families") -> None:
-    """Raise UserError, with the cure, for a model of another family than the one of this name."""
+    """Raises UserError, with the cure, for a model of another family than `wanted`."""
     if found.name != wanted:
         raise UserError(f"{source} is an {found.title} model; {cure}")
 
 
 def refuse_other_inputs(source: str, family: Family, channels: int) -> None:
-    """Raise UserError unless the denoiser takes plain latents."""
+    """Raises UserError if the denoiser takes more than latents (in-painting, depth, ...)."""
     if channels != family.latents.channels:
         what = _INPUT_CHANNELS.get(channels, f"a model with {channels} input channels")
         raise UserError(f"{source} is {what}, which is not supported; use the plain text-to-image model it was made from")
 
 
 def refuse_other_conditions(source: str, family: Family, config: Config) -> None:
-    """Raise UserError for a denoiser that is given more than time and text: LCM's strength, unCLIP's image."""
-    strange = {"time_cond_proj_dim": "an LCM (it takes the guidance scale as an input)"}
-    strange["class_embed_type"] = "an unCLIP model (it takes an image as an input)"
-    for key, what in strange.items():
+    """Raises UserError for a denoiser with other inputs than time and text: LCM's guidance scale, unCLIP's image."""
+    others = {
+        "time_cond_proj_dim": "an LCM (it takes the guidance scale as an input)",
+        "class_embed_type": "an unCLIP model (it takes an image as an input)",
+    }
+    for key, what in others.items():
         if config.get(key) is not None:
             raise UserError(f"{source} is {what}, which is not supported; use the {family.title} model it was made from")

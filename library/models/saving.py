@@ -1,4 +1,4 @@
-"""Models written back: as one file in CompVis layout, or as a Diffusers folder."""
+"""Saving models: as one file in CompVis layout, or as a Diffusers folder."""
 
 from __future__ import annotations
 
@@ -30,14 +30,13 @@ def save_stable_diffusion(
     path: str | os.PathLike,
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
-    numbers: Mapping[str, int] | None = None,
+    counters: Mapping[str, int] | None = None,
 ) -> None:
     """Write `model` to `path`: .safetensors or .ckpt in CompVis layout, any other name as a Diffusers folder.
 
-    `dtype` None keeps each weight's own. If the model came from a CompVis file that is still there, that file's other tensors
-    (noise schedule, OpenCLIP's 24th layer, averaged weights, ...) are carried over. `metadata` goes into the header
-    of a .safetensors file; other formats have no place for it, so there it is an error. `numbers` (epoch, global_step) go into
-    a .ckpt; without them those of the model's own file are carried over.
+    `dtype` None keeps each weight's own. If the model's own CompVis file still exists, its other tensors (noise schedule,
+    OpenCLIP's 24th layer, averaged weights, ...) are copied. `metadata` goes into the header of a .safetensors file; for other
+    formats it raises UserError. `counters` (epoch, global_step) go into a .ckpt; without them those of the model's own file do.
     """
     path = Path(path)
     parts = _parts(model, dtype)
@@ -47,7 +46,7 @@ def save_stable_diffusion(
             raise UserError(f"{path}: a Diffusers folder has no place for metadata; save as .safetensors")
         _save_folder(model, parts, path)
         return
-    extra, own_numbers, prefixes = _source_extras(model, dtype)
+    extra, own_counters, prefixes = _source_extras(model, dtype)
     tensors = join_compvis(parts, model.family.layout, extra=extra, prefixes=prefixes) | _marks(model)
     tensors = {name: value.contiguous() for name, value in tensors.items()}
     if path.suffix.lower() == ".safetensors":
@@ -56,11 +55,11 @@ def save_stable_diffusion(
         raise UserError(f"{path}: a {path.suffix} file has no place for metadata; save as .safetensors")
     else:
         with atomic_write(path) as temporary:
-            save_pickled(tensors, temporary, numbers or own_numbers)
+            save_pickled(tensors, temporary, counters or own_counters)
 
 
 def _marks(model: Model) -> dict[str, Tensor]:
-    """Empty tensors that say what the model predicts, as programs expect them of its family."""
+    """Empty tensors that state the prediction, for families whose files have them."""
     is_marked = model.family.records.marks_prediction and model.prediction == "v"
     marks = {V_MARK: is_marked, ZERO_SNR_MARK: is_marked and model.zero_terminal_snr}
     return {name: torch.empty(0) for name, wanted in marks.items() if wanted}
@@ -80,18 +79,18 @@ def _refuse_nan(parts: Parts, path: Path) -> None:
 
 
 def _source_extras(model: Model, dtype: torch.dtype | None) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]:
-    """Tensors of the model's own CompVis file that are no part of it, its counters, and the prefixes of its parts."""
+    """From the model's own CompVis file: tensors that belong to no part, counters, and the prefixes of the parts."""
     if model.path is None or not model.path.is_file():
         return {}, {}, {}
     with open_tensors(model.path) as file:
         names = SingleFileNames(file.shapes, model.family.layout)
         extra = {
-            # Names without a dot are the noise schedule's tables, which stay float32 in half-precision files too.
+            # Names without a dot are the noise schedule's tables: float32 also in half-precision files.
             name: file.read(name, dtype if "." in name else None)
             for name, shape in file.shapes.items()
-            if not names.place(name, torch.empty(shape, device="meta"))
+            if not names.to_parts(name, torch.empty(shape, device="meta"))
         }
-        return extra, dict(file.numbers), names.prefixes
+        return extra, dict(file.counters), names.prefixes
 
 
 def _save_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -102,7 +101,7 @@ def _save_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[
 
 
 def _save_folder(model: Model, parts: Parts, path: Path) -> None:
-    """Write the folder beside its place, then move it there whole. An older Diffusers model of that name is replaced."""
+    """Write the folder under a temporary name, then rename it. An existing Diffusers model is replaced."""
     if path.exists() and not ((path / "model_index.json").is_file() or path.is_dir() and not any(path.iterdir())):
         raise UserError(f"{path} exists and is no Diffusers model; give another name or move it away")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,15 +124,15 @@ def _save_folder(model: Model, parts: Parts, path: Path) -> None:
 def _write_folder(model: Model, parts: Parts, folder: Path) -> None:
     tokenizers = iter(model.tokenizers)
     for part in model.family.parts:
-        module, place, weights = model.parts[part.name], folder / part.name, parts[part.name]
+        module, part_folder, weights = model.parts[part.name], folder / part.name, parts[part.name]
         if part.role == "text":
-            module.config.save_pretrained(place)
-            # Whatever the transformers version, the names on disk have `text_model.`: every program reads those.
+            module.config.save_pretrained(part_folder)
+            # Every program reads names with `text_model.`, so they are written for every version of transformers.
             weights = {path_in_files(name): value for name, value in weights.items()}
             _write_tokenizer(next(tokenizers), folder / part.tokenizer)
         else:
-            module.save_config(place)
-        _save_safetensors(weights, place / f"{part.weight_files[0]}.safetensors", {})
+            module.save_config(part_folder)
+        _save_safetensors(weights, part_folder / f"{part.weight_files[0]}.safetensors", {})
     _write_json(folder / "scheduler" / "scheduler_config.json", _scheduler_config(model.process()))
     _write_json(folder / "model_index.json", _model_index(model.family))
 

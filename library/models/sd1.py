@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def predict(model: Model, noisy: Tensor, t: Tensor, conditioning: Conditioning, sizes: Tensor) -> Tensor:
-    """The U-Net attends to the text; the sizes of images are nothing to it."""
+    """The U-Net attends to the text and does not use the sizes."""
     return model.denoiser(noisy, t, encoder_hidden_states=conditioning["context"]).sample
 
 
@@ -27,7 +27,7 @@ def context_shape(model: Model, tokens: int) -> dict[str, tuple[int, ...]]:
 
 
 def unet_part(heads: int | None, upcast_attention: bool, sizes: dict[Prediction, int]) -> Part:
-    """The U-Net, with what its weights do not show; `sizes`: of the latents it was trained on, by what it predicts."""
+    """The U-Net. The arguments cannot be read from weights; `sizes`: of the latents it was trained on, by prediction."""
 
     def read_config(shapes: Shapes, prediction: Prediction) -> Config:
         return unet.read_unet_config(shapes, heads=heads, upcast_attention=upcast_attention, sample_size=sizes[prediction])
@@ -58,7 +58,7 @@ def text_part(activation: str) -> Part:
 
 
 def has_activation(name: str, configs: dict[str, Config]) -> bool:
-    """Whether a folder's one text encoder has this activation: widths say nothing of small models."""
+    """Whether a folder's only text encoder has this activation (small models may have any width)."""
     return "text_encoder_2" not in configs and (configs["text_encoder"].get("hidden_act") == "gelu") == (name == "gelu")
 
 

@@ -1,4 +1,4 @@
-"""Stable Diffusion 2.x: as 1.x, with OpenCLIP's text encoder, of which 23 of 24 layers are used, and heads of 64 channels."""
+"""Stable Diffusion 2.x: as 1.x, but with 23 of the 24 layers of OpenCLIP's text encoder, and heads of 64 channels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: two text encoders, a pooled text vector, and a U-Net that is told the sizes of images.
+"""Stable Diffusion XL: two text encoders, a pooled text vector, and a U-Net conditioned on the sizes of images.
 
 Distilled relatives (SSD-1B, Vega, KOALA) have the same parts with fewer blocks, which are read from the weights.
 """
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from library.models.family import Model, Tokens
 
 LATENTS = LatentSpace(scale=0.13025)
-LAYER = -2  # of both text encoders: the one before the last
+LAYER = -2  # of both text encoders: the last but one
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +41,10 @@ def predict(model: Model, noisy: Tensor, t: Tensor, conditioning: Conditioning, 
 
 
 def encode(model: Model, tokens: Tokens, clip_skip: int | None = None) -> Conditioning:
-    """`context` (B, chunks * 75 + 2, width of both): the layer before the last of each encoder without the final norm.
+    """`context` (B, chunks * 75 + 2, width of both): the last but one layer of each encoder without the final norm.
 
-    `pooled` (B, width of the second): the second encoder's projection of the first end token of the first chunk. The layer is
-    fixed: `clip_skip` changes nothing.
+    `pooled` (B, width of the second): the second encoder's projection of the first end token of the first chunk. `clip_skip` has
+    no effect.
     """
     first = clip.encode_layers(model.text_encoders[0], tokens["ids"])
     second = clip.encode_layers(model.text_encoders[1], tokens["ids_2"])
@@ -56,8 +56,8 @@ def encode(model: Model, tokens: Tokens, clip_skip: int | None = None) -> Condit
     return Conditioning({"context": torch.cat(contexts, dim=-1), "pooled": pooled})
 
 
-def fixed_layer(clip_skip: int | None) -> None:
-    """--clip_skip chooses nothing here; model pages that say 2 mean the layer that is read anyway."""
+def warn_of_clip_skip(clip_skip: int | None) -> None:
+    """Warn that --clip_skip has no effect, except for 2, by which model pages mean the layer that is used anyway."""
     if clip_skip is not None and clip_skip != -LAYER:
         log.warning("--clip_skip %d has no effect: SDXL always reads the layer before the last of its text encoders", clip_skip)
 
@@ -109,7 +109,7 @@ FAMILY = Family(
     layout=SDXL.layout,
     pipeline="StableDiffusionXLPipeline",
     owns_folder=owns_folder,
-    text=TextRules(("<|endoftext|>", "!"), encode, text_shapes, fixed_layer, unread=lambda clip_skip: (1, 0)),
+    text=TextRules(("<|endoftext|>", "!"), encode, text_shapes, warn_of_clip_skip, unread=lambda clip_skip: (1, 0)),
     predict=predict,
     records=SDXL.records,
     latents=LATENTS,

@@ -9,14 +9,14 @@ import torch
 
 from library.imports import import_model_libraries
 from library.models.family import Config, Shapes
-from library.models.modules import count_numbers
+from library.models.modules import count_indices
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
 LATENT_CHANNELS = 4
-SIZES = 6  # numbers of the size conditioning: original, cut-off, target, where a U-Net reads them
-SIZE_WIDTH = 256  # sinusoids for each of them
+SIZES = 6  # elements of the size conditioning: original height, width; crop top, left; target height, width
+SIZE_WIDTH = 256  # sinusoids for each element
 
 
 def unet_config(
@@ -35,7 +35,7 @@ def unet_config(
 ) -> Config:
     """Diffusers' configuration of a U-Net with these channels per level.
 
-    `attention` says which levels attend (None: all but the last). The number of heads leaves no trace in the weights: None is one
+    `attention`: which levels have it (None: all but the last). The number of heads cannot be read from the weights; None: one
     for each 64 channels. (Diffusers calls the number of heads `attention_head_dim`.) `depths`: transformer blocks, as
     `transformer_depths` gives them; None: one everywhere. `vector_width`: of the vector added to the time embedding, if any.
     """
@@ -66,9 +66,9 @@ def unet_config(
 
 
 def read_unet_config(shapes: Shapes, *, heads: int | None = 8, sample_size: int = 64, upcast_attention: bool = False) -> Config:
-    """The configuration of the U-Net whose weights have these Diffusers names and shapes; what they do not show is given."""
-    levels = count_numbers(shapes, r"down_blocks\.(\d+)\.resnets\.0\.conv1\.weight")
-    layers = count_numbers(shapes, r"down_blocks\.0\.resnets\.(\d+)\.conv1\.weight")
+    """The configuration of the U-Net with weights of these Diffusers names and shapes. They do not show the other arguments."""
+    levels = count_indices(shapes, r"down_blocks\.(\d+)\.resnets\.0\.conv1\.weight")
+    layers = count_indices(shapes, r"down_blocks\.0\.resnets\.(\d+)\.conv1\.weight")
     attention = tuple(f"down_blocks.{level}.attentions.0.proj_in.weight" in shapes for level in range(levels))
     first = next(iter([name for name in shapes if name.endswith("proj_in.weight")])).removesuffix("proj_in.weight")
     vector = shapes.get("add_embedding.linear_1.weight")
@@ -100,8 +100,8 @@ def transformer_depths(shapes: Shapes, levels: int, layers: int) -> Config | Non
     """
 
     def depth(path: str) -> int:
-        found = count_numbers(shapes, rf"{path}\.transformer_blocks\.(\d+)\.attn1\.to_q\.weight")
-        return max(1, found)  # a level without attention has none; its number counts for nothing
+        found = count_indices(shapes, rf"{path}\.transformer_blocks\.(\d+)\.attn1\.to_q\.weight")
+        return max(1, found)  # a level without attention has none; its depth is not used
 
     down = [[depth(rf"down_blocks\.{level}\.attentions\.{n}") for n in range(layers)] for level in range(levels)]
     up = [[depth(rf"up_blocks\.{level}\.attentions\.{n}") for n in range(layers + 1)] for level in range(levels)]

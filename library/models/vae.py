@@ -10,7 +10,7 @@ import torch
 from library.diffusion.process import Prediction
 from library.imports import import_model_libraries
 from library.models.family import SD_LATENTS, Config, LatentSpace, Part, Shapes
-from library.models.modules import count_numbers
+from library.models.modules import count_indices
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def vae_config(
     channels: tuple[int, ...], *, layers: int = 2, middle_attention: bool = True, latents: LatentSpace = SD_LATENTS
 ) -> Config:
-    """Diffusers' configuration of a VAE with these channels per level; each level but the last halves the image."""
+    """Diffusers' configuration of a VAE with these channels per level; each level but the last halves the sides."""
     return {
         "in_channels": 3,
         "out_channels": 3,
@@ -36,10 +36,10 @@ def vae_config(
 
 def read_vae_config(shapes: Shapes, prediction: Prediction = "epsilon", *, latents: LatentSpace = SD_LATENTS) -> Config:
     """The configuration of the VAE whose weights have these Diffusers names and shapes."""
-    levels = count_numbers(shapes, r"encoder\.down_blocks\.(\d+)\.resnets\.0\.conv1\.weight")
+    levels = count_indices(shapes, r"encoder\.down_blocks\.(\d+)\.resnets\.0\.conv1\.weight")
     return vae_config(
         tuple(shapes[f"encoder.down_blocks.{level}.resnets.0.conv1.weight"][0] for level in range(levels)),
-        layers=count_numbers(shapes, r"encoder\.down_blocks\.0\.resnets\.(\d+)\.conv1\.weight"),
+        layers=count_indices(shapes, r"encoder\.down_blocks\.0\.resnets\.(\d+)\.conv1\.weight"),
         middle_attention="encoder.mid_block.attentions.0.to_q.weight" in shapes,
         latents=latents,
     )

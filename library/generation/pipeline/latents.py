@@ -118,7 +118,7 @@ class LatentSampler:
         parts = [encode([state.prompts[part] for state in states], only(part)) for part in range(len(first.prompts))]
         if networks is not None:
             networks.set(first.multipliers, first.loras)
-        positive = parts[0] if len(parts) == 1 else parts[0].attending([part["context"] for part in parts])
+        positive = parts[0] if len(parts) == 1 else parts[0].with_contexts([part["context"] for part in parts])
         conditions = [state.spec.sizes.rows(*size) for state in states]
         sizes, negative_sizes = (torch.tensor(rows, device=device) for rows in zip(*conditions, strict=True))
         scales = [state.spec.scale for state in states]

@@ -13,14 +13,14 @@ def following_model(options: TrainNetworkOptions, header: Header) -> tuple[Train
 
     Also a line about the prediction type, if it was set.
     """
-    model, loss, said = options.model, options.loss, header.said
+    model, loss, stated = options.model, options.loss, header.stated
     of_model: dict[str, Any] = {"clip_skip": header.family.text.clip_skip(model.clip_skip)}
     of_loss: dict[str, Any] = {}
     line = None
-    if said.prediction == "v" and "v_parameterization" not in model.model_fields_set:
+    if stated.prediction == "v" and "v_parameterization" not in model.model_fields_set:
         of_model["v_parameterization"] = True
         if "zero_terminal_snr" not in loss.model_fields_set:
-            of_loss["zero_terminal_snr"] = said.zero_terminal_snr
-        line = f"the model predicts {said}: trained so; v_parameterization = false in a --config_file says otherwise"
+            of_loss["zero_terminal_snr"] = stated.zero_terminal_snr
+        line = f"the model predicts {stated}: trained so; v_parameterization = false in a --config_file says otherwise"
     groups = {"model": model.model_copy(update=of_model), "loss": loss.model_copy(update=of_loss)}
     return options.model_copy(update=groups), line

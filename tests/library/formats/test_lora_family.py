@@ -9,7 +9,7 @@ import pytest
 
 from library.formats.families import FILE_FAMILIES, SD1, SD2, SDXL, family_of_checkpoint, titles
 from library.formats.lora_family import families_of_lora
-from library.formats.prediction import said_by_lora
+from library.formats.prediction import prediction_of_lora
 
 DATA = Path(__file__).parents[2] / "data"
 Q = "transformer_blocks_0_attn1_to_q.lora_down.weight"
@@ -77,8 +77,8 @@ def test_trap_8_a_checkpoint_is_told_by_its_names_and_not_by_its_size():
 
 
 def test_what_the_model_of_a_lora_predicts():
-    assert said_by_lora({"ss_base_model_version": "sd_v2_v"}) == "v"
-    assert said_by_lora({"ss_base_model_version": "sd_v2", "modelspec.prediction_type": "v"}) == "epsilon"
-    assert said_by_lora({"ss_base_model_version": "sdxl_base_v1-0"}) is None
-    assert said_by_lora({"ss_base_model_version": "sdxl_base_v1-0", "modelspec.prediction_type": "v"}) == "v"
-    assert said_by_lora({}) is None
+    assert prediction_of_lora({"ss_base_model_version": "sd_v2_v"}) == "v"
+    assert prediction_of_lora({"ss_base_model_version": "sd_v2", "modelspec.prediction_type": "v"}) == "epsilon"
+    assert prediction_of_lora({"ss_base_model_version": "sdxl_base_v1-0"}) is None
+    assert prediction_of_lora({"ss_base_model_version": "sdxl_base_v1-0", "modelspec.prediction_type": "v"}) == "v"
+    assert prediction_of_lora({}) is None

@@ -53,7 +53,7 @@ def test_every_format(tmp_path, kind, suffix):
         assert file.dtypes == {name: value.dtype for name, value in TENSORS.items()}
         read = {name: file.read(name) for name in file.shapes}
         assert same({name: file.view(name) for name in file.shapes}, TENSORS)
-        assert file.numbers == ({"epoch": 3, "global_step": 110000} if kind == "wrapped" else {})
+        assert file.counters == ({"epoch": 3, "global_step": 110000} if kind == "wrapped" else {})
     path.unlink()  # nothing holds the file: the tensors have memory of their own
     for name, value in TENSORS.items():
         assert read[name].dtype == value.dtype and torch.equal(read[name], value)
@@ -262,7 +262,7 @@ def test_numbers_and_arrays_of_numpy_are_data(tmp_path):
     content = {"model": {"a": torch.ones(2), **arrays, "turned": turned}, **more, **counters}
     torch.save(content, tmp_path / "m.ckpt")
     with open_tensors(tmp_path / "m.ckpt") as file:
-        assert set(file.shapes) == {"a", "turned", *arrays} and file.numbers == {"epoch": 3, "global_step": 40}
+        assert set(file.shapes) == {"a", "turned", *arrays} and file.counters == {"epoch": 3, "global_step": 40}
         for name, array in {**arrays, "turned": turned}.items():
             assert file.read(name).numpy().dtype == array.dtype and (file.read(name).numpy() == array).all(), name
             assert torch.equal(file.view(name), file.read(name))

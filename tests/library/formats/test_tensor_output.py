@@ -62,7 +62,7 @@ def test_pickled_files(tmp_path, suffix, monkeypatch):
     write(path, epoch=3, global_step=70)
     assert same(torch.load(path, weights_only=True)["state_dict"], TENSORS)
     with open_tensors(path) as file:
-        assert file.numbers == {"epoch": 3, "global_step": 70}
+        assert file.counters == {"epoch": 3, "global_step": 70}
         assert same({name: file.view(name) for name in file.shapes}, TENSORS)
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 

@@ -222,8 +222,8 @@ def test_trap_3_a_file_says_what_it_predicts(file, tmp_path, marks, metadata, ex
     save_file(load_file(file) | {name: torch.empty(0) for name in marks}, path, metadata=metadata)
     loaded = load_stable_diffusion(str(path))
     assert (loaded.prediction, loaded.zero_terminal_snr) == expected
-    said = read_header(str(path)).said
-    assert (said.prediction or "epsilon", said.zero_terminal_snr) == expected
+    stated = read_header(str(path)).stated
+    assert (stated.prediction or "epsilon", stated.zero_terminal_snr) == expected
 
 
 def test_trap_3_a_folder_says_it_by_its_scheduler_and_what_is_asked_for_wins(file, tmp_path, caplog):
