@@ -34,7 +34,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
     from library.formats.lora_file import read_loras, write_lora
     from library.tools.dylora_ranks import ranks_of, split_lora, unit_of
-    from library.tools.lora_metadata import changed
+    from library.tools.lora_metadata import changed_metadata
 
     source = Path(args.model)
     (lora,) = read_loras([args.model])
@@ -43,7 +43,7 @@ def main(words: Sequence[str] | None = None) -> None:
     targets = [lora_options.output_path(base.with_name(f"{base.stem}-{rank:04}{base.suffix}"), [source]) for rank in ranks]
     for rank, target in zip(tqdm(ranks, unit="file", desc="splitting"), targets, strict=True):
         modules = split_lora(lora, rank)
-        metadata = changed(lora, modules, f"split from DyLoRA, rank {ranks[-1]} to {rank}")
+        metadata = changed_metadata(lora, modules, f"split from DyLoRA, rank {ranks[-1]} to {rank}")
         write_lora(target, modules, metadata, lora.dtype)
     print(f"saved {len(targets)} files, {targets[0]} to {targets[-1]}")
 

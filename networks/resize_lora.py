@@ -59,7 +59,7 @@ def main(words: Sequence[str] | None = None) -> None:
     from library.formats.lora_file import read_loras, write_lora
     from library.tools.changes import base_weights, matrices_alone
     from library.tools.kept import print_kept
-    from library.tools.lora_metadata import changed
+    from library.tools.lora_metadata import changed_metadata
     from library.tools.resize import resize
 
     lora_options.check_device(args.device)
@@ -83,7 +83,7 @@ def main(words: Sequence[str] | None = None) -> None:
     if args.dynamic_method:
         comment = f"Dynamic resize with {args.dynamic_method}: {args.dynamic_param:g} from {old}"
         facts = {"ss_network_dim": "Dynamic", "ss_network_alpha": "Dynamic"}
-    write_lora(save_to, modules, changed(lora, modules, comment, **facts), dtype_of(args.save_precision))
+    write_lora(save_to, modules, changed_metadata(lora, modules, comment, **facts), dtype_of(args.save_precision))
     print_kept(kept)
     lower = sum(
         module.rank < (args.new_conv_rank or args.new_rank if module.is_3x3 else args.new_rank) for module in modules.values()

@@ -56,7 +56,7 @@ def main(words: Sequence[str] | None = None) -> None:
     from library.tools.changes import base_weights, matrices_alone
     from library.tools.checkpoint import check_family
     from library.tools.kept import print_kept
-    from library.tools.lora_metadata import merged, without_modelspec
+    from library.tools.lora_metadata import merged_metadata, without_modelspec
     from library.tools.svd_merge import svd_merge
 
     lora_options.check_device(args.device)
@@ -73,7 +73,7 @@ def main(words: Sequence[str] | None = None) -> None:
             clamp_quantile=args.clamp_quantile,
             weight_of=weight_of,
         )
-    metadata = merged(loras, parts, modules, save_to, "merged by SVD", args.v_parameterization, args.lbw)
+    metadata = merged_metadata(loras, parts, modules, save_to, "merged by SVD", args.v_parameterization, args.lbw)
     dtype = dtype_of(args.save_precision or args.precision)
     write_lora(save_to, modules, without_modelspec(metadata) if args.no_metadata else metadata, dtype)
     print_kept(kept)

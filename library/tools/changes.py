@@ -1,4 +1,4 @@
-"""What LoRA files, and others of their kind, change: as matrices, for the tools that make a LoRA of it."""
+"""The weight changes of LoRA files and other adapters as dense matrices, for tools that make a LoRA of them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _IS_3X3 = re.compile(
 
 @contextmanager
 def base_weights(sd_model: str | None, loras: Sequence[LoraFile]) -> Iterator[WeightOf]:
-    """The weights of the model that `--sd_model` names, if any. UserError if it is not of the LoRAs' family."""
+    """The weights of the model that `--sd_model` names, if any. Raises UserError if it is not of the LoRAs' family."""
     if sd_model is None:
         yield lambda name: None
         return
@@ -46,7 +46,7 @@ def base_weights(sd_model: str | None, loras: Sequence[LoraFile]) -> Iterator[We
 
 
 def matrices_alone(loras: Sequence[LoraFile]) -> list[LoraFile]:
-    """The files without what a LoRA cannot say, changes of norm layers and biases; a warning counts and names them."""
+    """The files without changes of norm layers and biases, which a LoRA cannot express. A warning counts and names them."""
     result = []
     for lora in loras:
         modules = {name: module for name, module in lora.modules.items() if module.changes_matrix}
@@ -63,7 +63,7 @@ def matrices_alone(loras: Sequence[LoraFile]) -> list[LoraFile]:
 
 
 def dense_change(lora: LoraFile, name: str, weight_of: WeightOf) -> Tensor:
-    """What the file changes in a layer at full strength: float32, (out, in) or (out, in, k, k)."""
+    """The change of a layer's weight at full strength: float32, (out, in) or (out, in, k, k)."""
     adapter, weight = lora.modules[name], weight_of(name)
     if weight is None:
         if adapter.needs_weight:

@@ -1,4 +1,4 @@
-"""The command lines of the tools: options without abbreviations, wrong ones named in one line."""
+"""The parser of the tools' command lines: no abbreviations, errors of one line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from library.errors import NEGATIVE, UserError, unknown
 
 
 class _HelpFormatter(argparse.HelpFormatter):
-    """Names the default of each option that has one."""
+    """Adds the default of each option that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default in (None, False, [], argparse.SUPPRESS) or not action.option_strings:
@@ -20,19 +20,19 @@ class _HelpFormatter(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that raises UserError, takes no abbreviations, and names the nearest option to an unknown one."""
+    """argparse without abbreviations. Raises UserError; for an unknown option with the most similar known one."""
 
     def __init__(self, description: str):
         super().__init__(description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
         self._negative_number_matcher = NEGATIVE  # argparse's own takes no -5e-1
 
     def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
-        words = sys.argv[1:] if args is None else list(args)
-        for word in words:
-            option = word.split("=", 1)[0]
+        arguments = sys.argv[1:] if args is None else list(args)
+        for argument in arguments:
+            option = argument.split("=", 1)[0]
             if option.startswith("--") and option != "--" and option not in self._option_string_actions:
                 raise unknown("option", option, (name for name in self._option_string_actions if name.startswith("--")))
-        known, rest = self.parse_known_args(words, namespace)
+        known, rest = self.parse_known_args(arguments, namespace)
         if rest:
             raise UserError(f"unexpected word '{rest[0]}' on the command line; put values that hold spaces in quotes")
         return known

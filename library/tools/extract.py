@@ -15,8 +15,8 @@ from library.formats.lora_targets import Target, lora_targets
 from library.formats.low_rank import LowRank, best_low_rank, clamp, is_3x3, rank_for, rank_for_share
 from library.formats.tensor_file import TensorFile
 from library.parallel import on_matrices
-from library.tools.kept import Kept, named
-from library.tools.lora_metadata import Base, modelspec_of, network
+from library.tools.kept import Kept, for_module
+from library.tools.lora_metadata import Base, modelspec_of, network_metadata
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def extract(original: TensorFile, tuned: TensorFile, how: Extraction) -> tuple[d
     def work(layer: tuple[str, Tensor, Tensor]) -> tuple[str, tuple[LowRank, tuple[float, float]] | None]:
         name, before, after = layer
         difference = _difference(before, after, how.min_diff)
-        return name, None if difference is None else named(name, _module, difference, how)
+        return name, None if difference is None else for_module(name, _module, difference, how)
 
     count = sum(len(targets) for targets in pairs.values())
     for name, result in tqdm(on_matrices(layers, work, how.device), total=count, unit="module", desc="extracting"):
@@ -86,7 +86,7 @@ def _layers(
 
 
 def _difference(before: Tensor, after: Tensor, min_diff: float) -> Tensor | None:
-    """after - before in float32, or None if that is nothing: relatively too small, or only the rounding of another dtype."""
+    """after - before in float32; None if it is relatively too small, or only rounding to another dtype."""
     if before.dtype != after.dtype:
         coarse = min((before.dtype, after.dtype), key=lambda dtype: (dtype.itemsize, dtype == torch.float16))
         if torch.equal(before.to(coarse), after.to(coarse)):
@@ -107,8 +107,8 @@ def _module(difference: Tensor, how: Extraction) -> tuple[LowRank, tuple[float, 
 
 
 def metadata_of(modules: Mapping[str, LowRank], save_to: Path, original: Path, tuned: Path, base: Base) -> dict[str, str]:
-    """What the file says of itself."""
-    facts = network(modules) | base.facts
+    """The metadata of the extracted LoRA."""
+    facts = network_metadata(modules) | base.facts
     facts["ss_sd_model_name"] = original.name
     facts["ss_output_name"] = save_to.stem
     facts["ss_training_comment"] = f"extracted: {tuned.name} - {original.name}"

@@ -1,4 +1,4 @@
-"""What is kept of LoRA modules that get a lower rank: collected module by module, and printed by block."""
+"""The part of the norm that LoRA modules keep at a lower rank: collected by module, printed by block."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def split_results(
     return modules, kept
 
 
-def named(name: str, function: Callable[..., Result], *values: Any) -> Result:
-    """function(*values); an error of it says which module it was in."""
+def for_module(name: str, function: Callable[..., Result], *values: Any) -> Result:
+    """function(*values). The message of a UserError gets the name of the module."""
     try:
         return function(*values)
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Options that several LoRA tools have: each declared once, with its check."""
+"""Options of several LoRA tools, each declared once with its check."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def add_models(parser: Parser, text: str) -> None:
 
 
 def add_family(parser: Parser) -> None:
-    """--v2 and --sdxl, which only check what the files say."""
+    """--v2 and --sdxl, which only check the files."""
     family = parser.add_mutually_exclusive_group()
     family.add_argument("--v2", action="store_true", help="the files are of Stable Diffusion 2.x (default: read from them)")
     family.add_argument("--sdxl", action="store_true", help="the files are of SDXL (default: read from them)")
@@ -44,7 +44,7 @@ def add_device(parser: Parser) -> None:
 
 
 def add_base_model(parser: Parser) -> None:
-    """--sd_model, of tools that make a LoRA."""
+    """--sd_model for tools that make a LoRA."""
     text = "the model that the file is for, .safetensors or .ckpt; needed for DoRA, GLoRA, IA3, OFT and BOFT alone"
     parser.add_argument("--sd_model", help=text)
 
@@ -63,13 +63,13 @@ def add_no_metadata(parser: Parser, text: str = "write only the metadata that lo
 def output_path(
     name: str | os.PathLike, inputs: Sequence[Path], suffixes: Sequence[str] = (".safetensors", ".ckpt", ".pt", ".pth")
 ) -> Path:
-    """The path of --save_to, checked: a known suffix, no folder, and none of the inputs."""
+    """The path of --save_to. Raises UserError for an unknown suffix, a folder, or an input file."""
     path = Path(name)
     if path.suffix.lower() not in suffixes:
         raise UserError(f"--save_to {name}: the suffix decides the format; use one of {', '.join(suffixes)}")
     if path.is_dir():
         raise UserError(f"--save_to {name} is a folder; give a file name")
-    found = path if path.exists() else Path(os.path.abspath(path))  # `new/../a`, where `new` is yet to be made
+    found = path if path.exists() else Path(os.path.abspath(path))  # `new/../a` before `new` exists
     for other in inputs:
         if found.exists() and other.exists() and os.path.samefile(found, other):
             raise UserError(f"--save_to {name} would overwrite an input; give another name")
@@ -77,7 +77,7 @@ def output_path(
 
 
 def check_ratios(models: Sequence[str], ratios: Sequence[float]) -> None:
-    """UserError unless there is one ratio a model, each a number."""
+    """Raises UserError unless there is one finite ratio for each model."""
     if not models:
         raise UserError("--models: give at least one LoRA file")
     if len(models) != len(ratios):
@@ -87,7 +87,7 @@ def check_ratios(models: Sequence[str], ratios: Sequence[float]) -> None:
 
 
 def check_count(option: str, values: Sequence[str] | None, models: Sequence[str]) -> None:
-    """UserError unless there is one value a model, if there are any."""
+    """Raises UserError if values are given, but not one for each model."""
     if values is not None and len(values) != len(models):
         raise UserError(f"{option}: {len(values)} given for {len(models)} models; give one for each, in the same order")
 
@@ -103,10 +103,10 @@ def check_quantile(value: float | None) -> None:
 
 
 def check_device(name: str) -> None:
-    """UserError unless torch knows the device and has it. Imports torch: to be called after all other checks."""
+    """Raises UserError unless torch can use the device. Imports torch: call it after all other checks."""
     import torch
 
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: not to be had here ({str(error).splitlines()[0]}); use cpu") from error
+        raise UserError(f"--device {name}: not available here ({str(error).splitlines()[0]}); use cpu") from error

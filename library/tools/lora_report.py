@@ -1,4 +1,4 @@
-"""What is in a LoRA file, as lines of text."""
+"""A report about a LoRA file, as lines of text."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def report(lora: LoraFile) -> Iterator[str]:
 
 
 def _row(adapter: Adapter) -> str:
-    """Mean absolute numbers of the factors, and the norm of the whole addition; of other kinds than LoRA, what is known."""
+    """Mean absolute values of the factors, and the norm of the change; for other kinds than LoRA, what is known."""
     flag = "" if adapter.is_finite() else "  NaN or infinity"
     module = _factors(adapter)
     if module is None:
@@ -65,8 +65,8 @@ def _row(adapter: Adapter) -> str:
 
 
 def _factors(adapter: Adapter) -> LowRank | None:
-    """The factors, also of a LoRA that holds NaN."""
-    if not adapter.is_finite():  # alpha too may be NaN, which is an error elsewhere
+    """The factors of a LoRA, also if it holds NaN; None for other kinds."""
+    if not adapter.is_finite():  # also alpha may be NaN, for which `low_rank` raises an error
         adapter = replace(adapter, parts=Parts(adapter.parts.layer, _without_alpha(adapter)))
     return adapter.low_rank()
 
@@ -78,7 +78,7 @@ def _without_alpha(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def _norm(adapter: Adapter) -> float:
-    """Of the change at full strength; NaN where it is not finite, or depends on the model."""
+    """The norm of the change at full strength; NaN if it is not finite or depends on the model."""
     if not adapter.is_finite() or adapter.needs_weight:
         return math.nan
     if module := adapter.low_rank():
@@ -106,7 +106,7 @@ def _family(lora: LoraFile) -> str:
 
 
 def maker(lora: LoraFile) -> str:
-    """Which program made the file, as far as its metadata tell."""
+    """The program that made the file, by its metadata."""
     metadata = lora.metadata
     if "lora_adapter_metadata" in metadata or metadata.get("format") == "pt" and len(metadata) == 1:
         return "Diffusers or peft"

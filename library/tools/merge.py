@@ -1,4 +1,4 @@
-"""LoRAs merged into a model, tensor by tensor from file to file, and into one LoRA, exactly."""
+"""Merging LoRAs: into a model, tensor by tensor from file to file; or exactly into one LoRA."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from library.formats.families import FileFamily
 from library.formats.lora_file import LoraFile, all_names
 from library.formats.lora_targets import Target, bias_targets, weight_targets
 from library.formats.low_rank import LowRank, shuffle, stack
-from library.formats.prediction import said_by_file
+from library.formats.prediction import prediction_of_file
 from library.formats.tensor_file import TensorFile
 from library.formats.tensor_output import rows_in, write_weights
 from library.tools.block_weights import Strength
@@ -37,9 +37,9 @@ def merge_into_model(
     v_parameterization: bool | None = None,
     with_modelspec: bool = True,
 ) -> list[str]:
-    """Write the model with the LoRAs merged in; returns the LoRA modules that the model has no layer for.
+    """Write the model with the LoRAs merged in; returns the LoRA modules for which the model has no layer.
 
-    save None: every tensor keeps its dtype. Tensors that are no part of the network (the noise schedule's) keep it always.
+    save None: every tensor keeps its dtype. Tensors of the noise schedule always keep theirs.
     """
     changes, unused = _changes(model, loras, strengths)
     if not changes:
@@ -59,18 +59,18 @@ def merge_into_model(
 
     metadata = dict(model.metadata)
     if with_modelspec:
-        base = Base(family, "v" if v_parameterization else said_by_file(model).prediction or base_of(loras).prediction)
+        base = Base(family, "v" if v_parameterization else prediction_of_file(model).prediction or base_of(loras).prediction)
         titles = [metadata.get("modelspec.title") or model.path.stem, *(lora.title for lora in loras)]
         spec = modelspec_of(save_to, base, titles, metadata.get("modelspec.resolution"), lora=False)
         metadata |= spec | {"ss_merged_from": merged_from(loras, strengths)}
     with progress:
-        write_weights(save_to, plan, rows_of, metadata, model.numbers)
+        write_weights(save_to, plan, rows_of, metadata, model.counters)
     return unused
 
 
 @dataclass(frozen=True)
 class Change:
-    """What one file says of one tensor of the model, or of the rows of it that are the target."""
+    """The change that one file makes to one target: a tensor of the model, or some rows of it."""
 
     target: Target
     lora: LoraFile
@@ -79,7 +79,7 @@ class Change:
     of_bias: bool
 
     def dense(self, weight: Tensor) -> Tensor:
-        """ratio * change, in float32 and as a matrix; weight: the target's own, in float32."""
+        """ratio * change, in float32 and as a matrix; weight: that of the target, in float32."""
         try:
             change = self.adapter.bias_change(weight) if self.of_bias else self.adapter.weight_change(weight)
         except UserError as error:
@@ -90,7 +90,7 @@ class Change:
 def _changes(
     model: TensorFile, loras: Sequence[LoraFile], strengths: Sequence[Strength]
 ) -> tuple[dict[str, list[Change]], list[str]]:
-    """The changes by the tensor's name in the model, and the modules for which the model has no layer."""
+    """The changes by name of the tensor in the model, and the modules for which the model has no layer."""
     weights, biases = weight_targets(model.shapes), bias_targets(model.shapes)
     changes: dict[str, list[Change]] = {}
     unused = []
@@ -127,7 +127,7 @@ def _saved_dtype(name: str, dtype: torch.dtype, save: torch.dtype | None) -> tor
 
 @dataclass(frozen=True)
 class Sum:
-    """The sum of all changes of a target: up @ down + dense, the factors of LoRAs side by side, so that they are one product."""
+    """The sum of all changes of a target: up @ down + dense. The factors of all LoRAs are concatenated to one product."""
 
     up: Tensor
     down: Tensor
@@ -135,7 +135,7 @@ class Sum:
 
 
 def _summed(tensor: Tensor, changes: Sequence[Change]) -> dict[Target, Sum]:
-    """The changes of one tensor, added up for each target in it. Where a change depends on the weight, it is the model's own."""
+    """The changes of one tensor, summed for each target in it. A change that depends on the weight gets the model's weight."""
     result = {}
     for target in dict.fromkeys(change.target for change in changes):
         own = [change for change in changes if change.target == target]
@@ -153,7 +153,7 @@ def _summed(tensor: Tensor, changes: Sequence[Change]) -> dict[Target, Sum]:
 
 
 def _merged(weight: Tensor, rows: slice, count: int, changes: Mapping[Target, Sum]) -> Tensor:
-    """These float32 rows, of `count` in all, with the changes added in place."""
+    """Add the changes in place to some rows (float32) of a tensor of `count` rows; returns the rows."""
     for target, change in changes.items():
         own = target.rows(count)
         first, last = max(rows.start, own.start), min(rows.stop, own.stop)
@@ -166,7 +166,7 @@ def _merged(weight: Tensor, rows: slice, count: int, changes: Mapping[Target, Su
 
 
 def merge_loras(loras: Sequence[LoraFile], strengths: Sequence[Strength], shuffled: bool = False) -> dict[str, LowRank]:
-    """The exact sum of strength * LoRA, by module. A module that only some of the files have is the sum over those."""
+    """The exact sum of strength * LoRA, by module. A module that only some files have is the sum over those."""
     generator = torch.Generator().manual_seed(0)
     result = {}
     for name in tqdm(all_names(loras), unit="module", desc="merging"):

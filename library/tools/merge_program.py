@@ -1,6 +1,6 @@
 """Merge LoRA files into a model, or into one LoRA: the program of networks/merge_lora.py and sdxl_merge_lora.py.
 
-Into a model: W + sum of ratio * change, tensor by tensor from file to file, for LoRAs and all of their kin (LoHa, LoKr, DoRA and
+Into a model: W + sum of ratio * change, tensor by tensor from file to file, for LoRAs and other adapters (LoHa, LoKr, DoRA and
 others, see docs/networks.md). Into one LoRA: exact, for LoRAs of any ranks and alphas, by putting the factors side by side; the
 rank is the sum of the ranks (svd_merge_lora.py makes a smaller one, and takes other kinds).
 """
@@ -42,8 +42,8 @@ def options() -> Parser:
     return parser
 
 
-def main(words: Sequence[str] | None = None) -> None:
-    args = options().parse_args(words)
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = options().parse_args(arguments)
     lora_options.check_ratios(args.models, args.ratios)
     lora_options.check_count("--lbw", args.lbw, args.models)
     inputs = [Path(name) for name in (*args.models, *([args.sd_model] if args.sd_model else []))]
@@ -94,14 +94,14 @@ def _into_lora(args: argparse.Namespace, save_to: Path) -> None:
     from library.tools.block_weights import strengths
     from library.tools.changes import matrices_alone
     from library.tools.checkpoint import check_family
-    from library.tools.lora_metadata import merged, without_modelspec
+    from library.tools.lora_metadata import merged_metadata, without_modelspec
     from library.tools.merge import merge_loras
 
     loras = matrices_alone(read_loras(args.models))
     check_family(loras, args.v2, args.sdxl)
     parts = strengths(loras, args.ratios, args.lbw)
     modules = merge_loras(loras, parts, args.shuffle)
-    metadata = merged(loras, parts, modules, save_to, "merged", args.v_parameterization, args.lbw)
+    metadata = merged_metadata(loras, parts, modules, save_to, "merged", args.v_parameterization, args.lbw)
     dtype = dtype_of(args.save_precision or args.precision)
     write_lora(save_to, modules, without_modelspec(metadata) if args.no_metadata else metadata, dtype)
     ranks = sorted({module.rank for module in modules.values()})

@@ -1,4 +1,4 @@
-"""A LoRA of a lower rank: every module becomes the best of its new rank, at the same strength."""
+"""A LoRA of a lower rank: every module becomes its best approximation of the new rank, at the same strength."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from library.formats.low_rank import (
 )
 from library.parallel import on_matrices
 from library.tools.changes import WeightOf, dense_change
-from library.tools.kept import Kept, named, split_results
+from library.tools.kept import Kept, for_module, split_results
 
 
 def resize(
@@ -42,13 +42,13 @@ def resize(
         like: LowRank | Sequence[int]
         if module is not None:
             limit = min(rank_for(module.is_3x3, new_rank, new_conv_rank), module.rank)
-            found = named(name, decompose, module, device, limit)
+            found = for_module(name, decompose, module, device, limit)
             like, scale = module, module.scale
         else:
             change = dense_change(lora, name, weight_of)
             like, scale, matrix = change.shape, 1.0, change.flatten(1).to(device)
             limit = min(rank_for(is_3x3(change.shape), new_rank, new_conv_rank), *matrix.shape)
-            found = named(name, exact_low_rank, matrix) if method else named(name, best_low_rank, matrix, limit)
+            found = for_module(name, exact_low_rank, matrix) if method else for_module(name, best_low_rank, matrix, limit)
         rank = min(limit, smallest_rank(found.s, method, target)) if method else limit
         result = found.low_rank(rank, like, scale)
         if report:

@@ -1,4 +1,4 @@
-"""The sum of LoRAs, cut to a rank module by module. It is found from the factors alone, unless a file is of another kind."""
+"""The sum of LoRAs, reduced to a rank module by module; computed from the factors alone if all files are LoRAs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from library.formats.low_rank import LowRank, best_low_rank, clamp, decompose, d
 from library.parallel import on_matrices
 from library.tools.block_weights import Strength
 from library.tools.changes import WeightOf, dense_change
-from library.tools.kept import Kept, named, split_results
+from library.tools.kept import Kept, for_module, split_results
 
 
 def svd_merge(
@@ -26,10 +26,10 @@ def svd_merge(
     clamp_quantile: float | None = None,
     weight_of: WeightOf = lambda name: None,
 ) -> tuple[dict[str, LowRank], Kept]:
-    """The sum of strength * LoRA, each module cut to `new_rank`, or `new_conv_rank` if it is a 3x3 convolution.
+    """The sum of strength * LoRA, each module reduced to `new_rank`, or `new_conv_rank` if it is a 3x3 convolution.
 
-    Where the ranks of the parts are fewer together, the sum is exact and has those. weight_of: for modules whose change depends
-    on the model.
+    If the ranks of the parts add up to less, the sum is exact and has that rank. weight_of: for modules whose change depends on
+    the model.
     """
 
     def work(name: str) -> tuple[LowRank, tuple[float, float]]:
@@ -39,12 +39,12 @@ def svd_merge(
         if len(factors) == len(parts):
             like = stack(factors)
             limit = rank_for(like.is_3x3, new_rank, new_conv_rank)
-            found = named(name, decompose, like, device, limit)
+            found = for_module(name, decompose, like, device, limit)
         else:
             change = _dense_sum(name, parts, weight_of)
             like = change.shape
             limit = rank_for(is_3x3(like), new_rank, new_conv_rank)
-            found = named(name, best_low_rank, change.flatten(1).to(device), limit)
+            found = for_module(name, best_low_rank, change.flatten(1).to(device), limit)
         module = found.low_rank(limit, like)
         kept = (found.total**2, (found.total * found.kept(limit)) ** 2)
         return (clamp(module, clamp_quantile) if clamp_quantile is not None else module), kept
@@ -55,7 +55,7 @@ def svd_merge(
 
 
 def _dense_sum(name: str, parts: Sequence[tuple[LoraFile, float]], weight_of: WeightOf) -> Tensor:
-    """The sum of factor * change in the layer's shape, which the first file that is no LoRA gives: it may be Linear or 1x1."""
+    """The sum of factor * change, in the shape of the first file that is no LoRA (a layer may be Linear or a 1x1 convolution)."""
     total = None
     for lora, factor in sorted(parts, key=lambda part: part[0].modules[name].is_lora):
         module = lora.modules[name].low_rank()

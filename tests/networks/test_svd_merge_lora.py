@@ -120,7 +120,7 @@ def test_block_lists_name_their_blocks():
         (["--lbw", "ALL", "some"], "give 12, 16, .* numbers with commas .*, or one of NONE"),
         (["--new_rank", "0"], "--new_rank 0: must be at least 1"),
         (["--clamp_quantile", "2"], "above 0 and at most 1"),
-        (["--device", "quantum"], "not to be had here"),
+        (["--device", "quantum"], "not available here"),
         (["--new_rnk", "4"], "did you mean '--new_rank'"),
     ],
 )
