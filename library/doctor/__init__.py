@@ -1,1 +1,1 @@
-"""What works on this machine: what is installed, and short trainings tried in every way that could work (the self test)."""
+"""What works on this machine: the installation, and the self test, short trainings with many settings."""

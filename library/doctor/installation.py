@@ -1,6 +1,6 @@
-"""What this installation can do: versions, devices, what works, and what to install. Nothing is downloaded or changed.
+"""Report on the installation: versions, devices, what works, and what to install. It downloads and changes nothing.
 
-This file needs the standard library alone: it says what is missing.
+This file imports only the standard library at its top, since it reports missing packages.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MARKS = {"ok": "ok  ", "note": "note", "bad": "BAD "}
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report. state: `ok`, `note` (works without), or `bad` (training cannot run)."""
+    """One line of the report. state: `ok`, `note` (training runs without it), or `bad` (training cannot run)."""
 
     state: str
     name: str
@@ -54,7 +54,7 @@ def requirement_lines(file: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def _holds(marker: str | None) -> bool:
-    if not marker or importlib.util.find_spec("packaging") is None:  # it comes with what is needed, which may be missing
+    if not marker or importlib.util.find_spec("packaging") is None:  # a dependency of other requirements, which may be missing
         return True
     from packaging.markers import Marker
 
@@ -62,7 +62,7 @@ def _holds(marker: str | None) -> bool:
 
 
 def installed(package: str) -> str | None:
-    """Its version, or None."""
+    """The version of an installed package, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -70,7 +70,7 @@ def installed(package: str) -> str | None:
 
 
 def needed_packages() -> Iterator[Finding]:
-    """Those of requirements.txt."""
+    """The packages of requirements.txt."""
     for package, wanted, _ in requirement_lines(ROOT / "requirements.txt"):
         version = installed(package)
         if version is None:
@@ -82,7 +82,7 @@ def needed_packages() -> Iterator[Finding]:
 
 
 def extra_packages() -> Iterator[Finding]:
-    """Those of requirements-extras.txt, each with the option that needs it."""
+    """The packages of requirements-extras.txt, each with the option that needs it."""
     for package, wanted, remark in requirement_lines(ROOT / "requirements-extras.txt"):
         version = installed(package)
         text = version or f"not installed; for {remark}: pip install {package}=={wanted}"
@@ -90,7 +90,7 @@ def extra_packages() -> Iterator[Finding]:
 
 
 def devices() -> Iterator[Finding]:
-    """Processors, memory, cards."""
+    """CPU, memory and GPUs."""
     import psutil
 
     from library.devices import cores_for_this_process, cpu_has_fast_bf16
@@ -134,7 +134,7 @@ def eight_bit() -> Finding:
 
 
 def xformers() -> Finding:
-    """Whether --xformers would be more than a note."""
+    """Whether --xformers has an effect."""
 
     def use() -> str:
         import torch
@@ -149,7 +149,7 @@ def xformers() -> Finding:
 
 
 def opencv() -> Finding:
-    """Hue changes and area resizing."""
+    """OpenCV, which changes hues and resizes by area."""
 
     def use() -> str:
         import cv2
@@ -162,7 +162,7 @@ def opencv() -> Finding:
 
 
 def compiling() -> Finding:
-    """Whether --torch_compile can work: a C++ compiler for the CPU, Triton for the card. Nothing is compiled."""
+    """Whether --torch_compile can work: it needs a C++ compiler for the CPU, Triton for a GPU. Nothing is compiled."""
     import torch
 
     if torch.cuda.is_available():
@@ -177,13 +177,13 @@ def compiling() -> Finding:
 
 
 def disk() -> Finding:
-    """Room in the current folder."""
+    """Free space in the current folder."""
     free = shutil.disk_usage(Path.cwd()).free / 2**30
     return Finding("ok" if free > 5 else "note", "disk", f"{free:.0f} GiB free in {Path.cwd()}")
 
 
 def tried(name: str, work: Callable[[], str], cure: str, *, needed: bool = False) -> Finding:
-    """`work` says how well it works; if it fails, why, and what to do."""
+    """The finding of `work`, which returns its text; if it fails, the reason and the cure."""
     try:
         return Finding("ok", name, work())
     except Exception as error:  # broken installations raise anything
@@ -192,7 +192,7 @@ def tried(name: str, work: Callable[[], str], cure: str, *, needed: bool = False
 
 
 def sections() -> Iterator[tuple[str, list[Finding]]]:
-    """Headings with their findings. Without torch the rest would only fail."""
+    """Headings with their findings. If torch, psutil or numpy is missing, only those about packages."""
     packages = list(needed_packages())
     yield "Python and packages", [python_version(), *packages]
     yield "Extras", list(extra_packages())

@@ -1,4 +1,4 @@
-"""All trials one after another, and their table. What fails is a row and never ends the test."""
+"""The self test: all trials one after another, and their table. A trial that fails is a row of the table."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from library.doctor.trial_run import STEPS, Result, TrialFailed, run_trial
 from library.doctor.trials import Trial
 
 SECONDS = 290  # for all trials together
-LEAST_SECONDS = 15  # with less time left no trial is begun
-# Largest differences that count as "works": of the loss (as a share) and of the image (mean levels of 255).
+MIN_SECONDS = 15  # with less time left no trial is started
+# Largest differences of a trial that works: of the loss (relative) and of the image (mean, in levels of 255).
 SAME_NOISE, OTHER_NOISE = (0.05, 4.0), (0.15, 16.0)
 
 Run = Callable[[Trial, Path, float], Result]
@@ -23,8 +23,8 @@ Run = Callable[[Trial, Path, float], Result]
 class Row:
     """One line of the table. state: `works`, `differs`, `fails`, `not here` or `not tried`, the last three with the reason.
 
-    loss_difference: (loss - reference) / reference. image_difference: mean absolute difference, levels of 255. memory: peak, GiB;
-    of the GPU where one is used.
+    loss_difference: (loss - reference) / reference. image_difference: mean absolute difference, in levels of 255. memory: peak in
+    GiB, of the GPU if one is used.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Row:
 
 
 def self_test(trials: Iterable[Trial], run: Run = run_trial, seconds: float = SECONDS) -> list[Row]:
-    """Do the trials, with a progress line on standard error."""
+    """Run the trials, with a progress line on standard error."""
     from tqdm import tqdm
 
     ends, rows, results = time.monotonic() + seconds, [], {}
@@ -50,7 +50,7 @@ def self_test(trials: Iterable[Trial], run: Run = run_trial, seconds: float = SE
             left = ends - time.monotonic()
             if trial.missing:
                 rows.append(Row(trial.name, "not here", trial.missing))
-            elif left < LEAST_SECONDS:
+            elif left < MIN_SECONDS:
                 rows.append(Row(trial.name, "not tried", f"the {seconds:.0f} s of the self test were over"))
             else:
                 try:
@@ -63,7 +63,7 @@ def self_test(trials: Iterable[Trial], run: Run = run_trial, seconds: float = SE
 
 
 def compare(trial: Trial, results: dict[str, Result]) -> Row:
-    """The row of a trial that has a result, beside that of its reference if it has one too."""
+    """The row of a trial with a result, compared with the result of its reference if there is one."""
     own, reference = results[trial.name], results.get(trial.reference or "")
     row = Row(trial.name, "works", loss=own.loss, seconds_per_step=own.seconds_per_step, memory=own.memory)
     if reference is None:
@@ -76,7 +76,7 @@ def compare(trial: Trial, results: dict[str, Result]) -> Row:
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as text. Rows without figures give their reason instead."""
+    """The rows as text. A row without numbers has its reason instead."""
     width = max(len("trial"), *(len(row.name) for row in rows))
     lines = [f"  {'trial':<{width}}  result       loss    image  s a step  memory"]
     for row in rows:

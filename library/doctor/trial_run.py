@@ -1,4 +1,4 @@
-"""One trial of the self test: a short training and one image, in a process of its own that may fail in any way."""
+"""One trial of the self test: a short training and one image, in a process of its own, since it may crash."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ PROMPT = "a cat --w 64 --h 64 --s 8 --d 1 --l 4\n"
 
 
 class TrialFailed(Exception):
-    """A trial has no result. The message is one line: why."""
+    """A trial has no result. The message is the reason, in one line."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a trial gave. loss: on held-out images; image: (H, W, 3), levels 0 to 255; memory in GiB, None if unknown."""
+    """The result of a trial. loss: on held-out images; image: (H, W, 3), levels 0 to 255; memory in GiB, None if unknown."""
 
     loss: float
     image: NDArray
@@ -69,25 +69,25 @@ def command(trial: Trial, base: Path) -> list[str]:
         f"--dataset_config={DATASET}", "--output_dir=.", "--output_name=trial", "--network_module=networks.lora",
         "--network_dim=8", "--network_alpha=8", "--learning_rate=2e-3", f"--max_train_steps={STEPS}", "--seed=1",
         "--max_data_loader_n_workers=0", "--validation_split=0.05", "--max_validation_steps=2",
-        "--sample_prompts=prompt.txt", f"--sample_every_n_steps={STEPS}", *trial.words,
+        "--sample_prompts=prompt.txt", f"--sample_every_n_steps={STEPS}", *trial.arguments,
     ]  # fmt: skip
 
 
 def environment(trial: Trial) -> dict[str, str]:
-    """Nothing is fetched; without a GPU if the trial asks for that."""
+    """The environment of the training: nothing is downloaded, and no GPU is visible to a trial on the CPU."""
     without_gpu = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""} if trial.on_cpu else {}
     return {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1", **without_gpu}
 
 
 def end(process: subprocess.Popen) -> None:
-    """End what still runs of it, with the processes that it started (the launcher's, the compiler's)."""
+    """Kill the process, and the processes that it started (by the launcher or the compiler)."""
     import psutil
 
     try:
-        family = [*psutil.Process(process.pid).children(recursive=True), process]
+        processes = [*psutil.Process(process.pid).children(recursive=True), process]
     except psutil.NoSuchProcess:
         return
-    for member in family:
+    for member in processes:
         try:
             member.kill()
         except psutil.NoSuchProcess:
@@ -96,7 +96,7 @@ def end(process: subprocess.Popen) -> None:
 
 
 def reason(text: str, code: int) -> str:
-    """Why a training ended with this exit code: its error, else its last line, which is that of a traceback."""
+    """Why a training ended with this exit code: its error line, else the last line, which ends a traceback."""
     lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     how = f"ended by signal {-code}" if code < 0 else f"exit code {code}"
@@ -126,9 +126,9 @@ def result(text: str, folder: Path) -> Result:
 
 
 def trained(lora: Path) -> bool:
-    """Whether the matrices that begin as zeros are finite, and not all still zeros.
+    """Whether the matrices that start as zeros are finite, and at least one is no longer zero.
 
-    Some have no gradient at 64 px: where one position is left, attention's query and key do nothing.
+    Some have no gradient at 64 px: attention to a single position does not depend on query and key.
     """
     from library.formats.tensor_file import open_tensors
 

@@ -1,4 +1,4 @@
-"""What the self test tries on a machine, and what this machine cannot use."""
+"""The trials of the self test for a machine, and the reasons against those that it cannot run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ CPU = "float32, CPU"  # the trial that the others are compared with
 
 @dataclass(frozen=True)
 class Machine:
-    """What decides which trials make sense. reasons: what does not work here, by the name of the doctor's finding -> why."""
+    """The properties of a machine that decide about trials. reasons: name of a finding -> why that does not work here."""
 
     device: str = "cpu"  # "cuda", "mps" or "cpu"
     gpus: int = 0
@@ -20,14 +20,14 @@ class Machine:
 
 @dataclass(frozen=True)
 class Trial:
-    """One short training. reference: the trial with the result that this one should have; None for the first.
+    """One short training. reference: the trial that should have the same result; None for the first.
 
-    same_noise: whether it draws the numbers that its reference draws, which depend on the device and on how many there are.
-    missing: why it is not tried here.
+    arguments: of train_network.py. same_noise: whether it has the same random numbers as its reference; they depend on the device
+    and on the number of devices. missing: why this machine cannot run it.
     """
 
     name: str
-    words: tuple[str, ...] = ()
+    arguments: tuple[str, ...] = ()
     reference: str | None = CPU
     same_noise: bool = True
     on_cpu: bool = False  # although there is a GPU
@@ -50,10 +50,10 @@ def this_machine(reasons: Mapping[str, str]) -> Machine:
 
 
 def trials(machine: Machine) -> Iterator[Trial]:
-    """All trials, the most telling first: time may run out. A reference comes before what is compared with it."""
+    """All trials, the most informative first, since time may run out. A reference comes before the trials compared with it."""
     gpu = {"cuda": "GPU", "mps": "Apple GPU"}.get(machine.device, "")
     here = f"float32, {gpu}" if gpu else CPU
-    yield Trial(CPU, reference=None, on_cpu=True, seconds=150)  # nothing is in the disk's cache yet
+    yield Trial(CPU, reference=None, on_cpu=True, seconds=150)  # the disk's cache is empty at first
     if gpu:
         yield Trial(here, same_noise=False)
     no_fp16 = "" if gpu else "fp16 needs a GPU"
@@ -62,7 +62,7 @@ def trials(machine: Machine) -> Iterator[Trial]:
     eight_bit, xformers = machine.reasons.get("8-bit optimizers", ""), machine.reasons.get("xformers", "")
     compiler = machine.reasons.get("torch_compile", "")
     cuda, pair = ("" if machine.device == "cuda" else "it needs an NVIDIA GPU"), f"{machine.gpus or 'no'} GPU here"
-    for name, words, missing in (
+    for name, arguments, missing in (
         ("bf16", ("--mixed_precision=bf16",), no_bf16),
         ("fp16", ("--mixed_precision=fp16",), no_fp16),
         (f"int8 base, {half}", ("--base_dtype=int8", f"--mixed_precision={half}"), ""),
@@ -74,7 +74,7 @@ def trials(machine: Machine) -> Iterator[Trial]:
         ("full_bf16", ("--mixed_precision=bf16", "--full_bf16"), no_bf16),
         ("full_fp16", ("--mixed_precision=fp16", "--full_fp16", "--optimizer_args", "eps=1e-4"), no_fp16),
     ):
-        yield Trial(name, words, here, missing=missing)
+        yield Trial(name, arguments, here, missing=missing)
     yield Trial("two GPUs", (), here, same_noise=False, processes=2, missing=cuda or (pair if machine.gpus < 2 else ""))
     yield Trial("torch_compile", ("--torch_compile",), here, seconds=150, missing=compiler)
     graphs = ("--torch_compile", "--dynamo_backend=cudagraphs")

@@ -20,8 +20,8 @@ def test_every_trial_has_a_reference_before_it_and_words_that_are_options(machin
         assert trial.reference in (seen if seen else [None])
         seen.append(trial.name)
         if not trial.missing:
-            parse_options(["--pretrained_model_name_or_path=m", "--train_data_dir=d", "--output_dir=o", *trial.words])
-        named = {word[2:].split("=")[0] for word in trial.words if word.startswith("--")}
+            parse_options(["--pretrained_model_name_or_path=m", "--train_data_dir=d", "--output_dir=o", *trial.arguments])
+        named = {word[2:].split("=")[0] for word in trial.arguments if word.startswith("--")}
         assert named <= set(option_names(TrainNetworkOptions))
     assert len(set(seen)) == len(seen) and seen[0] == CPU
 
