@@ -103,7 +103,7 @@ def shares(dataset: TrainingDataset, world: int) -> dict[str, float]:
     """What goes to other processes, what each computes by itself, and how evenly the images are dealt out."""
     packing, packed = timed(lambda: pickle.dumps(dataset.table, protocol=pickle.HIGHEST_PROTOCOL))
     unpacking, _ = timed(lambda: pickle.loads(packed))
-    ordering, order = timed(lambda: dataset.planner.order(2))
+    ordering, order = timed(lambda: dataset.batch_order.of_epoch(2))
     counted = SimpleNamespace(num_batches=dataset.num_batches)
     used = np.zeros(len(dataset.table), dtype=np.int32)
     sizes, images = [], []

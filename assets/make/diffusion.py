@@ -13,6 +13,7 @@ from assets.make.names import STYLES, prompt_of
 from assets.make.training import Average, Checkpoint, clip_and_step, rate_at
 from library.data.config import DatasetDefaults, datasets_from_file
 from library.data.dataset import Batch, TrainingDataset
+from library.data.tokens import CaptionTokenizer
 from library.diffusion.process import NoiseProcess, sample_timesteps
 from library.generation.pipeline.pipeline import Pipeline
 from library.generation.pipeline.settings import GenerateSettings
@@ -77,7 +78,8 @@ def new_training(vae: torch.nn.Module, named: Path, seed: int) -> DiffusionTrain
     text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(text_config(TEXT_WIDTH, TEXT_LAYERS)))
     tokenizer = load_tokenizer()
     model = Model(sd1.FAMILY, {"unet": unet, "vae": vae, "text_encoder": text_encoder}, [tokenizer], "epsilon", "base model")
-    dataset = TrainingDataset(datasets_from_file(dataset_file(named), DatasetDefaults()), seed=seed, tokenizers=[tokenizer])
+    configs = datasets_from_file(dataset_file(named), DatasetDefaults())
+    dataset = TrainingDataset(configs, seed=seed, tokenizer=CaptionTokenizer([tokenizer]))
     dataset.cache_latents(
         lambda images, _: vae.encode(images).latent_dist.mode(),
         batch_size=32,

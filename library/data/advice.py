@@ -1,4 +1,4 @@
-"""What is allowed and costs quality: images that are trained much smaller, or much larger, than they could be."""
+"""Advice on settings that are allowed but cost quality: images that training shrinks or enlarges too much."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from library.data.buckets import better_bound
 from library.data.table import ImageTable
 
-ENLARGED = 1.5  # times on a side, from which on an image teaches blur
+ENLARGED = 1.5  # factor of a side; an image enlarged by more teaches blur
 
 
 def advice(table: ImageTable) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Random changes to an image at each use. Every draw comes from the generator given, never from a global one."""
+"""Random changes to an image at each use. All random numbers come from the generator that is passed in."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ import cv2
 import numpy as np
 
 COLOUR_PROBABILITY = 0.33
-HUE_SHIFT = 8.0  # in OpenCV's units, of which the colour circle has 180
+HUE_SHIFT = 8.0  # in units of 2 degrees, as OpenCV's 8-bit hue has them
 GAMMA = (0.95, 1.05)
 
 Size = tuple[int, int]  # width, height, or left, top
 
 
 def random_corner(resized: Size, size: Size, rng: random.Random) -> Size:
-    """A corner anywhere in the overhang, for random_crop."""
+    """The corner (left, top) of a random crop of `size` from an image of `resized`."""
     return rng.randint(0, resized[0] - size[0]), rng.randint(0, resized[1] - size[1])
 
 
 def shift_colours(rgb: np.ndarray, rng: random.Random) -> np.ndarray:
-    """In a third of the cases a small turn of the hue or a mild gamma on values of 0..1; (H, W, 3) uint8 to the same."""
+    """With COLOUR_PROBABILITY, shift the hue a little or apply a mild gamma; (H, W, 3) uint8 to the same."""
     if rng.random() >= COLOUR_PROBABILITY:
         return rgb
     values: np.ndarray = rgb.astype(np.float32) / 255
     if rng.random() < 0.5:
         hsv = cv2.cvtColor(values, cv2.COLOR_RGB2HSV)
-        hsv[..., 0] = (hsv[..., 0] + 2 * rng.uniform(-HUE_SHIFT, HUE_SHIFT)) % 360  # degrees here
+        hsv[..., 0] = (hsv[..., 0] + 2 * rng.uniform(-HUE_SHIFT, HUE_SHIFT)) % 360  # OpenCV's float hue is in degrees
         values = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
     else:
         values = values ** rng.uniform(*GAMMA)
@@ -35,7 +35,7 @@ def shift_colours(rgb: np.ndarray, rng: random.Random) -> np.ndarray:
 
 
 def face_of(stem: str) -> tuple[int, int, int, int] | None:
-    """Face centre and size (cx, cy, w, h) at the end of a file name "..._cx_cy_w_h", as face croppers write it."""
+    """Face centre and size (cx, cy, w, h) from a file name "..._cx_cy_w_h", as face croppers write it; None without one."""
     parts = stem.split("_")
     if len(parts) < 5 or not all(part.isdecimal() for part in parts[-4:]):
         return None
@@ -51,10 +51,10 @@ def face_crop(
     random_crop: bool,
     rng: random.Random,
 ) -> tuple[Size, Size]:
-    """Scale and window around a face: (resized image, corner of the window), all (width, height) or (left, top).
+    """A crop of `size` around a face: the size to resize the image to, and the corner (left, top) of the crop.
 
-    `factors` (a, b): the window's shorter side becomes a to b times as long as the face. The image is never
-    enlarged, unless it would not cover the window otherwise.
+    `factors` (a, b): the shorter side of the crop becomes a to b times as long as the face. The image is enlarged only if it
+    would not cover the crop otherwise.
     """
     low, high = factors
     shorter, face_size = min(size), max(face[2:])

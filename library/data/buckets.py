@@ -1,7 +1,7 @@
-"""Aspect-ratio buckets: into which training size an image goes, and how it is resized and cut for it.
+"""Aspect-ratio buckets: the training size of an image, and how the image is resized and cropped to it.
 
-The rule is the ecosystem's to the pixel (plain ratios, rounding down), so that a dataset behaves as people know it; sizes at
-which the common implementation divides by zero are placed as well. All sizes are (width, height) in pixels.
+The rule equals sd-scripts' to the pixel (plain ratios, rounding down), so that datasets give the buckets that users expect. It
+also covers sizes at which that implementation divides by zero. All sizes are (width, height) in pixels.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Size = tuple[int, int]
-LITTLE = 0.1  # of the training area, not worth a word
+MIN_GAIN = 0.1  # share of the training area; a smaller loss is not reported
 
 
 @dataclass(frozen=True)
-class Placement:
-    """Where an image goes: resize it to `resized`, then cut out `bucket` at `crop` (left, top), which is the middle."""
+class BucketAssignment:
+    """The bucket of an image: resize the image to `resized`, then crop `bucket` at `corner` (left, top), in the centre."""
 
     bucket: Size
     resized: Size
-    crop: tuple[int, int]
-    ar_error: float  # ratio of the bucket minus ratio of the image
-    fits: bool  # False if under a quarter of the image is used, or it is enlarged just to be one step wide: worth a word
+    corner: tuple[int, int]
+    ar_error: float  # aspect ratio of the bucket minus that of the image
+    fits: bool  # False if less than a quarter of the image is used, or if it is enlarged to be one step wide
 
 
 def _round(value: float) -> int:
@@ -38,9 +38,9 @@ def _round(value: float) -> int:
 
 
 def bucket_list(resolution: Size, low: int, high: int, step: int) -> list[Size]:
-    """Every bucket with sides from `low` to `high` and no more area than `resolution`, ascending, without bucket_no_upscale.
+    """The buckets without bucket_no_upscale, ascending: sides from `low` to `high`, no more area than `resolution`.
 
-    Only the square may have sides outside of the bounds. `low` and `high` are multiples of `step`.
+    Only the square bucket may have sides out of these bounds. `low` and `high` are multiples of `step`.
     """
     area = resolution[0] * resolution[1]
     square = max(step, int(math.sqrt(area) // step) * step)
@@ -57,7 +57,7 @@ class BucketRule:
 
     >>> from library.data.config_keys import SubsetConfig
     >>> rule = BucketRule(DatasetConfig(resolution=512, enable_bucket=True, subsets=(SubsetConfig(image_dir="x"),)))
-    >>> rule.place(1920, 1080).bucket
+    >>> rule.assign(1920, 1080).bucket
     (640, 384)
     """
 
@@ -68,13 +68,13 @@ class BucketRule:
         self.buckets = [config.resolution]
         if config.enable_bucket and not self.keeps_size:
             self.buckets = bucket_list(config.resolution, *config.bucket_bounds, self.step)
-        self._own_sizes = frozenset(self.buckets)
+        self._bucket_set = frozenset(self.buckets)
         self._ratios = np.array([width / height for width, height in self.buckets])
 
-    def place(self, width: int, height: int) -> Placement:
-        """Bucket, resized size and middle cut for an image of the given size.
+    def assign(self, width: int, height: int) -> BucketAssignment:
+        """The bucket, resized size and centre crop of an image of the given size.
 
-        Without buckets every image is resized to cover `resolution` and cut.
+        Without enable_bucket every image is resized to cover `resolution` and cropped to it.
         """
         if width < 1 or height < 1:
             raise ValueError(f"an image of {width} x {height} pixels")
@@ -87,25 +87,25 @@ class BucketRule:
         thin = min(bucket) == 0
         if thin:
             bucket, resized = self._enlarged_to_a_step(width, height)
-        return Placement(
+        return BucketAssignment(
             bucket=bucket,
             resized=resized,
-            crop=((resized[0] - bucket[0]) // 2, (resized[1] - bucket[1]) // 2),
+            corner=((resized[0] - bucket[0]) // 2, (resized[1] - bucket[1]) // 2),
             ar_error=bucket[0] / bucket[1] - width / height,
             fits=not thin and resized[0] * resized[1] <= 4 * bucket[0] * bucket[1],
         )
 
     def _nearest(self, width: int, height: int) -> Size:
-        """The image's own size if it is a bucket, else the bucket of the nearest ratio, the first of equals."""
-        if (width, height) in self._own_sizes:
+        """The image's own size if it is a bucket, else the first bucket of the nearest aspect ratio."""
+        if (width, height) in self._bucket_set:
             return width, height
         return self.buckets[int(np.argmin(np.abs(self._ratios - width / height)))]
 
     def _size_without_enlarging(self, width: int, height: int) -> Size:
-        """bucket_no_upscale: the image's own size, or if it is too large, one of at most the area of `resolution`.
+        """The resized size with bucket_no_upscale: the image's own, or one of at most the area of `resolution`.
 
-        Then one side becomes a multiple of the step, whichever keeps the ratio of the bucket nearer to the image's.
-        Rounding to whole pixels may exceed the area by under a pixel of the shorter side.
+        In the second case one side becomes a multiple of the step: the side that keeps the ratio nearer to the image's.
+        Rounding to whole pixels may exceed the area by less than one row of pixels.
         """
         area = self.resolution[0] * self.resolution[1]
         if width * height <= area:
@@ -118,15 +118,15 @@ class BucketRule:
         by_height = _round(high) // step * step
         by_height_wide = _round(by_height * ratio) // step * step
         if not all((by_width, by_width_high, by_height, by_height_wide)):
-            return 0, 0  # so long or so small that no multiple of the step fits
+            return 0, 0  # a side is shorter than the step
         if abs(by_width / by_width_high - ratio) < abs(by_height_wide / by_height - ratio):
             return by_width, _round(by_width / ratio)
         return _round(by_height * ratio), by_height
 
     def _enlarged_to_a_step(self, width: int, height: int) -> tuple[Size, Size]:
-        """Bucket and resized size of an image whose shorter side would be under one step: it becomes one step.
+        """Bucket and resized size of an image whose shorter side would be less than one step: that side becomes one step.
 
-        The longer side of the bucket stays within the area of `resolution`, the rest is cut away.
+        The longer side of the bucket stays within the area of `resolution`; the rest of the image is cropped away.
         """
         step = self.step
         longest = max(step, self.resolution[0] * self.resolution[1] // step // step * step)
@@ -136,7 +136,7 @@ class BucketRule:
 
 
 def _cover(image: Size, bucket: Size) -> Size:
-    """The image's size after it was scaled so that it just covers the bucket."""
+    """The size of the image scaled so that it just covers the bucket."""
     width, height = image
     is_wider = width / height > bucket[0] / bucket[1]
     scale = bucket[1] / height if is_wider else bucket[0] / width
@@ -152,10 +152,10 @@ class BucketCount:
     with_repeats: int
 
 
-def count_buckets(placed: Iterable[tuple[Size, int]]) -> list[BucketCount]:
+def count_buckets(used: Iterable[tuple[Size, int]]) -> list[BucketCount]:
     """Count (bucket, repeats) of every image; ascending by bucket."""
     counts: dict[Size, list[int]] = {}
-    for bucket, repeats in placed:
+    for bucket, repeats in used:
         entry = counts.setdefault(bucket, [0, 0])
         entry[0] += 1
         entry[1] += repeats
@@ -190,7 +190,7 @@ def bucket_info(counts: list[BucketCount], ar_errors: Iterable[float]) -> dict:
 
 
 def wrong_sides(config: DatasetConfig, step: int, model: str) -> str | None:
-    """What is wrong with a dataset for a model whose sides must be multiples of `step`, with the cure; None if nothing is."""
+    """The error of a dataset for a model whose sides must be multiples of `step`, with the cure; None if it has none."""
     if config.enable_bucket:
         if config.bucket_reso_steps % step:
             given = config.bucket_reso_steps
@@ -204,26 +204,26 @@ def wrong_sides(config: DatasetConfig, step: int, model: str) -> str | None:
 
 
 def better_bound(config: DatasetConfig, images: Iterable[tuple[Size, int]]) -> tuple[float, int, float] | None:
-    """Whether max_bucket_reso makes images much smaller than `resolution` asks for.
+    """A better max_bucket_reso for a dataset whose images the present one makes much smaller than `resolution`.
 
-    images: size and uses of each kind. Returns the share of the training area that images get on average, a better
-    max_bucket_reso, and the share with that; None if there is little to gain.
+    images: (size, number of uses). Returns the share of the training area that images get on average, the better
+    max_bucket_reso, and the share with it; None if the gain is less than MIN_GAIN.
     """
     if not config.enable_bucket or config.bucket_no_upscale:
         return None
     images = list(images)
     share = _share_of_area(config, images)
     bound = -(-2 * max(config.resolution) // config.bucket_reso_steps) * config.bucket_reso_steps
-    if share >= 1 - LITTLE or bound <= config.max_bucket_reso:
+    if share >= 1 - MIN_GAIN or bound <= config.max_bucket_reso:
         return None
     better = _share_of_area(config.model_copy(update={"max_bucket_reso": bound}), images)
-    return (share, bound, better) if better - share >= LITTLE else None
+    return (share, bound, better) if better - share >= MIN_GAIN else None
 
 
 def _share_of_area(config: DatasetConfig, images: Iterable[tuple[Size, int]]) -> float:
-    """The buckets' area as a share of that of `resolution`, on average over the uses of the images."""
+    """The area of the images' buckets as a share of the area of `resolution`, averaged over the uses of the images."""
     rule, area, uses = BucketRule(config), 0, 0
     for size, count in images:
-        area += math.prod(rule.place(*size).bucket) * count
+        area += math.prod(rule.assign(*size).bucket) * count
         uses += count
     return area / (uses * math.prod(config.resolution)) if uses else 1.0

@@ -1,4 +1,4 @@
-"""The files of a cache beside the images: written whole or not at all, and made again if they are damaged."""
+"""The files of the caches beside the images: written whole or not at all; damaged ones are encoded again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def shapes_in(path: Path) -> dict[str, list[int]]:
-    """The shapes of a file's tensors by their names. Nothing if there is no such file, or a damaged one, which is logged."""
+    """The shapes of a file's tensors by name. Empty if there is no such file, or if it is damaged, which is logged."""
     if not path.exists():
         return {}
     try:
@@ -33,7 +33,7 @@ def save(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def require_writable(folder: Path, option: str, instead: str) -> None:
-    """Make a cache's folder. Raises UserError, naming the option that asks for it and the one that does without, if it cannot."""
+    """Make a cache's folder. Raises UserError if it cannot be written, naming `option` and `instead`, which needs no folder."""
     try:
         folder.mkdir(exist_ok=True)
         probe = folder / f".probe-{uuid.uuid4().hex[:8]}"  # several processes may try at once

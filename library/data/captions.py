@@ -1,4 +1,4 @@
-"""Captions: found beside the image, and changed at each use as the subset asks."""
+"""Captions: read from files beside the images, and processed at each use (dropout, shuffling, ...)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 def caption_candidates(image_path: Path, extension: str) -> list[Path]:
-    """Where a caption may lie, best first. Face crops "name_cx_cy_w_h.png" share the caption "name" of their image."""
+    """Paths of an image's caption, best first. A face crop "name_cx_cy_w_h.png" may share the caption "name" of its image."""
     candidates = [image_path.with_name(image_path.stem + extension)]
     parts = image_path.stem.split("_")
     if len(parts) >= 5:
@@ -34,8 +34,8 @@ def caption_candidates(image_path: Path, extension: str) -> list[Path]:
 def read_caption(image_path: Path, subset: SubsetConfig) -> str | None:
     """The caption of an image: from its file, else the class tokens, else None.
 
-    The first line that is not blank counts; with enable_wildcard all of them do, kept apart by line ends.
-    An empty file is an empty caption, and is said. Raises UserError if the file is no UTF-8.
+    It is the first line that is not blank; with enable_wildcard all lines that are not blank, joined by line ends.
+    An empty file gives an empty caption, with a warning. Raises UserError if the file is not UTF-8.
     """
     for path in map(_as_on_disk, caption_candidates(image_path, subset.caption_extension)):
         try:
@@ -43,7 +43,7 @@ def read_caption(image_path: Path, subset: SubsetConfig) -> str | None:
         except FileNotFoundError:
             continue
         except OSError as error:
-            if error.errno == errno.ENAMETOOLONG:  # with the suffix; so there is no such file
+            if error.errno == errno.ENAMETOOLONG:  # only with the suffix; so there is no such file
                 continue
             raise UserError(f"caption {path} cannot be read: {error.strerror or error}") from error
         return _caption_in(content, path, subset)
@@ -51,7 +51,7 @@ def read_caption(image_path: Path, subset: SubsetConfig) -> str | None:
 
 
 def _as_on_disk(path: Path) -> Path:
-    """The caption's path, with the accents of its name as its folder has them: image and caption may come from two systems."""
+    """The path with its accents encoded as in its folder: image and caption may come from two systems."""
     if path.name.isascii():
         return path
     return path.with_name(names_by_look(path.parent).get(unicodedata.normalize("NFC", path.name), path.name))
@@ -67,22 +67,22 @@ def _caption_in(content: bytes, path: Path, subset: SubsetConfig) -> str:
         log.warning("caption %s is empty; the image is trained with an empty caption", path)
         return ""
     if len(lines) > 1 and not subset.enable_wildcard:
-        say_first_line_counts(path.parent)
+        warn_of_unused_lines(path.parent)
     return "\n".join(lines) if subset.enable_wildcard else lines[0]
 
 
 @cache
-def say_first_line_counts(place: Path) -> None:
-    """Once a folder or metadata file: it may hold thousands of such captions."""
-    log.warning("%s: there are captions of more than one line; only the first line is used (enable_wildcard uses all)", place)
+def warn_of_unused_lines(source: Path) -> None:
+    """Warn once for each folder or metadata file, which may hold thousands of captions of several lines."""
+    log.warning("%s: there are captions of more than one line; only the first line is used (enable_wildcard uses all)", source)
 
 
 def process_caption(
     caption: str, subset: SubsetConfig, rng: random.Random, *, epoch: int, step: int, max_train_steps: int
 ) -> str:
-    """The caption as one use of the image sees it.
+    """The caption for one use of the image.
 
-    `epoch` counts from 1, `step` (of the optimizer, for the tag warm-up) from 0. All chance comes from `rng`.
+    `epoch` counts from 1; `step`, of the optimizer, from 0 (for token_warmup_step). All random numbers come from `rng`.
     """
     if _is_dropped(subset, rng, epoch):
         return ""
@@ -94,13 +94,13 @@ def process_caption(
 
     has_marks = bool(subset.keep_tokens_separator) and subset.keep_tokens_separator in caption
     if has_marks or subset.shuffle_caption or subset.token_warmup_step > 0 or subset.caption_tag_dropout_rate > 0:
-        head, flexible, tail = _split(caption, subset)
-        flexible = flexible[: _warmed_up(len(flexible), subset, step, max_train_steps)]
+        head, tags, tail = _split(caption, subset)
+        tags = tags[: _tags_in_use(len(tags), subset, step, max_train_steps)]
         if subset.shuffle_caption:
-            rng.shuffle(flexible)
+            rng.shuffle(tags)
         if subset.caption_tag_dropout_rate > 0:
-            flexible = [piece for piece in flexible if rng.random() >= subset.caption_tag_dropout_rate]
-        caption = joint(subset).join(head + flexible + tail)
+            tags = [tag for tag in tags if rng.random() >= subset.caption_tag_dropout_rate]
+        caption = tag_joiner(subset).join(head + tags + tail)
     if subset.secondary_separator:
         caption = caption.replace(subset.secondary_separator, subset.caption_separator)
     return caption
@@ -120,7 +120,7 @@ def _with_prefix_and_suffix(caption: str, subset: SubsetConfig) -> str:
 
 
 def _choose_alternatives(caption: str, rng: random.Random) -> str:
-    """Replace each {a|b|c} by one of its parts, the inner ones first; {{ and }} are braces unless nesting explains them."""
+    """Replace each {a|b|c} by one of its parts, inner ones first. {{ and }} stand for braces, unless alternatives are nested."""
     escaped = caption.replace("{{", "\0").replace("}}", "\1")
     nested = not _is_balanced(escaped) and _is_balanced(caption)  # such as {red|{light|dark}}
     before, caption = "", caption if nested else escaped
@@ -130,7 +130,7 @@ def _choose_alternatives(caption: str, rng: random.Random) -> str:
 
 
 def _is_balanced(caption: str) -> bool:
-    """Whether each brace has its partner."""
+    """Whether every brace is closed."""
     depth = 0
     for letter in caption:
         depth += (letter == "{") - (letter == "}")
@@ -140,27 +140,27 @@ def _is_balanced(caption: str) -> bool:
 
 
 def _split(caption: str, subset: SubsetConfig) -> tuple[list[str], list[str], list[str]]:
-    """Pieces at the head and the tail, which stay as they are, and those between. Blank pieces are left out."""
+    """Tags of the head, of the middle and of the tail; head and tail are never shuffled or dropped. Blank tags are left out."""
     mark = subset.keep_tokens_separator
     if mark and mark in caption:
         parts = caption.split(mark, 2)
-        head, flexible, tail = (_pieces(part, subset) for part in [*parts, ""][:3])
-        return head, flexible, tail
-    pieces = _pieces(caption, subset)
-    return pieces[: subset.keep_tokens], pieces[subset.keep_tokens :], []
+        head, middle, tail = (_tags(part, subset) for part in [*parts, ""][:3])
+        return head, middle, tail
+    tags = _tags(caption, subset)
+    return tags[: subset.keep_tokens], tags[subset.keep_tokens :], []
 
 
-def _pieces(text: str, subset: SubsetConfig) -> list[str]:
-    return [piece.strip() for piece in text.split(subset.caption_separator) if piece.strip()]
+def _tags(text: str, subset: SubsetConfig) -> list[str]:
+    return [tag.strip() for tag in text.split(subset.caption_separator) if tag.strip()]
 
 
-def joint(subset: SubsetConfig) -> str:
-    """What joins the pieces: the separator they were split at, a comma with its usual blank."""
+def tag_joiner(subset: SubsetConfig) -> str:
+    """The text between joined tags: the separator at which they were split; after a comma also a blank."""
     return ", " if subset.caption_separator == "," else subset.caption_separator
 
 
-def _warmed_up(count: int, subset: SubsetConfig, step: int, max_train_steps: int) -> int:
-    """How many of `count` pieces are used: token_warmup_min at step 0, growing evenly to all at token_warmup_step."""
+def _tags_in_use(count: int, subset: SubsetConfig, step: int, max_train_steps: int) -> int:
+    """How many of `count` tags are used: token_warmup_min at step 0, linearly more until all at token_warmup_step."""
     warmup, least = subset.token_warmup_step, subset.token_warmup_min
     if warmup < 1:
         warmup = math.floor(warmup * max_train_steps)
@@ -170,18 +170,18 @@ def _warmed_up(count: int, subset: SubsetConfig, step: int, max_train_steps: int
 
 
 def caption_is_fixed(subset: SubsetConfig) -> bool:
-    """True if each image has one and the same caption at every use."""
-    return not _in_use(subset, "caption", "dropout")
+    """Whether each image has the same caption at every use."""
+    return not _has_any(subset, "caption", "dropout")
 
 
-def _in_use(subset: SubsetConfig, *varies: str) -> bool:
-    """Whether a key is set that makes this different from use to use."""
+def _has_any(subset: SubsetConfig, *varies: str) -> bool:
+    """Whether a key of the subset is set that has one of these values of `Traits.varies`."""
     return any(getattr(subset, key) for key in fields_with(type(subset), varies=varies))
 
 
-def caption_variants(caption: str, subset: SubsetConfig) -> tuple[str, ...] | None:
-    """All that `process_caption` can make of a caption: the text, and "" if it may be dropped. None if there are many."""
-    if _in_use(subset, "caption"):
+def possible_captions(caption: str, subset: SubsetConfig) -> tuple[str, ...] | None:
+    """All results of `process_caption`: the text, and "" if it may be dropped. None if other keys change captions."""
+    if _has_any(subset, "caption"):
         return None
     kept = without(subset, "dropout")
     text = process_caption(caption, kept, random.Random(0), epoch=1, step=0, max_train_steps=0)
@@ -189,13 +189,13 @@ def caption_variants(caption: str, subset: SubsetConfig) -> tuple[str, ...] | No
 
 
 def count_tags(captions: Iterable[str]) -> dict[str, int]:
-    """Pieces between commas, in lower case, with the number of times they occur (`ss_tag_frequency`)."""
+    """How often each tag occurs, in lower case; tags end at commas (`ss_tag_frequency`)."""
     return dict(
         Counter(
             tag
             for caption in captions
             for line in caption.split("\n")
-            for piece in line.split(",")
-            if (tag := piece.strip().lower())
+            for part in line.split(",")
+            if (tag := part.strip().lower())
         )
     )

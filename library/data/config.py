@@ -1,6 +1,7 @@
-"""From a dataset file or folders to complete datasets: which key may stand where, which value wins, and what is refused.
+"""From a dataset file, folders or a metadata file to complete datasets: which keys are allowed where, and which values hold.
 
-A value is taken from the first place that has one: subset, dataset, [general], command line, default.
+A value comes from the first of these that has one: subset, dataset, [general], command line, default. In the functions here,
+`where` is the file and table (or the option) that an error message names.
 """
 
 from __future__ import annotations
@@ -40,16 +41,16 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-# The ecosystem knows these keys, each with the reason why it is refused unless it asks for nothing.
-REFUSED = {
+# Keys of sd-scripts that are errors here, with the reason, unless they have their value of HARMLESS.
+UNSUPPORTED = {
     "custom_attributes": "prior preservation is done with is_reg images here; take it out",
     "network_multiplier": "sd-scripts takes it and does nothing with it; take it out",
     "cache_info": "sizes are read from image headers at every start, which is fast, and captions anew; take it out",
 }
 HARMLESS = {"custom_attributes": {}, "network_multiplier": 1.0, "cache_info": False}
-# Keys that tell a file of training options from a dataset file.
-OF_TRAINING = {"pretrained_model_name_or_path", "network_module", "output_dir", "train_data_dir", "learning_rate"}
-# What a subset with a metadata_file takes from that file.
+# Keys by which a file of training options is recognised.
+TRAINING_KEYS = {"pretrained_model_name_or_path", "network_module", "output_dir", "train_data_dir", "learning_rate"}
+# Keys that a subset with a metadata_file must not have: the file takes their place.
 NOT_WITH_METADATA = ("is_reg", "class_tokens", "caption_extension")
 COMMAND_LINE_ONLY = ("prior_loss_weight", "max_token_length", "debug_dataset")
 
@@ -59,10 +60,10 @@ _GENERAL, _DATASET, _SUBSET = "[general]", "[[datasets]]", "[[datasets.subsets]]
 
 
 def datasets_from_file(path: Path, defaults: DatasetDefaults) -> list[DatasetConfig]:
-    """Read `--dataset_config`. Raises UserErrors, naming file, table and key, with whatever is wrong in it."""
+    """Read `--dataset_config`. Raises UserErrors with everything that is wrong in it, naming file, table and key."""
     path = Path(path)
     tables = read_config_file(path)
-    if "datasets" not in tables and {**tables, **_inner(tables)}.keys() & OF_TRAINING:
+    if "datasets" not in tables and {**tables, **_keys_of_tables(tables)}.keys() & TRAINING_KEYS:
         raise UserError(f"--dataset_config {path} holds options of the training; give it as --config_file={path}")
     problems = Problems()
     problems.of(_refuse_wrong_keys, tables, ("general", "datasets"), f"{path}, top level")
@@ -85,37 +86,37 @@ def _warn_of_inner_images(datasets: list[DatasetConfig], more_used: Collection[P
     warn_of_inner_images((s.image_dir for s in subsets if s.metadata_file is None), [*used, *more_used])
 
 
-def _inner(tables: dict[str, Any]) -> dict[str, Any]:
+def _keys_of_tables(tables: dict[str, Any]) -> dict[str, Any]:
     return {key: value for table in tables.values() if isinstance(table, dict) for key, value in table.items()}
 
 
 def _dataset_from_table(
-    table: dict[str, Any], general: dict[str, Any] | None, defaults: DatasetDefaults, path: Path, place: str
+    table: dict[str, Any], general: dict[str, Any] | None, defaults: DatasetDefaults, path: Path, where: str
 ) -> DatasetConfig:
-    """One of `[[datasets]]`; `general` is None if that table is wrong. Raises UserErrors with all that is wrong in it."""
+    """One of `[[datasets]]`. Raises UserErrors with everything that is wrong in it. `general` is None if that table is wrong."""
     problems = Problems()
-    problems.of(_refuse_wrong_keys, table, ("subsets", *_DATASET_TABLE.model_fields), place)
+    problems.of(_refuse_wrong_keys, table, ("subsets", *_DATASET_TABLE.model_fields), where)
     own = {key: value for key, value in table.items() if key != "subsets" and key in _DATASET_TABLE.model_fields}
-    checked = problems.of(_checked, _DATASET_TABLE, own, place)
+    checked = problems.of(_checked, _DATASET_TABLE, own, where)
     in_file = {**(general or {}), **(checked or {})}
     values = {**defaults.model_dump(exclude_none=True), **in_file}
-    subset_tables = problems.of(_list_of_tables, table, "subsets", _SUBSET, place) or []
-    problems.of(_refuse_mixture, subset_tables, place)
-    subsets = problems.of(_subsets_from_tables, subset_tables, values, path, place) or []
-    if None not in (general, checked):  # else it may be the wrong value of a table above that is missing here
-        problems.of(_require_resolution, values, place)
-    problems.tell()
-    dataset = _dataset(values, subsets, place)
-    _warn_without_effect(in_file, dataset, place)
+    subset_tables = problems.of(_list_of_tables, table, "subsets", _SUBSET, where) or []
+    problems.of(_refuse_mixed_sources, subset_tables, where)
+    subsets = problems.of(_subsets_from_tables, subset_tables, values, path, where) or []
+    if None not in (general, checked):  # else the resolution may be missing because its table is wrong
+        problems.of(_require_resolution, values, where)
+    problems.raise_found()
+    dataset = _dataset(values, subsets, where)
+    _warn_without_effect(in_file, dataset, where)
     return dataset
 
 
 def datasets_from_folders(
     train_data_dir: Path, reg_data_dir: Path | None, defaults: DatasetDefaults, masks: Path | None = None
 ) -> list[DatasetConfig]:
-    """One dataset from `--train_data_dir` and `--reg_data_dir`: see `folders.image_subsets` for which folders are used.
+    """One dataset from `--train_data_dir` and `--reg_data_dir`; for the folders that are used see `folders.image_subsets`.
 
-    `masks` (`--conditioning_data_dir`) holds the same folders as `train_data_dir` again, with the masks of the images.
+    `masks` (`--conditioning_data_dir`) has the same folders as `train_data_dir`, with the masks of the images.
     """
     values = defaults.model_dump(exclude_none=True)
     where, subsets, problems = f"--train_data_dir={train_data_dir}", [], Problems()
@@ -123,17 +124,17 @@ def datasets_from_folders(
         if parent is None:
             continue
         for found in problems.of(image_subsets, parent, option) or ():
-            place = masks / found.image_dir.relative_to(as_on_disk(parent)) if masks and not is_reg else None
-            place = place and as_on_disk(place)
-            own = {"num_repeats": found.num_repeats, "class_tokens": found.class_tokens, "conditioning_data_dir": place}
+            mask_dir = masks / found.image_dir.relative_to(as_on_disk(parent)) if masks and not is_reg else None
+            mask_dir = mask_dir and as_on_disk(mask_dir)
+            own = {"num_repeats": found.num_repeats, "class_tokens": found.class_tokens, "conditioning_data_dir": mask_dir}
             own = {key: value for key, value in own.items() if value is not None}
-            if place and not place.is_dir():
-                problems.found.append(f"--conditioning_data_dir={masks}: there is no folder {place} for {found.image_dir}")
+            if mask_dir and not mask_dir.is_dir():
+                problems.found.append(f"--conditioning_data_dir={masks}: there is no folder {mask_dir} for {found.image_dir}")
             subsets.append(problems.of(_subset_of_folder, {**values, **own, "is_reg": is_reg}, found.image_dir, option))
     problems.of(_require_resolution, values, where)
     dataset = _dataset(values, problems.results(subsets), where)
     parents = [folder for folder in (train_data_dir, reg_data_dir, masks) if folder]
-    # Of those directly below the parent folder `image_subsets` speaks.
+    # `image_subsets` has warned of unused images in subfolders of the parent folders.
     inner = [subset for subset in dataset.subsets if os.path.abspath(subset.image_dir) not in map(os.path.abspath, parents)]
     _warn_of_inner_images([dataset.model_copy(update={"subsets": tuple(inner)})], parents)
     return [dataset]
@@ -146,7 +147,7 @@ def _subset_of_folder(values: dict[str, Any], image_dir: Path, option: str) -> S
 
 
 def datasets_from_metadata(in_json: Path, image_dir: Path | None, defaults: DatasetDefaults) -> list[DatasetConfig]:
-    """One dataset from `--in_json`, whose images lie in `--train_data_dir`, else where the file says or beside it."""
+    """One dataset from `--in_json`. Its images are in `--train_data_dir`, else where the file says or beside it."""
     where, problems = f"--in_json={in_json}", Problems()
     in_json, image_dir = as_on_disk(Path(in_json)), image_dir and as_on_disk(image_dir)
     if not in_json.is_file():
@@ -155,76 +156,76 @@ def datasets_from_metadata(in_json: Path, image_dir: Path | None, defaults: Data
         problems.found.append(f"--train_data_dir={image_dir}: no such folder; looked in {Path.cwd()}")
     values = defaults.model_dump(exclude_none=True)
     problems.of(_require_resolution, values, where)
-    problems.tell()
+    problems.raise_found()
     subset = _subset({**values, "metadata_file": in_json, "image_dir": image_dir or Path(in_json).parent}, where)
     return [_dataset(values, [subset], where)]
 
 
-def _subsets_from_tables(tables: list[dict], values: dict[str, Any], path: Path, place: str) -> list[SubsetConfig]:
-    """The `[[datasets.subsets]]` of one dataset; `values` are those that hold unless a subset says otherwise."""
+def _subsets_from_tables(tables: list[dict], values: dict[str, Any], path: Path, where: str) -> list[SubsetConfig]:
+    """The `[[datasets.subsets]]` of one dataset; `values` hold for all keys that a subset does not have."""
     problems = Problems()
     subsets = problems.results(
-        problems.of(_subset_from_table, table, values, path, f"{place}, {_SUBSET} {number}")
+        problems.of(_subset_from_table, table, values, path, f"{where}, {_SUBSET} {number}")
         for number, table in enumerate(tables, start=1)
     )
-    _refuse_twins(subsets, place)
+    _refuse_duplicates(subsets, where)
     return subsets
 
 
 def _subset_from_table(table: dict[str, Any], values: dict[str, Any], path: Path, where: str) -> SubsetConfig:
-    """One of `[[datasets.subsets]]`. Raises UserErrors with all that is wrong in it."""
+    """One of `[[datasets.subsets]]`. Raises UserErrors with everything that is wrong in it."""
     problems = Problems()
     own = {**values, **_checked(_SUBSET_TABLE, table, where)}
     if "metadata_file" in own:
-        problems.of(_refuse_what_metadata_says, table, where)
-        own["metadata_file"] = problems.of(_existing, own["metadata_file"], path, where, "metadata_file")
+        problems.of(_refuse_keys_beside_metadata, table, where)
+        own["metadata_file"] = problems.of(_existing_path, own["metadata_file"], path, where, "metadata_file")
         own.setdefault("image_dir", (own["metadata_file"] or path).parent)
     if "image_dir" not in own:
         problems.found.append(f"{where}: image_dir is missing; write image_dir = 'path/of/the/images'")
     for key in ("image_dir", "conditioning_data_dir"):
         if key in own:
-            own[key] = problems.of(_existing, own[key], path, where, key)
-    problems.tell()
+            own[key] = problems.of(_existing_path, own[key], path, where, key)
+    problems.raise_found()
     subset = _subset(own, where)
     if subset.metadata_file is None:
         check_images(subset.image_dir, subset.caption_extension, where)
     return subset
 
 
-def _list_of_tables(table: dict[str, Any], key: str, brackets: str, place: str) -> list[dict[str, Any]]:
+def _list_of_tables(table: dict[str, Any], key: str, brackets: str, where: str) -> list[dict[str, Any]]:
     tables = table.get(key, [])
     if not isinstance(tables, list) or not all(isinstance(entry, dict) for entry in tables):
-        raise UserError(f"{place}: {key} must be a list of tables; write {brackets} with double brackets")
+        raise UserError(f"{where}: {key} must be a list of tables; write {brackets} with double brackets")
     if not tables:
-        raise UserError(f"{place}: there is no {brackets}; add one")
+        raise UserError(f"{where}: there is no {brackets}; add one")
     return tables
 
 
-def _checked(model: type[BaseModel], table: dict[str, Any], place: str) -> dict[str, Any]:
-    """The values of one table that are set, checked. Raises UserError for a wrong key or value."""
-    _refuse_wrong_keys(table, model.model_fields, place)
+def _checked(model: type[BaseModel], table: dict[str, Any], where: str) -> dict[str, Any]:
+    """The values of one table, checked. Raises UserErrors for wrong keys or values."""
+    _refuse_wrong_keys(table, model.model_fields, where)
     try:
         return model(**table).model_dump(exclude_none=True)
     except ValidationError as error:
-        raise UserErrors([_wrong_value(table, problem, place) for problem in error.errors()]) from error
+        raise UserErrors([_wrong_value(table, problem, where) for problem in error.errors()]) from error
 
 
-def _wrong_value(table: dict[str, Any], problem: Any, place: str) -> str:
+def _wrong_value(table: dict[str, Any], problem: Any, where: str) -> str:
     key = str(problem["loc"][0])
     shown = json.dumps(table[key], ensure_ascii=False, default=str)
-    return f"{place}: {key} = {shown}: expected {describe_problem(problem)}"
+    return f"{where}: {key} = {shown}: expected {describe_problem(problem)}"
 
 
-def _refuse_mixture(tables: list[dict], place: str) -> None:
-    """Images of a metadata file and those of a folder come from different worlds."""
+def _refuse_mixed_sources(tables: list[dict], where: str) -> None:
+    """Raises UserError if only some subsets of a dataset have a metadata_file."""
     with_file = [number for number, table in enumerate(tables, start=1) if "metadata_file" in table]
     if 0 < len(with_file) < len(tables):
         raise UserError(
-            f"{place}: {_SUBSET} {with_file[0]} has a metadata_file and others have none; make two {_DATASET} of them"
+            f"{where}: {_SUBSET} {with_file[0]} has a metadata_file and others have none; make two {_DATASET} of them"
         )
 
 
-def _refuse_what_metadata_says(table: dict[str, Any], where: str) -> None:
+def _refuse_keys_beside_metadata(table: dict[str, Any], where: str) -> None:
     keys = [key for key in NOT_WITH_METADATA if key in table]
     if keys:
         raise UserErrors(
@@ -232,29 +233,29 @@ def _refuse_what_metadata_says(table: dict[str, Any], where: str) -> None:
         )
 
 
-def _refuse_wrong_keys(table: dict[str, Any], allowed: Collection[str], place: str) -> None:
+def _refuse_wrong_keys(table: dict[str, Any], allowed: Collection[str], where: str) -> None:
     for key in [key for key, nothing in HARMLESS.items() if key in table and table[key] == nothing]:
         del table[key]
-    wrong = [str(_wrong_key(key, allowed, place)) for key in table if key not in allowed]
+    wrong = [str(_wrong_key(key, allowed, where)) for key in table if key not in allowed]
     if wrong:
         raise UserErrors(wrong)
 
 
-def _wrong_key(key: str, allowed: Collection[str], place: str) -> UserError:
-    if key in REFUSED:
-        return UserError(f"{place}: the key '{key}' is not supported: {REFUSED[key]}")
+def _wrong_key(key: str, allowed: Collection[str], where: str) -> UserError:
+    if key in UNSUPPORTED:
+        return UserError(f"{where}: the key '{key}' is not supported: {UNSUPPORTED[key]}")
     if key in COMMAND_LINE_ONLY:
-        return UserError(f"{place}: '{key}' is no dataset key; give it on the command line as --{key}")
+        return UserError(f"{where}: '{key}' is no dataset key; give it on the command line as --{key}")
     homes = {**dict.fromkeys(SHARED_KEYS, f"{_GENERAL}, {_DATASET} or {_SUBSET}"), "subsets": f"{_DATASET}, as {_SUBSET}"}
     homes |= {**dict.fromkeys(DATASET_KEYS, f"{_GENERAL} or {_DATASET}"), **dict.fromkeys(SUBSET_ONLY, _SUBSET)}
     if key in homes:
-        return UserError(f"{place}: the key '{key}' does not belong here; it belongs in {homes[key]}")
-    # A slip of the pen in a key of another level should be recognised as well.
-    return unknown("key", key, {*allowed, *homes} - ({"subsets"} - {*allowed}), place)
+        return UserError(f"{where}: the key '{key}' does not belong here; it belongs in {homes[key]}")
+    # Suggest keys of the other levels too.
+    return unknown("key", key, {*allowed, *homes} - ({"subsets"} - {*allowed}), where)
 
 
-def _existing(given: Path, path: Path, where: str, key: str) -> Path:
-    """The folder or file of a key: relative to the current directory, else to the dataset file."""
+def _existing_path(given: Path, path: Path, where: str, key: str) -> Path:
+    """The existing folder or file that a key names: relative to the current folder, else to the dataset file."""
     beside, is_file = path.parent / given, key == "metadata_file"
     for candidate in (as_on_disk(given), as_on_disk(beside)):
         if candidate.is_file() if is_file else candidate.is_dir():
@@ -271,21 +272,21 @@ def _existing(given: Path, path: Path, where: str, key: str) -> Path:
     raise UserError(f"{where}: {key} = {given}: there is no {'file' if is_file else 'folder'} {looked}")
 
 
-def _refuse_twins(subsets: list[SubsetConfig], place: str) -> None:
+def _refuse_duplicates(subsets: list[SubsetConfig], where: str) -> None:
     seen: dict[str, int] = {}
     for number, subset in enumerate(subsets, start=1):
         key = "metadata_file" if subset.metadata_file else "image_dir"
         real = os.path.normcase(os.path.realpath(getattr(subset, key)))
         if real in seen:
             raise UserError(
-                f"{place}: {_SUBSET} {seen[real]} and {number} have the same {key} {getattr(subset, key)}; raise "
+                f"{where}: {_SUBSET} {seen[real]} and {number} have the same {key} {getattr(subset, key)}; raise "
                 f"num_repeats of one instead, or put them in two {_DATASET}"
             )
         seen[real] = number
 
 
 def _subset(values: dict[str, Any], where: str) -> SubsetConfig:
-    return _complete(SubsetConfig, {key: value for key, value in values.items() if key in SubsetConfig.model_fields}, where)
+    return _validated(SubsetConfig, {key: value for key, value in values.items() if key in SubsetConfig.model_fields}, where)
 
 
 def _require_resolution(values: dict[str, Any], where: str) -> None:
@@ -297,7 +298,7 @@ def _dataset(values: dict[str, Any], subsets: list[SubsetConfig], where: str) ->
     if all(subset.is_reg for subset in subsets):
         raise UserError(f"{where}: all subsets are regularisation images (is_reg); add one with the images to learn")
     own = {key: value for key, value in values.items() if key in DatasetConfig.model_fields}
-    dataset = _complete(DatasetConfig, {**own, "subsets": tuple(subsets)}, where)
+    dataset = _validated(DatasetConfig, {**own, "subsets": tuple(subsets)}, where)
     given, used = (dataset.min_bucket_reso, dataset.max_bucket_reso), dataset.bucket_bounds
     if dataset.enable_bucket and not dataset.bucket_no_upscale and given != used:
         log.warning(
@@ -309,18 +310,18 @@ def _dataset(values: dict[str, Any], subsets: list[SubsetConfig], where: str) ->
     return dataset
 
 
-def _complete(model: type[BaseModel], values: dict[str, Any], where: str) -> Any:
-    """Single values are checked by now; what may still be wrong is how they go together."""
+def _validated(model: type[BaseModel], values: dict[str, Any], where: str) -> Any:
+    """A model of these values. Each value was checked before, so an error here is about their combination."""
     try:
         return model(**values)
     except ValidationError as error:
         problem = error.errors()[0]
-        key = f"{problem['loc'][0]} = {problem['input']}: expected " if problem["loc"] else ""  # the repeats in a folder's name
+        key = f"{problem['loc'][0]} = {problem['input']}: expected " if problem["loc"] else ""  # such as a folder's repeats
         raise UserError(f"{where}: {key}{describe_problem(problem)}") from error
 
 
-def _warn_without_effect(table: dict[str, Any], dataset: DatasetConfig, place: str) -> None:
-    """Bucket keys written in the file that choose nothing."""
+def _warn_without_effect(table: dict[str, Any], dataset: DatasetConfig, where: str) -> None:
+    """Warn about bucket keys of the file that have no effect."""
     idle = ["min_bucket_reso", "max_bucket_reso"]
     if not dataset.enable_bucket:
         idle, reason = [*idle, "bucket_reso_steps", "bucket_no_upscale"], "without enable_bucket"
@@ -330,4 +331,4 @@ def _warn_without_effect(table: dict[str, Any], dataset: DatasetConfig, place: s
         return
     written = [key for key in idle if key in table]
     if written:
-        log.warning("%s: %s no effect %s", place, " and ".join(written) + (" has" if len(written) == 1 else " have"), reason)
+        log.warning("%s: %s no effect %s", where, " and ".join(written) + (" has" if len(written) == 1 else " have"), reason)

@@ -1,7 +1,7 @@
-"""What to train on: the keys of datasets and subsets, their types, checks and defaults.
+"""The keys of datasets and subsets: types, checks and defaults.
 
-Keys and meaning are the ecosystem's; docs/train_README.md explains each. `SubsetConfig` and `DatasetConfig` are complete:
-every value is there, checked and frozen. How they come about is in config.py.
+Keys and meanings are those of sd-scripts; docs/train_README.md explains each. `SubsetConfig` and `DatasetConfig` are complete,
+checked and frozen; config.py makes them.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from library.errors import UserErrors
 from library.option_traits import fields_with, option
 from library.text_files import lines_of
 
-# Far beyond any use; a slip of the pen must not end in an overflow or fill the memory.
+# Far beyond any use, so that a typing error cannot overflow or fill the memory.
 MAX_COUNT = 1_000_000
 MAX_SIDE = 16_384  # pixels
 
 
 def _pair(kind: type, expected: str, value: Any) -> tuple:
-    """Two numbers as a tuple. ValueErrors here say what is expected; `describe_problem` builds the sentence around it."""
+    """Two numbers as a tuple. ValueErrors of this file say what is expected; `describe_problem` makes a sentence of it."""
     numbers = value if isinstance(value, (list, tuple)) else [value]
     if len(numbers) != 2 or any(isinstance(n, bool) or not isinstance(n, (int, kind)) for n in numbers):
         raise ValueError(f"{expected}, without quotes" if isinstance(value, str) else expected)
@@ -87,14 +87,14 @@ OneLine = Annotated[str | None, AfterValidator(_one_line)]
 
 
 class _Frozen(BaseModel):
-    # strict: "3" is no number and true is not 1; a whole number is accepted where a fraction may stand.
+    # strict: "3" is no number and true is not 1; but an integer is valid for a float.
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class SubsetConfig(_Frozen):
-    """One folder of images and how they are used. Field names are the keys of `[[datasets.subsets]]`.
+    """One folder of images and how to use them. Field names are the keys of `[[datasets.subsets]]`.
 
-    With a `metadata_file` the images are those that it lists, below `image_dir`.
+    With a `metadata_file` the images are those that the file lists, below `image_dir`.
     """
 
     image_dir: Annotated[Path, BeforeValidator(_path)] = option(path=True)
@@ -112,7 +112,7 @@ class SubsetConfig(_Frozen):
     caption_separator: Annotated[str, Field(min_length=1)] = ","
     keep_tokens_separator: str = option("", entry=True)
     secondary_separator: str | None = option(None, entry=True)
-    # Held-out images keep it: without it the braces would stay in their captions. The alternative is drawn by a fixed seed.
+    # Held-out images keep it, else braces would stay in their captions. A fixed seed chooses the alternatives.
     enable_wildcard: bool = option(False, varies="caption", held_out=True, entry=True)
     caption_prefix: OneLine = option(None, entry=True)
     caption_suffix: OneLine = option(None, entry=True)
@@ -127,13 +127,13 @@ class SubsetConfig(_Frozen):
 
 
 def without(subset: SubsetConfig, *varies: str) -> SubsetConfig:
-    """A subset's settings with every key at its default that makes captions or images vary in one of these ways."""
+    """A subset's settings; each key that has one of these values of `Traits.varies` gets its default."""
     fields = type(subset).model_fields
     return subset.model_copy(update={key: fields[key].get_default() for key in fields_with(type(subset), varies=varies)})
 
 
 class DatasetConfig(_Frozen):
-    """One dataset: its subsets share training size and batch size. Field names are the keys of `[[datasets]]`."""
+    """One dataset: subsets that share resolution and batch size. Field names are the keys of `[[datasets]]`."""
 
     resolution: Annotated[tuple[int, int], BeforeValidator(_resolution)]
     batch_size: Positive = option(1, record="ss_batch_size_per_device")
@@ -149,7 +149,7 @@ class DatasetConfig(_Frozen):
 
     @property
     def bucket_bounds(self) -> tuple[int, int]:
-        """Smallest and largest bucket side in pixels: min_bucket_reso rounded down and max_bucket_reso up to the step."""
+        """Smallest and largest bucket side in pixels: min_bucket_reso rounded down, max_bucket_reso rounded up to the step."""
         step = self.bucket_reso_steps
         return max(step, self.min_bucket_reso // step * step), -(-self.max_bucket_reso // step) * step
 
@@ -157,7 +157,7 @@ class DatasetConfig(_Frozen):
     def _check(self) -> DatasetConfig:
         low, high = self.bucket_bounds
         size = "x".join(map(str, self.resolution))
-        # With bucket_no_upscale the bounds choose nothing, so they refuse nothing either.
+        # With bucket_no_upscale the bounds have no effect, so they are not checked.
         if self.enable_bucket and not self.bucket_no_upscale:
             if low > high:
                 raise ValueError(f"min_bucket_reso {self.min_bucket_reso} is above max_bucket_reso {self.max_bucket_reso}")
@@ -176,7 +176,7 @@ DATASET_KEYS = tuple(key for key in DatasetConfig.model_fields if key != "subset
 
 
 def optional_keys(name: str, keys: tuple[str, ...], base: type[BaseModel] = _Frozen) -> type[BaseModel]:
-    """A model with some of the keys above and their checks, each of which may be left out (None)."""
+    """A pydantic model with these keys and their checks; each key is optional (None)."""
     known = {**DatasetConfig.model_fields, **SubsetConfig.model_fields}
     fields: dict[str, Any] = {}
     for key in keys:
@@ -186,15 +186,13 @@ def optional_keys(name: str, keys: tuple[str, ...], base: type[BaseModel] = _Fro
     return create_model(name, __base__=base, __module__=__name__, **fields)
 
 
-# How the words of the checks above read on the command line.
+# Phrases of the checks above -> how they are written on the command line.
 AS_OPTION = {
     "[640, 448] (width, height)": "640,448 (width,height)",
     "[2.0, 4.0]": "2.0,4.0",
     ", without quotes": "",
     " without quotes": "",
 }
-
-
 AS_OPTION_NAMES = {"batch_size": "train_batch_size", "num_repeats": "dataset_repeats"}
 
 
@@ -202,7 +200,7 @@ class _CommandLine(_Frozen):
     @model_validator(mode="wrap")
     @classmethod
     def _read(cls, values: Any, build: Any) -> Any:
-        """Turn pairs given as text ("640,448", "2.0,4.0") into numbers, and name the option if something is wrong."""
+        """Read pairs from text ("640,448", "2.0,4.0"). Raises UserErrors that name the options."""
         try:
             return build({key: _pair_from_text(key, value) for key, value in values.items()})
         except ValidationError as error:
@@ -224,19 +222,19 @@ def _pair_from_text(key: str, value: Any) -> Any:
     try:
         numbers = [kind(part) for part in value.split(",")]
     except ValueError:
-        return value  # the key's own check refuses it
+        return value  # the check of the key raises the error
     return numbers[0] if len(numbers) == 1 else sorted(numbers) if kind is float else numbers
 
 
 class DatasetDefaults(optional_keys("DatasetDefaults", DATASET_KEYS + SHARED_KEYS, _CommandLine)):  # type: ignore[misc]
-    """What the command line gave: the same keys as above, None where nothing was given. Wrong values raise UserError.
+    """The values of the command line: the same keys as above, None for those not given. Raises UserErrors for wrong values.
 
-    `batch_size` is --train_batch_size, `num_repeats` is --dataset_repeats; pairs may be text as the user typed it.
+    `batch_size` is --train_batch_size, `num_repeats` is --dataset_repeats; pairs may be text as typed.
     """
 
 
 def describe_problem(problem: Mapping[str, Any]) -> str:
-    """What one of pydantic's errors expected, in words: "a whole number"."""
+    """What was expected, from one of pydantic's errors: such as "a whole number"."""
     bound = problem.get("ctx", {})
     kinds = {
         "int_type": "a whole number without quotes",

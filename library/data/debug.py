@@ -1,4 +1,4 @@
-"""--debug_dataset: what the trainer will see, on the screen, as a contact sheet and as a page, and nothing else."""
+"""--debug_dataset: print what the trainer would see, and write it as a contact sheet and as a page."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from library.sheets import contact_sheet
 def write_debug_sheet(dataset: TrainingDataset, output_dir: Path, batches: int = 8) -> Path:
     """Print the first batches of the first epoch and write their images to `output_dir`/debug_dataset.png.
 
-    To be called before latents are cached: a batch of latents has no images to show.
+    Call it before latents are cached: a batch of latents has no images.
     """
     if dataset.latents is not None:
         raise ValueError("images cannot be shown when latents are cached")
@@ -43,7 +43,7 @@ def to_image(image: Tensor) -> Image.Image:
 
 
 def describe_batch(batch: Batch, dataset: TrainingDataset) -> str:
-    """Bucket, and for each image its file, loss weight, caption and tokens, over several lines."""
+    """Several lines: the bucket, and the file, loss weight, caption and tokens of each image."""
     lines = [f"epoch {batch.key[0]}, batch {batch.key[1]}: bucket {batch.size[0]}x{batch.size[1]}, {len(batch.paths)} images"]
     for i, (path, caption) in enumerate(zip(batch.paths, batch.captions, strict=True)):
         lines.append(f"  {on_terminal(path)} (loss weight {batch.loss_weights[i]:g})")

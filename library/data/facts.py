@@ -1,4 +1,4 @@
-"""What can be said about the data: counts, buckets and tags, for the screen and for the metadata of the trained file."""
+"""Facts about the datasets: counts, buckets and tags, for the console and for the metadata of the trained file."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ class SubsetFacts:
 
 @dataclass(frozen=True)
 class DatasetFacts:
-    """Numbers of one dataset; meanings as in the metadata keys of the same names."""
+    """Facts about one dataset; the metadata keys of the same names have the same meaning."""
 
     config: DatasetConfig
     subsets: list[SubsetFacts]
     num_train_images: int  # with repeats
-    num_reg_images: int  # with repeats, before they are matched to the number of training images
+    num_reg_images: int  # with num_repeats as given; `table._repeats` matches them to the training images
     num_validation_images: int  # held out, without repeats
     buckets: list[BucketCount]  # ascending; used images only
     bucket_info: dict | None  # value of ss_bucket_info; None with buckets off
-    mean_img_ar_error: float  # over the images used, repeats not counted
+    mean_img_ar_error: float  # over the images in use, without repeats
     tag_frequency: dict[str, dict[str, int]]  # folder -> tag -> captions
 
 
@@ -77,7 +77,7 @@ def _describe(table: ImageTable, number: int) -> DatasetFacts:
 
 
 def bucket_text(facts: list[DatasetFacts]) -> str:
-    """A table of buckets for every dataset, as text for the screen."""
+    """A table of buckets for every dataset, as text to print."""
     text = io.StringIO()
     console = Console(file=text, width=100)
     for number, dataset in enumerate(facts, start=1):

@@ -16,28 +16,28 @@ from library.files import as_on_disk
 log = logging.getLogger(__name__)
 
 USUAL_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-# Images that are left out, but never without a word.
+# Image formats that are not read; such files are left out with a warning.
 UNREAD_SUFFIXES = frozenset((
     ".heic", ".heif", ".hif", ".jxl", ".avif", ".avifs", ".jp2", ".j2k", ".jpf", ".jpx", ".jxr", ".wdp", ".hdp", ".tga",
     ".psd", ".psb", ".svg", ".svgz", ".exr", ".hdr", ".dds", ".qoi", ".pcx", ".sgi", ".rgb", ".xcf", ".kra", ".clip", ".eps",
     ".ai", ".cur", ".icns", ".dng", ".cr2", ".cr3", ".nef", ".nrw", ".arw", ".srf", ".sr2", ".orf", ".rw2", ".raf", ".pef",
     ".srw", ".raw", ".x3f", ".3fr", ".erf", ".kdc", ".mrw",
 ))  # fmt: skip
-# Files beside images that are none; of any other unknown name the content tells.
+# Files that are no images. A file with an unknown suffix is opened to see.
 OTHER_SUFFIXES = frozenset((
     ".txt", ".caption", ".tags", ".json", ".jsonl", ".csv", ".tsv", ".toml", ".yaml", ".yml", ".md", ".html", ".xml", ".xmp",
     ".aae", ".log", ".npz", ".npy", ".pt", ".pth", ".ckpt", ".safetensors", ".zip", ".rar", ".7z", ".tar", ".gz", ".py",
     ".sh", ".bat", ".ps1", ".ini", ".db", ".url", ".lnk", ".mp4", ".mov", ".webm", ".mkv", ".avi", ".mp3", ".wav", ".pdf",
     ".doc", ".docx",
 ))  # fmt: skip
-LOOKED_INTO_AT_MOST = 100
+MAX_FILES_OPENED = 100  # of unknown suffix, in each folder
 
 
 @lru_cache(maxsize=1)
 def image_suffixes() -> tuple[str, ...]:
-    """Suffixes that count as images, lower case; upper case counts as well. AVIF, JPEG 2000 and JPEG XL if Pillow can read them.
+    """Suffixes of images, in lower case; upper case counts too. AVIF, JPEG 2000 and JPEG XL if Pillow can read them.
 
-    The first ones are the usual ones, in the order in which a metadata file's names without suffix are completed.
+    Names without suffix in a metadata file are completed in this order: the usual suffixes first.
     """
     from PIL import features
 
@@ -54,9 +54,9 @@ def image_suffixes() -> tuple[str, ...]:
 
 
 def _scan(folder: Path) -> tuple[list[str], list[str]]:
-    """Names of the files and of the folders lying directly in a folder, sorted; hidden ones (.name) left out.
+    """Names of the files and of the folders directly in a folder, sorted, without hidden ones (.name).
 
-    A broken link counts as a file, so that whoever opens it can name it.
+    A broken link counts as a file: the error of opening it names it.
     """
     files: list[str] = []
     folders: list[str] = []
@@ -78,7 +78,7 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 
 def list_images(folder: Path) -> list[Path]:
-    """The images lying directly in a folder, sorted by name."""
+    """The images directly in a folder, sorted by name."""
     return [folder / name for name in _scan(folder)[0] if is_image(name)]
 
 
@@ -101,10 +101,7 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def check_images(folder: Path, caption_extension: str, where: str) -> None:
-    """Refuse a subset without images; say aloud which files beside the images are not going to be used.
-
-    Raises UserError if no file in the folder counts as an image.
-    """
+    """Raises UserError for a subset's folder without images. Warns about files in it that look like images and are not used."""
     names, _ = _scan(folder)
     images = [name for name in names if is_image(name)]
     suffixes = " ".join(image_suffixes())
@@ -122,7 +119,7 @@ def check_images(folder: Path, caption_extension: str, where: str) -> None:
 
 
 def unread_images(folder: Path, caption_extension: str) -> list[str]:
-    """Files directly in a folder that are images and are not read: by suffix or, where that says nothing, by content."""
+    """Files directly in a folder that are images and are not read: by suffix or, if the suffix is unknown, by content."""
     unread, unknown = [], []
     for name in _scan(folder)[0]:
         is_known = is_image(name) or os.path.splitext(name)[1].lower() in OTHER_SUFFIXES
@@ -130,7 +127,7 @@ def unread_images(folder: Path, caption_extension: str) -> list[str]:
             unread.append(name)
         elif not is_known and not name.lower().endswith(caption_extension.lower()):
             unknown.append(name)
-    return sorted(unread + [name for name in unknown[:LOOKED_INTO_AT_MOST] if _holds_an_image(folder / name)])
+    return sorted(unread + [name for name in unknown[:MAX_FILES_OPENED] if _holds_an_image(folder / name)])
 
 
 def _holds_an_image(path: Path) -> bool:
@@ -144,7 +141,7 @@ def _holds_an_image(path: Path) -> bool:
 
 
 def warn_of_inner_images(folders: Iterable[Path], used: Iterable[Path]) -> None:
-    """Say which folders below these hold images that no subset uses. used: folders that subsets use, for images or masks."""
+    """Warn about folders below these whose images no subset uses. used: folders that subsets use, for images or masks."""
     seen = {os.path.realpath(folder) for folder in used}
     for folder in dict.fromkeys(folders):
         inner = [os.path.relpath(below, folder) for below in _unused_below(folder, seen)]
@@ -157,7 +154,8 @@ def warn_of_inner_images(folders: Iterable[Path], used: Iterable[Path]) -> None:
 
 
 def _unused_below(folder: Path, seen: set[str]) -> Iterator[Path]:
-    """Folders below that hold images of people, each once; `seen` grows, so that links in a circle have an end."""
+    """Folders below that hold images which training did not draw. Folders in `seen` are passed over and new ones added to it,
+    so that circular links end."""
     for below in _subfolders(folder):
         real = os.path.realpath(below)
         if real in seen:
@@ -181,7 +179,7 @@ def _is_drawn_by_training(path: Path) -> bool:
 
 
 def _warn_of_other_captions(folder: Path, names: list[str], images: list[str], extension: str) -> None:
-    """No caption has the given extension, but text files of another one lie beside the images: surely a slip."""
+    """Warn if no caption has the given extension but the images have text files of another one: probably a mistake."""
     files = set(names)
     stems = {os.path.splitext(name)[0] for name in images}
     if any(stem + extension in files for stem in stems):
@@ -203,7 +201,7 @@ def _warn_of_other_captions(folder: Path, names: list[str], images: list[str], e
 
 @dataclass(frozen=True)
 class FolderSubset:
-    """A folder that becomes a subset. `num_repeats` and `class_tokens` are None where no name says them."""
+    """A folder that becomes a subset. `num_repeats` and `class_tokens` are None if its name does not give them."""
 
     image_dir: Path
     num_repeats: int | None = None
@@ -211,11 +209,11 @@ class FolderSubset:
 
 
 def image_subsets(parent: Path, option: str) -> list[FolderSubset]:
-    """The subsets under `--train_data_dir` or `--reg_data_dir`, in sorted order.
+    """The subsets under `--train_data_dir` or `--reg_data_dir`, sorted.
 
-    Subfolders named `<repeats>_<class>` and the images lying directly in `parent` are used. If there are neither,
-    other subfolders that hold images are. Images may lie one level deeper than those folders.
-    Raises UserError if the folder is missing or holds no image.
+    They are `parent` itself if it holds images, and its subfolders named `<repeats>_<class>`. If there are neither, they are the
+    other subfolders that hold images. A subfolder without images stands for those of its own subfolders that hold some.
+    Raises UserError if the folder is missing or no image is found.
     """
     parent = as_on_disk(parent)
     if not parent.is_dir():
@@ -239,7 +237,7 @@ def image_subsets(parent: Path, option: str) -> list[FolderSubset]:
             if "_" not in folder.name:
                 log.warning("%s: the name is a number only, so each image is used %d times an epoch", folder, rule[0])
             found += [FolderSubset(inner, *rule) for inner in _image_folders(folder)]
-    plain = [inner for folder in others for inner in _image_folders(folder, say_empty=False)]
+    plain = [inner for folder in others for inner in _image_folders(folder, warn_if_empty=False)]
     names = ", ".join(str(folder.relative_to(parent)) for folder in plain)
     if plain and found:
         log.warning("%s: left out, since not named <repeats>_<class> (such as 10_cat): %s", parent, names)
@@ -267,13 +265,13 @@ def _repeats_and_class(name: str) -> tuple[int, str] | None:
         return None
 
 
-def _image_folders(folder: Path, say_empty: bool = True) -> list[Path]:
-    """The folder itself if images lie in it, else those of its subfolders where some do."""
+def _image_folders(folder: Path, warn_if_empty: bool = True) -> list[Path]:
+    """The folder itself if it holds images, else those of its subfolders that do."""
     if _has_images(folder):
         return [folder]
     inner = [child for child in _subfolders(folder) if _has_images(child)]
-    if inner and say_empty:
+    if inner and warn_if_empty:
         log.warning("%s: no image lies in the folder itself; those in its subfolders are used", folder)
-    elif say_empty:
+    elif warn_if_empty:
         log.warning("%s is left out: there is no image in it", folder)
     return inner

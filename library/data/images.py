@@ -1,7 +1,7 @@
-"""One image: from the bytes of a file to RGB pixels of the size that training wants.
+"""One image: from the bytes of a file to RGB pixels of the training size.
 
-What people see is what the network sees: EXIF rotation is applied, colours are brought from the image's profile to sRGB,
-transparent parts become white, 16-bit grey is scaled, and of an animation the first frame is taken.
+The network gets what a viewer shows: EXIF rotation is applied, colours are converted from the image's profile to sRGB,
+transparent parts become white, 16-bit grey is scaled to 8 bits, and an animation gives its first frame.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ log = logging.getLogger(__name__)
 # Loader processes and threads work in parallel already; OpenCV's own threads would also hang after a fork.
 cv2.setNumThreads(1)
 
-# A scan of 200 megapixels is no attack. Our own limit below replaces Pillow's, and names the image.
+# MAX_PIXELS replaces Pillow's limit, which a scan of 200 megapixels exceeds; its error names the image.
 Image.MAX_IMAGE_PIXELS = None
-# Its remarks on damaged EXIF data and the like name no file; what makes an image unusable is raised as an error anyway.
+# Pillow's warnings, about damaged EXIF data for example, name no file. Whatever makes an image unusable raises an error anyway.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 MAX_PIXELS = 1_000_000_000
-MOST_AT_ONCE = 100_000_000
-LARGE = 16_000_000
+MAX_PIXELS_AT_ONCE = 100_000_000  # decoded at the same time by all threads of a process
+LARGE_IMAGE = 16_000_000  # pixels
 EMPTY = "the file is empty (0 bytes)"
 # Image generators write whole workflows into PNG text chunks; Pillow refuses those over 1 MiB.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 28
 
-# What training draws (plots, samples, sheets) carries this PNG text: --output_dir may be the data folder, and it is no data.
+# A PNG text in what training draws (plots, samples, sheets). --output_dir may be the data folder, and these are no data.
 OWN_IMAGE = "sd-lora-suite drew"
 
 ORIENTATION_TAG = 0x0112
-TURN_BY_ORIENTATION = {
+TRANSPOSE_BY_ORIENTATION = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -63,7 +63,6 @@ PILLOW_FILTERS = {
     "cubic": Image.Resampling.BICUBIC,
     "box": Image.Resampling.BOX,
 }
-INTERPOLATIONS = ("area", *PILLOW_FILTERS)
 
 
 class BadImage(Exception):
@@ -71,7 +70,7 @@ class BadImage(Exception):
 
 
 def readable_formats() -> list[str]:
-    """Pillow formats tried on a file, whatever its suffix: no EPS and the like, which would start other programs."""
+    """Pillow formats to try on a file, whatever its suffix. EPS and the like are not among them: they start other programs."""
     for plug_in in ("pillow_avif", "pillow_jxl"):  # they register themselves with Pillow
         if importlib.util.find_spec(plug_in):
             importlib.import_module(plug_in)
@@ -84,19 +83,19 @@ FORMATS = readable_formats()
 
 
 def own_mark(kind: str) -> PngImagePlugin.PngInfo:
-    """For Pillow's `pnginfo`: marks an image as drawn by training. kind: "sample", say."""
+    """Pillow's `pnginfo` that marks an image as drawn by training. kind: such as "sample"."""
     info = PngImagePlugin.PngInfo()
     info.add_text(OWN_IMAGE, kind)
     return info
 
 
 def open_image(source: Path | io.BytesIO) -> Image.Image:
-    """Read the header only. Raises BadImage with the reason."""
+    """Open an image; only its header is read. Raises BadImage."""
     try:
         image = Image.open(source, formats=FORMATS)
     except UnidentifiedImageError as error:
         raise BadImage("no image, or cut off in its header") from error
-    except Exception as error:  # the decoders raise all sorts of errors for a damaged file
+    except Exception as error:  # the decoders raise many kinds of errors for a damaged file
         raise BadImage(getattr(error, "strerror", None) or one_line(error)) from error
     width, height = image.size
     if width * height > MAX_PIXELS:
@@ -105,20 +104,20 @@ def open_image(source: Path | io.BytesIO) -> Image.Image:
     return image
 
 
-def turn_of(image: Image.Image) -> Image.Transpose | None:
-    """How the image must be turned to stand upright, from the EXIF data in front of the pixels."""
-    if image.format == "TIFF":  # Pillow turns these by itself
+def exif_transpose(image: Image.Image) -> Image.Transpose | None:
+    """How to transpose the image so that it is upright, by the EXIF data before its pixels; None if it is upright."""
+    if image.format == "TIFF":  # Pillow transposes these by itself
         return None
     try:
-        # Not image.getexif(): for a PNG that would decode the pixels in search of data behind them.
+        # Not image.getexif(): for a PNG that would decode the pixels to find EXIF data after them.
         orientation = Image.Image.getexif(image).get(ORIENTATION_TAG, 1)
-    except Exception:  # damaged EXIF data raises all sorts of errors, and the image is good without them
+    except Exception:  # damaged EXIF data raises many kinds of errors, and the image is usable without it
         return None
-    return TURN_BY_ORIENTATION.get(orientation)
+    return TRANSPOSE_BY_ORIENTATION.get(orientation)
 
 
 def _webp_size(path: Path) -> tuple[int, int] | None:
-    """Size of a whole WebP file without EXIF or XMP data, else None. Pillow would read the file to its end for it.
+    """Size of a complete WebP file without EXIF or XMP data, else None. Pillow would read the whole file for it.
 
     Layout: RFC 9649, sections 2.4 to 2.7.
     """
@@ -155,19 +154,19 @@ def header_of(path: Path) -> tuple[tuple[int, int], bool]:
         raise BadImage(error.strerror or str(error)) from error
     with open_image(path) as image:
         width, height = image.size
-        turned = turn_of(image) in (
+        swaps_sides = exif_transpose(image) in (
             Image.Transpose.TRANSPOSE,
             Image.Transpose.TRANSVERSE,
             Image.Transpose.ROTATE_90,
             Image.Transpose.ROTATE_270,
         )
-        return (height, width) if turned else (width, height), OWN_IMAGE in image.info
+        return (height, width) if swaps_sides else (width, height), OWN_IMAGE in image.info
 
 
 def to_rgb(image: Image.Image, background: str = "white", file: str = "") -> Image.Image:
-    """8-bit sRGB: transparent parts on white (as viewers show them), 16-bit grey scaled rather than cut off.
+    """8-bit sRGB: transparent parts on white, 16-bit grey scaled rather than clipped.
 
-    background: another colour for transparent parts. file: its name, for the warning of a profile that cannot be used.
+    background: another colour for transparent parts. file: its name, for the warning about an unusable profile.
     """
     if image.mode.startswith("I"):  # "I;16" and its byte orders; "I" is what older Pillow gives for a 16-bit PNG
         grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
@@ -179,7 +178,7 @@ def to_rgb(image: Image.Image, background: str = "white", file: str = "") -> Ima
     try:
         rgb = as_srgb(image)
     except BadProfile as error:
-        _say_bad_profile(file, str(error))
+        _warn_of_bad_profile(file, str(error))
         rgb = None
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
@@ -191,20 +190,20 @@ def to_rgb(image: Image.Image, background: str = "white", file: str = "") -> Ima
 
 
 @lru_cache(maxsize=4096)
-def _say_bad_profile(file: str, reason: str) -> None:
-    """Once a file, since it is decoded again in every epoch."""
+def _warn_of_bad_profile(file: str, reason: str) -> None:
+    """Warn once for each file, since it is decoded again in every epoch."""
     log.warning("%s: its colour profile is not used (%s), its colours are taken for sRGB", file or "an image", reason)
 
 
 def decode(content: bytes, file: str = "") -> np.ndarray:
-    """The upright image in a file's bytes as (H, W, 3) uint8 sRGB. Raises BadImage. file: its name, for warnings."""
+    """The upright image in the bytes of a file: (H, W, 3) uint8, sRGB. Raises BadImage. file: its name, for warnings."""
     return decode_with_alpha(content, file)[0]
 
 
 def decode_values(content: bytes) -> np.ndarray:
-    """The upright image in a file's bytes that holds values rather than colours, such as a mask: (H, W, 3) uint8.
+    """The upright image of values, such as a mask, in the bytes of a file: (H, W, 3) uint8.
 
-    Transparent parts become black, since what was erased is 0; a colour profile is ignored. Raises BadImage.
+    Transparent parts become 0; a colour profile is ignored. Raises BadImage.
     """
     return _decoded(content, _values)[0]
 
@@ -215,7 +214,7 @@ def _values(image: Image.Image) -> tuple[Image.Image, None]:
 
 
 def decode_with_alpha(content: bytes, file: str = "") -> tuple[np.ndarray, np.ndarray | None]:
-    """As `decode`, and the alpha channel as (H, W) uint8; None for an image that has no transparency."""
+    """As `decode`, and the alpha channel: (H, W) uint8, or None for an image without transparency."""
 
     def colours(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
         alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
@@ -227,11 +226,11 @@ def decode_with_alpha(content: bytes, file: str = "") -> tuple[np.ndarray, np.nd
 def _decoded(
     content: bytes, convert: Callable[[Image.Image], tuple[Image.Image, Image.Image | None]]
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """What `convert` makes of the image in a file's bytes, upright. Raises BadImage."""
+    """The results of `convert` for the image in the bytes of a file, both upright. Raises BadImage."""
     if not content:
         raise BadImage(EMPTY)
     with open_image(io.BytesIO(content)) as image:
-        turn = turn_of(image)
+        transpose = exif_transpose(image)
         try:
             image.load()
             rgb, alpha = convert(image)
@@ -241,24 +240,24 @@ def _decoded(
             raise BadImage(f"not enough memory for its {image.width} x {image.height} pixels") from error
         except Exception as error:  # OSError, RuntimeError, ZeroDivisionError ...: each decoder has its own
             raise BadImage(f"cut off or damaged ({one_line(error)})") from error
-    if turn is not None:
-        rgb, alpha = rgb.transpose(turn), None if alpha is None else alpha.transpose(turn)
+    if transpose is not None:
+        rgb, alpha = rgb.transpose(transpose), None if alpha is None else alpha.transpose(transpose)
     return np.asarray(rgb), None if alpha is None else np.asarray(alpha)
 
 
 def has_other_colours(content: bytes) -> bool:
-    """Whether a file's bytes hold a colour profile that changes its colours. Reads the header only."""
+    """Whether the image in the bytes of a file has a profile that changes its colours. Reads the header only."""
     try:
         with open_image(io.BytesIO(content)) as image:
             pixel = Image.new(image.mode, (1, 1))
             pixel.info["icc_profile"] = image.info.get("icc_profile")
             return as_srgb(pixel) is not None
-    except (BadImage, BadProfile, ValueError):  # ValueError: a mode of which there are no new images
+    except (BadImage, BadProfile, ValueError):  # ValueError: Pillow makes no new images of this mode
         return False
 
 
 def has_transparency(content: bytes) -> bool:
-    """Whether parts of the image in a file's bytes may be transparent. Reads the header only."""
+    """Whether the image in the bytes of a file may have transparent parts. Reads the header only."""
     try:
         with open_image(io.BytesIO(content)) as image:
             return image.has_transparency_data
@@ -266,35 +265,35 @@ def has_transparency(content: bytes) -> bool:
         return False
 
 
-class _Room:
-    """How many pixels are being decoded in this process."""
+class _PixelsInUse:
+    """The number of pixels that this process is decoding, over all threads."""
 
     def __init__(self) -> None:
-        self.pixels = 0
+        self.count = 0
         self.changed = threading.Condition()
 
 
-_room = _Room()
+_in_use = _PixelsInUse()
 
 
 @contextmanager
-def room_for(size: tuple[int, int]) -> Iterator[None]:
-    """Wait until an image of this size may be decoded: threads together hold MOST_AT_ONCE pixels, or one larger image.
+def within_memory_limit(size: tuple[int, int]) -> Iterator[None]:
+    """Wait until this process may decode an image of this size: MAX_PIXELS_AT_ONCE over all threads, or one larger image.
 
-    A pixel takes about 13 bytes on its way from the file to its bucket.
+    Decoding, conversion and resizing together take about 13 bytes for each pixel.
     """
     pixels = size[0] * size[1]
-    with _room.changed:
-        _room.changed.wait_for(lambda: not _room.pixels or _room.pixels + pixels <= MOST_AT_ONCE)
-        _room.pixels += pixels
+    with _in_use.changed:
+        _in_use.changed.wait_for(lambda: not _in_use.count or _in_use.count + pixels <= MAX_PIXELS_AT_ONCE)
+        _in_use.count += pixels
     try:
         yield
     finally:
-        if pixels > LARGE:  # else each thread's arena keeps what its largest image took
+        if pixels > LARGE_IMAGE:  # else each thread's malloc arena keeps the memory of its largest image
             give_back_freed_memory()
-        with _room.changed:
-            _room.pixels -= pixels
-            _room.changed.notify_all()
+        with _in_use.changed:
+            _in_use.count -= pixels
+            _in_use.changed.notify_all()
 
 
 def fit(
@@ -304,10 +303,10 @@ def fit(
     size: tuple[int, int],
     interpolation: str | None = None,
 ) -> np.ndarray:
-    """Resize an image to `resized` and cut out `size` at `corner` (left, top); all (width, height) in pixels.
+    """Resize an image to `resized` and crop `size` at `corner` (left, top); sizes are (width, height) in pixels.
 
-    Without an interpolation: area averaging where both sides shrink, else Lanczos. Filters of Pillow compute only
-    the pixels that are kept, so a strip of 1 x 5000 px does not become a gigabyte on the way to its bucket.
+    `interpolation` None: area averaging if both sides shrink, else Lanczos. Pillow computes only the pixels inside the crop;
+    else the resized image of a strip of 1 x 5000 px would take a gigabyte.
     """
     height, width = rgb.shape[:2]
     shrinks = resized[0] <= width and resized[1] <= height
@@ -319,12 +318,12 @@ def fit(
     elif interpolation == "area" and shrinks:
         pixels = cv2.resize(rgb, resized, interpolation=cv2.INTER_AREA)[top : top + size[1], left : left + size[0]]
     else:
-        # Averaging over areas has no meaning where a side grows; OpenCV interpolates linearly there, and so do we.
+        # Area averaging is not defined for a side that grows; OpenCV interpolates linearly then, and so does this.
         method = PILLOW_FILTERS["linear" if interpolation == "area" else interpolation]
         kx, ky = width / resized[0], height / resized[1]
-        # The last column may end a rounding error outside of the image, which Pillow refuses.
+        # By a rounding error the last column may end outside of the image; Pillow raises an error for that.
         box = (left * kx, top * ky, min((left + size[0]) * kx, width), min((top + size[1]) * ky, height))
         pixels = np.asarray(Image.fromarray(rgb).resize(size, method, box=box))
     if pixels.shape[:2] != (size[1], size[0]):
-        raise ValueError(f"cut of {size} at {corner} lies outside of the resized image {resized}")
+        raise ValueError(f"crop of {size} at {corner} lies outside of the resized image {resized}")
     return pixels

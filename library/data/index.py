@@ -1,6 +1,6 @@
-"""Which images a folder holds and how large they are, without decoding any of them.
+"""The images of a folder and their sizes, read from the file headers without decoding.
 
-An index is compact (a name and two numbers an image), since data sets of 100,000 images are common.
+An index is compact (a name and a size for each image), since datasets of 100,000 images are common.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from library.data.folders import list_images
-from library.data.images import BadImage, decode, header_of, room_for, size_of
+from library.data.images import BadImage, decode, header_of, size_of, within_memory_limit
 from library.errors import UserError, listed
 from library.parallel import ahead
 
@@ -26,13 +26,12 @@ log = logging.getLogger(__name__)
 
 Source = TypeVar("Source")
 
-NAMED_AT_MOST = 10
-CHUNK = 128  # files for one turn of a thread: fewer would cost more in hand-over than in reading
+CHUNK = 128  # files of one task of a thread; with fewer, handing over tasks would cost more than reading
 
 
 @dataclass(frozen=True)
 class Images:
-    """The usable images of one folder in sorted order."""
+    """The usable images of one folder, sorted by name."""
 
     folder: Path
     names: list[str]
@@ -46,7 +45,7 @@ class Images:
 
 
 def in_threads(work: Callable, items: Sequence, progress: str, chunk: int = CHUNK, workers: int | None = None) -> Iterable:
-    """work(item) for each item, in order, from threads; a progress bar appears after a second."""
+    """work(item) for each item, in order, computed in threads; a progress bar appears after a second."""
     chunks = [items[start : start + chunk] for start in range(0, len(items), chunk)]
     threads = workers or min(32, 4 * (os.cpu_count() or 1))
     with (
@@ -60,7 +59,7 @@ def in_threads(work: Callable, items: Sequence, progress: str, chunk: int = CHUN
 
 
 def _size_or_reason(path: Path) -> tuple[int, int] | str | None:
-    """The size, or why the file cannot be used; None for an image that training drew, which is no data."""
+    """The size, or the reason why the file cannot be used; None for an image that training drew, which is not data."""
     try:
         size, is_own = header_of(path)
         return None if is_own else size
@@ -70,7 +69,7 @@ def _size_or_reason(path: Path) -> tuple[int, int] | str | None:
 
 def _decoding_problem(path: Path) -> str | None:
     try:
-        with room_for(size_of(path)):
+        with within_memory_limit(size_of(path)):
             decode(path.read_bytes(), str(path))
     except BadImage as error:
         return str(error)
@@ -80,14 +79,14 @@ def _decoding_problem(path: Path) -> str | None:
 
 
 def _report_bad(bad: list[tuple[Path, str]], on_bad_image: str) -> None:
-    """Name images that cannot be used: all of them in a warning each, or the first few in an error."""
+    """Report images that cannot be used: a warning for each ("skip"), or one UserError that names the first ones."""
     if on_bad_image == "skip":
         for path, reason in bad:
             log.warning("skipped %s: %s", path, reason)
         if bad:
             log.warning("%d images skipped", len(bad))
     elif bad:
-        named = listed([f"{path} ({reason})" for path, reason in bad], NAMED_AT_MOST, "; ")
+        named = listed([f"{path} ({reason})" for path, reason in bad], separator="; ")
         raise UserError(f"{len(bad)} of the images cannot be used: {named}; mend or remove them, or give --on_bad_image=skip")
 
 
@@ -99,15 +98,15 @@ def _report_own(own: list[Path]) -> None:
 def index_folders(folders: Sequence[Path], on_bad_image: str = "refuse") -> dict[Path, Images]:
     """Find the images of every folder and read their sizes from the headers.
 
-    An image that cannot be used stops the run ("refuse") or is left out with a warning ("skip"). A file cut off behind
-    its header shows only when it is decoded. So "skip" decodes every image once here, that the data cannot change
-    later; "refuse" leaves it to the first use, which then raises UserError.
+    An image that cannot be used raises UserError ("refuse") or is left out with a warning ("skip"). Only decoding finds a file
+    that is cut off after its header. So "skip" decodes every image here once, since the images of a run must not change later;
+    with "refuse" the first use of such a file raises UserError.
     """
     return index_images({folder: (folder, [path.name for path in list_images(folder)]) for folder in folders}, on_bad_image)
 
 
 def index_images(sources: Mapping[Source, tuple[Path, list[str]]], on_bad_image: str = "refuse") -> dict[Source, Images]:
-    """The same for images that are known already: source -> (folder, names below it)."""
+    """As `index_folders`, for given images: source -> (folder, names below it)."""
     paths_of = {source: [folder / name for name in names] for source, (folder, names) in sources.items()}
     paths = [path for source in sources for path in paths_of[source]]
     results = list(in_threads(_size_or_reason, paths, "reading image sizes"))

@@ -1,4 +1,4 @@
-"""The loader: batches of one epoch after the other, from worker processes that hold no state."""
+"""The loader: batches in the order of an epoch, from worker processes without state."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from library.errors import UserError
 class EpochSampler(Sampler):
     """Keys (epoch, position) of one process's share of an epoch, from its micro-batch `start` on.
 
-    Process `rank` of `world` takes every world-th batch. Where they do not come out even, the last ones have one batch less.
+    Process `rank` of `world` takes every world-th batch. If they cannot be divided evenly, the last processes have one less.
     """
 
     def __init__(self, dataset: TrainingDataset, epoch: int = 1, start: int = 0, rank: int = 0, world: int = 1) -> None:
@@ -34,8 +34,8 @@ class EpochSampler(Sampler):
             yield epoch, position
 
 
-class _Told(Dataset):
-    """Hands a UserError on as a value: raised in a worker, it would arrive with a traceback in its message."""
+class _ErrorsAsItems(Dataset):
+    """Returns a UserError as an item: DataLoader puts a traceback into the message of an error that a worker raises."""
 
     def __init__(self, dataset: TrainingDataset) -> None:
         self.dataset = dataset
@@ -47,20 +47,20 @@ class _Told(Dataset):
             return error
 
 
-def _as_it_is(item: Any) -> Any:
+def _identity(item: Any) -> Any:
     return item
 
 
 def _ignore_interrupt(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the trainer alone decides what it means, and ends the workers."""
+    """Ctrl-C reaches every process of a terminal; only the trainer handles it, and it ends the workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class EpochLoader:
     """`for batch in loader.epoch(epoch, start=n)`: the batches of an epoch, from micro-batch n of this process on.
 
-    len(loader) is the number of micro-batches in an epoch, the same in all processes. For the last one a process may have no
-    batch: it gets None, since it must take part in the step of the others. Errors in a worker arrive as UserError.
+    len(loader) is the number of micro-batches in an epoch, the same in all processes. A process that has no batch for the last
+    one gets None, since it must take part in the other processes' step. A UserError of a worker is raised here.
     """
 
     def __init__(
@@ -80,9 +80,9 @@ class EpochLoader:
             yield None
 
     def steps(self, epoch: int, start: int, size: int) -> Iterator[Iterator[Batch | None]]:
-        """The same in steps of `size` micro-batches; the last step of an epoch may have fewer. Use up each before the next.
+        """The same in steps of `size` micro-batches; the last step of an epoch may have fewer. Consume each before the next.
 
-        Only one micro-batch of a step is in memory at a time, besides what the workers have ready.
+        One micro-batch of a step is in memory at a time, besides those that the workers prefetch.
         """
         batches = self.epoch(epoch, start)
         for first in batches:
@@ -93,14 +93,14 @@ def _data_loader(
     dataset: TrainingDataset, keys: Iterable[tuple[int, int]], num_workers: int, persistent: bool, pin_memory: bool
 ) -> DataLoader:
     return DataLoader(
-        _Told(dataset),
+        _ErrorsAsItems(dataset),
         batch_size=None,  # an item is a whole batch
         sampler=keys,
         num_workers=num_workers,
-        collate_fn=_as_it_is,
+        collate_fn=_identity,
         pin_memory=pin_memory,
         worker_init_fn=_ignore_interrupt,
-        generator=torch.Generator(),  # else each epoch would draw from the trainer's generator
+        generator=torch.Generator(),  # else each epoch would take a number from the trainer's generator
         persistent_workers=persistent and num_workers > 0,
     )
 
@@ -113,7 +113,7 @@ def _batches(loader: DataLoader) -> Iterator[Batch]:
 
 
 def load_batches(dataset: TrainingDataset, keys: list[tuple[int, int]], num_workers: int, pin_memory: bool) -> Iterator[Batch]:
-    """The batches of these keys, once, with the errors of an EpochLoader."""
+    """The batches of these keys, once. A UserError of a worker is raised here."""
     return _batches(_data_loader(dataset, keys, min(num_workers, cores_for_this_process(), len(keys)), False, pin_memory))
 
 
@@ -126,5 +126,5 @@ def make_loader(
     rank: int = 0,
     world: int = 1,
 ) -> EpochLoader:
-    """num_workers is cut to the number of cores; `persistent` keeps the workers alive between epochs (nothing with 0)."""
+    """num_workers is limited to the number of cores; `persistent` keeps the workers alive between epochs."""
     return EpochLoader(dataset, num_workers, persistent, pin_memory, rank, world)

@@ -1,4 +1,4 @@
-"""Loss masks: which parts of an image count, from an image of their own or from the alpha channel. 255 counts fully, 0 not."""
+"""Loss masks: how much each part of an image counts, from a mask image or from the alpha channel. 255 is all, 0 nothing."""
 
 from __future__ import annotations
 
@@ -14,10 +14,8 @@ from torch.nn import functional as F
 from library.data.config_keys import DatasetConfig, SubsetConfig
 from library.data.folders import image_suffixes
 from library.data.images import BadImage, decode_values, size_of
-from library.errors import UserError
+from library.errors import UserError, listed
 from library.models.family import LatentSpace
-
-NAMED_AT_MOST = 5
 
 
 def is_masked(subset: SubsetConfig) -> bool:
@@ -26,7 +24,7 @@ def is_masked(subset: SubsetConfig) -> bool:
 
 
 def check_masks(configs: Sequence[DatasetConfig], masked_loss: bool) -> None:
-    """Refuse masks without --masked_loss, and that without masks."""
+    """Raises UserError for masks without --masked_loss, and for --masked_loss without masks."""
     subsets = [subset for config in configs for subset in config.subsets]
     with_files = [subset for subset in subsets if subset.conditioning_data_dir]
     for subset in with_files:
@@ -47,40 +45,39 @@ def check_masks(configs: Sequence[DatasetConfig], masked_loss: bool) -> None:
 
 
 def find_masks(subset: SubsetConfig, names: Sequence[str], sizes: np.ndarray) -> list[Path]:
-    """The mask of each image: the file of the same name, with any suffix of images, in `conditioning_data_dir`.
+    """The mask of each image: the file of the same name, with the suffix of any image, in `conditioning_data_dir`.
 
-    Raises UserError if some have none, or one of another shape than the image's.
+    Raises UserError if an image has no mask, or one of another aspect ratio.
     """
     folder = subset.conditioning_data_dir
     assert folder is not None  # called where there is one
-    there: dict[Path, dict[str, Path]] = {}
+    by_folder: dict[Path, dict[str, Path]] = {}
     found, missing = [], []
     for name in names:
         parent = folder if Path(name).is_absolute() else (folder / name).parent
-        if parent not in there:
+        if parent not in by_folder:
             files = sorted(parent.iterdir()) if parent.is_dir() else []
-            there[parent] = {_look(file): file for file in files if file.suffix.lower() in image_suffixes()}
-        mask = there[parent].get(_look(Path(name)))
+            by_folder[parent] = {_composed_stem(file): file for file in files if file.suffix.lower() in image_suffixes()}
+        mask = by_folder[parent].get(_composed_stem(Path(name)))
         if mask is None:
             missing.append(name)
         else:
             found.append(mask)
     if missing:
-        named = ", ".join(missing[:NAMED_AT_MOST]) + (", ..." if len(missing) > NAMED_AT_MOST else "")
         raise UserError(
-            f"{len(missing)} images have no mask of their name in {folder} ({named}); add white ones where all counts"
+            f"{len(missing)} images have no mask of their name in {folder} ({listed(missing)}); add white ones where all counts"
         )
     for mask, (width, height) in zip(found, sizes.tolist(), strict=True):
-        _check_shape(mask, width, height)
+        _check_aspect_ratio(mask, width, height)
     return found
 
 
-def _look(path: Path) -> str:
-    """The stem in composed form: image and mask may come from two systems, which write accents in two ways."""
+def _composed_stem(path: Path) -> str:
+    """The stem in Unicode's composed form: image and mask may come from two systems, which encode accents differently."""
     return unicodedata.normalize("NFC", path.stem)
 
 
-def _check_shape(mask: Path, width: int, height: int) -> None:
+def _check_aspect_ratio(mask: Path, width: int, height: int) -> None:
     try:
         mask_width, mask_height = size_of(mask)
     except BadImage as error:
@@ -92,7 +89,7 @@ def _check_shape(mask: Path, width: int, height: int) -> None:
 
 
 def decode_mask(content: bytes, path: Path) -> np.ndarray:
-    """The red channel of a mask's file, (H, W) uint8; what was erased in it does not count."""
+    """The red channel of a mask's file, (H, W) uint8. Transparent parts are 0. Raises UserError."""
     try:
         return np.ascontiguousarray(decode_values(content)[:, :, 0])
     except BadImage as error:
@@ -100,7 +97,7 @@ def decode_mask(content: bytes, path: Path) -> np.ndarray:
 
 
 def latent_mask(mask: np.ndarray, space: LatentSpace) -> Tensor:
-    """The mask at the size of latents by averaging areas: (H, W) uint8 -> (1, h, w) float32 in 0..1."""
+    """The mask averaged over areas to the size of the latents: (H, W) uint8 -> (1, h, w) float32 in 0..1."""
     height, width = mask.shape
     values = torch.tensor(mask, dtype=torch.float32).div_(255)
     return F.interpolate(values[None, None], space.size(width, height), mode="area")[0]

@@ -14,39 +14,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from library.data.captions import count_tags, joint, say_first_line_counts
+from library.data.captions import count_tags, tag_joiner, warn_of_unused_lines
 from library.data.config_keys import SubsetConfig
 from library.data.folders import image_suffixes
-from library.errors import UserError
+from library.errors import UserError, listed
 from library.files import as_on_disk, names_by_look
 from library.text_files import lines_of, parse_json, read_text
 
 log = logging.getLogger(__name__)
 
-KNOWN = ("caption", "tags")
-# Sizes are read from the images, and buckets follow from these; the names are those of tools and older caches.
-NOT_NEEDED = ("image_size", "train_resolution", "image_path")
-NAMED_AT_MOST = 5
+USED_KEYS = ("caption", "tags")
+# Keys that other tools write and this suite does not need: it reads sizes from the images.
+IGNORED_KEYS = ("image_size", "train_resolution", "image_path")
 
 
 @dataclass(frozen=True)
 class Metadata:
-    """The images of a metadata file that are there: names below the subset's `image_dir` (or whole paths), and captions."""
+    """The images of a metadata file that exist: names below the subset's `image_dir` (or absolute paths), and captions."""
 
     names: list[str]
     captions: dict[str, str]
-    tags: dict[str, int]  # tag -> images, of all that the file lists
+    tags: dict[str, int]  # tag -> images, over all that the file lists
 
 
 def read_metadata(subset: SubsetConfig, on_bad_image: str = "refuse") -> Metadata:
-    """Read the metadata file of a subset. Raises UserError if it is no such file, or lists images that are missing ("refuse")."""
+    """Read the metadata file of a subset. Raises UserError if it cannot be read, or if images of it are missing ("refuse")."""
     path = subset.metadata_file
     assert path is not None  # called where there is one
     captions: dict[str, str] = {}
     keys: dict[str, str] = {}
     missing, unknown, tags = [], set(), []
     for key, entry in _entries(path):
-        unknown |= set(entry) - {*KNOWN, *NOT_NEEDED}
+        unknown |= set(entry) - {*USED_KEYS, *IGNORED_KEYS}
         tags.append(entry.get("tags") or "")
         name = _image_of(key, subset.image_dir)
         if name is None:
@@ -79,39 +78,39 @@ def _entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield key, _checked(entry, f"{path}, '{key}'")
 
 
-def _checked(entry: Any, place: str) -> dict[str, Any]:
-    texts = isinstance(entry, dict) and all(isinstance(entry.get(key) or "", str) for key in KNOWN)
+def _checked(entry: Any, where: str) -> dict[str, Any]:
+    texts = isinstance(entry, dict) and all(isinstance(entry.get(key) or "", str) for key in USED_KEYS)
     if not texts:
-        raise UserError(f'{place}: expected {{"caption": "...", "tags": "..."}}, with texts')
+        raise UserError(f'{where}: expected {{"caption": "...", "tags": "..."}}, with texts')
     return entry
 
 
 def _caption(entry: dict[str, Any], subset: SubsetConfig) -> str:
-    """Caption and tags, joined; with enable_wildcard the tags follow each line of the caption, else its first line."""
+    """Caption and tags, joined. Without enable_wildcard only the first line of the caption is used."""
     lines = [line.strip() for line in lines_of(entry.get("caption") or "") if line.strip()]
     if len(lines) > 1 and not subset.enable_wildcard:
-        say_first_line_counts(subset.metadata_file)
+        warn_of_unused_lines(subset.metadata_file)
         lines = lines[:1]
     tags = " ".join(lines_of(entry.get("tags") or "")).strip()
-    return "\n".join(joint(subset).join(part for part in (line, tags) if part) for line in lines or [""])
+    return "\n".join(tag_joiner(subset).join(part for part in (line, tags) if part) for line in lines or [""])
 
 
 def _image_of(key: str, folder: Path) -> str | None:
-    """The name of an image below `folder`, or its whole path if it lies elsewhere; None if there is none."""
-    for place in (folder / key, Path(key)):
-        found = _with_suffix(place)
+    """The name of an image below `folder`, or its absolute path if it lies elsewhere; None if there is no such image."""
+    for candidate in (folder / key, Path(key)):
+        found = _with_suffix(candidate)
         if found is not None:
-            whole, base = found.absolute(), folder.absolute()
-            return whole.relative_to(base).as_posix() if whole.is_relative_to(base) else str(whole)
+            path, base = found.absolute(), folder.absolute()
+            return path.relative_to(base).as_posix() if path.is_relative_to(base) else str(path)
     return None
 
 
 def _with_suffix(path: Path) -> Path | None:
-    """The image that a path means: itself, or the first one of this name with a suffix of images."""
-    names = names_by_look(as_on_disk(path.parent))  # one look into a folder serves all keys of it
-    own, suffixes = unicodedata.normalize("NFC", path.name), image_suffixes()
+    """The image at a path: the path itself, or the first file of this name with the suffix of an image."""
+    names = names_by_look(as_on_disk(path.parent))  # cached: one listing serves all keys of a folder
+    name, suffixes = unicodedata.normalize("NFC", path.name), image_suffixes()
     ends = ("", *(end for suffix in suffixes for end in (suffix, suffix.upper())))
-    for candidate in (own + end for end in ends):
+    for candidate in (name + end for end in ends):
         if candidate in names and os.path.splitext(candidate)[1].lower() in suffixes:
             return as_on_disk(path.parent) / names[candidate]
     return None
@@ -123,8 +122,7 @@ def _report(path: Path, folder: Path, missing: list[str], unknown: set[str], on_
         log.warning("%s: not used: %s", path, ", ".join(sorted(unknown)))
     if not missing:
         return
-    named = ", ".join(missing[:NAMED_AT_MOST]) + (", ..." if len(missing) > NAMED_AT_MOST else "")
-    text = f"{path}: {len(missing)} of its images are neither in {folder} nor where their paths say ({named})"
+    text = f"{path}: {len(missing)} of its images are neither in {folder} nor where their paths say ({listed(missing)})"
     if on_bad_image == "skip":
         log.warning("%s; they are left out", text)
         return

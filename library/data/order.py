@@ -1,4 +1,4 @@
-"""The order of an epoch: which images make which batch. It follows from the seed and the epoch alone."""
+"""The order of an epoch: which images make which batch. It depends on the seed and the epoch alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from library.data.table import ImageTable
 
 
 def shuffler(*parts: object) -> np.random.RandomState:
-    """A generator seeded with the given values. RandomState's numbers are the same in every version of NumPy."""
+    """A generator seeded with the given values. RandomState gives the same numbers in every version of NumPy."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return np.random.RandomState([int.from_bytes(digest[i : i + 4], "little") for i in range(0, 32, 4)])
 
@@ -29,13 +29,13 @@ class EpochOrder:
         return self.rows[self.ends[batch - 1] if batch else 0 : self.ends[batch]]
 
 
-class EpochPlanner:
-    """Deals the images of each bucket into batches; a bucket's last batch may be short."""
+class BatchOrder:
+    """Divides the images of each bucket into batches, in another order each epoch; a bucket's last batch may be short."""
 
     def __init__(self, table: ImageTable, seed: int) -> None:
         self.seed = seed
         by_bucket = np.argsort(table.bucket, kind="stable").astype(np.int32)
-        self.rows = np.repeat(by_bucket, table.repeats[by_bucket])  # each as often as it is used, bucket by bucket
+        self.rows = np.repeat(by_bucket, table.repeats[by_bucket])  # bucket by bucket, each row `repeats` times
         counts = np.bincount(table.bucket[self.rows], minlength=len(table.buckets))
         self.bucket_ends = np.cumsum(counts)
         ends = []
@@ -47,8 +47,8 @@ class EpochPlanner:
     def __len__(self) -> int:
         return len(self.batch_ends)
 
-    def order(self, epoch: int) -> EpochOrder:
-        """Shuffle the content of every bucket, then the batches of all."""
+    def of_epoch(self, epoch: int) -> EpochOrder:
+        """The rows of every bucket shuffled, then the batches of all buckets."""
         random = shuffler(self.seed, "order", epoch)
         rows = self.rows.copy()
         start = 0

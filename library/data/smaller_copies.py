@@ -1,4 +1,4 @@
-"""Smaller copies of images in several resolutions, each made from the original, with the files that belong to them."""
+"""Smaller copies of images in several resolutions, and copies of the files that belong to them (such as captions)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from library.data.folders import image_suffixes, is_image, is_unread
-from library.data.images import BadImage, open_image, to_rgb, turn_of
+from library.data.images import BadImage, exif_transpose, open_image, to_rgb
 from library.errors import UserError
 
 # Pillow's filters widen as an image shrinks, so that fine patterns do not turn into false ones.
@@ -34,7 +34,7 @@ FILTERS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """resolutions: (width, height) each, of which the area counts; side lengths are cut to multiples of divisible_by."""
+    """resolutions: (width, height); only their areas matter. Copies are cropped to multiples of divisible_by."""
 
     resolutions: tuple[tuple[int, int], ...]
     divisible_by: int = 1
@@ -48,7 +48,7 @@ class Settings:
 
 
 def new_size(size: tuple[int, int], resolution: tuple[int, int]) -> tuple[int, int]:
-    """Width and height of the shrunk image: the area of `resolution` or just below it, never larger than it was.
+    """Size of a copy: at most the area of `resolution`, and at most the size of the image.
 
     >>> new_size((1024, 512), (512, 512))
     (724, 362)
@@ -57,12 +57,12 @@ def new_size(size: tuple[int, int], resolution: tuple[int, int]) -> tuple[int, i
     factor = math.sqrt(resolution[0] * resolution[1] / (width * height))
     if factor >= 1:
         return size
-    # The small number keeps a side that is exactly whole from falling below it by rounding.
+    # 1e-6: rounding must not make a side that is an exact integer one pixel shorter.
     return max(1, int(width * factor + 1e-6)), max(1, int(height * factor + 1e-6))
 
 
 def resized(image: Image.Image, size: tuple[int, int], interpolation: str) -> Image.Image:
-    """The RGB or RGBA image in another size. Transparent pixels do not bleed their colour into others."""
+    """The RGB or RGBA image in another size. The colour of transparent pixels does not spread to their neighbours."""
     if size == image.size:
         return image
     if interpolation != "area":
@@ -85,8 +85,8 @@ def cropped(image: Image.Image, divisible_by: int) -> Image.Image:
 def load(path: Path, with_alpha: bool) -> Image.Image:
     """The upright image in RGB, or RGBA if it is transparent and `with_alpha`. Raises BadImage."""
     with open_image(path) as image:
-        turn = turn_of(image)
-        # The copy keeps numbers and profile; colours of other kinds of images become sRGB.
+        transpose = exif_transpose(image)
+        # A copy of an RGB image keeps pixel values and profile; images of other modes are converted to sRGB.
         profile = image.info.pop("icc_profile", None) if image.mode in ("RGB", "RGBA", "P") else None
         try:
             image.load()
@@ -95,13 +95,13 @@ def load(path: Path, with_alpha: bool) -> Image.Image:
             raise
         except Exception as error:  # each decoder has errors of its own
             raise BadImage(f"cut off or damaged ({error})") from error
-    pixels = pixels if turn is None else pixels.transpose(turn)
+    pixels = pixels if transpose is None else pixels.transpose(transpose)
     pixels.info = {"icc_profile": profile} if profile else {}
     return pixels
 
 
 def make_copies(source: Path, target_folder: Path, settings: Settings, associated: Sequence[Path]) -> None:
-    """Write the image in every resolution, each made from the original, with copies of the files that belong to it."""
+    """Write the image in every resolution, each resized from the original, with copies of the files that belong to it."""
     image = load(source, settings.save_as_png)
     profile = image.info.get("icc_profile")
     for resolution in settings.resolutions:
@@ -119,20 +119,20 @@ def copy_name(source: Path, resolution: tuple[int, int]) -> str:
 
 
 def save(image: Image.Image, path: Path, **options: Any) -> None:
-    """Write an image; it appears under its name when whole."""
+    """Write an image; it appears under its name when it is complete."""
     with _appearing(path) as temporary:
         image.save(temporary, **options)
 
 
 def copy_file(source: Path, path: Path) -> None:
-    """Copy a file; it appears under its name when whole."""
+    """Copy a file; it appears under its name when it is complete."""
     with _appearing(path) as temporary:
         shutil.copyfile(source, temporary)
 
 
 @contextmanager
 def _appearing(path: Path) -> Iterator[Path]:
-    """A temporary path that gets the name when the block ends well. Not flushed to the disk: there may be thousands."""
+    """A temporary path, renamed to `path` if the block succeeds. Not flushed to disk, since there may be thousands."""
     temporary = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
     try:
         yield temporary
@@ -142,7 +142,7 @@ def _appearing(path: Path) -> Iterator[Path]:
 
 
 def files_below(source: Path, target: Path) -> list[Path]:
-    """All files in the source folder and below it, but not in the target folder; hidden ones are left out."""
+    """All files in and below the source folder, without hidden ones and those in the target folder."""
     found = []
     for folder, folders, names in os.walk(source):
         folders[:] = sorted(name for name in folders if not name.startswith(".") and not _same(Path(folder) / name, target))
@@ -154,23 +154,23 @@ def _same(path: Path, other: Path) -> bool:
     return other.exists() and os.path.samefile(path, other)
 
 
-def refuse_collisions(images: Sequence[Path]) -> None:
-    """UserError if two images would get copies of one name."""
+def check_copy_names(images: Sequence[Path]) -> None:
+    """Raises UserError if two images would get copies of the same name."""
     seen: dict[tuple[Path, str], Path] = {}
     for image in images:
-        # Windows and macOS take A.jpg and a.jpg for one name.
+        # On Windows and macOS A.jpg and a.jpg are the same file.
         other = seen.setdefault((image.parent, image.stem.lower()), image)
         if other is not image:
             raise UserError(f"{other} and {image.name} would get copies of one name; rename one of them")
 
 
 def resize_folder(source: Path, target: Path, settings: Settings) -> list[str]:
-    """Fill the target folder; returns a line for each image that could not be used."""
+    """Copy the source folder to the target folder and add the smaller copies. Returns a line for each file that failed."""
     files = files_below(source, target)
     images = [path for path in files if is_image(path.name)]
     if not images:
         raise UserError(f"no images ({' '.join(image_suffixes())}) in {source}")
-    refuse_collisions(images)
+    check_copy_names(images)
     others: dict[tuple[Path, str], list[Path]] = {}
     for path in files:
         if not is_image(path.name):
@@ -184,7 +184,7 @@ def resize_folder(source: Path, target: Path, settings: Settings) -> list[str]:
             associated = others.get((path.parent, path.stem), []) if settings.copy_associated_files else []
             make_copies(path, folder, settings, associated)
 
-    cv2.setNumThreads(1)  # the pool below uses all cores; decoding, resizing and encoding all run side by side in threads
+    cv2.setNumThreads(1)  # the pool below uses all cores
     bad = [f"{path}: images of this kind are not read; it is copied as it is" for path in files if is_unread(path.name)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         tasks = {pool.submit(work, path): path for path in files}

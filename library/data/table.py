@@ -1,6 +1,6 @@
-"""All images of a run in one table: where they lie, what they show, into which bucket they go and how often.
+"""All images of a run in one table: path, caption, bucket and repeats of each.
 
-Columns are arrays, so that 100,000 images stay small and reach a loader process quickly.
+Columns are arrays, so that 100,000 images take little memory and reach a loader process quickly.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from pathlib import Path
 
 import numpy as np
 
-from library.data.buckets import BucketRule, Placement
+from library.data.buckets import BucketAssignment, BucketRule
 from library.data.captions import read_caption
 from library.data.config_keys import DatasetConfig, SubsetConfig
 from library.data.holdout import hold_out
-from library.data.index import NAMED_AT_MOST, Images, in_threads, index_folders, index_images
+from library.data.index import Images, in_threads, index_folders, index_images
 from library.data.masks import find_masks, is_masked
 from library.data.metadata_file import Metadata, read_metadata
-from library.errors import UserError
+from library.errors import UserError, listed
 from library.safe_text import as_unicode, is_unicode
 
 log = logging.getLogger(__name__)
 
-MAX_USES = 100_000_000  # of an epoch; their order takes 4 bytes each
+MAX_USES = 100_000_000  # in an epoch; the order of an epoch takes 4 bytes for each
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,12 @@ class Subset:
     dataset: int
     start: int
     end: int
-    tags: dict[str, int] | None = None  # as its metadata file counts them; None without such a file
+    tags: dict[str, int] | None = None  # tag -> images, of its metadata file; None without such a file
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Images of one training size; buckets of different datasets are different ones."""
+    """The images of one dataset that are trained at one size."""
 
     dataset: int
     size: tuple[int, int]  # width, height in pixels
@@ -48,7 +48,7 @@ class Bucket:
 
 @dataclass(frozen=True)
 class ImageTable:
-    """n images. A row is an image's use in one subset; sizes and corners are (width, height) and (left, top)."""
+    """n images. A row is an image in one subset; sizes are (width, height) and corners (left, top)."""
 
     configs: list[DatasetConfig]
     subsets: list[Subset]
@@ -59,11 +59,11 @@ class ImageTable:
     bucket: np.ndarray  # (n,) int32
     sizes: np.ndarray  # (n, 2) int32: the upright image
     resized: np.ndarray  # (n, 2) int32
-    corner: np.ndarray  # (n, 2) int32: of the cut in the middle
-    ar_error: np.ndarray  # (n,) float32: bucket's ratio minus image's
+    corner: np.ndarray  # (n, 2) int32: of the centre crop
+    ar_error: np.ndarray  # (n,) float32: the bucket's aspect ratio minus the image's
     repeats: np.ndarray  # (n,) int32: uses an epoch; 0 for those held out
     held_out: np.ndarray  # (n,) bool: never trained on
-    masks: list[Path | None] | None  # mask file of each image; None if there are none at all
+    masks: list[Path | None] | None  # mask file of each image; None if no image has one
 
     def __len__(self) -> int:
         return len(self.names)
@@ -93,7 +93,7 @@ class ImageTable:
         return np.array([subset.config.is_reg for subset in self.subsets])[self.subset]
 
     def validated(self) -> np.ndarray:
-        """(n,) bool: the images held out, as images of the datasets that hold out."""
+        """(n,) bool: the rows to validate with. A held-out image is validated in the datasets that have a validation_split."""
         splits = np.array([config.validation_split > 0 for config in self.configs])
         return self.held_out & ~self.is_reg() & splits[self.dataset()]
 
@@ -103,18 +103,18 @@ class ImageTable:
 
 
 def build_table(configs: Sequence[DatasetConfig], on_bad_image: str = "refuse", seed: int = 0) -> ImageTable:
-    """Index, caption and place every image. Raises UserError if a dataset has nothing to train on.
+    """Index every image, read its caption and assign it to a bucket. Raises UserError if a dataset has no image to train on.
 
     `seed` chooses the images held out for validation where validation_seed is not given.
     """
     every = [subset for config in configs for subset in config.subsets]
     metadata = [read_metadata(subset, on_bad_image) if subset.metadata_file else None for subset in every]
-    listed = {_source(s): (s.image_dir, found.names) for s, found in zip(every, metadata, strict=True) if found}
+    in_metadata = {_source(s): (s.image_dir, found.names) for s, found in zip(every, metadata, strict=True) if found}
     folders = [subset.image_dir for subset in every if not subset.metadata_file]
     index: dict[tuple[Path | None, Path], Images] = {
         (None, folder): found for folder, found in index_folders(folders, on_bad_image).items()
     }
-    index |= index_images(listed, on_bad_image)
+    index |= index_images(in_metadata, on_bad_image)
     images = [index[_source(subset)] for subset in every]
     numbers = [number for number, config in enumerate(configs) for _ in config.subsets]
     subsets: list[Subset] = []
@@ -124,7 +124,7 @@ def build_table(configs: Sequence[DatasetConfig], on_bad_image: str = "refuse", 
     sizes = np.concatenate([part.sizes for part in images])
     row_subset = np.repeat(np.arange(len(subsets), dtype=np.int32), [len(part) for part in images])
     names = [name for part in images for name in part.names]
-    buckets, columns = _place(list(configs), subsets, row_subset, sizes, names)
+    buckets, columns = _assign_buckets(list(configs), subsets, row_subset, sizes, names)
     held_out = hold_out(
         configs,
         dataset=np.array([subset.dataset for subset in subsets])[row_subset],
@@ -148,7 +148,7 @@ def build_table(configs: Sequence[DatasetConfig], on_bad_image: str = "refuse", 
 
 
 def _source(subset: SubsetConfig) -> tuple[Path | None, Path]:
-    """What decides which images a subset has: two datasets may read one metadata file with different folders."""
+    """The key of a subset's images: two datasets may read one metadata file with different folders."""
     return subset.metadata_file, subset.image_dir
 
 
@@ -176,7 +176,7 @@ def _captions(subset: SubsetConfig, images: Images, metadata: Metadata | None) -
 
 
 def _captions_beside(subset: SubsetConfig, images: Images) -> list[str]:
-    """The captions from files; empty ones for want of a file and of class tokens are said."""
+    """Captions from the files beside the images. Warns where neither a caption file nor class_tokens exist."""
     found = list(in_threads(lambda name: read_caption(subset.image_dir / name, subset), images.names, "reading captions"))
     missing = [name for name, caption in zip(images.names, found, strict=True) if caption is None]
     if missing:
@@ -191,38 +191,39 @@ def _captions_beside(subset: SubsetConfig, images: Images) -> list[str]:
     return [caption or "" for caption in found]
 
 
-def _place(
+def _assign_buckets(
     configs: list[DatasetConfig], subsets: list[Subset], row_subset: np.ndarray, sizes: np.ndarray, names: list[str]
 ) -> tuple[list[Bucket], dict[str, np.ndarray]]:
-    """Put every image into a bucket of its dataset: the buckets, and columns of the table."""
+    """The buckets that hold images, and the columns of the table that follow from them."""
     rules = [BucketRule(config) for config in configs]
-    places: dict[tuple[int, int, int], Placement] = {}  # images of one size share their place
     keys = [(subsets[part].dataset, *size) for part, size in zip(row_subset.tolist(), sizes.tolist(), strict=True)]
-    for key in dict.fromkeys(keys):
-        places[key] = rules[key[0]].place(*key[1:])
-    _name_misfits([(name, key, places[key]) for name, key in zip(names, keys, strict=True) if not places[key].fits])
-    buckets = sorted({Bucket(key[0], place.bucket) for key, place in places.items()}, key=lambda b: (b.dataset, b.size))
+    # Images of one dataset and size share an assignment.
+    by_key: dict[tuple[int, int, int], BucketAssignment] = {key: rules[key[0]].assign(*key[1:]) for key in dict.fromkeys(keys)}
+    _warn_of_misfits([(name, key, by_key[key]) for name, key in zip(names, keys, strict=True) if not by_key[key].fits])
+    bucket_of = {key: Bucket(key[0], assigned.bucket) for key, assigned in by_key.items()}
+    buckets = sorted(set(bucket_of.values()), key=lambda bucket: (bucket.dataset, bucket.size))
     number = {bucket: position for position, bucket in enumerate(buckets)}
-    rows = {key: (number[Bucket(key[0], place.bucket)], *place.resized, *place.crop) for key, place in places.items()}
+    rows = {key: (number[bucket_of[key]], *assigned.resized, *assigned.corner) for key, assigned in by_key.items()}
     table = np.array([rows[key] for key in keys], dtype=np.int32).reshape(-1, 5)
-    ar_error = np.array([places[key].ar_error for key in keys], dtype=np.float32)
+    ar_error = np.array([by_key[key].ar_error for key in keys], dtype=np.float32)
     return buckets, {"bucket": table[:, 0], "resized": table[:, 1:3], "corner": table[:, 3:5], "ar_error": ar_error}
 
 
-def _name_misfits(misfits: list[tuple[str, tuple[int, int, int], Placement]]) -> None:
+def _warn_of_misfits(misfits: list[tuple[str, tuple[int, int, int], BucketAssignment]]) -> None:
     if misfits:
-        named = "; ".join(
-            f"{name} ({key[1]}x{key[2]} to {place.bucket[0]}x{place.bucket[1]})" for name, key, place in misfits[:NAMED_AT_MOST]
+        named = [f"{name} ({key[1]}x{key[2]} to {fit.bucket[0]}x{fit.bucket[1]})" for name, key, fit in misfits]
+        log.warning(
+            "%d images are so long or small that most of them is cropped away or enlarged: %s",
+            len(misfits),
+            listed(named, separator="; "),
         )
-        more = ", ..." if len(misfits) > NAMED_AT_MOST else ""
-        log.warning("%d images are so long or small that most is cut away or made up: %s%s", len(misfits), named, more)
 
 
 def _repeats(subsets: list[Subset], dataset: int, held_out: np.ndarray) -> np.ndarray:
-    """Uses an epoch of each row of a dataset.
+    """How often each row of a dataset is used in an epoch.
 
-    Images held out: none. Training images: num_repeats of their subset. Regularisation images are used as often as
-    training images in all: each with its own num_repeats until that number is reached, then one more each in turn, in order.
+    Held-out images: never. Training images: num_repeats of their subset. Regularisation images together are used as often as
+    the training images: in order, each num_repeats times until that total is reached, then one more each in turn.
     """
     own = [subset for subset in subsets if subset.dataset == dataset]
     repeats = np.concatenate([np.full(s.end - s.start, s.config.num_repeats, dtype=np.int32) for s in own])

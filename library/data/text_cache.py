@@ -1,7 +1,7 @@
-"""What frozen text encoders make of every caption, computed once: kept in memory, or on disk in folders `.texts` beside images.
+"""The text cache: outputs of frozen text encoders, computed once, in memory or on disk in folders `.texts` beside the images.
 
-A file on disk is found under a key made of the caption and of all else that decides the result, so a caption, model or setting
-that changed never meets an old file. Each caption is encoded alone: so its numbers are the same whatever else is encoded.
+The name of a file on disk is a key made of the caption and of all else that decides the result. So a changed caption, model or
+setting never gets an old file. Each caption is encoded alone, so that its values do not depend on the other captions.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from library.parallel import ahead
 from library.safe_text import bytes_of
 
 FOLDER = ".texts"
-VERSION = 1  # to be raised when reading or encoding text changes its result
+VERSION = 1  # raise it when reading or encoding text changes its result
 WRITERS = 4
 
-# One caption -> its row on the CPU.
+# One caption -> a Conditioning of one row, on the CPU.
 EncodeText = Callable[[str], Conditioning]
 
 
 class MemoryTexts:
-    """A row for each caption, in memory that loader processes share."""
+    """Encoded captions in memory; loader processes share them."""
 
     def __init__(self, rows: dict[str, int], states: Conditioning) -> None:
         self.rows, self.states = rows, states
@@ -45,13 +45,13 @@ class MemoryTexts:
 
 
 class DiskTexts:
-    """A small file for each caption, read at each use."""
+    """Encoded captions on disk, in one small file for each, read at each use."""
 
     def __init__(self, paths: dict[str, Path]) -> None:
         self.paths = paths
 
     def lookup(self, captions: list[str]) -> Conditioning:
-        """A row for each caption. Raises UserError if a file is gone or damaged since the run began."""
+        """A row for each caption. Raises UserError if a file was removed or damaged since the run began."""
         return Conditioning.cat([Conditioning(_read(self.paths[caption])) for caption in captions])
 
 
@@ -80,8 +80,8 @@ def keep_on_disk(
 ) -> DiskTexts:  # fmt: skip
     """Encode each caption that has no file yet in its folder of images.
 
-    fingerprint: whatever decides the result beside the caption. shapes: of a row's tensors, without the row. share: (rank,
-    world), of several processes that share the work; `wait` then waits for all of them.
+    fingerprint: stands for all that decides the result besides the caption. shapes: of a row's tensors, without the dimension
+    of rows. share: (rank, world), if several processes share the work; `wait` then waits for all of them.
     """
     paths = {caption: folder / FOLDER / f"{text_key(caption, fingerprint)}.safetensors" for caption, folder in folders.items()}
     wanted = {name: [1, *shape] for name, shape in shapes.items()}
@@ -98,7 +98,7 @@ def keep_on_disk(
 
 
 def text_key(caption: str, fingerprint: str) -> str:
-    """24 hex digits over all that decides a caption's row."""
+    """24 hex digits over everything that decides a caption's row."""
     parts = [VERSION, hashlib.sha256(bytes_of(caption)).hexdigest(), fingerprint]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
@@ -116,7 +116,7 @@ def _encoded(captions: list[str], encode: EncodeText) -> Iterator[Conditioning]:
 
 
 def varying_captions(table: ImageTable) -> Iterator[str]:
-    """What makes captions differ from use to use, with the subset that says so: a cached one is the same at every use."""
+    """An error for each option of a subset that changes captions at each use: a cached caption is always the same."""
     for subset in table.subsets:
         for key in fields_with(type(subset.config), varies=("caption",)):
             if getattr(subset.config, key):

@@ -1,4 +1,4 @@
-"""Captions to token ids, and a word on those that are too long."""
+"""Captions to token ids, and a warning about captions that are too long."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ log = logging.getLogger(__name__)
 
 
 class CaptionTokenizer:
-    """captions -> what the text encoders read; see `library.models.clip.tokenize`. `tokenizers`: one for each encoder."""
+    """Captions -> tokens; see `library.models.clip.tokenize`. `tokenizers`: one for each text encoder."""
 
     def __init__(self, tokenizers: Sequence[Any], max_token_length: int | None = None, weighted: bool = False) -> None:
         self.tokenizers, self.max_token_length, self.weighted = tokenizers, max_token_length, weighted
-        # Else the library's own threads complain about every loader process that is forked after their first use.
+        # Else the tokenizers library warns about every loader process that is forked after its first use.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
     def __call__(self, captions: list[str]) -> dict[str, Tensor]:
@@ -28,7 +28,7 @@ class CaptionTokenizer:
 
     @property
     def tokenizer(self) -> Any:
-        """The first one, by which tokens are counted and shown: all have the same words."""
+        """The first one, which counts and shows tokens; all have the same vocabulary."""
         return self.tokenizers[0]
 
     @property
@@ -45,15 +45,15 @@ class CaptionTokenizer:
         return whole_words_within(self.tokenizer, caption, self.limit, self.weighted)
 
     def readable(self, input_ids: Tensor) -> list[str]:
-        """The words of one caption's ids (chunks, 77) for the first encoder, without begin, end and padding."""
-        around = {self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id}
-        ids = [token for token in input_ids.flatten().tolist() if token not in around]
+        """The tokens, as text, of one caption's ids (chunks, 77) for the first encoder, without begin, end and padding."""
+        special = {self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id}
+        ids = [token for token in input_ids.flatten().tolist() if token not in special]
         return [token.replace("</w>", "") for token in self.tokenizer.convert_ids_to_tokens(ids)]
 
     def warn_of_long(self, captions: Sequence[str]) -> int:
-        """Say once how many captions are cut, with an example; returns their number."""
+        """Warn if captions are truncated, with their number and an example; returns the number."""
         limit = self.limit
-        # A token is at least one byte, so a short text needs no counting.
+        # A token is at least one byte, so a short text need not be tokenized.
         candidates = [text for text in dict.fromkeys(captions) if len(bytes_of(text)) > limit]
         long = [text for text in candidates if self.count(text) > limit]
         if long:

@@ -7,6 +7,7 @@ from pathlib import Path
 from library.data.config import DatasetConfig, DatasetDefaults, datasets_from_file, datasets_from_folders, datasets_from_metadata
 from library.data.dataset import TrainingDataset
 from library.data.masks import check_masks
+from library.data.tokens import CaptionTokenizer
 from library.errors import UserError
 from library.models.clip import load_tokenizer
 from library.models.family import Family
@@ -48,13 +49,12 @@ def dataset_configs(options: TrainNetworkOptions) -> list[DatasetConfig]:
 
 def open_dataset(options: TrainNetworkOptions, configs: list[DatasetConfig], seed: int, family: Family) -> TrainingDataset:
     """Index the images; of the model only its family is needed for that."""
+    tokenizers, captions = [load_tokenizer(padding) for padding in family.text.paddings], options.captions
     return TrainingDataset(
         configs,
         seed=seed,
-        tokenizers=[load_tokenizer(padding) for padding in family.text.paddings],
+        tokenizer=CaptionTokenizer(tokenizers, captions.max_token_length, captions.weighted_captions),
         latent_space=family.latents,
-        max_token_length=options.captions.max_token_length,
-        weighted_captions=options.captions.weighted_captions,
         prior_loss_weight=options.data.prior_loss_weight,
         gradient_accumulation_steps=options.training.gradient_accumulation_steps,
         on_bad_image=options.data.on_bad_image,

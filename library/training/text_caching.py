@@ -7,7 +7,7 @@ import json
 import torch
 from accelerate import Accelerator
 
-from library.data.dataset import MOST_CAPTIONS, TrainingDataset
+from library.data.dataset import MAX_CAPTIONS_IN_MEMORY, TrainingDataset
 from library.data.text_cache import DiskTexts, MemoryTexts, keep_in_memory, keep_on_disk
 from library.models.clip import CHUNK, tokenize
 from library.models.family import Conditioning, Model
@@ -28,8 +28,8 @@ def cache_text(
     captions = options.captions
     if network.trains_text_encoder:
         return
-    limit = None if captions.caches_text else MOST_CAPTIONS
-    found = [dataset.caption_variants(limit) for dataset in datasets]
+    limit = None if captions.caches_text else MAX_CAPTIONS_IN_MEMORY
+    found = [dataset.possible_captions(limit) for dataset in datasets]
     folders = {caption: folder for variants in found for caption, folder in (variants or {}).items()}
     if None in found:
         return

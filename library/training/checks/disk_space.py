@@ -54,7 +54,7 @@ def texts_to_write(options: TrainNetworkOptions, dataset: TrainingDataset, heade
     if not options.captions.cache_text_encoder_outputs_to_disk:
         return
     datasets = [one for one in (dataset, dataset.validation()) if one is not None]
-    folder_of = {caption: folder for one in datasets for caption, folder in (one.caption_variants(limit=None) or {}).items()}
+    folder_of = {caption: folder for one in datasets for caption, folder in (one.possible_captions(limit=None) or {}).items()}
     for folder, captions in Counter(folder_of.values()).items():
         yield folder, max(0, captions * encoded_text_bytes(options, header) - bytes_in(folder / TEXTS))
 

@@ -130,7 +130,7 @@ def examples(dataset: TrainingDataset, folder: Path) -> list[dict[str, Any]]:
         name = f"example-{number}.webp"
         lay_image(Image.fromarray(use.pixels), folder / name, EXAMPLE_SIZE)
         found.append({
-            "src": f"{folder.name}/{name}", "caption": use.caption, "file": use.place.path.name, "size": list(use.place.size),
+            "src": f"{folder.name}/{name}", "caption": use.caption, "file": use.crop.path.name, "size": list(use.crop.size),
         })  # fmt: skip
     return found
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from library.data.buckets import (
+    BucketAssignment,
     BucketRule,
-    Placement,
     better_bound,
     bucket_info,
     bucket_list,
@@ -50,19 +50,19 @@ EXAMPLES = rows("bucketing-examples.csv")
 
 @pytest.mark.parametrize("row", [r for r in EXAMPLES if r["status"] == "ok"], ids=name_of)
 def test_examples(row):
-    place = rule(int(row["resolution"]), row["bucket_no_upscale"] == "yes").place(*numbers(row, "image_w", "image_h"))
-    assert place.bucket == numbers(row, "bucket_w", "bucket_h")
-    assert place.resized == numbers(row, "resized_w", "resized_h")
-    assert place.crop == numbers(row, "crop_left", "crop_top")
-    assert tuple(r - b for r, b in zip(place.resized, place.bucket, strict=True)) == numbers(row, "trim_w", "trim_h")
-    assert place.ar_error == pytest.approx(float(row["ar_error"]), abs=1e-6)
-    assert place.fits
+    assignment = rule(int(row["resolution"]), row["bucket_no_upscale"] == "yes").assign(*numbers(row, "image_w", "image_h"))
+    assert assignment.bucket == numbers(row, "bucket_w", "bucket_h")
+    assert assignment.resized == numbers(row, "resized_w", "resized_h")
+    assert assignment.corner == numbers(row, "crop_left", "crop_top")
+    assert tuple(r - b for r, b in zip(assignment.resized, assignment.bucket, strict=True)) == numbers(row, "trim_w", "trim_h")
+    assert assignment.ar_error == pytest.approx(float(row["ar_error"]), abs=1e-6)
+    assert assignment.fits
 
 
 @pytest.mark.parametrize("row", [r for r in EXAMPLES if r["status"] != "ok"], ids=name_of)
 def test_trap_4_13_examples_that_crash_are_enlarged_to_one_step(row):
-    place = rule(int(row["resolution"]), True).place(*numbers(row, "image_w", "image_h"))
-    assert (place.bucket, place.resized, place.crop, place.fits) == ((64, 64), (64, 64), (0, 0), False)
+    assignment = rule(int(row["resolution"]), True).assign(*numbers(row, "image_w", "image_h"))
+    assert (assignment.bucket, assignment.resized, assignment.corner, assignment.fits) == ((64, 64), (64, 64), (0, 0), False)
 
 
 def test_no_example_is_missing():
@@ -89,20 +89,20 @@ def test_trap_4_14_bucket_lists_are_filtered(row):
     "size", [(1, 1), (1, 5000), (5000, 1), (63, 4000), (60000, 10), (30, 30), (65535, 7), (1, 262145), (7, 7)]
 )
 def test_trap_4_13_no_size_crashes(size, no_upscale):
-    place = rule(512, no_upscale).place(*size)
-    check(place, size, 64, 512 * 512)
-    assert place.fits == (not no_upscale and max(size) < 100), "thin ones are told"
+    assignment = rule(512, no_upscale).assign(*size)
+    check(assignment, size, 64, 512 * 512)
+    assert assignment.fits == (not no_upscale and max(size) < 100), "thin ones are reported"
 
 
 def test_a_strip_keeps_the_area_of_the_training_size():
-    assert rule(512, True).place(1, 5000) == Placement((64, 4096), (64, 320000), (0, 157952), 64 / 4096 - 1 / 5000, False)
+    assert rule(512, True).assign(1, 5000) == BucketAssignment((64, 4096), (64, 320000), (0, 157952), 64 / 4096 - 1 / 5000, False)
 
 
-def check(place: Placement, size: tuple[int, int], step: int, area: int) -> None:
-    bucket, resized, crop = place.bucket, place.resized, place.crop
+def check(assignment: BucketAssignment, size: tuple[int, int], step: int, area: int) -> None:
+    bucket, resized, corner = assignment.bucket, assignment.resized, assignment.corner
     assert all(side >= step and side % step == 0 for side in bucket)
     assert all(r >= b for r, b in zip(resized, bucket, strict=True)), "the image covers the bucket"
-    assert crop == tuple((r - b) // 2 for r, b in zip(resized, bucket, strict=True))
+    assert corner == tuple((r - b) // 2 for r, b in zip(resized, bucket, strict=True))
     # bucket_no_upscale rounds sides to whole pixels before it rounds down to the step: under a pixel of the shorter side.
     assert bucket[0] * bucket[1] <= area * (1 + 1 / min(bucket))
     # One side at least is scaled exactly; the other one differs by rounding alone.
@@ -117,19 +117,19 @@ def test_random_sizes_are_covered_and_keep_the_area(resolution, step, no_upscale
     buckets = rule(resolution, no_upscale, bucket_reso_steps=step, min_bucket_reso=256, max_bucket_reso=1024)
     for _ in range(2000):
         size = tuple(int(2 ** draw.uniform(0, 14)) for _ in range(2))
-        place = buckets.place(*size)
-        check(place, size, step, resolution[0] * resolution[1])
+        assignment = buckets.assign(*size)
+        check(assignment, size, step, resolution[0] * resolution[1])
         if no_upscale and min(size) >= step and size[0] * size[1] <= resolution[0] * resolution[1]:
-            assert place.resized == size, "nothing is enlarged"
+            assert assignment.resized == size, "nothing is enlarged"
         if not no_upscale:
-            assert place.bucket in buckets.buckets
+            assert assignment.bucket in buckets.buckets
 
 
 def test_without_buckets_everything_becomes_the_resolution():
     off = rule((640, 448), enable_bucket=False, no_upscale=True)
-    assert off.place(640, 448) == Placement((640, 448), (640, 448), (0, 0), 0.0, True)
-    assert off.place(1000, 1000) == Placement((640, 448), (640, 640), (0, 96), 640 / 448 - 1, True)
-    assert off.place(100, 50).resized == (896, 448)
+    assert off.assign(640, 448) == BucketAssignment((640, 448), (640, 448), (0, 0), 0.0, True)
+    assert off.assign(1000, 1000) == BucketAssignment((640, 448), (640, 640), (0, 96), 640 / 448 - 1, True)
+    assert off.assign(100, 50).resized == (896, 448)
 
 
 def test_bounds_below_the_step_do_not_divide_by_zero():

@@ -11,8 +11,8 @@ import pytest
 from library.data.captions import (
     caption_candidates,
     caption_is_fixed,
-    caption_variants,
     count_tags,
+    possible_captions,
     process_caption,
     read_caption,
 )
@@ -200,7 +200,7 @@ def test_blank_pieces_are_left_out():
     ],
 )
 def test_variants_of_a_caption(keys, variants):
-    assert caption_variants("a, b", subset(**keys)) == variants
+    assert possible_captions("a, b", subset(**keys)) == variants
     assert caption_is_fixed(subset(**keys)) == (variants is not None and len(variants) == 1)
     if variants:
         seen = {process("a, b", seed, epoch, **keys) for seed in range(30) for epoch in (1, 2)}

@@ -13,7 +13,7 @@ from PIL import Image, ImageCms
 
 from library.data.cache import latent_key
 from library.data.images import decode, decode_with_alpha
-from library.data.pixels import Placed
+from library.data.pixels import ImageCrop
 
 P3 = ((0.5151, 0.2412, -0.0011), (0.2920, 0.6922, 0.0419), (0.1571, 0.0666, 0.7841), 2.2)
 ADOBE = ((0.60974, 0.31111, 0.01947), (0.20528, 0.62567, 0.06087), (0.14919, 0.06322, 0.74457), 2.2)
@@ -51,9 +51,9 @@ def profile(red, green, blue, gamma: float) -> bytes:
     return head + bytes(28) + fixed(0.9642) + fixed(1) + fixed(0.8249) + bytes(48) + table + data
 
 
-def stored(icc: bytes | None, mode: str = "RGB", kind: str = "PNG", seen=SEEN) -> bytes:
-    """A file of one colour, which a viewer shows as `seen`."""
-    image = Image.new("RGB", (8, 8), seen)
+def stored(icc: bytes | None, mode: str = "RGB", kind: str = "PNG", original_size=SEEN) -> bytes:
+    """A file of one colour, which a viewer shows as `original_size`."""
+    image = Image.new("RGB", (8, 8), original_size)
     if icc and mode in ("RGB", "RGBA"):
         there = ImageCms.buildTransform(SRGB, ImageCms.ImageCmsProfile(io.BytesIO(icc)), "RGB", "RGB")
         image = ImageCms.applyTransform(image, there)
@@ -95,11 +95,11 @@ def test_a_profile_that_cannot_be_used_is_said_once(icc, mode, caplog):
 
 
 def test_cached_latents_of_other_profiles_are_made_again_and_no_others():
-    place = Placed(path=None, seen=(8, 8), resized=(8, 8), corner=(0, 0), size=(8, 8), interpolation=None)
+    crop = ImageCrop(path=None, original_size=(8, 8), resized=(8, 8), corner=(0, 0), size=(8, 8), interpolation=None)
     erased, plain = stored(None, "RGBA"), stored(None)
     parts = {"version": 1, "content": hashlib.sha256(plain).hexdigest(), "cut": [(8, 8), (0, 0), (8, 8), None], "vae": "vae"}
-    assert latent_key(plain, place, "vae") == hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+    assert latent_key(plain, crop, "vae") == hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
     p3 = stored(profile(*P3))
     parts["content"] = hashlib.sha256(p3).hexdigest()
-    assert latent_key(p3, place, "vae") != hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
-    assert latent_key(plain, place, "vae", mask=plain) != latent_key(plain, place, "vae", mask=erased)
+    assert latent_key(p3, crop, "vae") != hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+    assert latent_key(plain, crop, "vae", mask=plain) != latent_key(plain, crop, "vae", mask=erased)

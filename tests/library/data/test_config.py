@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from library.data.config import REFUSED, DatasetDefaults, datasets_from_file, datasets_from_folders, datasets_from_metadata
+from library.data.config import UNSUPPORTED, DatasetDefaults, datasets_from_file, datasets_from_folders, datasets_from_metadata
 from library.data.config_keys import DATASET_KEYS, SHARED_KEYS, DatasetConfig, SubsetConfig
 from library.errors import UserError
 
@@ -151,7 +151,7 @@ def test_a_wrong_key_names_file_place_and_the_nearest_key(here, text, parts):
     assert all(part in message for part in parts), message
 
 
-@pytest.mark.parametrize("key", REFUSED)
+@pytest.mark.parametrize("key", UNSUPPORTED)
 def test_trap_4_19_known_keys_that_are_not_built_are_refused_by_name(here, key):
     message = error_of(f"[general]\n{key} = 2.0\n" + SMALL)
     assert f"the key '{key}' is not supported: " in message

@@ -22,6 +22,7 @@ from library.data.dataset import TrainingDataset
 from library.data.debug import write_debug_sheet
 from library.data.loader import EpochSampler, make_loader
 from library.data.table import balanced
+from library.data.tokens import CaptionTokenizer
 from library.errors import UserError
 from library.models.clip import load_tokenizer
 
@@ -85,7 +86,7 @@ def lively(folder):
 
 
 def test_a_batch_holds_what_training_needs(folder, tokenizer):
-    dataset = TrainingDataset([config(subset(folder))], seed=1, tokenizers=[tokenizer])
+    dataset = TrainingDataset([config(subset(folder))], seed=1, tokenizer=CaptionTokenizer([tokenizer]))
     assert len(dataset) == dataset.num_batches
     for position in range(len(dataset)):
         batch = dataset[(1, position)]
@@ -207,7 +208,7 @@ def test_balancing_of_regularisation_images(folder, tmp_path, caplog):
 @pytest.mark.parametrize("workers", [1, 4])
 def test_batches_are_the_same_with_any_number_of_workers(folder, tokenizer, workers, monkeypatch):
     monkeypatch.setattr("library.data.loader.cores_for_this_process", lambda: 4)
-    dataset = TrainingDataset([lively(folder)], seed=9, tokenizers=[tokenizer])
+    dataset = TrainingDataset([lively(folder)], seed=9, tokenizer=CaptionTokenizer([tokenizer]))
     loader = make_loader(dataset, num_workers=workers, persistent=True)
     for epoch in (1, 2):
         for position, batch in enumerate(loader.epoch(epoch)):
@@ -218,7 +219,7 @@ def test_batches_are_the_same_with_any_number_of_workers(folder, tokenizer, work
 def test_a_pickled_dataset_is_small_and_gives_the_same(folder, tokenizer):
     """On Windows and macOS each loader process gets it so; test_cache.py starts one."""
     assert len(pickle.dumps(TrainingDataset([lively(folder)], seed=9))) < 20_000
-    dataset = TrainingDataset([lively(folder)], seed=9, tokenizers=[tokenizer])
+    dataset = TrainingDataset([lively(folder)], seed=9, tokenizer=CaptionTokenizer([tokenizer]))
     same(pickle.loads(pickle.dumps(dataset))[(3, 2)], dataset[(3, 2)])
 
 
@@ -351,14 +352,14 @@ def test_more_uses_than_memory_holds_are_refused(tmp_path):
 def test_trap_15_captions_that_are_cut_are_counted_and_only_a_longer_limit_is_advised(tmp_path, tokenizer, caplog, limit, cure):
     folder = make_folder(tmp_path, 1)
     (folder / "000.txt").write_text("very " * 240, encoding="utf-8")
-    TrainingDataset([config(subset(folder))], seed=1, tokenizers=[tokenizer], max_token_length=limit)
+    TrainingDataset([config(subset(folder))], seed=1, tokenizer=CaptionTokenizer([tokenizer], limit))
     assert caplog.messages[-1].endswith(cure) and ("--max_token_length" in cure or "--max" not in caplog.text)
 
 
 def test_too_many_captions_to_cache_are_said(folder, caplog):
     dataset = TrainingDataset([config(subset(folder))], seed=1)
-    assert len(dataset.caption_variants(limit=20)) == 20 and not caplog.text
-    assert dataset.caption_variants(limit=19) is None
+    assert len(dataset.possible_captions(limit=20)) == 20 and not caplog.text
+    assert dataset.possible_captions(limit=19) is None
     assert "more than 19 different captions" in caplog.text
 
 
@@ -367,11 +368,11 @@ def test_weighted_captions_and_long_ones(tmp_path, tokenizer, caplog):
     (folder / "000.txt").write_text("(red:1.5) dog " + "very " * 90, encoding="utf-8")
     (folder / "001.txt").write_text("(red:1.5) dog", encoding="utf-8")
     with caplog.at_level(logging.WARNING):
-        dataset = TrainingDataset([config(subset(folder))], seed=1, tokenizers=[tokenizer], weighted_captions=True)
+        dataset = TrainingDataset([config(subset(folder))], seed=1, tokenizer=CaptionTokenizer([tokenizer], weighted=True))
     assert caplog.text.count("longer than 75 tokens") == 1 and "1 captions" in caplog.text and "with 92 tokens" in caplog.text
     batch = dataset[(1, 0)]
     assert batch.tokens["weights"].shape == batch.tokens["ids"].shape and batch.tokens["weights"].max() == 1.5
-    long = TrainingDataset([config(subset(folder))], seed=1, tokenizers=[tokenizer], max_token_length=225)
+    long = TrainingDataset([config(subset(folder))], seed=1, tokenizer=CaptionTokenizer([tokenizer], 225))
     assert long[(1, 0)].tokens["ids"].shape[1:] == (3, 77)
 
 
@@ -384,15 +385,15 @@ def test_missing_captions_are_said(tmp_path, caplog):
     assert dataset.table.captions[1] == ""
 
 
-def test_caption_variants(folder):
+def test_possible_captions(folder):
     fixed = TrainingDataset([config(subset(folder))], seed=1)
-    assert list(fixed.caption_variants()) == sorted(f"dog, number {i}, Blue sky" for i in range(20))
-    assert set(fixed.caption_variants().values()) == {folder}
-    assert fixed.caption_variants(limit=19) is None and len(fixed.caption_variants(limit=None)) == 20
+    assert list(fixed.possible_captions()) == sorted(f"dog, number {i}, Blue sky" for i in range(20))
+    assert set(fixed.possible_captions().values()) == {folder}
+    assert fixed.possible_captions(limit=19) is None and len(fixed.possible_captions(limit=None)) == 20
     dropped = TrainingDataset([config(subset(folder, caption_dropout_rate=0.5))], seed=1)
     served = {caption for epoch in (1, 2, 3) for i in range(len(dropped)) for caption in dropped[(epoch, i)].captions}
-    assert "" in served and served <= set(dropped.caption_variants())
-    assert TrainingDataset([config(subset(folder, shuffle_caption=True))], seed=1).caption_variants() is None
+    assert "" in served and served <= set(dropped.possible_captions())
+    assert TrainingDataset([config(subset(folder, shuffle_caption=True))], seed=1).possible_captions() is None
 
 
 def test_images_cut_off_are_named_from_any_worker(tmp_path, caplog):
@@ -450,7 +451,7 @@ def test_facts_for_the_metadata(folder, tmp_path):
 
 
 def test_trap_4_17_debug_sheet_is_written_and_ends(folder, tmp_path, tokenizer, capsys):
-    dataset = TrainingDataset([config(subset(folder))], seed=1, tokenizers=[tokenizer])
+    dataset = TrainingDataset([config(subset(folder))], seed=1, tokenizer=CaptionTokenizer([tokenizer]))
     path = write_debug_sheet(dataset, tmp_path / "new folder", batches=3)
     with Image.open(path) as sheet:
         assert sheet.width > 192 and len(sheet.convert("RGB").getcolors(1 << 24)) > 1000

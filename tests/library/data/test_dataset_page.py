@@ -12,6 +12,7 @@ from PIL import Image
 from library.data.config_keys import DatasetConfig, SubsetConfig
 from library.data.dataset import TrainingDataset
 from library.data.dataset_page import DRAWS, write_dataset_page
+from library.data.tokens import CaptionTokenizer
 from library.models.clip import load_tokenizer
 from library.pages.page import ASSETS
 
@@ -28,7 +29,7 @@ def make(folder: Path, **images: tuple[tuple[int, int], str]) -> Path:
 
 def dataset_of(*subsets: SubsetConfig, **keys) -> TrainingDataset:
     configs = [DatasetConfig(resolution=64, subsets=subsets, **keys)]
-    return TrainingDataset(configs, seed=1, tokenizers=[load_tokenizer()])
+    return TrainingDataset(configs, seed=1, tokenizer=CaptionTokenizer([load_tokenizer()]))
 
 
 def subset(folder: Path, **keys) -> SubsetConfig:
@@ -147,8 +148,7 @@ def test_tokens_are_counted_as_the_trainer_reads_them(tmp_path, weighted):
     dataset = TrainingDataset(
         [DatasetConfig(resolution=64, subsets=(subset(folder),))],
         seed=1,
-        tokenizers=[load_tokenizer()],
-        weighted_captions=weighted,
+        tokenizer=CaptionTokenizer([load_tokenizer()], weighted=weighted),
     )
     (row,) = written(dataset, tmp_path / "p.html")["rows"]
     assert row["captions"][0][1] == (3 if weighted else 8)

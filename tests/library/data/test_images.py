@@ -13,7 +13,17 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from library.data import images
-from library.data.images import FORMATS, MAX_PIXELS, BadImage, decode, decode_values, decode_with_alpha, fit, room_for, size_of
+from library.data.images import (
+    FORMATS,
+    MAX_PIXELS,
+    BadImage,
+    decode,
+    decode_values,
+    decode_with_alpha,
+    fit,
+    size_of,
+    within_memory_limit,
+)
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -278,11 +288,11 @@ def test_what_is_erased_in_an_image_of_values_is_black():
 
 
 def test_images_decoded_at_once_are_bounded_by_their_pixels(monkeypatch):
-    monkeypatch.setattr(images, "MOST_AT_ONCE", 100)
+    monkeypatch.setattr(images, "MAX_PIXELS_AT_ONCE", 100)
     held, most, lock = [0], [0], threading.Lock()
 
     def decode_one(size: tuple[int, int]) -> None:
-        with room_for(size):
+        with within_memory_limit(size):
             with lock:
                 held[0] += size[0] * size[1]
                 most[0] = max(most[0], held[0])

@@ -11,7 +11,7 @@ from PIL import Image
 
 from library.data.config_keys import DatasetConfig, SubsetConfig
 from library.data.dataset import TrainingDataset
-from library.data.pixels import Placed
+from library.data.pixels import ImageCrop
 from library.models.family import LatentSpace
 
 # Bucket, image, then the size after resizing to cover it and what is cut at left and top: all (width, height), (left, top).
@@ -43,8 +43,8 @@ def test_trap_25_26_28_29_a_cut_in_the_middle_and_its_mirror_image(bucket, image
     )
     (left, top), (width, height) = corner, bucket
     assert made[(1, 0)].sizes.tolist() == [[image[1], image[0], top, left, height, width]]
-    place = Placed(tmp_path, image, resized, corner, bucket, None)
-    assert place.sizes(mirrored=True)[2:4] == (top, resized[0] - width - left)
+    crop = ImageCrop(tmp_path, image, resized, corner, bucket, None)
+    assert crop.sizes(mirrored=True)[2:4] == (top, resized[0] - width - left)
 
 
 @pytest.mark.parametrize("name", ["a.png", "a_60_30_40_40.png"])  # the second with a face
@@ -52,7 +52,7 @@ def test_trap_27_random_and_face_crops_mirrored_too(tmp_path, name):
     coordinates(tmp_path / name, 100, 64)
     face = {"face_crop_aug_range": (1.0, 3.0)} if "_" in name else {}
     made = dataset(tmp_path, random_crop=True, flip_aug=True, **face)
-    seen = set()
+    original_size = set()
     for epoch in range(1, 41):
         batch = made[(epoch, 0)]
         pixels = np.rint((batch.images[0].numpy() + 1) * 127.5)
@@ -61,8 +61,8 @@ def test_trap_27_random_and_face_crops_mirrored_too(tmp_path, name):
         mirrored = pixels[0, 0, 0] > pixels[0, 0, -1]
         first = pixels[0, 0].min()
         assert int(top) == pixels[1, 0, 0] and int(left) == (36 - first if mirrored else first)
-        seen.add((bool(mirrored), int(left)))
-    assert len(seen) > 10 and {mirrored for mirrored, _ in seen} == {False, True}
+        original_size.add((bool(mirrored), int(left)))
+    assert len(original_size) > 10 and {mirrored for mirrored, _ in original_size} == {False, True}
 
 
 def test_trap_28_cached_latents_come_with_the_sizes_that_images_have(tmp_path):

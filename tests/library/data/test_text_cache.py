@@ -140,7 +140,7 @@ def test_trap_21_fixed_parts_of_captions_are_encoded_too(tmp_path):
         caption_dropout_every_n_epochs=2,
     )  # fmt: skip
     encode = FakeEncoders()
-    dataset.texts = keep_in_memory(dataset.caption_variants(), encode)
+    dataset.texts = keep_in_memory(dataset.possible_captions(), encode)
     assert encode.asked == ["", *(f"photo of red {number}, ; end" for number in range(3))]
     for batch in (dataset[(number, position)] for number in (1, 2) for position in range(2)):
         assert batch.text["pooled"][:, 0].tolist() == [sum(caption.encode()) for caption in batch.captions]
@@ -161,7 +161,7 @@ def test_trap_20_what_makes_captions_vary_is_named_with_its_subset(tmp_path, key
 def test_cached_texts_reach_spawned_workers(tmp_path, disk):
     """As on Windows and macOS."""
     dataset = dataset_of(tmp_path / "a")
-    variants = dataset.caption_variants()
+    variants = dataset.possible_captions()
     dataset.texts = on_disk(variants)[0] if disk else keep_in_memory(variants, FakeEncoders())
     loader = make_loader(dataset, num_workers=1)
     loader.loader.multiprocessing_context = "spawn"

@@ -12,7 +12,7 @@ import pytest
 from user_pages import blocks, read_page
 
 from library.data.buckets import BucketRule
-from library.data.config import REFUSED, DatasetDefaults, datasets_from_file
+from library.data.config import UNSUPPORTED, DatasetDefaults, datasets_from_file
 from library.data.config_file import read_config_file
 from library.data.config_keys import DATASET_KEYS, SHARED_KEYS, SUBSET_ONLY, DatasetConfig, SubsetConfig
 
@@ -60,7 +60,7 @@ def test_every_key_is_in_the_tables_with_its_default_and_levels(guide):
 
 
 def test_refused_keys_are_listed():
-    assert all(f"`{key}`" in ENGLISH for key in REFUSED)
+    assert all(f"`{key}`" in ENGLISH for key in UNSUPPORTED)
 
 
 @BOTH
@@ -71,9 +71,9 @@ def test_the_table_of_sizes_is_true(guide):
     for width, height, normal, no_upscale in rows:
         for text, keeps in ((normal, False), (no_upscale, True)):
             config = DatasetConfig(resolution=512, enable_bucket=True, bucket_no_upscale=keeps, subsets=(subset,))
-            place = BucketRule(config).place(int(width), int(height))
+            assignment = BucketRule(config).assign(int(width), int(height))
             text = normal if text in ("the same", "同左") else text
             sizes = [tuple(map(int, size)) for size in re.findall(r"(\d+) x (\d+)", text)]
-            assert sizes[-1] == place.bucket, (width, height, text)
+            assert sizes[-1] == assignment.bucket, (width, height, text)
             if len(sizes) == 2:
-                assert sizes[0] == place.resized, (width, height, text)
+                assert sizes[0] == assignment.resized, (width, height, text)

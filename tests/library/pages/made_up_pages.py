@@ -10,6 +10,7 @@ from PIL import Image
 from library.data.config_keys import DatasetConfig, SubsetConfig
 from library.data.dataset import TrainingDataset
 from library.data.dataset_page import write_dataset_page
+from library.data.tokens import CaptionTokenizer
 from library.generation.outputs.comparison import Comparison, columns_of
 from library.generation.outputs.sheet_page import write_sheet_page
 from library.generation.prompts.spec import PromptSpec
@@ -73,7 +74,10 @@ def write_data_page(path: Path, count: int = 6) -> Path:
         image_dir=images, conditioning_data_dir=masks, caption_extension=".txt", shuffle_caption=True, num_repeats=2
     )  # fmt: skip
     write_dataset_page(
-        TrainingDataset([DatasetConfig(resolution=64, subsets=(subset,))], seed=1, tokenizers=[load_tokenizer()]), path
+        TrainingDataset(
+            [DatasetConfig(resolution=64, subsets=(subset,))], seed=1, tokenizer=CaptionTokenizer([load_tokenizer()])
+        ),
+        path,
     )
     return path
 
