@@ -4,7 +4,7 @@
 
 memory: U-Net and text encoder of full-size Stable Diffusion 1.5 in fp16, every layer packed as in a run, one at a time; and the
 estimate that a run prints at 512 px, batch 1, U-Net only, with checkpointing. quality: how far the U-Net of assets/base-model
-(trained, 64 px) gets from its own output, as a part of that output's size, on noised images of assets/example at five
+(trained, 64 px) gets from its own output, as a part of that output's size, on noisy images of assets/example at five
 timesteps. training: the demo's command on that model, with every fifth image held out, the same seeds for all; the validation
 loss at the end has the same noise and timesteps for all. Writes benchmarks/results/base_dtype.md, part by part.
 """

@@ -164,8 +164,8 @@ def stop(*_):
     raise SystemExit
 """
 OURS = """
-from library.imports import collector_resting, import_model_libraries
-with collector_resting():
+from library.imports import garbage_collection_paused, import_model_libraries
+with garbage_collection_paused():
     from library.generation.loading import load_model
     from library.generation.options import ModelOptions, SpeedOptions
     from library.generation.pipeline.pipeline import Pipeline

@@ -247,10 +247,10 @@ def measure_launch(case: Case, folder: Path, steps: int) -> dict[str, float]:
 
     What an earlier launch imported is imported first, so that late imports count as imports.
     """
-    from library.imports import collector_resting, import_model_libraries
+    from library.imports import garbage_collection_paused, import_model_libraries
 
     modules = folder / "modules.json"
-    with collector_resting():
+    with garbage_collection_paused():
         import library.training.checks.preflight as preflight
         import library.training.setup as setup
 

@@ -1,7 +1,7 @@
-"""Options declared once, as fields of typed groups; the command line and the config file are both made from them.
+"""The command line and the config file, both made from options that are declared as fields of typed groups.
 
-A group is a pydantic model whose fields are options: name, type, default and description stand together. An options class
-is a pydantic model whose fields are groups. Nothing else in the program knows how an option is spelt or checked.
+A group is a pydantic model whose fields are options, with name, type, default and description. An options class is a pydantic
+model whose fields are groups. No other code has the names or checks of options.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from pydantic.fields import FieldInfo
 from library.errors import NEGATIVE, Problems, UserError, UserErrors, nearest
 from library.option_files import read_option_tables
 
-LIKE = 0.7  # how like an unknown name a known one must be to be offered, from 0 to 1
-MOST_STRANGE = 12  # unknown names of a file that are listed; more would push the first off the screen
+MIN_SIMILARITY = 0.7  # of an unknown name to a known one that an error suggests, from 0 to 1
+MAX_UNKNOWN_NAMED = 12  # unknown names of a file that get a line each; more would fill the screen
 
 
 class OptionGroup(BaseModel):
-    """One theme of the command line. The first line of the docstring is its heading in --help."""
+    """Options of one topic. The first line of the docstring is their heading in --help."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-    decides_what_is_trained: ClassVar[bool] = True  # else its options may differ in a resumed run, and are not recorded
+    decides_what_is_trained: ClassVar[bool] = True  # else a resumed run may change its options, and metadata does not record them
 
 
 OptionsT = TypeVar("OptionsT", bound=BaseModel)
@@ -55,12 +55,12 @@ def is_flag(field: FieldInfo) -> bool:
 
 
 def is_list(field: FieldInfo) -> bool:
-    """Whether the option takes several words on the command line."""
+    """Whether the option takes several arguments on the command line."""
     return any(typing.get_origin(t) is list for t in _union_members(field.annotation))
 
 
 def choices_of(field: FieldInfo) -> tuple[str, ...]:
-    """The allowed values of an option, empty if it is free."""
+    """The allowed values of an option; empty if any value is allowed."""
     return tuple(str(v) for t in _union_members(field.annotation) if typing.get_origin(t) is Literal for v in typing.get_args(t))
 
 
@@ -71,7 +71,7 @@ def _union_members(annotation: Any) -> tuple[Any, ...]:
 
 
 def build_parser(options_class: type[BaseModel], description: str) -> argparse.ArgumentParser:
-    """A parser that only collects words; types are checked in one place for command line and file alike."""
+    """A parser that only collects text; `build` checks types, for the command line and the config file alike."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s [options]", description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS
     )
@@ -98,61 +98,67 @@ def _add_argument(section: argparse._ArgumentGroup, name: str, field: FieldInfo)
 
 
 @dataclass(frozen=True)
-class Refused:
-    """Options that exist elsewhere and not here: the reason of each, and the values that ask for nothing anyway."""
+class UnsupportedOptions:
+    """Options of other trainers that are errors here.
+
+    reasons: the reason of each. harmless: values that a config file may hold, as they ask for nothing. of_front_ends: options of
+    graphical front ends, which a config file may hold with any value.
+    """
 
     reasons: Mapping[str, str] = field(default_factory=dict)
     harmless: Mapping[str, Any] = field(default_factory=dict)
-    of_front_ends: frozenset[str] = frozenset()  # a config file may hold them with any value: they are not the trainer's
+    of_front_ends: frozenset[str] = frozenset()
 
     def is_harmless(self, name: str, value: Any) -> bool:
-        """Whether a config file may hold this: switched off, or at the default that graphical front ends write out."""
+        """Whether a config file may hold this value: it switches the option off, or is a default that front ends write."""
         return (
             value in (False, "", 0, []) or name in self.of_front_ends or (name in self.harmless and self.harmless[name] == value)
         )
 
 
-def parse(options_class: type[OptionsT], arguments: list[str], description: str, refused: Refused = Refused()) -> OptionsT:
+def parse(
+    options_class: type[OptionsT], arguments: list[str], description: str, unsupported: UnsupportedOptions = UnsupportedOptions()
+) -> OptionsT:
     """Options from the command line and, if `--config_file` is given, from that TOML file; the command line wins.
 
-    Raises UserError for an unknown or refused name (with the nearest known one) and for a value of the wrong kind.
+    Raises UserErrors for unknown names (with the most similar known one), unsupported options and wrong values.
     """
     problems = Problems()
-    given = parse_command_line(options_class, arguments, description, refused, problems)
+    given = parse_command_line(options_class, arguments, description, unsupported, problems)
     values: dict[str, tuple[Any, str]] = {}
     if "config_file" in given and "output_config" not in given:
         path = config_file_path(given["config_file"])
-        in_file = read_config_file(options_class, path, refused, problems)
+        in_file = read_config_file(options_class, path, unsupported, problems)
         values.update({key: (value, f"'{key}' in {path}") for key, value in in_file.items()})
     values.update({key: (value, f"--{key}") for key, value in given.items()})
     return problems.results([problems.of(build, options_class, values)])[0]
 
 
 def parse_command_line(
-    options_class: type[BaseModel], arguments: list[str], description: str, refused: Refused, problems: Problems
+    options_class: type[BaseModel], arguments: list[str], description: str, unsupported: UnsupportedOptions, problems: Problems
 ) -> dict[str, Any]:
-    """The options that stand on the command line, by name, as words. Wrong names go to `problems`; other errors are raised."""
+    """The options on the command line as text, by name. Wrong names are added to `problems`; other errors are raised."""
     names = option_names(options_class)
     wrong = []
     for word in arguments:
         if word.startswith("--") and word not in ("--help", "--"):
             name = word[2:].split("=", 1)[0]
-            if name in refused.reasons:
-                wrong.append(f"--{name} is not supported: {refused.reasons[name]}")
+            if name in unsupported.reasons:
+                wrong.append(f"--{name} is not supported: {unsupported.reasons[name]}")
             elif name not in names:
                 wrong.append(unknown_option(f"--{name}", [f"--{known}" for known in names]))
     problems.found += wrong
     parser = build_parser(options_class, description)
     parser.error = _raise_user_error  # type: ignore[method-assign]
     known, rest = parser.parse_known_args(arguments)
-    if rest and not wrong:  # else they are the words of a wrong name
+    if rest and not wrong:  # else they are the values of a wrong name
         raise UserError(f"unexpected word '{rest[0]}' on the command line; put values that hold spaces in quotes")
     return vars(known)
 
 
 def unknown_option(name: str, known: Iterable[str], where: str = "") -> str:
-    """What is wrong with an option's name, with the one that was meant if any is like it."""
-    close = nearest(name, known, cutoff=LIKE)
+    """The error for an unknown option, with the most similar known one."""
+    close = nearest(name, known, cutoff=MIN_SIMILARITY)
     cure = f"did you mean '{close}'?" if close else "no option is like it (--help lists all); take it out"
     return f"unknown option '{name}'{f' in {where}' if where else ''}; {cure}"
 
@@ -162,7 +168,7 @@ def _raise_user_error(message: str) -> typing.NoReturn:
 
 
 def config_file_path(name: str) -> Path:
-    """The file that `--config_file` names; `.toml` may be left out."""
+    """The file that `--config_file` names; the suffix `.toml` is optional."""
     path = Path(name)
     for candidate in (path, path.with_name(path.name + ".toml")):
         if candidate.is_file():
@@ -170,38 +176,40 @@ def config_file_path(name: str) -> Path:
     raise UserError(f"--config_file {name}: there is no such file")
 
 
-def read_config_file(options_class: type[BaseModel], path: Path, refused: Refused, problems: Problems) -> dict[str, Any]:
-    """Option values of a TOML or JSON file. Tables are flattened; their names do not matter. What is wrong goes to `problems`.
+def read_config_file(
+    options_class: type[BaseModel], path: Path, unsupported: UnsupportedOptions, problems: Problems
+) -> dict[str, Any]:
+    """Option values of a TOML or JSON file. Tables are flattened; their names do not matter. Errors are added to `problems`.
 
-    A refused option that asks for nothing is passed over, and so is a name that is like none here: graphical front ends write
-    every option they know.
+    Graphical front ends write every option they know. So unsupported options with a harmless value are ignored, and so are
+    unknown options that are switched off, unless an option here has a similar name.
     """
-    content, strange = read_option_tables(path), 0
+    content, unknown_count = read_option_tables(path), 0
     names, fields = option_names(options_class), option_fields(options_class)
     values: dict[str, Any] = {}
     for key, value in _flatten(content):
         if key in values or key == "config_file":
             problems.found.append(f"'{key}' in {path} " + ("stands there twice" if key in values else "cannot name another file"))
-        elif key in refused.reasons:
-            if not refused.is_harmless(key, value):
-                problems.found.append(f"'{key}' in {path} is not supported: {refused.reasons[key]}")
+        elif key in unsupported.reasons:
+            if not unsupported.is_harmless(key, value):
+                problems.found.append(f"'{key}' in {path} is not supported: {unsupported.reasons[key]}")
         elif key not in names:
-            if value not in (False, "", [], None) or nearest(key, names, cutoff=LIKE):
-                strange += 1
-                problems.found += [unknown_option(key, names, where=str(path))] if strange <= MOST_STRANGE else []
+            if value not in (False, "", [], None) or nearest(key, names, cutoff=MIN_SIMILARITY):
+                unknown_count += 1
+                problems.found += [unknown_option(key, names, where=str(path))] if unknown_count <= MAX_UNKNOWN_NAMED else []
         else:
             option = fields[key]
             if value == "" and option.get_default() is None:
-                continue  # as front ends write what is not given
+                continue  # front ends write this for an option that is not given
             checked = problems.of(_checked_flag, key, value, is_flag(option), path)
             values |= {} if checked is None else {key: checked}
-    if strange > MOST_STRANGE:
-        problems.found.append(f"{path} holds {strange - MOST_STRANGE} more keys that are no options here")
+    if unknown_count > MAX_UNKNOWN_NAMED:
+        problems.found.append(f"{path} holds {unknown_count - MAX_UNKNOWN_NAMED} more keys that are no options here")
     return values
 
 
 def _checked_flag(key: str, value: Any, wanted: bool, path: Path) -> Any:
-    """TOML has true and false of its own, for which 1 and 0 may stand; text in their place is an error, and so is the reverse."""
+    """The value of a flag as a bool: true, false, 1 or 0. Raises UserError for other values, and for a bool of another option."""
     if wanted and isinstance(value, int) and value in (0, 1):
         return bool(value)
     if wanted != isinstance(value, bool):
@@ -218,7 +226,7 @@ def _flatten(content: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
 
 
 def build(options_class: type[OptionsT], values: Mapping[str, tuple[Any, str]]) -> OptionsT:
-    """Checked options from raw values; each value comes with the words that name its place in an error."""
+    """Checked options from raw values; with each value comes the text that names it in an error."""
     names = option_names(options_class)
     raw: dict[str, dict[str, Any]] = {group: {} for group in groups_of(options_class)}
     for option, (value, _) in values.items():

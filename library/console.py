@@ -1,4 +1,4 @@
-"""What a run shows on the console, and --console_log_*."""
+"""Console output of a run, and --console_log_*."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from pathlib import Path
 from library.errors import UserError
 from library.safe_text import SafeFormatter, on_terminal
 
-# Loggers of libraries that advise to install what no run here uses: bitsandbytes names kernels of its 4-bit layers.
-ADVISE_NEEDLESSLY = ("bitsandbytes.backends.cpu.ops",)
+# Loggers that advise to install packages which no run uses: bitsandbytes advises kernels for its 4-bit layers.
+NEEDLESS_ADVISERS = ("bitsandbytes.backends.cpu.ops",)
 
 
 def is_main_process() -> bool:
-    """Whether this is the first, or the only, process of a run, as the launcher says."""
+    """Whether this is the first, or the only, process of a run, by the launcher's variable RANK."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
 def quiet_unless_main() -> None:
-    """Of several processes the main one alone prints: the others' standard output goes nowhere, and they draw no progress bars.
+    """Only rank 0 prints: in other processes discard standard output and warnings, and disable progress bars.
 
-    To be called before tqdm is imported, which reads its switch then. Standard error stays open for what is unexpected.
+    Call it before tqdm is imported, which reads TQDM_DISABLE then. Standard error stays open for tracebacks.
     """
     if not is_main_process():
         os.environ["TQDM_DISABLE"] = "1"
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (open to the end of the process)
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (open until the process ends)
         logging.disable(logging.ERROR)
 
 
-class Once(logging.Filter):
-    """Lets every message through the first time, and not again: a warning about an image need not come in every epoch."""
+class WithoutRepeats(logging.Filter):
+    """Drops repeated warnings: one about an image would otherwise come in every epoch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class KeptWarnings(logging.Handler):
 
 @contextmanager
 def keeping_warnings() -> Iterator[KeptWarnings]:
-    """Keep what the suite warns of within the block; what other packages warn of is seldom about the run."""
+    """Keep the suite's own warnings of the block; those of other packages are seldom about the run."""
     kept, root = KeptWarnings(), logging.getLogger()
     kept.addFilter(lambda record: record.name.startswith(("library.", "networks.")))
     root.addHandler(kept)
@@ -73,7 +73,7 @@ def keeping_warnings() -> Iterator[KeptWarnings]:
 
 
 class LoggedLines:
-    """Stands for standard output: every line that is printed becomes a message of level INFO."""
+    """Replaces standard output: every printed line becomes a log message of level INFO."""
 
     def __init__(self, log: logging.Logger) -> None:
         self.log, self._begun = log, ""
@@ -93,16 +93,16 @@ class LoggedLines:
 
 
 def set_up_console(level: str | None, file: str | None, simple: bool) -> None:
-    """Messages by --console_log_level, --console_log_file and --console_log_simple.
+    """Set up logging by --console_log_level, --console_log_file and --console_log_simple.
 
-    Without a file, what is printed goes to standard output as ever, unless the level is above INFO, and warnings go to standard
-    error. With a file both go there with their time, and the console keeps the progress bar and the error that ends a run.
+    Without a file, warnings go to standard error, and prints to standard output unless the level is above INFO. With a file both
+    go to the file, with their time; the console shows the progress bar and the error that ends a run.
     """
     if not is_main_process():
         return
     threshold = getattr(logging, level or "INFO")
     handler = file_handler(file) if file else console_handler(simple)
-    handler.addFilter(Once())
+    handler.addFilter(WithoutRepeats())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.captureWarnings(True)
     silence_needless_advice()
@@ -112,12 +112,12 @@ def set_up_console(level: str | None, file: str | None, simple: bool) -> None:
     if file:
         sys.stdout = LoggedLines(own)
     elif threshold > logging.INFO:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (open to the end of the process)
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (open until the process ends)
 
 
 def silence_needless_advice() -> None:
-    """Show no warnings of loggers that advise to install what no run uses."""
-    for name in ADVISE_NEEDLESSLY:
+    """Show no warnings of NEEDLESS_ADVISERS."""
+    for name in NEEDLESS_ADVISERS:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
@@ -142,7 +142,7 @@ class LogFile(logging.StreamHandler):
 
 
 def file_handler(file: str) -> logging.Handler:
-    """Lines with time and level. Raises UserError if the file cannot be written."""
+    """A handler that writes lines with time and level. Raises UserError if the file cannot be written."""
     path = Path(file)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -154,7 +154,7 @@ def file_handler(file: str) -> logging.Handler:
 
 
 def console_handler(simple: bool) -> logging.Handler:
-    """On a terminal coloured lines by rich, else plain ones, which other programs can read."""
+    """A handler for standard error: coloured lines on a terminal, else plain ones, which programs can read."""
     if simple or not sys.stderr.isatty():
         handler: logging.Handler = logging.StreamHandler()
         handler.setFormatter(SafeFormatter("%(levelname_lower)s: %(message)s"))

@@ -1,4 +1,4 @@
-"""What the machine can do: device, precision, threads, memory."""
+"""Capabilities of the machine: device, precision, threads, memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DTYPES = {"no": torch.float32, **{precision: dtype_of(precision) for precision i
 
 
 def check_precision(mixed_precision: str, device: torch.device) -> None:
-    """Refuse half precision where it would crash or crawl."""
+    """Raises UserError for a half precision that the device does not support."""
     if mixed_precision == "fp16" and device.type == "cpu":
         raise UserError("--mixed_precision fp16 needs a GPU and none was found; use --mixed_precision bf16 or no")
     if mixed_precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -26,7 +26,7 @@ def check_precision(mixed_precision: str, device: torch.device) -> None:
 
 
 def cpu_has_fast_bf16() -> bool:
-    """Whether this processor multiplies bf16 in hardware; without that, bf16 is many times slower than float32."""
+    """Whether this processor multiplies bf16 in hardware; without it, bf16 is many times slower than float32."""
     query = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     if query is None:
         return True
@@ -34,7 +34,7 @@ def cpu_has_fast_bf16() -> bool:
 
 
 def use_xformers(unet: UNet2DConditionModel, device: torch.device) -> None:
-    """Attention by xformers where it can be had; torch's own is as exact and nearly as fast."""
+    """Use xformers' attention if it is installed and there is a GPU; torch's own is as exact and nearly as fast."""
     try:
         import xformers.ops  # noqa: F401
 
@@ -55,16 +55,16 @@ def cores_for_this_process() -> int:
 def use_all_cores() -> int:
     """Let a CPU run under `accelerate launch` use every core; returns the number of threads.
 
-    `--num_cpu_threads_per_process 1`, which everybody writes, is meant for GPU runs and would leave all cores but one idle here.
-    Without accelerate's launcher, OMP_NUM_THREADS keeps its meaning.
+    `--num_cpu_threads_per_process 1`, which guides recommend, is meant for GPU runs; on a CPU it would leave all cores but one
+    idle. Without accelerate's launcher, OMP_NUM_THREADS keeps its meaning.
     """
     if "ACCELERATE_MIXED_PRECISION" in os.environ:
         torch.set_num_threads(cores_for_this_process())
     return torch.get_num_threads()
 
 
-def memory_there(device: torch.device) -> tuple[int, str]:
-    """The memory of the GPU, or that of the machine which is free now, in bytes; and whose it is, in words."""
+def available_memory(device: torch.device) -> tuple[int, str]:
+    """The total memory of the GPU, or the free memory of the machine, in bytes; and a phrase that names it."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory, "the GPU's"
     import psutil
@@ -73,7 +73,7 @@ def memory_there(device: torch.device) -> tuple[int, str]:
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
-    """Peak memory of this process: on the GPU if there is one, else resident memory; None if the system does not tell."""
+    """Peak memory of this process: on the GPU if there is one, else resident; None if the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

@@ -1,6 +1,6 @@
 """How every program runs: streams that take any text, errors of one line without a traceback, exit codes.
 
-0: done; 1: the run could not go on; 2: wrong input; 120: what a tool printed could not be written; 130: interrupted.
+0: done; 1: the run could not continue; 2: wrong input; 120: what a tool printed could not be written; 130: interrupted.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class SafeStream:
         try:
             try:
                 self.stream.write(text)
-            except UnicodeEncodeError:  # a stream of others, which could not be set
+            except UnicodeEncodeError:  # a stream without `reconfigure`
                 self.stream.write(text.encode("ascii", "backslashreplace").decode())
         except OSError:
             self.has_lost = True
@@ -49,22 +49,22 @@ class SafeStream:
 
 
 def run_entry(main: Main) -> NoReturn:
-    """Run an entry script's `main` and leave the process with its exit code."""
+    """Run an entry script's `main` and end the process with its exit code."""
     sys.exit(_exit_code(main))
 
 
 def run_tool(main: Main) -> NoReturn:
-    """The same for a tool that takes a second or two: torch gets one thread, and the process ends at once.
+    """The same for a tool that takes a second or two: torch gets one thread, and the process ends without clean-up.
 
-    Python would first take torch and all else apart piece by piece, which costs half a second.
+    Python's clean-up of torch and other modules takes half a second.
     """
-    # library/parallel.py has the threads: torch's own would spin beside them while they wait, on a busy machine most of the time.
+    # library/parallel.py makes the threads; torch's own would spin beside them while they wait.
     os.environ["OMP_NUM_THREADS"] = "1"  # torch reads it when it is imported, which is after the options are read
     code = _exit_code(main)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     lost = any(getattr(stream, "has_lost", False) for stream in (sys.stdout, sys.stderr))
-    os._exit(code or (120 if lost else 0))  # 120 is what Python itself gives then
+    os._exit(code or (120 if lost else 0))  # 120 is Python's own code for this
 
 
 def _exit_code(main: Main) -> int:

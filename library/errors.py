@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: one line with the cause and the cure, exit code 2, no traceback."""
+"""Errors that a user can fix: one line with the cause and the cure, exit code 2, no traceback."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import ParamSpec, TypeVar
 
-# A word that begins like an option and is a number in any notation, or a list of some: -.5, -5e-1, -1,0.5,1
+# A command line argument that begins like an option and is a number, or a list of numbers: -.5, -5e-1, -1,0.5,1
 NEGATIVE = re.compile(r"-(?:[\d.][\d.,eE_+-]*|inf(?:inity)?|nan)$", re.IGNORECASE)
 
 P = ParamSpec("P")
@@ -22,7 +22,7 @@ class UserError(Exception):
 
 
 class UserErrors(UserError):
-    """Several things that are wrong at once, one line each."""
+    """Several errors at once, one line for each."""
 
     def __init__(self, problems: list[str]) -> None:
         super().__init__("; ".join(problems))
@@ -30,7 +30,7 @@ class UserErrors(UserError):
 
 
 def problem_of_path(error: OSError) -> UserError | None:
-    """What to say of a path that the system will not look at (rights, a long name, a link to itself), or of a full disk.
+    """The error for a path that the system rejects (rights, a long name, a link to itself), or for a full disk.
 
     None for any other error without a path.
     """
@@ -41,13 +41,13 @@ def problem_of_path(error: OSError) -> UserError | None:
 
 
 class Problems:
-    """Collects what is wrong, so that it can be told all at once."""
+    """Collects errors, so that all are reported at once."""
 
     def __init__(self) -> None:
         self.found: list[str] = []
 
     def of(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
-        """What `work` gives for these arguments; None if it raises a UserError or cannot look at a path, whose words are kept."""
+        """The result of `work`; None if it raises UserError, or OSError for a path. The message is kept."""
         try:
             return work(*args, **kwargs)
         except UserError as error:
@@ -60,25 +60,25 @@ class Problems:
         return None
 
     def results(self, found: Iterable[T | None]) -> list[T]:
-        """What `of` gave, several times; raises UserErrors if anything was wrong."""
+        """The results of several calls of `of`. Raises UserErrors if any problem was found."""
         results = [result for result in found if result is not None]
-        self.tell()
+        self.raise_found()
         return results
 
-    def tell(self) -> None:
-        """Raise UserErrors with all that was found, each thing once; nothing happens if all is well."""
+    def raise_found(self) -> None:
+        """Raises UserErrors with all problems, each once, if any was found."""
         if self.found:
             raise UserErrors(list(dict.fromkeys(self.found)))
 
 
 class RunFailed(UserError):
-    """The input was right and the run still cannot go on (a loss of NaN, say)."""
+    """The input was right, but the run cannot continue (a loss of NaN, say)."""
 
     exit_code = 1
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The known name closest to `name`, or None if nothing is close. cutoff: the least likeness, from 0 to 1."""
+    """The known name that is most similar to `name`, or None. cutoff: the least similarity, from 0 to 1."""
     known = list(known)
     matches = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
     if not matches:
@@ -87,18 +87,18 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     return matches[0] if matches else None
 
 
-def listed(items: Sequence[str], most: int = 10, separator: str = ", ") -> str:
-    """The first items, and how many more there are.
+def listed(items: Sequence[str], limit: int = 10, separator: str = ", ") -> str:
+    """At most `limit` items, and the number of the others.
 
     >>> listed(["a", "b", "c"], 2), listed(["a", "b", "c"], 2, "; ")
     ('a, b and 1 more', 'a; b; and 1 more')
     """
-    more = f"{separator.rstrip(', ')} and {len(items) - most} more" if len(items) > most else ""
-    return separator.join(items[:most]) + more
+    more = f"{separator.rstrip(', ')} and {len(items) - limit} more" if len(items) > limit else ""
+    return separator.join(items[:limit]) + more
 
 
 def unknown(what: str, name: str, known: Iterable[str], where: str = "") -> UserError:
-    """An error for a name that is not known, with the nearest known one.
+    """The error for an unknown name, with the most similar known one.
 
     >>> str(unknown("network_args key", "conv_dm", ["conv_dim"]))
     "unknown network_args key 'conv_dm'; did you mean 'conv_dim'?"
@@ -109,6 +109,6 @@ def unknown(what: str, name: str, known: Iterable[str], where: str = "") -> User
     return UserError(f"unknown {what} '{name}'{f' in {where}' if where else ''}; {cure}")
 
 
-def one_line(error: BaseException, most: int = 300) -> str:
-    """What an error says, in one line of at most so many letters."""
-    return " ".join(str(error).split())[:most] or type(error).__name__
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """The message of an error in one line of at most `limit` characters; without a message, its type."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, and hashed as the ecosystem does."""
+"""Files: atomic writing, headers of .safetensors files, and the hashes that web UIs use."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from library.safe_text import as_unicode
 _UMASK = os.umask(0)  # it can only be read by setting it
 os.umask(_UMASK)
 
-# What writers raise for a full disk, a lost folder or a text that is no Unicode; safetensors and torch have errors of their own.
+# Errors of writers for a full disk, a lost folder or text that is no Unicode; safetensors and torch raise errors of their own.
 WRITE_ERRORS = (OSError, SafetensorError, RuntimeError, UnicodeError)
 
 
 def as_on_disk(path: Path) -> Path:
-    """The path, or one that looks the same and is there: é may be one letter, or e and an accent, by system and archive."""
+    """The path, or an existing one that differs only in Unicode form: é may be one letter, or e and an accent."""
     if str(path).isascii() or os.path.lexists(path):
         return path
     parent = as_on_disk(path.parent) if path.parent != path else path
-    names_by_look.cache_clear()  # what is asked for may have been made a moment ago
+    names_by_look.cache_clear()  # the file may be new
     return parent / names_by_look(parent).get(unicodedata.normalize("NFC", path.name), path.name)
 
 
 @lru_cache(maxsize=256)
 def names_by_look(folder: Path) -> dict[str, str]:
-    """The names in a folder by their composed form, which tells what looks the same; empty if there is no such folder.
+    """Names in a folder by their composed Unicode form; empty if there is no such folder. Cached.
 
-    Of two names that look the same the one in composed form counts. Looked up once a folder.
+    Of two names with the same composed form the one in that form counts.
     """
     try:
         return {unicodedata.normalize("NFC", name): name for name in sorted(os.listdir(folder))}
@@ -49,10 +49,10 @@ def names_by_look(folder: Path) -> dict[str, str]:
 
 @contextmanager
 def _written_beside(path: Path, take_name: Callable[[Path], object]) -> Iterator[Path]:
-    """Give a temporary path beside `path`; when the block ends well, flush the file to disk and let `take_name` name it.
+    """Give a temporary path beside `path`; if the block succeeds, flush the file to disk and call `take_name` on it.
 
-    The temporary name keeps the suffix, since writers choose a format by it; the rest is cut, as names end at 255 bytes.
-    If the block raises, nothing is left.
+    The temporary name keeps the suffix, by which writers choose a format; the stem is cut, as names have at most 255 bytes.
+    If the block raises, the temporary file is removed.
     """
     temporary = path.with_name(f".{path.stem[:40]}.{uuid.uuid4().hex[:8]}{path.suffix}")
     try:
@@ -60,10 +60,10 @@ def _written_beside(path: Path, take_name: Callable[[Path], object]) -> Iterator
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_UMASK)  # some writers make files that only their owner can read
+        os.chmod(temporary, 0o666 & ~_UMASK)  # some writers make files that only the owner can read
         take_name(temporary)
     except WRITE_ERRORS as error:
-        if isinstance(error, (NotImplementedError, RecursionError)):  # RuntimeErrors, and no fault of the disk
+        if isinstance(error, (NotImplementedError, RecursionError)):  # RuntimeErrors that are not about the disk
             raise
         reason = getattr(error, "strerror", None) or one_line(error)
         raise UserError(f"cannot write {path}: {reason}; check the folder, its rights and free space") from error
@@ -74,22 +74,22 @@ def _written_beside(path: Path, take_name: Callable[[Path], object]) -> Iterator
 
 @contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
-    """Give a temporary path beside `path`; when the block ends well, the file is flushed and renamed to `path`."""
+    """Give a temporary path beside `path`; if the block succeeds, the file is flushed and renamed to `path`."""
     path = Path(path)
     with _written_beside(path, lambda temporary: os.replace(temporary, path)) as temporary:
         yield temporary
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write UTF-8 text atomically, with \\n line ends on every system; what is no Unicode in it becomes U+FFFD."""
+    """Write UTF-8 text atomically, with \\n line ends on every system; lone surrogates become U+FFFD."""
     with atomic_write(path) as temporary:
         temporary.write_text(as_unicode(text), encoding="utf-8", newline="\n")
 
 
 def write_new(paths: Iterable[Path], write: Callable[[Path], object]) -> Path:
-    """Write a file under the first of `paths` that is free, and return that; it appears whole, and nothing is ever replaced.
+    """Write a file atomically under the first of `paths` that does not exist, and return that path. Nothing is replaced.
 
-    write: called with a temporary path in the same folder. `paths` may be endless.
+    write: called with a temporary path in the same folder. `paths` may be infinite.
     """
     paths = iter(paths)
     path = first = next(paths)
@@ -105,7 +105,7 @@ def write_new(paths: Iterable[Path], write: Callable[[Path], object]) -> Path:
 
 
 def _take_name(temporary: Path, path: Path) -> bool:
-    """Give the file the name `path` unless there is such a file, even if another process makes one at this moment."""
+    """Rename the file to `path` unless that exists; safe if another process makes it at the same time."""
     try:
         os.link(temporary, path)
     except FileExistsError:
@@ -120,7 +120,7 @@ def _take_name(temporary: Path, path: Path) -> bool:
 def read_safetensors_header(path: str | os.PathLike) -> dict[str, Any]:
     """The JSON header of a .safetensors file, checked against the file's length.
 
-    Raises UserError, naming the file and the reason, if it is truncated or something else.
+    Raises UserError, naming the file and the reason, if it is truncated or of another format.
     """
     path = Path(path)
     size = path.stat().st_size
@@ -133,7 +133,7 @@ def read_safetensors_header(path: str | os.PathLike) -> dict[str, Any]:
             header = json.loads(file.read(length))
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path} is no .safetensors file: its header is not readable; fetch it again") from error
-    if isinstance(header, dict) and header.get("__metadata__", {}) is None:  # null, as some writers have it
+    if isinstance(header, dict) and header.get("__metadata__", {}) is None:  # null, which some writers put there
         del header["__metadata__"]
     if not isinstance(header, dict) or not _is_metadata(header.get("__metadata__", {})):
         raise UserError(f"{path} is no .safetensors file: its header is not readable; fetch it again")
@@ -154,11 +154,11 @@ def _is_metadata(value: Any) -> bool:
 
 
 def _is_entry(entry: Any) -> bool:
-    """Whether a tensor is described as the format says: dtype, shape, and where its bytes begin and end."""
+    """Whether an entry of a header is valid: dtype, shape, and begin and end of its bytes."""
     if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
         return False
-    shape, place = entry.get("shape"), entry.get("data_offsets")
-    return _are_counts(shape) and _are_counts(place) and len(place) == 2 and place[0] <= place[1]
+    shape, offsets = entry.get("shape"), entry.get("data_offsets")
+    return _are_counts(shape) and _are_counts(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1]
 
 
 def _are_counts(values: Any) -> TypeGuard[list[int]]:

@@ -1,4 +1,4 @@
-"""Memory that this process freed: kept for its next use, or returned to the system. Without torch: the image tools import it."""
+"""Freed memory: kept by the process for its next use, or returned to the system. Imports no torch, for the image tools."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import sys
 
 
 def keep_freed_memory() -> bool:
-    """Keep freed memory in this process from now on, instead of returning it to the system; False without glibc.
+    """From now on keep freed memory in this process instead of returning it to the system. Returns False without glibc.
 
-    glibc maps large tensors anew each time, and the system clears every page at its first touch: a fifth of the time of a LoRA's
-    step. The peak hardly grows, since every step comes back to it.
+    By default glibc maps memory for each large tensor, and the system clears every page at first use: a fifth of the time of a
+    LoRA's step. Peak memory hardly grows, since every step reaches it again.
     """
     library = _glibc()
     trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
@@ -18,7 +18,7 @@ def keep_freed_memory() -> bool:
 
 
 def give_back_freed_memory() -> None:
-    """Return freed memory to the system, where the C library can: its arenas are per thread, so other threads cannot reuse it."""
+    """Return freed memory to the system, with glibc only. malloc arenas are per thread, so other threads cannot reuse it."""
     library = _glibc()
     if library is not None:
         library.malloc_trim(0)

@@ -1,7 +1,8 @@
-"""The large libraries, imported in less time than they take by themselves, and with nothing taken away from them.
+"""Faster imports of Diffusers and transformers.
 
-Two things cost seconds at each start. Python's collector of cyclic garbage goes again and again through the many objects that an
-import makes, all of which stay. And Diffusers imports bitsandbytes, which imports torch's compiler, for models in 4 and 8 bits.
+Two things cost seconds at each start: Python's garbage collector traverses the many objects that an import makes, again
+and again, although all of them stay; and Diffusers, for models in 4 and 8 bits, imports bitsandbytes, which imports torch's
+compiler.
 """
 
 from __future__ import annotations
@@ -19,35 +20,35 @@ from typing import Any
 
 @cache
 def import_model_libraries() -> None:
-    """Diffusers and transformers, as far as every model needs them."""
-    with collector_resting(), postponed("bitsandbytes"):
+    """Import Diffusers and transformers, and their classes that every model needs."""
+    with garbage_collection_paused(), deferred("bitsandbytes"):
         import diffusers
         import transformers
 
-        # Both find their classes when these are asked for.
+        # Both import a class when its attribute is read.
         diffusers.UNet2DConditionModel, diffusers.AutoencoderKL, diffusers.DDIMScheduler  # noqa: B018
         transformers.CLIPTextModel, transformers.CLIPTokenizer  # noqa: B018
 
 
 @contextmanager
-def collector_resting() -> Iterator[None]:
-    """Import something large inside: no garbage collection meanwhile, and none ever of what was imported."""
+def garbage_collection_paused() -> Iterator[None]:
+    """For large imports: no garbage collection in the block, and later none of the objects that it made (gc.freeze)."""
     was_enabled, modules = gc.isenabled(), len(sys.modules)
     gc.disable()
     try:
         yield
     finally:
-        if len(sys.modules) > modules:  # else there is nothing new, and garbage of others would be kept
+        if len(sys.modules) > modules:  # else nothing was imported, and freezing would only keep garbage
             gc.freeze()
         if was_enabled:
             gc.enable()
 
 
 @contextmanager
-def postponed(*names: str) -> Iterator[None]:
-    """Inside, `import name` gives a stand-in, which imports the module when something of it is asked for, inside or later.
+def deferred(*names: str) -> Iterator[None]:
+    """In the block, `import name` gives a stand-in that imports the module when an attribute of it is read, then or later.
 
-    Afterwards `import name` is as ever. Modules that are not installed, or imported already, are left alone.
+    After the block `import name` imports the module. No effect for modules that are not installed or imported already.
     """
     with ExitStack() as stack:
         for name in names:
@@ -62,14 +63,14 @@ def _stand_in(name: str) -> ModuleType | None:
     if spec is None or spec.loader is None:
         return None
     module = ModuleType(name)
-    # What is asked of any module, such as by who looks whether it is installed, needs no import.
+    # Code that checks whether the module is installed reads these; that must not import it.
     module.__spec__, module.__file__ = spec, spec.origin
 
-    def from_the_real_one(attribute: str) -> Any:
+    def import_and_get(attribute: str) -> Any:
         _remove(module)
         return getattr(importlib.import_module(name), attribute)
 
-    module.__getattr__ = from_the_real_one  # type: ignore[method-assign]  # PEP 562: a module's own, no method's
+    module.__getattr__ = import_and_get  # type: ignore[method-assign]  # PEP 562: a function of the module, not a method
     return module
 
 

@@ -1,6 +1,7 @@
-"""`key=value` words, as --optimizer_args, --lr_scheduler_args, --network_args and --highres_fix_upscaler_args have them.
+"""`key=value` pairs of --optimizer_args, --lr_scheduler_args, --network_args and --highres_fix_upscaler_args.
 
-`read_pairs` splits them into texts, `arguments_for` makes of the texts what a function or class expects.
+`read_pairs` splits words, as they stand on the command line, into keys and texts; `arguments_for` converts the texts to the
+types that a function or class expects.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ _WORDS = {
 
 
 def read_pairs(words: Iterable[str] | None, option: str) -> dict[str, str]:
-    """The pairs as texts, by key. Several in one word, with blanks or semicolons between them, are understood.
+    """The values as text, by key. A word may hold several pairs, separated by blanks or semicolons.
 
-    A comma belongs to a list: behind the last pair one is passed over, between two pairs it is refused.
+    A comma belongs to a list: after the last pair one is ignored, between two pairs it is an error.
 
     >>> read_pairs(["decouple=True weight_decay=0.1", "betas=(0.9, 0.99),"], "--optimizer_args")
     {'decouple': 'True', 'weight_decay': '0.1', 'betas': '(0.9, 0.99)'}
@@ -56,19 +57,19 @@ def read_pairs(words: Iterable[str] | None, option: str) -> dict[str, str]:
 
 
 def _rejoined(words: Iterable[str], option: str) -> Iterable[str]:
-    """Words that begin with a key. One that does not is the rest of a list that the shell cut: `betas=(0.9,` `0.99)`."""
-    begun = ""
+    """The words, each beginning with a key. One that does not is joined to a list that the shell split: `betas=(0.9,` `0.99)`."""
+    current = ""
     for word in filter(None, (str(word).strip(SEPARATORS[1:]) for word in words)):
         if _KEY.match(word.lstrip(",")):
-            yield from [begun] if begun else []
-            begun = word.lstrip(SEPARATORS)
-        elif begun.endswith(",") or _depth(begun):
-            begun += f" {word}"
+            yield from [current] if current else []
+            current = word.lstrip(SEPARATORS)
+        elif current.endswith(",") or _depth(current):
+            current += f" {word}"
         elif word == ",":
-            begun += word
+            current += word
         else:
             raise UserError(f"{option}: expected key=value, got '{word}'")
-    yield from [begun] if begun else []
+    yield from [current] if current else []
 
 
 def _depth(text: str) -> int:
@@ -76,7 +77,7 @@ def _depth(text: str) -> int:
 
 
 def _pairs_of(words: Iterable[str]) -> Iterable[str]:
-    """Each word cut where a key stands behind a separator, outside brackets and quotes."""
+    """Each word split where a key follows a separator, outside brackets and quotes."""
     for word in words:
         start, depth, quote = 0, 0, ""
         for position, letter in enumerate(word):
@@ -90,7 +91,7 @@ def _pairs_of(words: Iterable[str]) -> Iterable[str]:
 
 
 def read_value(text: str) -> Any:
-    """A number, true or false, None, a tuple or list of such, as people spell them; text if it is none of these.
+    """The number, bool, None, or tuple or list of these, that a text stands for; else the text itself.
 
     >>> [read_value(text) for text in ("1e-4", "false", "Off", "0.9,0.99", "[1, 2]", "inf", "cosine")]
     [0.0001, False, False, (0.9, 0.99), [1, 2], inf, 'cosine']
@@ -115,7 +116,7 @@ def read_value(text: str) -> Any:
 
 
 def _items(text: str) -> list[str]:
-    """Parts between commas that are in no bracket."""
+    """Parts between commas, not counting commas in brackets."""
     items, depth = [""], 0
     for letter in text:
         depth += _depth(letter)
@@ -133,11 +134,11 @@ def arguments_for(
     given_elsewhere: Mapping[str, str] | None = None,
     read_other: Callable[[str], Any] = read_value,
 ) -> dict[str, Any]:
-    """The pairs as keyword arguments of a function or class, each of the kind that its annotation or its default asks for.
+    """The pairs as keyword arguments of a function or class, each of the type of its annotation or its default.
 
-    given_elsewhere: parameters that are no matter of this option, with the words that say what to do instead.
-    read_other: how values are read that go to the callee's **kwargs.
-    Raises UserError, which names key and value, for an unknown key and for a value of another kind.
+    given_elsewhere: parameters that another option sets, with the cure for an error message.
+    read_other: reads values for the callee's **kwargs.
+    Raises UserError, which names key and value, for an unknown key or a value of another type.
     """
     texts, elsewhere = read_pairs(words, option), given_elsewhere or {}
     parameters = _parameters(callee)
@@ -157,7 +158,7 @@ def arguments_for(
 
 
 def _parameters(callee: Callable) -> dict[str, inspect.Parameter]:
-    """What a callee takes, by name, with annotations that are types if they can be found; empty if it cannot be asked."""
+    """The parameters of a callee by name, with annotations as types where they can be resolved; empty without a signature."""
     try:
         parameters = dict(inspect.signature(callee).parameters)
     except (TypeError, ValueError):
@@ -170,7 +171,7 @@ def _parameters(callee: Callable) -> dict[str, inspect.Parameter]:
 
 
 def _fitting(callee: Callable, parameter: inspect.Parameter, text: str, option: str) -> Any:
-    """The value of the right kind that a text stands for."""
+    """The value of a text, as the type that the parameter takes. Raises UserError if there is none."""
     kinds = [kind for kind in (parameter.annotation, _kind_of_default(parameter)) if kind is not Any]
     value = read_value(text)
     if isinstance(value, float) and math.isnan(value):
@@ -182,7 +183,7 @@ def _fitting(callee: Callable, parameter: inspect.Parameter, text: str, option: 
 
 
 def _readings(value: Any, text: str) -> Iterable[Any]:
-    """What a value may mean where another kind is expected, the likeliest first."""
+    """A value as other types that it may stand for, most likely first."""
     yield value
     if isinstance(value, int) and value in (0, 1):
         yield bool(value)
@@ -194,7 +195,7 @@ def _readings(value: Any, text: str) -> Iterable[Any]:
 
 
 def _kind_of_default(parameter: inspect.Parameter) -> Any:
-    """The type that a default value suggests. A parameter without annotation that is None unless given is no text."""
+    """The type of a default value. A default of None without annotation stands for any type but text."""
     default = parameter.default
     if default is parameter.empty:
         return Any
@@ -214,7 +215,7 @@ def _is_a(value: Any, kind: Any) -> bool:
         TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value, strict=True)
     except ValidationError:
         return False
-    except (PydanticUserError, PydanticUndefinedAnnotation, TypeError):  # an annotation that says nothing to pydantic
+    except (PydanticUserError, PydanticUndefinedAnnotation, TypeError):  # an annotation that pydantic does not support
         return not isinstance(value, str)
     return True
 

@@ -1,4 +1,4 @@
-"""Network modules, named on the command line and imported by that name: ours, and those of others such as `lycoris.kohya`."""
+"""Network modules, imported by the name given on the command line: the suite's own, and others such as `lycoris.kohya`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Texts = torch.nn.Module | list[torch.nn.Module]  # one text encoder, or several
 
 
 class AdapterNetwork(torch.nn.Module):
-    """The types of what a network module makes, when each is called: docs/developing.md. A network need not inherit from this."""
+    """Types of the methods of a network; docs/developing.md says when each is called. A network need not inherit from this."""
 
     apply_to: Callable[[Texts, torch.nn.Module, bool, bool], object]
     prepare_optimizer_params: Callable[[float | list[float] | None, float | None, float], Any]
@@ -41,15 +41,15 @@ class AdapterNetwork(torch.nn.Module):
     set_multiplier: Callable[[float], object]
     is_mergeable: Callable[[], bool]
     merge_to: Callable[[Texts, torch.nn.Module, dict[str, torch.Tensor], torch.dtype, torch.device], object]
-    on_step_start: Callable[[Texts, torch.nn.Module], object]  # this one and the next two need not be there
+    on_step_start: Callable[[Texts, torch.nn.Module], object]  # this one and the next two are optional
     apply_max_norm_regularization: Callable[[float, torch.device], object]
     summary: Callable[[torch.dtype | None], str]
 
 
 def import_network_module(name: str) -> ModuleType:
-    """The module that --network_module names; a wrong name is answered with the nearest one that exists."""
+    """The module that --network_module names. Raises UserError, for a wrong name with the most similar existing one."""
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # a module of one's own lies where one works
+        sys.path.append(os.getcwd())  # users keep their own modules in the current folder
     try:
         found = importlib.util.find_spec(name) is not None
     except (ImportError, ValueError):
@@ -64,13 +64,13 @@ def import_network_module(name: str) -> ModuleType:
         raise UserError(f"--network_module {name} does not import: {error}; install what it needs with pip") from error
     if not hasattr(module, "create_network"):
         raise UserError(f"--network_module {name} is no network module: it has no create_network; try networks.lora")
-    _mend_lycoris(module)
+    _fix_lycoris_preset(module)
     return module
 
 
-def _mend_lycoris(module: ModuleType) -> None:
-    """LyCORIS 4.1's usual preset finds time_embedding of a Stable Diffusion U-Net twice, by its name and by its class (which is
-    meant for other models), and then stops at the double name: so it gets the name alone."""
+def _fix_lycoris_preset(module: ModuleType) -> None:
+    """Remove a class from LyCORIS 4.1's default preset. The preset finds time_embedding of a Stable Diffusion U-Net twice, by its
+    name and by this class (which is for other models), and then raises an error for the duplicate name."""
     preset = getattr(module, "PRESET", {}).get("full", {})
     classes, names = preset.get("unet_target_module", ()), preset.get("unet_target_name", ())
     if "time_embedding.linear_1" in names and "TimestepEmbedding" in classes:
@@ -78,7 +78,7 @@ def _mend_lycoris(module: ModuleType) -> None:
 
 
 def _own_modules() -> list[str]:
-    """Network modules of this suite: those in networks/ that can create a network."""
+    """The suite's network modules: those in networks/ that define create_network."""
     spec = importlib.util.find_spec("networks")
     names = [f"networks.{module.name}" for module in pkgutil.iter_modules(spec.submodule_search_locations)] if spec else []
     return [n for n in names if b"def create_network(" in _source(n)]
@@ -96,7 +96,7 @@ def _cure_for_missing(name: str) -> str:
 
 
 def is_ours(module: ModuleType) -> bool:
-    """Whether it is a network module of this suite, and not one of others such as `lycoris.kohya`."""
+    """Whether it is a network module of this suite."""
     return module.__name__.startswith("networks.")
 
 
@@ -104,10 +104,10 @@ def network_from_file(
     module: ModuleType, file: str, strength: float, model: Model, *, where: str, merges: bool = False,
     **arguments: Any,
 ) -> tuple[AdapterNetwork, dict[str, torch.Tensor]]:  # fmt: skip
-    """A network for the weights of this file, not yet applied or loaded, and these weights.
+    """A network for the weights of a file, not yet applied or loaded, and the weights.
 
-    Where a module of others fails at a file of its own, as LyCORIS 4.1 does at ia3 and some lokr files, the network is made as
-    the file's metadata says. arguments: those of --network_args. merges: `merge_to` will be called.
+    If another module than the suite's fails at a file that it wrote, as LyCORIS 4.1 does for ia3 and some lokr files, the network
+    is made from the file's metadata. arguments: of --network_args. merges: `merge_to` will be called.
     """
     parts = (model.vae, *model.for_networks())
     with user_errors(where):
@@ -116,40 +116,39 @@ def network_from_file(
         except Exception as error:
             if is_ours(module):
                 raise
-            words = None if merges else _words_of_its_making(module, file)
-            if words is None:
+            recorded = None if merges else _recorded_arguments(module, file)
+            if recorded is None:
                 reason = f"{type(error).__name__}: {error}"
                 raise UserError(f"{where}: {module.__name__} makes no network from these weights ({reason})") from error
-        dim, alpha, made_with = words
-        network = module.create_network(strength, dim, alpha, *parts, **{**made_with, **arguments})
+        dim, alpha, recorded_arguments = recorded
+        network = module.create_network(strength, dim, alpha, *parts, **{**recorded_arguments, **arguments})
         return network, safetensors.torch.load_file(file)
 
 
 def check_merge(module: ModuleType, strength: float, where: str) -> None:
-    """UserError for a merge that would come out wrong: LyCORIS merges at strength 1 whatever is asked for."""
+    """Raises UserError for a merge that would be wrong: LyCORIS merges at strength 1, whatever the multiplier."""
     if not is_ours(module) and strength != 1:
         raise UserError(f"{where}: {module.__name__} merges at strength 1 alone, not {strength:g}; apply the network instead")
 
 
-def _words_of_its_making(module: ModuleType, file: str) -> tuple[int, float, dict[str, str]] | None:
-    """--network_dim, --network_alpha and --network_args by the metadata of a file that this module made; None without them."""
+def _recorded_arguments(module: ModuleType, file: str) -> tuple[int, float, dict[str, str]] | None:
+    """--network_dim, --network_alpha and --network_args from the metadata of a file that this module wrote; None without them."""
     if Path(file).suffix != ".safetensors":
         return None
     metadata = read_safetensors_header(Path(file)).get("__metadata__", {})
     if metadata.get("ss_network_module") != module.__name__:
         return None
     try:
-        words = json.loads(metadata.get("ss_network_args", "{}"))
-        return int(metadata["ss_network_dim"]), float(metadata["ss_network_alpha"]), dict(words)
+        arguments = json.loads(metadata.get("ss_network_args", "{}"))
+        return int(metadata["ss_network_dim"]), float(metadata["ss_network_alpha"]), dict(arguments)
     except (KeyError, ValueError, TypeError, RecursionError):
         return None
 
 
 def module_arguments(module: ModuleType, texts: Mapping[str, str]) -> dict[str, Any]:
-    """The words of --network_args as the module takes them: texts, as every module expects; `True` and `False` for yes and no.
+    """The values of --network_args as the module takes them: text, as every module expects, with bools as "True" and "False".
 
-    To LyCORIS any text but "false" is true, for some keys that one too: whatever says no becomes False itself, which it
-    understands.
+    LyCORIS takes any text but "false" for true, and for some keys that one too; so it gets False itself.
     """
     values = {key: read_value(text) for key, text in texts.items()}
     if module.__name__.startswith("lycoris"):
@@ -158,7 +157,7 @@ def module_arguments(module: ModuleType, texts: Mapping[str, str]) -> dict[str, 
 
 
 def check_module_arguments(module: ModuleType, texts: Mapping[str, str], option: str) -> None:
-    """UserError for an algorithm or a preset that LyCORIS lacks; it would fail without a word on either."""
+    """Raises UserError for an algorithm or a preset that LyCORIS lacks; its own error would name neither."""
     algorithms, presets = getattr(module, "network_module_dict", {}), getattr(module, "PRESET", {})
     algo, preset = texts.get("algo", "").lower(), texts.get("preset", "")
     if algorithms and algo and algo not in algorithms:
@@ -171,9 +170,9 @@ def check_module_arguments(module: ModuleType, texts: Mapping[str, str], option:
 
 @contextmanager
 def user_errors(where: str, module: ModuleType | None = None) -> Iterator[None]:
-    """Turn the one-line ValueErrors of a network module into UserErrors that name the option.
+    """Turn ValueErrors of a network module into UserErrors that name the option.
 
-    module: a module of others may raise anything; all of it becomes a UserError.
+    module: if it is not the suite's own, all its exceptions become UserErrors.
     """
     try:
         yield
@@ -182,5 +181,5 @@ def user_errors(where: str, module: ModuleType | None = None) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, UserError) or not (isinstance(error, AssertionError) or (module and not is_ours(module))):
             raise
-        reason = f"{type(error).__name__}: {one_line(error)}" if str(error) else f"{type(error).__name__} without a word"
+        reason = f"{type(error).__name__}: {one_line(error)}" if str(error) else f"{type(error).__name__} without a message"
         raise UserError(f"{where}: {reason}") from error

@@ -1,4 +1,4 @@
-"""Files of options for --config_file: TOML, or JSON with options by name; and what a file is that holds something else."""
+"""Files of options for --config_file: TOML, or JSON with options by name. Files of other kinds are recognised."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import UserError
-from library.text_files import parse_json, parse_toml, read_text, refuse_odd_texts
+from library.text_files import check_texts, parse_json, parse_toml, read_text
 
 
 def read_option_tables(path: Path) -> dict[str, Any]:
-    """The tables of a file of options. Raises UserError that says what the file is if it holds no options."""
+    """The tables of a file of options. Raises UserError, saying what the file is, for a file of another kind."""
     text = read_text(path, "--config_file")
     content = parse_json(text, path) if text.lstrip().startswith("{") else parse_toml(text, path)
-    refuse_odd_texts(content, path)
+    check_texts(content, path)
     _refuse_other_files(content, path)
     return content
 

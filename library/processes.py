@@ -1,7 +1,7 @@
-"""The processes of one run: what they tell each other, and how an error in one of them ends them all with one line.
+"""The processes of one run: exchange of values, and errors that end all processes with one line.
 
-Every exchange here is one and the same collective, `_gather`, and carries either a value or an error. A process that fails
-alone can therefore announce it at any time: the others meet the error at their next exchange, whichever that is.
+Every exchange is the same collective, `_gather`, and carries either a value or an error. A process that fails alone can
+therefore announce its error at any time: the others get it in their next exchange, whichever that is.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from library.errors import RunFailed, UserError, UserErrors, one_line
 
 T = TypeVar("T")
 
-# Indexing and caching may keep one process busy for long while the others wait; a process that dies is noticed at once anyway.
+# One process may index or cache for hours while the others wait; a process that dies is noticed at once anyway.
 DEFAULT_TIMEOUT_MINUTES = 180
 
 
 @dataclass(frozen=True)
-class Told:
-    """What one process says in an exchange: a value, or the error that ended it."""
+class Outcome:
+    """What one process sends in an exchange: a value, or the error that ended it."""
 
     value: Any = None
     error: str = ""
@@ -34,7 +34,7 @@ class Told:
 
 
 class EndedElsewhere(UserError):
-    """Another process of this run has an error to show; this one only ends. `exit_code` is that of the other."""
+    """Another process of this run shows an error; this one ends without a message, with the same `exit_code`."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -52,21 +52,21 @@ class Processes:
         self.local_world = int(os.environ.get("LOCAL_WORLD_SIZE", self.world)) if together else 1
         self.main = self.rank == 0
         self.broken = False
-        self.before_exchange: Callable[[], None] = lambda: None  # raises if another process failed within a step
+        self.before_exchange: Callable[[], None] = lambda: None  # raises if another process failed in a step
 
     def gather(self, value: T) -> list[T]:
-        """The values of all processes, in order of their ranks. Raises on all what was raised on one."""
+        """The values of all processes, in order of their ranks. An error of one process is raised in all."""
         if self.world == 1:
             return [value]
         self.before_exchange()
-        return [told.value for told in self._gather(Told(value))]
+        return [outcome.value for outcome in self._gather(Outcome(value))]
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes call this."""
         self.gather(None)
 
     def together(self, work: Callable[[], T]) -> T:
-        """Each process does `work`; an error in one is raised in all."""
+        """Call `work` in every process; an error in one is raised in all."""
         if self.world == 1:
             return work()
         result = self._announcing(work)
@@ -74,7 +74,7 @@ class Processes:
         return result
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """The main process does `work`, all get its result (or its error)."""
+        """Call `work` in the main process; all processes get its result, or its error."""
         if self.world == 1:
             return work()
         result = self._announcing(work) if self.main else None
@@ -84,31 +84,31 @@ class Processes:
         return box[0]
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """This process's part of the items: every world-th."""
+        """The items of this process: every world-th."""
         return items[self.rank :: self.world]
 
     def same_weights(self, module: torch.nn.Module) -> None:
-        """Give all processes the main one's parameters and buffers."""
+        """Copy the main process's parameters and buffers to all processes."""
         if self.world > 1:
-            self.wait()  # an error elsewhere shows here, and not as tensors of other shapes
+            self.wait()  # raises an error of another process, which would else look like tensors of other shapes
             for tensor in module.state_dict().values():
                 dist.broadcast(tensor.data, src=0)
 
     def announce(self, error: BaseException) -> NoReturn:
-        """Tell the others of an error here, and end. The error itself comes back on the process that shows it."""
-        if self.world == 1 or getattr(error, "told", False):
+        """Send an error to the other processes and raise it: itself in the process that shows it, else EndedElsewhere."""
+        if self.world == 1 or getattr(error, "announced", False):
             raise error
-        if isinstance(error, EndedElsewhere):  # the others tell more
-            self._gather(Told())
+        if isinstance(error, EndedElsewhere):  # another process sends the error itself
+            self._gather(Outcome())
         known = isinstance(error, UserError)
         text = "\n".join(getattr(error, "problems", [str(error)])) if known else f"{type(error).__name__}: {error}"
         code = error.exit_code if isinstance(error, UserError) else 1
-        self._gather(Told(error=text if self.main else f"process {self.rank}: {text}", exit_code=code), own=error)
+        self._gather(Outcome(error=text if self.main else f"process {self.rank}: {text}", exit_code=code), own=error)
         raise AssertionError("an announced error is always raised")
 
     @contextmanager
     def ending_together(self) -> Iterator[None]:
-        """An error in the block on one process ends it on all; without one, all leave it together."""
+        """An error of one process in the block is raised in all; without an error all leave the block together."""
         try:
             yield
         except Exception as error:
@@ -122,10 +122,10 @@ class Processes:
         except Exception as error:
             self.announce(error)
 
-    def _gather(self, told: Told, own: BaseException | None = None) -> list[Told]:
-        box = [Told()] * self.world
+    def _gather(self, outcome: Outcome, own: BaseException | None = None) -> list[Outcome]:
+        box = [Outcome()] * self.world
         try:
-            dist.all_gather_object(box, told)
+            dist.all_gather_object(box, outcome)
         except RuntimeError as error:  # gloo and NCCL: the connection to another process is gone
             self.broken = True
             raise own or lost_process(error) from error
@@ -134,8 +134,8 @@ class Processes:
             self._raise_first(errors, own)
         return box
 
-    def _raise_first(self, errors: list[Told], own: BaseException | None) -> NoReturn:
-        """The main process shows the error, with a traceback if it is its own and no UserError; the others end silently."""
+    def _raise_first(self, errors: list[Outcome], own: BaseException | None) -> NoReturn:
+        """Raises the error in the main process, and any error but UserError in its own process; else EndedElsewhere."""
         first = errors[0]
         error: Any
         if own is not None and not isinstance(own, UserError):
@@ -144,11 +144,11 @@ class Processes:
             error = UserErrors(first.error.split("\n")) if first.exit_code == 2 else RunFailed(first.error)
         else:
             error = EndedElsewhere(first.error, first.exit_code)
-        error.told = True  # all know: it must not be announced again on its way up
+        error.announced = True  # all processes have it: `announce` must not send it again
         raise error
 
     def close(self) -> None:
-        """Leave together, when all are done: an early leaver would make the launcher kill the others."""
+        """Wait for all processes, then leave the group: the launcher kills the others when one process ends early."""
         if self.world > 1 and dist.is_initialized():
             if not self.broken:
                 with suppress(RuntimeError):  # the others are gone already
@@ -157,13 +157,13 @@ class Processes:
 
 
 def lost_process(error: BaseException) -> RunFailed:
-    """The error of a process whose partner vanished without a word."""
+    """The error of a process that lost the connection to another one."""
     reason = one_line(error, 120)
-    return RunFailed(f"another process of this run ended without a word ({reason}); its own message, if it had one, stands above")
+    return RunFailed(f"another process of this run ended ({reason}); its error, if it printed one, is above")
 
 
 def launched_world() -> int:
-    """How many processes the launcher says there are."""
+    """The number of processes, by the launcher's variable WORLD_SIZE."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 

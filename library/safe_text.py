@@ -1,7 +1,7 @@
-"""Text made safe for where it goes: files, metadata, plots and terminals. File names and options may hold what these cannot take.
+"""Text made safe for files, metadata, plots and terminals.
 
-A file name that is no UTF-8 reaches Python with a lone surrogate for each such byte; JSON may hold half an emoji. Neither can be
-encoded as UTF-8, so every writer would raise UnicodeEncodeError for them.
+In a file name that is not UTF-8, Python has a lone surrogate for each wrong byte; JSON may hold half an emoji. Neither can be
+encoded as UTF-8, so every writer would raise UnicodeEncodeError.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-# Control characters steer a terminal: one that a file name holds could clear the screen or hide a message. \n and \t stay.
+# Control characters control a terminal: those of a file name could clear the screen or hide a message. \n and \t are kept.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -25,7 +25,7 @@ def is_unicode(text: str) -> bool:
 
 
 def as_unicode(text: str, instead: str = REPLACEMENT) -> str:
-    """The text with its surrogate pairs joined, and `instead` for each surrogate that stands alone.
+    """The text with surrogate pairs joined, and `instead` for each lone surrogate.
 
     >>> as_unicode("caf\\udce9"), as_unicode("\\ud83d\\ude00 \\ud83d", instead="")
     ('caf\ufffd', '\U0001f600 ')
@@ -37,7 +37,7 @@ def as_unicode(text: str, instead: str = REPLACEMENT) -> str:
 
 
 def on_terminal(text: str) -> str:
-    """The text as a terminal may get it: control characters but line ends and tabs are written out (`\\x1b`)."""
+    """The text with control characters, except line ends and tabs, escaped (`\\x1b`)."""
     return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", as_unicode(text))
 
 
@@ -49,12 +49,12 @@ class SafeFormatter(logging.Formatter):
 
 
 def bytes_of(text: str) -> bytes:
-    """UTF-8 for a checksum: of a text with surrogates too, each text other bytes."""
+    """UTF-8 for a checksum. Also encodes lone surrogates, so different texts have different bytes."""
     return text.encode("utf-8", "surrogatepass")
 
 
 def as_data(value: Any) -> Any:
-    """Data for JSON with every text in it, keys too, made Unicode."""
+    """The data with `as_unicode` applied to every text in it, keys too."""
     if isinstance(value, str):
         return as_unicode(value)
     if isinstance(value, dict):

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 WHITE = (255, 255, 255)
 TITLE_COLOUR = (24, 24, 27)
 LABEL_COLOUR = (63, 63, 70)
-EDGE_COLOUR = (225, 225, 229)  # a hairline, so that a white image still has an edge
+EDGE_COLOUR = (225, 225, 229)  # a thin line, which shows the edge of a white image
 EMPTY_COLOUR = (246, 246, 248)
 
 SMALLEST_CELL = 192  # a 64 px image is shown at 192 px
@@ -37,7 +37,7 @@ def contact_sheet(
     """Images in a grid on white, with a label before each row and above each column.
 
     Every image is scaled to fit a square of `cell` pixels and keeps its proportions; None, or a row that ends early, leaves an
-    empty place. Without `cell` the images' own size is used, within 192 to 512 pixels, less if the sheet would grow beyond 80
+    empty place. Without `cell` the images keep their size, within 192 to 512 pixels, or less if the sheet would exceed 80
     megapixels. `row_labels` and `column_labels` may be empty lists: then there are no such labels. Row labels that do not fit
     beside their images end in "…".
     """
@@ -52,7 +52,7 @@ def contact_sheet(
 
 
 class _Layout:
-    """Measures of one sheet. All lengths in pixels; every distance is a share of `cell`."""
+    """The layout of one sheet. All lengths are in pixels; distances are proportional to `cell`."""
 
     def __init__(
         self, images: list[list[Image.Image | None]], row_labels: list[str], column_labels: list[str], title: str, cell: int,
@@ -65,7 +65,7 @@ class _Layout:
         self.gap = max(cell // 24, 4)
         self.margin = max(cell // 10, 16)
         present = [image for row in images for image in row if image]
-        smallest = min(cell, self.text_size * 4)  # an empty place, or a sliver of an image, still has room for its label
+        smallest = min(cell, self.text_size * 4)  # an empty place, or a very narrow image, still has room for its label
         self.column_width = max([smallest, *(image.width for image in present)])
         typical_height = max([smallest, *(image.height for image in present)])
         self.label_width = self._label_width(limit=max(cell, 12 * self.text_size))
@@ -108,7 +108,7 @@ class _Layout:
     def _draw_rows(self, sheet: Image.Image, pen: ImageDraw.ImageDraw, left: int, top: int) -> None:
         for index, (row, height) in enumerate(zip(self.images, self.row_heights, strict=True)):
             if self.row_labels:
-                lines = _wrap(self.row_labels[index], self.text_size, self.label_width, most=height // self.line)
+                lines = _wrap(self.row_labels[index], self.text_size, self.label_width, max_lines=height // self.line)
                 middle = top + (height - len(lines) * self.line) // 2
                 _write(pen, lines, self.text_size, (self.margin, middle), LABEL_COLOUR)
             for column, image in enumerate(row):
@@ -117,7 +117,7 @@ class _Layout:
                 if image is None:
                     pen.rectangle((box[0], box[1], box[2] - 1, box[3] - 1), fill=EMPTY_COLOUR)
                 else:
-                    _place(sheet, pen, image, box)
+                    _paste(sheet, pen, image, box)
             top += height + self.gap
 
 
@@ -143,7 +143,7 @@ def _fit(image: Image.Image | None, cell: int) -> Image.Image | None:
     return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
 
 
-def _place(sheet: Image.Image, pen: ImageDraw.ImageDraw, image: Image.Image, box: tuple[int, int, int, int]) -> None:
+def _paste(sheet: Image.Image, pen: ImageDraw.ImageDraw, image: Image.Image, box: tuple[int, int, int, int]) -> None:
     """Paste `image` in the middle of `box`, with a hairline around it."""
     x = (box[0] + box[2] - image.width) // 2
     y = (box[1] + box[3] - image.height) // 2
@@ -167,7 +167,7 @@ def _write(
         pen.text(middle_of_line, line, font=font, fill=colour, anchor="mm" if centred else "lm")
 
 
-def _wrap(text: str, size: int, width: int, most: int | None = None) -> list[str]:
+def _wrap(text: str, size: int, width: int, max_lines: int | None = None) -> list[str]:
     """Lines of `text` not wider than `width`: broken at spaces, and inside words that are too long (or are Chinese)."""
     text = _plain(text)
     text = text if len(text) <= MOST_LETTERS else f"{text[:MOST_LETTERS]}…"
@@ -186,9 +186,9 @@ def _wrap(text: str, size: int, width: int, most: int | None = None) -> list[str
             word = word[cut:]
         line = word
     lines += [line] if line else []
-    if most is not None and len(lines) > most:
-        last = lines[most - 1]
-        lines = [*lines[: most - 1], last[: _fitting(f"{last}…", font, width, ending="…")].rstrip(" ,;") + "…"]
+    if max_lines is not None and len(lines) > max_lines:
+        last = lines[max_lines - 1]
+        lines = [*lines[: max_lines - 1], last[: _fitting(f"{last}…", font, width, ending="…")].rstrip(" ,;") + "…"]
     return lines
 
 

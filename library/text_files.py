@@ -1,4 +1,4 @@
-"""Text, TOML and JSON that people write, read with errors that name file, line and column."""
+"""Text, TOML and JSON files, read with errors that name file, line and column."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-_MARKS = (
+_BYTE_ORDER_MARKS = (
     (b"\xef\xbb\xbf", "utf-8"),
-    (b"\xff\xfe\0\0", "utf-32-le"),  # before the mark of UTF-16, with which it begins
+    (b"\xff\xfe\0\0", "utf-32-le"),  # before UTF-16, whose mark is its beginning
     (b"\0\0\xfe\xff", "utf-32-be"),
     (b"\xff\xfe", "utf-16-le"),
     (b"\xfe\xff", "utf-16-be"),
@@ -31,13 +31,13 @@ def lines_of(text: str) -> list[str]:
 
 
 def decoded(content: bytes, guess: bool = True) -> str:
-    """The text in a file: UTF-8, or UTF-16 and UTF-32 as their mark says; UTF-16 without a mark if every other byte is NUL.
+    """The text of a file: UTF-8, or UTF-16 or UTF-32 with a byte order mark.
 
-    guess: whether to know UTF-16 without a mark. Raises UnicodeDecodeError for anything else.
+    guess: recognise UTF-16 without a mark by its NUL bytes. Raises UnicodeDecodeError for anything else.
     """
-    for mark, encoding in _MARKS:
+    for mark, encoding in _BYTE_ORDER_MARKS:
         if content.startswith(mark):
-            return content[len(mark) :].decode(encoding).lstrip("\ufeff")  # of files put together there may be several
+            return content[len(mark) :].decode(encoding).lstrip("\ufeff")  # concatenated files may have several
     text = content.decode(_utf_16_by_nuls(content) if guess and b"\0" in content else "utf-8")
     if "\0" in text:
         raise UnicodeDecodeError("utf-8", content, content.index(0), content.index(0) + 1, "NUL stands in no text")
@@ -45,12 +45,12 @@ def decoded(content: bytes, guess: bool = True) -> str:
 
 
 def _utf_16_by_nuls(content: bytes) -> str:
-    """Latin letters have a NUL as their high byte, which comes second in UTF-16-LE."""
+    """UTF-16 of the byte order that has more NULs as high bytes, which come second in UTF-16-LE."""
     return "utf-16-le" if content[1::2].count(0) >= content[::2].count(0) else "utf-16-be"
 
 
 def read_text(path: Path, option: str, guess: bool = True) -> str:
-    """The content of a text file: see `decoded`. `option` is named where there is no such file."""
+    """The content of a text file, see `decoded`. `option` is named in errors about a missing file."""
     try:
         return decoded(path.read_bytes(), guess)
     except FileNotFoundError as error:
@@ -62,7 +62,7 @@ def read_text(path: Path, option: str, guess: bool = True) -> str:
 
 
 def parse_toml(text: str, path: Path) -> dict[str, Any]:
-    """The tables of a TOML text. A syntax error names line and column, with the cure for the commonest mistake."""
+    """The tables of a TOML text. A syntax error names line and column; for backslashes in a path it has the cure."""
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -83,7 +83,7 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_json(text: str, path: Path, line: int | None = None) -> Any:
-    """The value of a JSON text. A syntax error names line and column, a double key the key. line: where in the file it stands."""
+    """The value of a JSON text. Errors name line and column, or a double key. line: the number of the text's line in the file."""
     try:
         return json.loads(text, object_pairs_hook=_without_doubles)
     except DoubleKey as error:
@@ -91,21 +91,20 @@ def parse_json(text: str, path: Path, line: int | None = None) -> Any:
             f"{path}{f', line {line}' if line else ''}: '{error}' stands twice in one object; take one out"
         ) from error
     except json.JSONDecodeError as error:
-        place = f"line {line or error.lineno}, column {error.colno}"
-        raise UserError(f"{path}, {place}: this is no JSON: {error.msg}") from error
+        raise UserError(f"{path}, line {line or error.lineno}, column {error.colno}: this is no JSON: {error.msg}") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
         raise UserError(f"{path}, line {line or 1}: this is no JSON that can be read: {one_line(error)}") from error
 
 
-def refuse_odd_texts(value: Any, path: Path, key: str = "") -> None:
-    """Raise UserError for a text in a file's tables that no path can be: JSON and TOML can spell NUL and half an emoji."""
+def check_texts(value: Any, path: Path, key: str = "") -> None:
+    """Raises UserError for a text in a file's tables that no path can hold: JSON and TOML can have NUL and half an emoji."""
     if isinstance(value, dict):
         for name, inner in value.items():
-            refuse_odd_texts(name, path, "a key")
-            refuse_odd_texts(inner, path, name)
+            check_texts(name, path, "a key")
+            check_texts(inner, path, name)
     elif isinstance(value, list):
         for inner in value:
-            refuse_odd_texts(inner, path, key)
+            check_texts(inner, path, key)
     elif isinstance(value, str):
         try:
             is_text = b"\0" not in value.encode("utf-8", "surrogateescape")
@@ -116,12 +115,12 @@ def refuse_odd_texts(value: Any, path: Path, key: str = "") -> None:
 
 
 def _toml_error(path: Path, text: str, message: str) -> UserError:
-    # The parser says "reason (at line 3, column 5)".
-    place = re.search(r"\(at (?:line (\d+), column (\d+)|end of document)\)", message)
-    reason = message[: place.start()].strip() if place else message
+    # The parser's message is "reason (at line 3, column 5)".
+    position = re.search(r"\(at (?:line (\d+), column (\d+)|end of document)\)", message)
+    reason = message[: position.start()].strip() if position else message
     lines = lines_of(text)
-    number = int(place.group(1)) if place and place.group(1) else len(lines)
-    column = place.group(2) if place and place.group(2) else str(len(lines[-1]) + 1)
+    number = int(position.group(1)) if position and position.group(1) else len(lines)
+    column = position.group(2) if position and position.group(2) else str(len(lines[-1]) + 1)
     line = lines[min(number, len(lines)) - 1]
     hint = ""
     if "\\" in line and '"' in line:

@@ -1,6 +1,6 @@
-"""The loss: what the model is shown, how wrong its answer is, and how much each sample counts.
+"""The training objective: noisy samples, the error of a prediction, and the weight of each timestep.
 
-Notation as in process.py. All weights are taken from the schedule that is in force, also with --zero_terminal_snr.
+Notation as in process.py. Weights are computed from the schedule in use, also with --zero_terminal_snr.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from library.diffusion.process import NoiseProcess, sample_timesteps
 if TYPE_CHECKING:
     from library.training.options import LossOptions
 
-MOST_SNR = 1000.0  # the SNR grows beyond all bounds towards t = 0; weights that divide by it stop here
+MAX_SNR = 1000.0  # a bound for weights that divide by the SNR, which is unbounded towards t = 0
 
 
 @dataclass(frozen=True)
-class Noised:
-    """Latents on their way into the model: `noisy` (B, C, H, W) at timesteps `t` (B,), and what it should answer."""
+class NoisySample:
+    """The denoiser's input, `latents` (B, C, H, W) with noise at timesteps `t` (B,), and the `target` of its prediction."""
 
-    noisy: Tensor
+    latents: Tensor
     t: Tensor
     target: Tensor
 
@@ -32,8 +32,8 @@ class Noised:
 class Objective:
     """The loss that the options describe, on one device.
 
-    noised = objective.noised(latents)
-    losses = objective.losses(predict(noised.noisy, noised.t), noised, masks)     # (B,) float32
+    sample = objective.sample(latents)
+    losses = objective.losses(predict(sample.latents, sample.t), sample, masks)     # (B,) float32
     """
 
     def __init__(self, options: LossOptions, process: NoiseProcess, device: torch.device) -> None:
@@ -41,8 +41,8 @@ class Objective:
         self.weights = timestep_weights(process, options).to(device)
         self.widths = huber_widths(process.alphas(device), options)
 
-    def noised(self, latents: Tensor, t: Tensor | None = None) -> Noised:
-        """Draw noise and, unless they are given, timesteps; latents (B, C, H, W) as the denoiser knows them."""
+    def sample(self, latents: Tensor, t: Tensor | None = None) -> NoisySample:
+        """Sample noise and, unless they are given, timesteps, for scaled latents (B, C, H, W)."""
         options = self.options
         noise = sample_noise(latents, options)
         if t is None:
@@ -50,24 +50,24 @@ class Objective:
             t = sample_timesteps(len(latents), latents.device, options.min_timestep or 0, high)
         return self.at(latents, noise, t, perturbed(noise, options))
 
-    def at(self, latents: Tensor, noise: Tensor, t: Tensor, seen: Tensor | None = None) -> Noised:
-        """With this noise at these timesteps; `seen`, if given, is the noise in the input in place of the one in the target."""
-        noisy = self.process.add_noise(latents, noise if seen is None else seen, t)
-        return Noised(noisy, t, self.process.target(latents, noise, t))
+    def at(self, latents: Tensor, noise: Tensor, t: Tensor, input_noise: Tensor | None = None) -> NoisySample:
+        """The sample with this noise at these timesteps; `input_noise`: of the input, if it differs from that of the target."""
+        noisy = self.process.add_noise(latents, noise if input_noise is None else input_noise, t)
+        return NoisySample(noisy, t, self.process.target(latents, noise, t))
 
-    def losses(self, prediction: Tensor, noised: Noised, masks: Tensor | None = None) -> Tensor:
+    def losses(self, prediction: Tensor, sample: NoisySample, masks: Tensor | None = None) -> Tensor:
         """Weighted loss of each sample, (B,) float32.
 
         `masks` (B, 1, H, W) of 0..1 multiply the error of each position; the mean is over all positions, masked ones too.
         """
-        errors = element_loss(prediction.float() - noised.target.float(), self.options.loss_type, self.widths[noised.t])
+        errors = element_loss(prediction.float() - sample.target.float(), self.options.loss_type, self.widths[sample.t])
         if masks is not None:
             errors = errors * masks
-        return errors.flatten(1).mean(dim=1) * self.weights[noised.t]
+        return errors.flatten(1).mean(dim=1) * self.weights[sample.t]
 
 
 def element_loss(difference: Tensor, kind: str, width: Tensor) -> Tensor:
-    """How much each number's error d counts. `width` c (B,) is the bend of the pseudo-Huber losses (Charbonnier et al. 1997):
+    """The loss of each element's error d, with `width` c (B,) of the pseudo-Huber losses (Charbonnier et al. 1997):
 
     l2: d**2, l1: |d|, huber: 2 c (sqrt(d**2 + c**2) - c), smooth_l1: 2 (sqrt(d**2 + c**2) - c).
     """
@@ -77,8 +77,8 @@ def element_loss(difference: Tensor, kind: str, width: Tensor) -> Tensor:
         return difference.abs()
     c = width.view(-1, *[1] * (difference.ndim - 1))
     squares = difference.square()
-    bent = 2 * squares / ((squares + c.square()).sqrt() + c)  # = 2 (sqrt(d^2 + c^2) - c) without its cancellation
-    return bent * c if kind == "huber" else bent
+    pseudo_huber = 2 * squares / ((squares + c.square()).sqrt() + c)  # = 2 (sqrt(d^2 + c^2) - c) without cancellation
+    return pseudo_huber * c if kind == "huber" else pseudo_huber
 
 
 def huber_widths(a: Tensor, options: LossOptions) -> Tensor:
@@ -98,9 +98,9 @@ def huber_widths(a: Tensor, options: LossOptions) -> Tensor:
 
 
 def timestep_weights(process: NoiseProcess, options: LossOptions) -> Tensor:
-    """The factor of the loss at every timestep, (T,) float32: the product of all weightings that are asked for."""
+    """The weight of the loss at every timestep, (T,) float32: the product of the weightings that the options ask for."""
     snr, velocity = process.snr(), process.predicts_velocity
-    capped = snr.clamp(max=MOST_SNR)
+    capped = snr.clamp(max=MAX_SNR)
     weights = torch.ones_like(snr)
     if options.min_snr_gamma:
         weights = weights * min_snr_weights(snr, options.min_snr_gamma, velocity)
@@ -118,4 +118,4 @@ def min_snr_weights(snr: Tensor, gamma: float, predicts_velocity: bool) -> Tenso
     least = snr.clamp(max=gamma)
     if predicts_velocity:
         return least / (snr + 1)
-    return torch.where(snr <= gamma, 1.0, least / snr)  # 1 also where nothing but noise is left and SNR is 0
+    return torch.where(snr <= gamma, 1.0, least / snr)  # 1 also at SNR 0

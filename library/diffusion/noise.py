@@ -1,6 +1,6 @@
-"""Noise with large-scale structure, which plain Gaussian noise nearly lacks, and perturbed inputs. Shapes (B, C, H, W).
+"""Noise for training: offset noise, multi-resolution noise and input perturbation. Shapes (B, C, H, W).
 
-All chance comes from torch's and Python's generators, which the trainer sets anew for every batch.
+Random numbers come from torch's and Python's global generators, which the trainer seeds for every batch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def sample_noise(latents: Tensor, options: LossOptions) -> Tensor:
-    """Noise like `latents`: Gaussian, with the offset and the coarser levels that the options ask for."""
+    """Gaussian noise of the shape of `latents`, with the offset and the coarser levels that the options ask for."""
     noise = torch.randn_like(latents)
     if options.noise_offset:
         noise = noise + offset(latents, options)
@@ -30,7 +30,7 @@ def sample_noise(latents: Tensor, options: LossOptions) -> Tensor:
 def offset(latents: Tensor, options: LossOptions) -> Tensor:
     """A shift of whole channels, (B, C, 1, 1): strength * N(0, 1) (N. Guttenberg 2023, "Diffusion with Offset Noise").
 
-    The strength is --noise_offset, times one uniform number a batch with --noise_offset_random_strength. With
+    The strength is --noise_offset; with --noise_offset_random_strength times one uniform number for each batch. With
     --adaptive_noise_scale s it is max(0, strength + s * |mean of the channel|).
     """
     strength: float | Tensor = options.noise_offset or 0.0
@@ -43,10 +43,10 @@ def offset(latents: Tensor, options: LossOptions) -> Tensor:
 
 
 def add_coarser_levels(noise: Tensor, levels: int, discount: float) -> Tensor:
-    """Multi-resolution noise (J. Whitaker 2023, "Multi-Resolution Noise for Diffusion Model Training"), of deviation 1 in all.
+    """Multi-resolution noise (J. Whitaker 2023, "Multi-Resolution Noise for Diffusion Model Training"), scaled to deviation 1.
 
     Level i, counted from 0, is N(0, 1) on sides that are r**i times shorter than the full ones, r uniform in [2, 4),
-    enlarged and multiplied by discount**i; the last level is the first one with a side of one number.
+    enlarged and multiplied by discount**i; the last level is the first one with a side of length 1.
     """
     height, width = noise.shape[2:]
     total = noise
@@ -61,9 +61,9 @@ def add_coarser_levels(noise: Tensor, levels: int, discount: float) -> Tensor:
 
 
 def perturbed(noise: Tensor, options: LossOptions) -> Tensor:
-    """The noise that goes into the input, while the target stays `noise`: e + g n (Ning et al. 2023, arXiv 2301.11706, eq. 9).
+    """The noise of the input, e + g n, while the target keeps e = `noise` (Ning et al. 2023, arXiv 2301.11706, eq. 9).
 
-    n is fresh N(0, 1); g is --ip_noise_gamma, times one uniform number a batch with --ip_noise_gamma_random_strength.
+    n is other noise, N(0, 1); g is --ip_noise_gamma; with --ip_noise_gamma_random_strength times one uniform number a batch.
     """
     if not options.ip_noise_gamma:
         return noise

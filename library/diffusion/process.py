@@ -1,4 +1,4 @@
-"""The noise process: the schedule of a model, noised latents, and what the model predicts.
+"""The noise process: the schedule of a model, noisy latents, and the target of its prediction.
 
 Notation: z clean latents, e noise, t timestep, a_t cumulative product of alphas; z_t = sqrt(a_t) z + sqrt(1 - a_t) e
 (Ho et al. 2020, arXiv 2006.11239, eq. 4). SNR(t) = a_t / (1 - a_t).
@@ -21,14 +21,14 @@ BETA_START, BETA_END = 0.00085, 0.012
 
 @dataclass(frozen=True)
 class NoiseProcess:
-    """Stable Diffusion's "scaled linear" schedule (betas whose square roots rise linearly), and what is predicted on it."""
+    """Stable Diffusion's "scaled linear" schedule (square roots of the betas rise linearly), and what the model predicts."""
 
     prediction: Prediction = "epsilon"
     zero_terminal_snr: bool = False
     beta_start: float = BETA_START
     beta_end: float = BETA_END
     timesteps: int = TRAIN_TIMESTEPS
-    # How samplers choose among the timesteps, as Diffusers' `timestep_spacing` and `steps_offset`; None: as each sampler has it.
+    # Diffusers' `timestep_spacing` and `steps_offset`, by which samplers choose timesteps; None: each sampler's default.
     spacing: str | None = None
     steps_offset: int | None = None
 
@@ -37,7 +37,7 @@ class NoiseProcess:
         return self.prediction == "v"
 
     def alphas(self, device: torch.device | str = "cpu") -> Tensor:
-        """a_t of every timestep, (T,) float32; the same tensor at each call."""
+        """a_t of every timestep, (T,) float32. Cached: do not change it in place."""
         return _alphas(self, torch.device(device))
 
     def snr(self, device: torch.device | str = "cpu") -> Tensor:
@@ -56,14 +56,14 @@ class NoiseProcess:
         return _per_sample(a.sqrt(), t, latents) * noise - _per_sample((1 - a).sqrt(), t, latents) * latents
 
     def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What the model should predict at z_t."""
+        """The target of the prediction at z_t."""
         return self.velocity(latents, noise, t) if self.predicts_velocity else noise
 
     def scheduler_config(self) -> dict[str, Any]:
-        """The schedule under the names that Diffusers' schedulers give it; zero terminal SNR apart."""
-        choice = {"timestep_spacing": self.spacing, "steps_offset": self.steps_offset}
+        """The configuration of a Diffusers scheduler with this schedule, without zero terminal SNR."""
+        spacing = {"timestep_spacing": self.spacing, "steps_offset": self.steps_offset}
         return {
-            **{name: value for name, value in choice.items() if value is not None},
+            **{name: value for name, value in spacing.items() if value is not None},
             "beta_start": self.beta_start,
             "beta_end": self.beta_end,
             "beta_schedule": "scaled_linear",

@@ -1,4 +1,4 @@
-"""The samplers that users name, on Diffusers' schedulers."""
+"""The samplers by the names that users give, made from Diffusers' schedulers."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 class Sampler(NamedTuple):
-    """A class of Diffusers' schedulers with its settings, and the A1111 web UI's name of it, which images carry.
+    """A Diffusers scheduler class, its settings, and the A1111 web UI's name for it, which the PNG text of images has.
 
-    A sampler that the web UI does not have keeps a name of its own: a wrong one would be worse.
+    A sampler that the web UI does not have gets a name of its own.
     """
 
     scheduler: str
@@ -51,7 +51,7 @@ _OWN_NAMES = {
 }
 _OTHER_NAMES = ("lms", "euler", "euler_a", "dpm_2", "dpm_2_a")  # with "k_" before them
 SAMPLERS: dict[str, Sampler] = _OWN_NAMES | {f"k_{name}": _OWN_NAMES[name] for name in _OTHER_NAMES}
-# The type of options that name a sampler. Type checkers take no names from a table.
+# The type of options that name a sampler. Type checkers accept no Literal of a table's keys.
 if TYPE_CHECKING:
     SamplerName = str
 else:
@@ -59,16 +59,16 @@ else:
 
 
 def check_sampler(name: str, where: str = "") -> str:
-    """The name itself, or a `UserError` that names the nearest known one."""
+    """Returns the name. Raises UserError, with the most similar known name, if there is no such sampler."""
     if name not in SAMPLERS:
         raise unknown("sampler", name, SAMPLERS, where)
     return name
 
 
 def make_scheduler(name: str, process: NoiseProcess) -> SchedulerMixin:
-    """A fresh Diffusers scheduler for the sampler `name` (one of `SAMPLERS`) on the noise schedule of a model.
+    """A new Diffusers scheduler for the sampler `name` (one of `SAMPLERS`) with the noise schedule of a model.
 
-    What neither is set here nor in the process stays as the class has it, so the scheduler equals
+    A setting that neither `SAMPLERS` nor the process has keeps the default of its class, so the scheduler equals
     `Class.from_config(pipeline.scheduler.config)` of the model's Diffusers pipeline. With zero terminal SNR sampling begins at
     the very last timestep.
     """
@@ -94,9 +94,9 @@ def _zero_terminal_snr_settings(scheduler_class: type, process: NoiseProcess) ->
 
 
 def _rescaled_betas(process: NoiseProcess) -> list[float]:
-    """The rescaled schedule for classes that cannot rescale by themselves.
+    """The rescaled schedule for scheduler classes without `rescale_betas_zero_snr`.
 
-    The last cumulative alpha is 2^-24 instead of 0, as in Diffusers' Euler schedulers: with 0 the first sigma would be infinite.
+    The last cumulative alpha is 2^-24 , as in Diffusers' Euler schedulers: 0 would make the first sigma infinite.
     """
     import torch
     from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
@@ -115,11 +115,13 @@ def _diffusers_class(name: str) -> type:
 
 
 def _lms_without_scipy() -> type:
-    """Diffusers' `LMSDiscreteScheduler`, which would use scipy for nothing but this integral.
+    """Diffusers' `LMSDiscreteScheduler` without scipy, which it uses for this integral alone.
 
     scipy is a large package, and Diffusers and transformers import it at every start wherever it is installed.
     """
-    from diffusers.schedulers.scheduling_lms_discrete import LMSDiscreteScheduler  # diffusers itself only shows it where scipy is
+    from diffusers.schedulers.scheduling_lms_discrete import (
+        LMSDiscreteScheduler,
+    )  # diffusers exports it only if scipy is installed
     from numpy.polynomial import Polynomial
 
     class ExactLMSDiscreteScheduler(LMSDiscreteScheduler):

@@ -3,7 +3,7 @@
 They are refused by name: a run that ignored one would look fine and be wrong. Remove a line when the option is built.
 """
 
-from library.command_line import Refused
+from library.command_line import UnsupportedOptions
 
 _CONTROL_NET = "ControlNet is not built; use the A1111 web UI or Diffusers for it, which read the same LoRA files"
 _GUIDANCE = "guidance by CLIP or VGG16 is not built; say it in the prompt, or start from an image with --image_path"
@@ -45,7 +45,7 @@ _REASONS: dict[str, str] = {
     ),
 }  # fmt: skip
 
-REFUSED = Refused(reasons=_REASONS)
+REFUSED = UnsupportedOptions(reasons=_REASONS)
 
 # In-line options of prompts that are not built, with the reason.
 REFUSED_INLINE: dict[str, str] = {

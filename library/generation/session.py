@@ -24,7 +24,7 @@ from library.generation.outputs.sheet_page import write_sheet_page
 from library.generation.prompts.sources import read_prompts
 from library.generation.prompts.written import WrittenPrompt
 from library.generation.request_builder import Request, RequestBuilder
-from library.imports import collector_resting
+from library.imports import garbage_collection_paused
 
 if TYPE_CHECKING:
     from library.generation.pipeline.pipeline import Failed, GeneratedImage
@@ -50,7 +50,7 @@ class Session:
     """The state of a run: what is saved, what failed, how long it takes."""
 
     def __init__(self, options: GenerateOptions, builder: RequestBuilder) -> None:
-        with collector_resting():
+        with garbage_collection_paused():
             from library.generation.loading import load_pipeline  # torch comes in here, after all that can be said without it
 
         self.options, self.builder = options, builder

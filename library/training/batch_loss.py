@@ -29,20 +29,20 @@ class BatchLoss:
     def __call__(self, batch: Batch) -> Tensor:
         """The loss to train with, a float32 scalar."""
         latents, conditioning = self.latents(batch), self.conditioning(batch)
-        noised = self.objective.noised(latents)
+        sample = self.objective.sample(latents)
         with self.autocast():
-            prediction = self.model.predict(noised.noisy, noised.t, conditioning, self.sizes(batch))
+            prediction = self.model.predict(sample.latents, sample.t, conditioning, self.sizes(batch))
         masks = None if batch.masks is None else batch.masks.to(latents.device, non_blocking=True)
-        losses = self.objective.losses(prediction, noised, masks)
+        losses = self.objective.losses(prediction, sample, masks)
         return (losses * batch.loss_weights.to(losses.device, non_blocking=True)).mean()
 
     def unweighted(self, batch: Batch, noise_of: Callable[[torch.Size], Tensor], t: Tensor) -> Tensor:
         """Squared errors (B,) at given noise and timesteps (B,), without any weights, so that runs can be compared."""
         latents = self.latents(batch)
-        noised = self.objective.at(latents, noise_of(latents.shape), t)
+        sample = self.objective.at(latents, noise_of(latents.shape), t)
         with self.autocast():
-            prediction = self.model.predict(noised.noisy, t, self.conditioning(batch), self.sizes(batch))
-        return (prediction.float() - noised.target.float()).square().flatten(1).mean(dim=1)
+            prediction = self.model.predict(sample.latents, t, self.conditioning(batch), self.sizes(batch))
+        return (prediction.float() - sample.target.float()).square().flatten(1).mean(dim=1)
 
     def latents(self, batch: Batch) -> Tensor:
         """Scaled latents (B, C, h, w), float32."""

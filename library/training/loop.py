@@ -176,7 +176,7 @@ class Loop:
         try:
             yield
         except Exception as error:
-            if not getattr(error, "told", False):
+            if not getattr(error, "announced", False):
                 self.step.exchange.fail()
             full = isinstance(error, torch.OutOfMemoryError)
             self.processes.announce(RunFailed(f"the GPU's memory is full; {LESS_MEMORY}") if full else error)

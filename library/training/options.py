@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PlainSer
 
 from library.command_line import OptionGroup, groups_of, parse
 from library.diffusion.samplers import SamplerName
-from library.option_traits import IN_OTHER_WORDS, option, required
+from library.option_traits import RECORDED_ELSEWHERE, option, required
 from library.training.checks.refused_options import REFUSED
 
 
@@ -63,14 +63,14 @@ class ModelOptions(OptionGroup):
     pretrained_model_name_or_path: str | None = option(
         None,
         help="checkpoint (.safetensors, .ckpt), Diffusers folder or hub id",
-        record=IN_OTHER_WORDS,
+        record=RECORDED_ELSEWHERE,
         resume="file name",
         path=True,
     )
     v2: bool = option(False, help="the model is Stable Diffusion 2.x", record="ss_v2")
-    v_parameterization: bool = option(False, help="the model predicts velocity (SD 2.x 768)", record=IN_OTHER_WORDS)
+    v_parameterization: bool = option(False, help="the model predicts velocity (SD 2.x 768)", record=RECORDED_ELSEWHERE)
     vae: str | None = option(
-        None, help="another VAE: checkpoint, Diffusers folder or hub id", record=IN_OTHER_WORDS, resume="file name", path=True
+        None, help="another VAE: checkpoint, Diffusers folder or hub id", record=RECORDED_ELSEWHERE, resume="file name", path=True
     )
     no_half_vae: bool = option(False, help="keep the VAE in float32 (cures black images and NaN latents)")
     clip_skip: Count | None = option(None, help="use the text encoder's Nth layer from the end", record="ss_clip_skip")
@@ -110,14 +110,14 @@ class DataOptions(OptionGroup):
         None, help="folder of masks for masked_loss, arranged like train_data_dir", resume="free", path=True
     )
     reg_data_dir: str | None = option(None, help="folder of regularisation folders, named likewise", resume="free", path=True)
-    dataset_repeats: Count = option(1, help="repeats of every image where nothing else is said", record=IN_OTHER_WORDS)
-    train_batch_size: Count = option(1, help="images a step", record=IN_OTHER_WORDS)
-    resolution: Words = option(None, help="training size: 512 or width,height", record=IN_OTHER_WORDS)
-    enable_bucket: bool = option(False, help="group images by aspect ratio", record=IN_OTHER_WORDS)
-    min_bucket_reso: int = option(256, help="smallest bucket side", record=IN_OTHER_WORDS)
-    max_bucket_reso: int = option(1024, help="largest bucket side", record=IN_OTHER_WORDS)
+    dataset_repeats: Count = option(1, help="repeats of every image where nothing else is said", record=RECORDED_ELSEWHERE)
+    train_batch_size: Count = option(1, help="images a step", record=RECORDED_ELSEWHERE)
+    resolution: Words = option(None, help="training size: 512 or width,height", record=RECORDED_ELSEWHERE)
+    enable_bucket: bool = option(False, help="group images by aspect ratio", record=RECORDED_ELSEWHERE)
+    min_bucket_reso: int = option(256, help="smallest bucket side", record=RECORDED_ELSEWHERE)
+    max_bucket_reso: int = option(1024, help="largest bucket side", record=RECORDED_ELSEWHERE)
     bucket_reso_steps: int = option(64, help="bucket sides are multiples of this")
-    bucket_no_upscale: bool = option(False, help="never enlarge an image", record=IN_OTHER_WORDS)
+    bucket_no_upscale: bool = option(False, help="never enlarge an image", record=RECORDED_ELSEWHERE)
     resize_interpolation: Literal["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box"] | None = option(
         None, help="resizing filter; unset: area to shrink, lanczos to enlarge"
     )
@@ -128,7 +128,9 @@ class DataOptions(OptionGroup):
     prior_loss_weight: float = option(
         1.0, ge=0, help="weight of the loss on regularisation images", record="ss_prior_loss_weight"
     )
-    debug_dataset: bool = option(False, help="show what the trainer would see, and stop", record=IN_OTHER_WORDS, resume="free")
+    debug_dataset: bool = option(
+        False, help="show what the trainer would see, and stop", record=RECORDED_ELSEWHERE, resume="free"
+    )
 
 
 class CaptionOptions(OptionGroup):
@@ -136,9 +138,9 @@ class CaptionOptions(OptionGroup):
 
     caption_extension: str = option(".caption", help="suffix of caption files")
     caption_extention: str | None = option(None, help="old spelling of caption_extension", resume="free")
-    shuffle_caption: bool = option(False, help="shuffle the pieces of a caption at each use", record=IN_OTHER_WORDS)
+    shuffle_caption: bool = option(False, help="shuffle the pieces of a caption at each use", record=RECORDED_ELSEWHERE)
     caption_separator: str = option(",", help="what separates the pieces")
-    keep_tokens: int = option(0, ge=0, help="pieces at the front that stay", record=IN_OTHER_WORDS)
+    keep_tokens: int = option(0, ge=0, help="pieces at the front that stay", record=RECORDED_ELSEWHERE)
     keep_tokens_separator: str = option("", help="mark in a caption: what stands before it stays")
     secondary_separator: str | None = option(None, help="holds pieces together; becomes caption_separator in the end")
     enable_wildcard: bool = option(False, help="{a|b} alternatives, and one of several caption lines")
@@ -171,24 +173,26 @@ class CaptionOptions(OptionGroup):
 class AugmentationOptions(OptionGroup):
     """Augmentation and latent cache"""
 
-    flip_aug: bool = option(False, help="mirror half of the images", record=IN_OTHER_WORDS)
-    color_aug: bool = option(False, help="change hue or gamma a little", record=IN_OTHER_WORDS)
-    random_crop: bool = option(False, help="crop at a random place", record=IN_OTHER_WORDS)
+    flip_aug: bool = option(False, help="mirror half of the images", record=RECORDED_ELSEWHERE)
+    color_aug: bool = option(False, help="change hue or gamma a little", record=RECORDED_ELSEWHERE)
+    random_crop: bool = option(False, help="crop at a random place", record=RECORDED_ELSEWHERE)
     face_crop_aug_range: Words = option(
         None, help="low,high: crop around the face given in the file name", record="ss_face_crop_aug_range"
     )
     cache_latents: bool = option(False, help="encode every image once, before training", record="ss_cache_latents")
-    cache_latents_to_disk: bool = option(False, help="keep the encoded images on disk too", record=IN_OTHER_WORDS, resume="free")
+    cache_latents_to_disk: bool = option(
+        False, help="keep the encoded images on disk too", record=RECORDED_ELSEWHERE, resume="free"
+    )
     vae_batch_size: Count = option(
         1, help="images encoded at once", resume="free", needs=("cache_latents", "cache_latents_to_disk")
     )
     max_data_loader_n_workers: int = option(
-        8, ge=0, help="most processes that prepare batches", record=IN_OTHER_WORDS, resume="free"
+        8, ge=0, help="most processes that prepare batches", record=RECORDED_ELSEWHERE, resume="free"
     )
     persistent_data_loader_workers: bool = option(
         False,
         help="keep those processes between epochs",
-        record=IN_OTHER_WORDS,
+        record=RECORDED_ELSEWHERE,
         resume="free",
         needs=("max_data_loader_n_workers",),
     )
@@ -209,7 +213,7 @@ class NetworkOptions(OptionGroup):
     network_dropout: float | None = option(
         None, ge=0, lt=1, help="dropout between the two layers of each LoRA", record="ss_network_dropout"
     )
-    network_args: list[str] | None = option(None, help="key=value words for the network module", record=IN_OTHER_WORDS)
+    network_args: list[str] | None = option(None, help="key=value words for the network module", record=RECORDED_ELSEWHERE)
     network_weights: str | None = option(None, help="start from this LoRA file", resume="file name", path=True)
     dim_from_weights: bool = option(False, help="take rank and alpha of each module from network_weights", path=True)
     network_train_unet_only: bool = option(False, help="LoRA for the U-Net only")
@@ -232,11 +236,11 @@ class OptimizerOptions(OptionGroup):
     """Optimizer and learning rate"""
 
     optimizer_type: str = option(
-        "", help="AdamW (default), AdamW8bit, Lion, SGDNesterov, ... or package.Class", record=IN_OTHER_WORDS
+        "", help="AdamW (default), AdamW8bit, Lion, SGDNesterov, ... or package.Class", record=RECORDED_ELSEWHERE
     )
-    use_8bit_adam: bool = option(False, help="old spelling of optimizer_type=AdamW8bit", record=IN_OTHER_WORDS)
-    use_lion_optimizer: bool = option(False, help="old spelling of optimizer_type=Lion", record=IN_OTHER_WORDS)
-    optimizer_args: list[str] | None = option(None, help="key=value words for the optimizer", record=IN_OTHER_WORDS)
+    use_8bit_adam: bool = option(False, help="old spelling of optimizer_type=AdamW8bit", record=RECORDED_ELSEWHERE)
+    use_lion_optimizer: bool = option(False, help="old spelling of optimizer_type=Lion", record=RECORDED_ELSEWHERE)
+    optimizer_args: list[str] | None = option(None, help="key=value words for the optimizer", record=RECORDED_ELSEWHERE)
     learning_rate: float = option(2e-6, ge=0, help="learning rate; 1e-4 is usual for a LoRA", record="ss_learning_rate")
     unet_lr: float | None = option(
         None,
@@ -295,7 +299,7 @@ class OptimizerOptions(OptionGroup):
         unless="lr_scheduler_type",
         only_with=("lr_scheduler", ("cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay")),
     )
-    lr_scheduler_type: str = option("", help="any class of torch.optim.lr_scheduler, or package.Class", record=IN_OTHER_WORDS)
+    lr_scheduler_type: str = option("", help="any class of torch.optim.lr_scheduler, or package.Class", record=RECORDED_ELSEWHERE)
     lr_scheduler_args: list[str] | None = option(None, help="key=value words for it")
 
 
@@ -306,7 +310,7 @@ class TrainingOptions(OptionGroup):
         1600, help="optimizer steps", record="ss_max_train_steps", resume="free", unless="max_train_epochs"
     )
     max_train_epochs: CountOrOff = option(
-        None, help="passes over the data; beats max_train_steps", record=IN_OTHER_WORDS, resume="free"
+        None, help="passes over the data; beats max_train_steps", record=RECORDED_ELSEWHERE, resume="free"
     )
     gradient_accumulation_steps: Count = option(1, help="batches an optimizer step", record="ss_gradient_accumulation_steps")
     ddp_timeout: Count | None = option(None, help="minutes that a process waits for the others; unset: 180")

@@ -7,7 +7,7 @@ import time
 
 from library.console import is_main_process, quiet_unless_main, set_up_console
 from library.errors import UserError
-from library.imports import collector_resting
+from library.imports import garbage_collection_paused
 from library.openmp import let_waiting_threads_sleep
 
 
@@ -40,7 +40,7 @@ def main(family: str | None = None) -> int:
         return print_from_metadata(options.metadata.from_metadata, all_defaults())
 
     set_up_console(options.logs.console_log_level, options.logs.console_log_file, options.logs.console_log_simple)
-    with collector_resting():
+    with garbage_collection_paused():
         from library.training.entry import train
 
     return train(options, family=family)

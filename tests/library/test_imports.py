@@ -1,4 +1,4 @@
-"""Starting lean: what is postponed is all there when it is asked for, and the collector works again afterwards."""
+"""Faster start: a deferred module has everything when an attribute of it is read, and garbage collection runs again."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from library.imports import collector_resting, postponed
+from library.imports import deferred, garbage_collection_paused
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,8 +29,8 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         del sys.modules[name]
 
 
-def test_a_postponed_module_is_imported_when_something_of_it_is_used(package):
-    with postponed(package):
+def test_a_deferred_module_is_imported_when_something_of_it_is_used(package):
+    with deferred(package):
         early = importlib.import_module(package)
 
         assert importlib.util.find_spec(package).origin.endswith("__init__.py")  # it counts as installed
@@ -40,8 +40,8 @@ def test_a_postponed_module_is_imported_when_something_of_it_is_used(package):
     assert sys.modules[package] is not early and early.part is sys.modules[f"{package}.part"]
 
 
-def test_importing_a_postponed_module_later_is_as_ever(package):
-    with postponed(package):
+def test_importing_a_deferred_module_later_is_as_ever(package):
+    with deferred(package):
         early = importlib.import_module(package)
     thing = importlib.import_module(f"{package}.part").Thing
 
@@ -50,8 +50,8 @@ def test_importing_a_postponed_module_later_is_as_ever(package):
         _ = early.nothing
 
 
-def test_a_postponed_module_that_is_used_at_once_is_imported_at_once(package):
-    with postponed(package):
+def test_a_deferred_module_that_is_used_at_once_is_imported_at_once(package):
+    with deferred(package):
         early = importlib.import_module(package)
 
         assert early.VALUE == 3
@@ -62,7 +62,7 @@ def test_a_postponed_module_that_is_used_at_once_is_imported_at_once(package):
 
 def test_postponing_leaves_alone_what_is_imported_or_missing(package):
     real = importlib.import_module(package)
-    with postponed(package, "no_such_package_at_all"):
+    with deferred(package, "no_such_package_at_all"):
         assert sys.modules[package] is real
         with pytest.raises(ModuleNotFoundError):
             importlib.import_module("no_such_package_at_all")
@@ -71,16 +71,16 @@ def test_postponing_leaves_alone_what_is_imported_or_missing(package):
 
 def test_the_collector_rests_inside_and_works_afterwards(package):
     before = gc.get_freeze_count()
-    with pytest.raises(KeyError), collector_resting():
+    with pytest.raises(KeyError), garbage_collection_paused():
         assert not gc.isenabled()
         raise KeyError
     assert gc.isenabled() and gc.get_freeze_count() == before  # nothing was imported: no garbage is kept for good
     try:
-        with collector_resting(), collector_resting():
+        with garbage_collection_paused(), garbage_collection_paused():
             importlib.import_module(package)
         assert gc.isenabled() and gc.get_freeze_count() > before
         gc.disable()
-        with collector_resting():
+        with garbage_collection_paused():
             pass
         assert not gc.isenabled()
     finally:

@@ -10,9 +10,9 @@ from pydantic import create_model
 
 from library.command_line import build_parser, option_fields, parse
 from library.data.cache import refuse_augmentations
-from library.data.captions import caption_is_fixed, caption_variants
+from library.data.captions import caption_is_fixed, possible_captions
 from library.data.config_keys import SubsetConfig, without
-from library.data.holdout import still
+from library.data.holdout import without_augmentation
 from library.errors import UserError
 from library.option_traits import option, traits_of
 from library.training.checks.idle_options import declared
@@ -95,10 +95,10 @@ def subset(**values) -> MadeUpSubset:
 
 
 def test_a_key_that_changes_captions_is_not_cached_and_not_held_out():
-    assert caption_is_fixed(subset()) and caption_variants("a, b", subset()) == ("a, b",)
-    assert not caption_is_fixed(subset(word_swap=True)) and caption_variants("a, b", subset(word_swap=True)) is None
-    assert caption_variants("a, b", subset(silence=0.5)) == ("a, b", "")
-    assert still(subset(word_swap=True, silence=0.5, tint=0.5)) == subset()
+    assert caption_is_fixed(subset()) and possible_captions("a, b", subset()) == ("a, b",)
+    assert not caption_is_fixed(subset(word_swap=True)) and possible_captions("a, b", subset(word_swap=True)) is None
+    assert possible_captions("a, b", subset(silence=0.5)) == ("a, b", "")
+    assert without_augmentation(subset(word_swap=True, silence=0.5, tint=0.5)) == subset()
     assert without(subset(word_swap=True, silence=0.5), "dropout") == subset(word_swap=True)
 
 
@@ -131,5 +131,5 @@ def test_every_secret_and_every_path_is_declared():
 
 
 def test_a_held_out_image_keeps_its_wildcards():
-    held = still(SubsetConfig(image_dir=Path("images"), enable_wildcard=True, shuffle_caption=True, is_reg=True))
+    held = without_augmentation(SubsetConfig(image_dir=Path("images"), enable_wildcard=True, shuffle_caption=True, is_reg=True))
     assert held.enable_wildcard and not held.shuffle_caption and not held.is_reg

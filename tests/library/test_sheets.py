@@ -67,7 +67,7 @@ def test_long_labels_wrap_and_end_in_an_ellipsis_and_lose_no_word():
     font = _font(text, 16)
     lines = _wrap(text, 16, 150)
     assert " ".join(lines) == text and all(font.getlength(line) <= 150 for line in lines)
-    cut = _wrap(text, 16, 150, most=2)
+    cut = _wrap(text, 16, 150, max_lines=2)
     assert len(cut) == 2 and cut[-1].endswith("…") and font.getlength(cut[-1]) <= 150
     unbroken = "x" * 200
     assert "".join(_wrap(unbroken, 16, 150)) == unbroken

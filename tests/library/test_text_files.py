@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from library.errors import UserError
-from library.text_files import decoded, lines_of, parse_json, read_text, refuse_odd_texts
+from library.text_files import check_texts, decoded, lines_of, parse_json, read_text
 
 CUTS_NOTHING = "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
 
@@ -70,8 +70,8 @@ def test_a_text_that_no_path_can_be_is_named_with_its_key(text, place):
         "inner": {"general": {"x": {"image_dir": text}}},
     }[place]  # fmt: skip
     with pytest.raises(UserError, match="c.json: .* holds NUL or half an emoji; write the text anew"):
-        refuse_odd_texts(tables, Path("c.json"))
-    refuse_odd_texts({"image_dir": "\udce9t\udce9", "x": ["😀", 1, None]}, Path("c.json"))  # a path that is no UTF-8 is one
+        check_texts(tables, Path("c.json"))
+    check_texts({"image_dir": "\udce9t\udce9", "x": ["😀", 1, None]}, Path("c.json"))  # a path that is no UTF-8 is one
 
 
 def test_several_marks_at_the_beginning_are_no_text():

@@ -17,7 +17,7 @@ from library.data.buckets import wrong_sides
 from library.data.config_keys import DatasetConfig
 from library.data.dataset import TrainingDataset
 from library.data.text_cache import varying_captions
-from library.devices import check_precision, memory_there
+from library.devices import available_memory, check_precision
 from library.errors import Problems
 from library.formats.tensor_file import MODEL_SUFFIXES
 from library.generation.prompts.prompt_file import read_prompt_file
@@ -93,7 +93,7 @@ def preflight(options: TrainNetworkOptions, device: torch.device, world: int, fa
     plan = Plan.of(options, dataset.num_batches, world)
     run_checks(problems, checks_of_plan(options, plan, dataset, header))
     start = problems.of(check_start, options, plan, dataset, resumed)
-    problems.tell()
+    problems.raise_found()
     assert header is not None and start is not None  # else there was a problem
     notes = tell_notes(options, dataset, device, header)
     return Ready(options, dataset, seed, header, plan, start, resumed, notes)
@@ -105,7 +105,7 @@ def check_images(options: TrainNetworkOptions) -> TrainingDataset:
     problems.found += contradictions(options)
     configs, seed = problems.of(dataset_configs, options), problems.of(chosen_seed, options, None) or 0
     dataset = open_images(problems, options, configs, seed, None)
-    problems.tell()
+    problems.raise_found()
     return dataset
 
 
@@ -120,7 +120,7 @@ def open_images(
         problems.found += wrong_sizes(configs, family)
     dataset = problems.of(open_dataset, options, configs, seed, family or FAMILIES[0]) if configs else None
     if dataset is None:
-        problems.tell()
+        problems.raise_found()
     assert dataset is not None  # else there was a problem
     return dataset
 
@@ -261,7 +261,7 @@ def tell_notes(options: TrainNetworkOptions, dataset: TrainingDataset, device: t
         notes.append(f"given, but without effect: {'; '.join(idle)}")
     for note in notes:
         print(note)
-    needed, (there, whose) = estimated_bytes(options, header, *largest_batch(dataset)), memory_there(device)
+    needed, (there, whose) = estimated_bytes(options, header, *largest_batch(dataset)), available_memory(device)
     memory = f"memory: about {needed / 2**30:.1f} of {whose} {there / 2**30:.1f} GiB will be used (a rough estimate)"
     if needed > there:
         memory += "; if it does not fit: --gradient_checkpointing, --cache_latents, a smaller batch or --resolution"

@@ -3,7 +3,7 @@
 They are refused by name: a run that ignored one would look fine and be wrong. Remove a line when the option is built.
 """
 
-from library.command_line import Refused
+from library.command_line import UnsupportedOptions
 
 _DEEPSPEED = "DeepSpeed is not supported; a LoRA run fits one card, see --gradient_checkpointing"
 
@@ -41,4 +41,4 @@ _DEFAULTS = {
     "model_train_type": "sd-lora", "zero_stage": 2, "huggingface_repo_visibility": "private",
 }  # fmt: skip
 
-REFUSED = Refused(reasons=_REASONS, harmless=_DEFAULTS, of_front_ends=frozenset({"epoch", "noise_offset_type"}))
+REFUSED = UnsupportedOptions(reasons=_REASONS, harmless=_DEFAULTS, of_front_ends=frozenset({"epoch", "noise_offset_type"}))

@@ -15,7 +15,7 @@ from library.command_line import option_fields
 from library.data.config_keys import DatasetConfig, SubsetConfig
 from library.errors import UserError
 from library.files import read_safetensors_header
-from library.option_traits import IN_OTHER_WORDS, traits_of
+from library.option_traits import RECORDED_ELSEWHERE, traits_of
 from library.training.optimization.schedules import SCHEDULES
 from library.training.options import TrainNetworkOptions
 
@@ -23,7 +23,7 @@ from library.training.options import TrainNetworkOptions
 def recorded_keys(options_class: type[BaseModel] = TrainNetworkOptions) -> dict[str, str]:
     """Key of the metadata -> option that it holds."""
     records = {traits_of(field).record: name for name, field in option_fields(options_class).items()}
-    return {key: name for key, name in records.items() if key and key != IN_OTHER_WORDS}
+    return {key: name for key, name in records.items() if key and key != RECORDED_ELSEWHERE}
 
 
 def recorded_dataset_keys(table: type[BaseModel]) -> dict[str, str]:

@@ -47,12 +47,12 @@ def losses(case, *words: str, masks: torch.Tensor | None = None) -> tuple[np.nda
     z, t, answer = case
     torch.manual_seed(11)
     chosen = objective(*words)
-    noised = chosen.noised(z, t)
+    sample = chosen.sample(z, t)
     torch.manual_seed(11)
     e, z64 = torch.randn(z.shape).double().numpy(), z.double().numpy()
     a = alphas("--zero_terminal_snr" in words)[t.numpy()].reshape(-1, 1, 1, 1)
     wanted = np.sqrt(a) * e - np.sqrt(1 - a) * z64 if "--v_parameterization" in words else e
-    return chosen.losses(answer, noised, masks).double().numpy(), answer.double().numpy() - wanted
+    return chosen.losses(answer, sample, masks).double().numpy(), answer.double().numpy() - wanted
 
 
 def mean(values: np.ndarray) -> np.ndarray:
@@ -66,19 +66,19 @@ def test_mean_square_of_noise_and_velocity(case, words):
     np.testing.assert_allclose(ours, mean(d**2), rtol=1e-4)
 
 
-def test_input_is_the_noised_latent_and_its_perturbation_stays_out_of_the_target(case):
+def test_input_is_the_noisy_latent_and_its_perturbation_stays_out_of_the_target(case):
     z, t, _ = case
-    noised = {}
+    samples = {}
     for words in ((), ("--ip_noise_gamma=0.5",)):
         torch.manual_seed(2)
-        noised[words] = objective(*words).noised(z, t)
-    plain, perturbed = noised.values()
+        samples[words] = objective(*words).sample(z, t)
+    plain, perturbed = samples.values()
     assert torch.equal(plain.target, perturbed.target)
     a = torch.from_numpy(alphas())[t].view(-1, 1, 1, 1)
     torch.manual_seed(2)
     e, n = torch.randn(z.shape).double(), torch.randn(z.shape).double()
-    torch.testing.assert_close(plain.noisy.double(), a.sqrt() * z + (1 - a).sqrt() * e, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(perturbed.noisy.double(), a.sqrt() * z + (1 - a).sqrt() * (e + 0.5 * n), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(plain.latents.double(), a.sqrt() * z + (1 - a).sqrt() * e, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(perturbed.latents.double(), a.sqrt() * z + (1 - a).sqrt() * (e + 0.5 * n), rtol=1e-4, atol=1e-5)
 
 
 def width(kind: str, t: np.ndarray, c: float, scale: float) -> np.ndarray:
@@ -157,9 +157,9 @@ def test_masks_multiply_errors_and_do_not_change_the_mean_s_size(case):
     np.testing.assert_allclose(ours, mean(d**2 * masks.double().numpy()), rtol=1e-4)
     z, t, answer = case
     torch.manual_seed(0)
-    noised = objective().noised(z, t)
+    sample = objective().sample(z, t)
     answer.requires_grad_(True)
-    objective().losses(answer, noised, masks).sum().backward()
+    objective().losses(answer, sample, masks).sum().backward()
     assert not answer.grad[..., :4].any() and answer.grad[..., 4:].any()
 
 
@@ -167,9 +167,9 @@ def test_masks_multiply_errors_and_do_not_change_the_mean_s_size(case):
 def test_min_and_max_timestep():
     torch.manual_seed(0)
     z = torch.zeros(20_000, 1, 1, 1)
-    t = objective("--min_timestep=300", "--max_timestep=400").noised(z).t
+    t = objective("--min_timestep=300", "--max_timestep=400").sample(z).t
     assert (t.min(), t.max()) == (300, 399)
-    assert objective("--min_timestep=7", "--max_timestep=8").noised(z).t.unique().tolist() == [7]
+    assert objective("--min_timestep=7", "--max_timestep=8").sample(z).t.unique().tolist() == [7]
 
 
 @pytest.mark.parametrize(
@@ -207,5 +207,5 @@ def test_front_ends_write_zeros_for_what_is_off():
     torch.manual_seed(0)
     plain = torch.randn(z.shape)
     torch.manual_seed(0)
-    assert torch.equal(objective(*words).noised(z).target, plain)
+    assert torch.equal(objective(*words).sample(z).target, plain)
     assert LossOptions().multires_noise_discount == 0.3

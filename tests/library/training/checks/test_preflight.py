@@ -262,7 +262,7 @@ def test_memory_is_estimated_by_what_counts(folder):
 
 def test_trap_55_memory_that_is_short_is_told_with_what_helps(folder, monkeypatch, capsys):
     for there, short in ((2**33, False), (2**31, True)):
-        monkeypatch.setattr(preflight, "memory_there", lambda device, there=there: (there, "the GPU's"))
+        monkeypatch.setattr(preflight, "available_memory", lambda device, there=there: (there, "the GPU's"))
         preflight.tell_notes(options(folder=folder), dataset(folder), CPU, full_size_header())
         out = capsys.readouterr().out
         assert f"of the GPU's {there / 2**30:.1f} GiB will be used" in out and ("--gradient_checkpointing" in out) is short
