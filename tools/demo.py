@@ -64,9 +64,9 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.prog = "quickstart.py"
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps (default {STEPS})")
-    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder for the results (default output/demo)")
-    parser.add_argument("--images", type=int, default=8, help="images to draw, 1 to 8 (default 8)")
+    parser.add_argument("--steps", type=int, default=STEPS, help="training steps")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder for the results")
+    parser.add_argument("--images", type=int, default=8, help="images to draw, 1 to 8")
     args = parser.parse_args()
     if args.steps < 1:
         raise UserError(f"--steps {args.steps}: at least one step is needed")
