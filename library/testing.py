@@ -42,13 +42,12 @@ def small_stable_diffusion(
     their size: predictions depend on image, timestep and text. The VAE has 8 x 8 pixels for each latent, as the real one.
     """
     prediction: Prediction = "v" if v_parameterization else "epsilon"
-    own_unet, activation = {"sd1": ({}, "quick_gelu"), "sd2": ({**SD2_UNET, "sample_size": SD2_SIZES[prediction]}, "gelu")}[
-        family
-    ]
+    unet_of_family = {"sd1": {}, "sd2": {**SD2_UNET, "sample_size": SD2_SIZES[prediction]}}
+    activations = {"sd1": "quick_gelu", "sd2": "gelu"}
     configs = {
-        "unet": unet_config(unet_channels, context_width=text_width, **own_unet),
+        "unet": unet_config(unet_channels, context_width=text_width, **unet_of_family[family]),
         "vae": vae_config(vae_channels, layers=1),
-        "text_encoder": text_config(text_width, text_layers, activation=activation),
+        "text_encoder": text_config(text_width, text_layers, activation=activations[family]),
     }
     return small_model(by_name(family), configs, seed, prediction, dtype)
 
