@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -98,6 +99,7 @@ def start_trackers(options: LogOptions, config: Mapping[str, Any] | None) -> lis
 
         folder = logging_folder(options)
         own = settings.get("tensorboard", {})
+        leave_errors_of_its_thread_to_the_next_call()
         started.append(_started("tensorboard", lambda: TensorBoardTracker(name, folder, **own), config))
     if wants(options, "wandb"):
         from accelerate.tracking import WandBTracker
@@ -109,6 +111,20 @@ def start_trackers(options: LogOptions, config: Mapping[str, Any] | None) -> lis
         log_in_to_wandb(options)
         started.append(_started("wandb", lambda: WandBTracker(name, **{**named, **settings.get("wandb", {})}), config))
     return started
+
+
+def leave_errors_of_its_thread_to_the_next_call() -> None:
+    """TensorBoard writes in a thread, and what fails there is raised by the next call too, where it is said in one line.
+
+    Python would print the thread's traceback besides.
+    """
+    others = threading.excepthook
+
+    def hook(failed: threading.ExceptHookArgs) -> None:
+        if type(failed.thread).__name__ != "_AsyncWriterThread":
+            others(failed)
+
+    threading.excepthook = hook
 
 
 def _started(name: str, make: Callable[[], Any], config: Mapping[str, Any] | None) -> Any:

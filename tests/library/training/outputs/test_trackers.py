@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -160,6 +161,25 @@ def test_a_tracker_that_fails_is_said_once_and_left_alone(wandb, capsys):
     tracker.log({"a": 1.0}, 1)
     tracker.log({"a": 1.0}, 2)
     assert capsys.readouterr().out.count("wandb logs no more: no network") == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit for the size of files")
+def test_a_full_disk_under_tensorboard_is_one_line_without_its_thread_s_traceback(tmp_path, capsys, monkeypatch):
+    import resource
+
+    tracebacks = []
+    monkeypatch.setattr(threading, "excepthook", tracebacks.append)
+    PartialState()
+    tracker = Tracker(LogOptions(logging_dir=str(tmp_path)))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+    try:
+        for step in range(3):
+            tracker.log({"a": 1.0}, step)
+        tracker.finish()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert capsys.readouterr().out.count("tensorboard logs no more: ") == 1 and tracebacks == []
 
 
 def test_an_unknown_table_of_tracker_settings_is_an_error(tmp_path):
