@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 import struct
 import unicodedata
 import uuid
@@ -18,9 +19,6 @@ from safetensors import SafetensorError
 
 from library.errors import UserError, one_line
 from library.safe_text import as_unicode
-
-_UMASK = os.umask(0)  # it can only be read by setting it
-os.umask(_UMASK)
 
 # Errors of writers for a full disk, a lost folder or text that is no Unicode; safetensors and torch raise errors of their own.
 WRITE_ERRORS = (OSError, SafetensorError, RuntimeError, UnicodeError)
@@ -57,10 +55,11 @@ def _written_beside(path: Path, take_name: Callable[[Path], object]) -> Iterator
     temporary = path.with_name(f".{path.stem[:40]}.{uuid.uuid4().hex[:8]}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        rights = _rights_of_new_files(path.parent)
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_UMASK)  # some writers make files that only the owner can read
+        os.chmod(temporary, rights)  # some writers make files that only the owner can read
         take_name(temporary)
     except WRITE_ERRORS as error:
         if isinstance(error, (NotImplementedError, RecursionError)):  # RuntimeErrors that are not about the disk
@@ -70,6 +69,16 @@ def _written_beside(path: Path, take_name: Callable[[Path], object]) -> Iterator
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+@lru_cache(maxsize=256)
+def _rights_of_new_files(folder: Path) -> int:
+    """The permissions of a new file in this folder. They depend on umask, which Python can only read by setting it."""
+    probe = folder / f".{uuid.uuid4().hex}"
+    with open(probe, "xb") as file:
+        rights = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+    probe.unlink()
+    return rights
 
 
 @contextmanager

@@ -27,7 +27,8 @@ def main(family: str | None = None) -> int:
     except UserError as error:
         if is_main_process():
             raise
-        time.sleep(2)  # the launcher ends all when one ends, and the main process shall have its word first
+        # The launcher ends all processes when one ends. The main one reads the same options, in 0.2 s, and shows the error first.
+        time.sleep(2)
         return error.exit_code
     if options.logs.output_config:
         from library.training.outputs.config_output import write_config
