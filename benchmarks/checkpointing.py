@@ -56,7 +56,7 @@ def measure(case: Case, share: float | None, folder: Path, steps: int) -> dict[s
     def after_step(run) -> None:
         times.append(clock.read())
         found["parts"] = sum(unit.gradient_checkpointing for unit in units(run.model.denoiser))
-        found["peak"] = peak_memory_bytes(run.accelerator.device) or 0
+        found["peak"] = peak_memory_bytes(run.machine.device) or 0
 
     train(words_of(case, share, folder, steps + 1), after_step)
     wall, processor = (statistics.median(column) for column in zip(*times[1:], strict=True))

@@ -35,9 +35,8 @@ from small_runs import AfterStep, image_folder, tensors_of, use_two_blocks, word
 from tqdm import tqdm  # noqa: E402
 
 from library.errors import UserError  # noqa: E402
-from library.processes import Processes  # noqa: E402
 from library.training.checks.preflight import preflight  # noqa: E402
-from library.training.entry import make_accelerator  # noqa: E402
+from library.training.machine import Machine  # noqa: E402
 from library.training.options import parse_options  # noqa: E402
 from library.training.run_state import state as state_module  # noqa: E402
 from library.training.run_state.resume import begin_at, progress_of  # noqa: E402
@@ -178,8 +177,8 @@ def prepared(base: Path) -> Run:
     """A run that is ready for its first step, with everything that the children share."""
     use_two_blocks(setattr)
     options = parse_options(words_of_a_run(image_folder(base / "images", 6), base / "whole", *WORDS))
-    accelerator = make_accelerator(options)
-    run = prepare(options, preflight(options, accelerator.device, 1), accelerator, Processes())
+    machine = Machine.of(options.training)
+    run = prepare(preflight(options, machine.device, 1), machine)
     run.metadata.at(0, 0)  # waits for its thread, which would not survive the fork
     return run
 

@@ -215,7 +215,7 @@ def measure_ours(case: Case, folder: Path, steps: int) -> dict[str, float]:
     from library.devices import peak_memory_bytes
 
     peaks = []
-    train(case.words(folder, 3), lambda run: peaks.append(peak_memory_bytes(run.accelerator.device) or 0))
+    train(case.words(folder, 3), lambda run: peaks.append(peak_memory_bytes(run.machine.device) or 0))
     return {"peak": peaks[-1]}
 
 

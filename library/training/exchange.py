@@ -17,7 +17,10 @@ from library.training.outputs.tracking import LossRecord, OnItsWay
 
 
 class StepResult:
-    """What all processes found in a step, on its way from the device. `read` waits for it."""
+    """What all processes found in a step, on its way from the device. `read` waits for it.
+
+    paths(slot) names the images of one of its batches.
+    """
 
     def __init__(self, tail: torch.Tensor, step: int, slots: int, paths: Callable[[int], list[str]]) -> None:
         self.step, self.slots, self.paths = step, slots, paths
@@ -37,11 +40,15 @@ class StepResult:
 class StepExchange:
     """Sums gradients over the processes. Alone it does nothing.
 
-    slots: batches of a step over all processes. `paths(slot)` names the images of one of them, for error messages.
+    slots: batches of a step over all processes. paths(epoch, position) names the images of a batch, for error messages.
     """
 
-    def __init__(self, processes: Processes, parameters: Sequence[torch.nn.Parameter], slots: int, losses: LossRecord) -> None:
+    def __init__(
+        self, processes: Processes, parameters: Sequence[torch.nn.Parameter], slots: int, losses: LossRecord,
+        paths: Callable[[int, int], list[str]],
+    ) -> None:  # fmt: skip
         self.processes, self.parameters, self.slots, self.losses = processes, list(parameters), slots, losses
+        self.paths = paths
         self.active = processes.world > 1
         self.asked_to_stop: Callable[[], bool] = lambda: False  # whether this process was asked to
         self._stop = False
@@ -63,13 +70,16 @@ class StepExchange:
         tail[slot] = loss.detach()
         tail[self.slots + slot] = 1
 
-    def add_up(self, step: int, paths: Callable[[int], list[str]]) -> None:
-        """Replace the gradients by their sums over all processes, and tell them whether this one was asked to stop."""
+    def add_up(self, step: int, epoch: int, first: int) -> None:
+        """Replace the gradients by their sums over all processes, and tell them whether this one was asked to stop.
+
+        first: position in the epoch, over all processes, of the first batch of the step.
+        """
         if not self.active:
             return
         self.check()
         self._fill(stop=self.asked_to_stop())
-        self._all_reduce(step, paths)
+        self._all_reduce(step, lambda slot: self.paths(epoch, first + slot))
         self._take()
         self._parts()[2].zero_()
 

@@ -20,7 +20,8 @@ from library.training.interrupt import stop_on_interrupt
 from library.training.outputs.saving import NotSaved
 from library.training.plan import Plan, Progress
 from library.training.run_state.state import State
-from library.training.step import StepReport, TrainStep
+from library.training.step import TrainStep
+from library.training.update import StepReport
 
 if TYPE_CHECKING:
     from library.training.setup import Run

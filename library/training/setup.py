@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 
 from library.console import KeptWarnings
 from library.data.dataset import TrainingDataset
-from library.data.loader import make_loader
+from library.data.loader import EpochLoader, make_loader
 from library.devices import DTYPES, use_xformers
 from library.diffusion.loss import Objective
+from library.generation.pipeline.settings import GenerateSettings
 from library.generation.prompts.prompt_file import read_prompt_file
 from library.generation.prompts.spec import PromptSpec
 from library.models.family import Model
-from library.models.loading import Header, load_stable_diffusion
+from library.models.loading import load_stable_diffusion
 from library.models.modules import weights_fingerprint
 from library.processes import Processes
 from library.training.batch_loss import BatchLoss
@@ -26,6 +26,7 @@ from library.training.checks.estimates import base_formats
 from library.training.checks.preflight import Ready
 from library.training.exchange import StepExchange
 from library.training.loop import Listener, Loop, Outcome
+from library.training.machine import Machine
 from library.training.memory.frozen import freeze_convolutions
 from library.training.memory.gradient_checkpointing import use_gradient_checkpointing
 from library.training.memory.placement import compile_model, offload_idle_parts, pack_frozen_weights
@@ -35,10 +36,10 @@ from library.training.optimization.ema import eval_weights, make_average
 from library.training.optimization.fused_backward import step_in_backward
 from library.training.optimization.optimizers import create_optimizer
 from library.training.optimization.schedules import create_schedule, schedule_facts
-from library.training.options import TrainNetworkOptions
+from library.training.options import PreviewOptions, TrainNetworkOptions
 from library.training.outputs.hub import Uploads
 from library.training.outputs.metadata import RunMetadata, all_model_facts, run_facts
-from library.training.outputs.previews import Previews
+from library.training.outputs.previews import PreviewDrawer, Previews
 from library.training.outputs.run_page import RunPage
 from library.training.outputs.saves import SavedStates, SavedWeights
 from library.training.outputs.saving import ModelFiles
@@ -54,6 +55,7 @@ from library.training.run_state.snapshot import RandomNumbers, RunIdentity, Snap
 from library.training.run_state.state import StateFiles
 from library.training.step import TrainStep
 from library.training.text_caching import cache_text
+from library.training.update import Limits, WeightUpdate
 from library.training.validation import Validation, open_validation, validation_timesteps
 from library.training.validator import Validator
 
@@ -76,6 +78,7 @@ class Data:
 class Attached:
     """A network on its model. model_digest: of the model that it is trained on, with all that was merged into it."""
 
+    model: Model
     network: TrainedNetwork
     model_digest: str
 
@@ -84,16 +87,12 @@ class Attached:
 class Run:
     """Everything that a run is made of, ready for the first step. What changes while it runs is in `loop` and its listeners."""
 
-    options: TrainNetworkOptions
-    accelerator: Accelerator
-    plan: Plan
-    seed: int
+    ready: Ready
+    machine: Machine
     data: Data
-    model: Model
-    network: TrainedNetwork
+    attached: Attached
     step: TrainStep
     loop: Loop
-    losses: LossRecord
     tracker: Tracker
     metadata: RunMetadata
     files: ModelFiles
@@ -103,6 +102,31 @@ class Run:
     page: RunPage
     snapshot: Snapshot
 
+    @property
+    def options(self) -> TrainNetworkOptions:
+        """What they leave open is as the model says."""
+        return self.ready.options
+
+    @property
+    def plan(self) -> Plan:
+        return self.ready.plan
+
+    @property
+    def seed(self) -> int:
+        return self.ready.seed
+
+    @property
+    def model(self) -> Model:
+        return self.attached.model
+
+    @property
+    def network(self) -> TrainedNetwork:
+        return self.attached.network
+
+    @property
+    def losses(self) -> LossRecord:
+        return self.step.losses
+
     def train(self) -> Outcome:
         """All steps from `loop.progress` on."""
         with self.page.kept(self):
@@ -111,74 +135,69 @@ class Run:
             return self.loop.run()
 
 
-def prepare(
-    options: TrainNetworkOptions, ready: Ready, accelerator: Accelerator, processes: Processes,
-    listeners: Sequence[Listener] = (), warnings: KeptWarnings | None = None,
-) -> Run:  # fmt: skip
+def prepare(ready: Ready, machine: Machine, listeners: Sequence[Listener] = (), warnings: KeptWarnings | None = None) -> Run:
     """Everything between the images and the first step.
 
     listeners: called after those of the run itself. warnings: for the page about the run.
     """
-    data = open_data(options, ready)
-    model = load_model(options, accelerator)
+    options = ready.options
+    data = open_data(ready)
+    model = load_model(options, machine.device)
     for dataset in data.datasets:
-        cache_latents(options, dataset, model, processes)
-    attached = attach_network(options, ready.seed, model, accelerator.device, processes)
-    cache_text(options, data.datasets, model, attached.network, accelerator, processes)
-    place_in_memory(options, data, model, ready.header, attached.network, accelerator)
-    page = RunPage(options.output, ready.notes, warnings, processes)
-    run = make_run(options, ready, data, model, attached, accelerator, processes, page, listeners)
+        cache_latents(options, dataset, model, machine.processes)
+    attached = attach_network(ready, model, machine)
+    cache_text(options, data.datasets, model, attached.network, machine)
+    place_in_memory(ready, data, attached, machine)
+    page = RunPage(options.output, ready.notes, warnings, machine.processes)
+    run = make_run(ready, machine, data, attached, page, listeners)
     begin_at(run, ready.start, ready.resumed)
     return run
 
 
-def open_data(options: TrainNetworkOptions, ready: Ready) -> Data:
+def open_data(ready: Ready) -> Data:
     """The indexed images, parted into those for training and those for validation, and the prompts of --sample_prompts."""
     dataset = ready.dataset
-    prompts = preview_specs(options, dataset)
+    width, height = dataset.table.configs[0].resolution
+    prompts = preview_specs(ready.options.previews, PromptSpec(width=width, height=height))
     dataset.max_train_steps = ready.plan.max_steps
     return Data(dataset, open_validation(dataset), prompts)
 
 
-def attach_network(options: TrainNetworkOptions, seed: int, model: Model, device: torch.device, processes: Processes) -> Attached:
+def attach_network(ready: Ready, model: Model, machine: Machine) -> Attached:
     """The network on the model, on the device, with the same weights in all processes."""
-    seed_everything(seed)
+    options = ready.options
+    seed_everything(ready.seed)
     network = build_network(options.network, options.optimizer, model, options.model.clip_skip)
-    network.module.to(device, trained_dtype(options))
-    processes.same_weights(network.module)
-    return Attached(network, model_digest(model))
+    network.module.to(machine.device, trained_dtype(options))
+    machine.processes.same_weights(network.module)
+    return Attached(model, network, model_digest(model))
 
 
-def place_in_memory(
-    options: TrainNetworkOptions, data: Data, model: Model, header: Header, network: TrainedNetwork, accelerator: Accelerator
-) -> None:
+def place_in_memory(ready: Ready, data: Data, attached: Attached, machine: Machine) -> None:
     """Bring the frozen model into the form in which it takes the least memory and time."""
+    options, model, network = ready.options, attached.model, attached.network
     idle = ([model.vae] if data.train.latents is not None else []) + (model.text_encoders if data.train.texts is not None else [])
     offload_idle_parts(options, idle, keep_for_previews=bool(data.prompts))
-    pack_frozen_weights(options, model, accelerator.device)
+    pack_frozen_weights(options, model, machine.device)
     if not options.precision.torch_compile:  # torch.compile already drops activations that it does not need
         freeze_convolutions(model.denoiser)
     if options.training.gradient_checkpointing:
-        use_gradient_checkpointing(options, model, network, data.train, header, accelerator.autocast)
+        use_gradient_checkpointing(options, model, network, data.train, ready.header, machine.autocast)
     compile_model(options, model, network.trains_text_encoder)
 
 
-def make_run(
-    options: TrainNetworkOptions, ready: Ready, data: Data, model: Model, attached: Attached, accelerator: Accelerator,
-    processes: Processes, page: RunPage, listeners: Sequence[Listener],
-) -> Run:  # fmt: skip
+def make_run(ready: Ready, machine: Machine, data: Data, attached: Attached, page: RunPage, listeners: Sequence[Listener]) -> Run:
     """Optimizer, step, files and listeners."""
-    plan, seed, network = ready.plan, ready.seed, attached.network
-    optimizer, optimizer_text = create_optimizer(options.optimizer, network.groups, accelerator.device)
+    options, plan, network, processes = ready.options, ready.plan, attached.network, machine.processes
+    optimizer, optimizer_text = create_optimizer(options.optimizer, network.groups, machine.device)
     check_half_weights(optimizer, optimizer_text, trained_dtype(options))
-    step = make_step(options, optimizer, plan, seed, data, model, network, accelerator, processes)
-    used_weights = partial(eval_weights, optimizer, step.average)
+    step = make_step(ready, machine, data, attached, make_update(ready, machine, attached, optimizer))
+    used_weights = partial(eval_weights, optimizer, step.update.average)
     tracker = Tracker(options.logs, logged_options(options) if options.logs.log_config else None, processes.main)
-    facts = run_facts(
-        options, data.train.describe(), network, model.family.records, seed=seed, optimizer=optimizer_text, epochs=plan.epochs,
-        batches_per_epoch=plan.micro_batches_per_epoch, max_train_steps=plan.max_steps, processes=accelerator.num_processes,
-    ) | schedule_facts(options.optimizer, optimizer)  # fmt: skip
-    print_plan(options, plan, network, seed)
+    records = attached.model.family.records
+    facts = run_facts(options, data.train.describe(), network, records, plan, seed=ready.seed, optimizer=optimizer_text)
+    facts |= schedule_facts(options.optimizer, optimizer)
+    print_plan(options, plan, network, ready.seed)
     uploads = Uploads(options.hub, active=processes.main)
     uploads.prepare()
     metadata = RunMetadata(facts, lambda: all_model_facts(options.model), options.metadata.no_metadata)
@@ -186,87 +205,98 @@ def make_run(
     states = StateFiles(options.state, files)
 
     weights = SavedWeights(files, network.module, metadata, step.losses, plan, processes)
-    previews = Previews(options, data.prompts, model, network.module, accelerator, tracker, processes, used_weights)
-    validator = Validator(
-        options.validation, make_validation(options, data, seed, accelerator.device, processes), loss=step.loss,
-        network=network, schedule=step.schedule, eval_weights=used_weights, weights=weights, tracker=tracker,
-    )  # fmt: skip
-    identity = RunIdentity(options, data.train.table, attached.model_digest, plan, seed, metadata)
+    drawer = PreviewDrawer(attached.model, network.module, machine, preview_settings(options, machine), used_weights)
+    previews = Previews(options.previews, options.output, data.prompts, drawer, tracker, processes.main)
+    validation = make_validation(options, data, ready.seed, machine)
+    validator = Validator(options.validation, validation, step, used_weights, weights, tracker)
+    identity = RunIdentity(options, data.train.table, attached.model_digest, plan, ready.seed, metadata)
     own: list[Listener] = [StepLog(step.losses, tracker), weights, previews, validator, page]
-    snapshot = Snapshot([identity, *own, step, RandomNumbers(accelerator.device)])
+    snapshot = Snapshot([identity, *own, step, step.update, RandomNumbers(machine.device)])
     own.append(SavedStates(states, snapshot, weights, processes))
-    loader = make_loader(
-        data.train, num_workers=options.augmentation.max_data_loader_n_workers,
-        persistent=options.augmentation.persistent_data_loader_workers, pin_memory=accelerator.device.type == "cuda",
-        rank=processes.rank, world=processes.world,
-    )  # fmt: skip
-    loop = Loop(plan, step, loader, [*own, *listeners], processes, weights.rescue, ready.start)
-    return Run(
-        options, accelerator, plan, seed, data, model, network, step, loop, step.losses, tracker, metadata, files, states,
-        previews, validator, page, snapshot,
-    )  # fmt: skip
+    loop = Loop(plan, step, make_batches(options, data, machine), [*own, *listeners], processes, weights.rescue, ready.start)
+    return Run(ready, machine, data, attached, step, loop, tracker, metadata, files, states, previews, validator, page, snapshot)
 
 
-def make_step(
-    options: TrainNetworkOptions, optimizer: torch.optim.Optimizer, plan: Plan, seed: int, data: Data, model: Model,
-    network: TrainedNetwork, accelerator: Accelerator, processes: Processes,
-) -> TrainStep:  # fmt: skip
-    """The step with its loss, schedule and average."""
-    schedule = create_schedule(options.optimizer, optimizer, plan.max_steps)
+def make_update(ready: Ready, machine: Machine, attached: Attached, optimizer: torch.optim.Optimizer) -> WeightUpdate:
+    """The change of the weights, with its schedule and average."""
+    options, network = ready.options, attached.network
+    schedule = create_schedule(options.optimizer, optimizer, ready.plan.max_steps)
     if options.optimizer.fused_backward_pass:
         step_in_backward(optimizer, options.optimizer.max_grad_norm)
     average = make_average(options.validation, network.parameters, optimizer)
+    limits = Limits(options.optimizer.max_grad_norm, options.network.scale_weight_norms)
+    # The schedule is not prepared: accelerate would let it step once for each process.
+    prepared = machine.accelerator.prepare(optimizer)
+    return WeightUpdate(
+        machine.accelerator, network, prepared, schedule, average, limits, in_backward=options.optimizer.fused_backward_pass
+    )
+
+
+def make_step(ready: Ready, machine: Machine, data: Data, attached: Attached, update: WeightUpdate) -> TrainStep:
+    """The step with its loss, and the exchange between processes."""
+    options, plan, model, network = ready.options, ready.plan, attached.model, attached.network
     network.module.prepare_grad_etc(*model.for_networks())
-    explain = partial(explain_nonfinite, options, network.parameters, model.family)
-    losses = LossRecord(window=plan.batches_per_epoch, explain=explain)
+    losses = LossRecord(
+        window=plan.batches_per_epoch, explain=partial(explain_nonfinite, options, network.parameters, model.family)
+    )
     process = model.process(options.loss.zero_terminal_snr)
     loss = BatchLoss(
-        model, Objective(options.loss, process, accelerator.device), device=accelerator.device,
-        autocast=accelerator.autocast, trains_text_encoder=network.trains_text_encoder, clip_skip=options.model.clip_skip,
+        model, Objective(options.loss, process, machine.device), device=machine.device, autocast=machine.autocast,
+        trains_text_encoder=network.trains_text_encoder, clip_skip=options.model.clip_skip,
     )  # fmt: skip
-    return TrainStep(
-        options, accelerator, loss=loss, network=network, optimizer=accelerator.prepare(optimizer), schedule=schedule,
-        average=average, exchange=StepExchange(processes, network.parameters, plan.batches_per_step, losses), losses=losses,
-        plan=plan, seed=seed, paths=data.train.paths,
+    exchange = StepExchange(machine.processes, network.parameters, plan.batches_per_step, losses, data.train.paths)
+    return TrainStep(options.training, loss, update, exchange, plan, ready.seed)
+
+
+def make_batches(options: TrainNetworkOptions, data: Data, machine: Machine) -> EpochLoader:
+    """The batches of this process."""
+    loading, processes = options.augmentation, machine.processes
+    return make_loader(
+        data.train, num_workers=loading.max_data_loader_n_workers, persistent=loading.persistent_data_loader_workers,
+        pin_memory=machine.device.type == "cuda", rank=processes.rank, world=processes.world,
     )  # fmt: skip
 
 
-def make_validation(
-    options: TrainNetworkOptions, data: Data, seed: int, device: torch.device, processes: Processes
-) -> Validation | None:
+def preview_settings(options: TrainNetworkOptions, machine: Machine) -> GenerateSettings:
+    """Previews are drawn as the model is trained."""
+    return GenerateSettings(
+        clip_skip=options.model.clip_skip, max_token_length=options.captions.max_token_length or 225, autocast=machine.autocast,
+        zero_terminal_snr=options.loss.zero_terminal_snr,
+    )  # fmt: skip
+
+
+def make_validation(options: TrainNetworkOptions, data: Data, seed: int, machine: Machine) -> Validation | None:
     """The measurement on the images held out, if there are any."""
     if data.held_out is None:
         return None
     return Validation(
-        data.held_out, options.validation, device, processes, seed=seed,
+        data.held_out, options.validation, machine.device, machine.processes, seed=seed,
         num_workers=options.augmentation.max_data_loader_n_workers,
         timesteps=validation_timesteps(options.loss.min_timestep, options.loss.max_timestep),
     )  # fmt: skip
 
 
-def preview_specs(options: TrainNetworkOptions, dataset: TrainingDataset) -> list[PromptSpec]:
-    """The prompts of --sample_prompts; a size that they leave open is the training size of the first dataset."""
-    path = options.previews.sample_prompts
-    if not path or not options.previews.are_asked_for:
+def preview_specs(options: PreviewOptions, defaults: PromptSpec) -> list[PromptSpec]:
+    """The prompts of --sample_prompts. defaults: of what a prompt leaves open, but for the sampler."""
+    if not options.sample_prompts or not options.are_asked_for:
         return []
-    width, height = dataset.table.configs[0].resolution
-    return read_prompt_file(Path(path), PromptSpec(width=width, height=height, sampler=options.previews.sample_sampler))
+    return read_prompt_file(Path(options.sample_prompts), replace(defaults, sampler=options.sample_sampler))
 
 
-def load_model(options: TrainNetworkOptions, accelerator: Accelerator) -> Model:
+def load_model(options: TrainNetworkOptions, device: torch.device) -> Model:
     """The frozen model in the dtype it computes in, on the device; a U-Net that is going to be packed waits in main memory."""
     chosen, is_packed = options.model, base_formats(options)["unet"]
     model = load_stable_diffusion(
         chosen.source, v2=chosen.v2, prediction=chosen.prediction, vae=chosen.vae,
-        dtype=DTYPES[options.training.mixed_precision], device="cpu" if is_packed else accelerator.device,
+        dtype=DTYPES[options.training.mixed_precision], device="cpu" if is_packed else device,
     )  # fmt: skip
     if is_packed:
         for part in (*model.text_encoders, model.vae):
-            part.to(accelerator.device)
+            part.to(device)
     if chosen.no_half_vae:
         model.vae.to(torch.float32)
     if chosen.xformers and not chosen.mem_eff_attn:
-        use_xformers(model.denoiser, accelerator.device)
+        use_xformers(model.denoiser, device)
     return model
 
 

@@ -5,22 +5,20 @@ from __future__ import annotations
 import json
 
 import torch
-from accelerate import Accelerator
 
 from library.data.dataset import MAX_CAPTIONS_IN_MEMORY, TrainingDataset
 from library.data.text_cache import DiskTexts, MemoryTexts, keep_in_memory, keep_on_disk
 from library.models.clip import CHUNK, tokenize
 from library.models.family import Conditioning, Model
 from library.models.modules import evaluating, weights_fingerprint
-from library.processes import Processes
+from library.training.machine import Machine
 from library.training.network import TrainedNetwork
 from library.training.options import TrainNetworkOptions
 
 
 def cache_text(
-    options: TrainNetworkOptions, datasets: list[TrainingDataset], model: Model, network: TrainedNetwork,
-    accelerator: Accelerator, processes: Processes,
-) -> None:  # fmt: skip
+    options: TrainNetworkOptions, datasets: list[TrainingDataset], model: Model, network: TrainedNetwork, machine: Machine
+) -> None:
     """Encode all captions once, where the text encoders are not trained and the captions do not change without end.
 
     Without an option only if they are not too many to be kept in memory.
@@ -38,14 +36,14 @@ def cache_text(
     @torch.no_grad()
     def encode(text: str) -> Conditioning:
         tokens = tokenize(model.tokenizers, [text], captions.max_token_length, captions.weighted_captions)
-        with accelerator.autocast(), evaluating(network.module):
+        with machine.autocast(), evaluating(network.module):
             return model.encode_text(tokens, options.model.clip_skip).to("cpu", dtype)
 
     if captions.cache_text_encoder_outputs_to_disk:
         texts: MemoryTexts | DiskTexts = keep_on_disk(
             folders, encode, fingerprint=text_fingerprint(options, model, network),
             shapes=model.family.text.shapes(model, (captions.max_token_length or CHUNK) + 2),
-            share=(processes.rank, processes.world), wait=processes.wait,
+            share=(machine.processes.rank, machine.processes.world), wait=machine.processes.wait,
         )  # fmt: skip
     else:
         texts = keep_in_memory(folders, encode)

@@ -6,20 +6,18 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-import torch
 from tqdm import tqdm
 
 from library.models.modules import evaluating
-from library.training.batch_loss import BatchLoss
 from library.training.loop import Listener, Stop
-from library.training.network import TrainedNetwork
 from library.training.optimization.schedules import OnPlateau
 from library.training.options import ValidationOptions
 from library.training.outputs.saves import SavedWeights
 from library.training.outputs.trackers import Tracker
 from library.training.plan import Progress
 from library.training.run_state.state import State
-from library.training.step import StepReport
+from library.training.step import TrainStep
+from library.training.update import StepReport
 from library.training.validation import Validation, ValidationRecord
 
 
@@ -30,12 +28,11 @@ class Validator(Listener):
     """
 
     def __init__(
-        self, options: ValidationOptions, validation: Validation | None, *, loss: BatchLoss, network: TrainedNetwork,
-        schedule: torch.optim.lr_scheduler.LRScheduler, eval_weights: Callable[[], AbstractContextManager], weights: SavedWeights,
-        tracker: Tracker,
+        self, options: ValidationOptions, validation: Validation | None, step: TrainStep,
+        eval_weights: Callable[[], AbstractContextManager], weights: SavedWeights, tracker: Tracker,
     ) -> None:  # fmt: skip
-        self.options, self.validation, self.loss, self.network = options, validation, loss, network
-        self.schedule, self.eval_weights, self.weights, self.tracker = schedule, eval_weights, weights, tracker
+        self.options, self.validation, self.step = options, validation, step
+        self.eval_weights, self.weights, self.tracker = eval_weights, weights, tracker
         self.record = ValidationRecord()
 
     def after_step(self, progress: Progress, report: StepReport) -> None:
@@ -69,8 +66,8 @@ class Validator(Listener):
         if not self.record.is_done_at(step):
             loss = self._measure(self.validation)
             is_best = self.record.add(step, loss)
-            if isinstance(self.schedule, OnPlateau):
-                self.schedule.validated(loss)
+            if isinstance(self.step.update.schedule, OnPlateau):
+                self.step.update.schedule.validated(loss)
             tqdm.write(f"validation after step {step}: {loss:.5f}{', the best so far' if is_best else ''}")
             if is_best:
                 self.weights.save(self.weights.files.best_path(), step, epochs)
@@ -91,8 +88,9 @@ class Validator(Listener):
 
     def _measure(self, validation: Validation) -> float:
         started = time.perf_counter()
-        model = self.loss.model
-        with self.eval_weights(), evaluating(self.network.module, model.denoiser, *model.text_encoders):
-            loss = validation.loss(self.loss.unweighted)
+        loss_of, network = self.step.loss, self.step.update.network
+        model = loss_of.model
+        with self.eval_weights(), evaluating(network.module, model.denoiser, *model.text_encoders):
+            loss = validation.loss(loss_of.unweighted)
         self.seconds += time.perf_counter() - started
         return loss

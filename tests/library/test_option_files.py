@@ -9,6 +9,7 @@ import pytest
 
 from library.data.config import DatasetDefaults, datasets_from_file
 from library.errors import UserError
+from library.generation.prompts.spec import PromptSpec
 from library.training.checks.contradictions import contradictions
 from library.training.checks.preflight import check_prompts
 from library.training.options import parse_options
@@ -91,7 +92,7 @@ def test_a_prompt_file_with_no_moment_to_sample_at_is_not_looked_at(tmp_path, ex
     words = [f"--sample_prompts={tmp_path / 'prompt.txt'}", "--sample_every_n_epochs=0"]
     options = parse_options(words)
     check_prompts(options)
-    assert preview_specs(options, None) == []
+    assert preview_specs(options.previews, PromptSpec()) == []
     assert not any("sample" in problem for problem in contradictions(options))
     with pytest.raises(UserError):
         check_prompts(parse_options([*words, "--sample_every_n_steps=1"]))

@@ -35,6 +35,7 @@ from library.training.network import TrainedNetwork
 from library.training.options import ModelOptions, NetworkOptions, TrainNetworkOptions
 from library.training.outputs.from_metadata import recorded_dataset_keys
 from library.training.outputs.trackers import is_private
+from library.training.plan import Plan
 from library.training.run_state.compatible import decisive_values
 
 log = logging.getLogger(__name__)
@@ -84,15 +85,12 @@ def run_facts(
     datasets: Sequence[DatasetFacts],
     trained: TrainedNetwork,
     records: Records,
+    plan: Plan,
     *,
     seed: int,
     optimizer: str,
-    batches_per_epoch: int,
-    epochs: int,
-    max_train_steps: int,
-    processes: int,
 ) -> dict[str, Any]:
-    """Everything about a run that is the same in all its files."""
+    """Everything about a run that is the same in all its files. optimizer: its full name with its arguments."""
     model, network, rates = options.model, options.network, options.optimizer
     facts = recorded(options, "ss_") | {
         "ss_session_id": secrets.randbelow(2**32),
@@ -100,9 +98,9 @@ def run_facts(
         "ss_num_train_images": sum(d.num_train_images for d in datasets),
         "ss_num_reg_images": sum(d.num_reg_images for d in datasets),
         "ss_num_validation_images": sum(d.num_validation_images for d in datasets),
-        "ss_num_batches_per_epoch": batches_per_epoch,
-        "ss_num_epochs": epochs,
-        "ss_max_train_steps": max_train_steps,
+        "ss_num_batches_per_epoch": plan.micro_batches_per_epoch,
+        "ss_num_epochs": plan.epochs,
+        "ss_max_train_steps": plan.max_steps,
         "ss_lr_scheduler": rates.lr_scheduler_type or rates.lr_scheduler,
         **network_facts(network, trained),
         "ss_base_model_version": records.base_model_version[model.prediction],
@@ -116,7 +114,7 @@ def run_facts(
     other = other_options(options)
     if other:
         facts["ss_other_options"] = other
-    return facts | data_facts(options, datasets, processes) | model_spec(options, datasets, records)
+    return facts | data_facts(options, datasets, plan.processes) | model_spec(options, datasets, records)
 
 
 def recorded(options: BaseModel, prefix: str) -> dict[str, Any]:

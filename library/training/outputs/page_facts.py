@@ -139,7 +139,7 @@ def facts_now(run: Run, progress: Progress, start: Moment, datasets: list[tuple[
     """Progress and curves. start: of this process's part of the run. datasets: (step, dataset) of every batch, if several."""
     plan, losses, record = run.plan, run.losses, run.validator.record
     done, seconds = progress.step - start.step, time.time() - start.time
-    peak = peak_memory_bytes(run.accelerator.device)
+    peak = peak_memory_bytes(run.machine.device)
     return {
         "step": progress.step,
         "steps": plan.max_steps,

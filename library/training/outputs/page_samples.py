@@ -28,7 +28,7 @@ class PageSamples:
         drawn = self.previews.drawn[:]
         missing = [(moment, number) for _, moment, number in drawn if (moment, number) not in self._laid]
         if missing:
-            found = newest_images(self.previews.folder, self.previews.options.output.output_name)
+            found = newest_images(self.previews.folder, self.previews.output.output_name)
             self._originals = {key: path.name for key, path in found.items()}
             for key in missing:
                 if key in found:

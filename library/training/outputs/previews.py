@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from accelerate import Accelerator
 from PIL import Image
 from tqdm import tqdm
 
@@ -21,42 +19,88 @@ from library.generation.pipeline.settings import GenerateSettings
 from library.generation.prompts.spec import PromptSpec
 from library.models.family import Model
 from library.models.modules import evaluating
-from library.processes import Processes
+from library.network_modules import AdapterNetwork
 from library.training.loop import Listener
-from library.training.options import TrainNetworkOptions
+from library.training.machine import Machine
+from library.training.options import OutputOptions, PreviewOptions
 from library.training.outputs.sample_grid import write_sample_grid
 from library.training.outputs.trackers import Tracker
 from library.training.plan import Progress
 from library.training.run_state.state import State
-from library.training.step import StepReport
+from library.training.update import StepReport
 
 if TYPE_CHECKING:
     from library.training.setup import Run
 
 
-class Previews(Listener):
-    """Draws the prompts with the model as it is now into `<output_dir>/sample`. An image that fails never ends the run."""
+class PreviewDrawer:
+    """Draws prompts with the model as it is now. The processes share the images.
+
+    eval_weights: within it the network holds the weights that are saved.
+    """
 
     def __init__(
-        self, options: TrainNetworkOptions, specs: list[PromptSpec], model: Model, network: torch.nn.Module,
-        accelerator: Accelerator, tracker: Tracker, processes: Processes,
-        eval_weights: Callable[[], AbstractContextManager] = nullcontext,
+        self, model: Model, network: AdapterNetwork, machine: Machine, settings: GenerateSettings,
+        eval_weights: Callable[[], AbstractContextManager],
     ) -> None:  # fmt: skip
-        self.eval_weights = eval_weights
-        self.options, self.specs, self.model, self.network = options, specs, model, network
-        self.accelerator, self.tracker, self.processes = accelerator, tracker, processes
-        self.folder = options.output.folder / "sample"
-        # (step, moment as in the file's name, number of the prompt), on the main process
-        self.drawn: list[tuple[int, str, int]] = []
+        self.model, self.network, self.machine = model, network, machine
+        self.settings, self.eval_weights = settings, eval_weights
+
+    def draw(self, specs: Sequence[PromptSpec]) -> dict[int, Image.Image | str]:
+        """The images of all processes by the number of the prompt; in place of one that failed, the reason."""
+        drawn: dict[int, Image.Image | str] = {}
+        for part in self.machine.processes.gather(self._own_share(specs)):
+            drawn |= part
+        return dict(sorted(drawn.items()))
+
+    def _own_share(self, specs: Sequence[PromptSpec]) -> dict[int, Image.Image | str]:
+        drawn: dict[int, Image.Image | str] = {}
+        pipeline = Pipeline(self.model, self.settings)  # a new one each time: it keeps encoded texts, and the weights change
+        with self._models_on_device(), self.eval_weights(), evaluating(self.network):
+            for number, spec in self.machine.processes.share(list(enumerate(specs))):
+                try:
+                    drawn[number] = next(pipeline.generate([spec])).image
+                except Exception as error:  # whatever it was, hours of training must not be lost for an image
+                    drawn[number] = one_line(error)
+        return drawn
+
+    @contextmanager
+    def _models_on_device(self) -> Iterator[None]:
+        """Text encoder and VAE may be on the CPU while training; bring them to the device for the images and back."""
+        parts = (*self.model.text_encoders, self.model.vae)
+        before = [next(part.parameters()).device for part in parts]
+        for part in parts:
+            part.to(self.machine.device)
+        try:
+            yield
+        finally:
+            for part, device in zip(parts, before, strict=True):
+                part.to(device)
+
+
+class Previews(Listener):
+    """Draws --sample_prompts into `<output_dir>/sample` when they are due. An image that fails never ends the run.
+
+    writes: whether this process writes files; in a run of several only the main one does.
+    """
+
+    def __init__(
+        self, options: PreviewOptions, output: OutputOptions, specs: list[PromptSpec], drawer: PreviewDrawer, tracker: Tracker,
+        writes: bool = True,
+    ) -> None:  # fmt: skip
+        self.options, self.output, self.specs = options, output, specs
+        self.drawer, self.tracker, self.writes = drawer, tracker, writes
+        self.folder = output.folder / "sample"
+        self.drawn: list[tuple[int, str, int]] = []  # (step, moment as in the file's name, number of the prompt)
 
     def begin(self, run: Run) -> None:
         """Before the first step, if --sample_at_first."""
-        if self.options.previews.sample_at_first and not run.loop.progress.step:
+        if self.options.sample_at_first and not run.loop.progress.step:
             self.draw("e000000", step=0)
 
     def after_step(self, progress: Progress, report: StepReport) -> None:
         """After every --sample_every_n_steps steps; --sample_every_n_epochs wins over it."""
-        interval = self.options.previews.sample_every_n_steps or 0
+        interval = self.options.sample_every_n_steps or 0
         if interval > 0 and progress.step % interval == 0 and not self._by_epoch:
             self.draw(f"{progress.step:06d}", progress.step)
 
@@ -76,16 +120,13 @@ class Previews(Listener):
     @property
     def _by_epoch(self) -> int:
         """Epochs from one preview to the next; 0: they do not come by epochs."""
-        return max(0, self.options.previews.sample_every_n_epochs or 0)
+        return max(0, self.options.sample_every_n_epochs or 0)
 
     def draw(self, moment: str, step: int) -> None:
         """Draw all prompts; `moment` becomes part of the files' names. The processes share the work."""
         started = time.perf_counter()
-        drawn: dict[int, Image.Image | str] = {}
-        for part in self.processes.gather(self._own_share()):
-            drawn |= part
         images = {}
-        for number, result in sorted(drawn.items()):
+        for number, result in self.drawer.draw(self.specs).items():
             if isinstance(result, str) or (problem := self._write(result, moment, number)):
                 tqdm.write(f"sample {number} failed: {result if isinstance(result, str) else problem}")
             else:
@@ -97,21 +138,9 @@ class Previews(Listener):
         self.seconds += seconds
         tqdm.write(f"{len(images)} sample images in {self.folder} ({seconds:.0f} s)")
 
-    def _own_share(self) -> dict[int, Image.Image | str]:
-        """The images that this process draws, by number; in place of one that failed, the reason."""
-        drawn: dict[int, Image.Image | str] = {}
-        pipeline = Pipeline(self.model, self._settings())  # a new one each time: it keeps encoded texts, and the weights change
-        with self._models_on_device(), self.eval_weights(), evaluating(self.network):
-            for number, spec in self.processes.share(list(enumerate(self.specs))):
-                try:
-                    drawn[number] = next(pipeline.generate([spec])).image
-                except Exception as error:  # whatever it was, hours of training must not be lost for an image
-                    drawn[number] = one_line(error)
-        return drawn
-
     def _write(self, image: Image.Image, moment: str, number: int) -> str | None:
-        """Save an image, on the main process; what went wrong, if anything."""
-        if not self.processes.main:
+        """Save an image; what went wrong, if anything."""
+        if not self.writes:
             return None
         try:
             with atomic_write(self._path(moment, number, self.specs[number])) as temporary:
@@ -122,38 +151,16 @@ class Previews(Listener):
 
     def _write_grid(self) -> None:
         """All images of the run so far on one sheet next to the LoRA."""
-        if not self.processes.main:
+        if not self.writes:
             return
-        output = self.options.output
-        path = output.folder / f"{output.file_stem}-samples.png"
+        path = self.output.folder / f"{self.output.file_stem}-samples.png"
         try:
-            write_sample_grid(self.folder, output.output_name, [spec.prompt for spec in self.specs], path)
+            write_sample_grid(self.folder, self.output.output_name, [spec.prompt for spec in self.specs], path)
         except Exception as error:
             tqdm.write(f"{path} was not drawn: {one_line(error)}")
 
-    def _settings(self) -> GenerateSettings:
-        return GenerateSettings(
-            clip_skip=self.options.model.clip_skip,
-            max_token_length=self.options.captions.max_token_length or 225,
-            autocast=self.accelerator.autocast,
-            zero_terminal_snr=self.options.loss.zero_terminal_snr,
-        )
-
     def _path(self, moment: str, number: int, spec: PromptSpec) -> Path:
         """`{output_name_}{moment}_{number}_{time}{_seed}.png`."""
-        name = self.options.output.output_name
+        name = self.output.output_name
         seed = "" if spec.seed is None else f"_{spec.seed}"
         return self.folder / f"{name + '_' if name else ''}{moment}_{number:02d}_{time.strftime('%Y%m%d%H%M%S')}{seed}.png"
-
-    @contextmanager
-    def _models_on_device(self):
-        """Text encoder and VAE may be on the CPU while training; bring them to the device for the images and back."""
-        parts = (*self.model.text_encoders, self.model.vae)
-        homes = [next(part.parameters()).device for part in parts]
-        for part in parts:
-            part.to(self.accelerator.device)
-        try:
-            yield
-        finally:
-            for part, home in zip(parts, homes, strict=True):
-                part.to(home)

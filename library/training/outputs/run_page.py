@@ -25,7 +25,7 @@ from library.training.outputs.page_facts import Moment, facts_at_start, facts_no
 from library.training.outputs.page_samples import PageSamples
 from library.training.plan import Progress
 from library.training.run_state.state import State
-from library.training.step import StepReport
+from library.training.update import StepReport
 
 if TYPE_CHECKING:
     from library.training.setup import Run

@@ -16,7 +16,7 @@ from library.training.outputs.tracking import LossRecord
 from library.training.plan import Plan, Progress
 from library.training.run_state.snapshot import Snapshot
 from library.training.run_state.state import StateFiles
-from library.training.step import StepReport
+from library.training.update import StepReport
 
 
 class SavedWeights(Listener):

@@ -7,7 +7,7 @@ from library.training.outputs.trackers import Tracker
 from library.training.outputs.tracking import LossRecord
 from library.training.plan import Progress
 from library.training.run_state.state import State
-from library.training.step import StepReport
+from library.training.update import StepReport
 
 
 class StepLog(Listener):

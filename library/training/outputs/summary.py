@@ -47,7 +47,7 @@ def summarize(run: Run, outcome: Outcome, seconds: float, skipped: int) -> None:
     if files.uploads:
         files.uploads.finish()
     last = files.written[-1]
-    peak = peak_memory_bytes(run.accelerator.device)
+    peak = peak_memory_bytes(run.machine.device)
     rows = [("LoRA" if finished else "LoRA so far", str(last)), ("loss plot", drawn)]
     if run.page.is_written:
         rows.append(("page", f"{run.page.path} (open it in a browser)"))

@@ -77,7 +77,7 @@ def begin_at(run: Run, start: Progress, resumed: State | None) -> None:
         with warnings.catch_warnings():  # torch's, that the optimizer did not move
             warnings.simplefilter("ignore", UserWarning)
             for _ in range(start.step):
-                run.step.schedule.step()
+                run.step.update.schedule.step()
     run.loop.progress = start
     if start.step:
         total = run.plan.micro_batches_per_epoch

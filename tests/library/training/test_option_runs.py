@@ -126,15 +126,13 @@ def test_models_go_straight_to_the_device_in_the_format_of_the_arithmetic(monkey
 
     monkeypatch.setattr(setup, "load_stable_diffusion", load)
 
-    class Accelerator:
-        device = torch.device("cuda", 0)
-
+    device = torch.device("cuda", 0)
     with pytest.raises(Stop):  # packed weights alone go there
-        setup.load_model(parse_options([*NEEDED, "--base_dtype=int8"]), Accelerator)
+        setup.load_model(parse_options([*NEEDED, "--base_dtype=int8"]), device)
     assert seen["device"] == "cpu"
     with pytest.raises(Stop):
-        setup.load_model(parse_options([*NEEDED, "--lowram", "--mixed_precision=bf16", "--vae=other"]), Accelerator)
-    assert seen["vae"] == "other" and seen["device"] == Accelerator.device and seen["dtype"] == torch.bfloat16
+        setup.load_model(parse_options([*NEEDED, "--lowram", "--mixed_precision=bf16", "--vae=other"]), device)
+    assert seen["vae"] == "other" and seen["device"] == device and seen["dtype"] == torch.bfloat16
 
 
 @pytest.mark.option("mem_eff_attn", "xformers")
@@ -145,7 +143,7 @@ def test_mem_eff_attn_wins_over_xformers(monkeypatch, words, asked):
     calls = []
     monkeypatch.setattr(setup, "load_stable_diffusion", lambda *a, **k: type("Model", (), {"denoiser": None}))
     monkeypatch.setattr(setup, "use_xformers", lambda *a: calls.append(a))
-    setup.load_model(parse_options([*NEEDED, *words]), type("A", (), {"device": torch.device("cpu")}))
+    setup.load_model(parse_options([*NEEDED, *words]), CPU)
     assert bool(calls) == asked
 
 

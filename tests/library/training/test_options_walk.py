@@ -17,6 +17,7 @@ from PIL import Image
 
 from library.command_line import option_names
 from library.data.config import DatasetDefaults
+from library.generation.prompts.spec import PromptSpec
 from library.models import sd1
 from library.processes import Processes, timeout
 from library.training.checks.refused_options import REFUSED
@@ -98,7 +99,7 @@ def test_when_to_validate_and_when_to_stop():
     )
     dataset = SimpleNamespace(num_batches=9)
     validation = Validation(dataset, chosen.validation, torch.device("cpu"), Processes(), seed=1, timesteps=[], num_workers=0)
-    rest = {name: None for name in ("loss", "network", "schedule", "eval_weights", "weights", "tracker")}
+    rest = {name: None for name in ("step", "eval_weights", "weights", "tracker")}
     validator = Validator(chosen.validation, validation, **rest)
     assert [validator.is_due_after_step(step) for step in (3, 4, 8)] == [False, True, True]
     assert [validator.is_due_after_epoch(epoch) for epoch in (1, 2)] == [False, True]
@@ -113,9 +114,8 @@ def test_when_to_validate_and_when_to_stop():
 @pytest.mark.option("sample_sampler")
 def test_trap_34_prompts_that_name_no_sampler_and_size_get_those_of_the_run(tmp_path):
     (tmp_path / "prompts.txt").write_text("a cat\na dog --ss ddim\n", encoding="utf-8")
-    dataset = SimpleNamespace(table=SimpleNamespace(configs=[SimpleNamespace(resolution=(64, 96))]))
     words = [f"--sample_prompts={tmp_path / 'prompts.txt'}", "--sample_sampler=euler_a", "--sample_at_first"]
-    specs = preview_specs(options(*words), dataset)
+    specs = preview_specs(options(*words).previews, PromptSpec(width=64, height=96))
     assert [(spec.sampler, spec.width, spec.height) for spec in specs] == [("euler_a", 64, 96), ("ddim", 64, 96)]
 
 

@@ -94,7 +94,7 @@ def test_only_what_is_asked_for_is_trained(run, words, parts):
 def test_learning_rates_reach_their_groups(run, recorder):
     run("--max_train_steps=1", "--unet_lr=1e-4", "--text_encoder_lr=5e-5", recorder)
     (made,) = recorder.runs
-    rates = dict(zip(made.network.group_names, (g["lr"] for g in made.step.optimizer.param_groups), strict=True))
+    rates = dict(zip(made.network.group_names, (g["lr"] for g in made.step.update.optimizer.param_groups), strict=True))
     assert rates == {"unet": 1e-4, "textencoder": 5e-5}
 
 
@@ -113,7 +113,7 @@ class BeforeUpdates(Recorder):
 
     def begin(self, run: Run) -> None:
         super().begin(run)
-        run.step.optimizer.optimizer.register_step_pre_hook(lambda *_: self.action(run))
+        run.step.update.optimizer.optimizer.register_step_pre_hook(lambda *_: self.action(run))
 
 
 class InForward(Recorder):
@@ -205,7 +205,7 @@ def test_accumulated_gradients_are_the_mean_over_the_batches_of_a_step(run):
 
 def test_trap_5_8_warm_up_is_counted_in_optimizer_steps(run):
     rates = []
-    used = BeforeUpdates(lambda run: rates.append(run.step.optimizer.param_groups[0]["lr"]))
+    used = BeforeUpdates(lambda run: rates.append(run.step.update.optimizer.param_groups[0]["lr"]))
     run("--max_train_steps=4", "--gradient_accumulation_steps=2", "--lr_scheduler=constant_with_warmup", "--lr_warmup_steps=2",
         "--network_train_unet_only", "--cache_latents", used)  # fmt: skip
     assert rates == pytest.approx([0, 0.5e-3, 1e-3, 1e-3])

@@ -146,10 +146,10 @@ def test_rates_fall_when_the_validation_loss_does_not_and_resume_as_they_were(ru
         *UNET,
     ]
     whole = run("whole", "--max_train_steps=5", *words)
-    assert whole.step.schedule.get_last_lr() == [0.25e-3] and whole.losses.rates["unet"][-1] == (4, 0.5e-3)
+    assert whole.step.update.schedule.get_last_lr() == [0.25e-3] and whole.losses.rates["unet"][-1] == (4, 0.5e-3)
     run("out", "--max_train_steps=2", "--save_state", *words)
     again = run("out", "--max_train_steps=5", "--save_state", *words, f"--resume={tmp_path / 'out'}")
-    assert again.step.schedule.state_dict() == whole.step.schedule.state_dict()
+    assert again.step.update.schedule.state_dict() == whole.step.update.schedule.state_dict()
     a, b = (tensors_of(tmp_path / name / "mine.safetensors") for name in ("whole", "out"))
     assert all(torch.equal(a[key], b[key]) for key in a)
 

@@ -93,7 +93,7 @@ def one_run(main, words: list[str], printed: Path) -> dict:
         sys.stdout.flush()
     return {
         "code": code, "error": error, "printed": printed.read_bytes()[start:].decode(),
-        "losses": made[0].losses.values if made else [], "rates": made[0].step.schedule.get_last_lr() if made else [],
+        "losses": made[0].losses.values if made else [], "rates": made[0].step.update.schedule.get_last_lr() if made else [],
     }  # fmt: skip
 
 

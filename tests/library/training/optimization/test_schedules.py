@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import inspect
 import math
 from types import SimpleNamespace
 
@@ -104,16 +103,24 @@ def test_trap_5_9_the_warm_up_does_not_depend_on_the_number_of_processes(monkeyp
     monkeypatch.setattr("accelerate.scheduler.AcceleratorState", lambda: SimpleNamespace(num_processes=2))
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     options = OptimizerOptions(lr_scheduler="constant_with_warmup", lr_warmup_steps=4)
-    prepared, wanted = accelerator.prepare(optimizer), {False: [0.25, 0.5, 0.75, 1], True: [0.5, 1, 1, 1]}
-    for hand_over in wanted:
-        schedule = create_schedule(options, optimizer, TOTAL)
-        ticking, seen = accelerator.prepare(schedule) if hand_over else schedule, []
+    plan, network = SimpleNamespace(max_steps=TOTAL), SimpleNamespace(parameters=[])
+    chosen = SimpleNamespace(
+        optimizer=options, network=SimpleNamespace(scale_weight_norms=None), validation=SimpleNamespace(ema_decay=None)
+    )
+    ready, machine = SimpleNamespace(options=chosen, plan=plan), SimpleNamespace(accelerator=accelerator)
+
+    def four_rates(prepared, schedule) -> list[float]:
+        seen = []
         for _ in range(4):
             prepared.step()
-            ticking.step()
+            schedule.step()
             seen.append(optimizer.param_groups[0]["lr"])
-        assert seen == wanted[hand_over]
-    assert "schedule=schedule" in inspect.getsource(setup.make_step), "what ticks is the first of these"
+        return seen
+
+    update = setup.make_update(ready, machine, SimpleNamespace(network=network), optimizer)
+    assert four_rates(update.optimizer, update.schedule) == [0.25, 0.5, 0.75, 1]
+    theirs = accelerator.prepare(create_schedule(options, optimizer, TOTAL))
+    assert four_rates(update.optimizer, theirs) == [0.5, 1, 1, 1], "what it would be otherwise"
 
 
 def test_arguments_reach_named_schedules_too():

@@ -92,7 +92,7 @@ def test_what_is_logged_for_a_step_is_that_step_s(wandb, monkeypatch, tmp_path, 
 
     class Used(Listener):
         def begin(self, run):
-            run.step.optimizer.optimizer.register_step_pre_hook(
+            run.step.update.optimizer.optimizer.register_step_pre_hook(
                 lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"])
             )
 
@@ -140,7 +140,7 @@ def test_adafactor_s_own_rates_are_those_of_the_step(wandb, monkeypatch, tmp_pat
 
     class Used(Listener):
         def begin(self, run):
-            optimizer = run.step.optimizer.optimizer
+            optimizer = run.step.update.optimizer.optimizer
             optimizer.register_step_pre_hook(lambda *_: used.clear())
             optimizer.register_step_post_hook(lambda *_: first.append(float(used[0])))
 

@@ -47,9 +47,9 @@ def everything(run: Run) -> dict[str, Any]:
     """All that a run holds at its end, as it lies in memory."""
     return {
         "network": dict(run.network.module.named_parameters()) | dict(run.network.module.named_buffers()),
-        "optimizer": run.step.optimizer.state_dict(),
-        "schedule": run.step.schedule.state_dict(),
-        "average": run.step.average.weights if run.step.average else None,
+        "optimizer": run.step.update.optimizer.state_dict(),
+        "schedule": run.step.update.schedule.state_dict(),
+        "average": run.step.update.average.weights if run.step.update.average else None,
         "losses": (run.losses.steps, run.losses.values, run.losses.average, run.losses.rates),
         "validations": run.validator.record.state(),
         "progress": run.loop.progress,
@@ -298,7 +298,7 @@ def test_trap_5_2_an_initial_step_is_the_real_step(run, tmp_path):
     whole = run("whole", *words)
     part = run("part", *words, "--initial_step=6", "--skip_until_initial_step")
     assert sorted(path.name for path in (tmp_path / "part").glob("*-step*")) == ["mine-step00000008.safetensors"]
-    assert part.losses.steps == [7, 8] and part.step.schedule.get_last_lr() == whole.step.schedule.get_last_lr()
+    assert part.losses.steps == [7, 8] and part.step.update.schedule.get_last_lr() == whole.step.update.schedule.get_last_lr()
     assert part.loop.progress == whole.loop.progress == Progress(8, 2, 3)
     anew = run("anew", *words, "--initial_step=6")
     assert anew.loop.progress == Progress(8, 2, 2), "without it the data of the epoch begin anew"
