@@ -169,6 +169,11 @@ class CaptionOptions(OptionGroup):
         """Whether captions must be encoded before training."""
         return self.cache_text_encoder_outputs or self.cache_text_encoder_outputs_to_disk
 
+    @property
+    def tokens(self) -> int:
+        """The tokens of a caption with its start and its end."""
+        return (self.max_token_length or 75) + 2
+
 
 class AugmentationOptions(OptionGroup):
     """Augmentation and latent cache"""
@@ -196,6 +201,11 @@ class AugmentationOptions(OptionGroup):
         resume="free",
         needs=("max_data_loader_n_workers",),
     )
+
+    @property
+    def caches_latents(self) -> bool:
+        """Whether images are encoded before training."""
+        return self.cache_latents or self.cache_latents_to_disk
 
 
 class NetworkOptions(OptionGroup):

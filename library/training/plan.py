@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from library.errors import UserError
-from library.training.options import StateOptions, TrainNetworkOptions
+from library.training.options import StateOptions, TrainingOptions
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,12 @@ class Plan:
     processes: int = 1
 
     @classmethod
-    def of(cls, options: TrainNetworkOptions, batches_per_epoch: int, processes: int = 1) -> Plan:
+    def of(cls, options: TrainingOptions, batches_per_epoch: int, processes: int = 1) -> Plan:
         """--max_train_epochs beats --max_train_steps; the last step of an epoch may hold fewer batches."""
-        accumulation = options.training.gradient_accumulation_steps
+        accumulation = options.gradient_accumulation_steps
         steps_per_epoch = -(-batches_per_epoch // (accumulation * processes))
-        epochs = options.training.max_train_epochs
-        max_steps = epochs * steps_per_epoch if epochs else options.training.max_train_steps
+        epochs = options.max_train_epochs
+        max_steps = epochs * steps_per_epoch if epochs else options.max_train_steps
         return cls(batches_per_epoch, accumulation, steps_per_epoch, max_steps, -(-max_steps // steps_per_epoch), processes)
 
     @property

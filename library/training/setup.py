@@ -12,7 +12,7 @@ import torch
 from library.console import KeptWarnings
 from library.data.dataset import TrainingDataset
 from library.data.loader import EpochLoader, make_loader
-from library.devices import DTYPES, use_xformers
+from library.devices import use_xformers
 from library.diffusion.loss import Objective
 from library.generation.pipeline.settings import GenerateSettings
 from library.generation.prompts.prompt_file import read_prompt_file
@@ -22,21 +22,21 @@ from library.models.loading import load_stable_diffusion
 from library.models.modules import weights_fingerprint
 from library.processes import Processes
 from library.training.batch_loss import BatchLoss
-from library.training.checks.estimates import base_formats
+from library.training.checks.estimates import fixed_bytes
 from library.training.checks.preflight import Ready
 from library.training.exchange import StepExchange
 from library.training.loop import Listener, Loop, Outcome
 from library.training.machine import Machine
 from library.training.memory.frozen import freeze_convolutions
-from library.training.memory.gradient_checkpointing import use_gradient_checkpointing
+from library.training.memory.gradient_checkpointing import count_kept, keep_to_budget, use_gradient_checkpointing
 from library.training.memory.placement import compile_model, offload_idle_parts, pack_frozen_weights
-from library.training.memory.precision import check_half_weights, explain_nonfinite, trained_dtype, vae_cure
+from library.training.memory.precision import NumberFormats, check_half_weights, explain_nonfinite, vae_cure
 from library.training.network import TrainedNetwork, build_network
 from library.training.optimization.ema import eval_weights, make_average
 from library.training.optimization.fused_backward import step_in_backward
 from library.training.optimization.optimizers import create_optimizer
 from library.training.optimization.schedules import create_schedule, schedule_facts
-from library.training.options import PreviewOptions, TrainNetworkOptions
+from library.training.options import AugmentationOptions, ModelOptions, PreviewOptions, TrainNetworkOptions
 from library.training.outputs.hub import Uploads
 from library.training.outputs.metadata import RunMetadata, all_model_facts, run_facts
 from library.training.outputs.previews import PreviewDrawer, Previews
@@ -44,7 +44,7 @@ from library.training.outputs.run_page import RunPage
 from library.training.outputs.saves import SavedStates, SavedWeights
 from library.training.outputs.saving import ModelFiles
 from library.training.outputs.step_log import StepLog
-from library.training.outputs.summary import print_plan
+from library.training.outputs.summary import network_summary, print_plan
 from library.training.outputs.trackers import Tracker, logged_options
 from library.training.outputs.tracking import LossRecord
 from library.training.plan import Plan
@@ -142,9 +142,10 @@ def prepare(ready: Ready, machine: Machine, listeners: Sequence[Listener] = (), 
     """
     options = ready.options
     data = open_data(ready)
-    model = load_model(options, machine.device)
+    model = load_model(options.model, ready.formats, machine.device)
+    cure = vae_cure(ready.formats, options.model.no_half_vae, model.family)
     for dataset in data.datasets:
-        cache_latents(options, dataset, model, machine.processes)
+        cache_latents(options.augmentation, dataset, model, machine.processes, cure)
     attached = attach_network(ready, model, machine)
     cache_text(options, data.datasets, model, attached.network, machine)
     place_in_memory(ready, data, attached, machine)
@@ -168,7 +169,7 @@ def attach_network(ready: Ready, model: Model, machine: Machine) -> Attached:
     options = ready.options
     seed_everything(ready.seed)
     network = build_network(options.network, options.optimizer, model, options.model.clip_skip)
-    network.module.to(machine.device, trained_dtype(options))
+    network.module.to(machine.device, ready.formats.trained)
     machine.processes.same_weights(network.module)
     return Attached(model, network, model_digest(model))
 
@@ -177,27 +178,32 @@ def place_in_memory(ready: Ready, data: Data, attached: Attached, machine: Machi
     """Bring the frozen model into the form in which it takes the least memory and time."""
     options, model, network = ready.options, attached.model, attached.network
     idle = ([model.vae] if data.train.latents is not None else []) + (model.text_encoders if data.train.texts is not None else [])
-    offload_idle_parts(options, idle, keep_for_previews=bool(data.prompts))
-    pack_frozen_weights(options, model, machine.device)
+    offload_idle_parts(options.precision, idle, keep_for_previews=bool(data.prompts))
+    pack_frozen_weights(ready.formats, model, machine.device, options.training.gradient_checkpointing)
     if not options.precision.torch_compile:  # torch.compile already drops activations that it does not need
         freeze_convolutions(model.denoiser)
     if options.training.gradient_checkpointing:
-        use_gradient_checkpointing(options, model, network, data.train, ready.header, machine.autocast)
-    compile_model(options, model, network.trains_text_encoder)
+        use_gradient_checkpointing(model, network)
+        if options.training.gradient_checkpointing_budget:
+            count = partial(count_kept, model, network, data.train, options.captions.tokens, machine.autocast)
+            fixed = fixed_bytes(ready.formats, options.network, ready.header)
+            keep_to_budget(options.training.gradient_checkpointing_budget, fixed, model, count)
+    compile_model(options.precision, model, network.trains_text_encoder)
 
 
 def make_run(ready: Ready, machine: Machine, data: Data, attached: Attached, page: RunPage, listeners: Sequence[Listener]) -> Run:
     """Optimizer, step, files and listeners."""
     options, plan, network, processes = ready.options, ready.plan, attached.network, machine.processes
     optimizer, optimizer_text = create_optimizer(options.optimizer, network.groups, machine.device)
-    check_half_weights(optimizer, optimizer_text, trained_dtype(options))
+    check_half_weights(optimizer, optimizer_text, ready.formats.trained)
     step = make_step(ready, machine, data, attached, make_update(ready, machine, attached, optimizer))
     used_weights = partial(eval_weights, optimizer, step.update.average)
     tracker = Tracker(options.logs, logged_options(options) if options.logs.log_config else None, processes.main)
     records = attached.model.family.records
     facts = run_facts(options, data.train.describe(), network, records, plan, seed=ready.seed, optimizer=optimizer_text)
     facts |= schedule_facts(options.optimizer, optimizer)
-    print_plan(options, plan, network, ready.seed)
+    summary = network_summary(network, options.network.module_name, options.output.save_precision)
+    print_plan(plan, summary, ready.seed)
     uploads = Uploads(options.hub, active=processes.main)
     uploads.prepare()
     metadata = RunMetadata(facts, lambda: all_model_facts(options.model), options.metadata.no_metadata)
@@ -213,7 +219,8 @@ def make_run(ready: Ready, machine: Machine, data: Data, attached: Attached, pag
     own: list[Listener] = [StepLog(step.losses, tracker), weights, previews, validator, page]
     snapshot = Snapshot([identity, *own, step, step.update, RandomNumbers(machine.device)])
     own.append(SavedStates(states, snapshot, weights, processes))
-    loop = Loop(plan, step, make_batches(options, data, machine), [*own, *listeners], processes, weights.rescue, ready.start)
+    batches = make_batches(options.augmentation, data, machine)
+    loop = Loop(plan, step, batches, [*own, *listeners], processes, weights.rescue, ready.start)
     return Run(ready, machine, data, attached, step, loop, tracker, metadata, files, states, previews, validator, page, snapshot)
 
 
@@ -236,9 +243,9 @@ def make_step(ready: Ready, machine: Machine, data: Data, attached: Attached, up
     """The step with its loss, and the exchange between processes."""
     options, plan, model, network = ready.options, ready.plan, attached.model, attached.network
     network.module.prepare_grad_etc(*model.for_networks())
-    losses = LossRecord(
-        window=plan.batches_per_epoch, explain=partial(explain_nonfinite, options, network.parameters, model.family)
-    )
+    is_vae_checked = options.model.no_half_vae or options.augmentation.caches_latents
+    cure = None if is_vae_checked else vae_cure(ready.formats, options.model.no_half_vae, model.family)
+    losses = LossRecord(plan.batches_per_epoch, explain=partial(explain_nonfinite, ready.formats, network.parameters, cure))
     process = model.process(options.loss.zero_terminal_snr)
     loss = BatchLoss(
         model, Objective(options.loss, process, machine.device), device=machine.device, autocast=machine.autocast,
@@ -248,11 +255,11 @@ def make_step(ready: Ready, machine: Machine, data: Data, attached: Attached, up
     return TrainStep(options.training, loss, update, exchange, plan, ready.seed)
 
 
-def make_batches(options: TrainNetworkOptions, data: Data, machine: Machine) -> EpochLoader:
+def make_batches(options: AugmentationOptions, data: Data, machine: Machine) -> EpochLoader:
     """The batches of this process."""
-    loading, processes = options.augmentation, machine.processes
+    processes = machine.processes
     return make_loader(
-        data.train, num_workers=loading.max_data_loader_n_workers, persistent=loading.persistent_data_loader_workers,
+        data.train, num_workers=options.max_data_loader_n_workers, persistent=options.persistent_data_loader_workers,
         pin_memory=machine.device.type == "cuda", rank=processes.rank, world=processes.world,
     )  # fmt: skip
 
@@ -283,27 +290,28 @@ def preview_specs(options: PreviewOptions, defaults: PromptSpec) -> list[PromptS
     return read_prompt_file(Path(options.sample_prompts), replace(defaults, sampler=options.sample_sampler))
 
 
-def load_model(options: TrainNetworkOptions, device: torch.device) -> Model:
+def load_model(options: ModelOptions, formats: NumberFormats, device: torch.device) -> Model:
     """The frozen model in the dtype it computes in, on the device; a U-Net that is going to be packed waits in main memory."""
-    chosen, is_packed = options.model, base_formats(options)["unet"]
     model = load_stable_diffusion(
-        chosen.source, v2=chosen.v2, prediction=chosen.prediction, vae=chosen.vae,
-        dtype=DTYPES[options.training.mixed_precision], device="cpu" if is_packed else device,
+        options.source, v2=options.v2, prediction=options.prediction, vae=options.vae, dtype=formats.arithmetic,
+        device="cpu" if formats.unet else device,
     )  # fmt: skip
-    if is_packed:
+    if formats.unet:
         for part in (*model.text_encoders, model.vae):
             part.to(device)
-    if chosen.no_half_vae:
+    if options.no_half_vae:
         model.vae.to(torch.float32)
-    if chosen.xformers and not chosen.mem_eff_attn:
+    if options.xformers and not options.mem_eff_attn:
         use_xformers(model.denoiser, device)
     return model
 
 
-def cache_latents(options: TrainNetworkOptions, dataset: TrainingDataset, model: Model, processes: Processes) -> None:
-    """Encode all images once, if --cache_latents or --cache_latents_to_disk; several processes share the work."""
-    chosen = options.augmentation
-    if not (chosen.cache_latents or chosen.cache_latents_to_disk):
+def cache_latents(options: AugmentationOptions, dataset: TrainingDataset, model: Model, processes: Processes, cure: str) -> None:
+    """Encode all images once, if --cache_latents or --cache_latents_to_disk; several processes share the work.
+
+    cure: what to do about latents that are not finite.
+    """
+    if not options.caches_latents:
         return
 
     @torch.inference_mode()
@@ -311,7 +319,7 @@ def cache_latents(options: TrainNetworkOptions, dataset: TrainingDataset, model:
         return model.encode_images(images, [torch.Generator().manual_seed(seed) for seed in seeds]).cpu()
 
     dataset.cache_latents(
-        encode, batch_size=chosen.vae_batch_size, to_disk=chosen.cache_latents_to_disk,
+        encode, batch_size=options.vae_batch_size, to_disk=options.cache_latents_to_disk,
         fingerprint=weights_fingerprint(model.vae), share=(processes.rank, processes.world), gather=processes.gather,
-        cure=vae_cure(options, model.family),
+        cure=cure,
     )  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 
 from library.data.dataset import MAX_CAPTIONS_IN_MEMORY, TrainingDataset
 from library.data.text_cache import DiskTexts, MemoryTexts, keep_in_memory, keep_on_disk
-from library.models.clip import CHUNK, tokenize
+from library.models.clip import tokenize
 from library.models.family import Conditioning, Model
 from library.models.modules import evaluating, weights_fingerprint
 from library.training.machine import Machine
@@ -42,7 +42,7 @@ def cache_text(
     if captions.cache_text_encoder_outputs_to_disk:
         texts: MemoryTexts | DiskTexts = keep_on_disk(
             folders, encode, fingerprint=text_fingerprint(options, model, network),
-            shapes=model.family.text.shapes(model, (captions.max_token_length or CHUNK) + 2),
+            shapes=model.family.text.shapes(model, captions.tokens),
             share=(machine.processes.rank, machine.processes.world), wait=machine.processes.wait,
         )  # fmt: skip
     else:

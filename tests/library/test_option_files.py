@@ -91,8 +91,8 @@ def test_a_prompt_file_with_no_moment_to_sample_at_is_not_looked_at(tmp_path, ex
         (tmp_path / "prompt.txt").write_text("", encoding="utf-8")
     words = [f"--sample_prompts={tmp_path / 'prompt.txt'}", "--sample_every_n_epochs=0"]
     options = parse_options(words)
-    check_prompts(options)
+    check_prompts(options.previews)
     assert preview_specs(options.previews, PromptSpec()) == []
     assert not any("sample" in problem for problem in contradictions(options))
     with pytest.raises(UserError):
-        check_prompts(parse_options([*words, "--sample_every_n_steps=1"]))
+        check_prompts(parse_options([*words, "--sample_every_n_steps=1"]).previews)

@@ -13,8 +13,9 @@ from library.data.cache import FOLDER as LATENTS
 from library.data.dataset import TrainingDataset
 from library.data.text_cache import FOLDER as TEXTS
 from library.models.loading import Header
-from library.training.checks.estimates import encoded_text_bytes, network_file_bytes, state_bytes
-from library.training.options import TrainNetworkOptions
+from library.training.checks.estimates import encoded_text_bytes, file_sizes
+from library.training.memory.precision import NumberFormats
+from library.training.options import OutputOptions, TrainNetworkOptions
 from library.training.outputs.saving import ModelFiles
 from library.training.plan import Plan
 
@@ -23,25 +24,31 @@ ENOUGH = 1.1  # times the space that the files need
 
 def space_needed(options: TrainNetworkOptions, plan: Plan, dataset: TrainingDataset, header: Header) -> dict[Path, int]:
     """Bytes that the run is about to write, by folder."""
-    epochs, steps = saves(options, plan)
-    output, state = options.output, options.state
-    files = 1 + at_once(epochs, output.save_last_n_epochs) + at_once(steps, steps_kept(options, output.save_last_n_steps))
+    output, state, size = options.output, options.state, file_sizes(options, header)
+    epochs, steps = saves(output, plan)
+    files = 1 + at_once(epochs, output.save_last_n_epochs) + at_once(steps, steps_kept(output, output.save_last_n_steps))
     files += bool(dataset.table.held_out.any())  # the best one
     states = 0
     if state.save_state:
-        kept = steps_kept(options, state.save_last_n_steps_state or output.save_last_n_steps)
+        kept = steps_kept(output, state.save_last_n_steps_state or output.save_last_n_steps)
         states += at_once(epochs, state.save_last_n_epochs_state or output.save_last_n_epochs) + at_once(steps, kept)
     states += state.save_state or state.save_state_on_train_end
-    needed = {output.folder: files * network_file_bytes(options, header) + states * state_bytes(options, header)}
-    for folder, size in [*latents_to_write(options, dataset), *texts_to_write(options, dataset, header)]:
-        needed[folder] = needed.get(folder, 0) + size
+    needed = {output.folder: files * size.network + states * size.state}
+    caches: list[tuple[Path, int]] = []
+    if options.augmentation.cache_latents_to_disk:
+        caches += latents_to_write(dataset)
+    if options.captions.cache_text_encoder_outputs_to_disk:
+        formats = NumberFormats.of(options.training, options.precision)
+        caches += texts_to_write(dataset, encoded_text_bytes(options.captions.tokens, formats, header))
+    for folder, count in caches:
+        needed[folder] = needed.get(folder, 0) + count
     return needed
 
 
-def latents_to_write(options: TrainNetworkOptions, dataset: TrainingDataset) -> Iterable[tuple[Path, int]]:
+def latents_to_write(dataset: TrainingDataset) -> Iterable[tuple[Path, int]]:
     """Folders of images, and the bytes of the latents that are still to be kept there."""
     table = dataset.table
-    for subset in table.subsets if options.augmentation.cache_latents_to_disk else ():
+    for subset in table.subsets:
         rows = range(subset.start, subset.end)
         used = (table.bucket_size(row) for row in rows if table.repeats[row] or table.held_out[row])
         positions = sum(math.prod(dataset.latent_space.size(*size)) for size in used)
@@ -49,25 +56,23 @@ def latents_to_write(options: TrainNetworkOptions, dataset: TrainingDataset) -> 
         yield subset.config.image_dir, max(0, size - bytes_in(subset.config.image_dir / LATENTS))
 
 
-def texts_to_write(options: TrainNetworkOptions, dataset: TrainingDataset, header: Header) -> Iterable[tuple[Path, int]]:
+def texts_to_write(dataset: TrainingDataset, bytes_each: int) -> Iterable[tuple[Path, int]]:
     """Folders of images, and the bytes of the encoded captions that are still to be kept there."""
-    if not options.captions.cache_text_encoder_outputs_to_disk:
-        return
     datasets = [one for one in (dataset, dataset.validation()) if one is not None]
     folder_of = {caption: folder for one in datasets for caption, folder in (one.possible_captions(limit=None) or {}).items()}
     for folder, captions in Counter(folder_of.values()).items():
-        yield folder, max(0, captions * encoded_text_bytes(options, header) - bytes_in(folder / TEXTS))
+        yield folder, max(0, captions * bytes_each - bytes_in(folder / TEXTS))
 
 
-def saves(options: TrainNetworkOptions, plan: Plan) -> tuple[int, int]:
+def saves(output: OutputOptions, plan: Plan) -> tuple[int, int]:
     """How often the run saves after an epoch, and after a step, the end apart."""
-    by_epoch, by_step = ModelFiles(options.output).epoch_interval(plan.epochs), options.output.save_every_n_steps
+    by_epoch, by_step = ModelFiles(output).epoch_interval(plan.epochs), output.save_every_n_steps
     return (plan.epochs - 1) // by_epoch if by_epoch else 0, plan.max_steps // by_step if by_step else 0
 
 
-def steps_kept(options: TrainNetworkOptions, steps: int | None) -> int | None:
+def steps_kept(output: OutputOptions, steps: int | None) -> int | None:
     """How many step saves are there after the oldest were removed, if those older than so many steps are."""
-    interval = options.output.save_every_n_steps
+    interval = output.save_every_n_steps
     return steps // interval + 1 if steps and interval else None
 
 

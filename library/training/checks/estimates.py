@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import dataclass
 
 from library.data.dataset import TrainingDataset
+from library.devices import DTYPES
 from library.key_values import read_pairs
-from library.models.clip import CHUNK
 from library.models.family import Shapes
 from library.models.loading import Header
 from library.training.memory.packing import FORMATS
+from library.training.memory.precision import NumberFormats
 from library.training.optimization.optimizers import optimizer_name, spec_named
-from library.training.options import TrainNetworkOptions
+from library.training.options import NetworkOptions, TrainNetworkOptions
 
 # Layers that get a LoRA by default, and those that get one with conv_dim.
 TEXT_LAYERS = r"\.(?:self_attn|mlp)\."
@@ -35,55 +37,61 @@ WORKSPACE = 1.4  # what is computed on top of what is kept, and what the allocat
 CUDA_CONTEXT = 600 * 2**20
 
 
-def lora_numbers(shapes: Shapes, layers: str) -> int:
-    """Numbers of a LoRA of rank 1 for the weights whose names match: inputs plus outputs of each."""
+@dataclass(frozen=True)
+class FileSizes:
+    """Bytes of one saved file of the network, and of one saved state."""
+
+    network: int
+    state: int
+
+
+def file_sizes(options: TrainNetworkOptions, header: Header) -> FileSizes:
+    """A state has the weights in float32, the optimizer's numbers for each, and the average."""
+    parameters, precision = network_parameters(options.network, header), options.output.save_precision
+    saved = DTYPES[precision] if precision else NumberFormats.of(options.training, options.precision).trained
+    spec = spec_named(optimizer_name(options.optimizer))
+    average = 4 if options.validation.ema_decay else 0
+    return FileSizes(parameters * saved.itemsize, parameters * (4 + spec.moments * spec.moment_bits // 8 + average))
+
+
+def network_parameters(options: NetworkOptions, header: Header) -> int:
+    """Parameters of a LoRA; other network modules have as many within an order of magnitude."""
+    found, in_convolutions = 0, 0
+    for part in header.family.parts:
+        shapes = header.shapes.get(part.name, {})
+        if part.role == "text" and not options.network_train_unet_only:
+            found += lora_parameters(shapes, TEXT_LAYERS)
+        elif part.role == "denoiser" and not options.network_train_text_encoder_only:
+            found += lora_parameters(shapes, ATTENTION_LAYERS)
+            kernels = {name: shape for name, shape in shapes.items() if shape[2:] == (3, 3)}
+            in_convolutions += lora_parameters(kernels, CONV_LAYERS)
+    conv = read_pairs(options.network_args, "--network_args").get("conv_dim", "0")
+    return found * (options.network_dim or 4) + in_convolutions * (int(conv) if conv.isdecimal() else 0)
+
+
+def lora_parameters(shapes: Shapes, layers: str) -> int:
+    """Parameters of a LoRA of rank 1 for the weights whose names match: inputs plus outputs of each."""
     chosen = [shape for name, shape in shapes.items() if len(shape) > 1 and re.search(layers, name)]
     return sum(shape[0] + math.prod(shape[1:]) for shape in chosen)
 
 
-def network_numbers(options: TrainNetworkOptions, header: Header) -> int:
-    """Trained numbers of a LoRA; other network modules are of the same order."""
-    network, numbers, conv_numbers = options.network, 0, 0
-    for part in header.family.parts:
-        shapes = header.shapes.get(part.name, {})
-        if part.role == "text" and not network.network_train_unet_only:
-            numbers += lora_numbers(shapes, TEXT_LAYERS)
-        elif part.role == "denoiser" and not network.network_train_text_encoder_only:
-            numbers += lora_numbers(shapes, ATTENTION_LAYERS)
-            conv_numbers += lora_numbers({name: shape for name, shape in shapes.items() if shape[2:] == (3, 3)}, CONV_LAYERS)
-    conv = read_pairs(network.network_args, "--network_args").get("conv_dim", "0")
-    return numbers * (network.network_dim or 4) + conv_numbers * (int(conv) if conv.isdecimal() else 0)
-
-
-def network_file_bytes(options: TrainNetworkOptions, header: Header) -> int:
-    """Size of one saved file."""
-    precision, full = options.output.save_precision, options.precision.full_fp16 or options.precision.full_bf16
-    half = precision in ("fp16", "bf16") or (precision is None and full)
-    return network_numbers(options, header) * (2 if half else 4)
-
-
-def state_bytes(options: TrainNetworkOptions, header: Header) -> int:
-    """Size of one saved state: the weights, the optimizer's numbers for each, and the average."""
-    spec = spec_named(optimizer_name(options.optimizer))
-    moments = spec.moments * spec.moment_bits // 8
-    return network_numbers(options, header) * (4 + moments + (4 if options.validation.ema_decay else 0))
-
-
-def encoded_text_bytes(options: TrainNetworkOptions, header: Header) -> int:
-    """Size of what the text encoders make of one caption: a context that is as wide as the denoiser's attention reads it."""
+def encoded_text_bytes(tokens: int, formats: NumberFormats, header: Header) -> int:
+    """Size of one encoded caption: a context that is as wide as the denoiser's attention reads it."""
     shapes = next((header.shapes.get(part.name, {}) for part in header.family.parts if part.role == "denoiser"), {})
     width = next((shape[1] for name, shape in shapes.items() if name.endswith(".attn2.to_k.weight")), 0)
-    return ((options.captions.max_token_length or CHUNK) + 2) * width * number_bytes(options)
+    return tokens * width * formats.arithmetic.itemsize
 
 
 def estimated_bytes(options: TrainNetworkOptions, header: Header, batch: int, size: tuple[int, int]) -> int:
-    """What is fixed, and the activations of a batch of so many images of this size (width, height)."""
-    positions = batch * math.prod(size) // header.family.latents.pixels_per_latent**2 * (1 if is_half(options) else 2) * WORKSPACE
-    fixed, training = fixed_bytes(options, header), options.training
+    """Memory of a run: what is fixed, and the activations of a batch of so many images of this size (width, height)."""
+    training, formats = options.training, NumberFormats.of(options.training, options.precision)
+    positions = batch * math.prod(size) // header.family.latents.pixels_per_latent**2
+    of_16_bits = positions * formats.arithmetic.itemsize / 2 * WORKSPACE
+    fixed = fixed_bytes(formats, options.network, header)
     kept, kept_with_checkpointing = kept_bytes(header)
-    needed = fixed + positions * (kept_with_checkpointing if training.gradient_checkpointing else kept)
+    needed = fixed + of_16_bits * (kept_with_checkpointing if training.gradient_checkpointing else kept)
     if training.gradient_checkpointing and training.gradient_checkpointing_budget:
-        needed = max(needed, min(fixed + positions * kept, training.gradient_checkpointing_budget * 2**30))
+        needed = max(needed, min(fixed + of_16_bits * kept, training.gradient_checkpointing_budget * 2**30))
     return int(needed)
 
 
@@ -111,43 +119,26 @@ def _level(name: str, levels: int) -> int:
     return int(found[2]) if found[1] == "down" else levels - 1 - int(found[2])
 
 
-def fixed_bytes(options: TrainNetworkOptions, header: Header) -> float:
+def fixed_bytes(formats: NumberFormats, network: NetworkOptions, header: Header) -> float:
     """Frozen model, and the LoRA with gradients and two moments."""
-    return CUDA_CONTEXT + frozen_bytes(options, header) + network_numbers(options, header) * 16
+    return CUDA_CONTEXT + frozen_bytes(formats, header) + network_parameters(network, header) * 16
 
 
-def frozen_bytes(options: TrainNetworkOptions, header: Header) -> float:
-    """The frozen model, packed as the options say."""
-    formats = base_formats(options)
+def frozen_bytes(formats: NumberFormats, header: Header) -> float:
+    """The frozen model, its large weights packed."""
     total = 0.0
     for part in header.family.parts:
         shapes = header.shapes.get(part.name, {})
-        total += numbers_in(shapes) * number_bytes(options)
-        name = {"denoiser": formats["unet"], "text": formats["text_encoder"]}.get(part.role)
+        total += parameters_in(shapes) * formats.arithmetic.itemsize
+        name = {"denoiser": formats.unet, "text": formats.text_encoder}.get(part.role)
         if name:  # biases, norms and embeddings stay
             packed = {key: shape for key, shape in shapes.items() if len(shape) > 1 and "embedding.weight" not in key}
-            total -= numbers_in(packed) * (number_bytes(options) - FORMATS[name].bits / 8)
+            total -= parameters_in(packed) * (formats.arithmetic.itemsize - FORMATS[name].bits / 8)
     return total
 
 
-def numbers_in(shapes: Shapes) -> int:
+def parameters_in(shapes: Shapes) -> int:
     return sum(math.prod(shape) for shape in shapes.values())
-
-
-def base_formats(options: TrainNetworkOptions) -> dict[str, str | None]:
-    """The formats in which --base_dtype, --fp8_base and --fp8_base_unet keep the frozen parts; None: that of the arithmetic."""
-    chosen = options.precision
-    both = chosen.base_dtype or ("fp8" if chosen.fp8_base else None)
-    return {"unet": both or ("fp8" if chosen.fp8_base_unet else None), "text_encoder": both}
-
-
-def is_half(options: TrainNetworkOptions) -> bool:
-    return options.training.mixed_precision != "no"
-
-
-def number_bytes(options: TrainNetworkOptions) -> int:
-    """Bytes of a number of the frozen model before it is packed."""
-    return 2 if is_half(options) else 4
 
 
 def largest_batch(dataset: TrainingDataset) -> tuple[int, tuple[int, int]]:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from library.models.loading import Header
-from library.training.options import TrainNetworkOptions
+from library.training.options import LossOptions, ModelOptions
 
 
-def following_model(options: TrainNetworkOptions, header: Header) -> tuple[TrainNetworkOptions, str | None]:
-    """The options with prediction type, zero terminal SNR and layer of text by the model's header; what was given wins.
+def following_model(model: ModelOptions, loss: LossOptions, header: Header) -> tuple[ModelOptions, LossOptions, str | None]:
+    """Both with prediction type, zero terminal SNR and layer of text by the model's header; what was given wins.
 
     Also a line about the prediction type, if it was set.
     """
-    model, loss, stated = options.model, options.loss, header.stated
+    stated = header.stated
     of_model: dict[str, Any] = {"clip_skip": header.family.text.clip_skip(model.clip_skip)}
     of_loss: dict[str, Any] = {}
     line = None
@@ -22,5 +22,4 @@ def following_model(options: TrainNetworkOptions, header: Header) -> tuple[Train
         if "zero_terminal_snr" not in loss.model_fields_set:
             of_loss["zero_terminal_snr"] = stated.zero_terminal_snr
         line = f"the model predicts {stated}: trained so; v_parameterization = false in a --config_file says otherwise"
-    groups = {"model": model.model_copy(update=of_model), "loss": loss.model_copy(update=of_loss)}
-    return options.model_copy(update=groups), line
+    return model.model_copy(update=of_model), loss.model_copy(update=of_loss), line

@@ -33,12 +33,19 @@ from library.training.checks.model_facts import following_model
 from library.training.checks.trial import trial_optimizer, try_schedule
 from library.training.datasets import dataset_configs, open_dataset
 from library.training.memory.compiling import check_backend
-from library.training.memory.precision import check_half_weights, trained_dtype
+from library.training.memory.precision import NumberFormats, check_half_weights
 from library.training.network import check_network_args, trains_text_encoder
 from library.training.optimization.ema import make_average
 from library.training.optimization.fused_backward import check_fused_backward
 from library.training.optimization.schedules import create_schedule, waits_for_validation
-from library.training.options import OptimizerOptions, TrainNetworkOptions
+from library.training.options import (
+    ModelOptions,
+    NetworkOptions,
+    OptimizerOptions,
+    PreviewOptions,
+    TrainNetworkOptions,
+    ValidationOptions,
+)
 from library.training.outputs.metadata import as_data_url
 from library.training.outputs.saving import ModelFiles
 from library.training.outputs.trackers import check_trackers
@@ -68,6 +75,11 @@ class Ready:
     resumed: State | None
     notes: Sequence[str] = ()
 
+    @property
+    def formats(self) -> NumberFormats:
+        """As the options say."""
+        return NumberFormats.of(self.options.training, self.options.precision)
+
 
 def preflight(options: TrainNetworkOptions, device: torch.device, world: int, family: str | None = None) -> Ready:
     """Check all that can be checked without a model. Raises UserErrors with everything that is wrong.
@@ -76,21 +88,22 @@ def preflight(options: TrainNetworkOptions, device: torch.device, world: int, fa
     is wrong with them is reported together with the rest.
     """
     problems = Problems()
-    header = problems.of(read_model_header, options)
+    header = problems.of(read_model_header, options.model)
     if header is not None:
         if family:
             problems.of(check_family, options.model.source, header.family, family)
-        options, line = following_model(options, header)
+        model, loss, line = following_model(options.model, options.loss, header)
+        options = options.model_copy(update={"model": model, "loss": loss})
         if line:
             print(line)
     problems.found += contradictions(options)
     run_checks(problems, checks_of_options(options, device))
     configs = problems.of(dataset_configs, options)
-    resumed = problems.of(open_state, options)
-    seed = problems.of(chosen_seed, options, resumed) or 0
+    resumed = problems.of(open_state, options.state.resume, options.hub, options.output.output_name)
+    seed = problems.of(chosen_seed, options.training.seed, resumed) or 0
     dataset = open_images(problems, options, configs, seed, header.family if header else None)
     dataset.world = world
-    plan = Plan.of(options, dataset.num_batches, world)
+    plan = Plan.of(options.training, dataset.num_batches, world)
     run_checks(problems, checks_of_plan(options, plan, dataset, header))
     start = problems.of(check_start, options, plan, dataset, resumed)
     problems.raise_found()
@@ -103,7 +116,7 @@ def check_images(options: TrainNetworkOptions) -> TrainingDataset:
     """The images alone, for --debug_dataset, which needs no model. Raises UserErrors with everything that is wrong."""
     problems = Problems()
     problems.found += contradictions(options)
-    configs, seed = problems.of(dataset_configs, options), problems.of(chosen_seed, options, None) or 0
+    configs, seed = problems.of(dataset_configs, options), problems.of(chosen_seed, options.training.seed, None) or 0
     dataset = open_images(problems, options, configs, seed, None)
     problems.raise_found()
     return dataset
@@ -137,16 +150,17 @@ def _found(check: Callable[[], Iterable[str] | None]) -> list[str]:
 
 def checks_of_options(options: TrainNetworkOptions, device: torch.device) -> Checks:
     """Paths, folders, names and packages: what needs no look at the images."""
+    formats = NumberFormats.of(options.training, options.precision)
     return [
         lambda: check_precision(options.training.mixed_precision, device),
-        lambda: missing_models(options),
+        lambda: missing_models(options.model),
         lambda: ModelFiles(options.output).check_folder() if options.output.output_dir else None,
-        lambda: missing_networks(options),
+        lambda: missing_networks(options.network),
         lambda: check_network_args(options.network) if options.network.network_module else None,
-        lambda: check_optimizer(options),
+        lambda: check_optimizer(options.optimizer, options.validation, formats),
         lambda: check_schedule(options.optimizer),
         lambda: check_trackers(options.logs),
-        lambda: check_prompts(options),
+        lambda: check_prompts(options.previews),
         lambda: as_data_url(options.metadata.metadata_thumbnail or "data:") and None,
         lambda: check_backend(options.precision.dynamo_backend, device) if options.precision.torch_compile else None,
     ]
@@ -156,18 +170,26 @@ def checks_of_plan(options: TrainNetworkOptions, plan: Plan, dataset: TrainingDa
     """What depends on the number of images: schedule, disk space, and whether there are any to validate with."""
     return [
         lambda: try_schedule(options.optimizer, plan.max_steps),
-        lambda: check_fused_backward(options, plan.processes) if options.optimizer.fused_backward_pass else None,
-        lambda: nothing_to_validate_with(options, dataset),
-        lambda: changing_texts(options, dataset, header) if options.captions.caches_text and header else None,
+        lambda: (
+            check_fused_backward(options.optimizer, options.training, plan.processes)
+            if options.optimizer.fused_backward_pass
+            else None
+        ),
+        lambda: nothing_to_validate_with(options.validation, options.optimizer, dataset),
+        lambda: (
+            changing_texts(options.network, options.optimizer, dataset, header)
+            if options.captions.caches_text and header
+            else None
+        ),
         lambda: too_little_space(space_needed(options, plan, dataset, header)) if options.output.output_dir and header else None,
     ]
 
 
-def check_optimizer(options: TrainNetworkOptions) -> None:
+def check_optimizer(options: OptimizerOptions, validation: ValidationOptions, formats: NumberFormats) -> None:
     """Whether there is such an optimizer, whether it takes its arguments, and whether it can do what else is asked."""
-    optimizer, name = trial_optimizer(options.optimizer)
-    check_half_weights(optimizer, name, trained_dtype(options))
-    make_average(options.validation, [], optimizer)
+    optimizer, name = trial_optimizer(options)
+    check_half_weights(optimizer, name, formats.trained)
+    make_average(validation, [], optimizer)
 
 
 def check_schedule(options: OptimizerOptions) -> None:
@@ -175,21 +197,21 @@ def check_schedule(options: OptimizerOptions) -> None:
     create_schedule(options, trial_optimizer(options)[0], MANY)
 
 
-def missing_models(options: TrainNetworkOptions) -> Iterable[str]:
+def missing_models(options: ModelOptions) -> Iterable[str]:
     """Models that look like files or folders and are not there. Other names may be those of the hub."""
     for option in ("pretrained_model_name_or_path", "vae"):
-        name = getattr(options.model, option)
+        name = getattr(options, option)
         if name and looks_like_path(name) and not Path(name).exists():
             cure = "~ is not understood here, write the folder out" if name.startswith("~") else "check the path"
             yield f"--{option}: there is no file or folder {name}; {cure} (looked in {Path.cwd()})"
 
 
-def read_model_header(options: TrainNetworkOptions) -> Header | None:
+def read_model_header(options: ModelOptions) -> Header | None:
     """The family of the model and the shapes of its weights; None if there is no such file, which is reported already."""
-    name = options.model.pretrained_model_name_or_path
+    name = options.pretrained_model_name_or_path
     if not name or (looks_like_path(name) and not Path(name).exists()):
         return None
-    return read_header(name, options.model.v2)
+    return read_header(name, options.v2)
 
 
 def looks_like_path(name: str) -> bool:
@@ -204,18 +226,19 @@ def looks_like_path(name: str) -> bool:
     )
 
 
-def missing_networks(options: TrainNetworkOptions) -> Iterable[str]:
-    chosen = options.network
-    named = [("network_weights", chosen.network_weights)] + [("base_weights", path) for path in chosen.base_weights or ()]
+def missing_networks(options: NetworkOptions) -> Iterable[str]:
+    """LoRA files that are not there."""
+    named = [("network_weights", options.network_weights)] + [("base_weights", path) for path in options.base_weights or ()]
     for option, path in named:
         if path and not Path(path).is_file():
             yield f"--{option} {path}: there is no such file; check the path (looked in {Path.cwd()})"
 
 
-def nothing_to_validate_with(options: TrainNetworkOptions, dataset: TrainingDataset) -> Iterable[str]:
+def nothing_to_validate_with(options: ValidationOptions, optimizer: OptimizerOptions, dataset: TrainingDataset) -> Iterable[str]:
+    """What waits for validations, if no images are held out for them."""
     wanted = {
-        "early_stopping_patience": options.validation.early_stopping_patience,
-        "lr_scheduler reduce_lr_on_plateau": waits_for_validation(options.optimizer),
+        "early_stopping_patience": options.early_stopping_patience,
+        "lr_scheduler reduce_lr_on_plateau": waits_for_validation(optimizer),
     }
     for name in [name for name, value in wanted.items() if value and not dataset.table.held_out.any()]:
         yield f"--{name} needs images to validate with; give --validation_split 0.1, say, or the key in the dataset file"
@@ -229,9 +252,11 @@ def wrong_sizes(configs: Sequence[DatasetConfig], family: Family) -> Iterable[st
             yield f"dataset {number}: {wrong}"
 
 
-def changing_texts(options: TrainNetworkOptions, dataset: TrainingDataset, header: Header) -> Iterable[str]:
+def changing_texts(
+    network: NetworkOptions, optimizer: OptimizerOptions, dataset: TrainingDataset, header: Header
+) -> Iterable[str]:
     """Why --cache_text_encoder_outputs cannot be done: what the text encoders give is not the same at every use."""
-    if trains_text_encoder(options.network, options.optimizer, len(header.family.text_parts)):
+    if trains_text_encoder(network, optimizer, len(header.family.text_parts)):
         yield (
             "--cache_text_encoder_outputs: the text encoder is trained, so what it gives changes with every step; add "
             "--network_train_unet_only, or take out --cache_text_encoder_outputs"
@@ -239,10 +264,10 @@ def changing_texts(options: TrainNetworkOptions, dataset: TrainingDataset, heade
     yield from varying_captions(dataset.table)
 
 
-def check_prompts(options: TrainNetworkOptions) -> None:
-    path = options.previews.sample_prompts
-    if path and options.previews.are_asked_for:
-        read_prompt_file(Path(path), PromptSpec(sampler=options.previews.sample_sampler))
+def check_prompts(options: PreviewOptions) -> None:
+    """Whether --sample_prompts can be read. Raises UserError."""
+    if options.sample_prompts and options.are_asked_for:
+        read_prompt_file(Path(options.sample_prompts), PromptSpec(sampler=options.sample_sampler))
 
 
 def tell_notes(options: TrainNetworkOptions, dataset: TrainingDataset, device: torch.device, header: Header) -> list[str]:

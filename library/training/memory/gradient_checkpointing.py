@@ -16,40 +16,34 @@ from torch import Tensor, nn
 from library.data.dataset import TrainingDataset
 from library.errors import one_line
 from library.models.family import Conditioning, Model
-from library.models.loading import Header
 from library.models.modules import evaluating
-from library.training.checks.estimates import WORKSPACE, fixed_bytes, largest_batch
+from library.training.checks.estimates import WORKSPACE, largest_batch
 from library.training.network import TrainedNetwork
-from library.training.options import TrainNetworkOptions
 
 GIB = 2**30
 
 
-def use_gradient_checkpointing(
-    options: TrainNetworkOptions,
-    model: Model,
-    network: TrainedNetwork,
-    dataset: TrainingDataset,
-    header: Header,
-    autocast: Callable,
-) -> None:
-    """Switch checkpointing on, everywhere or where the budget wants it. autocast: the context of the run's arithmetic."""
+def use_gradient_checkpointing(model: Model, network: TrainedNetwork) -> None:
+    """Switch checkpointing on everywhere."""
     model.denoiser.enable_gradient_checkpointing()
     if network.trains_text_encoder:
         for encoder in model.text_encoders:
             encoder.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     network.module.enable_gradient_checkpointing()
-    budget = options.training.gradient_checkpointing_budget
-    if budget is None:
-        return
+
+
+def keep_to_budget(budget: float, fixed: float, model: Model, count: Callable[[], tuple[list[int], list[int]]]) -> None:
+    """Leave checkpointing on in as many parts of the U-Net as the budget (GiB) wants.
+
+    fixed: bytes beside activations. count: gives what `count_kept` does.
+    """
     try:
-        kept = count_kept(options, model, network, dataset, autocast)
+        kept = count()
     except Exception as error:  # a network module of others may do what cannot be done without content
         reason = one_line(error, 100)
         print(f"--gradient_checkpointing_budget: cannot count with this network module ({reason}); all is checkpointed")
         model.denoiser.enable_gradient_checkpointing()
         return
-    fixed = fixed_bytes(options, header)
     chosen, activations = choose(*kept, (budget * GIB - fixed) / WORKSPACE)
     needed = (fixed + activations * WORKSPACE) / GIB
     parts = units(model.denoiser)
@@ -88,14 +82,16 @@ def choose(plain: Sequence[int], checkpointed: Sequence[int], budget: float) -> 
 
 
 def count_kept(
-    options: TrainNetworkOptions, model: Model, network: TrainedNetwork, dataset: TrainingDataset, autocast: Callable
+    model: Model, network: TrainedNetwork, dataset: TrainingDataset, tokens: int, autocast: Callable
 ) -> tuple[list[int], list[int]]:
-    """Bytes that each unit keeps of the largest batch until the backward pass, without and with checkpointing."""
+    """Bytes that each unit keeps of the largest batch until the backward pass, without and with checkpointing.
+
+    tokens: of a caption. autocast: makes the context in which the run computes.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     unet = model.denoiser
     batch, (width, height) = largest_batch(dataset)
-    tokens = (options.captions.max_token_length or 75) + 2
     found = []
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, evaluating(network.module), autocast():
         weights = [tensor for module in (unet, network.module) for tensor in (*module.parameters(), *module.buffers())]

@@ -9,48 +9,44 @@ from torch import nn
 
 from library.freed_memory import give_back_freed_memory
 from library.models.family import Model
-from library.training.checks.estimates import base_formats
 from library.training.memory.compiling import compile_in_place
 from library.training.memory.packing import CLASSES, pack_weights
-from library.training.options import TrainNetworkOptions
+from library.training.memory.precision import NumberFormats
+from library.training.options import PrecisionOptions
 
 
-def pack_frozen_weights(options: TrainNetworkOptions, model: Model, device: torch.device) -> None:
+def pack_frozen_weights(formats: NumberFormats, model: Model, device: torch.device, gradient_checkpointing: bool) -> None:
     """--base_dtype, --fp8_base and --fp8_base_unet: 8 or 4 bits for the large weights from now on, the U-Net on the device."""
-    formats = base_formats(options)
-    unet_format, text_format = formats["unet"], formats["text_encoder"]
-    if not unet_format:
+    if not formats.unet:
         return
-    saved = pack_weights(model.denoiser, unet_format, device)
+    saved = pack_weights(model.denoiser, formats.unet, device)
     model.denoiser.to(device)
-    if text_format:
-        saved += sum(pack_weights(encoder, text_format) for encoder in model.text_encoders)  # may be idle, on the CPU
-    print(f"frozen weights in {unet_format}: {saved / 2**20:.0f} MiB less")
+    if formats.text_encoder:
+        saved += sum(pack_weights(encoder, formats.text_encoder) for encoder in model.text_encoders)  # may be idle, on the CPU
+    print(f"frozen weights in {formats.unet}: {saved / 2**20:.0f} MiB less")
     packed = [layer for layer in model.denoiser.modules() if isinstance(layer, tuple(CLASSES.values()))]
-    if not options.training.gradient_checkpointing and any("forward" in vars(layer) for layer in packed):
+    if not gradient_checkpointing and any("forward" in vars(layer) for layer in packed):
         print(
             "this network module keeps the unpacked weights until the backward pass: add --gradient_checkpointing to save memory"
         )
 
 
-def compile_model(options: TrainNetworkOptions, model: Model, trains_text_encoder: bool) -> None:
+def compile_model(options: PrecisionOptions, model: Model, trains_text_encoder: bool) -> None:
     """--torch_compile."""
-    if options.precision.torch_compile:
-        compile_in_place(
-            [model.denoiser, *(model.text_encoders if trains_text_encoder else [])], options.precision.dynamo_backend
-        )
+    if options.torch_compile:
+        compile_in_place([model.denoiser, *(model.text_encoders if trains_text_encoder else [])], options.dynamo_backend)
 
 
-def offload_idle_parts(options: TrainNetworkOptions, idle: Iterable[nn.Module], *, keep_for_previews: bool) -> None:
+def offload_idle_parts(options: PrecisionOptions, idle: Iterable[nn.Module], *, keep_for_previews: bool) -> None:
     """Take parts of the model that training does not use off the GPU, or free them for good where no preview needs them.
 
     Previews fetch them back for their images. With --lowram main memory is the scarcer one, and with --highvram none is scarce:
     then parts that previews need stay where they are.
     """
-    if keep_for_previews and (options.precision.lowram or options.precision.highvram):
+    if keep_for_previews and (options.lowram or options.highvram):
         return
     for part in idle:
         part.to("cpu" if keep_for_previews else "meta")
     give_back_freed_memory()
-    if torch.cuda.is_available() and not options.precision.highvram:
+    if torch.cuda.is_available() and not options.highvram:
         torch.cuda.empty_cache()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 
@@ -10,15 +11,35 @@ from library.devices import DTYPES
 from library.errors import UserError
 from library.models.family import Family
 from library.training.optimization.optimizers import spec_of
-from library.training.options import TrainNetworkOptions
+from library.training.options import PrecisionOptions, TrainingOptions
 
 LEAST_FP16 = 2.0**-24  # the smallest number above 0
 
 
-def trained_dtype(options: TrainNetworkOptions) -> torch.dtype:
-    """The format of the network's weights: float32, or that of the arithmetic with --full_fp16 and --full_bf16."""
-    full = options.precision.full_fp16 or options.precision.full_bf16
-    return DTYPES[options.training.mixed_precision] if full else torch.float32
+@dataclass(frozen=True)
+class NumberFormats:
+    """In which formats a run keeps its numbers.
+
+    arithmetic: the frozen model, and what is computed. trained: the network's weights. unet, text_encoder: the name of the format
+    in which the large weights of these are packed (see packing.py); None: as the frozen model is.
+    """
+
+    arithmetic: torch.dtype
+    trained: torch.dtype
+    unet: str | None
+    text_encoder: str | None
+
+    @classmethod
+    def of(cls, training: TrainingOptions, precision: PrecisionOptions) -> NumberFormats:
+        """By --mixed_precision, --full_fp16, --full_bf16, --base_dtype, --fp8_base and --fp8_base_unet."""
+        arithmetic = DTYPES[training.mixed_precision]
+        both = precision.base_dtype or ("fp8" if precision.fp8_base else None)
+        return cls(
+            arithmetic=arithmetic,
+            trained=arithmetic if precision.full_fp16 or precision.full_bf16 else torch.float32,
+            unet=both or ("fp8" if precision.fp8_base_unet else None),
+            text_encoder=both,
+        )
 
 
 class HalfGradScaler(torch.amp.GradScaler):
@@ -44,22 +65,20 @@ def check_half_weights(optimizer: torch.optim.Optimizer, name: str, dtype: torch
             )
 
 
-def explain_nonfinite(options: TrainNetworkOptions, weights: Iterable[torch.Tensor], family: Family) -> str:
-    """Why a loss is NaN or infinite, as far as the network's weights tell."""
-    training, precision = options.training, options.precision
+def explain_nonfinite(formats: NumberFormats, weights: Iterable[torch.Tensor], vae_cure: str | None) -> str:
+    """Why a loss is NaN or infinite, as far as the network's weights tell. vae_cure: None if it cannot be the VAE."""
     if not all(bool(torch.isfinite(weight).all()) for weight in weights):
-        more = ", or leave out --full_fp16" if precision.full_fp16 else ""
+        more = ", or leave out --full_fp16" if formats.trained == torch.float16 else ""
         return f"the network's own weights are not finite any more: lower --learning_rate{more}"
-    if training.mixed_precision == "fp16":
-        is_checked = options.model.no_half_vae or options.augmentation.cache_latents or options.augmentation.cache_latents_to_disk
-        vae = "" if is_checked else f"; if it is the VAE, {vae_cure(options, family)}"
+    if formats.arithmetic == torch.float16:
+        vae = f"; if it is the VAE, {vae_cure}" if vae_cure else ""
         return f"the network's weights are good, so the model overflowed in fp16: use --mixed_precision bf16 or no{vae}"
     return "the network's weights are good: look at the images named above, and lower --learning_rate if they are good too"
 
 
-def vae_cure(options: TrainNetworkOptions, family: Family) -> str:
+def vae_cure(formats: NumberFormats, no_half_vae: bool, family: Family) -> str:
     """What to do about a VAE that gives values that are not finite."""
-    if options.training.mixed_precision == "no" or options.model.no_half_vae:
+    if formats.arithmetic == torch.float32 or no_half_vae:
         return "it runs in full precision, so its file is damaged: use another --vae"
     other = f"--vae={family.half_vae}, which is made for 16 bits" if family.half_vae else "another --vae"
     return f"run it in full precision with --no_half_vae, or give {other}"

@@ -10,20 +10,20 @@ import torch
 
 from library.errors import UserError
 from library.training.optimization.optimizers import optimizer_name, spec_named
-from library.training.options import TrainNetworkOptions
+from library.training.options import OptimizerOptions, TrainingOptions
 
 
-def check_fused_backward(options: TrainNetworkOptions, processes: int) -> None:
+def check_fused_backward(optimizer: OptimizerOptions, training: TrainingOptions, processes: int) -> None:
     """Refuse what needs all gradients of a step at once."""
-    name = optimizer_name(options.optimizer)
+    name = optimizer_name(optimizer)
     spec = spec_named(name)
     reasons = [
         (
-            options.training.gradient_accumulation_steps > 1,
+            training.gradient_accumulation_steps > 1,
             "with --gradient_accumulation_steps gradients must be kept until the step",
         ),
         (
-            options.training.mixed_precision == "fp16",
+            training.mixed_precision == "fp16",
             "fp16 looks at all gradients before it takes a step; use --mixed_precision bf16",
         ),
         (processes > 1, "several processes add up their gradients before a step"),

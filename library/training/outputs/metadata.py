@@ -104,7 +104,7 @@ def run_facts(
         "ss_lr_scheduler": rates.lr_scheduler_type or rates.lr_scheduler,
         **network_facts(network, trained),
         "ss_base_model_version": records.base_model_version[model.prediction],
-        "ss_cache_latents": options.augmentation.cache_latents or options.augmentation.cache_latents_to_disk,
+        "ss_cache_latents": options.augmentation.caches_latents,
         "ss_seed": seed,
         "ss_optimizer": optimizer,
         "ss_sd_scripts_commit_hash": commit_hash(),
@@ -114,7 +114,8 @@ def run_facts(
     other = other_options(options)
     if other:
         facts["ss_other_options"] = other
-    return facts | data_facts(options, datasets, plan.processes) | model_spec(options, datasets, records)
+    has_dataset_file = bool(options.data.dataset_config)
+    return facts | data_facts(datasets, plan, has_dataset_file) | model_spec(options, datasets, records)
 
 
 def recorded(options: BaseModel, prefix: str) -> dict[str, Any]:
@@ -203,7 +204,7 @@ def commit_hash() -> str:
     return result.stdout.strip() if result.returncode == 0 else "(unknown)"
 
 
-def data_facts(options: TrainNetworkOptions, datasets: Sequence[DatasetFacts], processes: int) -> dict[str, Any]:
+def data_facts(datasets: Sequence[DatasetFacts], plan: Plan, has_dataset_file: bool) -> dict[str, Any]:
     """Images, buckets and tags. With a dataset file every dataset has an entry of its own, else the keys stand alone."""
     folders: dict[bool, dict[str, Any]] = {False: {}, True: {}}
     tags: dict[str, dict[str, int]] = {}
@@ -214,7 +215,7 @@ def data_facts(options: TrainNetworkOptions, datasets: Sequence[DatasetFacts], p
         for folder, counts in dataset.tag_frequency.items():
             tags.setdefault(folder, counts)
     facts: dict[str, Any] = {"ss_dataset_dirs": folders[False], "ss_tag_frequency": tags}
-    if options.data.dataset_config:
+    if has_dataset_file:
         return facts | {
             "ss_datasets": [_dataset_entry(dataset) for dataset in datasets],
             "ss_other_dataset_keys": other_dataset_keys(datasets),
@@ -224,7 +225,7 @@ def data_facts(options: TrainNetworkOptions, datasets: Sequence[DatasetFacts], p
         "ss_reg_dataset_dirs": folders[True],
         **{key: getattr(config, name) for key, name in recorded_dataset_keys(DatasetConfig).items()},
         **{key: getattr(first, name) for key, name in recorded_dataset_keys(SubsetConfig).items()},
-        "ss_total_batch_size": config.batch_size * processes * options.training.gradient_accumulation_steps,
+        "ss_total_batch_size": config.batch_size * plan.batches_per_step,
         "ss_resolution": config.resolution,
         "ss_bucket_info": json.dumps(datasets[0].bucket_info),
     }

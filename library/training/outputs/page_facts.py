@@ -56,7 +56,7 @@ def facts_at_start(run: Run, folder: Path) -> dict[str, Any]:
         "model": Path(name).name or name,
         "model_title": run.model.family.title,
         "base": name,
-        "network": network_summary(options, run.network),
+        "network": network_summary(run.network, options.network.module_name, options.output.save_precision),
         "trigger": options.metadata.metadata_trigger_phrase or "",
         "began": round(float(run.metadata.facts["ss_training_started_at"]) * 1000),
         "chart": lay_chart_script(folder),

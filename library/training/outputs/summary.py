@@ -9,7 +9,6 @@ from tqdm import tqdm
 from library.devices import DTYPES, peak_memory_bytes
 from library.training.loop import Outcome, Stop
 from library.training.network import TrainedNetwork
-from library.training.options import TrainNetworkOptions
 from library.training.outputs.loss_plot import try_loss_plot
 from library.training.plan import Plan
 
@@ -17,19 +16,18 @@ if TYPE_CHECKING:
     from library.training.setup import Run
 
 
-def network_summary(options: TrainNetworkOptions, network: TrainedNetwork) -> str:
+def network_summary(network: TrainedNetwork, module_name: str, save_precision: str | None) -> str:
     """What is trained: the network module, and what it says of itself."""
     if hasattr(network.module, "summary"):
-        precision = options.output.save_precision
-        words = network.module.summary(DTYPES[precision] if precision else None)
+        summary = network.module.summary(DTYPES[save_precision] if save_precision else None)
     else:
-        words = f"{sum(p.numel() for p in network.parameters):,} trainable parameters"
-    return f"{options.network.network_module}: {words}"
+        summary = f"{sum(p.numel() for p in network.parameters):,} trainable parameters"
+    return f"{module_name}: {summary}"
 
 
-def print_plan(options: TrainNetworkOptions, plan: Plan, network: TrainedNetwork, seed: int) -> None:
-    """The network and the length of the run."""
-    print(f"network {network_summary(options, network)}")
+def print_plan(plan: Plan, network: str, seed: int) -> None:
+    """The length of the run, and the network by its `network_summary`."""
+    print(f"network {network}")
     shared = f" ({plan.accumulation} on each of {plan.processes} processes)" if plan.processes > 1 else ""
     print(
         f"plan: {plan.max_steps} steps of {plan.batches_per_step} batch{'es' if plan.batches_per_step > 1 else ''}{shared}, "

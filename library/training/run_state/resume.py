@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from library.data.dataset import TrainingDataset
 from library.errors import UserError
-from library.training.options import TrainNetworkOptions
+from library.training.options import HubOptions, TrainNetworkOptions
 from library.training.outputs.hub import fetch_state
 from library.training.plan import Plan, Progress
 from library.training.run_state.compatible import check_same_run, early_fingerprint
@@ -19,20 +19,18 @@ if TYPE_CHECKING:
     from library.training.setup import Run
 
 
-def open_state(options: TrainNetworkOptions) -> State | None:
+def open_state(resume: str | None, hub: HubOptions, output_name: str | None) -> State | None:
     """The state that --resume names, read and found whole."""
-    if not options.state.resume:
+    if not resume:
         return None
-    on_hub = options.hub.resume_from_huggingface
-    path = fetch_state(options.state.resume, options.hub.huggingface_token) if on_hub else Path(options.state.resume)
-    state = read_state(find_state(path, options.output.output_name))
+    path = fetch_state(resume, hub.huggingface_token) if hub.resume_from_huggingface else Path(resume)
+    state = read_state(find_state(path, output_name))
     print(f"resuming from {state.folder}, {state.record['step']} steps are done")
     return state
 
 
-def chosen_seed(options: TrainNetworkOptions, resumed: State | None) -> int:
+def chosen_seed(given: int | None, resumed: State | None) -> int:
     """--seed, else that of the state, else a new one."""
-    given = options.training.seed
     if resumed is None:
         return secrets.randbelow(2**32) if given is None else given
     seed = resumed.record["seed"]

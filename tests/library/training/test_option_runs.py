@@ -16,6 +16,7 @@ from library.training.checks.contradictions import contradictions
 from library.training.memory.frozen import FrozenConv2d
 from library.training.memory.packing import PackedConv2d, PackedLinear
 from library.training.memory.placement import offload_idle_parts, pack_frozen_weights
+from library.training.memory.precision import NumberFormats
 from library.training.options import parse_options
 
 NEEDED = ["--pretrained_model_name_or_path=m", "--train_data_dir=d", "--output_dir=o", "--network_module=networks.lora"]
@@ -58,12 +59,18 @@ def test_a_run_freezes_its_convolutions_unless_a_compiler_does_more(run, recorde
     assert [type(made.model.denoiser.conv_in) is FrozenConv2d for made in recorder.runs] == [True, False]
 
 
+def pack(model, *words: str) -> None:
+    chosen = parse_options([*NEEDED, *words])
+    formats = NumberFormats.of(chosen.training, chosen.precision)
+    pack_frozen_weights(formats, model, CPU, chosen.training.gradient_checkpointing)
+
+
 @pytest.mark.option("fp8_base_unet")
 def test_fp8_base_unet_leaves_the_text_encoder(capsys):
     model = small_stable_diffusion(unet_channels=(32, 32, 64, 64), vae_channels=(32, 32, 32, 32), text_width=32, text_layers=1)
-    pack_frozen_weights(parse_options(NEEDED), model, CPU)
+    pack(model)
     assert not packed(model.denoiser) and not capsys.readouterr().out
-    pack_frozen_weights(parse_options([*NEEDED, "--fp8_base_unet"]), model, CPU)
+    pack(model, "--fp8_base_unet")
     assert packed(model.denoiser) > 100 and not packed(model.text_encoders[0])
     assert "frozen weights in fp8" in (said := capsys.readouterr().out) and "save memory" not in said
 
@@ -71,9 +78,9 @@ def test_fp8_base_unet_leaves_the_text_encoder(capsys):
 def test_a_network_that_takes_the_place_of_layers_is_told_to_checkpoint(capsys):
     model = small_stable_diffusion(unet_channels=(32, 32, 64, 64), vae_channels=(32, 32, 32, 32), text_width=32, text_layers=1)
     model.denoiser.conv_in.forward = lambda x: x  # as LyCORIS does
-    pack_frozen_weights(parse_options([*NEEDED, "--base_dtype=int8", "--gradient_checkpointing"]), model, CPU)
+    pack(model, "--base_dtype=int8", "--gradient_checkpointing")
     assert "save memory" not in capsys.readouterr().out
-    pack_frozen_weights(parse_options([*NEEDED, "--base_dtype=int8"]), model, CPU)
+    pack(model, "--base_dtype=int8")
     assert "add --gradient_checkpointing to save memory" in capsys.readouterr().out
 
 
@@ -100,7 +107,7 @@ def test_parts_that_previews_need_leave_the_gpu_unless_told_otherwise(words, mov
     class Model:
         vae, text_encoders = _Part(), [_Part()]
 
-    offload_idle_parts(parse_options([*NEEDED, *words]), [Model.vae, *Model.text_encoders], keep_for_previews=True)
+    offload_idle_parts(parse_options([*NEEDED, *words]).precision, [Model.vae, *Model.text_encoders], keep_for_previews=True)
     assert Model.vae.moved == Model.text_encoders[0].moved == moved
 
 
@@ -109,8 +116,13 @@ def test_parts_that_nothing_needs_any_more_are_freed(words):
     class Model:
         vae, text_encoders = _Part(), [_Part()]
 
-    offload_idle_parts(parse_options([*NEEDED, *words]), [Model.vae], keep_for_previews=False)
+    offload_idle_parts(parse_options([*NEEDED, *words]).precision, [Model.vae], keep_for_previews=False)
     assert (Model.vae.moved, Model.text_encoders[0].moved) == (["meta"], [])
+
+
+def load(device: torch.device, *words: str) -> None:
+    chosen = parse_options([*NEEDED, *words])
+    setup.load_model(chosen.model, NumberFormats.of(chosen.training, chosen.precision), device)
 
 
 @pytest.mark.option("vae")
@@ -120,18 +132,18 @@ def test_models_go_straight_to_the_device_in_the_format_of_the_arithmetic(monkey
 
     seen = {}
 
-    def load(name, **more):
+    def load_stable_diffusion(name, **more):
         seen.update(more)
         raise Stop
 
-    monkeypatch.setattr(setup, "load_stable_diffusion", load)
+    monkeypatch.setattr(setup, "load_stable_diffusion", load_stable_diffusion)
 
     device = torch.device("cuda", 0)
     with pytest.raises(Stop):  # packed weights alone go there
-        setup.load_model(parse_options([*NEEDED, "--base_dtype=int8"]), device)
+        load(device, "--base_dtype=int8")
     assert seen["device"] == "cpu"
     with pytest.raises(Stop):
-        setup.load_model(parse_options([*NEEDED, "--lowram", "--mixed_precision=bf16", "--vae=other"]), device)
+        load(device, "--lowram", "--mixed_precision=bf16", "--vae=other")
     assert seen["vae"] == "other" and seen["device"] == device and seen["dtype"] == torch.bfloat16
 
 
@@ -143,7 +155,7 @@ def test_mem_eff_attn_wins_over_xformers(monkeypatch, words, asked):
     calls = []
     monkeypatch.setattr(setup, "load_stable_diffusion", lambda *a, **k: type("Model", (), {"denoiser": None}))
     monkeypatch.setattr(setup, "use_xformers", lambda *a: calls.append(a))
-    setup.load_model(parse_options([*NEEDED, *words]), CPU)
+    load(CPU, *words)
     assert bool(calls) == asked
 
 

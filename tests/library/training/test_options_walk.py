@@ -83,10 +83,10 @@ def options(*words: str) -> TrainNetworkOptions:
 def test_where_a_run_begins():
     def start(*words: str) -> tuple[int, int, int]:
         chosen = options("--max_train_steps=50", *words)
-        found = Progress.at_start(chosen.state, Plan.of(chosen, 10), None)
+        found = Progress.at_start(chosen.state, Plan.of(chosen.training, 10), None)
         return found.step, found.epoch, found.position
 
-    assert start() == (0, 1, 0) and Plan.of(options("--max_train_steps=50"), 10).max_steps == 50
+    assert start() == (0, 1, 0) and Plan.of(options("--max_train_steps=50").training, 10).max_steps == 50
     assert start("--initial_epoch=3") == (20, 3, 0)
     assert start("--initial_step=13", "--initial_epoch=3") == (13, 2, 0)
     assert start("--initial_step=13", "--skip_until_initial_step") == (13, 2, 3)

@@ -17,7 +17,7 @@ from library.data.config_keys import DatasetConfig, SubsetConfig
 from library.data.dataset import TrainingDataset
 from library.models.saving import save_stable_diffusion
 from library.testing import small_sdxl, small_stable_diffusion
-from library.training.options import parse_options
+from library.training.options import TrainingOptions, parse_options
 from library.training.plan import Plan
 
 
@@ -254,9 +254,8 @@ def test_ctrl_c_on_one_process_stops_all_and_saves(outcomes, place):
 
 @pytest.mark.parametrize("batches, processes, accumulation", [(5, 2, 1), (7, 3, 2), (4, 8, 1), (12, 2, 3)])
 def test_plan_deals_each_batch_to_one_step_once(batches, processes, accumulation):
-    needed = ["--pretrained_model_name_or_path=m", "--train_data_dir=d", "--output_dir=o", "--network_module=networks.lora"]
-    several = Plan.of(parse_options([*needed, f"--gradient_accumulation_steps={accumulation}"]), batches, processes)
-    single = Plan.of(parse_options([*needed, f"--gradient_accumulation_steps={accumulation * processes}"]), batches)
+    several = Plan.of(TrainingOptions(gradient_accumulation_steps=accumulation), batches, processes)
+    single = Plan.of(TrainingOptions(gradient_accumulation_steps=accumulation * processes), batches)
     assert several.steps_per_epoch == single.steps_per_epoch and several.max_steps == single.max_steps
     sizes = [several.step_size(position) for position in range(0, several.micro_batches_per_epoch, accumulation)]
     assert sum(sizes) == batches and len(sizes) == several.steps_per_epoch

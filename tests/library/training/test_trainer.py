@@ -174,7 +174,7 @@ def test_seeds_differ_by_batch_and_not_by_history():
 
 def plan(batches: int, *words: str) -> Plan:
     needed = ["--pretrained_model_name_or_path=m", "--train_data_dir=d", "--output_dir=o", "--network_module=networks.lora"]
-    return Plan.of(parse_options([*needed, *words]), batches)
+    return Plan.of(parse_options([*needed, *words]).training, batches)
 
 
 @pytest.mark.option("max_train_epochs", "gradient_accumulation_steps")

@@ -64,13 +64,8 @@ def test_trap_57_61_the_small_sdxl_keeps_what_its_shapes_say_and_less_with_check
     model.denoiser.enable_gradient_checkpointing()
     model.denoiser.train()
     table = SimpleNamespace(configs=[SimpleNamespace(batch_size=1)], buckets=[SimpleNamespace(dataset=0, size=(512, 512))])
-    options = parse_options(NEEDED)
     counted = count_kept(
-        options,
-        model,
-        SimpleNamespace(module=network),
-        SimpleNamespace(table=table),
-        lambda: torch.autocast("cpu", torch.bfloat16),
+        model, SimpleNamespace(module=network), SimpleNamespace(table=table), 77, lambda: torch.autocast("cpu", torch.bfloat16)
     )
     plain, checkpointed = (sum(kept) / 64**2 for kept in counted)
     assert kept_bytes(header) == pytest.approx((plain, checkpointed), rel=0.3)

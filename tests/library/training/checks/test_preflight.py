@@ -13,7 +13,7 @@ from library.errors import UserError
 from library.testing import full_size_header
 from library.training.checks import disk_space, preflight
 from library.training.checks.contradictions import contradictions
-from library.training.checks.estimates import estimated_bytes, largest_batch, network_file_bytes
+from library.training.checks.estimates import estimated_bytes, file_sizes, largest_batch
 from library.training.options import parse_options
 from library.training.plan import Plan
 
@@ -169,7 +169,7 @@ def test_what_looks_like_a_path_is_no_name_of_the_hub(name, is_path, tmp_path, m
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there").mkdir()
     assert preflight.looks_like_path(name) is is_path
-    missing = list(preflight.missing_models(options(f"--pretrained_model_name_or_path={name}", f"--vae={name}")))
+    missing = list(preflight.missing_models(options(f"--pretrained_model_name_or_path={name}", f"--vae={name}").model))
     assert len(missing) == (2 if is_path else 0)
 
 
@@ -181,21 +181,21 @@ def dataset(folder: Path, **more) -> TrainingDataset:
 
 def space(chosen, folder: Path) -> float:
     """Bytes that are planned for the output folder, in files of the network."""
-    plan = Plan.of(chosen, 1)
-    return disk_space.space_needed(chosen, plan, dataset(folder), full_size_header())[folder / "out"] / network_file_bytes(
-        chosen, full_size_header()
-    )
+    return needed(chosen, dataset(folder))[folder / "out"] / file_sizes(chosen, full_size_header()).network
+
+
+def needed(chosen, images: TrainingDataset) -> dict[Path, int]:
+    """Bytes by folder."""
+    return disk_space.space_needed(chosen, Plan.of(chosen.training, 1), images, full_size_header())
 
 
 def test_a_disk_that_is_too_small_is_told_before_the_model_loads(folder, monkeypatch):
     words = ["--network_dim=128", "--max_train_epochs=10", "--save_every_n_epochs=1", "--flip_aug"]
     chosen = options(*words, "--cache_latents_to_disk", folder=folder)
-    assert space(chosen, folder) == 10 and 280e6 < network_file_bytes(chosen, full_size_header()) < 320e6
-    needed = disk_space.space_needed(chosen, Plan.of(chosen, 1), dataset(folder), full_size_header())
-    assert needed[folder] == 2 * 8 * 8 * 4 * 4  # two latents of 4 x 8 x 8 float32
-    monkeypatch.setattr(
-        disk_space.shutil, "disk_usage", lambda path: usage(0, 0, 10 * network_file_bytes(chosen, full_size_header()))
-    )
+    size = file_sizes(chosen, full_size_header()).network
+    assert space(chosen, folder) == 10 and 280e6 < size < 320e6
+    assert needed(chosen, dataset(folder))[folder] == 2 * 8 * 8 * 4 * 4  # two latents of 4 x 8 x 8 float32
+    monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda path: usage(0, 0, 10 * size))
     found = problems(chosen)
     assert len(found) == 1 and "GiB free and the run writes about" in found[0] and "--save_last_n_epochs" in found[0]
     preflight.preflight(options(*words, "--save_last_n_epochs=2", folder=folder), CPU, 1)
@@ -214,19 +214,14 @@ def test_states_and_the_best_file_are_counted(folder):
     assert space(options(*steps, "--save_state", "--save_last_n_steps_state=10", folder=folder), folder) == 1 + 4 + 3 * (3 + 1)
     held_out = dataset(folder, validation_split=0.5)
     chosen = options("--max_train_steps=1", folder=folder)
-    assert disk_space.space_needed(chosen, Plan.of(chosen, 1), held_out, full_size_header())[
-        folder / "out"
-    ] == 2 * network_file_bytes(chosen, full_size_header())
+    assert needed(chosen, held_out)[folder / "out"] == 2 * file_sizes(chosen, full_size_header()).network
 
 
 def test_latents_that_lie_there_already_need_no_space(folder):
     chosen = options("--cache_latents_to_disk", folder=folder)
     (folder / ".latents").mkdir()
     (folder / ".latents" / "a").write_bytes(bytes(1500))
-    assert (
-        disk_space.space_needed(chosen, Plan.of(chosen, 1), dataset(folder), full_size_header())[folder]
-        == 2 * 8 * 8 * 4 * 4 - 1500
-    )
+    assert needed(chosen, dataset(folder))[folder] == 2 * 8 * 8 * 4 * 4 - 1500
 
 
 @pytest.mark.parametrize("family, row_bytes", [("sd1", 77 * 768 * 4), ("sdxl", 77 * 2048 * 4)])

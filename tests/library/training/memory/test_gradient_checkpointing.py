@@ -13,9 +13,15 @@ from torch import nn
 
 from library.errors import UserError
 from library.testing import full_size_header
-from library.training.checks.estimates import WORKSPACE, estimated_bytes, fixed_bytes
-from library.training.memory import gradient_checkpointing as checkpointing
-from library.training.memory.gradient_checkpointing import GIB, choose, count_kept, units, use_gradient_checkpointing
+from library.training.checks.estimates import WORKSPACE, estimated_bytes
+from library.training.memory.gradient_checkpointing import (
+    GIB,
+    choose,
+    count_kept,
+    keep_to_budget,
+    units,
+    use_gradient_checkpointing,
+)
 from library.training.options import parse_options
 from networks.lora import create_network
 from tests.library.training.small_runs import image_folder, tensors_of, train, two_blocks, use_two_blocks, words_of_a_run
@@ -70,7 +76,7 @@ def step(model, network) -> tuple[int, list[torch.Tensor]]:
 
 def test_what_is_counted_is_what_is_kept_and_gradients_are_the_plain_ones(parts):
     model, network, dataset = parts
-    plain, checkpointed = count_kept(options(), model, network, dataset, contextlib.nullcontext)
+    plain, checkpointed = count_kept(model, network, dataset, 77, contextlib.nullcontext)
     choices = [set(), set(range(0, len(units(model.denoiser)), 2)), set(range(len(units(model.denoiser))))]
     gradients = []
     for chosen in choices:
@@ -95,13 +101,12 @@ def test_the_largest_savings_come_first_and_no_more_than_needed():
 
 def test_a_budget_between_none_and_all_is_met(parts, capsys):
     model, network, dataset = parts
-    plain, checkpointed = (sum(kept) for kept in count_kept(options(), model, network, dataset, contextlib.nullcontext))
-    fixed = fixed_bytes(options(), full_size_header())
-    found = []
+    plain, checkpointed = (sum(kept) for kept in count_kept(model, network, dataset, 77, contextlib.nullcontext))
+    fixed, found = 3 * GIB, []
     for activations in (plain + 1, (plain + checkpointed) // 2, 1):
         budget = (fixed + activations * WORKSPACE) / GIB
-        chosen = options(f"--gradient_checkpointing_budget={budget!r}")
-        use_gradient_checkpointing(chosen, model, network, dataset, full_size_header(), contextlib.nullcontext)
+        use_gradient_checkpointing(model, network)
+        keep_to_budget(budget, fixed, model, lambda: count_kept(model, network, dataset, 77, contextlib.nullcontext))
         found.append(sum(unit.gradient_checkpointing for unit in units(model.denoiser)))
     lines = capsys.readouterr().out.splitlines()
     parts_there = len(units(model.denoiser))
@@ -110,14 +115,13 @@ def test_a_budget_between_none_and_all_is_met(parts, capsys):
     assert "cannot be less" in lines[2] and "cannot be less" not in lines[1]
 
 
-def test_a_network_that_cannot_be_counted_is_said_and_all_is_checkpointed(parts, monkeypatch, capsys):
-    def fails(*_):
+def test_a_network_that_cannot_be_counted_is_said_and_all_is_checkpointed(parts, capsys):
+    def fails():
         raise RuntimeError("no data")
 
-    monkeypatch.setattr(checkpointing, "count_kept", fails)
-    chosen = options("--gradient_checkpointing_budget=9")
-    use_gradient_checkpointing(chosen, *parts, full_size_header(), contextlib.nullcontext)
-    model = parts[0]
+    model, network, _ = parts
+    use_gradient_checkpointing(model, network)
+    keep_to_budget(9, 3 * GIB, model, fails)
     assert (
         all(unit.gradient_checkpointing for unit in units(model.denoiser))
         and "no data); all is checkpointed" in capsys.readouterr().out

@@ -11,8 +11,9 @@ from torch import nn
 from library.errors import UserError
 from library.testing import full_size_header
 from library.training.checks.contradictions import contradictions
-from library.training.checks.estimates import base_formats, fixed_bytes, frozen_bytes
+from library.training.checks.estimates import fixed_bytes, frozen_bytes
 from library.training.memory.packing import FORMATS, NF4, PackedConv2d, PackedLinear, pack_layer, pack_weights
+from library.training.memory.precision import NumberFormats
 from library.training.options import parse_options
 from networks.lora import LoRAModule, create_network
 from tests.library.training.small_runs import image_folder, tensors_of, train, two_blocks, use_two_blocks, words_of_a_run
@@ -24,6 +25,11 @@ ERRORS = {"int8": 0.012, "fp8": 0.03, "nf4": 0.1}
 
 def options(*words: str):
     return parse_options([*NEEDED, *words])
+
+
+def formats(*words: str) -> NumberFormats:
+    chosen = options(*words)
+    return NumberFormats.of(chosen.training, chosen.precision)
 
 
 @pytest.fixture
@@ -184,12 +190,12 @@ def test_half_precision_and_autocast():
 
 @pytest.mark.option("base_dtype")
 def test_formats_by_option():
-    assert base_formats(options()) == {"unet": None, "text_encoder": None}
-    assert base_formats(options("--base_dtype=nf4")) == {"unet": "nf4", "text_encoder": "nf4"}
-    assert (
-        base_formats(options("--fp8_base")) == base_formats(options("--base_dtype=fp8")) == {"unet": "fp8", "text_encoder": "fp8"}
-    )
-    assert base_formats(options("--fp8_base_unet")) == {"unet": "fp8", "text_encoder": None}
+    def packed(*words: str) -> tuple[str | None, str | None]:
+        return formats(*words).unet, formats(*words).text_encoder
+
+    assert packed() == (None, None) and packed("--base_dtype=nf4") == ("nf4", "nf4")
+    assert packed("--fp8_base") == packed("--base_dtype=fp8") == ("fp8", "fp8")
+    assert packed("--fp8_base_unet") == ("fp8", None)
 
 
 @pytest.mark.parametrize("flag", ["fp8_base", "fp8_base_unet"])
@@ -211,12 +217,11 @@ def test_wrong_formats_and_names(word, part):
 def test_estimates_know_the_formats():
     half = ["--mixed_precision=fp16"]
     cases = ([], ["--base_dtype=int8"], ["--base_dtype=nf4"], ["--fp8_base_unet"])
-    sizes = [frozen_bytes(options(*half, *more), full_size_header()) / 1e9 for more in cases]
+    sizes = [frozen_bytes(formats(*half, *more), full_size_header()) / 1e9 for more in cases]
     assert sizes == pytest.approx([2.132, 1.188, 0.746, 1.273], abs=0.001)
-    assert fixed_bytes(options(*half), full_size_header()) - fixed_bytes(
-        options(*half, "--fp8_base"), full_size_header()
-    ) == pytest.approx(0.944e9, rel=1e-3)
-    assert frozen_bytes(options(), full_size_header()) / 1e9 == pytest.approx(4.264, abs=0.001)
+    plain, packed = (fixed_bytes(formats(*half, *more), options().network, full_size_header()) for more in ([], ["--fp8_base"]))
+    assert plain - packed == pytest.approx(0.944e9, rel=1e-3)
+    assert frozen_bytes(formats(), full_size_header()) / 1e9 == pytest.approx(4.264, abs=0.001)
 
 
 # ---------------------------------------------------------------- runs

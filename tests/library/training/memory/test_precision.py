@@ -5,10 +5,12 @@ import torch
 
 from library.errors import UserError
 from library.models import sd1, sdxl
+from library.training import setup
 from library.training.checks.contradictions import contradictions
 from library.training.memory.compiling import check_backend, compile_in_place
-from library.training.memory.precision import HalfGradScaler, check_half_weights, explain_nonfinite, trained_dtype, vae_cure
+from library.training.memory.precision import HalfGradScaler, NumberFormats, check_half_weights, explain_nonfinite, vae_cure
 from library.training.options import parse_options
+from tests.library.training.small_runs import image_folder, train, use_two_blocks, words_of_a_run
 
 NEEDED = ["--pretrained_model_name_or_path=m", "--train_data_dir=d", "--output_dir=o", "--network_module=networks.lora"]
 CPU = torch.device("cpu")
@@ -18,14 +20,19 @@ def options(*words: str):
     return parse_options([*NEEDED, *words])
 
 
+def formats(*words: str) -> NumberFormats:
+    chosen = options(*words)
+    return NumberFormats.of(chosen.training, chosen.precision)
+
+
 # ---------------------------------------------------------------- 16-bit weights
 
 
 @pytest.mark.option("full_fp16", "full_bf16", "mixed_precision")
 def test_trained_weights_are_float32_unless_full():
-    assert trained_dtype(options("--mixed_precision=fp16")) == torch.float32
-    assert trained_dtype(options("--mixed_precision=fp16", "--full_fp16")) == torch.float16
-    assert trained_dtype(options("--mixed_precision=bf16", "--full_bf16")) == torch.bfloat16
+    assert formats("--mixed_precision=fp16").trained == torch.float32
+    assert formats("--mixed_precision=fp16", "--full_fp16").trained == torch.float16
+    assert formats("--mixed_precision=bf16", "--full_bf16").trained == torch.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -81,18 +88,27 @@ def test_the_loss_scaler_takes_fp16_gradients():
 def test_trap_24_a_loss_of_nan_is_explained():
     good, bad = [torch.ones(2)], [torch.ones(2), torch.tensor([1.0, float("nan")])]
 
-    def explain(*words, weights=good, family=sd1.FAMILY):
-        return explain_nonfinite(options(*words), weights, family)
+    def explain(*words, weights=good, cure: str | None = "look at the VAE"):
+        return explain_nonfinite(formats(*words), weights, cure)
 
     half = ["--mixed_precision=fp16"]
     assert "lower --learning_rate, or leave out --full_fp16" in explain(*half, "--full_fp16", weights=bad)
     assert explain(weights=bad).endswith("any more: lower --learning_rate")
-    assert "overflowed in fp16" in explain(*half) and "with --no_half_vae, or give another --vae" in explain(*half)
-    assert "--no_half_vae" not in explain(*half, "--no_half_vae") and "look at the images" in explain()
-    named = explain(*half, family=sdxl.FAMILY)
-    assert "--no_half_vae, or give --vae=madebyollin/sdxl-vae-fp16-fix, which is made for 16 bits" in named
-    assert "--vae" not in explain(*half, "--cache_latents", family=sdxl.FAMILY), "the cache has looked at its latents"
-    assert vae_cure(options(), sdxl.FAMILY).startswith("it runs in full precision")
+    assert explain(*half).endswith("overflowed in fp16: use --mixed_precision bf16 or no; if it is the VAE, look at the VAE")
+    assert explain(*half, cure=None).endswith("--mixed_precision bf16 or no") and "look at the images" in explain()
+    assert "with --no_half_vae, or give another --vae" in vae_cure(formats(*half), False, sd1.FAMILY)
+    named = vae_cure(formats(*half), False, sdxl.FAMILY)
+    assert named.endswith("--no_half_vae, or give --vae=madebyollin/sdxl-vae-fp16-fix, which is made for 16 bits")
+    assert vae_cure(formats(*half), True, sdxl.FAMILY) == vae_cure(formats(), False, sdxl.FAMILY)
+    assert vae_cure(formats(), False, sdxl.FAMILY).startswith("it runs in full precision")
+
+
+@pytest.mark.parametrize("words", [["--no_half_vae"], ["--cache_latents"], []])
+def test_trap_24_the_vae_is_named_unless_it_is_exact_or_the_cache_has_looked_at_its_latents(words, tmp_path, monkeypatch):
+    use_two_blocks(monkeypatch.setattr)
+    monkeypatch.setattr(setup, "vae_cure", lambda *_: "look at the VAE")
+    made = train(words_of_a_run(image_folder(tmp_path / "images", 1), tmp_path / "out", "--max_train_steps=1", *words))
+    assert made.step.losses.explain.args[-1] == (None if words else "look at the VAE")
 
 
 # ---------------------------------------------------------------- torch.compile

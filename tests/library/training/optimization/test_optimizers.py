@@ -9,7 +9,7 @@ import torch
 
 from library.errors import UserError
 from library.testing import full_size_header
-from library.training.checks.estimates import network_numbers, state_bytes
+from library.training.checks.estimates import file_sizes, network_parameters
 from library.training.checks.trial import trial_optimizer
 from library.training.optimization.fused_backward import check_fused_backward, step_in_backward
 from library.training.optimization.optimizers import (
@@ -331,7 +331,7 @@ def test_fused_steps_clip_each_parameter_by_itself():
 def test_what_cannot_be_fused_is_refused(words, processes, part):
     options = parse_options([*NEEDED, "--fused_backward_pass", *words])
     with pytest.raises(UserError, match=f"--fused_backward_pass: .*{part}"):
-        check_fused_backward(options, processes)
+        check_fused_backward(options.optimizer, options.training, processes)
 
 
 # ---------------------------------------------------------------- traits
@@ -363,9 +363,9 @@ def test_traits_belong_to_the_class_however_it_is_named(name, traits):
 def test_a_state_is_as_large_as_the_optimizer_s():
     needed = {}
     for name in ("Lion8bit", "AdamW8bit", "Lion", "AdamW", "Prodigy"):
-        needed[name] = state_bytes(parse_options([*NEEDED, f"--optimizer_type={name}"]), full_size_header())
-    numbers = network_numbers(parse_options(NEEDED), full_size_header())
-    assert {name: size / numbers for name, size in needed.items()} == {
+        needed[name] = file_sizes(parse_options([*NEEDED, f"--optimizer_type={name}"]), full_size_header()).state
+    parameters = network_parameters(parse_options(NEEDED).network, full_size_header())
+    assert {name: size / parameters for name, size in needed.items()} == {
         "Lion8bit": 5, "AdamW8bit": 6, "Lion": 8, "AdamW": 12, "Prodigy": 20
     }  # fmt: skip
 

@@ -264,7 +264,7 @@ def test_a_network_that_is_nan_has_no_state(run, tmp_path):
 def plan(batches: int, *words: str) -> tuple[Plan, Any]:
     needed = ["--pretrained_model_name_or_path=m", "--train_data_dir=d", "--output_dir=o", "--network_module=networks.lora"]
     options = parse_options([*needed, *words])
-    return Plan.of(options, batches), options.state
+    return Plan.of(options.training, batches), options.state
 
 
 @pytest.mark.parametrize(
