@@ -32,8 +32,9 @@ class Traits:
         the image is mirrored ("mirror").
     held_out: it also holds for held-out images.
     entry: the metadata has it in the entry of each dataset.
-    needs: one of these options must be given, or it has no effect. unless: an option with which it has no effect.
-    only_with: an option, and those values of it with which this one has an effect.
+    needs: choices of options; of each choice one must be given, or it has no effect. unless: options with which it has none.
+    only_with: an option, and those values of it with which this one has an effect. off: values that ask for nothing, as None
+        and 0 do.
     """
 
     record: str | None = None
@@ -43,16 +44,22 @@ class Traits:
     varies: Literal["caption", "dropout", "pixels", "mirror"] | None = None
     held_out: bool = False
     entry: bool = False
-    needs: tuple[str, ...] = ()
-    unless: str | None = None
+    needs: tuple[tuple[str, ...], ...] = ()
+    unless: tuple[str, ...] = ()
     only_with: tuple[str, tuple[str, ...]] | None = None
+    off: tuple[Any, ...] = ()
 
 
 _TRAITS = frozenset(Traits.__dataclass_fields__)
 
 
 def option(default: Any = ..., *, help: str | None = None, **properties: Any) -> Any:
-    """A field of an option group or a dataset table. properties: arguments of pydantic's Field (`ge=0`), fields of `Traits`."""
+    """A field of an option group or a dataset table. properties: arguments of pydantic's Field (`ge=0`), fields of `Traits`.
+
+    needs: one choice may stand alone, as `("a", "b")`.
+    """
+    if properties.get("needs") and isinstance(properties["needs"][0], str):
+        properties["needs"] = (properties["needs"],)
     traits = Traits(**{name: properties.pop(name) for name in list(properties) if name in _TRAITS})
     return Field(default, description=help, json_schema_extra={"traits": traits}, **properties)  # type: ignore[dict-item]
 

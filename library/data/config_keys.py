@@ -108,7 +108,9 @@ class SubsetConfig(_Frozen):
     flip_aug: bool = option(False, varies="mirror", record="ss_flip_aug", entry=True)
     random_crop: bool = option(False, varies="pixels", record="ss_random_crop", entry=True)
     shuffle_caption: bool = option(False, varies="caption", record="ss_shuffle_caption", entry=True)
-    keep_tokens: NotNegative = option(0, record="ss_keep_tokens", entry=True)
+    keep_tokens: NotNegative = option(
+        0, record="ss_keep_tokens", entry=True, needs=("shuffle_caption", "caption_tag_dropout_rate", "token_warmup_step")
+    )
     caption_separator: Annotated[str, Field(min_length=1)] = ","
     keep_tokens_separator: str = option("", entry=True)
     secondary_separator: str | None = option(None, entry=True)
@@ -119,7 +121,7 @@ class SubsetConfig(_Frozen):
     caption_dropout_rate: Share = option(0.0, varies="dropout")
     caption_dropout_every_n_epochs: NotNegative = option(0, varies="dropout")
     caption_tag_dropout_rate: Share = option(0.0, varies="caption")
-    token_warmup_min: NotNegative = 1
+    token_warmup_min: NotNegative = option(1, needs=("token_warmup_step",))
     token_warmup_step: Annotated[float, Field(ge=0, allow_inf_nan=False)] = option(0.0, varies="caption")
     alpha_mask: bool = False
     face_crop_aug_range: Annotated[tuple[float, float] | None, BeforeValidator(_face_range)] = option(None, varies="pixels")
@@ -138,13 +140,13 @@ class DatasetConfig(_Frozen):
     resolution: Annotated[tuple[int, int], BeforeValidator(_resolution)]
     batch_size: Positive = option(1, record="ss_batch_size_per_device")
     enable_bucket: bool = option(False, record="ss_enable_bucket")
-    min_bucket_reso: Side = option(256, record="ss_min_bucket_reso")
-    max_bucket_reso: Side = option(1024, record="ss_max_bucket_reso")
-    bucket_reso_steps: Annotated[int, BeforeValidator(_multiple_of_8)] = 64
-    bucket_no_upscale: bool = option(False, record="ss_bucket_no_upscale")
+    min_bucket_reso: Side = option(256, record="ss_min_bucket_reso", needs=("enable_bucket",), unless=("bucket_no_upscale",))
+    max_bucket_reso: Side = option(1024, record="ss_max_bucket_reso", needs=("enable_bucket",), unless=("bucket_no_upscale",))
+    bucket_reso_steps: Annotated[int, BeforeValidator(_multiple_of_8)] = option(64, needs=("enable_bucket",))
+    bucket_no_upscale: bool = option(False, record="ss_bucket_no_upscale", needs=("enable_bucket",))
     resize_interpolation: Interpolation | None = None
     validation_split: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    validation_seed: int | None = None
+    validation_seed: int | None = option(None, needs=("validation_split",))
     subsets: tuple[SubsetConfig, ...]
 
     @property

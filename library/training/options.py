@@ -30,6 +30,11 @@ def _one_or_several(values: list[float] | None) -> float | list[float] | None:
     return values[0] if values and len(values) == 1 else values
 
 
+def _none_if_off(value: Any) -> Any:
+    """None for 0 and less, as front ends write what is off."""
+    return None if str(value).removeprefix("-").isdecimal() and int(value) <= 0 else value
+
+
 def _chunk_lengths(value: Any) -> Any:
     """Digits as a number, since the command line gives text; 75 is the same as nothing."""
     number = int(value) if isinstance(value, str) and value.isdecimal() else value
@@ -55,6 +60,7 @@ Rate = Annotated[float, Field(ge=0)]
 CountOrOff = Annotated[
     Count | None, BeforeValidator(lambda value: None if value in (0, "0") else value)
 ]  # 0 as front ends write it
+IntervalOrOff = Annotated[int | None, BeforeValidator(_none_if_off)]
 
 
 class ModelOptions(OptionGroup):
@@ -72,10 +78,14 @@ class ModelOptions(OptionGroup):
     vae: str | None = option(
         None, help="another VAE: checkpoint, Diffusers folder or hub id", record=RECORDED_ELSEWHERE, resume="file name", path=True
     )
-    no_half_vae: bool = option(False, help="keep the VAE in float32 (cures black images and NaN latents)")
+    no_half_vae: bool = option(
+        False,
+        help="keep the VAE in float32 (cures black images and NaN latents)",
+        only_with=("mixed_precision", ("fp16", "bf16")),
+    )
     clip_skip: Count | None = option(None, help="use the text encoder's Nth layer from the end", record="ss_clip_skip")
     xformers: bool = option(
-        False, help="attention by xformers, if it is installed and there is a GPU", resume="free", unless="mem_eff_attn"
+        False, help="attention by xformers, if it is installed and there is a GPU", resume="free", unless=("mem_eff_attn",)
     )
     mem_eff_attn: bool = option(
         False, help="attention that needs little memory: torch's, also where xformers is asked for", resume="free"
@@ -212,13 +222,13 @@ class NetworkOptions(OptionGroup):
     """Network"""
 
     network_module: str | None = option(None, help="Python module of the network: networks.lora", record="ss_network_module")
-    network_dim: Count | None = option(None, help="rank; unset: 4", record="ss_network_dim", unless="dim_from_weights")
+    network_dim: Count | None = option(None, help="rank; unset: 4", record="ss_network_dim", unless=("dim_from_weights",))
     network_alpha: float = option(
         1.0,
         ge=0,
         help="the network's output is scaled by alpha / rank; 0: alpha = rank",
         record="ss_network_alpha",
-        unless="dim_from_weights",
+        unless=("dim_from_weights",),
     )
     network_dropout: float | None = option(
         None, ge=0, lt=1, help="dropout between the two layers of each LoRA", record="ss_network_dropout"
@@ -257,7 +267,7 @@ class OptimizerOptions(OptionGroup):
         ge=0,
         help="learning rate of the U-Net's LoRA; unset: learning_rate",
         record="ss_unet_lr",
-        unless="network_train_text_encoder_only",
+        unless=("network_train_text_encoder_only",),
     )
     text_encoder_lr: Annotated[
         list[Rate] | None, BeforeValidator(_as_list), AfterValidator(_one_or_several), PlainSerializer(lambda rates: rates)
@@ -265,7 +275,7 @@ class OptimizerOptions(OptionGroup):
         None,
         help="learning rate of the text encoder's LoRA, or one for each encoder; unset: learning_rate",
         record="ss_text_encoder_lr",
-        unless="network_train_unet_only",
+        unless=("network_train_unet_only",),
     )
     max_grad_norm: float = option(1.0, ge=0, help="gradients are scaled down to this norm; 0: off", record="ss_max_grad_norm")
     fused_backward_pass: bool = option(
@@ -275,7 +285,7 @@ class OptimizerOptions(OptionGroup):
         "constant",
         help="constant, constant_with_warmup, linear, cosine, cosine_with_restarts, polynomial, ...",
         record="ss_lr_scheduler",
-        unless="lr_scheduler_type",
+        unless=("lr_scheduler_type",),
     )
     lr_warmup_steps: StepsOrShare = option(
         0, help="steps, share (0.1) or percentage (10%) of rising learning rate", record="ss_lr_warmup_steps"
@@ -283,22 +293,22 @@ class OptimizerOptions(OptionGroup):
     lr_decay_steps: StepsOrShare = option(
         0,
         help="steps or share of falling rate (warmup_stable_decay)",
-        unless="lr_scheduler_type",
+        unless=("lr_scheduler_type",),
         only_with=("lr_scheduler", ("warmup_stable_decay",)),
     )
     lr_scheduler_num_cycles: Count = option(
         1,
         help="cycles of cosine_with_restarts",
-        unless="lr_scheduler_type",
+        unless=("lr_scheduler_type",),
         only_with=("lr_scheduler", ("cosine_with_restarts",)),
     )
     lr_scheduler_power: float = option(
-        1.0, help="power of polynomial", unless="lr_scheduler_type", only_with=("lr_scheduler", ("polynomial",))
+        1.0, help="power of polynomial", unless=("lr_scheduler_type",), only_with=("lr_scheduler", ("polynomial",))
     )
     lr_scheduler_timescale: Count | None = option(
         None,
         help="time scale of inverse_sqrt; unset: warm-up steps",
-        unless="lr_scheduler_type",
+        unless=("lr_scheduler_type",),
         only_with=("lr_scheduler", ("inverse_sqrt",)),
     )
     lr_scheduler_min_lr_ratio: float | None = option(
@@ -306,7 +316,7 @@ class OptimizerOptions(OptionGroup):
         ge=0,
         le=1,
         help="lowest rate of cosine_with_min_lr, cosine_warmup_with_min_lr, warmup_stable_decay, as a share",
-        unless="lr_scheduler_type",
+        unless=("lr_scheduler_type",),
         only_with=("lr_scheduler", ("cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay")),
     )
     lr_scheduler_type: str = option("", help="any class of torch.optim.lr_scheduler, or package.Class", record=RECORDED_ELSEWHERE)
@@ -317,7 +327,7 @@ class TrainingOptions(OptionGroup):
     """Training"""
 
     max_train_steps: Count = option(
-        1600, help="optimizer steps", record="ss_max_train_steps", resume="free", unless="max_train_epochs"
+        1600, help="optimizer steps", record="ss_max_train_steps", resume="free", unless=("max_train_epochs",)
     )
     max_train_epochs: CountOrOff = option(
         None, help="passes over the data; beats max_train_steps", record=RECORDED_ELSEWHERE, resume="free"
@@ -418,8 +428,10 @@ class PrecisionOptions(OptionGroup):
     base_dtype: Literal["int8", "fp8", "nf4"] | None = option(
         None, help="format in which the frozen U-Net and text encoder are kept; they are unpacked layer by layer"
     )
-    fp8_base: bool = option(False, help="the same as base_dtype=fp8", record="ss_fp8_base", unless="base_dtype")
-    fp8_base_unet: bool = option(False, help="the same for the U-Net alone", record="ss_fp8_base_unet", unless="base_dtype")
+    fp8_base: bool = option(False, help="the same as base_dtype=fp8", record="ss_fp8_base", unless=("base_dtype",))
+    fp8_base_unet: bool = option(
+        False, help="the same for the U-Net alone", record="ss_fp8_base_unet", unless=("base_dtype", "fp8_base")
+    )
     lowram: bool = option(
         False, help="main memory is short: nothing is moved there from the GPU", record="ss_lowram", resume="free"
     )
@@ -427,7 +439,9 @@ class PrecisionOptions(OptionGroup):
         False, help="GPU memory is plentiful: VAE and text encoder stay there, and its cache is not emptied", resume="free"
     )
     torch_compile: bool = option(False, help="compile the model with torch.compile; the first steps take minutes", resume="free")
-    dynamo_backend: str = option("inductor", help="back end of torch_compile", resume="free")
+    dynamo_backend: str = option(
+        "inductor", help="back end of torch_compile", resume="free", needs=("torch_compile",), off=("no",)
+    )
 
 
 class ValidationOptions(OptionGroup):
@@ -440,12 +454,18 @@ class ValidationOptions(OptionGroup):
         None, help="seed of what is held out and of the noise it is measured with; unset: seed", record="ss_validation_seed"
     )
     validate_every_n_steps: CountOrOff = option(
-        None, help="validate after every Nth step", record="ss_validate_every_n_steps", resume="free"
+        None, help="validate after every Nth step", record="ss_validate_every_n_steps", resume="free", needs=("validation_split",)
     )
     validate_every_n_epochs: CountOrOff = option(
-        None, help="validate after every Nth epoch; unset: every epoch", record="ss_validate_every_n_epochs", resume="free"
+        None,
+        help="validate after every Nth epoch; unset: every epoch",
+        record="ss_validate_every_n_epochs",
+        resume="free",
+        needs=("validation_split",),
     )
-    max_validation_steps: CountOrOff = option(None, help="most batches of one validation", record="ss_max_validation_steps")
+    max_validation_steps: CountOrOff = option(
+        None, help="most batches of one validation", record="ss_max_validation_steps", needs=("validation_split",)
+    )
     early_stopping_patience: CountOrOff = option(
         None, help="end the run after so many validations without a better one", resume="free"
     )
@@ -460,15 +480,21 @@ class StateOptions(OptionGroup):
     decides_what_is_trained: ClassVar[bool] = False
 
     save_state: bool = option(False, help="save the state of the run with every file, and at the end")
-    save_state_on_train_end: bool = option(False, help="save it at the end only", unless="save_state")
+    save_state_on_train_end: bool = option(False, help="save it at the end only", unless=("save_state",))
     save_last_n_epochs_state: int | None = option(
-        None, ge=0, help="keep only this many epoch states; unset: save_last_n_epochs", needs=("save_state",)
+        None,
+        ge=0,
+        help="keep only this many epoch states; unset: save_last_n_epochs",
+        needs=(("save_state",), ("save_every_n_epochs", "save_n_epoch_ratio")),
     )
     save_last_n_steps_state: int | None = option(
-        None, ge=0, help="remove step states older than this; unset: save_last_n_steps", needs=("save_state",)
+        None,
+        ge=0,
+        help="remove step states older than this; unset: save_last_n_steps",
+        needs=(("save_state",), ("save_every_n_steps",)),
     )
     resume: str | None = option(None, help="state folder to go on from, or the folder that holds them", path=True)
-    initial_epoch: Count | None = option(None, help="epoch to begin with, from 1")
+    initial_epoch: Count | None = option(None, help="epoch to begin with, from 1", unless=("initial_step",))
     initial_step: int | None = option(None, ge=0, help="step to begin after; beats initial_epoch")
     skip_until_initial_step: bool = option(False, help="leave out the data before it; else its epoch begins anew")
 
@@ -483,7 +509,7 @@ class OutputOptions(OptionGroup):
     save_model_as: Literal["safetensors", "ckpt", "pt"] = option("safetensors", help="file format")
     save_precision: Literal["float", "fp16", "bf16"] | None = option(None, help="number format in the file; unset: as trained")
     no_report: bool = option(False, help="write no page about the run (output_name.html)")
-    save_every_n_epochs: CountOrOff = option(None, help="save after every Nth epoch", unless="save_n_epoch_ratio")
+    save_every_n_epochs: CountOrOff = option(None, help="save after every Nth epoch", unless=("save_n_epoch_ratio",))
     save_every_n_steps: CountOrOff = option(None, help="save after every Nth step")
     save_n_epoch_ratio: CountOrOff = option(None, help="save about this many times; sets save_every_n_epochs")
     save_last_n_epochs: CountOrOff = option(
@@ -504,27 +530,32 @@ class OutputOptions(OptionGroup):
         return Path(required(self.output_dir, "output_dir"))
 
 
+def _in_metadata(**words: Any) -> Any:
+    """An option whose value is written into the file, but with --no_metadata."""
+    return option(None, unless=("no_metadata",), **words)
+
+
 class MetadataOptions(OptionGroup):
     """What is written into the file about it"""
 
     decides_what_is_trained: ClassVar[bool] = False
 
     no_metadata: bool = option(False, help="write only what loaders need into the file's metadata")
-    training_comment: str | None = option(None, help="text for the file's metadata", record="ss_training_comment")
-    metadata_title: str | None = option(None, help="title; unset: output_name")
-    metadata_author: str | None = option(None, help="who made it", record="modelspec.author")
-    metadata_description: str | None = option(None, help="what it is", record="modelspec.description")
-    metadata_license: str | None = option(None, help="licence of the file", record="modelspec.license")
-    metadata_tags: str | None = option(None, help="tags, with commas between them", record="modelspec.tags")
-    metadata_usage_hint: str | None = option(None, help="how to use it", record="modelspec.usage_hint")
-    metadata_trigger_phrase: str | None = option(
-        None, help="the words that call it up in a prompt", record="modelspec.trigger_phrase"
+    training_comment: str | None = _in_metadata(help="text for the file's metadata", record="ss_training_comment")
+    metadata_title: str | None = _in_metadata(help="title; unset: output_name")
+    metadata_author: str | None = _in_metadata(help="who made it", record="modelspec.author")
+    metadata_description: str | None = _in_metadata(help="what it is", record="modelspec.description")
+    metadata_license: str | None = _in_metadata(help="licence of the file", record="modelspec.license")
+    metadata_tags: str | None = _in_metadata(help="tags, with commas between them", record="modelspec.tags")
+    metadata_usage_hint: str | None = _in_metadata(help="how to use it", record="modelspec.usage_hint")
+    metadata_trigger_phrase: str | None = _in_metadata(
+        help="the words that call it up in a prompt", record="modelspec.trigger_phrase"
     )
-    metadata_thumbnail: str | None = option(None, help="an image for lists: a file, or a data: text", path=True)
-    metadata_merged_from: str | None = option(None, help="what it was merged from", record="modelspec.merged_from")
-    metadata_preprocessor: str | None = option(None, help="preprocessor that images need", record="modelspec.preprocessor")
-    metadata_is_negative_embedding: str | None = option(
-        None, help="whether it is meant for the negative prompt", record="modelspec.is_negative_embedding"
+    metadata_thumbnail: str | None = _in_metadata(help="an image for lists: a file, or a data: text", path=True)
+    metadata_merged_from: str | None = _in_metadata(help="what it was merged from", record="modelspec.merged_from")
+    metadata_preprocessor: str | None = _in_metadata(help="preprocessor that images need", record="modelspec.preprocessor")
+    metadata_is_negative_embedding: str | None = _in_metadata(
+        help="whether it is meant for the negative prompt", record="modelspec.is_negative_embedding"
     )
     from_metadata: str | None = option(None, help="print the command and dataset file that made this LoRA file, and stop")
 
@@ -570,8 +601,10 @@ class PreviewOptions(OptionGroup):
         path=True,
         needs=("sample_every_n_epochs", "sample_every_n_steps", "sample_at_first"),
     )
-    sample_every_n_epochs: int | None = option(None, help="sample after every Nth epoch; 0: off")
-    sample_every_n_steps: int | None = option(None, help="sample after every Nth step; 0: off", unless="sample_every_n_epochs")
+    sample_every_n_epochs: IntervalOrOff = option(None, help="sample after every Nth epoch; 0: off")
+    sample_every_n_steps: IntervalOrOff = option(
+        None, help="sample after every Nth step; 0: off", unless=("sample_every_n_epochs",)
+    )
     sample_at_first: bool = option(False, help="also sample before the first step")
     sample_sampler: SamplerName = option("ddim", help="sampler", needs=("sample_prompts",))
 

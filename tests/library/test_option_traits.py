@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ from pydantic import create_model
 from library.command_line import build_parser, option_fields, parse
 from library.data.cache import refuse_augmentations
 from library.data.captions import caption_is_fixed, possible_captions
-from library.data.config_keys import SubsetConfig, without
+from library.data.config_keys import DatasetConfig, SubsetConfig, without
 from library.data.holdout import without_augmentation
 from library.errors import UserError
 from library.option_traits import option, traits_of
@@ -28,10 +29,12 @@ class MadeUpLoss(LossOptions):
     """Noise and loss"""
 
     shine: float | None = option(None, ge=0, help="strength of the shine", record="ss_shine")
-    shine_steps: int = option(3, help="steps of it", needs=("shine",))
+    shine_steps: int = option(0, help="steps of it", needs=("shine",))
     shine_kind: str = option("soft", help="kind of it", only_with=("loss_type", ("huber",)))
     shine_file: str | None = option(None, help="file of it", path=True, resume="file name")
-    shine_speed: int = option(1, help="how fast", resume="free")
+    shine_speed: int = option(
+        1, help="how fast", resume="free", needs=(("shine_steps", "shine_word"), ("shine",)), unless=("shine_file",)
+    )
     shine_word: str | None = option(None, help="password of it", secret=True)
 
 
@@ -75,11 +78,14 @@ def test_a_resumed_run_and_the_logs_follow_its_declaration():
 
 def test_what_it_needs_is_said():
     def idle(*words: str) -> dict[str, str]:
-        return dict(declared(made_up(*words), [word[2:].partition("=")[0] for word in words]))
+        return dict(declared(made_up(*words), [], [word[2:].partition("=")[0] for word in words]))
 
     assert idle("--shine_steps=4") == {"shine_steps": "needs --shine"}
     assert idle("--shine_kind=hard") == {"shine_kind": "for --loss_type=huber"}
     assert idle("--shine_steps=4", "--shine=1", "--shine_kind=hard", "--loss_type=huber") == {}
+    assert idle("--shine_speed=2") == {"shine_speed": "needs --shine_steps or --shine_word"}
+    assert idle("--shine_speed=2", "--shine_steps=4") == {"shine_speed": "needs --shine", "shine_steps": "needs --shine"}
+    assert idle("--shine_speed=2", "--shine_steps=4", "--shine=1", "--shine_file=a") == {"shine_speed": "--shine_file wins"}
 
 
 class MadeUpSubset(SubsetConfig):
@@ -115,11 +121,11 @@ def test_keys_that_make_captions_vary_are_declared_so(key):
 
 
 def test_every_option_that_another_names_exists():
-    fields = option_fields(TrainNetworkOptions)
-    for field in fields.values():
-        traits = traits_of(field)
-        named = {*traits.needs, traits.unless, traits.only_with and traits.only_with[0]} - {None}
-        assert named <= fields.keys()
+    for fields in (option_fields(TrainNetworkOptions), SubsetConfig.model_fields, DatasetConfig.model_fields):
+        for field in fields.values():
+            traits = traits_of(field)
+            named = {*itertools.chain(*traits.needs), *traits.unless, traits.only_with and traits.only_with[0]} - {None}
+            assert named <= fields.keys()
 
 
 def test_every_secret_and_every_path_is_declared():

@@ -100,13 +100,14 @@ class Previews(Listener):
 
     def after_step(self, progress: Progress, report: StepReport) -> None:
         """After every --sample_every_n_steps steps; --sample_every_n_epochs wins over it."""
-        interval = self.options.sample_every_n_steps or 0
-        if interval > 0 and progress.step % interval == 0 and not self._by_epoch:
+        interval = self.options.sample_every_n_steps
+        if interval and progress.step % interval == 0 and not self.options.sample_every_n_epochs:
             self.draw(f"{progress.step:06d}", progress.step)
 
     def after_epoch(self, progress: Progress, epoch: int) -> None:
         """At the end of every --sample_every_n_epochs epochs."""
-        if self._by_epoch and epoch % self._by_epoch == 0:
+        interval = self.options.sample_every_n_epochs
+        if interval and epoch % interval == 0:
             self.draw(f"e{epoch:06d}", progress.step)
 
     def state(self) -> State:
@@ -116,11 +117,6 @@ class Previews(Listener):
     def load_state(self, state: State) -> None:
         """Put back what `state` gave; states of older versions have none."""
         self.drawn = [(step, moment, number) for step, moment, number in state.record.get("samples", [])]
-
-    @property
-    def _by_epoch(self) -> int:
-        """Epochs from one preview to the next; 0: they do not come by epochs."""
-        return max(0, self.options.sample_every_n_epochs or 0)
 
     def draw(self, moment: str, step: int) -> None:
         """Draw all prompts; `moment` becomes part of the files' names. The processes share the work."""
