@@ -48,19 +48,14 @@ def declared(options: BaseModel, configs: Sequence[DatasetConfig], given: Collec
     fields, datasets = option_fields(type(options)), [dict(config) for config in configs]
     subsets = [dict(subset) for config in configs for subset in config.subsets]
     values = values_of(options)
-    for rows in (datasets, subsets):
-        values |= {
-            AS_OPTION_NAMES.get(key, key): next(filter(None, (row[key] for row in rows)), None) for key in (rows or [{}])[0]
-        }
+    rows_of_all = [(AS_OPTION_NAMES.get(key, key), value) for row in (*datasets, *subsets) for key, value in row.items()]
+    values |= dict(sorted(rows_of_all, key=lambda pair: bool(pair[1])))  # of several values one that asks for something counts
     for name in given:
         key = AS_KEYS.get(name, name)
-        for table, rows in ((DatasetConfig, datasets), (SubsetConfig, subsets)):
-            if key in table.model_fields:
-                reasons = [why_idle(table.model_fields[key], row) for row in rows]
-                break
-        else:
-            reasons = [why_idle(fields[name], values)]
-        if all(reasons) and reasons:
+        table, rows = (DatasetConfig, datasets) if key in DatasetConfig.model_fields else (SubsetConfig, subsets)
+        field = table.model_fields.get(key)
+        reasons = [why_idle(field, row) for row in rows] if field else [why_idle(fields[name], values)]
+        if reasons and all(reasons):
             yield name, str(reasons[0])
 
 
