@@ -79,7 +79,7 @@ class Child:
 
     def _watch(self, fatal_operation: int | None, fatal_write: int | None) -> None:
         """Report saved states, and count file operations towards the fatal one."""
-        write, count = state_module._write, Counter()
+        write, count = state_module.write_file, Counter()
         report = AfterStep(lambda run: os.write(self.log, f"saved {run.loop.progress.step}\n".encode()))
         report.begin(self.run)
         self.run.loop.listeners = [*self.run.loop.listeners, report]  # the last one: by then the state of the step is saved
@@ -99,7 +99,7 @@ class Child:
                 if count["operation"] == fatal_operation:
                     os.kill(os.getpid(), signal.SIGKILL)
 
-        state_module._write = writing
+        state_module.write_file = writing
         if fatal_operation:
             sys.addaudithook(audit)
 

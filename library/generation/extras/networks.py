@@ -88,9 +88,9 @@ class Networks:
                 show_file_metadata(Path(file))
             module = import_network_module(modules[min(index, len(modules) - 1)])
             words = args[index] if index < len(args) else ""
-            loaded = networks._read(Path(file), module, words, "--network_weights", merges=index < merged)
+            loaded = networks.read(Path(file), module, words, "--network_weights", merges=index < merged)
             if index < merged:
-                networks._merge(loaded, strength)
+                networks.merge(loaded, strength)
                 networks.merged.append((loaded.path, strength))
             else:
                 networks._attach(loaded)
@@ -128,7 +128,7 @@ class Networks:
         for name, strength in prompt_loras:
             path = self.find(name)
             if path not in self._from_prompts:
-                loaded = self._read(path, import_network_module(LORA_MODULE), "", f"<lora:{name}>")
+                loaded = self.read(path, import_network_module(LORA_MODULE), "", f"<lora:{name}>")
                 self._attach(loaded)
                 self._from_prompts[path] = loaded
             active.append((self._from_prompts[path], strength))
@@ -160,12 +160,12 @@ class Networks:
         elif state != self._state:
             self._restore_own_weights()
             for key, strength in state:
-                self._merge(everything[key], strength)
+                self.merge(everything[key], strength)
         self._state = state
 
     # ---- one file
 
-    def _read(self, path: Path, module: ModuleType, args: str, where: str, merges: bool = False) -> LoadedNetwork:
+    def read(self, path: Path, module: ModuleType, args: str, where: str, merges: bool = False) -> LoadedNetwork:
         if not path.is_file():
             raise UserError(f"{where} {path}: there is no such file")
         words = read_pairs([args], "--network_args")
@@ -191,7 +191,7 @@ class Networks:
         network.to(model.denoiser.device, model.denoiser.dtype).eval().requires_grad_(False)
         loaded.weights = {}
 
-    def _merge(self, loaded: LoadedNetwork, strength: float) -> None:
+    def merge(self, loaded: LoadedNetwork, strength: float) -> None:
         network = loaded.network
         if not getattr(network, "is_mergeable", lambda: True)():
             cure = "leave --network_merge and --network_pre_calc out"
@@ -213,7 +213,7 @@ class Networks:
         """Merge on trial, and keep copies of what that touched. Torch counts the changes of a tensor in `_version`."""
         self._set_state([])
         before = {name: (value.detach().clone(), value._version, value.data_ptr()) for name, value in self._parameters().items()}
-        self._merge(loaded, 1.0)
+        self.merge(loaded, 1.0)
         for name, value in self._parameters().items():
             copy, *identity = before[name]
             if [value._version, value.data_ptr()] != identity:

@@ -67,9 +67,9 @@ def write_state(folder: Path, state: State, is_first: bool = True) -> None:
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
     try:
         temporary.mkdir(parents=True)
-        files = {name: _write(temporary / name, content) for name, content in _contents(state, is_first)}
+        files = {name: write_file(temporary / name, content) for name, content in _contents(state, is_first)}
         record = {**state.record, "version": VERSION, "saved_at": time.time(), "files": files}
-        _write(temporary / RECORD, json.dumps(record, indent=1).encode())
+        write_file(temporary / RECORD, json.dumps(record, indent=1).encode())
         _sync_folder(temporary)
         _replace(folder, temporary)
     except WRITE_ERRORS as error:
@@ -102,7 +102,7 @@ def _check_readable(buffer: io.BytesIO, name: str) -> None:
         ) from error
 
 
-def _write(path: Path, content: bytes) -> list[int]:
+def write_file(path: Path, content: bytes) -> list[int]:
     """Write a file, flush it to the disk, and give its size and checksum."""
     with open(path, "wb") as file:
         file.write(content)

@@ -47,7 +47,7 @@ def source(tmp_path_factory):
 @pytest.fixture
 def tiny(monkeypatch, vgg_weights):
     """Few names, narrow models, small batches, a small measure."""
-    monkeypatch.setattr(perceptual, "_installed_weights", lambda: vgg_weights)
+    monkeypatch.setattr(perceptual, "installed_weights", lambda: vgg_weights)
     for module in (images, autoencoder):
         monkeypatch.setattr(module, "NAMES", NAMED)
     monkeypatch.setattr(autoencoder, "CHANNELS", (32, 32, 32, 32))

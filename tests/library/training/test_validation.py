@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import image_folder, tensors_of, train, use_two_blocks, words_of_a_run
+from small_runs import AfterStep, image_folder, tensors_of, train, use_two_blocks, words_of_a_run
 
 from library.errors import UserError
 from library.training import validation as validation_module
@@ -26,7 +26,7 @@ def images(tmp_path_factory) -> Path:
 @pytest.fixture
 def run(images, tmp_path, monkeypatch) -> Callable[..., Run]:
     use_two_blocks(monkeypatch.setattr)
-    return lambda folder, *words: train(words_of_a_run(images, tmp_path / folder, *words))
+    return lambda folder, *words, listeners=(): train(words_of_a_run(images, tmp_path / folder, *words), *listeners)
 
 
 def test_timesteps_are_the_inner_points_of_an_even_division():
@@ -73,12 +73,11 @@ def test_fixed_noise_and_timesteps_make_a_smooth_curve(run, monkeypatch):
     drawn = iter(range(10**9))
     monkeypatch.setattr(validation_module, "fixed_noise", lambda seed, names, t, shape: fixed_noise(next(drawn), names, t, shape))
 
-    def anywhere(self, loss_at, batch, timestep):
-        return at(self, loss_at, batch, int(torch.randint(1000, (), generator=torch.Generator().manual_seed(next(drawn)))))
+    def anywhere(made: Run) -> None:
+        generator = torch.Generator().manual_seed(next(drawn))
+        made.validator.validation.timesteps = torch.randint(1000, (4,), generator=generator).tolist()
 
-    at = Validation._at
-    monkeypatch.setattr(Validation, "_at", anywhere)
-    random = [loss for _, loss in run("random", *words).validator.record.history]
+    random = [loss for _, loss in run("random", *words, listeners=[AfterStep(anywhere)]).validator.record.history]
     variances = [torch.tensor(curve, dtype=torch.float64).diff().var().item() for curve in (fixed, random)]
     print(f"variance of the changes from validation to validation: fixed {variances[0]:.3g}, random {variances[1]:.3g}")
     assert variances[0] < variances[1] / 1000

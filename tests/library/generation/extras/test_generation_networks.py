@@ -131,7 +131,7 @@ def test_strengths_change_from_image_to_image_and_the_model_comes_back_bit_for_b
 def test_pre_calc_computes_once_for_each_change(model, files, load, monkeypatch):
     networks = load(files, network_pre_calc=True)
     merges = []
-    monkeypatch.setattr(networks, "_merge", lambda loaded, strength: merges.append(strength))
+    monkeypatch.setattr(networks, "merge", lambda loaded, strength: merges.append(strength))
     one, other = CAT, replace(CAT, multipliers=(0.5,))
     for spec in (one, one, other, other, other, one):
         networks.set(networks.multipliers(spec))
@@ -165,8 +165,8 @@ def test_loras_in_prompts_equal_the_same_on_the_command_line(model, files, load,
 def test_a_prompts_lora_is_read_once(model, files, load, monkeypatch):
     networks = load([], lora_dir=str(files[0].parent))
     reads = []
-    read = networks._read
-    monkeypatch.setattr(networks, "_read", lambda path, *rest: reads.append(path) or read(path, *rest))
+    read = networks.read
+    monkeypatch.setattr(networks, "read", lambda path, *rest: reads.append(path) or read(path, *rest))
     spec = replace(CAT, prompt="a cat <lora:ink:0.8>", steps=1)
     assert (
         len(

@@ -32,6 +32,7 @@ class StandIn(BaseHTTPRequestHandler):
             self.server.created.append(json.loads(body))
             return self.answer({"url": f"{self.server.address}/me/loras", "name": "me/loras", "id": "me/loras"})
         if "/preupload/" in self.path:
+            self.server.may_go.wait(1)
             names = [file["path"] for file in json.loads(body)["files"]]
             return self.answer({"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]})
         for line in map(json.loads, body.decode().splitlines()):
@@ -82,6 +83,8 @@ class StandIn(BaseHTTPRequestHandler):
 def hub(monkeypatch, tmp_path):
     server = ThreadingHTTPServer(("127.0.0.1", 0), StandIn)
     server.files, server.calls, server.created, server.refuses = {}, [], [], False
+    server.may_go = threading.Event()  # uploads wait for it
+    server.may_go.set()
     server.address = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     from huggingface_hub import constants
@@ -127,15 +130,15 @@ def test_public_and_without_a_folder(hub, lora):
 
 
 @pytest.mark.option("async_upload")
-def test_in_the_background_all_arrive_before_the_end_and_before_a_removal(hub, tmp_path, monkeypatch):
-    copies, may_go = uploads(async_upload=True), threading.Event()
-    upload = copies._upload_file
-    monkeypatch.setattr(copies, "_upload_file", lambda path: may_go.wait(1) and upload(path))
+def test_in_the_background_all_arrive_before_the_end_and_before_a_removal(hub, tmp_path):
+    copies = uploads(async_upload=True)
+    hub.may_go.clear()
     paths = [tmp_path / f"mine-{number}.safetensors" for number in range(3)]
     for path in paths:
         path.write_bytes(path.name.encode())
         copies.file(path)
-    may_go.set()  # who waited for an upload until here has seen it end without having begun
+    assert not hub.files
+    hub.may_go.set()  # who waited for an upload until here has seen it end without having begun
     copies.before_removal()
     assert sorted(hub.files) == [path.name for path in paths]
 

@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from small_runs import AfterStep, image_folder, train, use_two_blocks, words_of_a_run
 
 from library.training.outputs import run_page
@@ -68,8 +71,20 @@ def test_the_page_is_rewritten_while_training_goes_on_and_is_always_whole(tmp_pa
     monkeypatch.setattr(run_page, "COST", 0)
     seen = []
 
+    class AtOnce:
+        """An executor whose work is done when it is handed over."""
+
+        def submit(self, work, *words) -> Future:
+            done: Future = Future()
+            done.set_result(work(*words))
+            return done
+
+        def shutdown(self) -> None:
+            pass
+
+    monkeypatch.setattr(run_page, "ThreadPoolExecutor", lambda *_: AtOnce())
+
     def look(run) -> None:
-        run.page._writing.result()
         seen.append(data_of(run.page.path))
 
     train(words_of_a_run(image_folder(tmp_path / "images"), tmp_path / "out", "--max_train_steps=3"), AfterStep(look))
@@ -136,11 +151,10 @@ def test_a_long_run_stays_small(tmp_path, monkeypatch):
         run.losses.values[:] = [1 / (1 + step % 977) for step in range(100_000)]
         run.losses.rates = {name: [(step, step * 1e-9) for step in range(100_000)] for name in "abcdefgh"}
         run.previews.drawn = [(step * 1000, f"{step * 1000:06d}", number) for step in range(125) for number in range(4)]
-        laid = {(moment, number): f"sample-{moment}-{number:02d}.webp" for _, moment, number in run.previews.drawn}
-        run.page._samples._laid, run.page._samples._originals = (
-            laid,
-            {key: f"mine_{key[0]}_{key[1]:02d}_20260101000000_1.png" for key in laid},
-        )
+        run.previews.folder.mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "sample.png")
+        for _, moment, number in run.previews.drawn:
+            shutil.copyfile(tmp_path / "sample.png", run.previews.folder / f"mine_{moment}_{number:02d}_20260101000000_1.png")
 
     run = train(
         words_of_a_run(image_folder(tmp_path / "images"), tmp_path / "out", "--max_train_steps=2"), AfterStep(grow, step=2)

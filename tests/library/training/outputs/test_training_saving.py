@@ -215,7 +215,7 @@ def test_a_full_disk_while_a_lora_is_saved_ends_in_one_line_that_says_where_it_i
 
 def test_a_state_that_cannot_be_written_loses_no_weights(tmp_path, monkeypatch):
     use_two_blocks(monkeypatch.setattr)
-    monkeypatch.setattr(state, "_write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(state, "write_file", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(UserError, match=r"the state .* cannot be written: No space left.*until then is in .*mine-step00000002"):
         train(words_of_a_run(image_folder(tmp_path / "data"), tmp_path / "out", "--max_train_steps=2", "--save_state"))
     assert tensors_of(tmp_path / "out" / "mine-step00000002.safetensors")
