@@ -58,7 +58,7 @@ def train_here(
 
 
 def show_images(options: TrainNetworkOptions, processes: Processes) -> int:
-    """--debug_dataset: a sheet and a page with what would be trained on, without a model."""
+    """--debug_dataset: write a sheet and a page of the images as they would be trained on. No model is needed."""
     dataset = processes.on_main(lambda: check_images(options))
     print(dataset.bucket_table())
     sheet = processes.on_main(lambda: write_debug_sheet(dataset, options.output.folder))

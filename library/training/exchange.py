@@ -1,7 +1,7 @@
 """One step in several processes: their gradients are added up, so that the weights change alike in all of them.
 
 P processes with A batches each do what one process with P * A batches a step does: the same batches (dealt out in turn), the
-same noise (drawn from the batch's place in the epoch), the same divisor. Only the order of additions differs, that is, rounding.
+same noise (seeded by the batch's position in the epoch), the same divisor. Only the order of additions differs, and so rounding.
 The network is small, so its gradients travel in one buffer, together with the losses and with whether somebody asks to stop.
 """
 
@@ -13,18 +13,18 @@ import torch
 import torch.distributed as dist
 
 from library.processes import EndedElsewhere, Processes, lost_process
-from library.training.outputs.tracking import LossRecord, OnItsWay
+from library.training.outputs.tracking import AsyncValues, LossRecord
 
 
 class StepResult:
-    """What all processes found in a step, on its way from the device. `read` waits for it.
+    """The sums of a step, being copied from the device. `read` waits for them.
 
     paths(slot) names the images of one of its batches.
     """
 
     def __init__(self, tail: torch.Tensor, step: int, slots: int, paths: Callable[[int], list[str]]) -> None:
         self.step, self.slots, self.paths = step, slots, paths
-        self._tail = OnItsWay(tail)
+        self._tail = AsyncValues(tail)
         self.stop = self.failed = False
 
     def read(self) -> Iterator[tuple[int, float, list[str]]]:
@@ -55,14 +55,14 @@ class StepExchange:
         self._last: StepResult | None = None
         if self.active:
             sizes = [parameter.numel() for parameter in self.parameters]
-            self._numbers, self._sizes = sum(sizes), sizes
-            length = self._numbers + len(sizes) + 2 * slots + 2
+            self._gradient_values, self._sizes = sum(sizes), sizes
+            length = self._gradient_values + len(sizes) + 2 * slots + 2
             self._buffer = torch.zeros(length, dtype=torch.float32, device=self.parameters[0].device)
             processes.before_exchange = self.check
 
     def _parts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Views of the buffer: gradients, one flag for each parameter that has one, losses and flags."""
-        return self._buffer.split([self._numbers, len(self._sizes), 2 * self.slots + 2])
+        return self._buffer.split([self._gradient_values, len(self._sizes), 2 * self.slots + 2])
 
     def note_loss(self, slot: int, loss: torch.Tensor) -> None:
         """Keep the loss of one of this process's batches for the sum."""
@@ -71,7 +71,7 @@ class StepExchange:
         tail[self.slots + slot] = 1
 
     def add_up(self, step: int, epoch: int, first: int) -> None:
-        """Replace the gradients by their sums over all processes, and tell them whether this one was asked to stop.
+        """Replace the gradients by their sums over all processes; whether this one was asked to stop travels with them.
 
         first: position in the epoch, over all processes, of the first batch of the step.
         """
@@ -96,7 +96,7 @@ class StepExchange:
         self.check()
 
     def fail(self) -> None:
-        """Take part in the step that the others are in, saying that there is an error here; unless they know already."""
+        """Take part in the step of the others with the flag `failed`, unless they know already."""
         if self.active and not (self._last and self._last.failed):
             for parameter in self.parameters:
                 parameter.grad = None
@@ -116,12 +116,12 @@ class StepExchange:
         gradients, flags, tail = self._parts()
         gradients.zero_()
         pairs = [
-            (place, p.grad.reshape(-1))
-            for place, p in zip(gradients.split(self._sizes), self.parameters, strict=True)
+            (part, p.grad.reshape(-1))
+            for part, p in zip(gradients.split(self._sizes), self.parameters, strict=True)
             if p.grad is not None
         ]
         if pairs:
-            torch._foreach_copy_([place for place, _ in pairs], [gradient for _, gradient in pairs])
+            torch._foreach_copy_([part for part, _ in pairs], [gradient for _, gradient in pairs])
         flags.copy_(torch.tensor([float(p.grad is not None) for p in self.parameters]), non_blocking=True)
         tail[-2:] = torch.tensor([float(stop), float(failed)])
 
@@ -135,9 +135,9 @@ class StepExchange:
         return self._last
 
     def _take(self) -> None:
-        """Give each parameter its sum. One that has a gradient in no process keeps none: the optimizer leaves it alone."""
+        """Give each parameter its sum. One without a gradient in any process keeps none, so that the optimizer skips it."""
         gradients, flags, _ = self._parts()
         lacking = any(parameter.grad is None for parameter in self.parameters)
-        present = flags.tolist() if lacking else [1.0] * len(self._sizes)  # waits for the device, where something lacks here
-        for place, there, parameter in zip(gradients.split(self._sizes), present, self.parameters, strict=True):
-            parameter.grad = place.view_as(parameter).to(parameter.dtype, copy=True) if there else None
+        present = flags.tolist() if lacking else [1.0] * len(self._sizes)  # tolist waits for the device
+        for part, is_there, parameter in zip(gradients.split(self._sizes), present, self.parameters, strict=True):
+            parameter.grad = part.view_as(parameter).to(parameter.dtype, copy=True) if is_there else None

@@ -1,4 +1,4 @@
-"""Ctrl-C and kill signals: noted, and answered after the step that is running."""
+"""Ctrl-C and kill signals: they end the run after the step that is running."""
 
 from __future__ import annotations
 

@@ -40,13 +40,13 @@ class Stop(Enum):
 
 
 class Listener:
-    """Does something beside the steps of a run, such as logging, saving or drawing. Every method may stay as it is.
+    """Does something beside the steps of a run, such as logging, saving or drawing. Every method is optional.
 
     Listeners are called in their order, and at the end in reverse. In a run of several processes each has its own, and all are
     called at the same moments. What a listener raises ends the run, and what was trained is saved.
     """
 
-    seconds = 0.0  # spent so far on what does not count as training
+    seconds = 0.0  # spent so far on what does not count in the seconds of a step
 
     def begin(self, run: Run) -> None:
         """Before the first step, with everything that the run is made of."""
@@ -100,16 +100,16 @@ class Loop:
     progress: Progress
 
     def run(self) -> Outcome:
-        """Train to the last step, to a Ctrl-C or as long as the listeners want; the network is saved in any case."""
+        """Train to the last step, a Ctrl-C, or until a listener wants to stop; the network is saved in each case."""
         self.processes.wait()
         started, first = time.perf_counter(), self.progress.step
         bar = tqdm(total=self.plan.max_steps, initial=first, unit="step", desc="training", smoothing=0.1)
         with stop_on_interrupt() as self.step.exchange.asked_to_stop, self._rescue(), bar:
             stop = self._train(bar)
             self.step.exchange.finish()
-            aside = sum(listener.seconds for listener in self.listeners)
+            seconds_beside = sum(listener.seconds for listener in self.listeners)
             steps = self.progress.step - first
-            outcome = Outcome(stop, self.progress, steps, (time.perf_counter() - started - aside) / max(1, steps))
+            outcome = Outcome(stop, self.progress, steps, (time.perf_counter() - started - seconds_beside) / max(1, steps))
             if not self.progress.step:
                 raise RunFailed("stopped before the first step was done; nothing was saved")
             for listener in reversed(self.listeners):
@@ -122,7 +122,7 @@ class Loop:
         while self.progress.epoch <= self.plan.epochs:
             epoch = self.progress.epoch
             self.step.start_epoch(epoch)
-            is_used_up = self.progress.position == self.plan.micro_batches_per_epoch  # killed before what follows an epoch
+            is_used_up = self.progress.position == self.plan.micro_batches_per_epoch  # it was killed before its after_epoch
             if stop is None and not is_used_up:
                 for micro_batches in self.loader.steps(epoch, self.progress.position, self.plan.accumulation):
                     report = self.step(self.progress, micro_batches)
@@ -154,14 +154,14 @@ class Loop:
 
     @contextmanager
     def _rescue(self) -> Iterator[None]:
-        """If an image cannot be read, memory runs out or anything else goes wrong, keep what was trained until then.
+        """Save what was trained so far if an image cannot be read, memory runs out or anything else fails.
 
         All processes end together; the main one says why.
         """
         try:
             with self._failing_together():
                 yield
-        except NotSaved:  # it says where the weights are
+        except NotSaved:  # its message says where the weights are
             raise
         except UserError as error:
             error.args = (f"{error}{self.rescue(self.progress)}",)

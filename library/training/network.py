@@ -104,7 +104,7 @@ def build_network(
 
 
 def text_encoder_rates(options: OptimizerOptions, encoders: int) -> float | list[float] | None:
-    """--text_encoder_lr for a model with so many text encoders: of several rates as many as there are encoders count."""
+    """--text_encoder_lr for a model with this many text encoders; further rates are ignored."""
     rates = options.text_encoder_lr
     if not isinstance(rates, list):
         return rates
@@ -121,11 +121,11 @@ def trains_text_encoder(network: NetworkOptions, optimizer: OptimizerOptions, en
 
 
 def check_max_norm(instance: AdapterNetwork, model: Model) -> None:
-    """A network that cannot shrink its modules says so now, and not after the first step."""
+    """Raises UserError if the network cannot limit the norms of its modules, before the first step would."""
     if not hasattr(instance, "apply_max_norm_regularization"):
         raise UserError("--scale_weight_norms: this network module has no such thing; leave the option out")
     with user_errors("--scale_weight_norms"):
-        instance.apply_max_norm_regularization(1e9, model.denoiser.device)  # so large that it changes nothing
+        instance.apply_max_norm_regularization(1e9, model.denoiser.device)  # too large to change anything
 
 
 def _create(options: NetworkOptions, module: ModuleType, model: Model) -> AdapterNetwork:

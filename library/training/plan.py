@@ -57,7 +57,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come, and so where it goes on: after `step` steps, at micro-batch `position` of `epoch`."""
+    """How far a run has come: `step` steps are done, and it goes on at micro-batch `position` of `epoch`."""
 
     step: int = 0
     epoch: int = 1
@@ -67,7 +67,7 @@ class Progress:
     def at_start(cls, options: StateOptions, plan: Plan, resumed: Progress | None) -> Progress:
         """Where the resumed state is, else where --initial_step (or --initial_epoch) says.
 
-        These two win over a state's own place. With --skip_until_initial_step the data before the step are left out, else its
+        These two win over the position of a state. With --skip_until_initial_step the data before the step are left out, else its
         epoch begins anew. A state of the last step is fine, since the run may have been killed before its last file. Raises
         UserError if nothing is left to do.
         """

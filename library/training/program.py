@@ -1,4 +1,4 @@
-"""The training program, which stands under one name for all families and under others for one of them."""
+"""The training program: train_network.py for all families, sdxl_train_network.py for one."""
 
 from __future__ import annotations
 

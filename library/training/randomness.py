@@ -1,4 +1,4 @@
-"""Random numbers: drawn from the seed and the place in the run, and put back after detours."""
+"""Random generators: seeded from the run's seed and the position in the run, saved, and restored."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 
 
 def seed_everything(seed: int, *salt: int) -> None:
-    """Set torch's and Python's generators from the seed and, say, the number of a batch, so that nothing depends on history."""
+    """Set torch's and Python's generators from the seed and, for example, the number of a batch, whatever was drawn before."""
     mixed = random.Random(f"{seed}/{'/'.join(map(str, salt))}").getrandbits(63)
     random.seed(mixed)
     torch.manual_seed(mixed)
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """The state of every generator that a run may draw from, as tensors, numbers and texts."""
+    """The state of every generator that a run may draw from, as what torch.load reads safely."""
     version, numbers, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     state = {
@@ -45,7 +45,7 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
 
 @contextmanager
 def undisturbed(device: torch.device) -> Iterator[None]:
-    """Whatever is drawn in this block, the generators stand afterwards as they stood before."""
+    """After the block all generators are as they were before it."""
     before = random_state(device)
     try:
         yield

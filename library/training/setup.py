@@ -1,4 +1,4 @@
-"""Setting up a run in stages that each return what they made: data, model, network, places in memory, and the run itself."""
+"""Setting up a run in stages that each return what they made: data, model, network, run."""
 
 from __future__ import annotations
 

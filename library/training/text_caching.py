@@ -19,9 +19,9 @@ from library.training.options import TrainNetworkOptions
 def cache_text(
     options: TrainNetworkOptions, datasets: list[TrainingDataset], model: Model, network: TrainedNetwork, machine: Machine
 ) -> None:
-    """Encode all captions once, where the text encoders are not trained and the captions do not change without end.
+    """Encode all captions once, if the text encoders are not trained and each caption has few variants.
 
-    Without an option only if they are not too many to be kept in memory.
+    Without an option this is done only if all of them fit into memory.
     """
     captions = options.captions
     if network.trains_text_encoder:
@@ -52,11 +52,11 @@ def cache_text(
 
 
 def text_fingerprint(options: TrainNetworkOptions, model: Model, network: TrainedNetwork) -> str:
-    """All that decides what the text encoders make of a caption: weights, how they are run, tokenizers, and options."""
+    """Everything that the encoding of a caption depends on: weights, arithmetic, tokenizers and options."""
     captions, chosen = options.captions, options.network
     settings = [captions.max_token_length, captions.weighted_captions, options.model.clip_skip, options.training.mixed_precision]
     paddings = [tokenizer.pad_token_id for tokenizer in model.tokenizers]
-    # A network that is not trained on the text encoder may still be attached to it; a new one changes nothing.
+    # Weights from --network_weights on the text encoder change its output even if they are not trained; a new network does not.
     is_attached = chosen.network_weights and not chosen.network_train_unet_only
     weights = weights_fingerprint(*model.text_encoders, *([network.module] if is_attached else []))
     return json.dumps([weights, paddings, settings])

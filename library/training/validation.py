@@ -1,8 +1,9 @@
-"""The loss on images that are not trained on, always at the same noise and timesteps, so that its curve shows learning alone."""
+"""The loss on held-out images, always at the same noise and timesteps, so that only learning changes it."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,7 +69,7 @@ class Validation:
     def loss(self, loss_at: LossAt) -> float:
         """Mean over images and timesteps, the same number in all processes, which share the batches.
 
-        No generator is left disturbed.
+        All generators are left as they were.
         """
         own = self.processes.together(lambda: self._own_losses(loss_at))
         parts = self.processes.gather((own.sum().item(), len(own)))
@@ -81,7 +82,7 @@ class Validation:
         with undisturbed(self.device):
             keys = [(EPOCH, position) for position in self.processes.share(range(self.batches))]
             for batch in load_batches(self.dataset, keys, self.num_workers, self.device.type == "cuda") if keys else ():
-                seed_everything(self.seed, batch.key[1])  # for what the model itself draws: latents, if they are not cached
+                seed_everything(self.seed, batch.key[1])  # the VAE draws from its posterior, if latents are not cached
                 losses += [self._at(loss_at, batch, timestep) for timestep in self.timesteps]
         return torch.cat(losses).cpu().double()
 
@@ -102,7 +103,7 @@ class ValidationRecord:
     def add(self, step: int, loss: float) -> bool:
         """Note a validation; returns whether it is the best so far. NaN never is."""
         self.history.append((step, loss))
-        is_best = loss == loss and (self.best is None or loss < self.best[1])
+        is_best = not math.isnan(loss) and (self.best is None or loss < self.best[1])
         self.best = (step, loss) if is_best else self.best
         self.without_improvement = 0 if is_best else self.without_improvement + 1
         return is_best

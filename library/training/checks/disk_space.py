@@ -71,7 +71,7 @@ def saves(output: OutputOptions, plan: Plan) -> tuple[int, int]:
 
 
 def steps_kept(output: OutputOptions, steps: int | None) -> int | None:
-    """How many step saves are there after the oldest were removed, if those older than so many steps are."""
+    """How many saves lie there at a time, if those older than `steps` are removed."""
     interval = output.save_every_n_steps
     return steps // interval + 1 if steps and interval else None
 
@@ -110,4 +110,4 @@ def bytes_in(folder: Path) -> int:
 
 def existing(folder: Path) -> Path:
     """The folder, or the nearest one above it that is there."""
-    return next((place for place in (folder, *folder.absolute().parents) if place.exists()), Path.cwd())
+    return next((path for path in (folder, *folder.absolute().parents) if path.exists()), Path.cwd())

@@ -46,7 +46,7 @@ class FileSizes:
 
 
 def file_sizes(options: TrainNetworkOptions, header: Header) -> FileSizes:
-    """A state has the weights in float32, the optimizer's numbers for each, and the average."""
+    """A state has the weights in float32, the optimizer's moments of each, and the average."""
     parameters, precision = network_parameters(options.network, header), options.output.save_precision
     saved = DTYPES[precision] if precision else NumberFormats.of(options.training, options.precision).trained
     spec = spec_named(optimizer_name(options.optimizer))
@@ -83,7 +83,7 @@ def encoded_text_bytes(tokens: int, formats: NumberFormats, header: Header) -> i
 
 
 def estimated_bytes(options: TrainNetworkOptions, header: Header, batch: int, size: tuple[int, int]) -> int:
-    """Memory of a run: what is fixed, and the activations of a batch of so many images of this size (width, height)."""
+    """Memory of a run: what is fixed, and the activations of a batch. size: width and height of its images."""
     training, formats = options.training, NumberFormats.of(options.training, options.precision)
     positions = batch * math.prod(size) // header.family.latents.pixels_per_latent**2
     of_16_bits = positions * formats.arithmetic.itemsize / 2 * WORKSPACE

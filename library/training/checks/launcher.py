@@ -1,4 +1,4 @@
-"""What the launcher asks for and a LoRA run here does not do. `accelerate launch` says it in the environment."""
+"""Engines that `accelerate launch` asks for in the environment and that are not supported here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the model itself says, for the options that leave it open: so training, metadata and previews agree."""
+"""Options that were left open, filled in from the model's header, so that training, metadata and previews agree."""
 
 from __future__ import annotations
 

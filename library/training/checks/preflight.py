@@ -1,7 +1,4 @@
-"""Everything that can be found out before a model loads, found out in one pass.
-
-All problems are told together, each with its cure, so that nobody mends one after the other.
-"""
+"""All checks that need no model, in one pass, so that a user sees all problems at once, each with its cure."""
 
 from __future__ import annotations
 
@@ -53,7 +50,7 @@ from library.training.plan import Plan, Progress
 from library.training.run_state.resume import check_start, chosen_seed, open_state
 from library.training.run_state.state import State
 
-FEW_STEPS = re.compile(r"(?<![a-z])(turbo|lightning|hyper|lcm|dmd2?)(?![a-z])", re.IGNORECASE)  # names of distilled models
+FEW_STEPS = re.compile(r"(?<![a-z])(turbo|lightning|hyper|lcm|dmd2?)(?![a-z])", re.IGNORECASE)  # in names of distilled models
 MANY = 10**9  # steps of a run whose length is not known yet
 
 Checks = list[Callable[[], Iterable[str] | None]]  # a check returns what is wrong, or raises it as a UserError
@@ -61,9 +58,9 @@ Checks = list[Callable[[], Iterable[str] | None]]  # a check returns what is wro
 
 @dataclass(frozen=True)
 class Ready:
-    """What was opened on the way: the images, the seed, and where the run begins.
+    """What the checks opened: the images, the seed, and where the run begins.
 
-    options: as they were given, and where they leave it open as the model says. notes: what is most likely not meant.
+    options: as given; those left open follow the model's header. notes: advice that was printed.
     """
 
     options: TrainNetworkOptions
@@ -84,8 +81,7 @@ class Ready:
 def preflight(options: TrainNetworkOptions, device: torch.device, world: int, family: str | None = None) -> Ready:
     """Check all that can be checked without a model. Raises UserErrors with everything that is wrong.
 
-    family: the one family of models to accept, by its name. The images are looked at even if an option is wrong already: what
-    is wrong with them is reported together with the rest.
+    family: the one family of models to accept, by its name. The images are checked even if an option is wrong already.
     """
     problems = Problems()
     header = problems.of(read_model_header, options.model)
@@ -108,7 +104,7 @@ def preflight(options: TrainNetworkOptions, device: torch.device, world: int, fa
     start = problems.of(check_start, options, plan, dataset, resumed)
     problems.raise_found()
     assert header is not None and start is not None  # else there was a problem
-    notes = tell_notes(options, dataset, device, header)
+    notes = print_advice(options, dataset, device, header)
     return Ready(options, dataset, seed, header, plan, start, resumed, notes)
 
 
@@ -125,7 +121,7 @@ def check_images(options: TrainNetworkOptions) -> TrainingDataset:
 def open_images(
     problems: Problems, options: TrainNetworkOptions, configs: list[DatasetConfig] | None, seed: int, family: Family | None
 ) -> TrainingDataset:
-    """The indexed images. Where they cannot be opened, UserErrors with this and all that was found before.
+    """The indexed images. Raises UserErrors with all problems until now if they cannot be opened.
 
     family: of the model; None if there is no model to look at.
     """
@@ -139,7 +135,7 @@ def open_images(
 
 
 def run_checks(problems: Problems, checks: Checks) -> None:
-    """Do all checks, whatever they find."""
+    """Do all checks and collect what they find."""
     for check in checks:
         problems.found += problems.of(_found, check) or []
 
@@ -149,7 +145,7 @@ def _found(check: Callable[[], Iterable[str] | None]) -> list[str]:
 
 
 def checks_of_options(options: TrainNetworkOptions, device: torch.device) -> Checks:
-    """Paths, folders, names and packages: what needs no look at the images."""
+    """Checks that need no images: paths, folders, names and packages."""
     formats = NumberFormats.of(options.training, options.precision)
     return [
         lambda: check_precision(options.training.mixed_precision, device),
@@ -167,7 +163,7 @@ def checks_of_options(options: TrainNetworkOptions, device: torch.device) -> Che
 
 
 def checks_of_plan(options: TrainNetworkOptions, plan: Plan, dataset: TrainingDataset, header: Header | None) -> Checks:
-    """What depends on the number of images: schedule, disk space, and whether there are any to validate with."""
+    """Checks that need the images: schedule, disk space, validation."""
     return [
         lambda: try_schedule(options.optimizer, plan.max_steps),
         lambda: (
@@ -186,14 +182,14 @@ def checks_of_plan(options: TrainNetworkOptions, plan: Plan, dataset: TrainingDa
 
 
 def check_optimizer(options: OptimizerOptions, validation: ValidationOptions, formats: NumberFormats) -> None:
-    """Whether there is such an optimizer, whether it takes its arguments, and whether it can do what else is asked."""
+    """Whether there is such an optimizer, whether it takes its arguments, and whether it fits the other options."""
     optimizer, name = trial_optimizer(options)
     check_half_weights(optimizer, name, formats.trained)
     make_average(validation, [], optimizer)
 
 
 def check_schedule(options: OptimizerOptions) -> None:
-    """Whether there is such a schedule, for a run whose length is not known yet."""
+    """Whether there is such a schedule. The length of the run is not known yet."""
     create_schedule(options, trial_optimizer(options)[0], MANY)
 
 
@@ -215,7 +211,7 @@ def read_model_header(options: ModelOptions) -> Header | None:
 
 
 def looks_like_path(name: str) -> bool:
-    """Whether a name cannot be `user/model` of the hub, or would be a strange one: its first half is a folder here."""
+    """Whether a name is a path and no `user/model` of the hub; it is one if its first half is a folder here."""
     in_folder = "/" in name and Path(name).parent.is_dir()
     return (
         Path(name).suffix in MODEL_SUFFIXES
@@ -270,8 +266,8 @@ def check_prompts(options: PreviewOptions) -> None:
         read_prompt_file(Path(options.sample_prompts), PromptSpec(sampler=options.sample_sampler))
 
 
-def tell_notes(options: TrainNetworkOptions, dataset: TrainingDataset, device: torch.device, header: Header) -> list[str]:
-    """Print what is allowed and most likely not meant, and how much memory will be used. Returns the former."""
+def print_advice(options: TrainNetworkOptions, dataset: TrainingDataset, device: torch.device, header: Header) -> list[str]:
+    """Print advice on options that are allowed and probably a mistake, and the memory that will be used. Returns the advice."""
     notes, rates = [], options.optimizer
     if rates.learning_rate == 2e-6 and not (rates.unet_lr or rates.text_encoder_lr):
         notes.append("--learning_rate is 2e-6, far too low for a LoRA to learn anything; 1e-4 is usual")

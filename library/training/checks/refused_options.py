@@ -36,7 +36,7 @@ _REASONS: dict[str, str] = {
     "noise_offset_type": "front ends switch between --noise_offset and --multires_noise_iterations by it; give these",
 }  # fmt: skip
 
-# Defaults of theirs, which say nothing: graphical front ends write them into every config file.
+# Their defaults, which ask for nothing: graphical front ends write them into every config file.
 _DEFAULTS = {
     "model_train_type": "sd-lora", "zero_stage": 2, "huggingface_repo_visibility": "private",
 }  # fmt: skip

@@ -1,6 +1,6 @@
-"""The optimizer and the schedule tried before a model loads, on a parameter that is nobody's.
+"""The optimizer and the schedule, tried on a dummy parameter before a model loads.
 
-Some arguments are taken by a constructor and fail in the first step, and some schedules end before the run does.
+Some arguments pass the constructor and fail in the first step, and some schedules end before the run does.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ GONE = ("aot_ts_nvfuser", "nvprims_nvfuser", "ofi", "fx2trt")
 
 
 def check_backend(name: str, device: torch.device) -> None:
-    """Refuse a back end that torch does not know, or that cannot compile the smallest function on this machine."""
+    """Raises UserError for a back end that torch does not know, or that cannot compile a small function on this machine."""
     if name in GONE:
         raise UserError(f"--dynamo_backend {name} does not exist in torch any more; use inductor")
     known = torch._dynamo.list_backends(None)

@@ -24,7 +24,7 @@ class _Frozen(torch.autograd.Function):
 
 
 class FrozenLayer(nn.Module):
-    """A layer whose weight does not learn; torch's own keep the input of a convolution all the same."""
+    """A layer whose weight is not trained. torch's own convolutions keep their input even then."""
 
     multiplies_by_weight = True  # as torch's own class does, so that networks/fused.py may compute layer and LoRA as one function
 
@@ -46,7 +46,7 @@ class FrozenLayer(nn.Module):
 class FrozenConv2d(FrozenLayer, nn.Conv2d):
     """A frozen convolution. On a CPU it is a product of matrices where the result has few positions.
 
-    There oneDNN takes as long to bring the weight into its own order, at every call, as to compute with it.
+    There oneDNN takes as long to reorder the weight, at every call, as to compute with it.
     """
 
     @property
@@ -98,7 +98,7 @@ def can_be_frozen(layer: nn.Module) -> bool:
 
 
 def freeze_convolutions(model: nn.Module) -> None:
-    """From now on the model's convolutions keep nothing of their input; those that learn or are of a class of their own do."""
+    """Make the model's convolutions keep nothing of their input, except trained ones and those of subclasses."""
     for layer in model.modules():
         if type(layer) is nn.Conv2d and can_be_frozen(layer):
             layer.__class__ = FrozenConv2d  # in place: hooks and whatever else is attached to the layer stay

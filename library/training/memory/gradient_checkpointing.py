@@ -109,9 +109,9 @@ def count_kept(
 
 
 def _kept(parts: Sequence[nn.Module], run: Callable[[], Tensor], own: list[Tensor]) -> list[int]:
-    """Bytes kept for the backward pass of `run`, by the part whose forward kept them; last: in none. `own` does not count."""
+    """Bytes kept for the backward pass of `run`, for each part; last: outside of all parts. Tensors in `own` do not count."""
     sizes, stack = [0] * (len(parts) + 1), [len(parts)]
-    seen = {tensor.untyped_storage()._cdata: tensor for tensor in own}  # holds them all, so that no number is given twice
+    seen = {tensor.untyped_storage()._cdata: tensor for tensor in own}  # keeps the tensors alive, so that ids stay unique
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()

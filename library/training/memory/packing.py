@@ -27,12 +27,12 @@ NF4 = (
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-LEAST = 1e-12  # the factor of nothing but zeros
+LEAST = 1e-12  # least factor, for rows of zeros
 
 
 @dataclass(frozen=True)
 class Format:
-    """How a weight (out, ...) is kept: pack gives its small numbers and their factors, unpack of these and the shape floats."""
+    """How a weight (out, ...) is kept. pack gives packed values and their factors; unpack makes floats of these and the shape."""
 
     pack: Callable[[Tensor], tuple[Tensor, Tensor]]
     unpack: Callable[[Tensor, Tensor, torch.Size], Tensor]
@@ -43,8 +43,8 @@ def _pack_rows(weight: Tensor, kind: torch.dtype, largest: float) -> tuple[Tenso
     """Every row scaled so that its largest number is the largest of the format."""
     scale = weight.abs().flatten(1).amax(dim=1).clamp(min=LEAST) / largest
     scale = scale.view(-1, *[1] * (weight.ndim - 1))
-    numbers = weight / scale
-    return (numbers if kind.is_floating_point else numbers.round()).to(kind), scale
+    scaled = weight / scale
+    return (scaled if kind.is_floating_point else scaled.round()).to(kind), scale
 
 
 def _unpack_rows(packed: Tensor, scale: Tensor, shape: torch.Size) -> Tensor:
@@ -62,11 +62,11 @@ def _pack_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _unpack_nf4(packed: Tensor, scale: Tensor, shape: torch.Size) -> Tensor:
-    """Looked up by pairs: a table has the two numbers of every byte."""
+    """By a table that has the two values of every byte."""
     levels = torch.tensor(NF4, device=packed.device, dtype=scale.dtype)
     pairs = torch.cartesian_prod(levels, levels)
-    numbers = F.embedding(packed.int(), pairs).view(-1, BLOCK) * scale
-    return numbers.flatten()[: shape.numel()].view(shape)
+    values = F.embedding(packed.int(), pairs).view(-1, BLOCK) * scale
+    return values.flatten()[: shape.numel()].view(shape)
 
 
 FORMATS = {

@@ -1,4 +1,4 @@
-"""What the options say about memory and speed of the frozen model, once the network is attached to it."""
+"""The form of the frozen model in memory, once the network is attached: packed, compiled, offloaded."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def compile_model(options: PrecisionOptions, model: Model, trains_text_encoder: 
 
 
 def offload_idle_parts(options: PrecisionOptions, idle: Iterable[nn.Module], *, keep_for_previews: bool) -> None:
-    """Take parts of the model that training does not use off the GPU, or free them for good where no preview needs them.
+    """Move parts that training does not use to main memory, or free them for good if no preview needs them.
 
-    Previews fetch them back for their images. With --lowram main memory is the scarcer one, and with --highvram none is scarce:
-    then parts that previews need stay where they are.
+    Previews move them back while they draw. With --lowram (main memory is short) and with --highvram (GPU memory is plentiful)
+    parts that previews need stay where they are.
     """
     if keep_for_previews and (options.lowram or options.highvram):
         return

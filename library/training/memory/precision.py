@@ -1,4 +1,4 @@
-"""Number formats of a run: which weights are kept how, and what goes wrong with 16 bits."""
+"""Number formats of a run, and what goes wrong with 16 bits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Averaged weights: what is validated, previewed and saved in place of the weights of the newest step."""
+"""Averaged weights, which are validated, drawn with and saved instead of the newest ones."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ExponentialAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the weights as they are now; the host does not wait for the device."""
+        """Average in the present weights; the host does not wait for the device."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(self.weights, [p.detach().float() for p in self.parameters], 1 - decay)
@@ -46,7 +46,7 @@ def make_average(
 
 @contextmanager
 def eval_weights(optimizer: torch.optim.Optimizer, average: ExponentialAverage | None) -> Iterator[None]:
-    """Within the block the parameters hold the EMA or the schedule-free average; afterwards, to the bit, what is trained.
+    """Within the block the parameters hold the EMA or the schedule-free average; afterwards the trained weights, bit for bit.
 
     The eval weights are those that are validated, used for previews and saved.
     """

@@ -1,7 +1,7 @@
 """--fused_backward_pass: each parameter is changed as soon as its gradient is there, and the gradient is freed.
 
-So no more than one parameter's gradient is in memory at a time. The step is the ordinary one, bit for bit, but for clipping: the
-norm of all gradients is never known, so --max_grad_norm limits the norm of each parameter's own.
+So one gradient at a time is in memory. The step is the ordinary one, bit for bit, except for clipping: the norm of all gradients
+is not known, so --max_grad_norm limits that of each parameter.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from library.training.options import OptimizerOptions, TrainingOptions
 
 
 def check_fused_backward(optimizer: OptimizerOptions, training: TrainingOptions, processes: int) -> None:
-    """Refuse what needs all gradients of a step at once."""
+    """Raises UserError for options that need all gradients of a step at once."""
     name = optimizer_name(optimizer)
     spec = spec_named(name)
     reasons = [

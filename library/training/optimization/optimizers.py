@@ -12,7 +12,7 @@ import torch
 
 from library.errors import UserError, nearest, one_line, unknown
 from library.key_values import arguments_for
-from library.training.optimization.optimizer_rules import Fitted, adafactor, finding_rate, without_schedule
+from library.training.optimization.optimizer_rules import OptimizerCall, adafactor, finding_rate, without_schedule
 from library.training.options import OptimizerOptions
 
 
@@ -24,13 +24,14 @@ class OptimizerSpec:
     module: str
     class_name: str
     defaults: Mapping[str, Any] = field(default_factory=dict)  # arguments that the name stands for
-    prepare: Callable[[OptimizerOptions, Fitted], Fitted] | None = None  # what it wants of rates and arguments
+    prepare: Callable[[OptimizerOptions, OptimizerCall], OptimizerCall] | None = None  # changes rates and arguments for it
     finds_rate: bool = False  # it multiplies the learning rate by a number that it finds
-    schedule_free: bool = False  # it averages weights in place of lowering the rate
+    schedule_free: bool = False  # it averages weights instead of lowering the rate
+    may_set_rates: bool = False  # it can compute learning rates by itself, without a schedule
     float32_math: bool = False  # it computes in float32 whatever the format of the weights is
     paged: bool = False  # its state can move out of GPU memory
     fused_on_cpu: bool = False  # it takes `fused=True`, which makes it several times faster on a CPU
-    moments: int = 2  # numbers of its state for each trained number
+    moments: int = 2  # values of its state for each trained parameter
     moment_bits: int = 32
 
 
@@ -65,7 +66,9 @@ SPECS: dict[str, OptimizerSpec] = {
     "PagedLion8bit": _of_bitsandbytes("PagedLion8bit", moments=1, paged=True),
     "SGDNesterov": _of_torch("SGD", defaults=_NESTEROV, moments=1),
     "SGDNesterov8bit": _of_bitsandbytes("SGD8bit", defaults=_NESTEROV, moments=1),
-    "AdaFactor": OptimizerSpec("transformers", "transformers.optimization", "Adafactor", prepare=adafactor, moments=1),
+    "AdaFactor": OptimizerSpec(
+        "transformers", "transformers.optimization", "Adafactor", prepare=adafactor, may_set_rates=True, moments=1
+    ),
     # Version 0.6 of sd-scripts, which the guides describe, means DAdaptAdam by this name; later ones mean DAdaptAdamPreprint.
     "DAdaptation": _DADAPT_ADAM,
     "DAdaptAdam": _DADAPT_ADAM,
@@ -82,14 +85,14 @@ SPECS: dict[str, OptimizerSpec] = {
 }
 OPTIMIZERS = tuple(SPECS)
 _ANY_CASE = {name.lower(): name for name in OPTIMIZERS}
-# Arguments that are no matter of --optimizer_args. A rate among them would do nothing: every group of parameters has its own.
+# Arguments that --optimizer_args must not hold. A rate would have no effect: every group of parameters has its own.
 GIVEN_ELSEWHERE = {
     "lr": "the learning rate is that of --learning_rate, --unet_lr and --text_encoder_lr; give it there",
-    "params": "what is trained is said by the options of the network",
+    "params": "the options of the network decide what is trained",
 }
-# Ways of torch's AdamW to go over the parameters. In one call ("fused") the CPU takes 5 ms for SD 1.5's 256 at rank 4, in
-# the loop that it chooses by itself 25; a GPU does nearly as well by itself.
-_WAYS_OF_TORCH = {"fused", "foreach", "differentiable"}
+# Implementations of torch's AdamW. On a CPU "fused" takes 5 ms for the 256 parameters of SD 1.5 at rank 4, the default loop
+# 25 ms; on a GPU the default is nearly as fast.
+_IMPLEMENTATIONS = {"fused", "foreach", "differentiable"}
 
 UNUSABLE = {"SparseAdam": "it takes sparse gradients only", "LBFGS": "it computes the loss several times a step"}
 
@@ -117,14 +120,14 @@ def spec_of(cls: type) -> OptimizerSpec:
 
 
 def _spec(module: str, class_name: str) -> OptimizerSpec:
-    """The row of a class; for one that has none, what all classes of its package have in common."""
+    """The row of a class; for a class without a row, the traits that all classes of its package share."""
     package = module.partition(".")[0]
-    kin = [spec for spec in SPECS.values() if spec.module.partition(".")[0] == package]
-    for spec in kin:
+    same_package = [spec for spec in SPECS.values() if spec.module.partition(".")[0] == package]
+    for spec in same_package:
         if spec.class_name == class_name:
             return spec
-    if kin and (kin[0].finds_rate or kin[0].schedule_free or kin[0].float32_math):  # all of such a package are alike in that
-        return replace(kin[0], module=module, class_name=class_name, defaults={}, moments=2, moment_bits=32, paged=False)
+    if same_package and (same_package[0].finds_rate or same_package[0].schedule_free or same_package[0].float32_math):
+        return replace(same_package[0], module=module, class_name=class_name, defaults={}, moments=2, moment_bits=32, paged=False)
     return OptimizerSpec(package, module, class_name)
 
 
@@ -165,25 +168,25 @@ def optimizer_class(name: str) -> tuple[type, dict[str, Any]]:
 
 
 def create_optimizer(
-    options: OptimizerOptions, groups: list[dict[str, Any]], device: torch.device, tell: Callable[[str], Any] = print
+    options: OptimizerOptions, groups: list[dict[str, Any]], device: torch.device, report: Callable[[str], Any] = print
 ) -> tuple[torch.optim.Optimizer, str]:
     """The optimizer over the network's parameter groups, and its full name with arguments for the metadata.
 
-    `tell` gets what the optimizer does otherwise than the options say. Raises UserError for arguments that do not fit.
+    report: gets each note about an option that the optimizer does not follow. Raises UserError for arguments that do not fit.
     """
     name = optimizer_name(options)
     cls, defaults = optimizer_class(name)
     given = arguments_for(cls, options.optimizer_args, "--optimizer_args", GIVEN_ELSEWHERE)
     spec = spec_of(cls)
     if spec.paged and device.type != "cuda":
-        tell(f"--optimizer_type {name}: there is no GPU memory to move state out of; it does the same as {name[5:]} here")
-    in_one_call = {"fused": True} if spec.fused_on_cpu and device.type == "cpu" and not given.keys() & _WAYS_OF_TORCH else {}
-    fit = Fitted(groups, {"lr": options.learning_rate, **in_one_call, **defaults, **given})
-    fit = spec.prepare(options, fit) if spec.prepare else fit
-    for note in fit.notes:
-        tell(f"--optimizer_type {name}: {note}")
+        report(f"--optimizer_type {name}: there is no GPU memory to move state out of; it does the same as {spec.class_name.removeprefix('Paged')} here")
+    in_one_call = {"fused": True} if spec.fused_on_cpu and device.type == "cpu" and not given.keys() & _IMPLEMENTATIONS else {}
+    call = OptimizerCall(groups, {"lr": options.learning_rate, **in_one_call, **defaults, **given})
+    call = spec.prepare(options, call) if spec.prepare else call
+    for note in call.notes:
+        report(f"--optimizer_type {name}: {note}")
     try:
-        optimizer = cls(fit.groups, **fit.arguments)
+        optimizer = cls(call.groups, **call.arguments)
     except Exception as error:
         raise UserError(f"--optimizer_args do not fit {name}: {one_line(error)}") from error
     if averages_weights(optimizer):
@@ -213,7 +216,7 @@ def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     try:
         yield
     finally:
-        switch.train()  # which would give them back but for rounding
+        switch.train()  # gives them back, except for rounding
         with torch.no_grad():
             for parameter, value in zip(parameters, trained, strict=True):
                 parameter.copy_(value)

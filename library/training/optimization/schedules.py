@@ -1,4 +1,4 @@
-"""Learning-rate schedules by name. The formulas come from transformers; here is only who gets which arguments."""
+"""Learning-rate schedules by name. The formulas come from transformers; this file passes them their arguments."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SCHEDULES = (
     "warmup_stable_decay", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "piecewise_constant", "reduce_lr_on_plateau",
 )  # fmt: skip
 
-# Arguments that are no matter of --lr_scheduler_args.
+# Arguments that --lr_scheduler_args must not hold.
 GIVEN_ELSEWHERE = {
     "optimizer": "it is that of --optimizer_type",
     "last_epoch": "a schedule begins where the run does; to go on with a run give --resume",
@@ -52,7 +52,7 @@ def steps_of(value: int | float, total: int) -> int:
 
 
 def create_schedule(options: OptimizerOptions, optimizer: torch.optim.Optimizer, total_steps: int):
-    """The learning-rate schedule; it ticks once an optimizer step, whatever the number of processes.
+    """The learning-rate schedule, to be stepped once an optimizer step, whatever the number of processes.
 
     total_steps: optimizer steps of the whole run.
     Raises UserError for an unknown name or arguments that do not fit.
@@ -88,7 +88,7 @@ def check_name(name: str) -> None:
 
 
 def _schedule_of_optimizer(options: OptimizerOptions, optimizer: torch.optim.Optimizer):
-    """The schedule of an optimizer that has its own ways; None if it takes any."""
+    """The schedule of an optimizer that allows no other; None if it allows any."""
     if optimizer.param_groups[0].get("relative_step"):
         from transformers.optimization import AdafactorSchedule
 
@@ -99,14 +99,14 @@ def _schedule_of_optimizer(options: OptimizerOptions, optimizer: torch.optim.Opt
 
 
 def schedule_facts(options: OptimizerOptions, optimizer: torch.optim.Optimizer) -> dict[str, str | None]:
-    """Metadata of a schedule that is the optimizer's own."""
+    """Metadata for an optimizer that computes its own rates."""
     if not optimizer.param_groups[0].get("relative_step"):
         return {}
     return {"ss_lr_scheduler": f"adafactor:{options.learning_rate}", "ss_learning_rate": None}
 
 
 def finds_rates_in_step(optimizer: torch.optim.Optimizer) -> bool:
-    """AdaFactor with its own rates computes them within its step, and its schedule tells them only after it."""
+    """Whether the rates are known after the step only, as with AdaFactor that computes its own."""
     return bool(optimizer.param_groups[0].get("relative_step"))
 
 
@@ -176,7 +176,7 @@ def schedule_name(options: OptimizerOptions) -> str:
 
 
 def walk_through(schedule: Any, name: str, total_steps: int) -> None:
-    """Take all steps of a run with a schedule, on an optimizer that is for this alone.
+    """Take all steps of a run with a schedule, on a dummy optimizer.
 
     Raises UserError for one that ends before the run or computes no rate.
     """

@@ -16,6 +16,7 @@ from library.data.config_keys import DatasetConfig, SubsetConfig
 from library.errors import UserError
 from library.files import read_safetensors_header
 from library.option_traits import RECORDED_ELSEWHERE, traits_of
+from library.training.optimization.optimizers import spec_named
 from library.training.optimization.schedules import SCHEDULES
 from library.training.options import TrainNetworkOptions
 
@@ -61,21 +62,21 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 def command_lines(metadata: Mapping[str, str], data_file: str, defaults: Mapping[str, Any]) -> list[str]:
     """The command in one line, and before it comments on what is not known."""
-    words = {
+    options = {
         "pretrained_model_name_or_path": metadata.get("ss_sd_model_name", "MODEL"),
         "dataset_config": data_file,
         "output_dir": "out",
     }
-    words |= {"vae": metadata["ss_vae_name"]} if "ss_vae_name" in metadata else {}
-    words |= recorded_options(metadata, defaults)
-    comments = [f"# {UNKNOWN}", *doubts(metadata, words)]
-    return [*comments, "accelerate launch --num_cpu_threads_per_process 1 train_network.py " + " ".join(as_words(words))]
+    options |= {"vae": metadata["ss_vae_name"]} if "ss_vae_name" in metadata else {}
+    options |= recorded_options(metadata, defaults)
+    comments = [f"# {UNKNOWN}", *doubts(metadata, options)]
+    return [*comments, "accelerate launch --num_cpu_threads_per_process 1 train_network.py " + " ".join(as_arguments(options))]
 
 
 def recorded_options(
     metadata: Mapping[str, str], defaults: Mapping[str, Any], options_class: type[BaseModel] = TrainNetworkOptions
 ) -> dict[str, Any]:
-    """Options that differ from their default, as values or lists of words; True for a flag."""
+    """Options that differ from their default: values, lists of texts, and True for a flag."""
     found: dict[str, Any] = {}
     for key, option in recorded_keys(options_class).items():
         if option in defaults and key in metadata and metadata[key] != str(defaults[option]):
@@ -90,7 +91,7 @@ def recorded_options(
     network_args = json.loads(metadata.get("ss_network_args", "{}"))
     if network_args:
         found["network_args"] = [f"{key}={value}" for key, value in network_args.items() if value is not None]
-    return found | optimizer_words(metadata.get("ss_optimizer", ""))
+    return found | optimizer_options(metadata.get("ss_optimizer", ""))
 
 
 def own_schedule(metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -101,13 +102,13 @@ def own_schedule(metadata: Mapping[str, str]) -> dict[str, Any]:
     return {} if name in SCHEDULES else {"lr_scheduler": "constant", "lr_scheduler_type": name}
 
 
-def optimizer_words(described: str) -> dict[str, Any]:
+def optimizer_options(described: str) -> dict[str, Any]:
     """`torch.optim.adamw.AdamW(weight_decay=0.1,betas=(0.9, 0.99))` as options."""
     name, bracket, rest = described.partition("(")
     if not name:
         return {}
-    words = split_outside_brackets(rest.removesuffix(")")) if bracket else []
-    return {"optimizer_type": name} | ({"optimizer_args": words} if words else {})
+    arguments = split_outside_brackets(rest.removesuffix(")")) if bracket else []
+    return {"optimizer_type": name} | ({"optimizer_args": arguments} if arguments else {})
 
 
 def split_outside_brackets(text: str) -> list[str]:
@@ -126,7 +127,7 @@ def split_outside_brackets(text: str) -> list[str]:
     return parts
 
 
-def doubts(metadata: Mapping[str, str], words: Mapping[str, Any]) -> list[str]:
+def doubts(metadata: Mapping[str, str], options: Mapping[str, Any]) -> list[str]:
     """Comments on what the metadata leave open in this case."""
     lines = [f"# {NO_MODEL}; its SHA-256 is {metadata.get('ss_new_sd_model_hash', 'not recorded either')}"]
     if "modelspec.thumbnail" in metadata:
@@ -140,21 +141,22 @@ def doubts(metadata: Mapping[str, str], words: Mapping[str, Any]) -> list[str]:
             lines.append(
                 f"# it was trained in {processes} processes: accelerate launch --multi_gpu --num_processes {processes} ..."
             )
-    if words.get("optimizer_type", "").startswith("transformers.optimization.Adafactor"):
+    if spec_named(options.get("optimizer_type", "")).may_set_rates:
         lines.append("# AdaFactor may have set learning rate and schedule itself")
     return lines
 
 
-def as_words(options: Mapping[str, Any]) -> list[str]:
-    words = []
+def as_arguments(options: Mapping[str, Any]) -> list[str]:
+    """Options as the arguments of a command line, quoted for a shell."""
+    arguments = []
     for name, value in options.items():
         if value is True:
-            words.append(f"--{name}")
+            arguments.append(f"--{name}")
         elif isinstance(value, list):
-            words += [f"--{name}", *(shlex.quote(str(word)) for word in value)]
+            arguments += [f"--{name}", *(shlex.quote(str(word)) for word in value)]
         else:
-            words.append(shlex.quote(f"--{name}={value}"))
-    return words
+            arguments.append(shlex.quote(f"--{name}={value}"))
+    return arguments
 
 
 def dataset_lines(metadata: Mapping[str, str]) -> list[str]:
@@ -181,8 +183,8 @@ def datasets(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
     subsets = []
     for key, is_reg in (("ss_dataset_dirs", False), ("ss_reg_dataset_dirs", True)):
         for folder, facts in json.loads(metadata.get(key, "{}")).items():
-            words = folder.partition("_")[2] if folder.partition("_")[0].isdecimal() else ""
-            subset = {"image_dir": folder, "num_repeats": facts["n_repeats"]} | ({"class_tokens": words} if words else {})
+            tokens = folder.partition("_")[2] if folder.partition("_")[0].isdecimal() else ""
+            subset = {"image_dir": folder, "num_repeats": facts["n_repeats"]} | ({"class_tokens": tokens} if tokens else {})
             subsets.append(subset | ({"is_reg": True} if is_reg else {}) | common)
     return [{"keys": keys, "subsets": subsets}]
 

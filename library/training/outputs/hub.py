@@ -35,7 +35,7 @@ class Uploads:
                 self.options.huggingface_repo_id, repo_type=self.options.huggingface_repo_type, private=private, exist_ok=True
             )
         except Exception as error:  # a hub that cannot be reached must not keep anyone from training
-            tqdm.write(f"the hub cannot be used: {self._said(error)}; training goes on, files stay in --output_dir")
+            tqdm.write(f"the hub cannot be used: {self._error_text(error)}; training goes on, files stay in --output_dir")
 
     def file(self, path: Path, *, last: bool = False) -> None:
         """Upload a file; with --async_upload in the background, except the last one."""
@@ -47,11 +47,11 @@ class Uploads:
             self._do(lambda: self._upload_folder(folder), folder, wait=not self.options.async_upload)
 
     def before_removal(self) -> None:
-        """A file that is still being uploaded must not be removed under it."""
+        """Wait for uploads: a file must not be removed while it is read."""
         self.finish()
 
     def finish(self) -> None:
-        """Wait for what is still under way."""
+        """Wait for all uploads."""
         waiting, self._waiting = self._waiting, []
         for upload in waiting:
             upload.result()
@@ -68,30 +68,30 @@ class Uploads:
             work()
         except Exception as error:
             self.failed.append(path)
-            tqdm.write(f"{path} was not uploaded: {self._said(error)}; it stays where it is")
+            tqdm.write(f"{path} was not uploaded: {self._error_text(error)}; it stays where it is")
 
     def _upload_file(self, path: Path) -> None:
         repo, kind = self.options.huggingface_repo_id, self.options.huggingface_repo_type
-        self._api().upload_file(path_or_fileobj=path, path_in_repo=self._place(path), repo_id=repo, repo_type=kind)
+        self._api().upload_file(path_or_fileobj=path, path_in_repo=self._path_in_repo(path), repo_id=repo, repo_type=kind)
         tqdm.write(f"uploaded {path} to {repo}")
 
     def _upload_folder(self, folder: Path) -> None:
         repo, kind = self.options.huggingface_repo_id, self.options.huggingface_repo_type
-        self._api().upload_folder(folder_path=folder, path_in_repo=self._place(folder), repo_id=repo, repo_type=kind)
+        self._api().upload_folder(folder_path=folder, path_in_repo=self._path_in_repo(folder), repo_id=repo, repo_type=kind)
         tqdm.write(f"uploaded {folder} to {repo}")
 
-    def _place(self, path: Path) -> str:
+    def _path_in_repo(self, path: Path) -> str:
         folder = (self.options.huggingface_path_in_repo or "").strip("/")
         return f"{folder}/{path.name}" if folder else path.name
 
     def _api(self):
         return hub_api(self.options.huggingface_token)
 
-    def _said(self, error: Exception) -> str:
-        return said(error, self.options.huggingface_token)
+    def _error_text(self, error: Exception) -> str:
+        return error_text(error, self.options.huggingface_token)
 
 
-def said(error: Exception, token: str | None) -> str:
+def error_text(error: Exception, token: str | None) -> str:
     """An error in one line, without the token."""
     text = one_line(error)
     return text.replace(token, "***") if token else text
@@ -105,7 +105,7 @@ def hub_api(token: str | None):
 
 
 @dataclass(frozen=True)
-class StatePlace:
+class HubPath:
     """Where a state lies on the hub: `user/repo/path/of/folder`, optionally followed by `:revision` or `:revision:type`."""
 
     repo: str
@@ -114,29 +114,29 @@ class StatePlace:
     kind: str | None
 
     @classmethod
-    def parse(cls, text: str) -> StatePlace:
+    def parse(cls, text: str) -> HubPath:
         """Raises UserError for another form."""
-        words, *rest = text.split(":")
-        parts = words.strip("/").split("/")
-        if len(parts) < 3 or len(rest) > 2 or not all(parts):
+        path, *suffixes = text.split(":")
+        parts = path.strip("/").split("/")
+        if len(parts) < 3 or len(suffixes) > 2 or not all(parts):
             raise UserError(
                 f"--resume {text} with --resume_from_huggingface: expected user/repo/folder, optionally followed by :revision or "
                 ":revision:type"
             )
-        revision, kind = (*(word or None for word in rest), None, None)[:2]
+        revision, kind = (*(suffix or None for suffix in suffixes), None, None)[:2]
         return cls("/".join(parts[:2]), "/".join(parts[2:]), revision, kind)
 
 
 def fetch_state(text: str, token: str | None) -> Path:
-    """The local copy of a state on the hub. Raises UserError, naming the place, if it cannot be had."""
-    place = StatePlace.parse(text)
+    """The local copy of a state on the hub. Raises UserError, naming repository and folder, if it cannot be fetched."""
+    source = HubPath.parse(text)
     try:
         fetched = hub_api(token).snapshot_download(
-            place.repo, repo_type=place.kind, revision=place.revision, allow_patterns=[f"{place.folder}/*"]
+            source.repo, repo_type=source.kind, revision=source.revision, allow_patterns=[f"{source.folder}/*"]
         )
     except Exception as error:
-        raise UserError(f"--resume {text}: it cannot be fetched ({said(error, token)})") from error
-    folder = Path(fetched) / place.folder
+        raise UserError(f"--resume {text}: it cannot be fetched ({error_text(error, token)})") from error
+    folder = Path(fetched) / source.folder
     if not folder.is_dir() or not any(folder.iterdir()):
-        raise UserError(f"--resume {text}: the repository {place.repo} has no folder {place.folder}; check path and revision")
+        raise UserError(f"--resume {text}: the repository {source.repo} has no folder {source.folder}; check path and revision")
     return folder

@@ -38,7 +38,7 @@ def write_loss_plot(record: LossRecord, path: Path, title: str, validation: Sequ
 
 
 def try_loss_plot(record: LossRecord, path: Path, title: str, validation: Sequence[tuple[int, float]] = ()) -> str:
-    """The same; what to tell of it: the path, or why there is no plot. When it is drawn, all that matters is saved already."""
+    """The path of the plot, or why it was not drawn. Nothing is raised: the weights are saved by then."""
     if not record.values:
         return "not drawn (there are no losses)"
     try:

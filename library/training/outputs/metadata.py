@@ -54,11 +54,11 @@ class RunMetadata:
         self._model_facts = self._executor.submit(model_facts)
 
     def identity(self) -> dict[str, Any]:
-        """What a run keeps when it is resumed: its number and when it began."""
+        """What stays the same when a run is resumed: its number and when it began."""
         return {key: self.facts[key] for key in IDENTITY}
 
     def take_identity(self, identity: Mapping[str, Any]) -> None:
-        """Be that run, going on."""
+        """Continue that run."""
         self.facts |= {key: identity[key] for key in IDENTITY}
 
     def at(self, step: int, epoch: int) -> dict[str, str]:

@@ -22,7 +22,7 @@ from library.pages.chart_script import lay_chart_script
 from library.pages.curves import evenly, extremes, running_mean
 from library.pages.images import lay_image
 from library.training.outputs.config_output import changed_options
-from library.training.outputs.from_metadata import as_words
+from library.training.outputs.from_metadata import as_arguments
 from library.training.outputs.summary import network_summary
 from library.training.outputs.tracking import LossRecord
 from library.training.plan import Progress
@@ -99,8 +99,8 @@ def command(run: Run) -> str:
         if not traits_of(field).secret and name != "resume"
     }
     launch = f"--multi_gpu --num_processes {run.plan.processes} " if run.plan.processes > 1 else ""
-    words = as_words({**given, "seed": run.seed})
-    return f"accelerate launch {launch}--num_cpu_threads_per_process 1 train_network.py {' '.join(words)}"
+    arguments = as_arguments({**given, "seed": run.seed})
+    return f"accelerate launch {launch}--num_cpu_threads_per_process 1 train_network.py {' '.join(arguments)}"
 
 
 def data_facts(dataset: TrainingDataset, folder: Path) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def examples(dataset: TrainingDataset, folder: Path) -> list[dict[str, Any]]:
     for number, position in enumerate(np.unique(np.linspace(0, dataset.num_batches - 1, EXAMPLES).round().astype(int)).tolist()):
         try:
             use = dataset.use(1, position, 0)
-        except UserError:  # the run itself will say it
+        except UserError:  # the run itself reports it
             continue
         name = f"example-{number}.webp"
         lay_image(Image.fromarray(use.pixels), folder / name, EXAMPLE_SIZE)

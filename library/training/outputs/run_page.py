@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     from library.training.setup import Run
 
 LEAST_SECONDS = 5.0  # between two writes
-COST = 200  # a write is followed by at least so many times the processor time that it took
+COST = 200  # a pause after a write, in times of the processor time that it took
 ENDS = {Stop.DONE: "finished", Stop.EARLY: "early", Stop.INTERRUPTED: "interrupted"}
 
 
 class RunPage(Listener):
-    """Writes the page of a run, unless --no_report. A page that cannot be written is said once and ends nothing.
+    """Writes the page of a run, unless --no_report. A page that cannot be written is reported once and ends nothing.
 
     notes: what the checks before the run found; warnings: those that are still collected.
     """
@@ -49,7 +49,7 @@ class RunPage(Listener):
         self.datasets: list[tuple[int, int]] = []  # (step, dataset) of every batch, if there are several datasets
         self._stop: Stop | None = None
         self._seen_files: list[Path] = []
-        self._said_trouble = False
+        self._reported = False
         self._due = 0.0
         self._has_several = False
         self._thread = ThreadPoolExecutor(1, "page")  # it starts with its first work
@@ -131,8 +131,8 @@ class RunPage(Listener):
             }  # fmt: skip
             write_page(self.path, "run", self.path.stem, data)
         except Exception as error:  # a full disk, a folder that is gone: hours of training must not be lost for a page
-            if not self._said_trouble:
-                self._said_trouble = True
+            if not self._reported:
+                self._reported = True
                 tqdm.write(f"the page {self.path} was not written: {one_line(error)}")
         self._due = time.monotonic() + max(LEAST_SECONDS, COST * (time.thread_time() - started))
 

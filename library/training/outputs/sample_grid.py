@@ -18,7 +18,7 @@ CELL = 256
 def write_sample_grid(folder: Path, name: str | None, prompts: list[str], path: Path) -> bool:
     """Draw the sheet from the images in `folder` (those of earlier parts of a resumed run too). False if there are none."""
     found = newest_images(folder, name)
-    moments = chosen(sorted({moment for moment, _ in found}, key=place_in_run))
+    moments = chosen(sorted({moment for moment, _ in found}, key=order_in_run))
     if not moments:
         return False
     numbers = sorted({number for _, number in found})
@@ -43,8 +43,8 @@ def newest_images(folder: Path, name: str | None) -> dict[tuple[str, int], Path]
     return {key: path for key, (_, path) in found.items()}
 
 
-def place_in_run(moment: str) -> int:
-    """Epochs and steps do not mix in one run, so their numbers alone tell the order."""
+def order_in_run(moment: str) -> int:
+    """The number of the epoch or step; a run has only one of both."""
     return int(moment.lstrip("e"))
 
 

@@ -86,8 +86,8 @@ class SavedWeights(Listener):
 class SavedStates(Listener):
     """Saves the state of the run with every file (--save_state) and at the end (--save_state_on_train_end as well).
 
-    It comes last among the listeners: a run that goes on from a state does nothing of its step again. At the end it is therefore
-    the first, so that no kill leaves a file that claims more than can be resumed.
+    It comes last among the listeners, so that a state includes what the others did after its step. At the end it is therefore the
+    first, so that after a kill no file is newer than the state.
     """
 
     def __init__(self, states: StateFiles, snapshot: Snapshot, weights: SavedWeights, processes: Processes) -> None:

@@ -58,7 +58,7 @@ class ModelFiles:
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=".probe-", dir=self.folder) as probe:
                 longest = Path(probe) / self.step_path(10**8 - 1).name
-                save_file({"probe": torch.zeros(1)}, longest)  # by the library that writes the weights, under a name as theirs
+                save_file({"probe": torch.zeros(1)}, longest)  # by the library and with a name as for the weights
         except Exception as error:  # safetensors has errors of its own
             reason = getattr(error, "strerror", None) or one_line(error)
             raise UserError(f"--output_dir {self.folder} cannot be written: {reason}; choose another folder") from error

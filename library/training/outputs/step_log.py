@@ -34,11 +34,11 @@ class StepLog(Listener):
         self._log_waiting()
 
     def state(self) -> State:
-        """All losses and rates. What waits is logged: a run that goes on from here does not do these steps again."""
+        """All losses and rates. Steps that wait are logged first, since a resumed run does not repeat them."""
         self.losses.flush()
         self._log_waiting()
-        tensors, numbers = self.losses.state()
-        return State(record={"losses": numbers}, tensors={"losses": tensors})
+        tensors, record = self.losses.state()
+        return State(record={"losses": record}, tensors={"losses": tensors})
 
     def load_state(self, state: State) -> None:
         """Put back what `state` gave."""

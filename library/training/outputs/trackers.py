@@ -1,4 +1,4 @@
-"""What a run tells to TensorBoard and wandb."""
+"""Logging to TensorBoard and wandb."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from library.training.outputs.tracking import LossRecord, StepLoss
 class Tracker:
     """TensorBoard and wandb, as --log_with asks for; does nothing without --logging_dir and --log_with.
 
-    Tags: loss/current, loss/average, lr/<group>, lr/d*lr/<group> by step; loss/epoch_average by epoch; sample images. A tracker
-    that fails while training is said once, and left alone from then on.
+    Tags: loss/current, loss/average, lr/<group>, lr/d*lr/<group> by step; loss/epoch_average by epoch; sample images. The
+    failure of a tracker while training is printed once, and it is not used any more.
     """
 
     def __init__(self, options: LogOptions, config: Mapping[str, Any] | None = None, active: bool = True) -> None:
@@ -134,7 +134,7 @@ def _started(name: str, make: Callable[[], Any], config: Mapping[str, Any] | Non
         if config:
             tracker.store_init_configuration(as_data(dict(config)))
     except Exception as error:
-        said = one_line(error, 200)
+        reason = one_line(error, 200)
         cure = (
             "; without network set the environment variable WANDB_MODE=offline"
             if name == "wandb"
@@ -143,7 +143,7 @@ def _started(name: str, make: Callable[[], Any], config: Mapping[str, Any] | Non
         cure = (
             f"; run: pip install --upgrade {name}" if isinstance(error, ImportError) else cure
         )  # something that it needs is missing
-        raise UserError(f"--log_with {name} cannot start: {said}{cure}") from error
+        raise UserError(f"--log_with {name} cannot start: {reason}{cure}") from error
     return tracker
 
 
@@ -177,7 +177,7 @@ def tracker_settings(options: LogOptions) -> dict[str, dict[str, Any]]:
 
 
 def log_in_to_wandb(options: LogOptions) -> None:
-    """Give wandb the key, which is written nowhere."""
+    """Log in with --wandb_api_key, which is written nowhere."""
     if options.wandb_api_key:
         import wandb
 

@@ -12,8 +12,8 @@ import torch
 from library.errors import RunFailed
 
 
-class OnItsWay:
-    """Numbers on their way from the device; `values` waits for their own arrival, not for work that was queued after them."""
+class AsyncValues:
+    """Copies values from the device without waiting. `values` waits for this copy, not for work that was queued later."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._tensor, self._arrived = tensor.detach(), None
@@ -23,7 +23,7 @@ class OnItsWay:
             self._arrived.record()
 
     def values(self) -> list[float]:
-        """The numbers of a tensor of one dimension."""
+        """The values of a tensor of one dimension."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._tensor.tolist()
@@ -34,7 +34,7 @@ class PendingLoss:
 
     def __init__(self, step: int, loss: torch.Tensor, paths: list[str]) -> None:
         self.step, self.paths = step, paths
-        self._loss = OnItsWay(loss.reshape(1))
+        self._loss = AsyncValues(loss.reshape(1))
 
     def read(self) -> Iterator[tuple[int, float, list[str]]]:
         """(step, loss, images)"""
@@ -49,8 +49,8 @@ class StepLoss:
     average: float
 
 
-class Readable(Protocol):
-    """Losses that are read later; `step` is theirs."""
+class PendingLosses(Protocol):
+    """Losses of a step that are read later."""
 
     step: int
 
@@ -61,7 +61,7 @@ class Readable(Protocol):
 class LossRecord:
     """Losses of a run. Each is fetched from the device one batch late, so that training never waits for it.
 
-    window: batches of an epoch; `average` is the mean over the last so many.
+    window: how many of the last losses `average` is the mean of: the batches of an epoch.
     """
 
     window: int
@@ -69,7 +69,7 @@ class LossRecord:
     values: list[float] = field(default_factory=list)
     rates: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # group -> (step, learning rate), where it changed
     explain: Callable[[], str] | None = None  # why a loss is not finite
-    _pending: Readable | None = None
+    _pending: PendingLosses | None = None
 
     def __post_init__(self) -> None:
         self._recent: deque[float] = deque(maxlen=max(1, self.window))
@@ -80,7 +80,7 @@ class LossRecord:
         """Hand over the loss of one batch; the one before it is read. Raises RunFailed if that is not finite."""
         self.expect(PendingLoss(step, loss, paths))
 
-    def expect(self, pending: Readable) -> None:
+    def expect(self, pending: PendingLosses) -> None:
         """Hand over losses; those before them are read. Raises RunFailed if one of those is not finite."""
         self.flush()
         self._pending = pending
@@ -126,13 +126,13 @@ class LossRecord:
         tensors = {"steps": torch.tensor(self.steps, dtype=torch.int64), "values": torch.tensor(self.values, dtype=torch.float64)}
         return tensors, {"sum": self._sum, "recent": len(self._recent), "rates": self.rates}
 
-    def load_state(self, tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> None:
+    def load_state(self, tensors: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
         """Put back what `state` gave."""
         self.steps, self.values = tensors["steps"].tolist(), tensors["values"].tolist()
         self._recent.clear()
-        self._recent.extend(self.values[len(self.values) - numbers["recent"] :])
-        self._sum = numbers["sum"]
-        self.rates = {name: [(step, rate) for step, rate in points] for name, points in numbers["rates"].items()}
+        self._recent.extend(self.values[len(self.values) - record["recent"] :])
+        self._sum = record["sum"]
+        self.rates = {name: [(step, rate) for step, rate in points] for name, points in record["rates"].items()}
 
     def shown(self) -> dict[str, str]:
         """The newest loss that was read and the average, for the progress bar."""

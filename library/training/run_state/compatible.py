@@ -1,4 +1,4 @@
-"""Whether a state belongs to the run that is to go on from it: same network, data and options, or what differs."""
+"""Whether a state is of this run: same network, data and options; else what differs."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def data_settings(table: ImageTable) -> dict[str, Any]:
 
 
 def model_digest(model: Model) -> str:
-    """A checksum over the first numbers of every weight of the frozen model: quick, and it tells models apart."""
+    """A checksum over the first values of every weight of the frozen model, which is quick and differs between models."""
     digest = hashlib.sha256()
     for part in (model.denoiser, *model.text_encoders, model.vae):
         starts = [weight.detach().flatten()[:8].float() for weight in part.parameters()]
@@ -126,8 +126,8 @@ def _differences(then: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
     yield from (f"{key} was {_shown(a)} and is {_shown(b)}" for key, (a, b) in settings.items() if a != b)
     for name, value in now["data"].items():
         if then["data"].get(name) != value:
-            numbers = f" ({then['data'].get(name)} then, {value} now)" if isinstance(value, int) else ""
-            yield f"the {name} changed{numbers}"
+            counts = f" ({then['data'].get(name)} then, {value} now)" if isinstance(value, int) else ""
+            yield f"the {name} changed{counts}"
     if now.get("model") not in (None, then["model"]):
         yield "the base model has other weights"
 

@@ -1,4 +1,4 @@
-"""--resume and --initial_*: where a run begins, and whether the state that it goes on from is one of its own."""
+"""--resume and --initial_*: where a run begins, and whether the state that it resumes is its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The state of a run is the state of each of its parts; put back, the run does what it would have done anyway."""
+"""The state of a run: the states of its parts. A run that is restored from it goes on as if it had not stopped."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from library.training.run_state.state import State
 
 
 class Stateful(Protocol):
-    """A part of a run that has something to remember."""
+    """A part of a run that has a state."""
 
     def state(self) -> State: ...
 
@@ -67,7 +67,7 @@ class RunIdentity:
         return State(record)
 
     def load_state(self, state: State) -> None:
-        """Be the run of the state. Raises UserError, saying what differs, if this is another one."""
+        """Take the identity of the state's run. Raises UserError, saying what differs, if this is another run."""
         check_same_run(state.record, self.fingerprint, state.folder)
         self.metadata.take_identity(state.record["metadata"])
 
@@ -91,7 +91,7 @@ def network_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def refuse_nonfinite(network: Mapping[str, Tensor]) -> None:
-    """Raises RunFailed if a tensor holds NaN or infinity: such a state is worth nothing."""
+    """Raises RunFailed if a tensor holds NaN or infinity: such a state is useless."""
     broken = [name for name, tensor in network.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
     if broken:
         raise RunFailed(
@@ -116,9 +116,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> N
     """`load_state_dict`, without its change of number formats: it would round float32 state of bf16 weights."""
     optimizer.load_state_dict(saved)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    numbers = [number for group in saved["param_groups"] for number in group["params"]]
-    for parameter, number in zip(parameters, numbers, strict=True):
-        for key, value in saved["state"].get(number, {}).items():
+    indices = [index for group in saved["param_groups"] for index in group["params"]]
+    for parameter, index in zip(parameters, indices, strict=True):
+        for key, value in saved["state"].get(index, {}).items():
             loaded = optimizer.state[parameter].get(key)
             if isinstance(value, Tensor) and isinstance(loaded, Tensor) and loaded.dtype != value.dtype:
                 optimizer.state[parameter][key] = value.to(loaded.device)

@@ -92,7 +92,7 @@ def _contents(state: State, is_first: bool) -> Iterator[tuple[str, bytes]]:
 
 
 def _check_readable(buffer: io.BytesIO, name: str) -> None:
-    """A state that cannot be read again would be found out too late: an optimizer of others may keep anything in it."""
+    """Raises RunFailed for a state that could not be read again: a third-party optimizer may keep anything in it."""
     buffer.seek(0)
     try:
         torch.load(buffer, map_location="cpu", weights_only=True)
@@ -122,7 +122,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _replace(folder: Path, temporary: Path) -> None:
-    """Give the new state its name. There is always one: the old one is whole under its hidden name until the new one stands."""
+    """Give the new state its name. The old one is kept, whole and under a hidden name, until then."""
     old = None
     if folder.exists():
         old = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
@@ -211,7 +211,7 @@ def _unusable(folder: Path, problem: str) -> UserError:
 
 
 class StateFiles:
-    """Names and rotation of the states of one run. They are called as the network's files, with `-state` at the end."""
+    """Names and rotation of the states of one run. Their names are those of the network's files with `-state` at the end."""
 
     def __init__(self, options: StateOptions, files: ModelFiles) -> None:
         self.options, self.files = options, files
@@ -269,7 +269,7 @@ class StateFiles:
 
     def _remove(self, path: Path) -> None:
         if path.is_dir():
-            # Under its name a state is whole: what is being removed must not look like one.
+            # A folder with the name of a state is whole, so one that is being removed gets another name first.
             if self.files.uploads:
                 self.files.uploads.before_removal()
             hidden = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")

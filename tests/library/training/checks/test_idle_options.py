@@ -150,7 +150,7 @@ def test_all_are_told_once_and_together(capsys, monkeypatch):
     monkeypatch.setattr(preflight, "largest_batch", lambda dataset: (1, (64, 64)))
     monkeypatch.setattr(preflight, "estimated_bytes", lambda *a: 0)
     monkeypatch.setattr(preflight, "advice", lambda table: [])
-    preflight.tell_notes(options, dataset, preflight.torch.device("cpu"), full_size_header())
+    preflight.print_advice(options, dataset, preflight.torch.device("cpu"), full_size_header())
     lines = capsys.readouterr().out.splitlines()
     assert (
         lines[0] == "given, but without effect: --huber_c (for --loss_type=huber, smooth_l1); --log_prefix (needs --logging_dir)"

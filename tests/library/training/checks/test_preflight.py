@@ -258,11 +258,11 @@ def test_memory_is_estimated_by_what_counts(folder):
 def test_trap_55_memory_that_is_short_is_told_with_what_helps(folder, monkeypatch, capsys):
     for there, short in ((2**33, False), (2**31, True)):
         monkeypatch.setattr(preflight, "available_memory", lambda device, there=there: (there, "the GPU's"))
-        preflight.tell_notes(options(folder=folder), dataset(folder), CPU, full_size_header())
+        preflight.print_advice(options(folder=folder), dataset(folder), CPU, full_size_header())
         out = capsys.readouterr().out
         assert f"of the GPU's {there / 2**30:.1f} GiB will be used" in out and ("--gradient_checkpointing" in out) is short
     monkeypatch.undo()
-    preflight.tell_notes(options(folder=folder), dataset(folder), CPU, full_size_header())
+    preflight.print_advice(options(folder=folder), dataset(folder), CPU, full_size_header())
     assert "of this machine's free" in capsys.readouterr().out
 
 
@@ -272,5 +272,5 @@ def test_trap_55_memory_that_is_short_is_told_with_what_helps(folder, monkeypatc
 )
 def test_trap_54_a_base_distilled_to_few_steps_is_told_by_its_name(folder, capsys, name, told):
     chosen = options(f"--pretrained_model_name_or_path={name}", folder=folder)
-    preflight.tell_notes(chosen, dataset(folder), CPU, full_size_header())
+    preflight.print_advice(chosen, dataset(folder), CPU, full_size_header())
     assert ("draws in few steps" in capsys.readouterr().out) is told

@@ -14,7 +14,7 @@ from small_runs import AfterStep, image_folder, train, use_two_blocks, words_of_
 
 from library.errors import UserError
 from library.training.options import HubOptions
-from library.training.outputs.hub import StatePlace, Uploads, fetch_state
+from library.training.outputs.hub import HubPath, Uploads, fetch_state
 
 TOKEN = "hf_secretsecretsecret"
 COMMIT = "a" * 40
@@ -199,8 +199,8 @@ def test_a_run_leaves_its_files_on_the_hub_and_goes_on_from_there_and_the_token_
 
 
 def test_places_of_states():
-    assert StatePlace.parse("me/loras/runs/a:main:dataset") == StatePlace("me/loras", "runs/a", "main", "dataset")
-    assert StatePlace.parse("me/loras/a") == StatePlace("me/loras", "a", None, None)
+    assert HubPath.parse("me/loras/runs/a:main:dataset") == HubPath("me/loras", "runs/a", "main", "dataset")
+    assert HubPath.parse("me/loras/a") == HubPath("me/loras", "a", None, None)
     for wrong in ("me/loras", "loras", "me/loras/a:b:c:d", "me//a"):
         with pytest.raises(UserError, match="expected user/repo/folder"):
-            StatePlace.parse(wrong)
+            HubPath.parse(wrong)
