@@ -179,7 +179,8 @@ def create_optimizer(
     given = arguments_for(cls, options.optimizer_args, "--optimizer_args", GIVEN_ELSEWHERE)
     spec = spec_of(cls)
     if spec.paged and device.type != "cuda":
-        report(f"--optimizer_type {name}: there is no GPU memory to move state out of; it does the same as {spec.class_name.removeprefix('Paged')} here")
+        same = spec.class_name.removeprefix("Paged")
+        report(f"--optimizer_type {name}: there is no GPU memory to move state out of; it does the same as {same} here")
     in_one_call = {"fused": True} if spec.fused_on_cpu and device.type == "cpu" and not given.keys() & _IMPLEMENTATIONS else {}
     call = OptimizerCall(groups, {"lr": options.learning_rate, **in_one_call, **defaults, **given})
     call = spec.prepare(options, call) if spec.prepare else call
