@@ -239,7 +239,7 @@ def test_encoded_captions_are_counted_once_each_beside_their_images(folder, fami
 
     def written(*more: str) -> int:
         chosen = options(*words, *more, folder=folder)
-        return disk_space.space_needed(chosen, Plan.of(chosen, 1), captioned, full_size_header(family))[folder]
+        return disk_space.space_needed(chosen, Plan.of(chosen.training, 1), captioned, full_size_header(family))[folder]
 
     assert written() == 2 * row_bytes - 1000
     assert written("--mixed_precision=bf16", "--max_token_length=150") == 2 * (row_bytes // 77 // 2) * 152 - 1000
