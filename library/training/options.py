@@ -1,66 +1,29 @@
-"""Every option of train_network.py, in typed groups. Names, defaults and meanings are those people know from sd-scripts."""
+"""Every option of train_network.py: a list of declarations, in typed groups.
+
+Names, defaults and meanings are those that people know from sd-scripts. What the options mean to each other is declared with them
+(see library/option_traits.py); what a value may look like is in option_types.py.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PlainSerializer
+from pydantic import BaseModel
 
 from library.command_line import OptionGroup, groups_of, parse
 from library.diffusion.samplers import SamplerName
 from library.option_traits import RECORDED_ELSEWHERE, option, required
 from library.training.checks.refused_options import REFUSED
-
-
-def _as_words(value: Any) -> Any:
-    """`[512, 768]` or `512` of a config file as the command line writes it; library.data.config reads it."""
-    if isinstance(value, (list, tuple)):
-        return ",".join(str(part) for part in value)
-    return str(value)
-
-
-def _as_list(value: Any) -> Any:
-    """One value as a list of one; an empty list as nothing."""
-    return (value or None) if isinstance(value, list) or value is None else [value]
-
-
-def _one_or_several(values: list[float] | None) -> float | list[float] | None:
-    """A list of one rate as the rate itself."""
-    return values[0] if values and len(values) == 1 else values
-
-
-def _none_if_off(value: Any) -> Any:
-    """None for 0 and less, as front ends write what is off."""
-    return None if str(value).removeprefix("-").isdecimal() and int(value) <= 0 else value
-
-
-def _chunk_lengths(value: Any) -> Any:
-    """Digits as a number, since the command line gives text; 75 is the same as nothing."""
-    number = int(value) if isinstance(value, str) and value.isdecimal() else value
-    return None if number == 75 else number
-
-
-def steps_or_share(text: Any) -> int | float:
-    """`100` (steps), `0.1` or `10%` (share of all steps, as a float below 1)."""
-    words = str(text).strip()
-    try:
-        number = float(words[:-1]) / 100 if words.endswith("%") else float(words)
-    except ValueError:
-        number = -1.0
-    if not 0 <= number < 1e12 or (number > 1 and number != int(number)) or (words.endswith("%") and number > 1):
-        raise ValueError(f"expected a number of steps (100), a share below 1 (0.1) or a percentage (10%), got {text!r}")
-    return number if words.endswith("%") or 0 < number < 1 else int(number)
-
-
-Words = Annotated[str | None, BeforeValidator(_as_words)]
-StepsOrShare = Annotated[int | float, BeforeValidator(steps_or_share)]
-Count = Annotated[int, Field(ge=1)]
-Rate = Annotated[float, Field(ge=0)]
-CountOrOff = Annotated[
-    Count | None, BeforeValidator(lambda value: None if value in (0, "0") else value)
-]  # 0 as front ends write it
-IntervalOrOff = Annotated[int | None, BeforeValidator(_none_if_off)]
+from library.training.option_types import (
+    Count,
+    CountOrOff,
+    IntervalOrOff,
+    NumbersAsText,
+    Rates,
+    StepsOrShare,
+    TokenLimit,
+)
 
 
 class ModelOptions(OptionGroup):
@@ -122,7 +85,7 @@ class DataOptions(OptionGroup):
     reg_data_dir: str | None = option(None, help="folder of regularisation folders, named likewise", resume="free", path=True)
     dataset_repeats: Count = option(1, help="repeats of every image where nothing else is said", record=RECORDED_ELSEWHERE)
     train_batch_size: Count = option(1, help="images a step", record=RECORDED_ELSEWHERE)
-    resolution: Words = option(None, help="training size: 512 or width,height", record=RECORDED_ELSEWHERE)
+    resolution: NumbersAsText = option(None, help="training size: 512 or width,height", record=RECORDED_ELSEWHERE)
     enable_bucket: bool = option(False, help="group images by aspect ratio", record=RECORDED_ELSEWHERE)
     min_bucket_reso: int = option(256, help="smallest bucket side", record=RECORDED_ELSEWHERE)
     max_bucket_reso: int = option(1024, help="largest bucket side", record=RECORDED_ELSEWHERE)
@@ -165,9 +128,7 @@ class CaptionOptions(OptionGroup):
     )
     token_warmup_min: int = option(1, ge=0, help="pieces at the first step of token_warmup_step")
     token_warmup_step: float = option(0, ge=0, help="steps (below 1: share of all) until all pieces are used")
-    max_token_length: Annotated[Literal[150, 225] | None, BeforeValidator(_chunk_lengths)] = option(
-        None, help="tokens of a caption; unset: 75", record="ss_max_token_length"
-    )
+    max_token_length: TokenLimit = option(None, help="tokens of a caption; unset: 75", record="ss_max_token_length")
     weighted_captions: bool = option(False, help="read (word:1.2) as a weight")
     cache_text_encoder_outputs: bool = option(
         False, help="encode every caption once, before training, or say why it cannot be done", resume="free"
@@ -191,7 +152,7 @@ class AugmentationOptions(OptionGroup):
     flip_aug: bool = option(False, help="mirror half of the images", record=RECORDED_ELSEWHERE)
     color_aug: bool = option(False, help="change hue or gamma a little", record=RECORDED_ELSEWHERE)
     random_crop: bool = option(False, help="crop at a random place", record=RECORDED_ELSEWHERE)
-    face_crop_aug_range: Words = option(
+    face_crop_aug_range: NumbersAsText = option(
         None, help="low,high: crop around the face given in the file name", record="ss_face_crop_aug_range"
     )
     cache_latents: bool = option(False, help="encode every image once, before training", record="ss_cache_latents")
@@ -269,9 +230,7 @@ class OptimizerOptions(OptionGroup):
         record="ss_unet_lr",
         unless=("network_train_text_encoder_only",),
     )
-    text_encoder_lr: Annotated[
-        list[Rate] | None, BeforeValidator(_as_list), AfterValidator(_one_or_several), PlainSerializer(lambda rates: rates)
-    ] = option(
+    text_encoder_lr: Rates = option(
         None,
         help="learning rate of the text encoder's LoRA, or one for each encoder; unset: learning_rate",
         record="ss_text_encoder_lr",

@@ -11,7 +11,8 @@ from library.errors import UserError
 from library.training import setup
 from library.training.checks.trial import try_schedule
 from library.training.optimization.schedules import create_schedule, waits_for_validation
-from library.training.options import OptimizerOptions, steps_or_share
+from library.training.option_types import steps_or_share
+from library.training.options import OptimizerOptions
 
 TOTAL = 40
 
