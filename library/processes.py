@@ -52,6 +52,7 @@ class Processes:
         self.local_world = int(os.environ.get("LOCAL_WORLD_SIZE", self.world)) if together else 1
         self.main = self.rank == 0
         self.broken = False
+        self.announced: BaseException | None = None  # the error that all processes have
         self.before_exchange: Callable[[], None] = lambda: None  # raises if another process failed in a step
 
     def gather(self, value: T) -> list[T]:
@@ -96,7 +97,7 @@ class Processes:
 
     def announce(self, error: BaseException) -> NoReturn:
         """Send an error to the other processes and raise it: itself in the process that shows it, else EndedElsewhere."""
-        if self.world == 1 or getattr(error, "announced", False):
+        if self.world == 1 or error is self.announced:
             raise error
         if isinstance(error, EndedElsewhere):  # another process sends the error itself
             self._gather(Outcome())
@@ -144,7 +145,7 @@ class Processes:
             error = UserErrors(first.error.split("\n")) if first.exit_code == 2 else RunFailed(first.error)
         else:
             error = EndedElsewhere(first.error, first.exit_code)
-        error.announced = True  # all processes have it: `announce` must not send it again
+        self.announced = error  # `announce` must not send it again
         raise error
 
     def close(self) -> None:

@@ -177,7 +177,7 @@ class Loop:
         try:
             yield
         except Exception as error:
-            if not getattr(error, "announced", False):
+            if error is not self.processes.announced:
                 self.step.exchange.fail()
             full = isinstance(error, torch.OutOfMemoryError)
             self.processes.announce(RunFailed(f"the GPU's memory is full; {LESS_MEMORY}") if full else error)
