@@ -10,6 +10,7 @@ from tqdm import tqdm
 from library.data.dataset import Batch
 from library.training.batch_loss import BatchLoss
 from library.training.exchange import StepExchange
+from library.training.optimization.optimizers import computes_rates
 from library.training.options import TrainingOptions
 from library.training.outputs.tracking import describe_nonfinite
 from library.training.plan import Plan, Progress
@@ -44,7 +45,7 @@ class TrainStep:
         report = self.update.report()
         if has_gradients:
             self.update()
-        return self.update.report() if self.update.knows_rates_afterwards else report
+        return self.update.report() if computes_rates(self.update.optimizer) else report  # then they are known only now
 
     def state(self) -> State:
         """How many batches were skipped."""

@@ -9,8 +9,7 @@ from accelerate import Accelerator
 
 from library.training.network import TrainedNetwork
 from library.training.optimization.ema import ExponentialAverage
-from library.training.optimization.optimizers import found_rates
-from library.training.optimization.schedules import finds_rates_in_step
+from library.training.optimization.optimizers import computes_rates, found_rates
 from library.training.run_state.snapshot import load_network, load_optimizer, network_tensors, refuse_nonfinite
 from library.training.run_state.state import State
 
@@ -71,11 +70,6 @@ class WeightUpdate:
             dict(zip(names, map(float, self.schedule.get_last_lr()), strict=True)),
             dict(zip(names, found_rates(self.optimizer) or [], strict=False)),
         )
-
-    @property
-    def knows_rates_afterwards(self) -> bool:
-        """Whether the optimizer computes the rates of a step within it."""
-        return finds_rates_in_step(self.optimizer)
 
     def state(self) -> State:
         """Network, optimizer, schedule and average. Raises RunFailed if the network holds a NaN."""

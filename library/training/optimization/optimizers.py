@@ -204,6 +204,11 @@ def averages_weights(optimizer: torch.optim.Optimizer) -> bool:
     return callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
 
 
+def computes_rates(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether learning rates are computed within each step, as AdaFactor does unless relative_step=False."""
+    return bool(optimizer.param_groups[0].get("relative_step"))
+
+
 @contextmanager
 def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Within the block the parameters hold a schedule-free optimizer's averages, afterwards the trained weights, bit for bit."""

@@ -10,7 +10,7 @@ import torch
 
 from library.errors import UserError, one_line, unknown
 from library.key_values import arguments_for, read_pairs
-from library.training.optimization.optimizers import import_class, spec_of
+from library.training.optimization.optimizers import computes_rates, import_class, spec_of
 from library.training.options import OptimizerOptions
 
 SCHEDULES = (
@@ -89,7 +89,7 @@ def check_name(name: str) -> None:
 
 def _schedule_of_optimizer(options: OptimizerOptions, optimizer: torch.optim.Optimizer):
     """The schedule of an optimizer that allows no other; None if it allows any."""
-    if optimizer.param_groups[0].get("relative_step"):
+    if computes_rates(optimizer):
         from transformers.optimization import AdafactorSchedule
 
         return AdafactorSchedule(optimizer, initial_lr=options.learning_rate)
@@ -100,14 +100,9 @@ def _schedule_of_optimizer(options: OptimizerOptions, optimizer: torch.optim.Opt
 
 def schedule_facts(options: OptimizerOptions, optimizer: torch.optim.Optimizer) -> dict[str, str | None]:
     """Metadata for an optimizer that computes its own rates."""
-    if not optimizer.param_groups[0].get("relative_step"):
+    if not computes_rates(optimizer):
         return {}
     return {"ss_lr_scheduler": f"adafactor:{options.learning_rate}", "ss_learning_rate": None}
-
-
-def finds_rates_in_step(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the rates are known after the step only, as with AdaFactor that computes its own."""
-    return bool(optimizer.param_groups[0].get("relative_step"))
 
 
 def _named_schedules(options: OptimizerOptions, warmup: int, total: int) -> dict[str, tuple[Callable, dict[str, Any]]]:
