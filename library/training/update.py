@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from library.training.network import TrainedNetwork
 from library.training.optimization.ema import ExponentialAverage
-from library.training.optimization.optimizers import computes_rates, found_rates
+from library.training.optimization.optimizers import found_rates
 from library.training.run_state.snapshot import load_network, load_optimizer, network_tensors, refuse_nonfinite
 from library.training.run_state.state import State
 
