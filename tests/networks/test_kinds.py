@@ -115,6 +115,7 @@ def test_a_flat_pair_for_a_kernel_becomes_a_lora_of_a_convolution(model, tmp_pat
 
 
 def test_norms_and_biases_are_merged_and_no_part_of_a_lora(model, tmp_path, capsys):
+    torch.manual_seed(0)
     base, tensors = model
     size = len(tensors[f"{NORM_KEY}.weight"])
     changes = random({"w_norm": (size,), "b_norm": (size,)}, NORM) | random({**KINDS["full difference"], "diff_b": (64,)}, CONV)
@@ -135,6 +136,7 @@ def test_norms_and_biases_are_merged_and_no_part_of_a_lora(model, tmp_path, caps
 
 
 def test_layers_outside_of_the_blocks_are_merged(model, tmp_path):
+    torch.manual_seed(0)
     base, tensors = model
     prefix, lora = "model.diffusion_model.", {}
     layers = {"conv_in": "input_blocks.0.0", "conv_out": "out.2", "time_embedding_linear_1": "time_embed.0"}

@@ -163,6 +163,7 @@ def test_layer_and_lora_are_one_function_only_where_that_is_the_formula(kind):
 
 
 def test_one_function_gives_what_may_be_changed_in_place_and_takes_an_empty_batch():
+    torch.manual_seed(0)
     for layer, x in ((nn.Linear(8, 8), torch.randn(3, 8)), (nn.Conv2d(8, 8, 1), torch.randn(2, 8, 3, 4))):
         attached(layer.requires_grad_(False))
         y = layer(x.requires_grad_())
@@ -172,6 +173,7 @@ def test_one_function_gives_what_may_be_changed_in_place_and_takes_an_empty_batc
 
 
 def test_hook_on_a_module_sees_what_it_adds():
+    torch.manual_seed(0)
     layer = nn.Linear(6, 5)
     module = LoRAModule("lora", layer, rank=3, alpha=2.0)
     nn.init.normal_(module.lora_up.weight)

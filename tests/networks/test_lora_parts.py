@@ -71,6 +71,7 @@ def test_one_encoder_is_te_and_several_are_te1_and_te2(encoders, unet):
 
 @pytest.mark.parametrize("module, words", [(lora, {}), (dylora, {"unit": "2"})], ids=["lora", "DyLoRA"])
 def test_trap_44_no_module_is_lost_or_named_twice(module, words, encoders, unet, tmp_path):
+    torch.manual_seed(0)
     network = module.create_network(1.0, 4, 2.0, None, encoders, unet, **words)
     assert len(network.loras) == 4 + 11
     for lora_module in network.loras:

@@ -306,6 +306,7 @@ def test_resize_gives_the_nearest_of_the_rank_by_the_same_names(folder):
 
 
 def test_trap_44_a_dylora_has_both_encoders_under_their_names_and_is_split(folder, tmp_path):
+    torch.manual_seed(0)
     network = dylora.create_network(1.0, 4, 4.0, None, *small_sdxl_model().for_networks(), unit="2")
     for module in network.loras:
         for parameter in module.parameters():

@@ -63,6 +63,7 @@ def ours(kind, layer, rank, alpha):
 
 
 def test_rs_lora_is_pefts(model):
+    torch.manual_seed(0)
     network = make_network(model, rs_lora="True", **CONV)
     for module in (network.parts["lora_unet"][0], network.parts["lora_te"][-1]):
         layer = nn.Linear(module.lora_down.weight[0].numel(), len(module.lora_up.weight))

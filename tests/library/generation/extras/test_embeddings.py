@@ -24,6 +24,7 @@ def ids_of(model, prompt):
 
 
 def test_words_become_their_vectors_and_everything_else_stays(model, tmp_path):
+    torch.manual_seed(0)
     vectors = torch.randn(3, 64)
     save_file({"emb_params": vectors}, tmp_path / "mystyle.safetensors")
     torch.save({"string_to_token": {"*": 265}, "string_to_param": {"*": torch.ones(2, 64)}, "name": "x"}, tmp_path / "web-ui.pt")
@@ -41,6 +42,7 @@ def test_words_become_their_vectors_and_everything_else_stays(model, tmp_path):
 
 
 def test_a_weight_holds_for_all_its_vectors(model, tmp_path):
+    torch.manual_seed(0)
     save_file({"emb_params": torch.randn(2, 64)}, tmp_path / "mystyle.safetensors")
     add_embeddings(model, [str(tmp_path / "mystyle.safetensors")])
     ids, weights = ids_of(model, "a (mystyle:1.5)")
@@ -78,6 +80,7 @@ def test_a_suffix_in_capitals_and_a_file_that_holds_no_table(model, tmp_path):
 
 
 def test_on_sdxl_each_text_encoder_gets_its_own_vectors(tmp_path):
+    torch.manual_seed(0)
     model = small_sdxl()
     widths = [encoder.config.hidden_size for encoder in model.text_encoders]
     one, two = (torch.randn(2, width) for width in widths)

@@ -109,6 +109,7 @@ def test_a_packed_model_is_smaller_and_says_nearly_the_same(unet, name, share, e
     (nn.Conv2d(4, 6, 1, bias=False), (1, 4, 9, 9), PackedConv2d),
 ])  # fmt: skip
 def test_trap_58_gradients_to_the_input_are_those_of_the_unpacked_weight_and_nothing_is_kept_for_them(layer, shape, kind):
+    torch.manual_seed(0)
     layer = copy.deepcopy(layer).requires_grad_(False)
     pack_layer(layer, "int8")
     assert isinstance(layer, kind) and not any(p.requires_grad for p in layer.parameters())
@@ -145,6 +146,7 @@ def test_a_lora_on_a_packed_layer_has_the_gradients_of_the_unpacked_weight(layer
 
 
 def test_what_is_attached_stays_and_what_learns_is_left_alone():
+    torch.manual_seed(0)
     frozen, learns = nn.Linear(8, 8).requires_grad_(False), nn.Linear(8, 8)
     frozen.register_forward_hook(lambda layer, given, output: output + 1)
     x = torch.randn(3, 8)
@@ -156,6 +158,7 @@ def test_what_is_attached_stays_and_what_learns_is_left_alone():
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_lora_learns_on_it_with_checkpointing_as_without(unet, name):
+    torch.manual_seed(0)
     network = create_network(1.0, 2, 2, None, None, unet)
     network.apply_to(None, unet, False, True)
     for lora in network.loras:

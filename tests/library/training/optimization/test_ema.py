@@ -38,6 +38,7 @@ def test_half_precision_weights_are_averaged_in_float32():
 @pytest.mark.option("ema_decay")
 @pytest.mark.parametrize("decay", [None, 0.5])
 def test_training_finds_its_weights_as_they_were_to_the_bit(decay):
+    torch.manual_seed(0)
     weight = nn.Parameter(torch.rand(1000))
     optimizer = torch.optim.SGD([weight], lr=0.1)
     average = make_average(ValidationOptions(ema_decay=decay), [weight], optimizer)
@@ -52,6 +53,7 @@ def test_training_finds_its_weights_as_they_were_to_the_bit(decay):
 
 
 def test_an_optimizer_that_averages_by_itself_is_refused():
+    torch.manual_seed(0)
     optimizer = pytest.importorskip("schedulefree").AdamWScheduleFree([nn.Parameter(torch.rand(2))])
     with pytest.raises(UserError, match="--ema_decay: a schedule-free optimizer averages"):
         make_average(ValidationOptions(ema_decay=0.9), [], optimizer)

@@ -266,6 +266,7 @@ def test_optimizers_that_find_their_rate_take_one_and_log_it(stand_ins, capsys):
 
 
 def test_averaged_weights_are_there_to_be_used_and_gone_bit_for_bit(stand_ins, capsys):
+    torch.manual_seed(0)
     options = OptimizerOptions(optimizer_type=stand_ins["averaging"], learning_rate=1e-4, lr_scheduler="cosine")
     weight = torch.nn.Parameter(torch.randn(50))
     optimizer, _ = create_optimizer(options, [{"params": [weight]}], CPU)
