@@ -91,7 +91,7 @@ function curveSection() {
     const phone = matchMedia("(max-width: 40rem)").matches;
     Plotly.react(chart, tracesOf(run), layoutOf(run, phone), {
       responsive: true, displaylogo: false, displayModeBar: phone ? false : "hover", doubleClick: "reset",
-      modeBarButtonsToRemove: ["select2d", "lasso2d", "toImage", "autoScale2d"],
+      modeBarButtonsToRemove: ["select2d", "lasso2d", "toImage", "autoScale2d", "sendChartToCloud"], plotlyServerURL: "",
     }).then(() => { if (from) zoom(from); });
   };
   const load = () => {
@@ -138,6 +138,7 @@ function layoutOf(run, phone) {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: { family: getComputedStyle(document.body).fontFamily, color: style("--ink"), size: 13 },
     hovermode: "x unified", hoverlabel: { bgcolor: style("--card"), bordercolor: style("--line"), font: { color: style("--ink") } },
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: style("--soft"), activecolor: style("--accent") },
     dragmode: phone ? false : "zoom", uirevision: "run",
     legend: { orientation: "h", x: 0, y: -0.14, font: { size: 12.5 } },
     xaxis: { ...axis, title: title(say("step")), anchor: "y2", tickformat: ",d" },

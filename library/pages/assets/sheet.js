@@ -5,8 +5,10 @@ function startSheet(data) {
   const same = (key) => (specs.every((spec) => spec[key] === specs[0][key]) ? specs[0][key] : null);
   const facts = [same("sampler"), same("steps") !== null && say("sampler_steps", { n: same("steps") }), same("scale") !== null && say("scale", { n: same("scale") }),
     same("seed") !== null && say("seed", { n: same("seed") })].filter(Boolean);
-  const size = make("input", { id: "size", type: "range", min: 96, max: 512, step: 16, value: 224, oninput: () => grid.style.setProperty("--cell", `${size.value}px`) });
+  const resize = () => grid.style.setProperty("--cell", `${size.value}px`);
+  const size = make("input", { id: "size", type: "range", min: 96, max: 512, step: 8, value: fittingSize(cells[0].length), oninput: resize });
   const grid = make("div", { class: "scroll sheet" }, sheetTable(data, (cell) => enlarge(items, drawn.indexOf(cell))));
+  resize();
   page.replaceChildren(
     make("header", {},
       make("p", { class: "kicker" }, say("sheet_kicker")),
@@ -17,6 +19,12 @@ function startSheet(data) {
       make("div", { class: "row" }, make("label", { for: "size", class: "soft small" }, say("image_size")), size), grid)),
     make("footer", {}, make("p", {}, say("sheet_footer"))),
   );
+}
+
+/** Pixels of an image with which all columns are seen, if it is not too small then. */
+function fittingSize(columns) {
+  const room = Math.min(innerWidth, 1216) - (innerWidth < 640 ? 150 : 310);
+  return Math.max(128, Math.min(320, room / columns - 10));
 }
 
 const isSmall = (cell) => Math.max(...cell.size) <= 128;

@@ -30,6 +30,16 @@ def test_the_chart_zooms_and_the_slider_moves_the_samples(open_page, page):
     assert not problems
 
 
+def test_the_chart_offers_nothing_that_would_leave_the_machine(open_page, page):
+    """plotly's own buttons have one that uploads the chart."""
+    window = open_page(page)
+    wait(window, "document.querySelector('.modebar-btn')")
+    assert window.execute_script("return [...document.querySelectorAll('.modebar-btn')].map((one) => one.dataset.title)") == [
+        "Zoom", "Pan", "Zoom in", "Zoom out", "Reset axes",
+    ]  # fmt: skip
+    assert not window.execute_script("return document.getElementById('chart')._context.plotlyServerURL")
+
+
 def test_texts_of_users_stay_texts(open_page, page):
     window = open_page(page)
     wait(window, "document.querySelector('.js-plotly-plot')")
