@@ -31,7 +31,7 @@ from library.generation.prompts.prompt_file import read_prompt_file
 from library.generation.prompts.spec import PromptSpec
 from library.models.saving import save_stable_diffusion
 from library.testing import small_stable_diffusion
-from library.training import entry
+from library.training import entry, machine
 from library.training.checks.refused_options import REFUSED
 from library.training.optimization.optimizers import OPTIMIZERS
 from library.training.optimization.schedules import SCHEDULES
@@ -358,7 +358,7 @@ def test_the_program_says_so(start, place, monkeypatch):
 def test_the_program_notes_so(start, place, monkeypatch, capfd, caplog):
     if torch.cuda.is_available() and start != "no image has a .caption file":
         pytest.skip("there is a GPU")
-    monkeypatch.setattr(entry, "cpu_has_fast_bf16", lambda: False)
+    monkeypatch.setattr(machine, "cpu_has_fast_bf16", lambda: False)
     message = next(m for m in messages(ENGLISH, 1) if m.startswith(start))
     words = [word for word in BASE if "dataset_config" not in word or "--dataset_config=" not in NOTES[start]]
     words += [word for word in NOTES[start] if word != "--dataset_config="]
