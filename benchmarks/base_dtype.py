@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+from benchmarks.result_page import write_parts  # noqa: E402
 from benchmarks.train_step import conditions  # noqa: E402
 from library.training.memory.packing import CLASSES, FORMATS, pack_layer, pack_weights  # noqa: E402
 
@@ -141,16 +142,6 @@ def training_losses(name: str, seed: int, steps: int, folder: Path) -> tuple[flo
 # ---------------------------------------------------------------- tables
 
 
-def write(sections: dict[str, list[str]], out: Path) -> None:
-    """The results file; a part that was not measured now keeps what it had."""
-    before = out.read_text(encoding="utf-8") if out.exists() else ""
-    parts = dict(part.split("\n", 1) for part in before.split("\n## ")[1:])
-    parts |= {title: "\n" + "\n".join(lines) + "\n" for title, lines in sections.items()}
-    intro = "# benchmarks/base_dtype.py\n\n" + __doc__.split("\n\n", 2)[2].strip() + "\n"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(intro + "".join(f"\n## {title}\n{text.rstrip()}\n" for title, text in parts.items()), encoding="utf-8")
-
-
 def memory_table(names: list[str]) -> list[str]:
     lines = [
         "| format | U-Net, MB | text encoder, MB | bits a number of the U-Net | estimate, GiB |",
@@ -207,7 +198,7 @@ def main() -> None:
     for title in arguments.only:
         lines = tables[title]()
         print("\n".join(lines), flush=True)
-        write({title: lines}, arguments.out)
+        write_parts(arguments.out, "base_dtype.py", __doc__, {title: lines})
 
 
 if __name__ == "__main__":

@@ -37,11 +37,12 @@ def make_file(path: Path, kind: str, family: str = "sd1") -> dict[str, float]:
     from library.testing import full_size_configs
 
     chosen, configs = by_name(family), full_size_configs(family)
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # billions of random numbers take a processor a minute
     modules = {part.name: part.build(configs[part.name]) for part in chosen.parts}
     parts = {name: weights_of(module) for name, module in modules.items()}
     for weights in parts.values():
         for name, value in weights.items():
-            weights[name] = torch.empty(value.shape, dtype=torch.float16).uniform_(-0.05, 0.05)
+            weights[name] = torch.empty(value.shape, dtype=torch.float16, device=device).uniform_(-0.05, 0.05).cpu()
     if kind == "folder":
         for name, module in modules.items():
             fill(module, parts[name], "random", name)

@@ -69,15 +69,17 @@ class DyLoRAModule(LoRAModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """multiplier * scale * up[:, :b] diag(gain) down[:b] x, where b is `active_rank` in training, else the whole rank."""
-        rank = self.active_rank if self.training else self.rank
-        down, up, layer = self.lora_down.weight[:rank], self.lora_up.weight[:, :rank], self.lora_down
+        (down, up, factor), layer = self.factors(), self.lora_down
         x = self.in_own_type(x)
-        factor = self.gain[:rank] * (self.scale * self.multiplier)
         if isinstance(layer, nn.Conv2d):
             hidden = F.conv2d(x, down, None, layer.stride, layer.padding, layer.dilation)
             return F.conv2d(hidden * factor[:, None, None].to(hidden.dtype), up)
         hidden = F.linear(x, down)
         return F.linear(hidden * factor.to(hidden.dtype), up)
+
+    def factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        rank = self.active_rank if self.training else self.rank
+        return self.lora_down.weight[:rank], self.lora_up.weight[:, :rank], self.gain[:rank] * (self.scale * self.multiplier)
 
     def product_norm(self) -> Tensor:
         return weight_delta(self._with_gain(), self.lora_down.weight, self.scale * self.rank).norm()

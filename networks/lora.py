@@ -177,6 +177,10 @@ class LoRAModule(nn.Module):
         # Scaled between the two, where a position has the fewest values.
         return self.lora_up(hidden * factor)
 
+    def factors(self) -> tuple[Tensor, Tensor, float | Tensor]:
+        """(down, up, factor): where nothing is drawn, `forward` gives up(factor * down(x)). The factor may be one for each rank."""
+        return self.lora_down.weight, self.lora_up.weight, self.scale * self.multiplier
+
     def in_own_type(self, x: Tensor) -> Tensor:
         """x in the type of these weights, which may differ from the layer's; autocast sees to that itself."""
         return x if torch.is_autocast_enabled(x.device.type) else x.to(self.lora_down.weight.dtype)

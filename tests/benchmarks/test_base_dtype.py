@@ -1,4 +1,4 @@
-"""benchmarks/base_dtype.py counts what packing really takes, and keeps the parts that it does not measure anew."""
+"""benchmarks/base_dtype.py counts what packing really takes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.base_dtype import PLAIN, bytes_of, estimate, write
+from benchmarks.base_dtype import PLAIN, bytes_of, estimate
 from library.training.memory.packing import FORMATS, pack_weights
 
 
@@ -26,11 +26,3 @@ def test_bytes_are_those_of_a_model_that_is_packed(name):
 
 def test_estimates_fall_with_the_bits():
     assert estimate(PLAIN) > estimate("int8") == estimate("fp8") > estimate("nf4") > 1
-
-
-def test_parts_stay_until_they_are_measured_again(tmp_path):
-    path = tmp_path / "results.md"
-    for sections in ({"memory": ["1"], "quality": ["2"]}, {"quality": ["3"]}):
-        write(sections, path)
-    text = path.read_text(encoding="utf-8")
-    assert text.startswith("# benchmarks/base_dtype.py\n\nmemory:") and text.endswith("\n## memory\n\n1\n\n## quality\n\n3\n")

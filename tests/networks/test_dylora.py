@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -44,9 +45,12 @@ def split_weights(network, rank):
 # ---------------------------------------------------------------- the traps
 
 
-@pytest.mark.parametrize(
+LAYERS = pytest.mark.parametrize(
     "layer, shape", [(nn.Linear(6, 5), (2, 3, 6)), (nn.Conv2d(6, 5, 1), (2, 6, 4, 4)), (nn.Conv2d(6, 5, 3, 2, 1), (2, 6, 6, 6))]
 )
+
+
+@LAYERS
 def test_trap_3_1_the_forward_uses_the_sampled_prefix_alone(layer, shape):
     torch.manual_seed(0)
     module = DyLoRAModule("lora", layer, rank=8, alpha=4.0)
@@ -62,6 +66,31 @@ def test_trap_3_1_the_forward_uses_the_sampled_prefix_alone(layer, shape):
     torch.testing.assert_close(module.lora_up.weight.grad[:, :2], plain.lora_up.weight.grad)
     torch.testing.assert_close(module.lora_down.weight.grad[:2], plain.lora_down.weight.grad)
     assert not module.lora_up.weight.grad[:, 2:].any() and not module.lora_down.weight.grad[2:].any()
+
+
+@LAYERS
+@pytest.mark.parametrize("mode", ["float32", "autocast"])
+def test_a_frozen_layer_and_its_module_are_one_function_with_the_gradients_of_the_formula(layer, shape, mode):
+    torch.manual_seed(0)
+    layer = copy.deepcopy(layer).requires_grad_(False)
+    bare, module, x = copy.deepcopy(layer), DyLoRAModule("lora", layer, rank=8, alpha=4.0), torch.randn(shape)
+    nn.init.normal_(module.lora_up.weight)
+    module.gain.copy_(gains(8, 2))
+    module.attach(layer)
+    for rank, trains in ((2, True), (8, True), (2, False)):
+        module.active_rank, results = rank, []
+        module.train(trains)
+        for formula in (layer, lambda x: bare(x) + module(x)):
+            leaf = x.clone().requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+                y = formula(leaf * 1.0)
+            assert ("Adapted" in type(y.grad_fn).__name__) == (formula is layer)
+            results.append((y.float(), *torch.autograd.grad(y.float().square().mean(), [leaf, *module.parameters()])))
+        for fast, plain in zip(*results, strict=True):
+            assert (fast - plain).norm() < {"float32": 1e-5, "autocast": 0.02}[mode] * plain.norm()
+        to_down = results[0][2]
+        assert to_down[: rank if trains else 8].any() and not to_down[rank if trains else 8 :].any()
+
 
 
 def test_trap_3_2_evaluation_uses_all_ranks_and_is_the_same_every_time(model):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from networks.fused import FEW_RANKS
 from networks.lora import LoRAModule, create_network, create_network_from_weights
 
 CONV = {"conv_dim": "2", "conv_alpha": "3"}
@@ -88,7 +89,8 @@ def is_one_function(y: torch.Tensor) -> bool:
 @pytest.mark.parametrize("layer, shape", [
     (nn.Linear(6, 5), (2, 3, 6)), (nn.Linear(6, 5), (2, 6)), (nn.Linear(6, 5), (6,)), (nn.Linear(6, 5, bias=False), (4, 2, 3, 6)),
     (nn.Conv2d(6, 5, 1), (3, 6, 4, 2)), (nn.Conv2d(6, 5, 1, bias=False), (1, 6, 3, 3)),
-    (nn.Conv2d(6, 5, 3, padding=1), (2, 6, 5, 4)), (nn.Conv2d(6, 5, 1, stride=2), (2, 6, 4, 4)),
+    (nn.Conv2d(6, 5, 3, padding=1), (2, 6, 5, 4)), (nn.Conv2d(6, 5, 3, stride=2, padding=1, bias=False), (2, 6, 5, 8)),
+    (nn.Conv2d(6, 5, 1, stride=2), (2, 6, 4, 4)), (nn.Conv2d(6, 5, (1, 5), padding=(0, 4), dilation=(3, 2)), (1, 6, 7, 9)),
 ])  # fmt: skip
 @pytest.mark.parametrize("network_dropout", [0.0, 0.5])
 @pytest.mark.parametrize("mode", ["float32", "autocast"])
@@ -101,7 +103,6 @@ def test_attached_layer_has_the_losses_and_gradients_of_the_plain_formula(layer,
     nn.init.normal_(module.lora_up.weight)
     bare, x = copy.deepcopy(layer), torch.randn(shape)
     module.attach(layer)
-    is_pointwise = isinstance(layer, nn.Linear) or (layer.kernel_size, layer.stride) == ((1, 1), (1, 1))
     results = []
     for formula in (layer, lambda x: bare(x) + module(x)):
         torch.manual_seed(1)
@@ -109,7 +110,7 @@ def test_attached_layer_has_the_losses_and_gradients_of_the_plain_formula(layer,
         with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
             y = formula(leaf * 1.0)
         assert y.dtype == {"float32": torch.float32, "autocast": torch.bfloat16}[mode]
-        assert is_one_function(y) == (formula is layer and is_pointwise and not network_dropout)
+        assert is_one_function(y) == (formula is layer and not network_dropout)
         loss = y.float().square().mean()
         results.append((y.float(), loss, *torch.autograd.grad(loss, [leaf, *module.parameters()])))
     for fast, plain in zip(*results, strict=True):
@@ -123,9 +124,9 @@ class Half(nn.Linear):
         return super().forward(x) / 2
 
 
-def attached(layer: nn.Module, count: int = 1) -> list[LoRAModule]:
+def attached(layer: nn.Module, count: int = 1, rank: int = 2) -> list[LoRAModule]:
     """LoRA modules with random weights, attached to a layer."""
-    modules = [LoRAModule(f"lora{index}", layer, 2, 2) for index in range(count)]
+    modules = [LoRAModule(f"lora{index}", layer, rank, 2) for index in range(count)]
     for module in modules:
         nn.init.normal_(module.lora_up.weight)
         module.attach(layer)
@@ -133,11 +134,21 @@ def attached(layer: nn.Module, count: int = 1) -> list[LoRAModule]:
 
 
 @pytest.mark.parametrize(
-    "kind", ["two networks", "learns", "parametrized", "replaced", "own class", "channels last", "hook inside"]
-)
+    "kind",
+    [
+        "two networks", "learns", "parametrized", "replaced", "own class", "channels last", "hook inside", "no middle",
+        "cut off", "groups", "rings", "many ranks",
+    ],
+)  # fmt: skip
 def test_layer_and_lora_are_one_function_only_where_that_is_the_formula(kind):
     torch.manual_seed(0)
     layer, x = nn.Linear(8, 8), torch.randn(3, 8)
+    convolutions = {
+        "no middle": {"kernel_size": 2}, "cut off": {"kernel_size": 3}, "groups": {"kernel_size": 1, "groups": 2},
+        "rings": {"kernel_size": 3, "padding": 1, "padding_mode": "circular"}, "many ranks": {"kernel_size": 3, "padding": 1},
+    }  # fmt: skip
+    if kind in convolutions:
+        layer, x = nn.Conv2d(8, 8, **convolutions[kind]), torch.randn(2, 8, 3, 4)
     if kind == "channels last":
         layer, x = nn.Conv2d(8, 8, 1), torch.randn(2, 8, 3, 4).contiguous(memory_format=torch.channels_last)
     if kind == "own class":
@@ -148,7 +159,7 @@ def test_layer_and_lora_are_one_function_only_where_that_is_the_formula(kind):
     if kind == "replaced":
         layer.forward = lambda x: x * 3
     bare = copy.deepcopy(layer)
-    modules = attached(layer, 2 if kind == "two networks" else 1)
+    modules = attached(layer, 2 if kind == "two networks" else 1, rank=FEW_RANKS + 1 if kind == "many ranks" else 2)
     if kind == "hook inside":
         modules[0].lora_down.register_forward_hook(lambda module, inputs, hidden: hidden * 2)
     results = []

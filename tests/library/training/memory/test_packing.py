@@ -126,12 +126,13 @@ def test_trap_58_gradients_to_the_input_are_those_of_the_unpacked_weight_and_not
     assert torch.equal(ours, plain)
 
 
-@pytest.mark.parametrize("layer, shape", [(nn.Linear(16, 24), (2, 5, 16)), (nn.Conv2d(4, 6, 1), (2, 4, 5, 5))])
+@pytest.mark.parametrize("layer, shape", [
+    (nn.Linear(16, 24), (2, 5, 16)), (nn.Conv2d(4, 6, 1), (2, 4, 5, 5)), (nn.Conv2d(4, 6, 3, stride=2, padding=1), (2, 4, 6, 5)),
+])  # fmt: skip
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_lora_on_a_packed_layer_has_the_gradients_of_the_unpacked_weight(layer, shape, name):
-    layer = copy.deepcopy(layer).requires_grad_(False)
+    layer, twin = copy.deepcopy(layer).requires_grad_(False), copy.deepcopy(layer)
     pack_layer(layer, name)
-    twin = nn.Linear(16, 24) if isinstance(layer, nn.Linear) else nn.Conv2d(4, 6, 1)
     twin.weight, twin.bias = nn.Parameter(layer.weight, requires_grad=False), layer.bias
     lora = LoRAModule("lora", twin, 4, 4)
     nn.init.normal_(lora.lora_up.weight)
