@@ -141,9 +141,7 @@ def encode_rows(arguments: argparse.Namespace, folder: Path) -> Iterator[str]:
     if not images.exists():
         make_photos(images, arguments.size, arguments.images)
     for precision in arguments.precisions:
-        found = measure_encoding(
-            images, "sd1", arguments.size, precision, arguments.batch, arguments.rounds, arguments.small
-        )
+        found = measure_encoding(images, "sd1", arguments.size, precision, arguments.batch, arguments.rounds, arguments.small)
         latents = found["latents"]
         exact = latents if exact is None else exact
         name = {"no": "float32"}.get(precision, precision)

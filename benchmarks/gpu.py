@@ -41,7 +41,11 @@ from benchmarks.result_page import write_parts  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "gpu.md"
 CHECKPOINTING = ["--gradient_checkpointing"]
-GUIDE = [*CHECKPOINTING, "--optimizer_type=AdamW8bit", "--xformers"]  # the first command of the guide, which trains the text encoder too
+GUIDE = [
+    *CHECKPOINTING,
+    "--optimizer_type=AdamW8bit",
+    "--xformers",
+]  # the first command of the guide, which trains the text encoder too
 COMPILED = {"compiled": ["--torch_compile"]}
 GRAPHS = {"CUDA graphs": ["--torch_compile", "--dynamo_backend=cudagraphs"]}
 XFORMERS = {"xformers": ["--xformers"]}

@@ -271,9 +271,7 @@ def measure_drawing(job: Job, place: Place) -> Iterator[Row]:
 
     def row(batch: int) -> Row:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = load_stable_diffusion(
-            str(place.of(job.family) / "model.safetensors"), dtype=DTYPES[job.precision], device=device
-        )
+        model = load_stable_diffusion(str(place.of(job.family) / "model.safetensors"), dtype=DTYPES[job.precision], device=device)
         specs = generate.make_specs(size, steps)[:batch]
         pipeline, theirs = Pipeline(model, GenerateSettings(batch_size=batch)), generate.make_pipeline(model, None)
         took: dict[str, list[float]] = {"ours": [], "theirs": []}

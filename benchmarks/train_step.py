@@ -45,6 +45,7 @@ CASES = {
     "unet": ("LoRA rank 4", UNET_ONLY),
     "rank32": ("LoRA rank 32", [*UNET_ONLY, "--network_dim=32"]),
     "c3lier": ("C3Lier rank 4", [*UNET_ONLY, "--network_args", "conv_dim=4"]),
+    "dylora": ("DyLoRA rank 4", [*UNET_ONLY, "--network_module=networks.dylora"]),
     "checkpointing": ("LoRA rank 4, checkpointing", [*UNET_ONLY, "--gradient_checkpointing"]),
     "text": ("LoRA rank 4, text encoder too", []),
     "text_checkpointing": ("LoRA rank 4, text encoder too, checkpointing", ["--gradient_checkpointing"]),

@@ -180,8 +180,9 @@ def _gradient_to_input(layer: nn.Conv2d, gradient: Tensor, shape: torch.Size) ->
     if _is_one_matrix(layer):
         flat = gradient.flatten(2)
         return torch.bmm(_expanded(layer.weight, flat).mT, flat).view(shape)
-    if hasattr(layer, "gradient_to_input"):
-        return layer.gradient_to_input(gradient, shape)
+    own = getattr(layer, "gradient_to_input", None)
+    if own is not None:
+        return own(gradient, shape)
     return conv2d_input(shape, layer.weight.to(gradient.dtype), gradient, layer.stride, layer.padding, layer.dilation)
 
 

@@ -92,7 +92,6 @@ def test_a_frozen_layer_and_its_module_are_one_function_with_the_gradients_of_th
         assert to_down[: rank if trains else 8].any() and not to_down[rank if trains else 8 :].any()
 
 
-
 def test_trap_3_2_evaluation_uses_all_ranks_and_is_the_same_every_time(model):
     network = make_network(model, **CONV).eval()
     weights = network.file_weights()
