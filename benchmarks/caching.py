@@ -3,7 +3,8 @@
     python benchmarks/caching.py [--size 512] [--images 8] [--precisions no bf16] [--read 20000] [--only encode read]
 
 encode: the trainer's own caching (read, decode, resize, cut, encode, keep) of JPEG images of 1.5 times the training size, beside
-the encoder of full-size Stable Diffusion 1.5 on tensors that lie ready, by turns in one process, in the same batches and precision.
+the encoder of full-size Stable Diffusion 1.5 on tensors that lie ready, by turns in one process, in the same batches and
+precision.
 read: batches of 4 with latents of 64 x 64 from that many cached files, all at random places, as an epoch reads them, beside
 reading the same bytes by `open`; a file has 65 KB. The files lie in the system's cache, as they do from the second epoch on where
 there is memory. Writes benchmarks/results/caching.md, part by part.

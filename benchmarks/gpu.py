@@ -2,19 +2,19 @@
 
     python benchmarks/gpu.py [--minutes 9] [--folder FOLDER] [--only WORD ...] [--out FILE] [--tiny]
 
-Full-size SD 1.5 at 512 px and SDXL at 1024 px with random weights, which are made on the device. The machine's own rates; training
-steps of a LoRA of rank 4 with latents cached (the trainer's own command and loop): fp16 and bf16, batch 1 to 8, xformers,
-torch.compile, CUDA graphs, AdamW8bit, the base in int8, fp8 and nf4; the command of the guide, whose memory counts; caching beside
-the bare VAE; images beside Diffusers' own pipeline.
+Full-size SD 1.5 at 512 px and SDXL at 1024 px with random weights, which are made on the device. The machine's own rates;
+training steps of a LoRA of rank 4 with latents cached (the trainer's own command and loop): fp16 and bf16, batch 1 to 8,
+xformers, torch.compile, CUDA graphs, AdamW8bit, the base in int8, fp8 and nf4; the command of the guide, whose memory counts;
+caching beside the bare VAE; images beside Diffusers' own pipeline.
 
-TFLOP/s are those that the bare U-Net's forward and its backward to the input need, whatever else a step does; their part is of the
-rate at which the device multiplies large matrices in that precision. The floor is the bare U-Net of Diffusers, in eager mode and
-with nothing attached, or the bare VAE, or Diffusers' pipeline. Peaks are of the whole run, loading included.
+TFLOP/s are those that the bare U-Net's forward and its backward to the input need, whatever else a step does; their part is of
+the rate at which the device multiplies large matrices in that precision. The floor is the bare U-Net of Diffusers, in eager mode
+and with nothing attached, or the bare VAE, or Diffusers' pipeline. Peaks are of the whole run, loading included.
 
-Every job is a process with a time of its own, the most important ones first; a row that fails says why, and the next one follows.
-What there is no time for any more is named. The page is written row by row: benchmarks/results/gpu.md. Needs what requirements.txt
-names (bitsandbytes and xformers only for their own rows), 10 GB of disk space and 24 GB of a GPU for all rows; on a smaller one
-rows say "out of memory". --tiny tries everything out with small models, also without a GPU.
+Every job is a process with a time of its own, the most important ones first; a row that fails says why, and the next one
+follows. What there is no time for any more is named. The page is written row by row: benchmarks/results/gpu.md. Needs what
+requirements.txt names (bitsandbytes and xformers only for their own rows), 10 GB of disk space and 24 GB of a GPU for all rows;
+on a smaller one rows say "out of memory". --tiny tries everything out with small models, also without a GPU.
 """
 
 from __future__ import annotations

@@ -214,7 +214,7 @@ def floor_seconds(run, case: Case, count: int) -> float:
 
 
 def useful(job: Job, place: Place, images: float) -> Row:
-    """TFLOP/s that the bare U-Net's forward and backward need at so many images a second, and their part of the products' rate."""
+    """TFLOP/s that the bare U-Net needs for so many images a second, and their part of the products' rate."""
     rates = json.loads((place.folder / "rates.json").read_text(encoding="utf-8"))
     done = unet_flop(place.of(job.family) / "unet.json", place.size(job.family)) * images / TERA
     return {"TFLOP/s": done, "of the products' rate": done / (rates[precision_name(job)] or float("nan"))}

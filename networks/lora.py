@@ -178,7 +178,7 @@ class LoRAModule(nn.Module):
         return self.lora_up(hidden * factor)
 
     def factors(self) -> tuple[Tensor, Tensor, float | Tensor]:
-        """(down, up, factor): where nothing is drawn, `forward` gives up(factor * down(x)). The factor may be one for each rank."""
+        """(down, up, factor): without dropout, `forward` gives up(factor * down(x)). There may be a factor for each rank."""
         return self.lora_down.weight, self.lora_up.weight, self.scale * self.multiplier
 
     def in_own_type(self, x: Tensor) -> Tensor:
