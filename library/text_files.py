@@ -38,10 +38,22 @@ def decoded(content: bytes, guess: bool = True) -> str:
     for mark, encoding in _BYTE_ORDER_MARKS:
         if content.startswith(mark):
             return content[len(mark) :].decode(encoding).lstrip("\ufeff")  # concatenated files may have several
-    text = content.decode(_utf_16_by_nuls(content) if guess and b"\0" in content else "utf-8")
+    text = content.decode(_utf_16_by_nuls(content) if guess and _may_be_utf_16(content) else "utf-8")
     if "\0" in text:
         raise UnicodeDecodeError("utf-8", content, content.index(0), content.index(0) + 1, "NUL stands in no text")
     return text
+
+
+def _may_be_utf_16(content: bytes) -> bool:
+    """Its Latin letters have a NUL each, its other letters are no UTF-8; a NUL or two in good UTF-8 are an accident."""
+    nuls = content.count(0)
+    if not nuls or nuls * 4 >= len(content):
+        return bool(nuls)
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return True
+    return False
 
 
 def _utf_16_by_nuls(content: bytes) -> str:

@@ -33,7 +33,13 @@ def test_text_is_read_in_any_unicode_encoding(tmp_path, content):
     assert read_text(tmp_path / "a.txt", "--x") == "rotes Auto, grün"
 
 
-@pytest.mark.parametrize("content", [b"caf\xe9", b"\xff\xfea", b"\x00\x00\x00\x01", b"a\0\0"])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("text", ["赤い車, 大きい", "красная машина", "a"])
+def test_utf_16_without_a_mark_of_any_letters(text, encoding):
+    assert decoded(text.encode(encoding)) == text
+
+
+@pytest.mark.parametrize("content", [b"caf\xe9", b"\xff\xfea", b"\x00\x00\x00\x01", b"a\0\0", b"a red\0car, outdoors"])
 def test_what_is_no_text_names_the_byte(tmp_path, content):
     (tmp_path / "a.txt").write_bytes(content)
     with pytest.raises(UserError, match=r"a\.txt: byte \d+ is no UTF-8"):
