@@ -45,15 +45,14 @@ def decoded(content: bytes, guess: bool = True) -> str:
 
 
 def _may_be_utf_16(content: bytes) -> bool:
-    """Its Latin letters have a NUL each, its other letters are no UTF-8; a NUL or two in good UTF-8 are an accident."""
+    """Its Latin letters have a NUL each, others another control character, or are no UTF-8; a NUL alone is an accident."""
     nuls = content.count(0)
     if not nuls or nuls * 4 >= len(content):
         return bool(nuls)
     try:
-        content.decode()
+        return bool(re.search("[\x01-\x08\x0b\x0c\x0e-\x1f]", content.decode()))
     except UnicodeDecodeError:
         return True
-    return False
 
 
 def _utf_16_by_nuls(content: bytes) -> str:
