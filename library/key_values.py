@@ -99,11 +99,13 @@ def read_value(text: str) -> Any:
     text = text.strip()
     if text.lower() in _WORDS:
         return _WORDS[text.lower()]
-    for number in (int, float):
+    for kind in (int, float):
         try:
-            return number(text)
+            number = kind(text)
         except ValueError:
-            pass
+            continue
+        overflows = abs(number) == math.inf and text.lstrip("+-")[0] in ".0123456789"  # nobody means infinity by 1e400
+        return text if overflows else number
     inner = text[1:-1] if text[:1] + text[-1:] in ("()", "[]") else text
     items = _items(inner)
     if len(items) > 1 or inner is not text:

@@ -74,7 +74,7 @@ def test_what_is_no_pair_is_refused(words, part):
         *((text, False) for text in ("False", "false", "FALSE", "no", "Off")),
         *((text, None) for text in ("None", "none", "null")),
         *((text, 0.0001) for text in ("1e-4", "1E-4", "1.0e-4", ".0001", "+0.0001", "0.000_1")),
-        ("-3", -3), ("1_000", 1000), ("0x10", 16), ("inf", math.inf),
+        ("-3", -3), ("1_000", 1000), ("0x10", 16), ("inf", math.inf), ("-inf", -math.inf), ("1e400", "1e400"), ("-.1e999", "-.1e999"),
         *((text, (0.9, 0.99)) for text in ("0.9,0.99", "(0.9, 0.99)", "( .9 , .99 , )")),
         ("[1, 2]", [1, 2]), ("(1,)", (1,)), ("(1)", 1), ("((1,2),3)", ((1, 2), 3)), ("(true,off)", (True, False)),
         ("cosine", "cosine"), ("1:10", "1:10"), ("'8'", "8"), ("10%", "10%"),
