@@ -32,9 +32,9 @@ LR_PRESETS: dict[str, Callable[[float], float]] = {
 
 
 def read_int(text: str) -> int:
-    if not re.fullmatch(r"\s*\d+\s*", text):
+    if not re.fullmatch(r"\s*\d+(\.0*)?\s*", text):
         raise ValueError(f"'{text}' is not a whole number")
-    return int(text)
+    return int(text.partition(".")[0])
 
 
 def read_float(text: str) -> float:
@@ -55,9 +55,10 @@ def read_share(text: str) -> float:
 
 
 def read_bool(text: str) -> bool:
-    if text.strip().lower() not in ("true", "false", "1", "0"):
+    word, yes, no = text.strip().lower(), ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+    if word not in (*yes, *no):
         raise ValueError("give True or False")
-    return text.strip().lower() in ("true", "1")
+    return word in yes
 
 
 def read_choice(choices: Iterable[str], text: str) -> str:
@@ -66,9 +67,16 @@ def read_choice(choices: Iterable[str], text: str) -> str:
     return text
 
 
+def split_list(text: str) -> list[str]:
+    """The items between commas; brackets around all and a comma behind the last may be there, as in Python."""
+    text = text.strip()
+    inner = text[1:-1] if text[:1] + text[-1:] in ("()", "[]") else text
+    return inner.strip().removesuffix(",").split(",")
+
+
 def read_blocks(read_item: Reader, text: str) -> tuple:
     """A number for each block: 25, or 23 for SDXL."""
-    items = text.split(",")
+    items = split_list(text)
     if all(len(items) != len(blocks.names) for blocks in BLOCK_MAPS):
         needed = "; ".join(f"{len(blocks.names)} needed for {blocks.title}: {' '.join(blocks.names)}" for blocks in BLOCK_MAPS)
         raise ValueError(f"{len(items)} numbers given, {needed}")
@@ -76,7 +84,7 @@ def read_blocks(read_item: Reader, text: str) -> tuple:
 
 
 def read_numbers(text: str) -> tuple[float, ...]:
-    return tuple(read_float(item) for item in text.removesuffix(",").split(","))
+    return tuple(read_float(item) for item in split_list(text))
 
 
 def read_mid_lr_weight(text: str) -> tuple[float, ...]:

@@ -102,6 +102,14 @@ def test_a_network_dropout_out_of_range_is_an_error(model, share):
         make(model, neuron_dropout=share)
 
 
+@pytest.mark.parametrize("row", [ROW, f"[{ROW}]", f"({ROW},)", f"{ROW},", ROW.replace(",", " , ")])
+def test_lists_and_words_in_any_usual_spelling(model, row):
+    plain = make(model, block_dims=ROW, rs_lora="True")
+    other = make(model, block_dims=row, rs_lora="on", dora="no")
+    assert {m.lora_name: (m.rank, m.scale) for m in plain.loras} == {m.lora_name: (m.rank, m.scale) for m in other.loras}
+    assert {module.rank for module in make(model, conv_dim="4.0").loras} >= {4}
+
+
 def test_ranks_come_from_the_weights_and_it_is_said_when_network_args_has_others(model, caplog):
     weights = make(model, dim=3).state_dict()
     network, _ = create_network_from_weights(1.0, None, None, model.text_encoder, model.unet, weights, conv_dim="8")
