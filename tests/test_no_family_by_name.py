@@ -9,8 +9,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def other_code():
-    """Paths and trees of all product files outside library/models/."""
-    for room in ("library", "networks", "tools", "."):
+    """Paths and trees of all files outside library/models/ but tests, which know what each family should be."""
+    for room in ("library", "networks", "tools", "benchmarks", "assets", "."):
         for path in (ROOT / room).glob("*.py" if room == "." else "**/*.py"):
             name = path.relative_to(ROOT).as_posix()
             if not name.startswith("library/models/"):

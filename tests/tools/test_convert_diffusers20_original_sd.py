@@ -38,10 +38,10 @@ def convert(source, target, *words):
 
 
 def test_there_and_back_is_the_same_bit_for_bit(model, tmp_path):
-    folder, v2 = model
-    there = convert(folder / "model.safetensors", tmp_path / "folder", *(["--v_parameterization"] if v2 else []))
+    folder, predicts_v = model
+    there = convert(folder / "model.safetensors", tmp_path / "folder", *(["--v_parameterization"] if predicts_v else []))
     scheduler = json.loads((there / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
-    assert scheduler["prediction_type"] == ("v_prediction" if v2 else "epsilon")
+    assert scheduler["prediction_type"] == ("v_prediction" if predicts_v else "epsilon")
     back = load_file(convert(there, tmp_path / "back.safetensors"))
     original = load_file(folder / "model.safetensors")
     assert back.keys() == original.keys()
@@ -69,7 +69,7 @@ def test_trap_1_16_metadata_is_json_and_not_run(model, tmp_path):
 
 
 def test_wrong_input(model, tmp_path):
-    folder, v2 = model
+    folder, predicts_v = model
     source = folder / "model.safetensors"
     cases = [
         ((tmp_path / "m.zip",), "suffix decides"),
@@ -78,13 +78,13 @@ def test_wrong_input(model, tmp_path):
         ((tmp_path / "m.ckpt", "--metadata", "{}"), "a .safetensors file only"),
         ((tmp_path / "m.ckpt", "--fp16", "--bf16"), "not allowed with"),
         ((tmp_path / "m.ckpt", "--reference_model", "x"), "come with this suite"),
-        ((tmp_path / "m.ckpt", "--v1" if v2 else "--v2"), "SD 2.x model" if v2 else "SD 1.x model"),
+        ((tmp_path / "m.ckpt", "--v1" if predicts_v else "--v2"), "SD 2.x model" if predicts_v else "SD 1.x model"),
         ((tmp_path / "m.ckpt", "--floot"), "did you mean '--float'"),
     ]
     for words, message in cases:
         with pytest.raises(UserError, match=message):
             convert(source, *words)
-    if not v2:
+    if not predicts_v:
         with pytest.raises(UserError, match="--unet_use_linear_projection: SD 1.x has no linear projections"):
             convert(source, tmp_path / "m", "--unet_use_linear_projection")
     with pytest.raises(UserError, match="neither a file nor a folder here"):
@@ -220,7 +220,7 @@ def test_traps_1_2_and_51_sdxl_there_and_back_with_marks_and_a_projection_turned
 
 @pytest.mark.parametrize("extra", ["text_projection.weight", "logit_scale", "visual_projection.weight"])
 def test_what_a_text_encoders_folder_has_of_clip_beside_it_is_no_use_here(model, tmp_path, extra):
-    folder, v2 = model
+    folder, predicts_v = model
     there = convert(folder / "model.safetensors", tmp_path / "folder")
     weights = load_file(there / "text_encoder" / "model.safetensors")
     save_file(weights | {extra: torch.ones(64, 64)}, there / "text_encoder" / "model.safetensors")
