@@ -140,12 +140,14 @@ def _files_up_to(size: int | None) -> Iterator[None]:
     if size is None or resource is None:
         yield
         return
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before, compiles = resource.getrlimit(resource.RLIMIT_FSIZE), sys.dont_write_bytecode
+    sys.dont_write_bytecode = True  # Python would keep the half of what it compiles
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        sys.dont_write_bytecode = compiles
 
 
 # Temporary files and folders are named so: .name.12345678.suffix

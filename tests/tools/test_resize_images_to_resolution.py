@@ -121,8 +121,10 @@ def test_images_of_all_kinds_that_training_reads_are_resized_and_others_are_name
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limit")
-def test_a_disk_that_is_full_leaves_no_half_of_a_file(folders, capsys):
+def test_a_disk_that_is_full_leaves_no_half_of_a_file(folders, capsys, monkeypatch):
     import resource
+
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # Python would keep the half of what it compiles
 
     make_image(folders[0] / "a.png", (300, 300))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -167,6 +167,8 @@ def test_a_tracker_that_fails_is_said_once_and_left_alone(wandb, capsys):
 def test_a_full_disk_under_tensorboard_is_one_line_without_its_thread_s_traceback(tmp_path, capsys, monkeypatch):
     import resource
 
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # Python would keep the half of what it compiles
+
     tracebacks = []
     monkeypatch.setattr(threading, "excepthook", tracebacks.append)
     PartialState()
