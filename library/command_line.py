@@ -201,6 +201,8 @@ def read_config_file(
             option = fields[key]
             if value == "" and option.get_default() is None:
                 continue  # front ends write this for an option that is not given
+            if isinstance(value, str) and list[str] in _union_members(option.annotation):
+                value = [value]
             checked = problems.of(_checked_flag, key, value, is_flag(option), path)
             values |= {} if checked is None else {key: checked}
     if unknown_count > MAX_UNKNOWN_NAMED:

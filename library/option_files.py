@@ -12,8 +12,13 @@ from library.text_files import check_texts, parse_json, parse_toml, read_text
 
 def read_option_tables(path: Path) -> dict[str, Any]:
     """The tables of a file of options. Raises UserError, saying what the file is, for a file of another kind."""
+    if path.suffix.lower() in (".yaml", ".yml"):
+        raise UserError(f"--config_file {path}: YAML is not read; write the options by name as TOML (seed = 1) or JSON")
     text = read_text(path, "--config_file")
-    content = parse_json(text, path) if text.lstrip().startswith("{") else parse_toml(text, path)
+    is_json = path.suffix.lower() == ".json" or text.lstrip().startswith("{")
+    content = parse_json(text, path) if is_json else parse_toml(text, path)
+    if not isinstance(content, dict):
+        raise UserError(f'{path}: expected {{"option": value}}, got a {type(content).__name__}')
     check_texts(content, path)
     _refuse_other_files(content, path)
     return content
@@ -24,6 +29,18 @@ def _refuse_other_files(content: Mapping[str, Any], path: Path) -> None:
         raise UserError(
             f"{path} is the JSON file that the kohya_ss GUI saves for itself, with other names and units; give the "
             "config_lora-*.toml that it writes into the output folder, or the words of its button 'Print training command'"
+        )
+    if {"training_method", "base_model_name"} <= content.keys():
+        raise UserError(
+            f"{path} is a configuration of OneTrainer, with other names; base_model_name is pretrained_model_name_or_path here, "
+            "lora_rank network_dim, lora_alpha network_alpha, batch_size train_batch_size, epochs max_train_epochs, "
+            "output_model_destination output_dir and output_name, and concepts are a file for --dataset_config"
+        )
+    if isinstance(content.get("model"), dict) and isinstance(content.get("adapter"), dict):
+        raise UserError(
+            f"{path} is a configuration of diffusion-pipe, with other names; checkpoint_path is pretrained_model_name_or_path "
+            "here, rank network_dim, lr learning_rate, micro_batch_size_per_gpu train_batch_size, epochs max_train_epochs, and "
+            "dataset another kind of file, for --dataset_config"
         )
     if isinstance(content.get("datasets"), list):
         raise UserError(f"{path} is a dataset file; give it as --dataset_config={path}")

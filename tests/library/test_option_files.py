@@ -65,12 +65,22 @@ def test_a_json_file_holds_options_too(tmp_path):
     [
         ("gui.json", '{"LoRA_type": "Standard", "epoch": 2, "max_resolution": "64,64"}', ["kohya_ss GUI", "config_lora-*.toml"]),
         ("data.toml", "[[datasets]]\nresolution = 64\n", ["is a dataset file", "--dataset_config="]),
+        ("one.json", '{"training_method": "LORA", "base_model_name": "x", "epochs": 2}', ["OneTrainer", "lora_rank network_dim"]),
+        ("pipe.toml", "epochs = 1\n[model]\ntype = 'sdxl'\n[adapter]\nrank = 8\n", ["diffusion-pipe", "rank network_dim"]),
+        ("job.yaml", "job: extension\n", ["YAML is not read", "as TOML"]),
+        ("list.json", "[1, 2]", ["list.json: expected", "got a list"]),
         ("easy.toml", '[[subsets]]\nimage_dir = "x"\n[network_args.args]\ndim = 4\n', ["LoRA_Easy_Training_Scripts", "'args'"]),
     ],
 )
 def test_a_file_of_something_else_is_named(tmp_path, name, text, parts):
     (problem,) = problems_of(tmp_path, text, name)
     assert all(part in problem for part in parts)
+
+
+def test_text_stands_for_a_list_of_one(tmp_path):
+    (tmp_path / "c.toml").write_text('network_args = "conv_dim=4 conv_alpha=1"\nbase_weights = "a b.pt"\n', encoding="utf-8")
+    options = parse_options([f"--config_file={tmp_path / 'c.toml'}"])
+    assert options.network.network_args == ["conv_dim=4 conv_alpha=1"] and options.network.base_weights == ["a b.pt"]
 
 
 def test_many_strange_keys_are_a_screen_at_most(tmp_path):
