@@ -106,14 +106,12 @@ class UnsupportedOptions:
     """
 
     reasons: Mapping[str, str] = field(default_factory=dict)
-    harmless: Mapping[str, Any] = field(default_factory=dict)
+    harmless: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     of_front_ends: frozenset[str] = frozenset()
 
     def is_harmless(self, name: str, value: Any) -> bool:
-        """Whether a config file may hold this value: it switches the option off, or is a default that front ends write."""
-        return (
-            value in (False, "", 0, []) or name in self.of_front_ends or (name in self.harmless and self.harmless[name] == value)
-        )
+        """Whether a config file may hold this value: it switches the option off, or is one that front ends write."""
+        return value in (False, "", 0, []) or name in self.of_front_ends or value in self.harmless.get(name, ())
 
 
 def parse(

@@ -83,24 +83,30 @@ def main(words: Sequence[str] | None = None) -> None:
     from library.tools.extract import Extraction, extract, metadata_of
     from library.tools.kept import print_kept
     from library.tools.lora_metadata import Base, without_modelspec
+    from library.tools.spooled import SpooledModules
 
     lora_options.check_device(args.device)
     dim = args.dim or (DIM if args.explained is None else MOST)
     load = dtype_of(args.load_precision) if args.load_precision else None
     how = Extraction(dim, args.conv_dim, args.explained, args.min_diff, args.clamp_quantile, load, args.device)
-    with open_tensors(paths[0]) as original, open_tensors(paths[1]) as tuned:
+    dtype = dtype_of(args.save_precision)
+    with (
+        open_tensors(paths[0]) as original,
+        open_tensors(paths[1]) as tuned,
+        SpooledModules(save_to.parent, dtype) as modules,
+    ):
         family, other = (family_of_model(file, args.v2, args.sdxl) for file in (original, tuned))
         if family is not other:
             raise UserError(f"{paths[0]} is {family.title}, {paths[1]} is {other.title}; give two models of one family")
         stated = prediction_of_file(tuned).prediction or prediction_of_file(original).prediction
-        modules, kept, unchanged = extract(original, tuned, how)
-    if not modules:
-        raise UserError(f"{paths[0]} and {paths[1]} do not differ in the layers that a LoRA can change; nothing was written")
-    base = Base(family, "v" if args.v_parameterization else stated or "epsilon")
-    metadata = metadata_of(modules, save_to, paths[0], paths[1], base)
-    write_lora(save_to, modules, without_modelspec(metadata) if args.no_metadata else metadata, dtype_of(args.save_precision))
+        _, kept, unchanged = extract(original, tuned, how, modules)
+        if not modules:
+            raise UserError(f"{paths[0]} and {paths[1]} do not differ in the layers that a LoRA can change; nothing was written")
+        base = Base(family, "v" if args.v_parameterization else stated or "epsilon")
+        metadata = metadata_of(modules, save_to, paths[0], paths[1], base)
+        write_lora(save_to, modules, without_modelspec(metadata) if args.no_metadata else metadata, dtype)
     print_kept(kept)
-    if not any(name.startswith("lora_te") for name in modules):
+    if not any(name.startswith("lora_te") for name in kept):
         print("the text encoders are the same, so the LoRA is for the U-Net alone")
     elif unchanged:
         print(f"{len(unchanged)} modules did not change and were left out, such as {unchanged[0]}")

@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if not __package__:  # run as a script: the repository, not this folder, is where modules are looked for
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -19,6 +20,9 @@ from library.errors import UserError
 from library.formats.precision import dtype_of
 from library.tools import lora_options
 from library.tools.command import Parser
+
+if TYPE_CHECKING:
+    from library.formats.lora_file import LoraFile
 
 METHODS = ("sv_ratio", "sv_fro", "sv_cumulative")
 
@@ -61,11 +65,13 @@ def main(words: Sequence[str] | None = None) -> None:
     from library.tools.kept import print_kept
     from library.tools.lora_metadata import changed_metadata
     from library.tools.resize import resize
+    from library.tools.spooled import SpooledModules
 
     lora_options.check_device(args.device)
     (lora,) = matrices_alone(read_loras([args.model]))
-    with base_weights(args.sd_model, [lora]) as weight_of:
-        modules, kept = resize(
+    dtype = dtype_of(args.save_precision)
+    with base_weights(args.sd_model, [lora]) as weight_of, SpooledModules(save_to.parent, dtype) as modules:
+        _, kept = resize(
             lora,
             args.new_rank,
             args.new_conv_rank,
@@ -74,23 +80,30 @@ def main(words: Sequence[str] | None = None) -> None:
             device=args.device,
             report=print if args.verbose else None,
             weight_of=weight_of,
+            into=modules,
         )
-    ranks = [module.rank for adapter in lora.modules.values() if (module := adapter.low_rank())]
-    old = max(ranks) if ranks else next(iter(lora.modules.values())).title
-    conv = f" (conv: {args.new_conv_rank})" if args.new_conv_rank else ""
-    comment = f"dimension is resized from {old} to {args.new_rank}{conv}"
-    facts = {}
-    if args.dynamic_method:
-        comment = f"Dynamic resize with {args.dynamic_method}: {args.dynamic_param:g} from {old}"
-        facts = {"ss_network_dim": "Dynamic", "ss_network_alpha": "Dynamic"}
-    write_lora(save_to, modules, changed_metadata(lora, modules, comment, **facts), dtype_of(args.save_precision))
+        write_lora(save_to, modules, changed_metadata(lora, modules, _comment(args, lora), **_facts(args)), dtype)
+        lower = sum(
+            module.rank < (args.new_conv_rank or args.new_rank if module.is_3x3 else args.new_rank) for module in modules.values()
+        )
     print_kept(kept)
-    lower = sum(
-        module.rank < (args.new_conv_rank or args.new_rank if module.is_3x3 else args.new_rank) for module in modules.values()
-    )
     if lower and not args.dynamic_method:
         print(f"{lower} modules had a lower rank already and keep it")
     print(f"saved {save_to}")
+
+
+def _facts(args: argparse.Namespace) -> dict[str, str]:
+    return {"ss_network_dim": "Dynamic", "ss_network_alpha": "Dynamic"} if args.dynamic_method else {}
+
+
+def _comment(args: argparse.Namespace, lora: LoraFile) -> str:
+    """How the file came about, as the common trainer's tool words it."""
+    ranks = [module.rank for adapter in lora.modules.values() if (module := adapter.low_rank())]
+    old = max(ranks) if ranks else next(iter(lora.modules.values())).title
+    if args.dynamic_method:
+        return f"Dynamic resize with {args.dynamic_method}: {args.dynamic_param:g} from {old}"
+    conv = f" (conv: {args.new_conv_rank})" if args.new_conv_rank else ""
+    return f"dimension is resized from {old} to {args.new_rank}{conv}"
 
 
 if __name__ == "__main__":

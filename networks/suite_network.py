@@ -119,11 +119,20 @@ class SuiteNetwork(LoRANetwork):
 
     # ---- training
 
+    def leave_out(self, text_encoder: TextEncoders, unet: UNet, parts: Iterable[nn.Module]) -> None:
+        """Drop the modules of layers inside `parts`: neither trained nor saved."""
+        for name in self._inside(text_encoder, unet, parts):
+            delattr(self, name)
+
     def leave_untrained(self, text_encoder: TextEncoders, unet: UNet, unread: Iterable[nn.Module]) -> None:
         """Leave out of training and norms the modules of layers inside `unread`, which no gradient reaches."""
-        inside = {id(layer) for part in unread for layer in part.modules()}
+        self.untrained = self._inside(text_encoder, unet, unread)
+
+    def _inside(self, text_encoder: TextEncoders, unet: UNet, parts: Iterable[nn.Module]) -> frozenset[str]:
+        """Names of the modules whose layers are inside `parts`."""
+        inside = {id(layer) for part in parts for layer in part.modules()}
         layers = self.layers_in(text_encoder, unet)
-        self.untrained = frozenset(m.lora_name for m in self.loras if id(layers[m.lora_name]) in inside)
+        return frozenset(m.lora_name for m in self.loras if id(layers[m.lora_name]) in inside)
 
     @property
     def trained(self) -> list[LoRAModule]:

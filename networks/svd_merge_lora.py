@@ -57,14 +57,16 @@ def main(words: Sequence[str] | None = None) -> None:
     from library.tools.checkpoint import check_family
     from library.tools.kept import print_kept
     from library.tools.lora_metadata import merged_metadata, without_modelspec
+    from library.tools.spooled import SpooledModules
     from library.tools.svd_merge import svd_merge
 
     lora_options.check_device(args.device)
     loras = matrices_alone(read_loras(args.models))
     check_family(loras, args.v2, args.sdxl)
     parts = strengths(loras, args.ratios, args.lbw)
-    with base_weights(args.sd_model, loras) as weight_of:
-        modules, kept = svd_merge(
+    dtype = dtype_of(args.save_precision or args.precision)
+    with base_weights(args.sd_model, loras) as weight_of, SpooledModules(save_to.parent, dtype) as modules:
+        _, kept = svd_merge(
             loras,
             parts,
             args.new_rank,
@@ -72,10 +74,10 @@ def main(words: Sequence[str] | None = None) -> None:
             device=args.device,
             clamp_quantile=args.clamp_quantile,
             weight_of=weight_of,
+            into=modules,
         )
-    metadata = merged_metadata(loras, parts, modules, save_to, "merged by SVD", args.v_parameterization, args.lbw)
-    dtype = dtype_of(args.save_precision or args.precision)
-    write_lora(save_to, modules, without_modelspec(metadata) if args.no_metadata else metadata, dtype)
+        metadata = merged_metadata(loras, parts, modules, save_to, "merged by SVD", args.v_parameterization, args.lbw)
+        write_lora(save_to, modules, without_modelspec(metadata) if args.no_metadata else metadata, dtype)
     print_kept(kept)
     if args.clamp_quantile is not None:
         print("  (before --clamp_quantile, which costs more)")

@@ -220,6 +220,26 @@ def better_bound(config: DatasetConfig, images: Iterable[tuple[Size, int]]) -> t
     return (share, bound, better) if better - share >= MIN_GAIN else None
 
 
+def better_step(config: DatasetConfig, images: Iterable[tuple[Size, int]]) -> tuple[float, int, float] | None:
+    """A better bucket_reso_steps for a dataset whose images bucket_no_upscale rounds far down.
+
+    images: (size, number of uses). Returns the share of the area that images could have, their own or that of `resolution`, half
+    the step, and the share with it; None if the gain is small.
+    """
+    if not (config.enable_bucket and config.bucket_no_upscale) or config.bucket_reso_steps % 64:
+        return None
+    finer = config.model_copy(update={"bucket_reso_steps": config.bucket_reso_steps // 2})
+    rule, finer_rule, largest = BucketRule(config), BucketRule(finer), math.prod(config.resolution)
+    possible, area, better = 0, 0, 0
+    for size, count in images:
+        possible += min(math.prod(size), largest) * count
+        area += math.prod(rule.assign(*size).bucket) * count
+        better += math.prod(finer_rule.assign(*size).bucket) * count
+    if not possible or area >= (1 - MIN_GAIN) * possible or better - area < MIN_GAIN / 2 * possible:
+        return None
+    return area / possible, finer.bucket_reso_steps, better / possible
+
+
 def _share_of_area(config: DatasetConfig, images: Iterable[tuple[Size, int]]) -> float:
     """The area of the images' buckets as a share of the area of `resolution`, averaged over the uses of the images."""
     rule, area, uses = BucketRule(config), 0, 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from library.formats.compvis import SD1_LAYOUT, SD2_LAYOUT, SDXL_LAYOUT, Layout, layout_of
 from library.formats.prediction import Prediction
@@ -13,13 +13,17 @@ GENERATIVE_MODELS = "https://github.com/Stability-AI/generative-models"
 
 @dataclass(frozen=True)
 class Records:
-    """What files say about the family, by what the model predicts."""
+    """What files say about the family, by what the model predicts.
+
+    earlier_releases: what LoRAs for releases with other weights have as ss_base_model_version -> the name of the release.
+    """
 
     v2: bool  # ss_v2
     base_model_version: Mapping[Prediction, str]
     architecture: Mapping[Prediction, str]  # modelspec.architecture
     implementation: str = "diffusers"  # modelspec.implementation of a LoRA
     marks_prediction: bool = False  # whether empty tensors in a single file say that the model predicts velocity
+    earlier_releases: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +81,7 @@ SDXL = FileFamily(
         architecture=_both("stable-diffusion-xl-v1-base"),
         implementation=GENERATIVE_MODELS,
         marks_prediction=True,
+        earlier_releases={"sdxl_base_v0-9": "SDXL 0.9"},
     ),
     resolution=_both("1024x1024"),
     lora_prefixes={"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"},

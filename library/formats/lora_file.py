@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from library.errors import UserError, listed
-from library.files import atomic_write
 from library.formats.adapters.kind import Parts
 from library.formats.adapters.lora import LORA
 from library.formats.adapters.registry import Adapter, find_adapter
 from library.formats.families import FILE_FAMILIES, FileFamily, titles
 from library.formats.foreign import instead_of_a_lora
 from library.formats.lora_family import families_of_lora
-from library.formats.lora_hashes import with_hashes
-from library.formats.lora_layouts import KOHYA, PeftConfig, kohya_weights, lora_name, naming_family
-from library.formats.low_rank import LowRank, is_finite
-from library.formats.tensor_file import open_tensors
-from library.formats.tensor_output import save_pickled
+from library.formats.lora_hashes import hashes
+from library.formats.lora_layouts import KOHYA, PeftConfig, kohya_weights, lora_name, naming_family, resnets_of
+from library.formats.low_rank import LowRank
+from library.formats.tensor_file import Windows, open_tensors
+from library.formats.tensor_output import rows_in, write_weights
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +32,7 @@ class LoraFile:
     """A LoRA file, or one of its kin: what it says of each layer, by kohya name, in the file's order, and its metadata.
 
     families: those that it can be for. dtype: of its weights. left_out: keys of tensors that are no part of it, and of modules of
-    rank 0.
+    rank 0. windows: the mapped memory that its tensors are in; whoever goes through a large file forgets it now and then.
     """
 
     path: Path
@@ -42,6 +41,7 @@ class LoraFile:
     dtype: torch.dtype
     families: tuple[FileFamily, ...] = FILE_FAMILIES
     left_out: tuple[str, ...] = ()
+    windows: Windows = field(default_factory=Windows, repr=False, compare=False)
 
     @property
     def title(self) -> str:
@@ -57,7 +57,8 @@ class LoraFile:
         both = tuple(family for family in self.families if family in families)
         if naming_family(both) is naming_family(self.families):
             return replace(self, families=both)
-        modules = {lora_name(name, naming_family(both)) or name: module for name, module in self.modules.items()}
+        family, resnets = naming_family(both), resnets_of(self.modules)
+        modules = {lora_name(name, family, resnets) or name: module for name, module in self.modules.items()}
         return replace(self, modules=modules, families=both)
 
     def require_finite(self) -> None:
@@ -65,6 +66,7 @@ class LoraFile:
         for name, module in self.modules.items():
             if not module.is_finite():
                 raise UserError(f"{self.path}: the module {name} holds NaN or infinity; the file is of no use")
+            self.windows.forget()
 
 
 def read_lora(file: str | Path) -> LoraFile:
@@ -105,7 +107,7 @@ def read_lora(file: str | Path) -> LoraFile:
         _raise_for_nothing(found, left_out, path)
     if left_out:
         logger.warning("%s: left out, since no layer has a use for them: %s", path, listed(left_out, 3))
-    return LoraFile(path, modules, metadata, _dtype(modules), families, tuple(left_out))
+    return LoraFile(path, modules, metadata, _dtype(modules), families, tuple(left_out), weights.windows)
 
 
 def _check_family(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -187,31 +189,28 @@ def all_names(loras: Sequence[LoraFile]) -> list[str]:
     return list(dict.fromkeys(name for lora in loras for name in lora.modules))
 
 
-def tensors_of(modules: Mapping[str, LowRank], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """What a file holds, in kohya's layout. Alpha, too, is of that dtype."""
-    for name, module in modules.items():
-        yield f"{name}.alpha", torch.tensor(module.alpha, dtype=dtype)
-        yield f"{name}.lora_down.weight", _saved(module.down, dtype)
-        yield f"{name}.lora_up.weight", _saved(module.up, dtype)
-
-
-def _saved(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    # A copy, since safetensors refuses tensors that share memory, as those of a pickled file may.
-    return torch.empty(tensor.shape, dtype=dtype).copy_(tensor)
-
-
 def write_lora(path: Path, modules: Mapping[str, LowRank], metadata: Mapping[str, str], dtype: torch.dtype) -> None:
-    """Write a file, whole or not at all, after reading it back. `.ckpt` and `.pt` have no place for the metadata."""
-    tensors = dict(tensors_of(modules, dtype))
-    for key, tensor in tensors.items():
-        if not is_finite(tensor):
-            raise UserError(f"{path} was not written: {key} holds NaN or infinity in {str(dtype).removeprefix('torch.')}")
-    with atomic_write(path) as temporary:
-        if path.suffix.lower() == ".safetensors":
-            safetensors.torch.save_file(tensors, temporary, with_hashes(tensors, metadata))
-        else:
-            save_pickled(tensors, temporary)
-        with open_tensors(temporary) as written:
-            same = written.shapes.keys() == tensors.keys()
-            if not same or not all(torch.equal(written.view(key), tensor) for key, tensor in tensors.items()):
-                raise UserError(f"{path} was not written: it did not read back as it was written; check the disk")
+    """Write a file in kohya's layout, whole or not at all, a tensor at a time; see `write_weights`. Alpha, too, is of that dtype.
+
+    `.ckpt` and `.pt` have no place for the metadata.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, module in modules.items():
+        shapes |= {f"{name}.alpha": (), f"{name}.lora_down.weight": tuple(module.down.shape)}
+        shapes[f"{name}.lora_up.weight"] = tuple(module.up.shape)
+    plan = {key: (shapes[key], dtype) for key in sorted(shapes)}
+
+    @lru_cache(2)
+    def tensors(name: str) -> dict[str, Tensor]:
+        module = modules[name]
+        return {
+            "alpha": torch.tensor(module.alpha, dtype=torch.float64),
+            "lora_down.weight": module.down,
+            "lora_up.weight": module.up,
+        }
+
+    def rows_of(key: str, rows: slice) -> Tensor:
+        name, _, inside = key.partition(".")
+        return rows_in(tensors(name)[inside], rows).to(dtype)
+
+    write_weights(path, plan, rows_of, {**metadata, **hashes(plan, rows_of, metadata)})

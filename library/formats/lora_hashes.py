@@ -5,21 +5,41 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 
-import safetensors.torch
 from torch import Tensor
+
+from library.formats.tensor_output import (
+    Plan,
+    RowsOf,
+    bytes_of,
+    parts_of,
+    plan_of,
+    rows_in,
+    safetensors_header,
+    safetensors_order,
+)
+
+LEGACY = slice(0x100000, 0x110000)  # bytes of the file
 
 
 def with_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-    """The metadata and the two hashes by which web UIs know a LoRA.
+    """The metadata with the hashes of a file of these tensors as safetensors writes it, by name; see `hashes`."""
+    plan = plan_of(dict(sorted(tensors.items())))
+    return {**metadata, **hashes(plan, lambda name, rows: rows_in(tensors[name].detach().cpu(), rows), metadata)}
 
-    sshs_model_hash: SHA-256 of the tensor data alone. sshs_legacy_hash: 8 digits over bytes 0x100000 to 0x110000 of the file
-    as it would be with the metadata keys `ss_...` only.
+
+def hashes(plan: Plan, rows_of: RowsOf, metadata: Mapping[str, str]) -> dict[str, str]:
+    """The two hashes by which web UIs know a LoRA, of a .safetensors file as `write_weights` makes it.
+
+    sshs_model_hash: SHA-256 of the tensor data alone. sshs_legacy_hash: 8 digits over LEGACY bytes of the file as it would be
+    with the metadata keys `ss_...` only.
     """
     training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
-    content = memoryview(safetensors.torch.save(dict(tensors), training))
-    data_start = 8 + int.from_bytes(content[:8], "little")
-    return {
-        **metadata,
-        "sshs_model_hash": hashlib.sha256(content[data_start:]).hexdigest(),
-        "sshs_legacy_hash": hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8],
-    }
+    header = safetensors_header(plan, training)
+    data, legacy, place = hashlib.sha256(), hashlib.sha256(header[LEGACY]), len(header)
+    for name in safetensors_order(plan):
+        for rows in parts_of(plan[name][0]):
+            space = bytes_of(rows_of(name, rows).contiguous())
+            data.update(space)
+            legacy.update(space[max(LEGACY.start - place, 0) : max(LEGACY.stop - place, 0)])
+            place += len(space)
+    return {"sshs_model_hash": data.hexdigest(), "sshs_legacy_hash": legacy.hexdigest()[:8]}

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,11 @@ from library.formats.families import SD1, SDXL, FileFamily
 from library.formats.lora_family import families_of_lora
 from library.formats.names import UNetLayout, unet_table
 
+USUAL_RESNETS = 2  # of each level of a U-Net on the way down
+KOALA_DEPTHS = (4, 5)  # the last transformer block of the lowest level, of the 700M and the 1B model; SDXL's is 9
+_LOWEST = re.compile(r"down_blocks_2_attentions_0_transformer_blocks_(\d+)_")
+_SECOND_RESNET = re.compile(r"down_blocks_\d_(?:attentions|resnets)_1_|up_blocks_\d_(?:attentions|resnets)_2_")
+_OF_ONE_RESNET = "lora_unet_input_blocks_3_1_"  # in the place of SDXL's first downsampler
 KOHYA = ("lora_te_", "lora_te1_", "lora_te2_", "lora_unet_")
 _IN_UNET = ("down_blocks", "mid_block", "up_blocks", "conv_in", "conv_out", "conv_norm_out", "time_embedding", "add_embedding")
 _IN_COMPVIS_UNET = ("input_blocks", "middle_block", "output_blocks", "time_embed", "label_emb", "out_")
@@ -57,8 +62,10 @@ FOREIGN_KEY = re.compile(
 SIDES = {"A": "lora_down.weight", "down": "lora_down.weight", "B": "lora_up.weight", "up": "lora_up.weight"}
 
 
-def lora_name(path: str, family: FileFamily = SD1) -> str | None:
+def lora_name(path: str, family: FileFamily = SD1, resnets: int = USUAL_RESNETS) -> str | None:
     """The LoRA name that a layer has in files for this family, given as any layout gives it; None if no layout does.
+
+    resnets: of each level of the U-Net on the way down, on which the numbers of a checkpoint's blocks depend.
 
     >>> lora_name("unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_out")
     'lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_out_0'
@@ -68,7 +75,7 @@ def lora_name(path: str, family: FileFamily = SD1) -> str | None:
         return path if path.startswith(KOHYA) else None
     if part == "unet":
         is_known = path.startswith(_UNDERSCORED) or inside.startswith((*_IN_UNET, *_IN_COMPVIS_UNET))
-        inside = _with_blocks(inside, family.loras_name_checkpoint_paths)
+        inside = _with_blocks(inside, family.loras_name_checkpoint_paths, resnets)
     else:
         inside = inside.removeprefix("text_model_")
         is_known = path.startswith(_UNDERSCORED) or inside.startswith(_IN_TEXT)
@@ -91,9 +98,9 @@ def _part_and_path(path: str) -> tuple[str, str]:
     return "unet" if path.startswith((*_IN_UNET, *_IN_COMPVIS_UNET)) else "text_encoder", path
 
 
-def _with_blocks(inside: str, as_checkpoints: bool) -> str:
+def _with_blocks(inside: str, as_checkpoints: bool, resnets: int) -> str:
     """A U-Net layer's path with its block as checkpoints name it (`input_blocks_1_1_...`), or as Diffusers does."""
-    table = _block_names(as_checkpoints)
+    table = _block_names(as_checkpoints, resnets)
     end = len(inside)
     while end > 0:
         if inside[:end] in table:
@@ -103,13 +110,13 @@ def _with_blocks(inside: str, as_checkpoints: bool) -> str:
 
 
 @cache
-def _block_names(as_checkpoints: bool) -> dict[str, str]:
+def _block_names(as_checkpoints: bool, resnets: int) -> dict[str, str]:
     """CompVis' module names and Diffusers' for them, with underscores, of the U-Net that SD 1.x and 2.x share.
 
     as_checkpoints: the reverse, of SDXL's U-Net.
     """
     if as_checkpoints:
-        table = unet_table(UNetLayout(3, 2, (False, True, True)))
+        table = unet_table(UNetLayout(3, resnets, (False, True, True)))
         return {diffusers.replace(".", "_"): compvis.replace(".", "_") for compvis, diffusers in table.items()}
     table = {}
     for attention in ((True, True, True, False), (False,) * 4):  # upsamplers stand at another place where a level has none
@@ -117,7 +124,7 @@ def _block_names(as_checkpoints: bool) -> dict[str, str]:
     return {compvis.replace(".", "_"): diffusers.replace(".", "_") for compvis, diffusers in table.items()}
 
 
-def kohya_key(key: str, family: FileFamily = SD1) -> tuple[str, str, str] | None:
+def kohya_key(key: str, family: FileFamily = SD1, resnets: int = USUAL_RESNETS) -> tuple[str, str, str] | None:
     """(path, LoRA name, tensor's name) of a key in any layout; None if no layout has it. The path is as the file names the layer.
 
     >>> kohya_key("unet.mid_block.attentions.0.proj_in.lora_A.weight")[1:]
@@ -131,7 +138,7 @@ def kohya_key(key: str, family: FileFamily = SD1) -> tuple[str, str, str] | None
         tensor = match["tensor"] or ("dora_scale" if match["magnitude"] else SIDES[match["side"] or match["old_side"]])
     else:
         return None
-    name = lora_name(path, family)
+    name = lora_name(path, family, resnets)
     return (path, name, tensor) if name and tensor else None
 
 
@@ -147,8 +154,9 @@ def kohya_weights(
     family = family or naming_family(families_of_lora({key: tuple(tensor.shape) for key, tensor in weights.items()}))
     result: dict[str, Tensor] = {}
     alphas: dict[str, float] = {}
+    resnets = resnets_of(weights)
     for key, tensor in weights.items():
-        path, name, inside = kohya_key(key, family) or ("", "", "")
+        path, name, inside = kohya_key(key, family, resnets) or ("", "", "")
         new = f"{name}.{inside}" if name else key
         if new in result:
             raise UserError(f"it holds {new} twice, the second time as {key}")
@@ -157,6 +165,17 @@ def kohya_weights(
         if alpha is not None:
             alphas[f"{name}.alpha"] = alpha
     return result | {key: torch.tensor(alpha) for key, alpha in alphas.items() if key not in result}
+
+
+def resnets_of(keys: Iterable[str]) -> int:
+    """ResNets of each level on the way down in the U-Net that these keys, as Diffusers names its blocks, are for.
+
+    That of KOALA has one, and its lowest level is half as deep as SDXL's. A LoRA for some of its layers alone may not tell.
+    """
+    names = [key.replace(".", "_") for key in keys]
+    lowest = {int(found[1]) for name in names if (found := _LOWEST.search(name))}
+    has_second = any(_SECOND_RESNET.search(name) for name in names)
+    return 1 if lowest and max(lowest) in KOALA_DEPTHS and not has_second else USUAL_RESNETS
 
 
 def naming_family(families: Collection[FileFamily]) -> FileFamily:
@@ -172,9 +191,10 @@ def named_for(weights: Mapping[str, Tensor], layers: Collection[str]) -> dict[st
     if other_families(weights, layers):
         return dict(weights)
     result = {}
+    resnets = 1 if any(layer.startswith(_OF_ONE_RESNET) for layer in layers) else USUAL_RESNETS
     for key, tensor in weights.items():
         layer, dot, inside = key.partition(".")
-        name = layer if layer in layers else lora_name(layer, _naming_of(layers))
+        name = layer if layer in layers else lora_name(layer, _naming_of(layers), resnets)
         result[f"{name if name in layers else layer}{dot}{inside}"] = tensor
     return result
 

@@ -11,7 +11,9 @@ import math
 import mmap
 import numbers
 import os
+import sys
 import threading
+import weakref
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -40,6 +42,23 @@ WINDOW = 64 << 20  # bytes of a file that are mapped at a time; mapped pages cou
 Fetch = Callable[[int, int], Tensor]  # (first byte, number of bytes) -> flat uint8 tensor
 
 
+class Windows:
+    """The stretches of a file that are mapped and still in use. What was read of them counts as the process's memory."""
+
+    def __init__(self) -> None:
+        self._maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
+
+    def add(self, window: mmap.mmap) -> None:
+        self._maps.add(window)
+
+    def forget(self) -> None:
+        """Give that memory back; views stay valid, and what is used again is read from the file again. On Linux alone: other
+        systems take such pages back by themselves."""
+        if sys.platform == "linux":
+            for window in list(self._maps):
+                window.madvise(mmap.MADV_DONTNEED)
+
+
 class TensorFile(ABC):
     """The tensors of one open file. Use it in a `with` block, which closes the file."""
 
@@ -51,6 +70,7 @@ class TensorFile(ABC):
         self.counters: dict[str, Any] = {}  # what a pickled checkpoint says of itself: epoch, global_step
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by close()
         self._size = os.fstat(self._file.fileno()).st_size
+        self.windows = Windows()
         self._window: mmap.mmap | None = None
         self._window_start = 0
         self._lock = threading.Lock()
@@ -63,8 +83,8 @@ class TensorFile(ABC):
         return value.to(device=device, dtype=dtype if dtype and value.is_floating_point() else None)
 
     def view(self, name: str) -> Tensor:
-        """One tensor as it is in the file. Its memory is mapped: who keeps it keeps WINDOW bytes of the file, also after close().
-        What is changed in it does not reach the file. Several threads may view at once."""
+        """One tensor as it is in the file. Its memory is mapped: who keeps it keeps WINDOW bytes of the file, also after close(),
+        unless `windows` forgets them. What is changed in it does not reach the file. Several threads may view at once."""
         return self._tensor(name, self._map_bytes)
 
     @abstractmethod
@@ -92,6 +112,7 @@ class TensorFile(ABC):
                 self._window_start = begin // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
                 length = min(max(WINDOW, begin + count - self._window_start), self._size - self._window_start)
                 self._window = mmap.mmap(self._file.fileno(), length, access=mmap.ACCESS_COPY, offset=self._window_start)
+                self.windows.add(self._window)
                 if hasattr(mmap, "MADV_WILLNEED"):
                     self._window.madvise(mmap.MADV_WILLNEED)  # the disk reads on while the beginning is worked on
             return torch.frombuffer(self._window, dtype=torch.uint8, count=count, offset=begin - self._window_start)

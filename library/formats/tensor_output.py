@@ -39,17 +39,18 @@ ALIGNMENT = 64  # bytes, of tensors in pickled files, as torch has it
 PART = 1 << 20  # numbers that are worked on at a time
 
 Plan = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype by name
+RowsOf = Callable[[str, slice], Tensor]  # some rows of a tensor; a number is asked for by no rows
 Contents = Iterator[tuple[str, memoryview]]  # tensors part by part, in order
 
 
 def write_weights(
     path: Path,
     plan: Plan,
-    rows_of: Callable[[str, slice], Tensor],
+    rows_of: RowsOf,
     metadata: Mapping[str, str],
     counters: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the tensors of the plan to `path`, asking `rows_of` for some rows of one at a time; a number is asked for by no rows.
+    """Write the tensors of the plan to `path`, asking `rows_of` for some rows of one at a time.
 
     Parts of a few MB stay in the processor's cache, and their memory is used again and again. `metadata` goes into a
     .safetensors file, `counters` (epoch, global_step) into a pickled one, beside `state_dict`; without `counters` that is the
@@ -57,8 +58,7 @@ def write_weights(
     finite, or if what was written does not read back the same; then no file is made.
     """
     is_safetensors = path.suffix.lower() == ".safetensors"
-    # Large dtypes first, as safetensors itself does: so every tensor is aligned.
-    names = sorted(plan, key=lambda name: -plan[name][1].itemsize) if is_safetensors else list(plan)
+    names = safetensors_order(plan) if is_safetensors else list(plan)
     sums: dict[tuple[str, int], int] = {}
 
     def prepared(part: tuple[str, slice]) -> tuple[Tensor, int]:
@@ -72,16 +72,18 @@ def write_weights(
         return value, checksum(value)
 
     def contents() -> Iterator[tuple[str, memoryview]]:
-        parts = [(name, rows) for name in names for rows in _parts(plan[name][0])]
+        parts = [(name, rows) for name in names for rows in parts_of(plan[name][0])]
         for (name, rows), (value, total) in zip(parts, on_matrices(parts, prepared), strict=True):
             sums[name, rows.start] = total
-            yield name, _bytes(value)
+            yield name, bytes_of(value)
 
     with atomic_write(path) as temporary, open(temporary, "wb") as file, _Flusher(file) as stream:
         if is_safetensors:
-            _write_safetensors(stream, names, plan, contents(), metadata)
+            stream.write(safetensors_header(plan, metadata or None))
+            for _, space in contents():
+                stream.write(space)
         else:
-            _write_pickled(stream, names, plan, contents(), counters or {})
+            _write_pickled(stream, names, plan, contents(), counters)
         stream.flush_rest()  # the disk works on while the file is read back
         _verify(temporary, path, plan, sums)
 
@@ -91,13 +93,18 @@ def save_pickled(tensors: Mapping[str, Tensor], path: Path, counters: Mapping[st
 
     counters: see `write_weights`.
     """
-    plan = {name: (tuple(value.shape), value.dtype) for name, value in tensors.items()}
-    contents = ((name, _bytes(value.detach().to("cpu").contiguous())) for name, value in tensors.items())
+    plan = plan_of(tensors)
+    contents = ((name, bytes_of(value.detach().to("cpu").contiguous())) for name, value in tensors.items())
     with open(path, "wb") as file:
         _write_pickled(file, list(tensors), plan, contents, counters)
 
 
-def _parts(shape: tuple[int, ...]) -> list[slice]:
+def plan_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """The plan of tensors that are in memory."""
+    return {name: (tuple(value.shape), value.dtype) for name, value in tensors.items()}
+
+
+def parts_of(shape: tuple[int, ...]) -> list[slice]:
     """Rows of a tensor of this shape, a few MB at a time."""
     if not math.prod(shape) or not shape:
         return [slice(0, *shape[:1])] if shape else [slice(0, 1)]
@@ -114,7 +121,7 @@ def _verify(written: Path, final: Path, plan: Plan, sums: Mapping[tuple[str, int
             name, rows = part
             return checksum(rows_in(file.view(name), rows)) == sums[name, rows.start]
 
-        parts = [(name, rows) for name in file.shapes for rows in _parts(file.shapes[name])] if same else []
+        parts = [(name, rows) for name in file.shapes for rows in parts_of(file.shapes[name])] if same else []
         wrong = [name for (name, _), is_right in zip(parts, on_matrices(parts, found), strict=True) if not is_right]
     if wrong or not same:
         what = wrong[0] if wrong else "it"
@@ -162,20 +169,22 @@ def _flush_after(before: Future | None, descriptor: int) -> None:
     os.fsync(descriptor)
 
 
-def _write_safetensors(
-    stream: _Flusher, names: Sequence[str], plan: Plan, contents: Contents, metadata: Mapping[str, str]
-) -> None:
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+def safetensors_order(plan: Plan) -> list[str]:
+    """The names in the order of a file's bytes: large dtypes first, as safetensors itself does, so every tensor is aligned."""
+    return sorted(plan, key=lambda name: -plan[name][1].itemsize)
+
+
+def safetensors_header(plan: Plan, metadata: Mapping[str, str] | None) -> bytes:
+    """What stands before the tensors in a .safetensors file."""
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     end = 0
-    for name in names:
+    for name in safetensors_order(plan):
         shape, dtype = plan[name]
         begin, end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "replace")
     text += b" " * (-len(text) % 8)
-    stream.write(len(text).to_bytes(8, "little") + text)
-    for _, space in contents:
-        stream.write(space)
+    return len(text).to_bytes(8, "little") + text
 
 
 class _Storage:
@@ -238,7 +247,8 @@ def _record(archive: zipfile.ZipFile, stream: BinaryIO | _Flusher, name: str, si
     return archive.open(record, "w")
 
 
-def _bytes(value: Tensor) -> memoryview:
+def bytes_of(value: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, without a copy."""
     return value.view(-1).view(torch.uint8).numpy().data if value.numel() else memoryview(b"")
 
 

@@ -44,8 +44,9 @@ def detect(path: Path, shapes: Shapes) -> Family:
         raise UserError(f"{path} is {what}")
     if any(name.startswith(UNET_PREFIX + "input_blocks.") for name in shapes):
         layout = layout_of(shapes, [family.layout for family in FAMILIES])
-        found = (family for family in FAMILIES if family.layout == layout)
-        return next(found, FAMILIES[0])  # without a text encoder; loading raises the error that it is incomplete
+        if layout is None:
+            raise UserError(f"{path} holds no text encoder, or not all that it needs; fetch the whole model")
+        return next(family for family in FAMILIES if family.layout == layout)
     if any(name.startswith(("down_blocks.", "encoder.", "text_model.", "first_stage_model.", FIRST_EMBEDDER)) for name in shapes):
         raise UserError(f"{path} is one part of a model, not a whole one; give the whole file or the folder of all parts")
     raise UserError(f"{path} is no Stable Diffusion model: it holds {len(shapes)} tensors such as {next(iter(shapes))}")

@@ -15,7 +15,7 @@ from library.formats.lora_targets import Target, lora_targets
 from library.formats.low_rank import LowRank, best_low_rank, clamp, is_3x3, rank_for, rank_for_share
 from library.formats.tensor_file import TensorFile
 from library.parallel import on_matrices
-from library.tools.kept import Kept, for_module
+from library.tools.kept import Kept, Modules, for_module
 from library.tools.lora_metadata import Base, modelspec_of, network_metadata
 
 
@@ -37,15 +37,25 @@ class Extraction:
         return min(rank_for(is_3x3(shape), self.dim, self.conv_dim), shape[0], torch.Size(shape[1:]).numel())
 
 
-def extract(original: TensorFile, tuned: TensorFile, how: Extraction) -> tuple[dict[str, LowRank], Kept, list[str]]:
-    """The modules, the squared norms of difference and LoRA, and the names of the modules left out as not changed."""
-    modules, kept, unchanged = {}, {}, []
+def extract(
+    original: TensorFile, tuned: TensorFile, how: Extraction, into: Modules | None = None
+) -> tuple[Modules, Kept, list[str]]:
+    """The modules, the squared norms of difference and LoRA, and the names of the modules left out as not changed.
+
+    into: where the modules are kept.
+    """
+    modules: Modules = {} if into is None else into
+    kept: Kept = {}
+    unchanged = []
     pairs = _pairs(original, tuned, how)
     layers = (layer for key, targets in pairs.items() for layer in _layers(original, tuned, key, targets, how))
 
     def work(layer: tuple[str, Tensor, Tensor]) -> tuple[str, tuple[LowRank, tuple[float, float]] | None]:
         name, before, after = layer
         difference = _difference(before, after, how.min_diff)
+        del layer, before, after
+        for file in (original, tuned):
+            file.windows.forget()
         return name, None if difference is None else for_module(name, _module, difference, how)
 
     count = sum(len(targets) for targets in pairs.values())

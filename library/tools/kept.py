@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from typing import Any, TypeVar
 
 from library.errors import UserError
@@ -11,16 +11,17 @@ from library.formats.low_rank import LowRank
 
 Result = TypeVar("Result")
 Kept = dict[str, tuple[float, float]]  # squared norm before and after, by module
+Modules = MutableMapping[str, LowRank]
 
 
 def split_results(
-    names: Sequence[str], results: Iterable[tuple[LowRank, tuple[float, float]]]
-) -> tuple[dict[str, LowRank], Kept]:
-    """Modules and norms by name, from pairs in the order of the names."""
-    modules, kept = {}, {}
+    names: Sequence[str], results: Iterable[tuple[LowRank, tuple[float, float]]], into: Modules
+) -> tuple[Modules, Kept]:
+    """Modules, in `into`, and norms by name, from pairs in the order of the names."""
+    kept = {}
     for name, (module, norms) in zip(names, results, strict=True):
-        modules[name], kept[name] = module, norms
-    return modules, kept
+        into[name], kept[name] = module, norms
+    return into, kept
 
 
 def for_module(name: str, function: Callable[..., Result], *values: Any) -> Result:

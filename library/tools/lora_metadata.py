@@ -61,17 +61,13 @@ def base_of(sources: Sequence[LoraFile], v_parameterization: bool | None = None)
 
 def network_metadata(modules: Mapping[str, LowRank]) -> dict[str, str]:
     """Rank and alpha, also of 3x3 convolutions, with the trainer's keys; `Dynamic` if modules differ."""
-    plain = [module for module in modules.values() if not module.is_3x3]
-    conv = [module for module in modules.values() if module.is_3x3]
-    main = plain or conv
-    result = {
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": _common(str(module.rank) for module in main),
-        "ss_network_alpha": _common(str(float(module.alpha)) for module in main),
-    }
+    found = {(module.is_3x3, str(module.rank), str(float(module.alpha))) for module in modules.values()}
+    plain, conv = ([numbers for is_3x3, *numbers in found if is_3x3 is kind] for kind in (False, True))
+    rank, alpha = map(_common, zip(*(plain or conv), strict=True))
+    result = {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": alpha}
     if conv and plain:
-        args = {"conv_dim": _common(str(m.rank) for m in conv), "conv_alpha": _common(str(float(m.alpha)) for m in conv)}
-        result["ss_network_args"] = json.dumps(args)
+        conv_rank, conv_alpha = map(_common, zip(*conv, strict=True))
+        result["ss_network_args"] = json.dumps({"conv_dim": conv_rank, "conv_alpha": conv_alpha})
     return result
 
 

@@ -22,6 +22,7 @@ from library.formats.prediction import prediction_of_file
 from library.formats.tensor_file import TensorFile
 from library.formats.tensor_output import rows_in, write_weights
 from library.tools.block_weights import Strength
+from library.tools.kept import Modules
 from library.tools.lora_metadata import Base, base_of, merged_from, modelspec_of
 
 
@@ -165,14 +166,21 @@ def _merged(weight: Tensor, rows: slice, count: int, changes: Mapping[Target, Su
     return weight
 
 
-def merge_loras(loras: Sequence[LoraFile], strengths: Sequence[Strength], shuffled: bool = False) -> dict[str, LowRank]:
-    """The exact sum of strength * LoRA, by module. A module that only some files have is the sum over those."""
+def merge_loras(
+    loras: Sequence[LoraFile], strengths: Sequence[Strength], shuffled: bool = False, into: Modules | None = None
+) -> Modules:
+    """The exact sum of strength * LoRA, by module. A module that only some files have is the sum over those.
+
+    into: where the modules are kept.
+    """
     generator = torch.Generator().manual_seed(0)
-    result = {}
+    result: Modules = {} if into is None else into
     for name in tqdm(all_names(loras), unit="module", desc="merging"):
         pairs = zip(loras, strengths, strict=True)
         parts = [(_low_rank(lora, name), strength.of(name)) for lora, strength in pairs if name in lora.modules]
         result[name] = shuffle(stack(parts), generator) if shuffled else stack(parts)
+        for lora in loras:
+            lora.windows.forget()
     return result
 
 

@@ -63,7 +63,9 @@ def _into_model(args: argparse.Namespace, save_to: Path) -> None:
     if args.shuffle or args.concat:
         raise UserError("--concat and --shuffle are for LoRAs merged into a LoRA; leave them out with --sd_model")
 
+    from library.formats.lora_base import unlike_base
     from library.formats.lora_file import read_loras
+    from library.formats.prediction import prediction_of_file
     from library.formats.tensor_file import open_tensors
     from library.tools.block_weights import strengths
     from library.tools.checkpoint import family_of_model, loras_for
@@ -72,6 +74,10 @@ def _into_model(args: argparse.Namespace, save_to: Path) -> None:
     with open_tensors(path) as model:
         family = family_of_model(model, args.v2, args.sdxl)
         loras = loras_for(model, family, read_loras(args.models))
+        prediction = "v" if args.v_parameterization else prediction_of_file(model).prediction or family.default_prediction
+        for lora in loras:
+            for reason in unlike_base(lora.metadata, family.records, prediction):
+                print(f"warning: {lora.path} {reason}", file=sys.stderr)
         unused = merge_into_model(
             model,
             family,
@@ -96,14 +102,16 @@ def _into_lora(args: argparse.Namespace, save_to: Path) -> None:
     from library.tools.checkpoint import check_family
     from library.tools.lora_metadata import merged_metadata, without_modelspec
     from library.tools.merge import merge_loras
+    from library.tools.spooled import SpooledModules
 
     loras = matrices_alone(read_loras(args.models))
     check_family(loras, args.v2, args.sdxl)
     parts = strengths(loras, args.ratios, args.lbw)
-    modules = merge_loras(loras, parts, args.shuffle)
-    metadata = merged_metadata(loras, parts, modules, save_to, "merged", args.v_parameterization, args.lbw)
     dtype = dtype_of(args.save_precision or args.precision)
-    write_lora(save_to, modules, without_modelspec(metadata) if args.no_metadata else metadata, dtype)
-    ranks = sorted({module.rank for module in modules.values()})
+    with SpooledModules(save_to.parent, dtype) as modules:
+        merge_loras(loras, parts, args.shuffle, modules)
+        metadata = merged_metadata(loras, parts, modules, save_to, "merged", args.v_parameterization, args.lbw)
+        write_lora(save_to, modules, without_modelspec(metadata) if args.no_metadata else metadata, dtype)
+        ranks = sorted({module.rank for module in modules.values()})
     text = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     print(f"saved {save_to}: the exact sum, {text}; for a smaller file of nearly the same effect use svd_merge_lora.py")

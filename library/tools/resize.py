@@ -19,7 +19,7 @@ from library.formats.low_rank import (
 )
 from library.parallel import on_matrices
 from library.tools.changes import WeightOf, dense_change
-from library.tools.kept import Kept, for_module, split_results
+from library.tools.kept import Kept, Modules, for_module, split_results
 
 
 def resize(
@@ -32,10 +32,11 @@ def resize(
     device: str = "cpu",
     report: Callable[[str], None] | None = None,
     weight_of: WeightOf = lambda name: None,
-) -> tuple[dict[str, LowRank], Kept]:
+    into: Modules | None = None,
+) -> tuple[Modules, Kept]:
     """Every module cut to `new_rank`, or `new_conv_rank` if it is a 3x3 convolution; with `method`, to the smallest rank up to
     that which reaches `target` (see `smallest_rank`). No rank grows. report: gets a line about every module. weight_of: for
-    modules whose change depends on the model."""
+    modules whose change depends on the model. into: where the modules are kept."""
 
     def work(name: str) -> tuple[LowRank, tuple[float, float]]:
         module = lora.modules[name].low_rank()
@@ -53,11 +54,13 @@ def resize(
         result = found.low_rank(rank, like, scale)
         if report:
             report(_line(name, found, result))
+        lora.windows.forget()
         return result, (found.total**2, (found.total * found.kept(rank)) ** 2)
 
     names = list(lora.modules)
     results = on_matrices(names, work, device)
-    return split_results(names, tqdm(results, total=len(names), unit="module", desc="resizing", disable=report is not None))
+    progress = tqdm(results, total=len(names), unit="module", desc="resizing", disable=report is not None)
+    return split_results(names, progress, {} if into is None else into)
 
 
 def _line(name: str, found: Decomposition, module: LowRank) -> str:

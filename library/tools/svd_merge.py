@@ -13,7 +13,7 @@ from library.formats.low_rank import LowRank, best_low_rank, clamp, decompose, d
 from library.parallel import on_matrices
 from library.tools.block_weights import Strength
 from library.tools.changes import WeightOf, dense_change
-from library.tools.kept import Kept, for_module, split_results
+from library.tools.kept import Kept, Modules, for_module, split_results
 
 
 def svd_merge(
@@ -25,11 +25,12 @@ def svd_merge(
     device: str = "cpu",
     clamp_quantile: float | None = None,
     weight_of: WeightOf = lambda name: None,
-) -> tuple[dict[str, LowRank], Kept]:
+    into: Modules | None = None,
+) -> tuple[Modules, Kept]:
     """The sum of strength * LoRA, each module reduced to `new_rank`, or `new_conv_rank` if it is a 3x3 convolution.
 
     If the ranks of the parts add up to less, the sum is exact and has that rank. weight_of: for modules whose change depends on
-    the model.
+    the model. into: where the modules are kept.
     """
 
     def work(name: str) -> tuple[LowRank, tuple[float, float]]:
@@ -47,11 +48,13 @@ def svd_merge(
             found = for_module(name, best_low_rank, change.flatten(1).to(device), limit)
         module = found.low_rank(limit, like)
         kept = (found.total**2, (found.total * found.kept(limit)) ** 2)
+        for lora in loras:
+            lora.windows.forget()
         return (clamp(module, clamp_quantile) if clamp_quantile is not None else module), kept
 
     names = all_names(loras)
     results = tqdm(on_matrices(names, work, device), total=len(names), unit="module", desc="merging")
-    return split_results(names, results)
+    return split_results(names, results, {} if into is None else into)
 
 
 def _dense_sum(name: str, parts: Sequence[tuple[LoraFile, float]], weight_of: WeightOf) -> Tensor:

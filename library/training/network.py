@@ -10,7 +10,7 @@ import torch
 
 from library.errors import UserError
 from library.key_values import read_pairs
-from library.models.family import Model
+from library.models.family import Family, Model
 from library.network_modules import (
     AdapterNetwork,
     check_merge,
@@ -75,13 +75,12 @@ def build_network(
 ) -> TrainedNetwork:
     """Create the network as the options say, attach it to the model, and make its parameter groups.
 
-    The frozen model must already be on its device and in its dtype. A part whose learning rate is 0 is attached and saved, but
-    not trained.
+    The frozen model must already be on its device and in its dtype.
     """
     module = import_network_module(network.module_name)
     merge_base_weights(network, module, model)
     instance = _create(network, module, model)
-    _attach(network, instance, model)
+    _attach(network, instance, model, parts_with_modules(network, optimizer, model.family))
     if network.network_weights and not network.dim_from_weights:
         with user_errors(f"--network_weights {network.network_weights}"):
             instance.load_weights(network.network_weights)
@@ -90,11 +89,11 @@ def build_network(
     leave_untrained: Any = getattr(instance, "leave_untrained", None)  # beyond the contract
     if leave_untrained is not None:
         leave_untrained(*model.for_networks(), model.unread_layers(clip_skip))
-    if network.scale_weight_norms:
-        check_max_norm(instance, model)
     rates = text_encoder_rates(optimizer, len(model.text_encoders))
     with user_errors("learning rates"):
         groups, names = _parameter_groups(instance, optimizer, rates)
+    if network.scale_weight_norms:
+        check_max_norm(instance, model)
     return TrainedNetwork(
         module=instance,
         groups=groups,
@@ -115,9 +114,24 @@ def text_encoder_rates(options: OptimizerOptions, encoders: int) -> float | list
 
 def trains_text_encoder(network: NetworkOptions, optimizer: OptimizerOptions, encoders: int) -> bool:
     """Whether any of a model's text encoders is trained with a rate above 0."""
+    return not network.network_train_unet_only and any(_rate_of_each_encoder(optimizer, encoders))
+
+
+def parts_with_modules(network: NetworkOptions, optimizer: OptimizerOptions, family: Family) -> set[str]:
+    """The parts of the model, by name, that the network has modules for: those that are trained.
+
+    With --network_weights also those whose rate is 0, or what the file holds for them would be lost.
+    """
+    texts = [] if network.network_train_unet_only else family.text_parts
+    denoisers = [] if network.network_train_text_encoder_only else [part for part in family.parts if part.role == "denoiser"]
+    rates = dict(zip((part.name for part in texts), _rate_of_each_encoder(optimizer, len(family.text_parts)), strict=False))
+    rates |= {part.name: optimizer.learning_rate if optimizer.unet_lr is None else optimizer.unet_lr for part in denoisers}
+    return {name for name, rate in rates.items() if rate or network.network_weights}
+
+
+def _rate_of_each_encoder(optimizer: OptimizerOptions, encoders: int) -> list[float]:
     rates = text_encoder_rates(optimizer, encoders)
-    highest = max(rates if isinstance(rates, list) else [optimizer.learning_rate if rates is None else rates])
-    return not network.network_train_unet_only and highest > 0
+    return rates if isinstance(rates, list) else [optimizer.learning_rate if rates is None else rates] * encoders
 
 
 def check_max_norm(instance: AdapterNetwork, model: Model) -> None:
@@ -143,13 +157,14 @@ def _create(options: NetworkOptions, module: ModuleType, model: Model) -> Adapte
         return module.create_network(1.0, dim, options.network_alpha, *parts, **arguments)
 
 
-def _attach(options: NetworkOptions, instance: AdapterNetwork, model: Model) -> None:
+def _attach(options: NetworkOptions, instance: AdapterNetwork, model: Model, parts: set[str]) -> None:
+    family = model.family
+    texts = {part.name for part in family.text_parts}
+    leave_out: Any = getattr(instance, "leave_out", None)  # beyond the contract
     with user_errors(f"--network_module {options.network_module}", import_network_module(options.module_name)):
-        instance.apply_to(
-            *model.for_networks(),
-            not options.network_train_unet_only,
-            not options.network_train_text_encoder_only,
-        )
+        if leave_out is not None:
+            leave_out(*model.for_networks(), [model.parts[name] for name in texts - parts])
+        instance.apply_to(*model.for_networks(), bool(texts & parts), bool(parts - texts))
         if options.dim_from_weights:
             instance.load_weights(required(options.network_weights, "network_weights"))
 

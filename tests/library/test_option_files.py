@@ -31,6 +31,7 @@ def problems_of(tmp_path: Path, text: str, name: str = "c.toml") -> list[str]:
     "line",
     [
         'model_train_type = "sd-lora"',
+        'model_train_type = "sdxl-lora"',
         "cache_text_encoder_outputs = false",
         "cache_text_encoder_outputs_to_disk = false",
         "enable_bonus_of_others = false",
@@ -44,7 +45,7 @@ def test_keys_that_ask_for_nothing_are_passed_over(tmp_path, line):
 @pytest.mark.parametrize(
     "line, part",
     [
-        ('model_train_type = "sdxl-lora"', "Stable Diffusion 1.x and 2.x"),
+        ('model_train_type = "flux-lora"', "LoRAs are trained here, for the model that is given"),
         ("flip_agu = false", "did you mean 'flip_aug'"),
         ("zebra_stripes = 3", "no option is like it"),
     ],

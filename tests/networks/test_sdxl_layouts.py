@@ -11,9 +11,11 @@ from tool_files import checkpoint_tensors, layers_of, load, lora_tensors, produc
 from library.formats.families import SDXL
 from library.formats.lora_file import read_lora
 from library.formats.lora_layouts import lora_name
+from library.models import sdxl
 from library.models.clip import tokenize
 from library.models.saving import save_stable_diffusion
-from library.testing import small_sdxl
+from library.models.unet import unet_config
+from library.testing import small_model, small_sdxl
 from networks import merge_lora
 from networks.lora import create_network_from_weights
 
@@ -33,6 +35,10 @@ def kohya(model):
 
 @pytest.fixture(scope="module")
 def paths(model):
+    return paths_of(model)
+
+
+def paths_of(model):
     """LoRA name -> the part that a layer is in, its path there, and its path in a checkpoint if it is in the U-Net."""
     diffusers = {id(layer): (part, path) for part in PARTS for path, layer in model.parts[part].named_modules()}
     encoders, unet = model.for_networks()
@@ -138,6 +144,38 @@ def test_they_are_merged_as_kohya_s(model, kohya, paths, tmp_path, layout):
     assert results[0].keys() == results[1].keys()
     for key, value in results[1].items():
         torch.testing.assert_close(results[0][key], value, msg=key)
+
+
+KOALA = {
+    "700M": {
+        "depths": {"transformer_layers_per_block": [1, 2, 5], "reverse_transformer_layers_per_block": [5, 2, 1]},
+        "middle": None,
+    },
+    "1B": {"depths": {"transformer_layers_per_block": [1, 2, 6]}},
+}
+
+
+@pytest.mark.parametrize("layout", [peft, diffusers, mixture, comfy])
+@pytest.mark.parametrize("name", KOALA)
+def test_a_lora_for_koala_gets_the_numbers_of_its_own_blocks(model, tmp_path, name, layout):
+    """Its U-Net has one ResNet where SDXL's has two, so Diffusers' names stand for other blocks of the checkpoint."""
+    configs = {part: dict(module.config.to_dict() if "text" in part else module.config) for part, module in model.parts.items()}
+    width = configs["unet"]["cross_attention_dim"]
+    configs["unet"] = unet_config(
+        (32, 32, 32), context_width=width, heads=None, linear_projection=True, attention=(False, True, True), layers=1,
+        vector_width=configs["text_encoder_2"]["projection_dim"] + 6 * 256, **KOALA[name],
+    )  # fmt: skip
+    koala = small_model(sdxl.FAMILY, configs)
+    weights, places = lora_tensors(koala, 4, 4.0, 7), paths_of(koala)
+    tensors = {
+        layout(lora, *place, side): weights[f"{lora}.lora_{side}.weight"]
+        for lora, place in places.items()
+        for side in ("down", "up")
+    }
+    file, ours = save_lora(tmp_path / "other.safetensors", tensors), save_lora(tmp_path / "kohya.safetensors", weights)
+    assert set(read_lora(file).modules) == set(places)
+    assert any(lora.startswith("lora_unet_input_blocks_3_1_") for lora in places)
+    torch.testing.assert_close(applied(koala, file), applied(koala, ours), rtol=1e-5, atol=1e-6)
 
 
 def test_a_u_net_alone_in_diffusers_names_finds_its_blocks(model, kohya, paths, tmp_path):

@@ -119,6 +119,15 @@ def test_trap_51_marks_of_the_prediction_survive_and_the_metadata_follow(folder,
         assert metadata["modelspec.resolution"] == "1024x1024"
 
 
+def test_trap_53_a_lora_of_another_base_is_named_when_it_is_merged(folder, tmp_path, capsys):
+    old = save_lora(tmp_path / "old.safetensors", load(folder / "a.safetensors"), ss_base_model_version="sdxl_base_v0-9")
+    words = ["--sd_model", str(folder / "model.safetensors"), "--ratios", "1", "--save_to", str(tmp_path / "out.safetensors")]
+    merge_lora.main([*words, "--models", old])
+    assert f"warning: {old} was trained on a model of SDXL 0.9" in capsys.readouterr().err
+    merge_lora.main([*words, "--models", str(folder / "a.safetensors")])
+    assert "was trained on" not in capsys.readouterr().err
+
+
 def test_strengths_by_block_also_when_merging_into_a_model(folder):
     zero = ["0"] * 20
     zero[SDXL_BLOCKS.lists[20].index("OUT01")] = "1"

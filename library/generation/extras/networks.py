@@ -15,6 +15,7 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.files import read_safetensors_header
+from library.formats.lora_base import lora_metadata, unlike_base
 from library.generation.options import NetworkOptions
 from library.generation.prompts.loras import PromptLoras, split_loras
 from library.generation.prompts.spec import PromptSpec
@@ -174,6 +175,8 @@ class Networks:
             module, str(path), 1.0, self.model, where=f"{where} {path}", merges=merges or self.pre_calc, for_inference=True,
             **module_arguments(module, words),
         )  # fmt: skip
+        for reason in unlike_base(lora_metadata(path), self.model.family.records, self.model.prediction):
+            log.warning("%s %s", path, reason)
         self._read_files += 1
         return LoadedNetwork(path, module, network, weights, self._read_files)
 

@@ -16,6 +16,7 @@ from library.data.dataset import TrainingDataset
 from library.data.text_cache import varying_captions
 from library.devices import available_memory, check_precision
 from library.errors import Problems
+from library.formats.lora_base import lora_metadata, trained_on_another_file, unlike_base
 from library.formats.tensor_file import MODEL_SUFFIXES
 from library.generation.prompts.prompt_file import read_prompt_file
 from library.generation.prompts.spec import PromptSpec
@@ -34,6 +35,8 @@ from library.training.memory.precision import NumberFormats, check_half_weights
 from library.training.network import check_network_args, trains_text_encoder
 from library.training.optimization.ema import make_average
 from library.training.optimization.fused_backward import check_fused_backward
+from library.training.optimization.optimizer_rules import adafactor
+from library.training.optimization.optimizers import optimizer_name, spec_named
 from library.training.optimization.schedules import create_schedule, waits_for_validation
 from library.training.options import (
     ModelOptions,
@@ -50,6 +53,7 @@ from library.training.plan import Plan, Progress
 from library.training.run_state.resume import check_start, chosen_seed, open_state
 from library.training.run_state.state import State
 
+USUAL_TEXT_RATE = 5e-5  # of text encoders
 FEW_STEPS = re.compile(r"(?<![a-z])(turbo|lightning|hyper|lcm|dmd2?)(?![a-z])", re.IGNORECASE)  # in names of distilled models
 MANY = 10**9  # steps of a run whose length is not known yet
 
@@ -271,12 +275,18 @@ def print_advice(options: TrainNetworkOptions, dataset: TrainingDataset, device:
     notes, rates = [], options.optimizer
     if rates.learning_rate == 2e-6 and not (rates.unet_lr or rates.text_encoder_lr):
         notes.append("--learning_rate is 2e-6, far too low for a LoRA to learn anything; 1e-4 is usual")
+    if shares_the_rate(options, header.family):
+        notes.append(
+            f"all {len(header.family.text_parts)} text encoders learn at the U-Net's rate, which overtrains them first: give "
+            "each its own, such as --text_encoder_lr 5e-5 1e-5, or take --network_train_unet_only"
+        )
     notes += advice(dataset.table)
     if FEW_STEPS.search(Path(options.model.pretrained_model_name_or_path or "").stem):
         notes.append(
             "the model's name says that it draws in few steps, which training unlearns: train on the model that it was made "
             "from, and use the LoRA with it"
         )
+    notes += loras_of_other_models(options, header)
     idle = idle_options(options, dataset.table.configs)
     if idle:
         notes.append(f"given, but without effect: {'; '.join(idle)}")
@@ -289,3 +299,30 @@ def print_advice(options: TrainNetworkOptions, dataset: TrainingDataset, device:
         notes.append(memory)
     print(memory)
     return notes
+
+
+def loras_of_other_models(options: TrainNetworkOptions, header: Header) -> Iterable[str]:
+    """LoRAs to go on from or to merge that were trained on another model than the one given."""
+    chosen = options.network
+    for option, files in (("--network_weights", [chosen.network_weights]), ("--base_weights", chosen.base_weights or [])):
+        for file in filter(None, files):
+            metadata = lora_metadata(Path(file))
+            reasons = unlike_base(metadata, header.family.records, options.model.prediction)
+            yield from (f"{option} {file} {reason}" for reason in reasons)
+    if chosen.network_weights:
+        name = trained_on_another_file(lora_metadata(Path(chosen.network_weights)), Path(options.model.source))
+        if name:
+            yield (
+                f"--network_weights {chosen.network_weights} was trained on another file, {name}: "
+                "what it learned may fit this model less"
+            )
+
+
+def shares_the_rate(options: TrainNetworkOptions, family: Family) -> bool:
+    """Whether several text encoders are trained at the rate of the U-Net, and that is high for them."""
+    chosen, encoders = options.optimizer, len(family.text_parts)
+    spec = spec_named(optimizer_name(chosen))
+    if encoders < 2 or chosen.text_encoder_lr is not None or chosen.learning_rate <= USUAL_TEXT_RATE:
+        return False
+    takes_rates = not spec.finds_rate and spec.prepare is not adafactor
+    return takes_rates and trains_text_encoder(options.network, chosen, encoders)

@@ -17,7 +17,7 @@ _REASONS: dict[str, str] = {
         "a run depends on images, seed and position alone here, which foreign code does not promise; use --dataset_config"
     ),
     # precision, memory and speed
-    "cpu_offload_checkpointing": "it does not exist for Stable Diffusion 1.x and 2.x; use --gradient_checkpointing",
+    "cpu_offload_checkpointing": "it is for other kinds of models, such as FLUX; for a U-Net use --gradient_checkpointing",
     # processes
     **dict.fromkeys(
         ["ddp_gradient_as_bucket_view", "ddp_static_graph"],
@@ -31,14 +31,14 @@ _REASONS: dict[str, str] = {
         _DEEPSPEED,
     ),
     # keys of graphical front ends
-    "model_train_type": "Stable Diffusion 1.x and 2.x are trained here; for them front ends write sd-lora",
+    "model_train_type": "LoRAs are trained here, for the model that is given; front ends write sd-lora or sdxl-lora for that",
     "epoch": "front ends make --max_train_steps of it; give --max_train_epochs",
     "noise_offset_type": "front ends switch between --noise_offset and --multires_noise_iterations by it; give these",
 }  # fmt: skip
 
-# Their defaults, which ask for nothing: graphical front ends write them into every config file.
-_DEFAULTS = {
-    "model_train_type": "sd-lora", "zero_stage": 2, "huggingface_repo_visibility": "private",
+# Values of theirs that ask for nothing: graphical front ends write them into every config file.
+_HARMLESS = {
+    "model_train_type": ("sd-lora", "sdxl-lora"), "zero_stage": (2,), "huggingface_repo_visibility": ("private",),
 }  # fmt: skip
 
-REFUSED = UnsupportedOptions(reasons=_REASONS, harmless=_DEFAULTS, of_front_ends=frozenset({"epoch", "noise_offset_type"}))
+REFUSED = UnsupportedOptions(reasons=_REASONS, harmless=_HARMLESS, of_front_ends=frozenset({"epoch", "noise_offset_type"}))

@@ -275,3 +275,15 @@ def test_trap_1_17_code_in_an_array_never_runs(tmp_path):
     with pytest.raises(UserError, match="code in it would have run"):
         open_tensors(tmp_path / "m.ckpt")
     assert not target.exists()
+
+
+def test_views_are_as_they_were_after_their_memory_was_given_back(tmp_path):
+    tensors = {"a": torch.rand(3000), "b": torch.rand(50, 40)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    with open_tensors(tmp_path / "a.safetensors") as file:
+        views = {name: file.view(name) for name in tensors}
+    assert torch.equal(views["a"], tensors["a"])
+    file.windows.forget()
+    assert all(torch.equal(views[name], value) for name, value in tensors.items())
+    del views
+    file.windows.forget()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import weakref
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
 from library.formats.blocks import SDXL_BLOCKS
+from library.formats.tensor_file import TensorFile
 from library.models import sdxl
 from library.models.clip import tokenize
 from library.models.family import Model
@@ -91,13 +93,24 @@ def test_trap_14_long_text_has_152_or_227_positions_and_the_pooled_vector_of_its
     assert torch.allclose(one["context"][:, :76], three["context"][:, :76], atol=1e-5)
 
 
-def test_trap_13_pooling_takes_the_first_end_token_and_not_the_largest_id(model):
+def test_trap_13_pooling_takes_the_first_end_token_and_not_the_largest_id():
+    model = small_sdxl(seed=2)
+    for encoder in model.text_encoders:
+        words = encoder.get_input_embeddings()
+        words.weight = torch.nn.Parameter(torch.cat([words.weight, torch.ones(1, 64)]))  # an added word: 49408
     plain = tokenize(model.tokenizers, ["a cat"])
-    repeated = {name: ids.clone() for name, ids in plain.items()}
+    added = {name: ids.clone() for name, ids in plain.items()}
+    for ids in added.values():
+        ids[0, 0, 1] = 49408
+    repeated = {name: ids.clone() for name, ids in added.items()}
     repeated["ids_2"][0, 0, 4:] = 49407  # all behind the end; a causal encoder pools the same
     with torch.no_grad():
-        pooled = [model.encode_text(tokens)["pooled"] for tokens in (plain, repeated)]
-    assert torch.allclose(*pooled, atol=1e-6)
+        pooled = [model.encode_text(tokens)["pooled"] for tokens in (plain, added, repeated)]
+        second = model.text_encoders[1]
+        states = second.text_model(added["ids_2"][:, 0]).last_hidden_state
+        at_the_end, at_the_word = (second.text_projection(states[:, place]) for place in (3, 1))
+    assert torch.allclose(pooled[1], at_the_end, atol=1e-6) and not torch.allclose(pooled[1], at_the_word, atol=1e-2)
+    assert torch.allclose(pooled[1], pooled[2], atol=1e-6) and not torch.allclose(pooled[0], pooled[1], atol=1e-2)
 
 
 def test_weights_multiply_the_states_of_both_encoders_and_leave_the_pooled_vector(model):
@@ -124,6 +137,19 @@ def test_trap_38_gradients_reach_both_encoders_but_not_layers_behind_the_one_tha
     dead = {name for name, grad in first.items() if grad is None or not grad.any()}
     assert any("layers.2.mlp" in name for name in dead) and not any("layers.1.mlp" in name for name in dead)
     assert not any("layers.2.mlp" in name for name, grad in second.items() if grad is None or not grad.any())
+
+
+def test_trap_10_the_layer_before_the_last_is_what_diffusers_reads_without_clip_skip(model, pipeline):
+    """Diffusers' clip_skip counts from there, and the pooled vector is that of the last layer whatever is skipped."""
+    with torch.no_grad():
+        plain, skipped = (
+            pipeline.encode_prompt("a cat", do_classifier_free_guidance=False, clip_skip=skip)[::2] for skip in (None, 1)
+        )
+    assert not torch.allclose(plain[0], skipped[0], atol=1e-3) and torch.equal(plain[1], skipped[1])
+    for clip_skip in (None, 1, 2):
+        ours = encoded(model, ["a cat"], clip_skip=clip_skip)
+        torch.testing.assert_close(ours["context"], plain[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours["pooled"], plain[1], rtol=1e-4, atol=1e-5)
 
 
 # ---------------------------------------------------------------- U-Net
@@ -197,6 +223,27 @@ def test_a_ckpt_and_half_precision(model, tmp_path):
     assert loaded.family is sdxl.FAMILY and loaded.denoiser.dtype == torch.float16
 
 
+def test_trap_59_weights_are_read_one_by_one_into_the_dtype_they_are_used_in(model, tmp_path, monkeypatch):
+    """So a model needs the memory of its weights, and no copy of the file beside them."""
+    save_stable_diffusion(model, tmp_path / "half.safetensors", dtype=torch.float16)
+    raw, most = [], 0
+    read_bytes = TensorFile._read_bytes
+
+    def watched(self, begin, count):
+        nonlocal most
+        space = read_bytes(self, begin, count)
+        raw.append(weakref.ref(space))
+        most = max(most, sum(each() is not None for each in raw))
+        return space
+
+    monkeypatch.setattr(TensorFile, "_read_bytes", watched)
+    loaded = load_stable_diffusion(str(tmp_path / "half.safetensors"), dtype=torch.bfloat16)
+    weights = [weight for part in loaded.parts.values() for weight in part.parameters()]
+    assert len(raw) > 500 and most <= 2
+    assert {weight.dtype for weight in weights} == {torch.bfloat16}
+    assert all(weight.untyped_storage().nbytes() == weight.nbytes for weight in weights)
+
+
 def test_another_vae_has_the_scale_of_the_family(file, tmp_path):
     assert load_vae(str(file), part=sdxl.VAE).config.scaling_factor == 0.13025
     vae = small_stable_diffusion(seed=9)
@@ -260,6 +307,14 @@ def test_trap_6_7_relatives_are_refused_by_name(file, folder, tmp_path):
         save_file(content, tmp_path / "other.safetensors")
         with pytest.raises(UserError, match=name):
             load_stable_diffusion(str(tmp_path / "other.safetensors"))
+
+
+@pytest.mark.parametrize("kept", ["model.diffusion_model.", ("model.diffusion_model.", "conditioner.embedders.0.")])
+def test_trap_8_a_u_net_without_text_encoders_is_not_taken_for_sd_1(file, tmp_path, kept):
+    save_file({name: value for name, value in load_file(file).items() if name.startswith(kept)}, tmp_path / "part.safetensors")
+    for read in (read_header, load_stable_diffusion):
+        with pytest.raises(UserError, match="part.safetensors holds no text encoder, or not all that it needs; fetch the whole"):
+            read(str(tmp_path / "part.safetensors"))
 
 
 @pytest.mark.parametrize(

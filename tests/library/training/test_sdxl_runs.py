@@ -18,7 +18,7 @@ from library.processes import Processes
 from library.testing import small_sdxl
 from library.training.loop import Listener
 from library.training.validation import Validation
-from networks.lora import create_network_from_weights
+from networks.lora import LoRAModule, create_network_from_weights
 
 
 @pytest.fixture(scope="session")
@@ -123,6 +123,37 @@ def test_trap_36_several_rates_are_one_for_each_text_encoder(train):
     done = train("--max_train_steps=1", "--text_encoder_lr", "5e-5", "1e-5", "--unet_lr=1e-4", Rates())
     assert rates == {"textencoder1": 5e-5, "textencoder2": 1e-5, "unet": 1e-4}
     assert done.metadata()["ss_text_encoder_lr"] == "[5e-05, 1e-05]"
+
+
+@pytest.mark.parametrize(
+    "words, parts",
+    [
+        (["--text_encoder_lr=0"], {"unet"}),
+        (["--text_encoder_lr", "1e-2", "0"], {"te1", "unet"}),
+        (["--text_encoder_lr", "0", "1e-2"], {"te2", "unet"}),
+        (["--unet_lr=0"], {"te1", "te2"}),
+    ],
+)
+def test_trap_37_what_has_the_rate_0_gets_no_modules(train, words, parts):
+    recorder = Recorder()
+    done = train("--max_train_steps=1", "--learning_rate=1e-2", *words, recorder)
+    assert {key.split("_")[1] for key in done.tensors()} == parts
+    run = recorder.runs[0]
+    assert {module.lora_name.split("_")[1] for module in run.network.module.loras} == parts
+    attached = set()
+    for name, part in run.model.parts.items():
+        hooks = [hook for layer in part.modules() for hook in layer._forward_hooks.values()]
+        attached |= {name for hook in hooks if isinstance(getattr(hook, "__self__", None), LoRAModule)}
+    assert attached == {{"te1": "text_encoder", "te2": "text_encoder_2", "unet": "unet"}[part] for part in parts}
+
+
+def test_trap_37_what_is_continued_with_the_rate_0_is_kept(train):
+    first = train("--max_train_steps=1", "--learning_rate=1e-2")
+    weights = f"--network_weights={first.folder / 'mine.safetensors'}"
+    before, after = first.tensors(), train("--max_train_steps=1", weights, "--text_encoder_lr", "1e-2", "0").tensors()
+    assert before.keys() == after.keys()
+    changed = {key.split("_")[1] for key, value in after.items() if not torch.equal(value, before[key])}
+    assert changed == {"te1", "unet"}
 
 
 def test_trap_38_the_layer_that_never_learns_is_in_the_file(train):

@@ -222,6 +222,16 @@ def test_a_missing_strength_is_one_and_a_surplus_is_an_error(files, load):
             load(files, **wrong)
 
 
+def test_trap_53_a_lora_that_was_trained_on_another_kind_of_base_is_named(files, load, tmp_path, caplog):
+    from safetensors.torch import load_file, save_file
+
+    facts = {"ss_base_model_version": "sd_v1_v", "ss_sd_model_name": "velocity.safetensors"}
+    save_file(load_file(files[0]), tmp_path / "v.safetensors", facts)
+    load([files[0], tmp_path / "v.safetensors"])
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert line.startswith(f"{tmp_path / 'v.safetensors'} was trained on velocity.safetensors that predicts velocity")
+
+
 def test_trap_3_6_files_of_dylora_load_with_both_modules(model, load, latents_of, tmp_path):
     with torch.random.fork_rng():
         file = write_lora(tmp_path / "dy.safetensors", model, 3, dylora, unit="2")

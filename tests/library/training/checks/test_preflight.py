@@ -4,12 +4,15 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from library.data.config_keys import DatasetConfig, SubsetConfig
 from library.data.dataset import TrainingDataset
 from library.entry import run_entry
 from library.errors import UserError
+from library.files import legacy_hash_of_file
 from library.testing import full_size_header
 from library.training.checks import disk_space, preflight
 from library.training.checks.contradictions import contradictions
@@ -264,6 +267,38 @@ def test_trap_55_memory_that_is_short_is_told_with_what_helps(folder, monkeypatc
     monkeypatch.undo()
     preflight.print_advice(options(folder=folder), dataset(folder), CPU, full_size_header())
     assert "of this machine's free" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [([], True), (["--text_encoder_lr=1e-5"], False), (["--text_encoder_lr", "5e-5", "1e-5"], False),
+     (["--network_train_unet_only"], False), (["--learning_rate=1e-5"], False), (["--optimizer_type=Prodigy"], False)],
+)  # fmt: skip
+def test_trap_40_text_encoders_that_learn_at_the_rate_of_the_u_net_are_told(folder, words, told):
+    notes = preflight.print_advice(options(*words, folder=folder), dataset(folder), CPU, full_size_header("sdxl"))
+    assert any(note.startswith("all 2 text encoders learn at the U-Net's rate") for note in notes) is told
+    notes = preflight.print_advice(options(*words, folder=folder), dataset(folder), CPU, full_size_header("sd1"))
+    assert not any("text encoders" in note for note in notes)
+
+
+def test_trap_53_going_on_from_a_lora_of_another_base_is_told(folder, capsys):
+    model, mine = folder / "model.safetensors", folder / "mine.safetensors"
+    save_file({"a": torch.rand(600, 600)}, model)
+    other = {"ss_sd_model_name": "animagine.safetensors", "ss_sd_model_hash": "12345678"}
+    save_file({"a": torch.zeros(1)}, mine, other | {"ss_base_model_version": "sdxl_base_v0-9"})
+    words = [f"--pretrained_model_name_or_path={model}", f"--network_weights={mine}", "--base_weights", str(mine)]
+    words.append("--network_train_unet_only")
+    notes = preflight.print_advice(options(*words, folder=folder), dataset(folder), CPU, full_size_header("sdxl"))
+    assert f"--network_weights {mine} was trained on animagine.safetensors of SDXL 0.9" in notes[0]
+    assert f"--base_weights {mine} was trained on animagine.safetensors of SDXL 0.9" in notes[1]
+    assert f"--network_weights {mine} was trained on another file, animagine.safetensors" in notes[2]
+    assert all(note in capsys.readouterr().out for note in notes[:1])
+    save_file(
+        {"a": torch.zeros(1)}, mine, {"ss_sd_model_name": "model.safetensors", "ss_sd_model_hash": legacy_hash_of_file(model)}
+    )
+    assert not any("was trained on" in note for note in preflight.print_advice(
+        options(*words, folder=folder), dataset(folder), CPU, full_size_header("sdxl")
+    ))  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,67 @@
+"""The modules of a LoRA file that is being made, kept on the disk: large ones would need several times the file in memory."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import threading
+from collections.abc import Iterator, MutableMapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from library.formats.low_rank import LowRank
+from library.formats.tensor_output import bytes_of
+
+Place = tuple[int, tuple[int, ...]]  # first byte in the file, shape
+
+
+class SpooledModules(MutableMapping[str, LowRank]):
+    """Modules by name in a temporary file, in the dtype that they will be saved in. Each is read when it is asked for.
+
+    folder: where the temporary file lies, which has no name there. Use it in a `with` block, which deletes it.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype):
+        self._dtype = dtype
+        self._file = tempfile.TemporaryFile(dir=folder, prefix=".spooled-")  # noqa: SIM115 - closed by __exit__
+        self._places: dict[str, tuple[Place, Place, float]] = {}  # up, down, alpha
+        self._lock = threading.Lock()
+
+    def __setitem__(self, name: str, module: LowRank) -> None:
+        with self._lock:
+            self._places[name] = self._write(module.up), self._write(module.down), module.alpha
+
+    def __getitem__(self, name: str) -> LowRank:
+        up, down, alpha = self._places[name]
+        with self._lock:
+            return LowRank(self._read(up), self._read(down), alpha)
+
+    def __delitem__(self, name: str) -> None:
+        del self._places[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __enter__(self) -> SpooledModules:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    def _write(self, tensor: Tensor) -> Place:
+        begin = self._file.seek(0, 2)
+        self._file.write(bytes_of(tensor.to(self._dtype).contiguous()))
+        return begin, tuple(tensor.shape)
+
+    def _read(self, place: Place) -> Tensor:
+        begin, shape = place
+        tensor = torch.empty(shape, dtype=self._dtype)
+        self._file.seek(begin)
+        if tensor.numel() and self._file.readinto(bytes_of(tensor)) != math.prod(shape) * self._dtype.itemsize:
+            raise OSError(f"the temporary file in {self._file.name} was cut off")
+        return tensor
