@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from library.doctor.trial_run import STEPS, Result, TrialFailed, run_trial
+from library.doctor.trial_run import STEPS, Result, TrialFailed, TrialTooLong, run_trial
 from library.doctor.trials import Trial
 
 SECONDS = 290  # for all trials together
@@ -21,7 +21,7 @@ Run = Callable[[Trial, Path, float], Result]
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. state: `works`, `differs`, `fails`, `not here` or `not tried`, the last three with the reason.
+    """One line of the table. state: `works`, `differs`, `fails`, `no end`, `not here` or `not tried`, with the reason.
 
     loss_difference: (loss - reference) / reference. image_difference: mean absolute difference, in levels of 255. memory: peak in
     GiB, of the GPU if one is used.
@@ -56,7 +56,7 @@ def self_test(trials: Iterable[Trial], run: Run = run_trial, seconds: float = SE
                 try:
                     results[trial.name] = run(trial, Path(folder) / str(number), min(left, trial.seconds))
                 except TrialFailed as failure:
-                    rows.append(Row(trial.name, "fails", str(failure)))
+                    rows.append(Row(trial.name, "no end" if isinstance(failure, TrialTooLong) else "fails", str(failure)))
                 else:
                     rows.append(compare(trial, results))
     return rows
@@ -72,7 +72,8 @@ def compare(trial: Trial, results: dict[str, Result]) -> Row:
     image = float(abs(own.image - reference.image).mean())
     most_loss, most_image = SAME_NOISE if trial.same_noise else OTHER_NOISE
     state = "works" if abs(loss) <= most_loss and image <= most_image else "differs"
-    return replace(row, state=state, compared_with=trial.reference, loss_difference=loss, image_difference=image)
+    row = replace(row, state=state, compared_with=trial.reference, loss_difference=loss, image_difference=image)
+    return replace(row, reason=trial.if_differs) if state == "differs" else row
 
 
 def table(rows: list[Row]) -> str:

@@ -30,6 +30,10 @@ class TrialFailed(Exception):
     """A trial has no result. The message is the reason, in one line."""
 
 
+class TrialTooLong(TrialFailed):
+    """It had not ended when its time was over."""
+
+
 @dataclass(frozen=True)
 class Result:
     """The result of a trial. loss: on held-out images; image: (H, W, 3), levels 0 to 255; memory in GiB, None if unknown."""
@@ -52,7 +56,7 @@ def run_trial(trial: Trial, folder: Path, seconds: float, base: Path = BASE_MODE
         try:
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:
-            raise TrialFailed(f"no end after {seconds:.0f} s") from None
+            raise TrialTooLong(f"stopped after {seconds:.0f} s") from None
         finally:
             end(process)
     text = output.read_text(encoding="utf-8", errors="replace")

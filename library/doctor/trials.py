@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+COARSE = "as expected: 4 bits round the base coarsely"
 CPU = "float32, CPU"  # the trial that the others are compared with
 
 
@@ -23,7 +24,7 @@ class Trial:
     """One short training. reference: the trial that should have the same result; None for the first.
 
     arguments: of train_network.py. same_noise: whether it has the same random numbers as its reference; they depend on the device
-    and on the number of devices. missing: why this machine cannot run it.
+    and on the number of devices. if_differs: why a difference is no fault. missing: why this machine cannot run it.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Trial:
     on_cpu: bool = False  # although there is a GPU
     processes: int = 1
     seconds: float = 75  # time limit
+    if_differs: str = ""
     missing: str = ""
 
 
@@ -74,7 +76,7 @@ def trials(machine: Machine) -> Iterator[Trial]:
         ("full_bf16", ("--mixed_precision=bf16", "--full_bf16"), no_bf16),
         ("full_fp16", ("--mixed_precision=fp16", "--full_fp16", "--optimizer_args", "eps=1e-4"), no_fp16),
     ):
-        yield Trial(name, arguments, here, missing=missing)
+        yield Trial(name, arguments, here, if_differs=COARSE if "--base_dtype=nf4" in arguments else "", missing=missing)
     yield Trial("two GPUs", (), here, same_noise=False, processes=2, missing=cuda or (pair if machine.gpus < 2 else ""))
     yield Trial("torch_compile", ("--torch_compile",), here, seconds=150, missing=compiler)
     graphs = ("--torch_compile", "--dynamo_backend=cudagraphs")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from library.doctor.self_test import Row, self_test, table
-from library.doctor.trial_run import Result, TrialFailed
+from library.doctor.trial_run import Result, TrialFailed, TrialTooLong
 from library.doctor.trials import CPU, Trial
 
 REFERENCE = Trial(CPU, reference=None)
@@ -16,11 +16,13 @@ def result(loss: float = 0.4, grey: float = 100) -> Result:
     return Result(loss, np.full((4, 4, 3), grey, np.float32), 0.5, 0.75)
 
 
-def rows_of(*trials: Trial, results: dict[str, Result | str], **settings) -> dict[str, Row]:
+def rows_of(*trials: Trial, results: dict[str, Result | str | Exception], **settings) -> dict[str, Row]:
     """The rows of these trials with made results; a text is why one fails."""
 
     def run(trial, folder, seconds):
         found = results[trial.name]
+        if isinstance(found, Exception):
+            raise found
         if isinstance(found, str):
             raise TrialFailed(found)
         return found
@@ -44,6 +46,15 @@ def test_a_small_difference_works_and_a_large_one_differs():
 def test_what_fails_is_a_row_and_the_others_go_on():
     rows = rows_of(REFERENCE, Trial("bad"), Trial("good"), results={CPU: result(), "bad": "no kernel", "good": result()})
     assert (rows["bad"].state, rows["bad"].reason, rows["good"].state) == ("fails", "no kernel", "works")
+
+
+def test_a_trial_without_an_end_is_no_failure_and_an_expected_difference_is_named():
+    trials = [REFERENCE, Trial("slow"), Trial("coarse", if_differs="as expected"), Trial("fine", if_differs="as expected")]
+    made = {CPU: result(), "slow": TrialTooLong("stopped after 75 s"), "coarse": result(grey=106), "fine": result()}
+    rows = rows_of(*trials, results=made)
+    assert (rows["slow"].state, rows["slow"].reason) == ("no end", "stopped after 75 s")
+    assert (rows["coarse"].state, rows["coarse"].reason, rows["fine"].reason) == ("differs", "as expected", "")
+    assert "as expected" in table(list(rows.values()))
 
 
 def test_without_its_reference_a_trial_says_so():
