@@ -29,12 +29,12 @@ def as_on_disk(path: Path) -> Path:
     if str(path).isascii() or os.path.lexists(path):
         return path
     parent = as_on_disk(path.parent) if path.parent != path else path
-    names_by_look.cache_clear()  # the file may be new
-    return parent / names_by_look(parent).get(unicodedata.normalize("NFC", path.name), path.name)
+    names_by_nfc.cache_clear()  # the file may be new
+    return parent / names_by_nfc(parent).get(unicodedata.normalize("NFC", path.name), path.name)
 
 
 @lru_cache(maxsize=256)
-def names_by_look(folder: Path) -> dict[str, str]:
+def names_by_nfc(folder: Path) -> dict[str, str]:
     """Names in a folder by their composed Unicode form; empty if there is no such folder. Cached.
 
     Of two names with the same composed form the one in that form counts.

@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 PROMPT = "prompt> "
-MOST_REMEMBERED = 1000
+MAX_REMEMBERED = 1000
 
 
 def ask_for_prompts(history: Path) -> Iterator[str]:
@@ -47,7 +47,7 @@ def _line_editing(history: Path):
         import readline
     except ImportError:
         return None
-    readline.set_history_length(MOST_REMEMBERED)
+    readline.set_history_length(MAX_REMEMBERED)
     with suppress(OSError):  # none yet, or of the other kind of readline
         readline.read_history_file(history)
     return readline

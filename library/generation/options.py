@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 from library.command_line import OptionGroup, parse
 from library.diffusion.samplers import SamplerName
 from library.errors import UserError
-from library.generation.prompts.spec import LARGEST_SEED, MOST_STEPS, SIZE_STEP, split_regions
+from library.generation.prompts.spec import LARGEST_SEED, MAX_STEPS, SIZE_STEP, split_regions
 from library.generation.refused_options import REFUSED
 
 
@@ -67,7 +67,7 @@ class ImageOptions(OptionGroup):
 
     W: Side | None = Field(None, description="width in pixels; unset: the size the model was made for")
     H: Side | None = Field(None, description="height in pixels; unset: the size the model was made for")
-    steps: int = Field(50, ge=1, le=MOST_STEPS, description="denoising steps")
+    steps: int = Field(50, ge=1, le=MAX_STEPS, description="denoising steps")
     sampler: SamplerName = Field("ddim", description="sampling method")
     scale: float = Field(7.5, description="guidance; 1 or less switches it off")
     negative_scale: float | None = Field(None, description="separate guidance away from the negative prompt")
@@ -136,7 +136,7 @@ class HighresOptions(OptionGroup):
     highres_fix_scale: float | None = Field(
         None, gt=0, le=1, description="draw at this share of the size first, then enlarge and redraw"
     )
-    highres_fix_steps: int = Field(28, ge=1, le=MOST_STEPS, description="steps of the first stage")
+    highres_fix_steps: int = Field(28, ge=1, le=MAX_STEPS, description="steps of the first stage")
     highres_fix_strength: Share | None = Field(
         None, description="--strength of the first stage, with --image_path; unset: the same"
     )

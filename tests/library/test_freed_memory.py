@@ -21,7 +21,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only glibc's memory can be told to stay")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only glibc can be set to keep freed memory")
 def test_kept_memory_is_not_cleared_by_the_system_again():
     def faults(how):
         done = subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, encoding="utf-8", check=True)

@@ -1,4 +1,4 @@
-"""Configs of front ends: what is clear runs, and of the rest it is said what the file is."""
+"""Configuration files of front ends: clear ones run, others are recognised."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 from library.files import write_new
 from library.safe_text import as_unicode
 
-MOST_WAITING = 16  # images in memory that are not yet written; with more the drawing waits
+MAX_WAITING = 16  # images in memory that are not yet written; with more the drawing waits
 
 
 class ImageWriter:
@@ -41,7 +41,7 @@ class ImageWriter:
 
         then: called there with the path. Raises `UserError` if an earlier image could not be written.
         """
-        while self._waiting and (self._waiting[0].done() or len(self._waiting) >= MOST_WAITING):
+        while self._waiting and (self._waiting[0].done() or len(self._waiting) >= MAX_WAITING):
             self._waiting.popleft().result()
         self._waiting.append(self._thread.submit(self._save, image, names, text, then))
 

@@ -16,7 +16,7 @@ from library.generation.pipeline.settings import GenerateSettings
 from library.generation.pipeline.sizes import size_of_spec
 from library.generation.prompts.loras import split_loras
 from library.generation.prompts.seeds import draw_seed
-from library.generation.prompts.spec import MOST_STEPS, PromptSpec, SizeConditioning, check_negative_scale, split_regions
+from library.generation.prompts.spec import MAX_STEPS, PromptSpec, SizeConditioning, check_negative_scale, split_regions
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -125,8 +125,8 @@ def _check_size(model: Model, state: ImageState) -> None:
 def _check_numbers(model: Model, spec: PromptSpec) -> None:
     where = f"prompt '{short(spec.prompt)}'"
     check_sampler(spec.sampler, where)
-    if not 1 <= spec.steps <= MOST_STEPS:
-        raise UserError(f"{where}: {spec.steps} steps are not possible; use 1 to {MOST_STEPS}")
+    if not 1 <= spec.steps <= MAX_STEPS:
+        raise UserError(f"{where}: {spec.steps} steps are not possible; use 1 to {MAX_STEPS}")
     if not 0 <= spec.strength <= 1:
         raise UserError(f"{where}: strength {spec.strength} is not possible; use 0 to 1")
     check_negative_scale(spec.scale, spec.negative_scale)

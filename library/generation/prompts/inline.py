@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from library.diffusion.samplers import check_sampler
 from library.errors import UserError, unknown
-from library.generation.prompts.spec import LARGEST_SEED, MOST_STEPS, SIZE_STEP, SMALLEST_SIZE
+from library.generation.prompts.spec import LARGEST_SEED, MAX_STEPS, SIZE_STEP, SMALLEST_SIZE
 from library.generation.refused_options import REFUSED_INLINE
 
 Reader = Callable[[str], Any]  # text -> value; raises ValueError("what it wants") or UserError
@@ -49,7 +49,7 @@ def _within(read: Callable[[str], float], least: float, most: float, what: str) 
     return reader
 
 
-_steps = _within(read_integer, 1, MOST_STEPS, f"a number of steps from 1 to {MOST_STEPS}")
+_steps = _within(read_integer, 1, MAX_STEPS, f"a number of steps from 1 to {MAX_STEPS}")
 _seed = _within(read_integer, 0, LARGEST_SEED, f"a whole number from 0 to {LARGEST_SEED}")  # those that torch accepts
 _share = _within(read_number, 0, 1, "a number from 0 to 1")
 _depth = _within(read_integer, 0, 3, "a depth from 0 to 3")
@@ -70,7 +70,7 @@ def _rounded_size(text: str) -> int:
 
 
 def _clamped_steps(text: str) -> int:
-    return min(max(read_integer(text), 1), MOST_STEPS)
+    return min(max(read_integer(text), 1), MAX_STEPS)
 
 
 def _seeds(text: str) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from library.errors import UserError
 
 SIZE_STEP, SMALLEST_SIZE = 8, 64
-MOST_STEPS = 1000
+MAX_STEPS = 1000
 LARGEST_SEED = 2**64 - 1  # what torch accepts
 
 

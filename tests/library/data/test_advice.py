@@ -1,4 +1,4 @@
-"""What is allowed and costs quality is said before training, with the better value."""
+"""Advice before training on what is allowed but costs quality, with the better value."""
 
 from __future__ import annotations
 

@@ -244,13 +244,13 @@ def test_cached_latents_reach_spawned_workers(folder):
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_share_the_work_and_each_has_all(folder, tmp_path, world, to_disk):
     """Threads in the place of processes; `gather` as all_gather_object."""
-    told, meet = [None] * world, threading.Barrier(world)
+    sent, meet = [None] * world, threading.Barrier(world)
 
     def gathering(rank):
         def gather(value):
-            told[rank] = value
+            sent[rank] = value
             meet.wait(20)
-            values = list(told)
+            values = list(sent)
             meet.wait(20)
             return values
 

@@ -1,4 +1,4 @@
-"""Dataset files: which value wins, and what every mistake is told."""
+"""Dataset files: which value wins, and the error for every mistake."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finding images, and what is said about those that cannot be used."""
+"""Finding images, and errors about those that cannot be used."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from library.diffusion.samplers import SAMPLERS
 from library.errors import UserError
 from library.files import write_new
 from library.generation.outputs.file_names import FileNames
-from library.generation.outputs.image_writer import MOST_WAITING, ImageWriter
+from library.generation.outputs.image_writer import MAX_WAITING, ImageWriter
 from library.generation.outputs.png_text import (
     RunFacts,
     UsedLora,
@@ -240,10 +240,10 @@ def test_unsaved_images_do_not_pile_up(tmp_path):
         return {}
 
     with ImageWriter() as writer:
-        for number in range(3 * MOST_WAITING):
+        for number in range(3 * MAX_WAITING):
             waiting.append(number)
             writer.add(IMAGE, [tmp_path / f"{number}.png"], text)
-    assert len(writer.saved) == 3 * MOST_WAITING and max(most) <= MOST_WAITING + 2
+    assert len(writer.saved) == 3 * MAX_WAITING and max(most) <= MAX_WAITING + 2
 
 
 def test_a_disk_that_is_full_ends_the_run_with_its_name(tmp_path):
