@@ -105,7 +105,7 @@ class BucketRule:
         """The resized size with bucket_no_upscale: the image's own, or one of at most the area of `resolution`.
 
         In the second case one side becomes a multiple of the step: the side that keeps the ratio nearer to the image's.
-        Rounding to whole pixels may exceed the area by less than one row of pixels.
+        Rounding to whole pixels may exceed the area by less than one row or column of pixels.
         """
         area = self.resolution[0] * self.resolution[1]
         if width * height <= area:

@@ -74,10 +74,16 @@ class Use:
 class TrainingDataset(Dataset):
     """Indexes the images of all datasets and builds batches by key.
 
-    `dataset[(epoch, position)]` gives a Batch. `max_train_steps` (a token_warmup_step below 1 is a share of it) may be set
-    later, but before a loader is made. `world`: the number of processes; each takes every world-th batch of an epoch.
-    `on_bad_image`: see `index_folders`. Without a tokenizer batches hold no tokens. `latent_space`: of the model.
+    `dataset[(epoch, position)]` gives a Batch. `on_bad_image`: see `index_folders`. Without a tokenizer batches hold no tokens.
+    `latent_space`: of the model.
+
+    Attributes to set before a loader is made: `world`, the number of processes, each of which takes every world-th batch of an
+    epoch; `max_train_steps`, since a token_warmup_step below 1 is a share of it; `texts`, if captions are encoded before.
     """
+
+    world = 1
+    max_train_steps = 0
+    texts: MemoryTexts | DiskTexts | None = None
 
     def __init__(
         self,
@@ -87,20 +93,15 @@ class TrainingDataset(Dataset):
         tokenizer: CaptionTokenizer | None = None,
         latent_space: LatentSpace = SD_LATENTS,
         prior_loss_weight: float = 1.0,
-        max_train_steps: int = 0,
         gradient_accumulation_steps: int = 1,
-        world: int = 1,
         on_bad_image: str = "refuse",
     ) -> None:
         self.seed = seed
-        self.max_train_steps = max_train_steps
         self.gradient_accumulation_steps = gradient_accumulation_steps
-        self.world = world
         self.table = build_table(datasets, on_bad_image, seed)
         self.loss_weights = np.where(self.table.is_reg(), prior_loss_weight, 1.0).astype(np.float32)
         self.batch_order = BatchOrder(self.table, seed)
         self.latents: MemoryLatents | DiskLatents | None = None
-        self.texts: MemoryTexts | DiskTexts | None = None  # set it before a loader is made
         self.latent_space = latent_space
         self.tokenizer = tokenizer
         if tokenizer is not None:

@@ -252,7 +252,8 @@ def test_workers_leave_ctrl_c_to_the_trainer(folder):
 
 
 def test_processes_share_an_epoch(folder):
-    dataset = TrainingDataset([config(subset(folder))], seed=1, world=3)
+    dataset = TrainingDataset([config(subset(folder))], seed=1)
+    dataset.world = 3
     shares = [[position for _, position in EpochSampler(dataset, 1, rank=rank, world=3)] for rank in range(3)]
     assert len(shares[0]) == math.ceil(len(dataset) / 3) and sorted(sum(shares, [])) == list(range(len(dataset)))
     assert list(EpochSampler(dataset, 4, start=1, rank=2, world=3)) == [(4, position) for position in shares[2][1:]]
@@ -270,7 +271,8 @@ def test_steps_for_the_tag_warm_up(folder):
     count = len(dataset)
     assert [dataset.step_of(1, position) for position in range(9)] == [0, 0, 0, 0, 1, 1, 1, 1, 2]
     assert dataset.step_of(3, 0) == 2 * math.ceil(count / 4)
-    warm = TrainingDataset([config(subset(folder, token_warmup_step=0.5), batch_size=2)], seed=1, max_train_steps=2 * count)
+    warm = TrainingDataset([config(subset(folder, token_warmup_step=0.5), batch_size=2)], seed=1)
+    warm.max_train_steps = 2 * count
     assert set(warm[(1, 0)].captions[0].split(", ")) == {"dog"} and "Blue sky" in warm[(2, 0)].captions[0]
 
 
