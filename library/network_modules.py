@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from library.models.family import Model
 
 
+LORA_MODULE = "networks.lora"  # reads every kind of file that the suite knows
 Texts = torch.nn.Module | list[torch.nn.Module]  # one text encoder, or several
 
 
@@ -100,14 +101,22 @@ def is_ours(module: ModuleType) -> bool:
     return module.__name__.startswith("networks.")
 
 
+def merging_module(module: ModuleType) -> ModuleType:
+    """The module that merges the files of this one: for those of LyCORIS it is `networks.lora`.
+
+    LyCORIS itself (3.4.0 and 4.1.3) merges at strength 1 whatever is asked for, and multiplies LoHa and LoKr by alpha / rank
+    once more than in its forward pass.
+    """
+    return import_network_module(LORA_MODULE) if module.__name__.startswith("lycoris") else module
+
+
 def network_from_file(
-    module: ModuleType, file: str, strength: float, model: Model, *, where: str, merges: bool = False,
-    **arguments: Any,
-) -> tuple[AdapterNetwork, dict[str, torch.Tensor]]:  # fmt: skip
+    module: ModuleType, file: str, strength: float, model: Model, *, where: str, **arguments: Any
+) -> tuple[AdapterNetwork, dict[str, torch.Tensor]]:
     """A network for the weights of a file, not yet applied or loaded, and the weights.
 
     If another module than the suite's fails at a file that it wrote, as LyCORIS 4.1 does for ia3 and some lokr files, the network
-    is made from the file's metadata. arguments: of --network_args. merges: `merge_to` will be called.
+    is made from the file's metadata. arguments: of --network_args.
     """
     parts = (model.vae, *model.for_networks())
     with user_errors(where):
@@ -116,19 +125,13 @@ def network_from_file(
         except Exception as error:
             if is_ours(module):
                 raise
-            recorded = None if merges else _recorded_arguments(module, file)
+            recorded = _recorded_arguments(module, file)
             if recorded is None:
                 reason = f"{type(error).__name__}: {error}"
                 raise UserError(f"{where}: {module.__name__} makes no network from these weights ({reason})") from error
         dim, alpha, recorded_arguments = recorded
         network = module.create_network(strength, dim, alpha, *parts, **{**recorded_arguments, **arguments})
         return network, safetensors.torch.load_file(file)
-
-
-def check_merge(module: ModuleType, strength: float, where: str) -> None:
-    """Raises UserError for a merge that would be wrong: LyCORIS merges at strength 1, whatever the multiplier."""
-    if not is_ours(module) and strength != 1:
-        raise UserError(f"{where}: {module.__name__} merges at strength 1 alone, not {strength:g}; apply the network instead")
 
 
 def _recorded_arguments(module: ModuleType, file: str) -> tuple[int, float, dict[str, str]] | None:

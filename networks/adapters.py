@@ -1,5 +1,5 @@
-"""What a LoRA file holds beside plain LoRA modules, applied to a model: LoHa, LoKr, OFT and others (library/formats/adapters)
-for any layer, and LoRAs of layers that get none in training here (conv_in, time_embedding, ...). Training them is LyCORIS' work.
+"""What a LoRA file holds beside LoRA modules, applied to a model: LoHa, LoKr, OFT and others (library/formats/adapters) for any
+layer. Training them is LyCORIS' work.
 """
 
 from __future__ import annotations

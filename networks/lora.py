@@ -28,7 +28,7 @@ import logging
 import math
 import os
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,7 @@ def prefix_of(lora_name: str) -> str:
 
 def lora_path(path: str, prefix: str) -> str:
     """The LoRA name of the layer at this path in the part of the model that has the prefix."""
-    if prefix != UNET_PREFIX and not path.startswith("text_model."):
+    if prefix != UNET_PREFIX and not path.startswith(("text_model.", "text_projection")):
         path = f"text_model.{path}"  # transformers 5.6 dropped this level of `CLIPTextModel`, files keep it
     return f"{prefix}_{path.replace('.', '_')}"
 
@@ -435,13 +435,8 @@ def module_weights(weights: Weights, name: str, shape: tuple[int, int]) -> tuple
     return up, down, float(alpha if alpha is not None else 0) or float(rank)
 
 
-def save_tensors(
-    tensors: Weights,
-    file: str | os.PathLike,
-    metadata: Mapping[str, str] | None,
-    save_pickled: Callable[[dict[str, Tensor], Path], object] = torch.save,
-) -> None:
-    """Write tensors to .safetensors, with metadata; or to .ckpt/.pt, a plain dictionary, by `save_pickled`.
+def save_tensors(tensors: Weights, file: str | os.PathLike, metadata: Mapping[str, str] | None) -> None:
+    """Write tensors to .safetensors, with metadata; or to .ckpt/.pt, a plain dictionary.
 
     The file appears under its name only when whole. Raises ValueError, naming the key, for a value that is not finite.
     """
@@ -455,7 +450,8 @@ def save_tensors(
         if file.suffix == ".safetensors":
             safetensors.torch.save_file(dict(tensors), temporary, metadata)  # type: ignore[arg-type]
         else:
-            save_pickled(dict(tensors), temporary)
+            output = suite("library.formats.tensor_output")  # torch.save adds records that the A1111 web UI refuses
+            (output.save_pickled if output else torch.save)(dict(tensors), temporary)
         with open(temporary, "rb+") as stream:
             os.fsync(stream.fileno())
         os.replace(temporary, file)

@@ -23,7 +23,6 @@ from library.formats.foreign import instead_of_a_lora
 from library.formats.lora_hashes import with_hashes
 from library.formats.lora_layouts import PeftConfig, named_for
 from library.formats.tensor_file import open_tensors
-from library.formats.tensor_output import save_pickled
 from networks.adapters import AdapterModule, all_layers, find_modules
 from networks.lora import (
     PLAIN_TENSORS,
@@ -82,8 +81,8 @@ class SuiteNetwork(LoRANetwork):
     def from_weights(cls, args: Any, multiplier: float, weights: Weights, text_encoder: TextEncoders, unet: UNet) -> Any:
         if args.sets_ranks:
             logger.warning("ranks, alphas and values are those of the weights; the ones in network_args are not used")
-        layers = find_layers(text_encoder, unet, conv3x3=True)
         weights = kohya_weights(weights)
+        layers = lora_layers(weights, text_encoder, unet)
         others = other_modules(weights, layers, text_encoder, unet)
         weights = named_for(weights, layers)
         kinds = modules_in(weights, layers, others)
@@ -100,15 +99,16 @@ class SuiteNetwork(LoRANetwork):
         return {name: module for name, module in self.named_children() if isinstance(module, AdapterModule)}
 
     def layers_in(self, text_encoder: TextEncoders, unet: UNet) -> dict[str, Any]:
-        others = all_layers(text_encoder, unet) if self.others else {}
-        return others | super().layers_in(text_encoder, unet)
+        layers = super().layers_in(text_encoder, unet)
+        own = dict(self.named_children())
+        return layers if own.keys() <= layers.keys() else all_layers(text_encoder, unet) | layers
 
     @torch.no_grad()
     def merge_to(
         self, text_encoder: TextEncoders, unet: UNet, weights_sd: Weights, dtype: DType = None, device: Device = None
     ) -> None:
-        layers = find_layers(text_encoder, unet, conv3x3=True)
         weights = kohya_weights(weights_sd)
+        layers = lora_layers(weights, text_encoder, unet)
         others = other_modules(weights, layers, text_encoder, unet)
         every = all_layers(text_encoder, unet) if others else {}
         for name, module in others.items():
@@ -173,7 +173,7 @@ class SuiteNetwork(LoRANetwork):
         tensors = self.tensors(dtype)
         if metadata is not None and Path(file).suffix == ".safetensors":
             metadata = with_hashes(tensors, {**metadata, **self._stored_ranks(metadata)})
-        save_tensors(tensors, file, metadata, save_pickled)  # torch.save adds records that the A1111 web UI refuses
+        save_tensors(tensors, file, metadata)
 
     def _stored_ranks(self, metadata: Mapping[str, str]) -> dict[str, str]:
         """Rank and alpha as files have them, where they differ from those that the modules were given."""
@@ -233,14 +233,29 @@ def kohya_weights(weights: Weights, config: PeftConfig | None = None) -> dict[st
     """
     kohya, others = {}, {}
     for key, tensor in weights.items():
-        layer, _, inside = key.partition(".")
-        if not key.startswith("lora_"):
+        layer, inside = lora_layouts.path_and_tensor(key)
+        if not inside or not layer.startswith(lora_layouts.KOHYA):
             others[key] = tensor
-        elif inside.startswith("lora_magnitude_vector"):  # peft's name for what DoRA learns of each output
-            kohya[f"{layer}.dora_scale"] = tensor.view(-1, 1)
+        elif "lora_magnitude_vector" in key:  # peft's name for what DoRA learns of each output
+            kohya[f"{layer}.{inside}"] = tensor.view(-1, 1)
         else:
-            kohya[key] = tensor
+            kohya[f"{layer}.{inside}"] = tensor
     return kohya | lora_layouts.kohya_weights(others, config)
+
+
+def lora_layers(weights: Weights, text_encoder: TextEncoders, unet: UNet) -> dict[str, Layer]:
+    """The layers for which these weights can hold a LoRA: those that get one in training here, and others that have one in them.
+
+    Others are conv_in, conv_out, the time embedding and the projection of a text encoder, say.
+    """
+    layers = find_layers(text_encoder, unet, conv3x3=True)
+    ending = ".lora_down.weight"
+    if all(key.removesuffix(ending) in layers for key in weights if key.endswith(ending)):
+        return layers
+    every = all_layers(text_encoder, unet)
+    named = named_for(weights, every)
+    outside = {name: layer for name, layer in every.items() if isinstance(layer, Layer) and f"{name}{ending}" in named}
+    return layers | outside
 
 
 def other_modules(

@@ -8,6 +8,7 @@
 | older Diffusers | `unet...attn1.processor.to_q_lora.down.weight`, `text_encoder...q_proj.lora_linear_layer.up.weight` |
 | dotted | `unet.mid_block.attentions.0.proj_in.lora_down.weight`, or with `hada_w1_a` and others of LyCORIS |
 | ComfyUI | `diffusion_model.middle_block.1.proj_in.lora_up.weight`, `text_encoders.clip_l.transformer.text_model...` |
+| OneTrainer's OMI | `unet.middle_block.1.proj_in.lora_up.weight`, `clip_l.text_model...`, `clip_g.text_model...` |
 
 For SD 1.x and 2.x kohya's names have Diffusers' blocks, for SDXL those of its checkpoints, and `lora_te1_`, `lora_te2_`.
 """
@@ -28,7 +29,7 @@ from torch import Tensor
 from library.errors import UserError
 from library.formats.families import SD1, SDXL, FileFamily
 from library.formats.lora_family import families_of_lora
-from library.formats.names import UNetLayout, unet_table
+from library.formats.names import PROJECTION, UNetLayout, unet_table
 
 USUAL_RESNETS = 2  # of each level of a U-Net on the way down
 KOALA_DEPTHS = (4, 5)  # the last transformer block of the lowest level, of the 700M and the 1B model; SDXL's is 9
@@ -47,7 +48,7 @@ _PARTS = {
     "unet_": "unet", "text_encoder_": "text_encoder", "text_encoder_2_": "text_encoder_2",
     "diffusion_model_": "unet", "model_diffusion_model_": "unet",
     "text_encoders_clip_l_transformer_": "text_encoder", "text_encoders_clip_h_transformer_": "text_encoder",
-    "text_encoders_clip_g_transformer_": "text_encoder_2",
+    "text_encoders_clip_g_transformer_": "text_encoder_2", "clip_l_": "text_encoder", "clip_g_": "text_encoder_2",
 }  # fmt: skip
 _UNDERSCORED = (*KOHYA, "oft_te_", "oft_te1_", "oft_te2_", "oft_unet_", *(f"lycoris_{start}" for start in _IN_UNET))
 
@@ -78,8 +79,8 @@ def lora_name(path: str, family: FileFamily = SD1, resnets: int = USUAL_RESNETS)
         inside = _with_blocks(inside, family.loras_name_checkpoint_paths, resnets)
     else:
         inside = inside.removeprefix("text_model_")
-        is_known = path.startswith(_UNDERSCORED) or inside.startswith(_IN_TEXT)
-        inside = f"text_model_{inside}"
+        is_known = path.startswith(_UNDERSCORED) or inside.startswith(_IN_TEXT) or inside == PROJECTION
+        inside = inside if inside == PROJECTION else f"text_model_{inside}"
     return f"{family.lora_prefixes[part]}{inside}" if is_known else None
 
 
@@ -130,16 +131,22 @@ def kohya_key(key: str, family: FileFamily = SD1, resnets: int = USUAL_RESNETS) 
     >>> kohya_key("unet.mid_block.attentions.0.proj_in.lora_A.weight")[1:]
     ('lora_unet_mid_block_attentions_0_proj_in', 'lora_down.weight')
     """
-    if key.startswith(_UNDERSCORED):
-        path, _, tensor = key.partition(".")
-        tensor = re.sub(r"^lora_magnitude_vector(\.\w+)*$", "dora_scale", tensor)
-    elif match := FOREIGN_KEY.fullmatch(key):
-        path = match["path"]
-        tensor = match["tensor"] or ("dora_scale" if match["magnitude"] else SIDES[match["side"] or match["old_side"]])
-    else:
-        return None
-    name = lora_name(path, family, resnets)
-    return (path, name, tensor) if name and tensor else None
+    path, tensor = path_and_tensor(key)
+    name = lora_name(path, family, resnets) if tensor else None
+    return (path, name, tensor) if name else None
+
+
+def path_and_tensor(key: str) -> tuple[str, str]:
+    """The layer of a key, as the file names it, and its tensor by kohya's name, which is empty if no layout has such a key.
+
+    >>> path_and_tensor("lora_unet_mid_block_attentions_0_proj_in.lora_A.weight")
+    ('lora_unet_mid_block_attentions_0_proj_in', 'lora_down.weight')
+    """
+    if match := FOREIGN_KEY.fullmatch(key):
+        side = match["side"] or match["old_side"]
+        return match["path"], SIDES[side] if side else match["tensor"] or "dora_scale"
+    path, _, tensor = key.partition(".")
+    return path, tensor if key.startswith(_UNDERSCORED) else ""
 
 
 def kohya_weights(

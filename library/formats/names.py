@@ -46,7 +46,7 @@ _OPEN_CLIP_TABLE = {
     "positional_embedding": "embeddings.position_embedding.weight",
     "ln_final": "final_layer_norm",
 }
-_PROJECTION = "text_projection"  # OpenCLIP computes x P, a Linear layer x W^T: so W is P transposed
+PROJECTION = "text_projection"  # OpenCLIP computes x P, a Linear layer x W^T: so W is P transposed
 _VAE_1X1 = re.compile(r"(?:en|de)coder\.mid_block\.attentions\.0\.(?:to_q|to_k|to_v|to_out\.0)\.weight")
 
 
@@ -196,17 +196,22 @@ def open_clip_to_diffusers(name: str, value: Tensor) -> dict[str, Tensor]:
     return {} if new is None else {f"{layer}.{new}": value}
 
 
+def is_transposed(name: str) -> bool:
+    """Whether a single file holds this weight transposed: only the bare projection, for `.weight` is a Linear layer's."""
+    return name.rpartition(".")[2] == PROJECTION
+
+
 def pooling_open_clip_to_diffusers(name: str, value: Tensor) -> dict[str, Tensor]:
-    """The same for a text encoder whose projection is used. Only the bare matrix is transposed: `.weight` is a Linear layer's."""
-    if name in (_PROJECTION, f"{_PROJECTION}.weight"):
-        return {f"{_PROJECTION}.weight": value.T.contiguous() if name == _PROJECTION else value}
+    """The same as `open_clip_to_diffusers` for a text encoder whose projection is used."""
+    if name in (PROJECTION, f"{PROJECTION}.weight"):
+        return {f"{PROJECTION}.weight": value.T.contiguous() if is_transposed(name) else value}
     return open_clip_to_diffusers(name, value)
 
 
 def pooling_clip_to_open_clip(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The reverse of `pooling_open_clip_to_diffusers`; the projection becomes a bare matrix."""
-    text = {name: value for name, value in weights.items() if not name.startswith(_PROJECTION)}
-    return clip_to_open_clip(text) | {_PROJECTION: weights[f"{_PROJECTION}.weight"].T.contiguous()}
+    text = {name: value for name, value in weights.items() if not name.startswith(PROJECTION)}
+    return clip_to_open_clip(text) | {PROJECTION: weights[f"{PROJECTION}.weight"].T.contiguous()}
 
 
 def clip_to_open_clip(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

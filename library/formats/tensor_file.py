@@ -37,6 +37,7 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 WRAPPERS = ("state_dict", "model", "module")  # keys of a pickled file under which its tensors may be
+NEWEST_PROTOCOL = 3  # of the pickles that torch reads with weights_only
 WINDOW = 64 << 20  # bytes of a file that are mapped at a time; mapped pages count as the process's memory
 
 Fetch = Callable[[int, int], Tensor]  # (first byte, number of bytes) -> flat uint8 tensor
@@ -268,6 +269,11 @@ def load_pickled(path: str | os.PathLike, map_location: str = "cpu") -> dict[str
     Raises UserError, naming file and reason, for a file that is cut off, damaged, or holds more than data.
     """
     path = Path(path)
+    if (protocol := _pickle_protocol(path)) > NEWEST_PROTOCOL:
+        raise UserError(
+            f"{path} was not opened: it is pickled with protocol {protocol}, which torch cannot read without running code in it; "
+            "save it again where it was made, with torch.save and its usual protocol 2, or get a .safetensors file of it"
+        )
     try:
         # Opened here, since torch would choose a format by the name.
         with open(path, "rb") as file, torch.serialization.safe_globals(_harmless_globals()):
@@ -291,6 +297,22 @@ def load_pickled(path: str | os.PathLike, map_location: str = "cpu") -> dict[str
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors; it is no model or LoRA")
     return content
+
+
+def _pickle_protocol(path: Path) -> int:
+    """The protocol of a pickle, alone or in a zip archive, by its first bytes; 0 if they do not tell."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                pickled = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+                with archive.open(pickled) as file:
+                    start = file.read(2)
+        else:
+            with open(path, "rb") as file:
+                start = file.read(2)
+    except Exception:  # a damaged archive can raise anything
+        return 0
+    return start[1] if start[:1] == b"\x80" else 0
 
 
 def _asks_for_code(message: str) -> bool:

@@ -39,8 +39,7 @@ def base_weights(sd_model: str | None, loras: Sequence[LoraFile]) -> Iterator[We
         def weight_of(name: str) -> Tensor | None:
             if name not in targets:
                 return None
-            tensor = model.view(targets[name].key)
-            return tensor[targets[name].rows(len(tensor))].float()
+            return targets[name].weight(model.view(targets[name].key)).float()
 
         yield weight_of
 

@@ -110,9 +110,8 @@ def _changes(
 
 
 def _check_size(model: TensorFile, lora: LoraFile, name: str, target: Target) -> None:
-    out_size, *inside = model.shapes[target.key]
-    rows = target.rows(out_size)
-    size = (rows.stop - rows.start, torch.Size(inside).numel())
+    out_size, *inside = target.weight(torch.empty(model.shapes[target.key], device="meta")).shape
+    size = (out_size, torch.Size(inside).numel())
     found = lora.modules[name].matrix_shape
     if found not in (None, size):
         raise UserError(
@@ -128,11 +127,17 @@ def _saved_dtype(name: str, dtype: torch.dtype, save: torch.dtype | None) -> tor
 
 @dataclass(frozen=True)
 class Sum:
-    """The sum of all changes of a target: up @ down + dense. The factors of all LoRAs are concatenated to one product."""
+    """The sum of all changes of a target: up @ down + dense. The factors of all LoRAs are concatenated to one product.
+
+    It has the rows and columns of the tensor in the file.
+    """
 
     up: Tensor
     down: Tensor
     dense: Tensor | None
+
+    def transposed(self) -> Sum:
+        return Sum(self.down.T, self.up.T, None if self.dense is None else self.dense.T)
 
 
 def _summed(tensor: Tensor, changes: Sequence[Change]) -> dict[Target, Sum]:
@@ -143,13 +148,13 @@ def _summed(tensor: Tensor, changes: Sequence[Change]) -> dict[Target, Sum]:
         factors = [(module, change.ratio) for change in own if not change.of_bias and (module := change.adapter.low_rank())]
         ups = [module.matrices()[0] * (module.scale * ratio) for module, ratio in factors]
         downs = [module.matrices()[1] for module, _ in factors]
-        rows = tensor[target.rows(len(tensor))]
-        up = torch.cat(ups, 1) if ups else torch.zeros(len(rows), 0)
-        down = torch.cat(downs) if downs else torch.zeros(0, rows[0].numel())
+        weight = target.weight(tensor)
+        up = torch.cat(ups, 1) if ups else torch.zeros(len(weight), 0)
+        down = torch.cat(downs) if downs else torch.zeros(0, weight[0].numel())
         others = [change for change in own if change.of_bias or not change.adapter.is_lora]
-        weight = rows.float() if others else rows
+        weight = weight.float() if others else weight
         dense = sum((change.dense(weight) for change in others[1:]), others[0].dense(weight)) if others else None
-        result[target] = Sum(up, down, dense)
+        result[target] = Sum(up, down, dense).transposed() if target.is_transposed else Sum(up, down, dense)
     return result
 
 

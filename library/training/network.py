@@ -13,9 +13,9 @@ from library.key_values import read_pairs
 from library.models.family import Family, Model
 from library.network_modules import (
     AdapterNetwork,
-    check_merge,
     check_module_arguments,
     import_network_module,
+    merging_module,
     module_arguments,
     network_from_file,
     user_errors,
@@ -63,8 +63,7 @@ def merge_base_weights(options: NetworkOptions, module: ModuleType, model: Model
     for index, path in enumerate(options.base_weights or ()):
         strength = strengths[index] if index < len(strengths) else 1.0
         where = f"--base_weights {path}"
-        check_merge(module, strength, where)
-        network, weights = network_from_file(module, path, strength, model, where=where, merges=True, for_inference=True)
+        network, weights = network_from_file(merging_module(module), path, strength, model, where=where, for_inference=True)
         with user_errors(where):
             network.merge_to(*model.for_networks(), weights, model.denoiser.dtype, model.denoiser.device)
         print(f"merged {path} into the model at strength {strength}")

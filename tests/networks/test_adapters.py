@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from kind_files import CONV, KINDS, NORM, file_of, random
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tool_files import lora_tensors, small_model
 
 from networks.adapters import AdapterModule
@@ -63,6 +63,26 @@ def test_drawn_is_merged(parts, what):
     with torch.no_grad():
         for name, value in unet.named_parameters():
             value.copy_(kept[name])
+
+
+def test_loras_of_layers_that_get_none_in_training_here_train_on(parts, tmp_path):
+    text_encoder, unet = parts
+    weights = files(unet)["outside of the blocks"]
+    save_file(weights, tmp_path / "a.safetensors")
+    network, _ = create_network_from_weights(1.0, tmp_path / "a.safetensors", None, text_encoder, unet)
+    network.apply_to(text_encoder, unet)
+    network.load_weights(tmp_path / "a.safetensors")
+    groups, _ = network.prepare_optimizer_params(None, None, 1e-2)
+    optimizer = torch.optim.SGD(groups)
+    before = output(unet)
+    unet(torch.ones(1, 4, 16, 16), torch.tensor([500]), torch.ones(1, 7, unet.config.cross_attention_dim)).sample.sum().backward()
+    optimizer.step()
+    assert not torch.equal(output(unet), before)
+    network.unapply()
+    network.save_weights(tmp_path / "b.safetensors", None, None)
+    trained = load_file(tmp_path / "b.safetensors")
+    assert weights.keys() < trained.keys() and not any(torch.equal(trained[key], weights[key]) for key in weights)
+    assert "2 modules" in network.summary()
 
 
 def test_strength_and_switch(parts):

@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+from kind_files import random
 from tool_files import checkpoint_tensors, layers_of, load, lora_tensors, products, save_lora, small_sdxl_model
 
 from library.formats.families import SDXL
@@ -13,10 +14,11 @@ from library.formats.lora_file import read_lora
 from library.formats.lora_layouts import lora_name
 from library.models import sdxl
 from library.models.clip import tokenize
+from library.models.loading import load_stable_diffusion
 from library.models.saving import save_stable_diffusion
 from library.models.unet import unet_config
 from library.testing import small_model, small_sdxl
-from networks import merge_lora
+from networks import merge_lora, resize_lora
 from networks.lora import create_network_from_weights
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
@@ -110,7 +112,24 @@ def onetrainer(name, part, path, compvis, side):
     return f"{name}.lora_{side}.weight"
 
 
-@pytest.mark.parametrize("layout", [peft, diffusers, mixture, comfy, dotted, onetrainer])
+def kohya_peft(name, part, path, compvis, side):
+    """peft's tensors on kohya's layers."""
+    return f"{name}.lora_{'A' if side == 'down' else 'B'}.weight"
+
+
+def onetrainer_inside(name, part, path, compvis, side):
+    """OneTrainer's own state before it is renamed."""
+    prefix = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}[part]
+    return f"{prefix}.{path}.lora_{side}.weight"
+
+
+def omi(name, part, path, compvis, side):
+    """OneTrainer's backups, in the names of the Open Model Initiative."""
+    prefix = {"unet": "unet", "text_encoder": "clip_l", "text_encoder_2": "clip_g"}[part]
+    return f"{prefix}.{compvis or path}.lora_{side}.weight"
+
+
+@pytest.mark.parametrize("layout", [peft, diffusers, mixture, comfy, dotted, onetrainer, kohya_peft, onetrainer_inside, omi])
 def test_trap_46_and_47_every_layout_acts_as_kohya_s(model, kohya, paths, tmp_path, layout):
     """Where another program takes nothing or the half of it, and says so in a line for each key or not at all."""
     extra = (
@@ -176,6 +195,36 @@ def test_a_lora_for_koala_gets_the_numbers_of_its_own_blocks(model, tmp_path, na
     assert set(read_lora(file).modules) == set(places)
     assert any(lora.startswith("lora_unet_input_blocks_3_1_") for lora in places)
     torch.testing.assert_close(applied(koala, file), applied(koala, ours), rtol=1e-5, atol=1e-6)
+
+
+PROJECTION = "conditioner.embedders.1.model.text_projection"
+CHANGES = {
+    "LoRA": {"lora_up.weight": (64, 2), "lora_down.weight": (2, 64)},
+    "LoHa": {"hada_w1_a": (64, 2), "hada_w1_b": (2, 64), "hada_w2_a": (64, 2), "hada_w2_b": (2, 64)},
+    "LoRA with DoRA": {"lora_up.weight": (64, 2), "lora_down.weight": (2, 64), "dora_scale": (64, 1)},
+    "IA3": {"weight": (64,), "on_input": ()},
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_the_projection_is_changed_as_a_layer(model, tmp_path, kind):
+    """OneTrainer trains it. Single files hold its weight transposed."""
+    file = save_lora(tmp_path / "a.safetensors", random(CHANGES[kind], "lora_te2_text_projection"))
+    weight = model.text_encoders[1].text_projection.weight.detach()
+    (adapter,) = read_lora(file).modules.values()
+    change = adapter.weight_change(weight.double())
+    base, out = save_lora(tmp_path / "model.safetensors", checkpoint_tensors(model)), tmp_path / "out.safetensors"
+    merge_lora.main(["--sd_model", base, "--save_to", str(out), "--models", file, "--ratios", "1"])
+    before, merged = load(base), load(out)
+    assert [name for name in merged if not torch.equal(merged[name], before[name])] == [PROJECTION]
+    torch.testing.assert_close(merged[PROJECTION].T.double(), weight + change, atol=1e-6, rtol=1e-5)
+    plain, drawn = outputs(model), applied(model, file)
+    assert (drawn - plain).abs().max() > 1e-4
+    torch.testing.assert_close(drawn, outputs(load_stable_diffusion(str(out))), atol=2e-5, rtol=1e-3)
+    resized = str(tmp_path / "resized.safetensors")
+    resize_lora.main(["--model", file, "--save_to", resized, "--new_rank", "64", "--sd_model", base])
+    found = products(load(resized))["lora_te2_text_projection"]
+    torch.testing.assert_close(found, change, atol=1e-6, rtol=1e-4)
 
 
 def test_a_u_net_alone_in_diffusers_names_finds_its_blocks(model, kohya, paths, tmp_path):
@@ -252,6 +301,10 @@ def test_trap_63_our_file_acts_in_diffusers_as_here(tmp_path, kohya):
         ("lora_te_text_model_encoder_layers_0_mlp_fc1", "lora_te1_text_model_encoder_layers_0_mlp_fc1"),
         ("text_encoder.text_model.encoder.layers.0.self_attn.to_out", "lora_te1_text_model_encoder_layers_0_self_attn_out_proj"),
         ("text_encoder_2.encoder.layers.31.mlp.fc2", "lora_te2_text_model_encoder_layers_31_mlp_fc2"),
+        ("lora_te2_text_projection", "lora_te2_text_projection"),
+        ("text_encoder_2.text_projection", "lora_te2_text_projection"),
+        ("text_encoders.clip_g.transformer.text_projection", "lora_te2_text_projection"),
+        ("clip_g.text_projection", "lora_te2_text_projection"),
         ("transformer.blocks.0.attn.to_q", None),
     ],
 )

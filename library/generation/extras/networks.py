@@ -21,9 +21,10 @@ from library.generation.prompts.loras import PromptLoras, split_loras
 from library.generation.prompts.spec import PromptSpec
 from library.key_values import read_pairs
 from library.network_modules import (
-    check_merge,
+    LORA_MODULE,
     check_module_arguments,
     import_network_module,
+    merging_module,
     module_arguments,
     network_from_file,
     user_errors,
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
     from library.models.family import Model
 
 log = logging.getLogger(__name__)
-
-LORA_MODULE = "networks.lora"  # loads what `<lora:name:0.8>` names, and files without --network_module
 
 
 @dataclass
@@ -171,10 +170,12 @@ class Networks:
             raise UserError(f"{where} {path}: there is no such file")
         words = read_pairs([args], "--network_args")
         check_module_arguments(module, words, "--network_args")
+        if (merges or self.pre_calc) and merging_module(module) is not module:
+            module, words = merging_module(module), {}  # the words are for the other one
+        arguments = module_arguments(module, words)
         network, weights = network_from_file(
-            module, str(path), 1.0, self.model, where=f"{where} {path}", merges=merges or self.pre_calc, for_inference=True,
-            **module_arguments(module, words),
-        )  # fmt: skip
+            module, str(path), 1.0, self.model, where=f"{where} {path}", for_inference=True, **arguments
+        )
         for reason in unlike_base(lora_metadata(path), self.model.family.records, self.model.prediction):
             log.warning("%s %s", path, reason)
         self._read_files += 1
@@ -199,7 +200,6 @@ class Networks:
         if not getattr(network, "is_mergeable", lambda: True)():
             cure = "leave --network_merge and --network_pre_calc out"
             raise UserError(f"{loaded.path}: this network of {loaded.module.__name__} cannot be merged; {cure}")
-        check_merge(loaded.module, strength, str(loaded.path))
         network.set_multiplier(strength)
         model = self.model
         with user_errors(str(loaded.path)), torch.no_grad():

@@ -19,6 +19,7 @@ from library.testing import sd2_configs, sd15_configs, sdxl_configs, small_sdxl,
 from networks.lora import find_layers
 
 DATA = Path(__file__).parents[2] / "data"
+POOLED = "conditioner.embedders.1.model."
 
 
 CONFIGS = {"SD 1.x": sd15_configs, "SD 2.x": sd2_configs, "SDXL": sdxl_configs}
@@ -84,6 +85,20 @@ def test_rows_of_joined_query_key_value():
     assert Target("k", 2).rows(12) == slice(8, 12) and Target("k").rows(12) == slice(0, 12)
 
 
+def test_the_projection_is_the_layer_s_weight_transposed_unless_it_is_named_as_one():
+    tensor = torch.arange(6.0).view(2, 3)
+    names = (
+        "conditioner.embedders.0.transformer.text_model.x",
+        *(f"{POOLED}{name}" for name in ("ln_final.weight", "text_projection")),
+    )
+    shapes = {name: (2, 3) for name in names}
+    target = weight_targets(shapes)["lora_te2_text_projection"]
+    assert target.key == names[2] and torch.equal(target.weight(tensor), tensor.T)
+    shapes[f"{names[2]}.weight"] = shapes.pop(names[2])
+    target = weight_targets(shapes)["lora_te2_text_projection"]
+    assert target.key == f"{names[2]}.weight" and torch.equal(target.weight(tensor), tensor)
+
+
 def test_a_file_of_something_else_has_no_places():
     assert lora_targets({"first_stage_model.encoder.conv_in.weight": (4, 3, 3, 3)}) == {}
     assert family_of_checkpoint({"a.weight": (1,)}) is None
@@ -107,6 +122,9 @@ def test_all_layers_have_targets_for_weights_and_biases(checkpoint):
     for name in outside:
         assert f"lora_unet_{name}" in weights and f"lora_unet_{name}" in biases
     text = "lora_te2_text_model" if family is SDXL else "lora_te_text_model"
+    projection = {name: target for name, target in weights.items() if name.endswith("text_projection")}
+    key = "conditioner.embedders.1.model.text_projection"
+    assert projection == ({"lora_te2_text_projection": Target(key, is_transposed=True)} if family is SDXL else {})
     width = shapes[weights[f"{text}_final_layer_norm"].key][0]
     target = biases[f"{text}_encoder_layers_0_self_attn_v_proj"]
     rows = target.rows(shapes[target.key][0])

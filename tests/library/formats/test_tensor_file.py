@@ -192,6 +192,22 @@ def test_trap_1_17_code_in_a_checkpoint_never_runs(tmp_path, protocol):
     assert not target.exists()
 
 
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+@pytest.mark.parametrize("kind", ["zip", "legacy", "raw"])
+def test_pickles_of_later_protocols_are_read_or_named(tmp_path, protocol, kind, recwarn):
+    path, content = tmp_path / "model.ckpt", {"state_dict": {"x": torch.ones(2)}, "names": ["a", "b"], "epoch": 7}
+    if kind == "raw":
+        path.write_bytes(pickle.dumps({"x": [1.0, 2.0], "epoch": 7}, protocol=protocol))
+        refused(path, "was not opened: it is pickled with protocol" if protocol > 3 else "no checkpoint")
+    else:
+        torch.save(content, path, pickle_protocol=protocol, _use_new_zipfile_serialization=kind == "zip")
+        if protocol > 3:
+            return refused(path, f"was not opened: it is pickled with protocol {protocol}, .* save it again")
+        with open_tensors(path) as file:
+            assert torch.equal(file.read("x"), torch.ones(2)) and file.numbers == {"epoch": 7}
+    assert not [str(warning.message) for warning in recwarn if "protocol" in str(warning.message)]
+
+
 def test_an_archive_whose_names_are_no_text_is_named(tmp_path):
     path = tmp_path / "model.ckpt"
     torch.save({"x": torch.zeros(2)}, path)

@@ -10,13 +10,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from library.errors import UserError
+from library.formats.lora_file import read_lora
 from library.generation.extras.networks import Networks
 from library.generation.options import NetworkOptions
 from library.models.loading import load_stable_diffusion
 from library.models.saving import save_stable_diffusion
 from library.network_modules import import_network_module
 from library.testing import small_sdxl
+from library.training.network import merge_base_weights
+from library.training.options import NetworkOptions as TrainedNetworkOptions
 from networks.lora import find_layers
 
 pytest.importorskip("lycoris.kohya", reason="an extra: pip install lycoris-lora")
@@ -73,9 +75,33 @@ def test_files_of_lycoris_do_in_images_what_they_did_in_training(base_model, tmp
     networks.set([0.0])
     torch.testing.assert_close(predicted(again), base, atol=1e-5, rtol=1e-4)
     assert (predicted(model) - base).abs().max() > 1e-3
-    with pytest.raises(UserError, match="merges at strength 1 alone, not 0.5|makes no network from these weights"):
-        chosen = {"network_module": ["lycoris.kohya"], "network_weights": [str(file)]}
-        Networks.load(again, NetworkOptions(**chosen, network_mul=[0.5], network_merge=True))
+
+
+@pytest.mark.parametrize("algo", ["loha", "lokr", "locon", "ia3"])
+@pytest.mark.parametrize("way", ["network_merge", "network_pre_calc", "base_weights"])
+def test_files_of_lycoris_are_merged_as_its_forward_pass_says_at_any_strength(base_model, tmp_path, algo, way):
+    """LyCORIS itself merges at strength 1, and LoHa and LoKr with alpha / rank twice: see test_adapters_lycoris.py."""
+    if algo == "ia3" and version("lycoris-lora").startswith("3."):
+        pytest.skip("LyCORIS 3 has no ia3 for this interface")
+    module, file = import_network_module("lycoris.kohya"), str(tmp_path / "mine.safetensors")
+    model = load_stable_diffusion(str(base_model))
+    network = module.create_network(1.0, 2, 1.0, model.vae, *model.for_networks(), algo=algo)
+    network.apply_to(*model.for_networks(), False, True)
+    torch.manual_seed(0)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    network.save_weights(file, None, {})
+    network.restore()
+    layer = model.denoiser.mid_block.attentions[0].proj_in
+    before = layer.weight.detach().clone()
+    change = read_lora(file).modules["lora_unet_mid_block_attentions_0_proj_in"].weight_change(before.double())
+    if way == "base_weights":
+        options = TrainedNetworkOptions(network_module="lycoris.kohya", base_weights=[file], base_weights_multiplier=[0.5])
+        merge_base_weights(options, module, model)
+    else:
+        chosen = NetworkOptions(network_module=["lycoris.kohya"], network_weights=[file], network_mul=[0.5], **{way: True})
+        Networks.load(model, chosen)
+    torch.testing.assert_close(layer.weight.double(), before + 0.5 * change, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("algo", ["loha", "lokr"])

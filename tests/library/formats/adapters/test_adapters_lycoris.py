@@ -1,7 +1,8 @@
 """Every kind of adapter against LyCORIS: modules built there, saved to a file, and read here.
 
 What a file means is what its trainer computed with it, so the reference is the forward pass of LyCORIS' module. Its merging is a
-second one, where it agrees with its own forward pass: for LoHa and LoKr it multiplies by alpha / rank twice (lycoris-lora 4.1.3).
+second one, where it agrees with its own forward pass: for LoHa and LoKr it multiplies by alpha / rank twice (lycoris-lora 3.4.0
+and 4.1.3), the papers and its forward pass once.
 """
 
 from __future__ import annotations
@@ -163,6 +164,20 @@ def test_merge(kind, shape, tmp_path):
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     if bias is not None:
         torch.testing.assert_close(layer.bias + adapter.bias_change(layer.bias), bias)
+
+
+@pytest.mark.parametrize("shape", LAYERS)
+@pytest.mark.parametrize("kind", ["loha", "lokr low rank"])
+def test_lycoris_merges_loha_and_lokr_with_alpha_by_rank_once_more(kind, shape, tmp_path):
+    """The one difference from ours: at any other alpha than the rank its merged layer is not what it trained."""
+    cls, options, _ = KINDS[kind]
+    layer = LAYERS[shape]()
+    rank = options.get("lora_dim", RANK)
+    module = trained(cls, layer, **options | {"alpha": rank / 4})
+    change = found(saved(module, tmp_path)).weight_change(layer.weight.detach().double())
+    theirs, _ = module.get_merged_weight(1.0, layer.weight.shape, "cpu")
+    torch.testing.assert_close(theirs - layer.weight, (change / 4).float(), rtol=1e-4, atol=1e-5)
+    check_forward(found(saved(module, tmp_path)), module, layer)
 
 
 @pytest.mark.parametrize("alpha", ["missing", "0", "shape [1]", "integer", "negative"])
