@@ -9,6 +9,7 @@ LAYER = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
 CONV = "lora_unet_mid_block_resnets_0_conv1"
 NORM = "lora_unet_mid_block_attentions_0_norm"
 TUCKER = "LoCon with Tucker decomposition"
+GLORA_3X3 = "GLoRA, of a kernel"
 # Kind, and after a comma what is special -> shapes of its tensors, for a layer of 64 in and out.
 KINDS: dict[str, dict[str, tuple[int, ...]]] = {
     "LoRA": {"lora_up.weight": (64, 2), "lora_down.weight": (2, 64)},
@@ -17,6 +18,7 @@ KINDS: dict[str, dict[str, tuple[int, ...]]] = {
     "LoKr": {"lokr_w1": (2, 2), "lokr_w2_a": (32, 2), "lokr_w2_b": (2, 32)},
     "full difference": {"diff": (64, 64)},
     "GLoRA": {"a1.weight": (64, 2), "a2.weight": (2, 64), "b1.weight": (64, 2), "b2.weight": (2, 64)},
+    GLORA_3X3: {"a1.weight": (64, 2), "a2.weight": (2, 64), "b1.weight": (64, 2), "b2.weight": (2, 576)},
     "IA3": {"weight": (64,), "on_input": ()},
     "OFT": {"oft_blocks": (8, 8, 8)},
     "BOFT": {"oft_blocks": (2, 8, 8, 8)},
@@ -31,8 +33,8 @@ def title_of(kind: str) -> str:
 
 
 def layer_of(kind: str) -> str:
-    """The layer that the file of this kind changes: a 3x3 convolution where only those have the kind."""
-    return CONV if kind == TUCKER else LAYER
+    """The layer that the file of this kind changes."""
+    return CONV if kind in (TUCKER, GLORA_3X3) else LAYER
 
 
 def random(shapes: dict[str, tuple[int, ...]], layer: str = LAYER) -> dict[str, Tensor]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+_UNPACK = "unpack it and give the file of weights that is in it"
+PLAIN_ARCHIVE = f"a zip archive of files, not of tensors; {_UNPACK}"
+
 # First bytes of files without tensors -> what such a file is.
 _BEGINNINGS = (
     (b"\x89PNG", "a PNG image"),
@@ -13,7 +16,11 @@ _BEGINNINGS = (
     (b"<", "a web page; the download gave an error or login page instead of the model"),
     (b"version https://git-lfs", "a Git LFS pointer, not the model itself; run `git lfs pull`"),
     (b"%PDF", "a PDF document"),
-    (b"GGUF", "a GGUF file, a format of other programs"),
+    (b"GGUF", "a GGUF file, a format of other programs; get the .safetensors file of the model"),
+    (b"{", "a JSON file, which only describes weights; give the weights themselves"),
+    (b"Rar!", f"a RAR archive; {_UNPACK}"),
+    (b"7z\xbc\xaf", f"a 7z archive; {_UNPACK}"),
+    (b"\x1f\x8b", f"a gzip archive; {_UNPACK}"),
 )
 
 # A part of a tensor's name -> what such a file is. The first match counts.
@@ -36,29 +43,49 @@ _WHOLE_MODELS = {
     "model.diffusion_model.": "a whole model",
     "down_blocks.0.resnets.0.conv1.weight": "a whole U-Net",
 }
+_OTHER_LORA = "a LoRA for another family of models"
 _LORA_KINDS = {
     "lora_unet_double_blocks_": "a LoRA for Flux",
     "lora_unet_joint_blocks_": "a LoRA for SD 3",
-    "lora_transformer_": "a LoRA for another family of models",
-    "^transformer.": "a LoRA for another family of models",
+    "lora_transformer_": _OTHER_LORA,
+    "lora_prior_unet_": "a LoRA for Stable Cascade",
+    "^lora_unet_blocks_": _OTHER_LORA,
+    "^lora_unet_layers_": _OTHER_LORA,
+    "^transformer.": _OTHER_LORA,
+    "^diffusion_model.blocks.": _OTHER_LORA,
+    "^diffusion_model.layers.": _OTHER_LORA,
+    "^base_model.model.transformer_blocks.": _OTHER_LORA,
     ".lambda_layer": "a T-LoRA, which changes with the noise of the step, so that LyCORIS' own loader alone can use it",
     ".oft_R.": "an OFT of version 2, which the program that made it (peft, OneTrainer) can merge into a model",
     ":up": "a LoRA of cloneofsimo's trainer, without names of layers, which that program can merge into a model",
 }
 _ANY_LORA = ("lora_unet_", "lora_te", ".lora_A.", ".lora_down.", ".lora.down.")
+_EMBEDDING = "a textual inversion embedding (gen_img takes it with --textual_inversion_embeddings)"
 _OTHER_FILES = {
     "control_model.": "a ControlNet",
     "controlnet_": "a ControlNet",
-    "emb_params": "a textual inversion embedding",
-    "string_to_param": "a textual inversion embedding",
+    "emb_params": _EMBEDDING,
+    "string_to_param": _EMBEDDING,
+    "^clip_l$": _EMBEDDING,
+    "^clip_g$": _EMBEDDING,
+    "lllite_unet_": "a ControlNet-LLLite",
+    "ip_adapter.": "an IP-Adapter",
+    "motion_modules.": "a motion module of AnimateDiff",
+    "params_ema": "an upscaler",
+}
+_PARTS = {
+    "^text_model.embeddings.": "a text encoder",
+    "^encoder.conv_in.": "a VAE",
+    "^decoder.conv_in.": "a VAE",
 }
 
 
 def file_kind(start: bytes) -> str | None:
     """What a file with these first bytes is, such as `a web page; ...`; None if it is unknown or may hold tensors."""
     if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
-        return "a WebP image"
-    return next((what for beginning, what in _BEGINNINGS if start.lstrip().startswith(beginning)), None)
+        return "a WebP image; give a file of weights instead"
+    what = next((what for beginning, what in _BEGINNINGS if start.lstrip().startswith(beginning)), None)
+    return what if what is None or ";" in what else f"{what}; give a file of weights instead"
 
 
 def instead_of_a_model(names: Iterable[str]) -> str | None:
@@ -94,12 +121,18 @@ def instead_of_a_lora(names: Iterable[str]) -> tuple[str, str] | None:
     """
     names = [name for name in names if not name.startswith("bundle_emb.")]  # embeddings that OneTrainer puts beside a LoRA
     is_lora = any(mark in name for mark in _ANY_LORA for name in names)
-    for table in (_LORA_KINDS, *([] if is_lora else [_WHOLE_MODELS, _OTHER_FILES])):
+    for table in (_LORA_KINDS, *([] if is_lora else [_OTHER_FILES, _WHOLE_MODELS, _PARTS])):
         if found := _first(table, names):
             return (found[0] if table is _LORA_KINDS else f"{found[0]}, not a LoRA"), found[1]
     return None
 
 
+def instead_of_tensors(names: Iterable[str]) -> str | None:
+    """What a pickled file with these entries, of which none is a tensor, is instead; None if nothing gives it away."""
+    found = _first(_OTHER_FILES, list(names))
+    return f"{found[0]}, no model or LoRA" if found else None
+
+
 def _first(table: dict[str, str], names: list[str]) -> tuple[str, str] | None:
-    """The first row of the table whose mark is in a name, and that name; `^` matches the beginning of a name."""
-    return next(((what, name) for mark, what in table.items() for name in names if mark in f"^{name}"), None)
+    """The first row of the table whose mark is in a name, and that name; `^` and `$` match the beginning and the end of a name."""
+    return next(((what, name) for mark, what in table.items() for name in names if mark in f"^{name}$"), None)

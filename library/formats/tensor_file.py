@@ -26,7 +26,7 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.files import read_safetensors_header
-from library.formats.foreign import file_kind
+from library.formats.foreign import PLAIN_ARCHIVE, file_kind, instead_of_tensors
 
 PICKLED_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 MODEL_SUFFIXES = (".safetensors", *PICKLED_SUFFIXES)
@@ -172,7 +172,8 @@ class PickledFile(TensorFile):
                 str(name): tensor for name, value in _unwrapped(content).items() if (tensor := _tensor_of(value)) is not None
             }
             if not found:
-                raise UserError(f"{path} holds no tensors; it is no model or LoRA")
+                what = instead_of_tensors(map(str, content))
+                raise UserError(f"{path} is {what}" if what else f"{path} holds no tensors; it is no model or LoRA")
             self._tensors = dict(sorted(found.items(), key=lambda item: _storage_start(item[1])))
             ends = (_storage_start(value) + value.untyped_storage().nbytes() for value in found.values() if value.is_meta)
             if max(ends, default=0) > self._size:
@@ -229,6 +230,15 @@ def _is_plain_zip(path: Path) -> bool:
         return False
 
 
+def _is_archive_of_files(path: Path) -> bool:
+    """Whether it is a zip archive without the record that each of torch's has."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return not any(name.endswith("data.pkl") for name in archive.namelist())
+    except Exception:  # a damaged archive can raise anything
+        return False
+
+
 def _storage_start(value: Tensor) -> int:
     """Where in the file the storage of a tensor on the meta device begins, in bytes; 0 for one that is in memory."""
     return (value.untyped_storage()._checkpoint_offset or 0) if value.is_meta else 0
@@ -253,6 +263,8 @@ def open_tensors(path: Path) -> TensorFile:
     # A .safetensors file begins with the length of its header (8 bytes, far below 4 GiB), then "{".
     if start[4:9] == b"\0\0\0\0{":
         return SafetensorsFile(path)
+    if start[:2] == b"PK" and _is_archive_of_files(path):
+        raise UserError(f"{path} is {PLAIN_ARCHIVE}")
     if start[:2] == b"PK" or start[0] == 0x80:  # a zip archive as torch writes it, or a plain pickle
         if path.suffix.lower() == ".safetensors":  # whoever chose a .safetensors file did not choose to unpickle one
             raise UserError(f"{path} is a pickled checkpoint under a wrong name; rename it to {path.stem}.ckpt if you trust it")
@@ -288,7 +300,8 @@ def load_pickled(path: str | os.PathLike, map_location: str = "cpu") -> dict[str
             ) from error
         # torch wraps what was wrong into advice on how to switch the protection off.
         words = str(error).partition("WeightsUnpickler error:")[2].strip() or str(error) or type(error).__name__
-        raise UserError(f"{path} is cut off, damaged or no checkpoint ({words.splitlines()[0]}); fetch it again") from error
+        words = words.splitlines()[0].partition(". ")[0]
+        raise UserError(f"{path} is cut off, damaged or no checkpoint ({words}); fetch it again") from error
     if isinstance(content, list) and content and all(isinstance(value, Tensor) for value in content):
         raise UserError(
             f"{path} is a list of tensors without names, as cloneofsimo's trainer wrote LoRAs; "

@@ -85,7 +85,7 @@ class Change:
             change = self.adapter.bias_change(weight) if self.of_bias else self.adapter.weight_change(weight)
         except UserError as error:
             raise UserError(f"{self.lora.path}: {error}") from error
-        return torch.zeros_like(weight).flatten(1) if change is None else (change * self.ratio).view(len(weight), -1)
+        return torch.zeros_like(weight).flatten(1) if change is None else (change * self.ratio).reshape(len(weight), -1)
 
 
 def _changes(

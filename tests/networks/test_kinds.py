@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kind_files import CONV, KINDS, LAYER, NORM, TUCKER, file_of, layer_of, random, title_of
+from kind_files import CONV, GLORA_3X3, KINDS, LAYER, NORM, TUCKER, file_of, layer_of, random, title_of
 from tool_files import checkpoint_tensors, load, lora_tensors, save_lora, small_model
 
 from library.errors import UserError
@@ -14,8 +14,8 @@ from networks import check_lora_weights, merge_lora, resize_lora, svd_merge_lora
 KEY = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q.weight"
 CONV_KEY = "model.diffusion_model.middle_block.0.in_layers.2.weight"
 NORM_KEY = "model.diffusion_model.middle_block.1.norm"
-NEED_THE_MODEL = ("GLoRA", "IA3", "OFT", "BOFT", "LoRA with DoRA", "LoRA with DoRA, by input")
-EXACT_AT_32 = ("LoRA", TUCKER, "LoHa", "GLoRA")  # the ranks of these changes are 2, 2, 4 and 4
+NEED_THE_MODEL = ("GLoRA", GLORA_3X3, "IA3", "OFT", "BOFT", "LoRA with DoRA", "LoRA with DoRA, by input")
+EXACT_AT_32 = ("LoRA", TUCKER, "LoHa", "GLoRA", GLORA_3X3)  # the ranks of these changes are 2, 2, 4, 4 and 20
 EXACT_SUM = ("LoRA", TUCKER)
 
 
@@ -60,7 +60,7 @@ def test_a_lora_of_rank_32_is_the_nearest_one(kind, model, tmp_path, tool):
     source = ["--model", path] if tool is resize_lora else ["--models", path, "--ratios", "1"]
     words = [*source, "--save_to", str(out), "--new_rank", "32"]
     if name in NEED_THE_MODEL:
-        with pytest.raises(UserError, match=f"kind.safetensors: {LAYER} is of the kind {title_of(name)}, .* with --sd_model"):
+        with pytest.raises(UserError, match=f"kind.safetensors: {layer_of(name)} is of the kind {title_of(name)}, .* with --sd_model"):
             tool.main(words)
         words += ["--sd_model", str(base)]
     tool.main(words)

@@ -110,7 +110,10 @@ def refused(path: Path, reason: str) -> None:
         (b"\xff\xd8\xff\xe0" + bytes(50), "JPEG image"),
         (b"RIFF\x10\0\0\0WEBPVP8 ", "WebP image"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "git lfs pull"),
-        (b"GGUF\x03\0\0\0", "GGUF file"),
+        (b"GGUF\x03\0\0\0", "GGUF file.*; get the .safetensors file"),
+        (b'{"error": "not found"}', "a JSON file"),
+        (b"Rar!\x1a\x07\x01\0" + bytes(50), "a RAR archive; unpack it"),
+        (b"%PDF-1.4", "a PDF document; give a file of weights instead"),
         (b"hello, this is text", "no file of weights"),
         (bytes(1000), "no file of weights"),
         (b"PK\x03\x04" + bytes(100), "no checkpoint|wrong name"),
@@ -123,6 +126,20 @@ def test_foreign_files(tmp_path, content, reason, suffix):
     path = tmp_path / f"model{suffix}"
     path.write_bytes(content)
     refused(path, reason)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt", ".zip"])
+def test_an_archive_of_files_is_named(tmp_path, suffix):
+    path = tmp_path / f"model{suffix}"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("lora/mine.safetensors", "x")
+    refused(path, "a zip archive of files, not of tensors; unpack it")
+
+
+@pytest.mark.parametrize("content, what", [("string_to_param", "a textual inversion embedding"), ("params_ema", "an upscaler")])
+def test_pickled_files_of_other_programs_are_named(tmp_path, content, what):
+    torch.save({content: {"*": torch.zeros(2, 768)}, "name": "x"}, tmp_path / "a.pt")
+    refused(tmp_path / "a.pt", f"a.pt is {what}.*, no model or LoRA")
 
 
 def test_missing_file_and_folder(tmp_path):
