@@ -70,7 +70,10 @@ def main(words: Sequence[str] | None = None) -> None:
     lora_options.check_device(args.device)
     (lora,) = matrices_alone(read_loras([args.model]))
     dtype = dtype_of(args.save_precision)
-    with base_weights(args.sd_model, [lora]) as weight_of, SpooledModules(save_to.parent, dtype) as modules:
+    with (
+        base_weights(args.sd_model, [lora]) as (weight_of, (lora,)),
+        SpooledModules(save_to.parent, dtype) as modules,
+    ):
         _, kept = resize(
             lora,
             args.new_rank,

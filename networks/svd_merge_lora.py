@@ -63,9 +63,12 @@ def main(words: Sequence[str] | None = None) -> None:
     lora_options.check_device(args.device)
     loras = matrices_alone(read_loras(args.models))
     check_family(loras, args.v2, args.sdxl)
-    parts = strengths(loras, args.ratios, args.lbw)
     dtype = dtype_of(args.save_precision or args.precision)
-    with base_weights(args.sd_model, loras) as weight_of, SpooledModules(save_to.parent, dtype) as modules:
+    with (
+        base_weights(args.sd_model, loras) as (weight_of, loras),
+        SpooledModules(save_to.parent, dtype) as modules,
+    ):
+        parts = strengths(loras, args.ratios, args.lbw)
         _, kept = svd_merge(
             loras,
             parts,

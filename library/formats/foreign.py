@@ -32,6 +32,12 @@ _OTHER_MODELS = {
     "model.diffusion_model.joint_blocks.": "a Stable Diffusion 3 model",
     "double_blocks.": "a Flux model",
 }
+# The same of models whose weights are no plain numbers.
+_PACKED_MODELS = {
+    ".scale_weight": "in scaled 8 bits of ComfyUI",
+    ".weight_scale": "in scaled 8 bits of ComfyUI",
+    ".quant_state.bitsandbytes": "in 4 bits of bitsandbytes",
+}
 # A part of the class name of a Diffusers folder's pipeline -> what the folder is.
 _OTHER_PIPELINES = {
     "Kolors": "a Kolors model",
@@ -97,10 +103,18 @@ def instead_of_a_model(names: Iterable[str]) -> str | None:
     names = list(names)
     if found := _first(_OTHER_MODELS, names):
         return f"{found[0]}, {_ANOTHER_FAMILY}"
+    if what := packed_model(names):
+        return what
     if any(mark in name for mark in _ANY_LORA for name in names):
         return "a LoRA, not a model; give it where a LoRA is asked for and here the model it was trained on"
     found = _first(_OTHER_FILES, names)
     return f"{found[0]}, not a model; use an SD 1.x, SD 2.x or SDXL model" if found else None
+
+
+def packed_model(names: Iterable[str]) -> str | None:
+    """What a model is whose weights have to be unpacked before they are numbers, with the cure; None if nothing gives it away."""
+    found = _first(_PACKED_MODELS, list(names))
+    return f"a model {found[0]}, which other programs cannot read; use the fp16 file of the model" if found else None
 
 
 def instead_of_a_folder(pipeline: str, configs: Mapping[str, Mapping[str, Any]]) -> str | None:

@@ -27,13 +27,16 @@ _IS_3X3 = re.compile(
 
 
 @contextmanager
-def base_weights(sd_model: str | None, loras: Sequence[LoraFile]) -> Iterator[WeightOf]:
-    """The weights of the model that `--sd_model` names, if any. Raises UserError if it is not of the LoRAs' family."""
+def base_weights(sd_model: str | None, loras: Sequence[LoraFile]) -> Iterator[tuple[WeightOf, list[LoraFile]]]:
+    """The weights of the model that `--sd_model` names, if any, and the LoRA files with the names of its layers.
+
+    Raises UserError if it is not of the LoRAs' family.
+    """
     if sd_model is None:
-        yield lambda name: None
+        yield lambda name: None, list(loras)
         return
     with open_tensors(Path(sd_model)) as model:
-        loras_for(model, family_of_model(model), loras)
+        named = loras_for(model, family_of_model(model), loras)
         targets = weight_targets(model.shapes)
 
         def weight_of(name: str) -> Tensor | None:
@@ -41,7 +44,7 @@ def base_weights(sd_model: str | None, loras: Sequence[LoraFile]) -> Iterator[We
                 return None
             return targets[name].weight(model.view(targets[name].key)).float()
 
-        yield weight_of
+        yield weight_of, named
 
 
 def matrices_alone(loras: Sequence[LoraFile]) -> list[LoraFile]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from library.errors import UserError
 from library.formats.families import FILE_FAMILIES, SD2, SDXL, FileFamily, family_of_checkpoint, titles
-from library.formats.foreign import instead_of_a_model
+from library.formats.foreign import instead_of_a_model, packed_model
 from library.formats.lora_file import LoraFile
 from library.formats.names import UNET_PREFIX
 from library.formats.tensor_file import TensorFile
@@ -14,12 +14,12 @@ from library.formats.tensor_file import TensorFile
 
 def family_of_model(model: TensorFile, v2: bool = False, sdxl: bool = False) -> FileFamily:
     """The family of a checkpoint. Raises UserError if it is unknown, or contradicts `--v2` or `--sdxl`."""
-    if what := instead_of_a_model(model.shapes):
-        raise UserError(f"{model.path} is {what}")
     found = family_of_checkpoint(model.shapes)
     if found is None or not any(name.startswith(UNET_PREFIX) for name in model.shapes):
-        what = f"no checkpoint of {titles(FILE_FAMILIES)}"
-        raise UserError(f"{model.path} is {what}: it lacks the U-Net or a text encoder; give the whole model")
+        what = f"no checkpoint of {titles(FILE_FAMILIES)}: it lacks the U-Net or a text encoder; give the whole model"
+        raise UserError(f"{model.path} is {instead_of_a_model(model.shapes) or what}")
+    if packed := packed_model(model.shapes):
+        raise UserError(f"{model.path} is {packed}")
     for option, family in _given_families(v2, sdxl):
         if found is not family:
             raise UserError(f"{model.path} is an {found.title} model; leave out {option}: the family is read from the file")

@@ -40,7 +40,7 @@ def merge_into_model(
 ) -> list[str]:
     """Write the model with the LoRAs merged in; returns the LoRA modules for which the model has no layer.
 
-    save None: every tensor keeps its dtype. Tensors of the noise schedule always keep theirs.
+    save None: every tensor keeps its dtype, but those of 8 bits become float16. Tensors of the noise schedule always keep theirs.
     """
     changes, unused = _changes(model, loras, strengths)
     if not changes:
@@ -122,7 +122,9 @@ def _check_size(model: TensorFile, lora: LoraFile, name: str, target: Target) ->
 
 def _saved_dtype(name: str, dtype: torch.dtype, save: torch.dtype | None) -> torch.dtype:
     # The noise schedule (betas, ...) has names without a dot and stays float32 in half-precision files too.
-    return save if save and dtype.is_floating_point and "." in name else dtype
+    if not dtype.is_floating_point or "." not in name:
+        return dtype
+    return save or (torch.float16 if dtype.itemsize == 1 else dtype)  # the rounding of 8 bits is coarser than most LoRAs
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,9 @@ def test_a_lora_of_rank_32_is_the_nearest_one(kind, model, tmp_path, tool):
     source = ["--model", path] if tool is resize_lora else ["--models", path, "--ratios", "1"]
     words = [*source, "--save_to", str(out), "--new_rank", "32"]
     if name in NEED_THE_MODEL:
-        with pytest.raises(UserError, match=f"kind.safetensors: {layer_of(name)} is of the kind {title_of(name)}, .* with --sd_model"):
+        with pytest.raises(
+            UserError, match=f"kind.safetensors: {layer_of(name)} is of the kind {title_of(name)}, .* with --sd_model"
+        ):
             tool.main(words)
         words += ["--sd_model", str(base)]
     tool.main(words)

@@ -118,6 +118,20 @@ def test_a_half_precision_ckpt_keeps_its_dtype_and_old_text_encoder_names(tmp_pa
     assert content["state_dict"][key].dtype == torch.float16 and content["epoch"] == 4 and content["global_step"] == 9
 
 
+@pytest.mark.parametrize("eight", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_model_of_8_bits_becomes_fp16_since_its_rounding_is_coarser_than_most_loras(tmp_path, eight):
+    tensors = {k: v.to(eight) if "." in k and v.is_floating_point() else v for k, v in checkpoint_tensors(small_model()).items()}
+    base = save_lora(tmp_path / "model.safetensors", tensors)
+    lora = lora_tensors(small_model(), 2, only="mid_block_attentions_0_proj_in")
+    out = tmp_path / "out.safetensors"
+    main(["--sd_model", base, "--save_to", str(out), "--models", save_lora(tmp_path / "a.safetensors", lora), "--ratios", "0.01"])
+    merged, key = load(out), "model.diffusion_model.middle_block.1.proj_in.weight"
+    assert {value.dtype for name, value in merged.items() if name.endswith((".weight", ".bias"))} == {torch.float16}
+    (change,) = products(lora, 0.01).values()
+    expected = tensors[key].double() + change.view(tensors[key].shape)
+    torch.testing.assert_close(merged[key].double(), expected, atol=1e-5, rtol=1e-3)
+
+
 def test_sd2_projections_may_be_linear_or_1x1_convolutions(tmp_path):
     model = small_model("sd2")
     weights = lora_tensors(model, only="mid_block_attentions_0_proj_in")
@@ -242,8 +256,12 @@ def test_wrong_input_is_named_before_any_work(model, tmp_path):
     checkpoint = save_lora(tmp_path / "m.safetensors", checkpoint_tensors(model))
     assert "a whole model" in error("--save_to", out, "--models", checkpoint, "--ratios", "1")
     assert "leave out --v2" in error("--sd_model", checkpoint, "--save_to", out, "--models", a, "--ratios", "1", "--v2")
+    assert "a.safetensors is a LoRA, not a model; give it" in error(
+        "--sd_model", a, "--save_to", out, "--models", a, "--ratios", "1"
+    )
+    part = save_lora(tmp_path / "part.safetensors", {"cond_stage_model.transformer.text_model.a.weight": torch.ones(2)})
     assert "no checkpoint of SD 1.x or SD 2.x or SDXL: it lacks the U-Net" in error(
-        "--sd_model", a, "--save_to", out, "--models", b, "--ratios", "1"
+        "--sd_model", part, "--save_to", out, "--models", a, "--ratios", "1"
     )
     assert "Diffusers folder" in error("--sd_model", str(tmp_path), "--save_to", out, "--models", a, "--ratios", "1")
     assert not Path(out).exists() and not list(tmp_path.glob(".*"))

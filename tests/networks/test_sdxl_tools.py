@@ -164,6 +164,19 @@ def test_trap_51_merged_loras_keep_what_their_parts_predict(folder, tmp_path, to
     assert metadata_of(out)["modelspec.prediction_type"] == said
 
 
+@pytest.mark.parametrize("tool", [resize_lora, svd_merge_lora])
+def test_one_file_whose_names_do_not_tell_goes_with_the_model(folder, tmp_path, tool):
+    """Also a kind whose change depends on the model's weight."""
+    name, key = "lora_unet_middle_block_0_in_layers_2", "model.diffusion_model.middle_block.0.in_layers.2.weight"
+    out_size, in_size = load(folder / "model.safetensors")[key].shape[:2]
+    tensors = {f"{name}.weight": torch.full((out_size,), 0.5), f"{name}.on_input": torch.tensor(0)}
+    file, out = save_lora(tmp_path / "a.safetensors", tensors), str(tmp_path / "out.safetensors")
+    source = ["--model", file] if tool is resize_lora else ["--models", file, "--ratios", "1"]
+    tool.main([*source, "--sd_model", str(folder / "model.safetensors"), "--new_rank", str(9 * in_size), "--save_to", out])
+    expected = 0.5 * load(folder / "model.safetensors")[key].double().flatten(1)
+    assert_close(products(load(out)), {name: expected})
+
+
 def test_one_file_whose_names_do_not_tell_goes_with_the_other(folder, tmp_path):
     """`middle_block` is in the checkpoints of all families."""
     name = "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q"

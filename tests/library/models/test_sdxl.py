@@ -299,6 +299,8 @@ def test_trap_6_7_relatives_are_refused_by_name(file, folder, tmp_path):
         "the refiner of SDXL": refiner,
         "CosXL": tensors | {"edm_vpred.sigma_max": torch.ones(())},
         "Playground v2.5": tensors | {"edm_mean": torch.ones(4), "edm_std": torch.ones(4)},
+        "scaled 8 bits of ComfyUI": tensors | {unet + "out.2.scale_weight": torch.ones(())},
+        "4 bits of bitsandbytes": tensors | {unet + "out.2.weight.quant_state.bitsandbytes__nf4": torch.ones(4)},
         "Kolors": tensors | {unet + "encoder_hid_proj.weight": torch.ones(4)},
         "in-painting": tensors | {unet + "input_blocks.0.0.weight": torch.ones(32, 9, 3, 3)},
         "instruct-pix2pix": tensors | {unet + "input_blocks.0.0.weight": torch.ones(32, 8, 3, 3)},
