@@ -13,6 +13,7 @@ import numbers
 import os
 import sys
 import threading
+import warnings
 import weakref
 import zipfile
 from abc import ABC, abstractmethod
@@ -288,7 +289,8 @@ def load_pickled(path: str | os.PathLike, map_location: str = "cpu") -> dict[str
         )
     try:
         # Opened here, since torch would choose a format by the name.
-        with open(path, "rb") as file, torch.serialization.safe_globals(_harmless_globals()):
+        with open(path, "rb") as file, torch.serialization.safe_globals(_harmless_globals()), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol 3")
             content = torch.load(file, map_location=map_location, weights_only=True)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
