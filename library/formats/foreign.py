@@ -148,5 +148,5 @@ def instead_of_tensors(names: Iterable[str]) -> str | None:
 
 
 def _first(table: dict[str, str], names: list[str]) -> tuple[str, str] | None:
-    """The first row of the table whose mark is in a name, and that name; `^` and `$` match the beginning and the end of a name."""
+    """The first row of the table whose mark is in a name, and that name; `^` and `$` match a name's beginning and end."""
     return next(((what, name) for mark, what in table.items() for name in names if mark in f"^{name}$"), None)
