@@ -13,6 +13,8 @@ modules. A decomposition is timed once for each shape and counted for all module
 1280 x 1280 one are counted in proportion (plain: rows x columns^2, thin: rows^2 x columns, the columns being the longer side),
 since the whole would take up to an hour. Writes benchmarks/results/tools.md.
 
+The last rows are of single layers on which many LoRAs are stacked: beyond some rank the full matrix is decomposed instead.
+
 The rows of SDXL (a float16 model of 6.9 GB, float16 LoRAs) have no straightforward way beside them. They need 15 GB of disk: of
 the tuned and the merged model only one is there at a time; `--only SDXL` makes and measures these alone.
 """
@@ -42,6 +44,7 @@ from torch import Tensor  # noqa: E402
 
 from library.formats.compvis import join_compvis  # noqa: E402
 from library.formats.lora_targets import Target, lora_targets  # noqa: E402
+from library.formats.low_rank import LowRank, decompose  # noqa: E402
 from library.formats.tensor_file import open_tensors  # noqa: E402
 from library.formats.tensor_output import rows_in, write_weights  # noqa: E402
 from library.models.modules import weights_of  # noqa: E402
@@ -60,6 +63,7 @@ GOALS = {  # times faster, seconds, times less memory, GB
     "SDXL: merge_lora into a model": "1 GB",
     "SDXL: extract_lora_from_models dim 4": "1 GB",
 }
+STACKS = [(out, size, rank) for out, size in ((320, 320), (640, 640), (320, 2880)) for rank in (128, 256, 512, 1024)]
 SDXL = "SDXL: "  # how the names of its rows begin
 MADE = "made"  # the folder, in that of the files, that every measurement finds empty
 LARGEST = 1280**3  # rows^2 x columns of the costliest decomposition that is run
@@ -361,7 +365,34 @@ def run(folder: Path, only: list[str]) -> list[str]:
         lines += sd1_rows(files, only, import_seconds)
     if any(asked_for(only, SDXL + name) for name in SDXL_ROWS):
         lines += sdxl_rows(sdxl_files(folder), only)
+    return lines + stack_rows(only)
+
+
+def stack_rows(only: list[str]) -> list[str]:
+    """LoRAs stacked to a high rank: `decompose` beside the thin SVD of their product, both in float64, the fastest of three."""
+    lines = []
+    for out_size, in_size, rank in STACKS:
+        name = f"decompose {out_size} x {in_size} of rank {rank}"
+        if not asked_for(only, name):
+            continue
+        generator = torch.Generator().manual_seed(rank)
+        up, down = torch.randn(out_size, rank, generator=generator), torch.randn(rank, in_size, generator=generator)
+        module = LowRank(up, down, float(rank))
+        seconds = fastest(lambda module=module: decompose(module, most=16))
+        plain = fastest(lambda up=up, down=down: torch.linalg.svd(up.double() @ down.double(), full_matrices=False))
+        lines.append(f"| {name} | {seconds:.3f} | - | {plain:.3f} | - | {plain / seconds:.1f} | - | above 0.8 |")
+        print(lines[-1], flush=True)
     return lines
+
+
+def fastest(work: Callable[[], object], times: int = 3) -> float:
+    """Seconds of the fastest call."""
+    seconds = []
+    for _ in range(times):
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
 
 
 def sdxl_rows(files: Files, only: list[str]) -> list[str]:
