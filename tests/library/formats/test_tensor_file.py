@@ -221,7 +221,7 @@ def test_pickles_of_later_protocols_are_read_or_named(tmp_path, protocol, kind, 
         if protocol > 3:
             return refused(path, f"was not opened: it is pickled with protocol {protocol}, .* save it again")
         with open_tensors(path) as file:
-            assert torch.equal(file.read("x"), torch.ones(2)) and file.numbers == {"epoch": 7}
+            assert torch.equal(file.read("x"), torch.ones(2)) and file.counters == {"epoch": 7}
     assert not [str(warning.message) for warning in recwarn if "protocol" in str(warning.message)]
 
 
