@@ -12,6 +12,7 @@ from library.formats.lora_file import LoraFile
 from library.formats.low_rank import LowRank
 from library.formats.modelspec import MINIMUM, modelspec
 from library.formats.prediction import Prediction, prediction_of_lora
+from library.formats.tensor_file import TensorFile
 from library.tools.block_weights import Strength
 
 # Keys about one training run, which do not hold for a merged file. Other keys that all sources agree on are copied.
@@ -98,6 +99,15 @@ def merged_metadata(
     facts = {"ss_merged_from": merged_from(sources, strengths), "ss_training_comment": comment, "ss_output_name": save_to.stem}
     spec = modelspec_of(save_to, base, [lora.title for lora in sources], first.get("modelspec.resolution"))
     return carried | facts | base.facts | network_metadata(modules) | spec
+
+
+def merged_model_metadata(
+    model: TensorFile, base: Base, sources: Sequence[LoraFile], strengths: Sequence[Strength], save_to: Path
+) -> dict[str, str]:
+    """Metadata of a model with LoRAs merged in: that of the model, its new specification, and the sources."""
+    titles = [model.metadata.get("modelspec.title") or model.path.stem, *(lora.title for lora in sources)]
+    spec = modelspec_of(save_to, base, titles, model.metadata.get("modelspec.resolution"), lora=False)
+    return dict(model.metadata) | spec | {"ss_merged_from": merged_from(sources, strengths)}
 
 
 def merged_from(sources: Sequence[LoraFile], strengths: Sequence[Strength]) -> str:

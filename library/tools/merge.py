@@ -14,29 +14,24 @@ from tqdm import tqdm
 
 from library.errors import UserError
 from library.formats.adapters.registry import Adapter
-from library.formats.families import FileFamily
 from library.formats.lora_file import LoraFile, all_names
 from library.formats.lora_targets import Target, bias_targets, weight_targets
 from library.formats.low_rank import LowRank, shuffle, stack
-from library.formats.prediction import prediction_of_file
 from library.formats.tensor_file import TensorFile
 from library.formats.tensor_output import rows_in, write_weights
 from library.tools.block_weights import Strength
 from library.tools.kept import Modules
-from library.tools.lora_metadata import Base, base_of, merged_from, modelspec_of
 
 
 def merge_into_model(
     model: TensorFile,
-    family: FileFamily,
     loras: Sequence[LoraFile],
     strengths: Sequence[Strength],
     save_to: Path,
+    metadata: Mapping[str, str],
     *,
     compute: torch.dtype = torch.float32,
     save: torch.dtype | None = None,
-    v_parameterization: bool | None = None,
-    with_modelspec: bool = True,
 ) -> list[str]:
     """Write the model with the LoRAs merged in; returns the LoRA modules for which the model has no layer.
 
@@ -58,12 +53,6 @@ def merge_into_model(
         progress.update(value.numel())
         return value.to(plan[name][1])
 
-    metadata = dict(model.metadata)
-    if with_modelspec:
-        base = Base(family, "v" if v_parameterization else prediction_of_file(model).prediction or base_of(loras).prediction)
-        titles = [metadata.get("modelspec.title") or model.path.stem, *(lora.title for lora in loras)]
-        spec = modelspec_of(save_to, base, titles, metadata.get("modelspec.resolution"), lora=False)
-        metadata |= spec | {"ss_merged_from": merged_from(loras, strengths)}
     with progress:
         write_weights(save_to, plan, rows_of, metadata, model.counters)
     return unused

@@ -65,34 +65,29 @@ def _into_model(args: argparse.Namespace, save_to: Path) -> None:
 
     from library.formats.lora_base import unlike_base
     from library.formats.lora_file import read_loras
-    from library.formats.prediction import prediction_of_file
+    from library.formats.prediction import Prediction, prediction_of_file
     from library.formats.tensor_file import open_tensors
     from library.tools.block_weights import strengths
     from library.tools.checkpoint import family_of_model, loras_for
+    from library.tools.lora_metadata import Base, base_of, merged_model_metadata
     from library.tools.merge import merge_into_model
 
     with open_tensors(path) as model:
         family = family_of_model(model, args.v2, args.sdxl)
         loras = loras_for(model, family, read_loras(args.models))
-        prediction = "v" if args.v_parameterization else prediction_of_file(model).prediction or family.default_prediction
+        stated: Prediction | None = "v" if args.v_parameterization else prediction_of_file(model).prediction
         for lora in loras:
-            for reason in unlike_base(lora.metadata, family.records, prediction):
+            for reason in unlike_base(lora.metadata, family.records, stated or family.default_prediction):
                 print(f"warning: {lora.path} {reason}", file=sys.stderr)
-        unused = merge_into_model(
-            model,
-            family,
-            loras,
-            strengths(loras, args.ratios, args.lbw),
-            save_to,
-            compute=dtype_of(args.precision),
-            save=dtype_of(args.save_precision) if args.save_precision else None,
-            v_parameterization=args.v_parameterization,
-            with_modelspec=not args.no_metadata,
-        )
+        parts = strengths(loras, args.ratios, args.lbw)
+        base = Base(family, stated or base_of(loras).prediction)
+        metadata = model.metadata if args.no_metadata else merged_model_metadata(model, base, loras, parts, save_to)
+        save = dtype_of(args.save_precision) if args.save_precision else None
+        unused = merge_into_model(model, loras, parts, save_to, metadata, compute=dtype_of(args.precision), save=save)
     if unused:
         print(f"warning: the model has no layer for {len(unused)} of the LoRA modules, such as {unused[0]}", file=sys.stderr)
-    parts = [path.name, *(f"{ratio:g} x {Path(name).name}" for name, ratio in zip(args.models, args.ratios, strict=True))]
-    print(f"saved {save_to}: {' + '.join(parts)}")
+    terms = [path.name, *(f"{ratio:g} x {Path(name).name}" for name, ratio in zip(args.models, args.ratios, strict=True))]
+    print(f"saved {save_to}: {' + '.join(terms)}")
 
 
 def _into_lora(args: argparse.Namespace, save_to: Path) -> None:
