@@ -3,6 +3,9 @@
 Here runs are set up on torch's `meta` device, whose tensors have shapes and no numbers: reading one (`.item()`, `if tensor:`,
 `nonzero`), bringing one to the CPU and mixing it with tensors of the CPU all raise. On a GPU the first two would wait for all
 work that is queued, at every step.
+
+It is the second type of device that these tests have. A made-up one (torch's `PrivateUse1`, registered from Python) would need a
+kernel of our own for every operation, already for `torch.empty`; `meta` has all of them.
 """
 
 from __future__ import annotations
@@ -17,10 +20,10 @@ from PIL import Image
 from small_runs import image_folder, two_blocks, use_two_blocks, words_of_a_run
 
 from library.models.family import Model
-from library.processes import Processes
-from library.training import entry, setup
+from library.training import setup
 from library.training.batch_loss import BatchLoss
 from library.training.checks.preflight import preflight
+from library.training.machine import Machine
 from library.training.options import parse_options
 from library.training.outputs.tracking import LossRecord
 from library.training.setup import Run
@@ -60,17 +63,17 @@ def steps_on_meta(images, tmp_path, monkeypatch):
     torch.__future__.set_swap_module_params_on_conversion(True)  # parameters stay the same objects on a GPU; so they do here
     is_autocast_enabled = torch.is_autocast_enabled
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind != "meta" and is_autocast_enabled(kind))
+    monkeypatch.setattr(Machine, "device", META)
     monkeypatch.setattr(setup, "load_stable_diffusion", lambda *args, **kwargs: model_on_meta())
-    monkeypatch.setattr(setup, "print_plan", lambda *args: None)  # numbers of the network, before the first step
+    monkeypatch.setattr(setup, "network_summary", lambda *args: "")  # numbers of the network, before the first step
     monkeypatch.setattr(setup, "model_digest", lambda model: "")  # likewise of the model
     monkeypatch.setattr(LossRecord, "flush", lambda self: None)  # reads the loss of the batch before, which has arrived by then
 
     def start(*words: str) -> Run:
         AcceleratorState._reset_state(reset_partial_state=True)
         options = parse_options(words_of_a_run(images, tmp_path / "out", "--max_train_steps=2", *words))
-        accelerator, processes = entry.make_accelerator(options), Processes()
-        accelerator.state.device = META
-        run = setup.prepare(options, preflight(options, torch.device("cpu"), 1), accelerator, processes)
+        machine = Machine.of(options.training)
+        run = setup.prepare(preflight(options, torch.device("cpu"), 1), machine)
         progress = run.loop.progress
         run.step.start_epoch(1)
         batches = run.loop.loader.steps(1, 0, run.plan.accumulation)
