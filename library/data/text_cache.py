@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 from tqdm import tqdm
 
@@ -57,7 +57,7 @@ class DiskTexts:
 
 def _read(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
+        return load(path.read_bytes())
     except Exception as error:  # safetensors has errors of its own
         raise UserError(f"cached text {path} cannot be read ({error}); start again, it is made anew") from error
 
