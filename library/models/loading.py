@@ -7,6 +7,8 @@ import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 logger = logging.getLogger(__name__)
+
+READERS = 2  # threads that read a file of weights
 
 # Weights of CLIP that some programs write to the folder of a text encoder which does not use them.
 UNUSED_CLIP_WEIGHTS = ("text_projection", "logit_scale", "vision_model.", "visual_projection")
@@ -264,26 +268,37 @@ def _decided(source: Path, stated: StatedPrediction, asked: Prediction | None) -
 def _fill_modules(
     file: TensorFile, to_parts: ToParts, parts: dict[str, tuple[Part, Config]], to: TensorOptions
 ) -> dict[str, nn.Module]:
-    """Modules of these parts and configurations with the file's weights. A second thread reads while they are built."""
-    with ThreadPoolExecutor(1) as reader:
-        reading = reader.submit(_read_weights, file, to_parts, tuple(parts), to)
-        modules = {name: _build(part, config, file.path) for name, (part, config) in parts.items()}
-        weights = reading.result()
+    """Modules of these parts and configurations with the file's weights. Threads read while they are built."""
+    names = [name for name in file.shapes if any(part in parts for part, _, _ in to_parts(name, _without_content(file, name)))]
+    weights: dict[str, dict[str, Tensor]] = {part: {} for part in parts}
+    torch_threads = torch.get_num_threads()
+    # One thread of torch in each: threads that share one conversion wait for each other while the system clears new memory.
+    with ThreadPoolExecutor(READERS, initializer=torch.set_num_threads, initargs=(1,)) as readers:
+        try:
+            reading = readers.map(partial(_read_weight, file, to_parts, to), names)
+            modules = {name: _build(part, config, file.path) for name, (part, config) in parts.items()}
+            for part, name, value in chain.from_iterable(reading):
+                weights[part][name] = value
+        except BaseException:
+            readers.shutdown(cancel_futures=True)
+            raise
+        finally:
+            torch.set_num_threads(torch_threads)
     for name, module in modules.items():
         fill(module, weights.pop(name), str(file.path), parts[name][0].title)
     return {name: for_inference(module) for name, module in modules.items()}
 
 
-def _read_weights(file: TensorFile, to_parts: ToParts, parts: tuple[str, ...], to: TensorOptions) -> dict[str, dict[str, Tensor]]:
-    """The weights of `parts` by their names in the modules, read tensor by tensor in the order of the file."""
-    weights: dict[str, dict[str, Tensor]] = {part: {} for part in parts}
-    for name, shape in file.shapes.items():
-        if any(part in weights for part, _, _ in to_parts(name, torch.empty(shape, device="meta"))):
-            is_8_bit = to["dtype"] is None and file.dtypes[name].is_floating_point and file.dtypes[name].itemsize == 1
-            for part, new, value in to_parts(name, file.read(name, torch.float16 if is_8_bit else to["dtype"], to["device"])):
-                # Copy views (the thirds of OpenCLIP's joined attention), so that each weight has memory of its own.
-                weights[part][new] = value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
-    return weights
+def _without_content(file: TensorFile, name: str) -> Tensor:
+    return torch.empty(file.shapes[name], device="meta")
+
+
+def _read_weight(file: TensorFile, to_parts: ToParts, to: TensorOptions, name: str) -> list[tuple[str, str, Tensor]]:
+    """One tensor of the file as weights of parts: (part, name in the module, weight)."""
+    is_8_bit = to["dtype"] is None and file.dtypes[name].is_floating_point and file.dtypes[name].itemsize == 1
+    placed = to_parts(name, file.read(name, torch.float16 if is_8_bit else to["dtype"], to["device"]))
+    # Copy views (the thirds of OpenCLIP's joined attention), so that each weight has memory of its own.
+    return [(part, new, t if t.untyped_storage().nbytes() == t.nbytes else t.clone()) for part, new, t in placed]
 
 
 def _build(part: Part, config: Config, path: Path) -> nn.Module:
