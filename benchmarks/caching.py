@@ -35,7 +35,10 @@ ENCODE_HEAD = [
     "| encode | caching, images/s | bare VAE, images/s | bare / caching | of processor time | difference of the latents |",
     "|---|---:|---:|---:|---:|---:|",
 ]
-READ_HEAD = ["| read | latents of a run, us of processor time a file | plain reading, us | files/s | MB/s |", "|---|---:|---:|---:|---:|"]
+READ_HEAD = [
+    "| read | latents of a run, us of processor time a file | plain reading, us | files/s | MB/s |",
+    "|---|---:|---:|---:|---:|",
+]
 BATCH = 4
 EVERY = 100  # batches that are read
 
