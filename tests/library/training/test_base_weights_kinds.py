@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from kind_files import CONV, KINDS, LAYER, NORM, TUCKER, random
+from kind_files import CONV, GLORA_3X3, KINDS, LAYER, NORM, TUCKER, random
 from tool_files import save_lora
 
 from library.models.loading import load_stable_diffusion
@@ -26,15 +26,16 @@ def every_kind() -> dict[str, torch.Tensor]:
     """A file with a layer of each kind, and changes of a norm layer and a bias."""
     blocks = [LAYER.removesuffix("attn1_to_q"), LAYER.replace("mid_block", "up_blocks_1").removesuffix("attn1_to_q")]
     layers = iter(block + place for block in blocks for place in PLACES)
+    kernels = {TUCKER: CONV.replace("conv1", "conv2"), GLORA_3X3: CONV.replace("resnets_0", "resnets_1")}
     tensors = random({"w_norm": (WIDTH,), "b_norm": (WIDTH,)}, NORM) | random({"diff_b": (WIDTH,)}, CONV)
     for kind, shapes in KINDS.items():
         wide = {name: tuple(_wider(size) for size in shape) for name, shape in shapes.items()}
-        tensors |= random(wide, CONV.replace("conv1", "conv2") if kind == TUCKER else next(layers))
+        tensors |= random(wide, kernels.get(kind) or next(layers))
     return tensors
 
 
 def _wider(size: int) -> int:
-    return {64: WIDTH, 32: WIDTH // 2}.get(size, size)
+    return {64: WIDTH, 32: WIDTH // 2, 9 * 64: 9 * WIDTH}.get(size, size)
 
 
 def test_every_kind_is_merged_before_training(run, base_model, tmp_path):

@@ -14,7 +14,7 @@ WORDS = ("--network_module=networks.dylora", "--network_dim=8", "--network_args"
 
 @pytest.fixture
 def ranks(monkeypatch) -> list[tuple[str, int]]:
-    """What happened in a run: ("draw", rank) and ("forward", rank) in their order."""
+    """What happened in a run: ("draw", rank) and ("factors", rank), which a forward pass asks for once, in their order."""
     events: list[tuple[str, int]] = []
     draw = DyLoRANetwork.on_step_start
 
@@ -24,21 +24,21 @@ def ranks(monkeypatch) -> list[tuple[str, int]]:
 
     monkeypatch.setattr(DyLoRANetwork, "on_step_start", on_step_start)
 
-    def spy(self, x):
+    def spy(self):
         if self is spy.first or spy.first is None:
             spy.first = self
-            events.append(("forward", self.active_rank))
-        return original(self, x)
+            events.append(("factors", self.active_rank))
+        return original(self)
 
-    spy.first, original = None, DyLoRAModule.forward
-    monkeypatch.setattr(DyLoRAModule, "forward", spy)
+    spy.first, original = None, DyLoRAModule.factors
+    monkeypatch.setattr(DyLoRAModule, "factors", spy)
     return events
 
 
 @pytest.mark.option("network_module")
 def test_trap_3_3_the_batches_of_a_step_share_one_draw(run, ranks):
     done = run(*WORDS, "--max_train_steps=3", "--gradient_accumulation_steps=2", "--network_train_unet_only")
-    assert [kind for kind, _ in ranks] == ["draw", "forward", "forward"] * 3
+    assert [kind for kind, _ in ranks] == ["draw", "factors", "factors"] * 3
     assert all(len({rank for _, rank in ranks[i : i + 3]}) == 1 for i in (0, 3, 6))
     words = json.loads(done.metadata()["ss_network_args"])
     assert words == {"unit": "2"} and done.metadata()["ss_network_module"] == "networks.dylora"
