@@ -118,7 +118,7 @@ def measure_encoding(folder: Path, family: str, size: int, precision: str, batch
     ready = torch.rand(batch, 3, size, size, device=device, dtype=model.vae.dtype) * 2 - 1
 
     def ours() -> None:
-        cache_latents(options, dataset, model, Processes(), cure="use another VAE")
+        cache_latents(options.augmentation, dataset, model, Processes(), cure="use another VAE")
 
     @torch.inference_mode()
     def bare() -> None:
