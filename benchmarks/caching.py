@@ -18,7 +18,6 @@ import io
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.result_page import write_parts  # noqa: E402
-from benchmarks.train_step import conditions  # noqa: E402
+from benchmarks.train_step import Clock, conditions, precision_name  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "caching.md"
 PARTS = ("encode", "read")
@@ -93,15 +92,6 @@ def model_with_vae(family: str, small: bool, dtype, device):
     return model
 
 
-def clock(device) -> tuple[float, float]:
-    """Wall-clock and processor seconds, with all done that was begun on the device."""
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter(), time.process_time()
-
-
 def measure_encoding(folder: Path, family: str, size: int, precision: str, batch: int, rounds: int, small: bool) -> dict:
     """Images a second of the trainer's caching and of the bare VAE, medians of rounds by turns; and the latents."""
     import torch
@@ -125,13 +115,13 @@ def measure_encoding(folder: Path, family: str, size: int, precision: str, batch
         for start in range(0, count, batch):
             model.vae.encode(ready[: min(batch, count - start)]).latent_dist.sample().float().cpu()
 
-    took: dict = {ours: [], bare: []}
+    clock, took = Clock(), {ours: [], bare: []}
     bare()  # the first pass of a device
     for turn in range(rounds):
         for work in (ours, bare) if turn % 2 == 0 else (bare, ours):
-            before = clock(device)
+            clock.read()
             work()
-            took[work].append([end - begin for begin, end in zip(before, clock(device), strict=True)])
+            took[work].append(clock.read())
     (wall, cpu), (bare_wall, bare_cpu) = (
         [statistics.median(column) for column in zip(*took[work], strict=True)] for work in (ours, bare)
     )
@@ -148,9 +138,9 @@ def encode_rows(arguments: argparse.Namespace, folder: Path) -> Iterator[str]:
         found = measure_encoding(images, "sd1", arguments.size, precision, arguments.batch, arguments.rounds, arguments.small)
         latents = found["latents"]
         exact = latents if exact is None else exact
-        name = {"no": "float32"}.get(precision, precision)
         yield (
-            f"| {arguments.size} px, {name}, {arguments.batch} at once | {found['ours']:.3f} | {found['bare']:.3f} "
+            f"| {arguments.size} px, {precision_name(precision)}, {arguments.batch} at once "
+            f"| {found['ours']:.3f} | {found['bare']:.3f} "
             f"| {found['ratio']:.3f} | {found['cpu_ratio']:.3f} | {(latents - exact).norm() / exact.norm():.2%} |"
         )
 
@@ -187,15 +177,14 @@ def read_rows(arguments: argparse.Namespace, folder: Path) -> Iterator[str]:
         for row in rows:
             cache_path(paths[row], keys[row]).read_bytes()
 
-    took: dict = {ours: [], plain: []}
+    clock, took = Clock(), {ours: [], plain: []}
     for _ in range(arguments.rounds):
         batches = order.permutation(arguments.read)[: EVERY * BATCH].reshape(-1, BATCH).tolist()
         for work in (ours, plain):
-            before = clock(torch.device("cpu"))
+            clock.read()
             for rows in batches:
                 work(rows)
-            spent = zip(before, clock(torch.device("cpu")), strict=True)
-            took[work].append([(end - begin) / (len(batches) * BATCH) for begin, end in spent])
+            took[work].append([spent / (len(batches) * BATCH) for spent in clock.read()])
     (wall, cpu), (_, plain_cpu) = ([statistics.median(kind) for kind in zip(*took[work], strict=True)] for work in (ours, plain))
     speed = f"{1 / wall:.0f} | {size / wall / 1e6:.0f}"
     yield f"| {arguments.read:,} files | {1e6 * cpu:.0f} | {1e6 * plain_cpu:.0f} | {speed} |"

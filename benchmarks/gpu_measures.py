@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import caching, generate
-from benchmarks.train_step import Case, bare, floor_step, make_images, make_model, train
+from benchmarks.train_step import Case, bare, floor_step, make_images, make_model, now, precision_name, train
 
 Row = dict[str, Any]  # "row" names it, other keys are columns; "failed" says why there are none
 SIZES = {"sd1": 512, "sdxl": 1024}
@@ -84,15 +84,6 @@ def tried(name: str, work: Callable[[], Row]) -> Row:
             torch.cuda.reset_peak_memory_stats()
 
 
-def now() -> float:
-    """Seconds, with everything done that was begun on the device."""
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def peaks() -> Row:
     """GB that were in use at most, on the device since the last row, or in this process where there is none."""
     import torch
@@ -136,16 +127,11 @@ def made_files(family: str, place: Place) -> Row:
 
 
 def matmul_rate(side: int, dtype: Any, device: str) -> float:
-    """TFLOP/s, the best of five rounds."""
+    """TFLOP/s."""
     import torch
 
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(6):
-        started = now()
-        a @ b
-        best = min(best, now() - started)
-    return 2 * side**3 / best / TERA
+    return 2 * side**3 / least_seconds(lambda: a @ b) / TERA
 
 
 def copy_rate(count: int, device: str) -> float:
@@ -153,12 +139,18 @@ def copy_rate(count: int, device: str) -> float:
     import torch
 
     source = torch.ones(count, dtype=torch.uint8, device=device)
-    target, best = torch.empty_like(source), float("inf")
+    target = torch.empty_like(source)
+    return 2 * count / least_seconds(lambda: target.copy_(source)) / GIGA
+
+
+def least_seconds(work: Callable[[], Any]) -> float:
+    """Of six rounds."""
+    rounds = []
     for _ in range(6):
         started = now()
-        target.copy_(source)
-        best = min(best, now() - started)
-    return 2 * count / best / GIGA
+        work()
+        rounds.append(now() - started)
+    return min(rounds)
 
 
 # ---------------------------------------------------------------- training steps
@@ -168,12 +160,8 @@ def measure_steps(job: Job, place: Place) -> Iterator[Row]:
     """A row for each way and batch: the trainer's own steps, and the bare U-Net's where the job is the plain one."""
     for way, words in job.ways.items():
         for batch in job.batches:
-            name = ", ".join(filter(None, [TITLES[job.family], precision_name(job), way, f"batch {batch}"]))
+            name = ", ".join(filter(None, [TITLES[job.family], precision_name(job.precision), way, f"batch {batch}"]))
             yield tried(name, lambda words=words, batch=batch: step_row(job, place, words, batch))
-
-
-def precision_name(job: Job) -> str:
-    return {"no": "float32"}.get(job.precision, job.precision)
 
 
 def step_row(job: Job, place: Place, words: list[str], batch: int) -> Row:
@@ -217,7 +205,7 @@ def useful(job: Job, place: Place, images: float) -> Row:
     """TFLOP/s that the bare U-Net needs for so many images a second, and their part of the products' rate."""
     rates = json.loads((place.folder / "rates.json").read_text(encoding="utf-8"))
     done = unet_flop(place.of(job.family) / "unet.json", place.size(job.family)) * images / TERA
-    return {"TFLOP/s": done, "of the products' rate": done / (rates[precision_name(job)] or float("nan"))}
+    return {"TFLOP/s": done, "of the products' rate": done / (rates[precision_name(job.precision)] or float("nan"))}
 
 
 @cache
@@ -254,7 +242,7 @@ def measure_caching(job: Job, place: Place) -> Iterator[Row]:
                 **peaks()}  # fmt: skip
 
     for batch in job.batches:
-        name = f"{TITLES[job.family]}, {size} px, {precision_name(job)}, {batch} at once"
+        name = f"{TITLES[job.family]}, {size} px, {precision_name(job.precision)}, {batch} at once"
         yield tried(name, lambda batch=batch: row(batch))
 
 
@@ -285,7 +273,7 @@ def measure_drawing(job: Job, place: Place) -> Iterator[Row]:
                 **peaks()}  # fmt: skip
 
     for batch in job.batches:
-        name = f"{TITLES[job.family]}, {size} px, {precision_name(job)}, {steps} steps of ddim, batch {batch}"
+        name = f"{TITLES[job.family]}, {size} px, {precision_name(job.precision)}, {steps} steps of ddim, batch {batch}"
         yield tried(name, lambda batch=batch: row(batch))
 
 

@@ -72,8 +72,12 @@ class Case:
         ]  # fmt: skip
 
     def label(self) -> str:
-        precision = {"no": "float32"}.get(self.precision, self.precision)
-        return f"{self.size} px, batch {self.batch}, {precision}, {CASES[self.kind][0]}"
+        return f"{self.size} px, batch {self.batch}, {precision_name(self.precision)}, {CASES[self.kind][0]}"
+
+
+def precision_name(precision: str) -> str:
+    """What a value of --mixed_precision is called in tables."""
+    return {"no": "float32"}.get(precision, precision)
 
 
 # ---------------------------------------------------------------- files
@@ -140,6 +144,15 @@ def clocked(owner: object, name: str, parts: dict[str, float], part: str):
     return mock.patch.object(owner, name, with_clock)
 
 
+def now() -> float:
+    """Seconds, with everything done that was begun on the device."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class Clock:
     """Wall-clock and processor seconds since it was last read, to the end of what runs on the device."""
 
@@ -147,11 +160,7 @@ class Clock:
         self.marks = (0.0, 0.0)
 
     def read(self) -> tuple[float, float]:
-        import torch
-
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        before, self.marks = self.marks, (time.perf_counter(), time.process_time())
+        before, self.marks = self.marks, (now(), time.process_time())
         return self.marks[0] - before[0], self.marks[1] - before[1]
 
 
