@@ -49,10 +49,9 @@ def names_by_nfc(folder: Path) -> dict[str, str]:
 def _written_beside(path: Path, take_name: Callable[[Path], object]) -> Iterator[Path]:
     """Give a temporary path beside `path`; if the block succeeds, flush the file to disk and call `take_name` on it.
 
-    The temporary name keeps the suffix, by which writers choose a format; the stem is cut, as names have at most 255 bytes.
     If the block raises, the temporary file is removed.
     """
-    temporary = path.with_name(f".{path.stem[:40]}.{uuid.uuid4().hex[:8]}{path.suffix}")
+    temporary = _temporary_beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         rights = _rights_of_new_files(path.parent)
@@ -71,6 +70,11 @@ def _written_beside(path: Path, take_name: Callable[[Path], object]) -> Iterator
             temporary.unlink()
 
 
+def _temporary_beside(path: Path) -> Path:
+    """A hidden name with the same suffix, by which writers choose a format; the stem is cut, as names have at most 255 bytes."""
+    return path.with_name(f".{path.stem[:40]}.{uuid.uuid4().hex[:8]}{path.suffix}")
+
+
 @lru_cache(maxsize=256)
 def _rights_of_new_files(folder: Path) -> int:
     """The permissions of a new file in this folder. They depend on umask, which Python can only read by setting it."""
@@ -87,6 +91,20 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(path)
     with _written_beside(path, lambda temporary: os.replace(temporary, path)) as temporary:
         yield temporary
+
+
+@contextmanager
+def unflushed_write(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`; if the block succeeds, the file is renamed to `path`.
+
+    For thousands of files of which each can be made again: nothing is flushed to disk, and errors stay as they are.
+    """
+    temporary = _temporary_beside(path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -156,6 +174,11 @@ def read_safetensors_header(path: str | os.PathLike) -> dict[str, Any]:
     if 8 + length + end != size:
         raise UserError(f"{path} is cut off or damaged: {8 + length + end:,} bytes expected, {size:,} found; fetch it again")
     return header
+
+
+def read_safetensors_metadata(path: str | os.PathLike) -> dict[str, str]:
+    """What a .safetensors file says of itself; nothing where it says nothing. Raises as `read_safetensors_header` does."""
+    return read_safetensors_header(path).get("__metadata__", {})
 
 
 def _is_metadata(value: Any) -> bool:

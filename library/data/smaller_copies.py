@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 import os
 import shutil
-import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from tqdm import tqdm
 from library.data.folders import image_suffixes, is_image, is_unread
 from library.data.images import BadImage, exif_transpose, open_image, to_rgb
 from library.errors import UserError
+from library.files import unflushed_write
 
 # Pillow's filters widen as an image shrinks, so that fine patterns do not turn into false ones.
 FILTERS = {
@@ -120,25 +119,14 @@ def copy_name(source: Path, resolution: tuple[int, int]) -> str:
 
 def save(image: Image.Image, path: Path, **options: Any) -> None:
     """Write an image; it appears under its name when it is complete."""
-    with _appearing(path) as temporary:
+    with unflushed_write(path) as temporary:
         image.save(temporary, **options)
 
 
 def copy_file(source: Path, path: Path) -> None:
     """Copy a file; it appears under its name when it is complete."""
-    with _appearing(path) as temporary:
+    with unflushed_write(path) as temporary:
         shutil.copyfile(source, temporary)
-
-
-@contextmanager
-def _appearing(path: Path) -> Iterator[Path]:
-    """A temporary path, renamed to `path` if the block succeeds. Not flushed to disk, since there may be thousands."""
-    temporary = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def files_below(source: Path, target: Path) -> list[Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from library.files import legacy_hash_of_file, read_safetensors_header
+from library.files import legacy_hash_of_file, read_safetensors_metadata
 from library.formats.families import Records
 from library.formats.prediction import Prediction, prediction_of_lora
 
@@ -15,7 +15,7 @@ _PREDICTED: Mapping[Prediction, str] = {"epsilon": "noise", "v": "velocity"}
 def lora_metadata(file: Path) -> dict[str, str]:
     """The metadata of a .safetensors file; other files have none."""
     is_safetensors = file.suffix.lower() == ".safetensors" and file.is_file()
-    return read_safetensors_header(file).get("__metadata__") or {} if is_safetensors else {}
+    return read_safetensors_metadata(file) if is_safetensors else {}
 
 
 def unlike_base(metadata: Mapping[str, str], records: Records, prediction: Prediction | None) -> Iterator[str]:

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from PIL import Image
+
+from library.files import unflushed_write
 
 QUALITY = 86
 WITHOUT_LOSS = 160 * 160  # pixels: lossy compression saves little on smaller images, and shows
 
 
 def lay_image(image: Image.Image, path: Path, longest: int) -> None:
-    """Write an image as WebP, its longer side at most `longest` pixels; RGBA stays so. `path` ends in .webp; its folder is there.
+    """Write an image as WebP, its longer side at most `longest` pixels; RGBA stays so.
 
-    Thousands of them are written, and each can be made again: they are renamed into place, but not flushed one by one.
+    `path` ends in .webp; its folder is there.
     """
     small = image.convert("RGBA" if image.mode == "RGBA" else "RGB")
     small.thumbnail((longest, longest), Image.Resampling.LANCZOS, reducing_gap=2.0)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
-    try:
+    with unflushed_write(path) as temporary:
         small.save(temporary, "WEBP", quality=QUALITY, method=2, lossless=small.width * small.height <= WITHOUT_LOSS)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
-from library.files import read_safetensors_header
+from library.files import read_safetensors_metadata
 from library.formats.lora_base import lora_metadata, unlike_base
 from library.generation.options import NetworkOptions
 from library.generation.prompts.loras import PromptLoras, split_loras
@@ -235,5 +235,5 @@ def show_file_metadata(path: Path) -> None:
     if path.suffix.lower() != ".safetensors" or not path.is_file():
         print(f"{path} has no metadata" if path.is_file() else f"{path}: there is no such file")
         return
-    metadata = read_safetensors_header(path).get("__metadata__", {})
+    metadata = read_safetensors_metadata(path)
     print(f"{path}: " + (json.dumps(metadata, indent=2, ensure_ascii=False) if metadata else "no metadata"))

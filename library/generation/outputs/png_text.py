@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from library.diffusion.samplers import SAMPLERS
 from library.errors import UserError
-from library.files import read_safetensors_header, sha256_of_file
+from library.files import read_safetensors_metadata, sha256_of_file
 from library.generation.prompts.loras import split_loras
 from library.generation.prompts.spec import PromptSpec
 
@@ -146,7 +146,7 @@ def lora_hash(path: Path) -> str:
     if path.suffix.lower() != ".safetensors":
         return sha256_of_file(path)[:12]
     try:
-        said = read_safetensors_header(path).get("__metadata__", {}).get("sshs_model_hash")
+        said = read_safetensors_metadata(path).get("sshs_model_hash")
     except UserError:
         said = None
     if said:

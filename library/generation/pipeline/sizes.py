@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.errors import UserError
-from library.files import read_safetensors_header
+from library.files import read_safetensors_metadata
 from library.generation.extras.image_input import source_size
 from library.generation.prompts.spec import PromptSpec
 
@@ -40,4 +40,4 @@ def default_size(model: Model) -> tuple[int, int]:
 
 @cache  # asked for every image
 def _resolution_in(path: Path) -> str:
-    return read_safetensors_header(path).get("__metadata__", {}).get("modelspec.resolution", "")
+    return read_safetensors_metadata(path).get("modelspec.resolution", "")

@@ -226,12 +226,17 @@ def looks_like_path(name: str) -> bool:
     )
 
 
+def named_networks(options: NetworkOptions) -> list[tuple[str, str]]:
+    """(option, path) of the LoRA files to go on from and to merge."""
+    named = [("--network_weights", options.network_weights)] + [("--base_weights", path) for path in options.base_weights or ()]
+    return [(option, path) for option, path in named if path]
+
+
 def missing_networks(options: NetworkOptions) -> Iterable[str]:
     """LoRA files that are not there."""
-    named = [("network_weights", options.network_weights)] + [("base_weights", path) for path in options.base_weights or ()]
-    for option, path in named:
-        if path and not Path(path).is_file():
-            yield f"--{option} {path}: there is no such file; check the path (looked in {Path.cwd()})"
+    for option, path in named_networks(options):
+        if not Path(path).is_file():
+            yield f"{option} {path}: there is no such file; check the path (looked in {Path.cwd()})"
 
 
 def nothing_to_validate_with(options: ValidationOptions, optimizer: OptimizerOptions, dataset: TrainingDataset) -> Iterable[str]:
@@ -303,19 +308,14 @@ def print_advice(options: TrainNetworkOptions, dataset: TrainingDataset, device:
 
 def loras_of_other_models(options: TrainNetworkOptions, header: Header) -> Iterable[str]:
     """LoRAs to go on from or to merge that were trained on another model than the one given."""
-    chosen = options.network
-    for option, files in (("--network_weights", [chosen.network_weights]), ("--base_weights", chosen.base_weights or [])):
-        for file in filter(None, files):
-            metadata = lora_metadata(Path(file))
-            reasons = unlike_base(metadata, header.family.records, options.model.prediction)
-            yield from (f"{option} {file} {reason}" for reason in reasons)
-    if chosen.network_weights:
-        name = trained_on_another_file(lora_metadata(Path(chosen.network_weights)), Path(options.model.source))
-        if name:
-            yield (
-                f"--network_weights {chosen.network_weights} was trained on another file, {name}: "
-                "what it learned may fit this model less"
-            )
+    named = [(option, file, lora_metadata(Path(file))) for option, file in named_networks(options.network)]
+    for option, file, metadata in named:
+        for reason in unlike_base(metadata, header.family.records, options.model.prediction):
+            yield f"{option} {file} {reason}"
+    for option, file, metadata in named:
+        goes_on = option == "--network_weights"
+        if goes_on and (name := trained_on_another_file(metadata, Path(options.model.source))):
+            yield f"{option} {file} was trained on another file, {name}: what it learned may fit this model less"
 
 
 def shares_the_rate(options: TrainNetworkOptions, family: Family) -> bool:

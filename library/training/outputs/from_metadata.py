@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from library.command_line import option_fields
 from library.data.config_keys import DatasetConfig, SubsetConfig
 from library.errors import UserError
-from library.files import read_safetensors_header
+from library.files import read_safetensors_metadata
 from library.option_traits import RECORDED_ELSEWHERE, traits_of
 from library.training.optimization.optimizers import spec_named
 from library.training.optimization.schedules import SCHEDULES
@@ -54,7 +54,7 @@ def read_metadata(path: Path) -> dict[str, str]:
     """The metadata of a network file made by this trainer or a like one."""
     if path.suffix != ".safetensors" or not path.is_file():
         raise UserError(f"--from_metadata {path}: there is no such .safetensors file; other formats hold no metadata")
-    metadata = read_safetensors_header(path).get("__metadata__") or {}
+    metadata = read_safetensors_metadata(path)
     if "ss_network_module" not in metadata:
         raise UserError(f"--from_metadata {path}: the file does not say how it was made; it was written without metadata")
     return {key: value for key, value in metadata.items() if value != "None"}
