@@ -6,7 +6,6 @@ types that a function or class expects.
 
 from __future__ import annotations
 
-import ast
 import inspect
 import math
 import re
@@ -19,15 +18,10 @@ from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUndefinedAnnotation
 
 from library.errors import UserError, unknown
+from library.text_values import depth_of, read_value
 
 SEPARATORS = ",; \t\r\n"  # around pairs
 _KEY = re.compile(r"[^\W\d]\w*\s*=(?!=)")
-_WORDS = {
-    **dict.fromkeys(("true", "yes", "on"), True),
-    **dict.fromkeys(("false", "no", "off"), False),
-    "none": None,
-    "null": None,
-}
 
 
 def read_pairs(words: Iterable[str] | None, option: str) -> dict[str, str]:
@@ -63,17 +57,13 @@ def _rejoined(words: Iterable[str], option: str) -> Iterable[str]:
         if _KEY.match(word.lstrip(",")):
             yield from [current] if current else []
             current = word.lstrip(SEPARATORS)
-        elif current.endswith(",") or _depth(current):
+        elif current.endswith(",") or depth_of(current):
             current += f" {word}"
         elif word == ",":
             current += word
         else:
             raise UserError(f"{option}: expected key=value, got '{word}'")
     yield from [current] if current else []
-
-
-def _depth(text: str) -> int:
-    return sum((letter in "([{") - (letter in ")]}") for letter in text)
 
 
 def _pairs_of(words: Iterable[str]) -> Iterable[str]:
@@ -86,47 +76,8 @@ def _pairs_of(words: Iterable[str]) -> Iterable[str]:
             elif letter in SEPARATORS and depth <= 0 and _KEY.match(word, position + 1):
                 yield word[start : position + 1]
                 start = position + 1
-            depth += 0 if quote else _depth(letter)
+            depth += 0 if quote else depth_of(letter)
         yield word[start:]
-
-
-def read_value(text: str) -> Any:
-    """The number, bool, None, or tuple or list of these, that a text stands for; else the text itself.
-
-    >>> [read_value(text) for text in ("1e-4", "false", "Off", "0.9,0.99", "[1, 2]", "inf", "cosine")]
-    [0.0001, False, False, (0.9, 0.99), [1, 2], inf, 'cosine']
-    """
-    text = text.strip()
-    if text.lower() in _WORDS:
-        return _WORDS[text.lower()]
-    for kind in (int, float):
-        try:
-            number = kind(text)
-        except ValueError:
-            continue
-        overflows = abs(number) == math.inf and text.lstrip("+-")[0] in ".0123456789"  # nobody means infinity by 1e400
-        return text if overflows else number
-    inner = text[1:-1] if text[:1] + text[-1:] in ("()", "[]") else text
-    items = _items(inner)
-    if len(items) > 1 or inner is not text:
-        values = [read_value(item) for item in items if item.strip()]
-        return values if text[:1] == "[" else tuple(values) if len(items) > 1 or not values else values[0]
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return text
-
-
-def _items(text: str) -> list[str]:
-    """Parts between commas, not counting commas in brackets."""
-    items, depth = [""], 0
-    for letter in text:
-        depth += _depth(letter)
-        if letter == "," and not depth:
-            items.append("")
-        else:
-            items[-1] += letter
-    return items
 
 
 def arguments_for(

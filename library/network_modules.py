@@ -18,8 +18,8 @@ import safetensors.torch
 import torch
 
 from library.errors import UserError, nearest, one_line, unknown
-from library.files import read_safetensors_header
-from library.key_values import read_value
+from library.files import read_safetensors_metadata
+from library.text_values import read_value
 
 if TYPE_CHECKING:
     from library.models.family import Model
@@ -138,7 +138,7 @@ def _recorded_arguments(module: ModuleType, file: str) -> tuple[int, float, dict
     """--network_dim, --network_alpha and --network_args from the metadata of a file that this module wrote; None without them."""
     if Path(file).suffix != ".safetensors":
         return None
-    metadata = read_safetensors_header(Path(file)).get("__metadata__", {})
+    metadata = read_safetensors_metadata(file)
     if metadata.get("ss_network_module") != module.__name__:
         return None
     try:

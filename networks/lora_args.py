@@ -14,6 +14,7 @@ from typing import Any
 
 from library.errors import nearest
 from library.formats.blocks import BLOCK_MAPS, SD_BLOCKS, BlockMap, block_map
+from library.text_values import BOOLS, without_brackets
 from networks.lora import LoRAModule
 from networks.variants import VARIANTS, Variant, combined
 
@@ -55,10 +56,10 @@ def read_share(text: str) -> float:
 
 
 def read_bool(text: str) -> bool:
-    word, yes, no = text.strip().lower(), ("true", "yes", "on", "1"), ("false", "no", "off", "0")
-    if word not in (*yes, *no):
+    word, values = text.strip().lower(), {**BOOLS, "1": True, "0": False}
+    if word not in values:
         raise ValueError("give True or False")
-    return word in yes
+    return values[word]
 
 
 def read_choice(choices: Iterable[str], text: str) -> str:
@@ -69,9 +70,7 @@ def read_choice(choices: Iterable[str], text: str) -> str:
 
 def split_list(text: str) -> list[str]:
     """The items between commas; brackets around all and a comma behind the last may be there, as in Python."""
-    text = text.strip()
-    inner = text[1:-1] if text[:1] + text[-1:] in ("()", "[]") else text
-    return inner.strip().removesuffix(",").split(",")
+    return without_brackets(text.strip()).strip().removesuffix(",").split(",")
 
 
 def read_blocks(read_item: Reader, text: str) -> tuple:

@@ -19,7 +19,7 @@ FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in [*ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))]
 }
-GROUND = ("library.safe_text", "library.errors", "library.files", "library.parallel", "library.formats")
+GROUND = ("library.safe_text", "library.errors", "library.files", "library.parallel", "library.text_values", "library.formats")
 HELPERS = (
     "library.command_line",
     "library.console",
@@ -39,6 +39,7 @@ HELPERS = (
 FLOORS = {
     "library.safe_text": (),
     "library.parallel": (),
+    "library.text_values": (),
     "library.errors": (),
     "library.entry": ("library.safe_text", "library.errors"),
     "library.files": ("library.safe_text", "library.errors"),

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from library.errors import UserError
-from library.key_values import arguments_for, read_pairs, read_value
+from library.key_values import arguments_for, read_pairs
 from library.network_modules import check_module_arguments, module_arguments
+from library.text_values import read_value
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,63 @@
+"""What texts of options stand for: numbers, switches, lists."""
+
+from __future__ import annotations
+
+import ast
+import math
+from typing import Any
+
+BOOLS = {**dict.fromkeys(("true", "yes", "on"), True), **dict.fromkeys(("false", "no", "off"), False)}
+_WORDS: dict[str, bool | None] = {**BOOLS, "none": None, "null": None}
+
+
+def read_value(text: str) -> Any:
+    """The number, bool, None, or tuple or list of these, that a text stands for; else the text itself.
+
+    >>> [read_value(text) for text in ("1e-4", "false", "Off", "0.9,0.99", "[1, 2]", "inf", "cosine")]
+    [0.0001, False, False, (0.9, 0.99), [1, 2], inf, 'cosine']
+    """
+    text = text.strip()
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    for kind in (int, float):
+        try:
+            number = kind(text)
+        except ValueError:
+            continue
+        overflows = abs(number) == math.inf and text.lstrip("+-")[0] in ".0123456789"  # nobody means infinity by 1e400
+        return text if overflows else number
+    inner = without_brackets(text)
+    items = items_of(inner)
+    if len(items) > 1 or inner is not text:
+        values = [read_value(item) for item in items if item.strip()]
+        return values if text[:1] == "[" else tuple(values) if len(items) > 1 or not values else values[0]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+
+
+def items_of(text: str) -> list[str]:
+    """Parts between commas, not counting commas in brackets."""
+    items, depth = [""], 0
+    for letter in text:
+        depth += depth_of(letter)
+        if letter == "," and not depth:
+            items.append("")
+        else:
+            items[-1] += letter
+    return items
+
+
+def without_brackets(text: str) -> str:
+    """A list without the round or square brackets around it.
+
+    >>> [without_brackets(text) for text in ("(1, 2)", "[1]", "1, 2")]
+    ['1, 2', '1', '1, 2']
+    """
+    return text[1:-1] if text[:1] + text[-1:] in ("()", "[]") else text
+
+
+def depth_of(text: str) -> int:
+    """Brackets that are open at its end."""
+    return sum((letter in "([{") - (letter in ")]}") for letter in text)
