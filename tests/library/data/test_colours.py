@@ -51,9 +51,9 @@ def profile(red, green, blue, gamma: float) -> bytes:
     return head + bytes(28) + fixed(0.9642) + fixed(1) + fixed(0.8249) + bytes(48) + table + data
 
 
-def stored(icc: bytes | None, mode: str = "RGB", kind: str = "PNG", original_size=SEEN) -> bytes:
-    """A file of one colour, which a viewer shows as `original_size`."""
-    image = Image.new("RGB", (8, 8), original_size)
+def stored(icc: bytes | None, mode: str = "RGB", kind: str = "PNG", seen=SEEN) -> bytes:
+    """A file of one colour, which a viewer shows as `seen`."""
+    image = Image.new("RGB", (8, 8), seen)
     if icc and mode in ("RGB", "RGBA"):
         there = ImageCms.buildTransform(SRGB, ImageCms.ImageCmsProfile(io.BytesIO(icc)), "RGB", "RGB")
         image = ImageCms.applyTransform(image, there)

@@ -52,7 +52,7 @@ def test_trap_27_random_and_face_crops_mirrored_too(tmp_path, name):
     coordinates(tmp_path / name, 100, 64)
     face = {"face_crop_aug_range": (1.0, 3.0)} if "_" in name else {}
     made = dataset(tmp_path, random_crop=True, flip_aug=True, **face)
-    original_size = set()
+    corners = set()
     for epoch in range(1, 41):
         batch = made[(epoch, 0)]
         pixels = np.rint((batch.images[0].numpy() + 1) * 127.5)
@@ -61,8 +61,8 @@ def test_trap_27_random_and_face_crops_mirrored_too(tmp_path, name):
         mirrored = pixels[0, 0, 0] > pixels[0, 0, -1]
         first = pixels[0, 0].min()
         assert int(top) == pixels[1, 0, 0] and int(left) == (36 - first if mirrored else first)
-        original_size.add((bool(mirrored), int(left)))
-    assert len(original_size) > 10 and {mirrored for mirrored, _ in original_size} == {False, True}
+        corners.add((bool(mirrored), int(left)))
+    assert len(corners) > 10 and {mirrored for mirrored, _ in corners} == {False, True}
 
 
 def test_trap_28_cached_latents_come_with_the_sizes_that_images_have(tmp_path):

@@ -121,4 +121,11 @@ def wait(window: Any, condition: str) -> None:
     WebDriverWait(window, 15, 0.05).until(lambda _: window.execute_script(f"return !!({condition})"))
 
 
+def assert_fits_and_reads(window: Any, word: str, is_chinese: bool) -> None:
+    """Nothing is wider than the window, and the page is in the language of the browser. word: one of the Chinese page."""
+    assert window.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+    assert window.execute_script("return document.documentElement.lang") == ("zh-Hans" if is_chinese else "en")
+    assert (word in window.execute_script("return document.getElementById('page').textContent")) == is_chinese
+
+
 Open = Callable[..., Any]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from browsers import Firefox, firefox, wait
+from browsers import Firefox, assert_fits_and_reads, firefox, wait
 from made_up_pages import write_comparison_page, write_data_page, write_run_page
 
 
@@ -17,11 +17,15 @@ def window() -> Iterator[Firefox]:
 
 
 def looks_right(window: Firefox, word: str) -> None:
-    assert window.execute_script("return document.documentElement.scrollWidth <= innerWidth")
-    assert window.execute_script("return document.documentElement.lang") == "zh-Hans"
-    assert word in window.execute_script("return document.getElementById('page').textContent")
+    assert_fits_and_reads(window, word, is_chinese=True)
     paper = window.execute_script("return getComputedStyle(document.body).backgroundColor")
     assert sum(map(int, paper[4:-1].split(","))) < 150
+
+
+def enlarge(window: Firefox, frame: str, condition: str) -> None:
+    """Click an image. condition: what then holds of the one in the dialog."""
+    window.execute_script(f"document.querySelector('{frame}').click()")
+    wait(window, f"document.querySelector('dialog').open && document.querySelector('dialog img').{condition}")
 
 
 def test_the_run_and_its_refresh(window, tmp_path):
@@ -37,13 +41,11 @@ def test_the_dataset(window, tmp_path):
     window.get(write_data_page(tmp_path / "debug_dataset.html").as_uri())
     wait(window, "document.querySelectorAll('.cards figure').length === 6")
     looks_right(window, "值得检查")
-    window.execute_script("document.querySelector('.cards .frame').click()")
-    wait(window, "document.querySelector('dialog').open && document.querySelector('dialog img').naturalWidth")
+    enlarge(window, ".cards .frame", "naturalWidth")
 
 
 def test_the_sheet(window, tmp_path):
     window.get(write_comparison_page(tmp_path / "sheet.html").as_uri())
     wait(window, "[...document.querySelectorAll('td img')].some((one) => one.naturalWidth)")
     looks_right(window, "不使用网络")
-    window.execute_script("document.querySelector('td .frame').click()")
-    wait(window, "document.querySelector('dialog').open && document.querySelector('dialog img').naturalWidth === 300")
+    enlarge(window, "td .frame", "naturalWidth === 300")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from browsers import COUNT_NAMELESS, wait
+from browsers import COUNT_NAMELESS, assert_fits_and_reads, wait
 from made_up_pages import NASTY, write_run_page
 
 
@@ -52,9 +52,7 @@ def test_texts_of_users_stay_texts(open_page, page):
 def test_it_fits_reads_and_has_names_for_all(open_page, page, width, dark, language):
     window = open_page(page, width, dark, language)
     wait(window, "document.querySelector('.js-plotly-plot')")
-    assert window.execute_script("return document.documentElement.scrollWidth <= innerWidth")
-    assert window.execute_script("return document.documentElement.lang") == ("zh-Hans" if language == "zh-CN" else "en")
-    assert ("采样图片" in window.execute_script("return document.getElementById('page').textContent")) == (language == "zh-CN")
+    assert_fits_and_reads(window, "采样图片", language == "zh-CN")
     assert window.execute_script(COUNT_NAMELESS) == 0
     paper = window.execute_script("return getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, paper[4:-1].split(","))) < 150) == dark
