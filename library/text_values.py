@@ -6,8 +6,9 @@ import ast
 import math
 from typing import Any
 
-BOOLS = {**dict.fromkeys(("true", "yes", "on"), True), **dict.fromkeys(("false", "no", "off"), False)}
-_WORDS: dict[str, bool | None] = {**BOOLS, "none": None, "null": None}
+_WORDS: dict[str, bool | None] = {
+    **dict.fromkeys(("true", "yes", "on"), True), **dict.fromkeys(("false", "no", "off"), False), "none": None, "null": None,
+}  # fmt: skip
 
 
 def read_value(text: str) -> Any:
@@ -26,9 +27,9 @@ def read_value(text: str) -> Any:
             continue
         overflows = abs(number) == math.inf and text.lstrip("+-")[0] in ".0123456789"  # nobody means infinity by 1e400
         return text if overflows else number
-    inner = without_brackets(text)
-    items = items_of(inner)
-    if len(items) > 1 or inner is not text:
+    inner = _without_brackets(text)
+    items = _items_of(inner)
+    if (len(items) > 1 or inner is not text) and all(item.strip() for item in items[:-1]):
         values = [read_value(item) for item in items if item.strip()]
         return values if text[:1] == "[" else tuple(values) if len(items) > 1 or not values else values[0]
     try:
@@ -37,7 +38,7 @@ def read_value(text: str) -> Any:
         return text
 
 
-def items_of(text: str) -> list[str]:
+def _items_of(text: str) -> list[str]:
     """Parts between commas, not counting commas in brackets."""
     items, depth = [""], 0
     for letter in text:
@@ -49,10 +50,10 @@ def items_of(text: str) -> list[str]:
     return items
 
 
-def without_brackets(text: str) -> str:
+def _without_brackets(text: str) -> str:
     """A list without the round or square brackets around it.
 
-    >>> [without_brackets(text) for text in ("(1, 2)", "[1]", "1, 2")]
+    >>> [_without_brackets(text) for text in ("(1, 2)", "[1]", "1, 2")]
     ['1, 2', '1', '1, 2']
     """
     return text[1:-1] if text[:1] + text[-1:] in ("()", "[]") else text

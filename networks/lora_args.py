@@ -6,19 +6,19 @@ A copy of networks/lora.py alone has the plain ones (`PLAIN_ARGS`).
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
 from library.errors import nearest
 from library.formats.blocks import BLOCK_MAPS, SD_BLOCKS, BlockMap, block_map
-from library.text_values import BOOLS, without_brackets
+from library.text_values import read_value
 from networks.lora import LoRAModule
 from networks.variants import VARIANTS, Variant, combined
 
-Reader = Callable[[str], Any]
+Reader = Callable[[Any], Any]  # raises ValueError for a value that the word does not take
 
 LR_PRESETS: dict[str, Callable[[float], float]] = {
     "sine": lambda x: math.sin(math.pi / 2 * x),
@@ -29,66 +29,60 @@ LR_PRESETS: dict[str, Callable[[float], float]] = {
 }
 
 
-# ---------------------------------------------------------------- from text to values
+# ---------------------------------------------------------------- what each word takes, of a value as `read_value` makes it
 
 
-def read_int(text: str) -> int:
-    if not re.fullmatch(r"\s*\d+(\.0*)?\s*", text):
-        raise ValueError(f"'{text}' is not a whole number")
-    return int(text.partition(".")[0])
+def take_number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
+        raise ValueError(f"'{value}' is not a number")
+    return float(value)
 
 
-def read_float(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise ValueError(f"'{text}' is not a number")
-    return number
+def take_int(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (value >= 0 and value % 1 == 0):
+        raise ValueError(f"'{value}' is not a whole number")
+    return int(value)
 
 
-def read_share(text: str) -> float:
-    share = read_float(text)
+def take_share(value: Any) -> float:
+    share = take_number(value)
     if not 0 <= share < 1:
         raise ValueError("must be at least 0 and below 1")
     return share
 
 
-def read_bool(text: str) -> bool:
-    word, values = text.strip().lower(), {**BOOLS, "1": True, "0": False}
-    if word not in values:
+def take_bool(value: Any) -> bool:
+    if value not in (True, False):  # 1 and 0 too
         raise ValueError("give True or False")
-    return values[word]
+    return bool(value)
 
 
-def read_choice(choices: Iterable[str], text: str) -> str:
-    if text not in choices:
+def take_choice(choices: Iterable[str], value: Any) -> str:
+    if value not in choices:
         raise ValueError(f"give one of {', '.join(choices)}")
-    return text
+    return value
 
 
-def split_list(text: str) -> list[str]:
-    """The items between commas; brackets around all and a comma behind the last may be there, as in Python."""
-    return without_brackets(text.strip()).strip().removesuffix(",").split(",")
+def _items(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, (list, tuple)) else [value]
 
 
-def read_blocks(read_item: Reader, text: str) -> tuple:
+def take_blocks(take_item: Reader, value: Any) -> tuple:
     """A number for each block: 25, or 23 for SDXL."""
-    items = split_list(text)
+    items = _items(value)
     if all(len(items) != len(blocks.names) for blocks in BLOCK_MAPS):
         needed = "; ".join(f"{len(blocks.names)} needed for {blocks.title}: {' '.join(blocks.names)}" for blocks in BLOCK_MAPS)
         raise ValueError(f"{len(items)} numbers given, {needed}")
-    return tuple(read_item(item) for item in items)
+    return tuple(take_item(item) for item in items)
 
 
-def read_numbers(text: str) -> tuple[float, ...]:
-    return tuple(read_float(item) for item in split_list(text))
+def take_numbers(value: Any) -> tuple[float, ...]:
+    return tuple(take_number(item) for item in _items(value))
 
 
-def read_mid_lr_weight(text: str) -> tuple[float, ...]:
+def take_mid_lr_weight(value: Any) -> tuple[float, ...]:
     """One number for all blocks in the middle, or one for each."""
-    numbers, counts = read_numbers(text), sorted({1, *(blocks.mid for blocks in BLOCK_MAPS)})
+    numbers, counts = take_numbers(value), sorted({1, *(blocks.mid for blocks in BLOCK_MAPS)})
     if len(numbers) not in counts:
         raise ValueError(f"{len(numbers)} numbers given; give 1, or one for each middle block ({counts[-1]} in SDXL)")
     return numbers
@@ -105,39 +99,39 @@ class LrPreset:
         return tuple(LR_PRESETS[self.curve](i / (count - 1)) + self.offset for i in range(count))
 
 
-def read_lr_weights(text: str) -> tuple[float, ...] | LrPreset:
+def take_lr_weights(value: Any) -> tuple[float, ...] | LrPreset:
     """A number for each block of one side (12, or 9 for SDXL), or a preset such as `sine` or `sine+0.25`."""
-    if "," in text:
-        numbers, most = read_numbers(text), max(blocks.down for blocks in BLOCK_MAPS)
+    if isinstance(value, (list, tuple)):
+        numbers, most = take_numbers(value), max(blocks.down for blocks in BLOCK_MAPS)
         if len(numbers) > most:
             raise ValueError(f"{len(numbers)} numbers given, {most} needed")
         return numbers
-    preset, _, offset = text.partition("+")
+    preset, _, offset = str(value).partition("+")
     if preset.strip() not in LR_PRESETS:
         raise ValueError(f"give 12 numbers with commas, or a preset ({', '.join(LR_PRESETS)}), which may be as sine+0.25")
-    return LrPreset(preset.strip(), read_float(offset) if offset else 0.0)
+    return LrPreset(preset.strip(), take_number(read_value(offset)) if offset else 0.0)
 
 
 def readers() -> dict[str, Reader]:
-    """How each word's text becomes a value, by word; also those of the variants that are registered by now."""
+    """What each word takes, by word; also those of the variants that are registered by now."""
     return {
-        "conv_dim": read_int,
-        "conv_alpha": read_float,
+        "conv_dim": take_int,
+        "conv_alpha": take_number,
         **_variant_readers(),
-        "dropout": read_share,
-        "rank_dropout": read_share,
-        "module_dropout": read_share,
-        "block_dims": partial(read_blocks, read_int),
-        "block_alphas": partial(read_blocks, read_float),
-        "conv_block_dims": partial(read_blocks, read_int),
-        "conv_block_alphas": partial(read_blocks, read_float),
-        "down_lr_weight": read_lr_weights,
-        "mid_lr_weight": read_mid_lr_weight,
-        "up_lr_weight": read_lr_weights,
-        "block_lr_zero_threshold": read_float,
-        "loraplus_lr_ratio": read_float,
-        "loraplus_unet_lr_ratio": read_float,
-        "loraplus_text_encoder_lr_ratio": read_float,
+        "dropout": take_share,
+        "rank_dropout": take_share,
+        "module_dropout": take_share,
+        "block_dims": partial(take_blocks, take_int),
+        "block_alphas": partial(take_blocks, take_number),
+        "conv_block_dims": partial(take_blocks, take_int),
+        "conv_block_alphas": partial(take_blocks, take_number),
+        "down_lr_weight": take_lr_weights,
+        "mid_lr_weight": take_mid_lr_weight,
+        "up_lr_weight": take_lr_weights,
+        "block_lr_zero_threshold": take_number,
+        "loraplus_lr_ratio": take_number,
+        "loraplus_unet_lr_ratio": take_number,
+        "loraplus_text_encoder_lr_ratio": take_number,
     }
 
 
@@ -145,7 +139,7 @@ def _variant_readers() -> dict[str, Reader]:
     choices: dict[str, list[str]] = {}
     for kind in VARIANTS:
         choices.setdefault(kind.word, []).extend([kind.choice] if kind.choice else [])
-    return {word: partial(read_choice, ("default", *values)) if values else read_bool for word, values in choices.items()}
+    return {word: partial(take_choice, ("default", *values)) if values else take_bool for word, values in choices.items()}
 
 
 # ---------------------------------------------------------------- what the values mean
@@ -285,7 +279,7 @@ def parse_network_args(
             raise ValueError(f"unknown network_args key '{key}'; {cure}")
         if text is not None:
             try:
-                given[key] = known[key](str(text))
+                given[key] = known[key](read_value(str(text)))
             except ValueError as error:
                 raise ValueError(f"network_args {key}={text}: {error}") from None
     if neuron_dropout is not None and not 0 <= neuron_dropout < 1:

@@ -7,6 +7,7 @@ import math
 import pytest
 
 from library.formats.blocks import SD_BLOCKS
+from library.key_values import read_pairs
 from networks.lora import create_network, create_network_from_weights, parse_network_args
 
 ROW = "2,4,4,4,8,8,8,8,12,12,12,12,16,12,12,12,12,8,8,8,8,4,4,4,2"
@@ -67,7 +68,7 @@ def test_trap_2_3_wrong_network_args_are_errors(model, network_args, message):
         ("sinus", "give 12 numbers with commas, or a preset .sine, cosine"),
         ("sine+x", "'x' is not a number"),
         (",".join(["1"] * 13), "13 numbers given, 12 needed"),
-        ("1,,1", "'' is not a number"),
+        ("1,,1", "give 12 numbers with commas"),
     ],
 )
 @pytest.mark.parametrize("key", ["down_lr_weight", "up_lr_weight"])
@@ -108,6 +109,18 @@ def test_lists_and_words_in_any_usual_spelling(model, row):
     other = make(model, block_dims=row, rs_lora="on", dora="no")
     assert {m.lora_name: (m.rank, m.scale) for m in plain.loras} == {m.lora_name: (m.rank, m.scale) for m in other.loras}
     assert {module.rank for module in make(model, conv_dim="4.0").loras} >= {4}
+
+
+@pytest.mark.parametrize(
+    "text, value", [("4.", 4), ("1e1", 10), ("0x8", 8), ("1_6", 16), ("'4'", 4), ("4.5", None), ("true", None), ("[4]", None)]
+)
+def test_numbers_are_read_as_those_of_all_key_value_options_are(model, text, value):
+    words = read_pairs([f"conv_dim={text}"], "--network_args")
+    if value is None:
+        with pytest.raises(ValueError, match="network_args conv_dim=.* is not a whole number"):
+            parse_network_args(words)
+    else:
+        assert parse_network_args(words).conv_dim == value
 
 
 def test_ranks_come_from_the_weights_and_it_is_said_when_network_args_has_others(model, caplog):
