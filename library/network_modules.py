@@ -14,11 +14,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
 import torch
 
 from library.errors import UserError, nearest, one_line, unknown
 from library.files import read_safetensors_metadata
+from library.formats.tensor_file import read_safetensors
 from library.text_values import read_value
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def network_from_file(
                 raise UserError(f"{where}: {module.__name__} makes no network from these weights ({reason})") from error
         dim, alpha, recorded_arguments = recorded
         network = module.create_network(strength, dim, alpha, *parts, **{**recorded_arguments, **arguments})
-        return network, safetensors.torch.load_file(file)
+        return network, read_safetensors(file)
 
 
 def _recorded_arguments(module: ModuleType, file: str) -> tuple[int, float, dict[str, str]] | None:

@@ -31,17 +31,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from library.errors import UserError
+from library.files import read_safetensors_metadata
 from networks import lora_args
 from networks.lora import LoRAModule, TextEncoders, UNet, Weights, weight_delta
 from networks.lora_args import NetworkArgs
 from networks.suite_network import SuiteNetwork
 
 READERS = {
-    "unit": lora_args.read_int,
+    "unit": lora_args.take_int,
     **{
         key: reader
         for key, reader in lora_args.readers().items()
@@ -204,8 +205,7 @@ def unit_of_file(file: str | os.PathLike) -> str | None:
     if Path(file).suffix != ".safetensors" or not Path(file).is_file():
         return None
     try:
-        with safe_open(file, "pt") as content:
-            words = json.loads((content.metadata() or {}).get("ss_network_args", "{}"))
-    except (SafetensorError, ValueError, RecursionError):
+        words = json.loads(read_safetensors_metadata(file).get("ss_network_args", "{}"))
+    except (UserError, ValueError, RecursionError):
         return None  # a damaged file is reported where it is loaded
     return words.get("unit") if isinstance(words, dict) else None

@@ -363,7 +363,7 @@ class LoRANetwork(nn.Module):
     def read(cls, file: str | os.PathLike) -> dict[str, Tensor]:
         """The tensors of a .safetensors file, or of a pickled one (no code in it runs), by this network's names for them."""
         if Path(file).suffix.lower() == ".safetensors":
-            return safetensors.torch.load_file(file)
+            return safetensors.torch.load(Path(file).read_bytes())  # `load_file` opens no path that is not UTF-8
         content = torch.load(file, map_location="cpu", weights_only=True)
         return content.get("state_dict", content)
 

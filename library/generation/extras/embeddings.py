@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
-from library.files import read_safetensors_header
-from library.formats.tensor_file import load_pickled
+from library.formats.tensor_file import load_pickled, read_safetensors
 from library.models.clip import add_word, inner_text_model
 
 if TYPE_CHECKING:
@@ -69,10 +68,7 @@ def read_vectors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"--textual_inversion_embeddings {path}: there is no such file")
     if path.suffix.lower() == ".safetensors":
-        from safetensors.torch import load_file
-
-        read_safetensors_header(path)  # says so if the file is damaged
-        content: dict[str, Any] = load_file(path)
+        content: dict[str, Any] = read_safetensors(path)
     else:
         content = load_pickled(path)
     content = content.get("string_to_param", content) if isinstance(content, dict) else {}  # the web UI's .pt

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from library.errors import RunFailed, UserError, one_line
 from library.files import WRITE_ERRORS
-from library.formats.tensor_file import load_pickled
+from library.formats.tensor_file import load_pickled, read_safetensors
 from library.training.options import StateOptions
 from library.training.outputs.saving import ModelFiles
 
@@ -197,7 +197,7 @@ def read_state(folder: Path) -> State:
     for name in record["files"]:
         stem, suffix = os.path.splitext(name)
         if suffix == ".safetensors":
-            state.tensors[stem] = safetensors.torch.load_file(folder / name)
+            state.tensors[stem] = read_safetensors(folder / name)
         else:
             state.objects[stem] = load_pickled(folder / name)["value"]
     return state

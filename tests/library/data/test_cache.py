@@ -275,3 +275,9 @@ def test_processes_share_the_work_and_each_has_all(folder, tmp_path, world, to_d
         for flipped in (False, True):
             expected = alone.latents.get(row, flipped)[0]
             assert all(torch.equal(part.latents.get(row, flipped)[0], expected) for part in parts)
+
+
+def test_images_in_a_folder_that_is_no_utf8_are_cached(not_utf8):
+    folder = make_folder(not_utf8 / "images")
+    cache(make_dataset(folder))
+    assert cache(make_dataset(folder)).batches == []

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from library.errors import UserError
-from library.formats.tensor_file import load_pickled, open_tensors
+from library.formats.tensor_file import load_pickled, open_tensors, read_safetensors
 
 TENSORS = {
     "a.weight": torch.randn(3, 4),
@@ -320,3 +320,16 @@ def test_views_are_as_they_were_after_their_memory_was_given_back(tmp_path):
     assert all(torch.equal(views[name], value) for name, value in tensors.items())
     del views
     file.windows.forget()
+
+
+def test_a_safetensors_file_is_read_whole_also_from_a_folder_that_is_no_utf8(tmp_path, not_utf8):
+    path = not_utf8 / "a.safetensors"
+    write(tmp_path / "a.safetensors", "safetensors").rename(path)
+    read = read_safetensors(path)
+    assert {*read} == {*TENSORS}
+    assert all(torch.equal(read[name], value) and read[name].dtype == value.dtype for name, value in TENSORS.items())
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match="cut off or damaged"):
+        read_safetensors(path)
+    with pytest.raises(UserError, match="cannot read .*b.safetensors: No such file"):
+        read_safetensors(not_utf8 / "b.safetensors")

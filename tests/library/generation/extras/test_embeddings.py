@@ -101,3 +101,9 @@ def test_the_same_word_twice_is_an_error(model, tmp_path):
     save_file({"emb_params": torch.zeros(1, 64)}, tmp_path / "mystyle.safetensors")
     with pytest.raises(UserError, match="vocabulary already"):
         add_embeddings(model, [str(tmp_path / "mystyle.safetensors")] * 2)
+
+
+def test_a_file_in_a_folder_that_is_no_utf8(model, tmp_path, not_utf8):
+    save_file({"emb_params": torch.zeros(2, 64)}, tmp_path / "mystyle.safetensors")
+    (tmp_path / "mystyle.safetensors").rename(not_utf8 / "mystyle.safetensors")
+    assert add_embeddings(model, [str(not_utf8 / "mystyle.safetensors")]) == ["mystyle"]

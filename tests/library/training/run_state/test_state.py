@@ -133,3 +133,8 @@ def test_a_file_given_to_resume_from_is_named_with_the_cure(tmp_path):
     (tmp_path / "a.safetensors").touch()
     with pytest.raises(UserError, match=r"give --network_weights=.*a\.safetensors"):
         find_state(tmp_path / "a.safetensors")
+
+
+def test_a_state_in_a_folder_that_is_no_utf8_is_read(not_utf8):
+    write_state(not_utf8 / "mine-state", a_state(3))
+    assert read_state(find_state(not_utf8, "mine")).tensors["network"]["a"].tolist() == [3, 3, 3]
