@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
@@ -13,6 +14,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from library.data.dataset import Batch, TrainingDataset
 from library.devices import cores_for_this_process
 from library.errors import UserError
+
+log = logging.getLogger(__name__)
+
+MAX_BLACK_NAMED = 10  # images with a black mask that get a line each
 
 
 class EpochSampler(Sampler):
@@ -69,15 +74,28 @@ class EpochLoader:
         self.sampler = EpochSampler(dataset, rank=rank, world=world)
         self.num_workers = min(num_workers, cores_for_this_process())
         self.loader = _data_loader(dataset, self.sampler, self.num_workers, persistent, pin_memory)
+        self._black: set[str] = set()
 
     def __len__(self) -> int:
         return -(-self.sampler.batches // self.sampler.world)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch | None]:
         self.sampler.epoch, self.sampler.start = epoch, start
-        yield from _batches(self.loader)
+        for batch in _batches(self.loader):
+            self._warn_of_black_masks(batch)
+            yield batch
         if start + len(self.sampler) < len(self):
             yield None
+
+    def _warn_of_black_masks(self, batch: Batch) -> None:
+        """Warn of images of which nothing is learned: a mask may be black all over, or where the image is cropped."""
+        if batch.masks is None or len(self._black) == MAX_BLACK_NAMED:
+            return
+        counts = batch.masks.flatten(1).any(dim=1).tolist()
+        for path in [path for path, some in zip(batch.paths, counts, strict=True) if not some and path not in self._black]:
+            if len(self._black) < MAX_BLACK_NAMED:
+                self._black.add(path)
+                log.warning("%s: its mask is black where the image is used, so nothing of it is learned", path)
 
     def steps(self, epoch: int, start: int, size: int) -> Iterator[Iterator[Batch | None]]:
         """The same in steps of `size` micro-batches; the last step of an epoch may have fewer. Consume each before the next.

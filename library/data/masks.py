@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import unicodedata
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +15,10 @@ from library.data.config_keys import DatasetConfig, SubsetConfig
 from library.data.folders import image_suffixes
 from library.data.images import BadImage, decode_values, size_of
 from library.errors import UserError, listed
+from library.files import composed
 from library.models.family import LatentSpace
+
+log = logging.getLogger(__name__)
 
 
 def is_masked(subset: SubsetConfig) -> bool:
@@ -47,34 +50,40 @@ def check_masks(configs: Sequence[DatasetConfig], masked_loss: bool) -> None:
 def find_masks(subset: SubsetConfig, names: Sequence[str], sizes: np.ndarray) -> list[Path]:
     """The mask of each image: the file of the same name, with the suffix of any image, in `conditioning_data_dir`.
 
-    Raises UserError if an image has no mask, or one of another aspect ratio.
+    Of several files of one name the last is taken, which is logged. Raises UserError if an image has no mask, or one of another
+    aspect ratio.
     """
     folder = subset.conditioning_data_dir
     assert folder is not None  # called where there is one
-    by_folder: dict[Path, dict[str, Path]] = {}
-    found, missing = [], []
+    by_folder: dict[Path, dict[str, list[Path]]] = {}
+    found, missing, several = [], [], []
     for name in names:
         parent = folder if Path(name).is_absolute() else (folder / name).parent
         if parent not in by_folder:
-            files = sorted(parent.iterdir()) if parent.is_dir() else []
-            by_folder[parent] = {_composed_stem(file): file for file in files if file.suffix.lower() in image_suffixes()}
-        mask = by_folder[parent].get(_composed_stem(Path(name)))
-        if mask is None:
-            missing.append(name)
-        else:
-            found.append(mask)
+            by_folder[parent] = _images_by_stem(parent)
+        masks = by_folder[parent].get(composed(Path(name).stem), [])
+        found += masks[-1:]
+        missing += [] if masks else [name]
+        several += [f"{name}: {', '.join(mask.name for mask in masks)}"] if len(masks) > 1 else []
     if missing:
         raise UserError(
             f"{len(missing)} images have no mask of their name in {folder} ({listed(missing)}); add white ones where all counts"
+        )
+    if several:
+        log.warning(
+            "%s: %d images have several masks, and the last is used: %s", folder, len(several), listed(several, separator="; ")
         )
     for mask, (width, height) in zip(found, sizes.tolist(), strict=True):
         _check_aspect_ratio(mask, width, height)
     return found
 
 
-def _composed_stem(path: Path) -> str:
-    """The stem in Unicode's composed form: image and mask may come from two systems, which encode accents differently."""
-    return unicodedata.normalize("NFC", path.stem)
+def _images_by_stem(folder: Path) -> dict[str, list[Path]]:
+    found: dict[str, list[Path]] = {}
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if file.suffix.lower() in image_suffixes():
+            found.setdefault(composed(file.stem), []).append(file)
+    return found
 
 
 def _check_aspect_ratio(mask: Path, width: int, height: int) -> None:

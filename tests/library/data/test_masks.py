@@ -12,6 +12,7 @@ from PIL import Image
 from library.data.config import DatasetDefaults, datasets_from_file, datasets_from_folders
 from library.data.dataset import TrainingDataset
 from library.data.debug import describe_batch
+from library.data.loader import make_loader
 from library.data.masks import check_masks, latent_mask
 from library.errors import UserError
 from library.models.family import LatentSpace
@@ -156,6 +157,29 @@ def test_what_is_wrong_with_masks_is_named(data):
     (data / "masks" / "2_cat" / "a.webp").unlink()
     with pytest.raises(UserError, match=r"1 images have no mask .*\(a.png\)"):
         dataset(data)
+
+
+def test_of_two_masks_of_one_image_the_one_in_use_is_named(data, caplog):
+    folder = data / "masks" / "2_cat"
+    Image.fromarray(half(64, 64)).save(folder / "a.png")
+    assert [path.name for path in dataset(data).table.masks] == ["a.webp", "b.webp", "c.webp"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{folder}: 1 images have several masks, and the last is used: a.png: a.png, a.webp"
+    ]
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_an_image_whose_mask_is_black_is_named_once(data, caplog, cached):
+    mask = data / "masks" / "2_cat" / "a.webp"
+    Image.new("L", Image.open(mask).size, 0).save(mask, lossless=True)
+    made = dataset(data)
+    if cached:
+        made.cache_latents(encode, batch_size=2, to_disk=True, fingerprint="v")
+    loader = make_loader(made)
+    assert all(len(list(loader.epoch(epoch))) == made.num_batches for epoch in (1, 2))
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{data / 'images' / '2_cat' / 'a.png'}: its mask is black where the image is used, so nothing of it is learned"
+    ]
 
 
 def test_the_erased_part_of_a_mask_does_not_count(data):
