@@ -18,7 +18,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
 from library.errors import NEGATIVE, Problems, UserError, UserErrors, nearest
+from library.files import as_on_disk, on_disk
 from library.option_files import read_option_tables
+from library.option_traits import traits_of
 
 MIN_SIMILARITY = 0.7  # of an unknown name to a known one that an error suggests, from 0 to 1
 MAX_UNKNOWN_NAMED = 12  # unknown names of a file that get a line each; more would fill the screen
@@ -124,12 +126,33 @@ def parse(
     problems = Problems()
     given = parse_command_line(options_class, arguments, description, unsupported, problems)
     values: dict[str, tuple[Any, str]] = {}
-    if "config_file" in given and "output_config" not in given:
+    if given.get("config_file", "").strip() and "output_config" not in given:
         path = config_file_path(given["config_file"])
         in_file = read_config_file(options_class, path, unsupported, problems)
         values.update({key: (value, f"'{key}' in {path}") for key, value in in_file.items()})
     values.update({key: (value, f"--{key}") for key, value in given.items()})
+    declared = option_fields(options_class)
+    for name, (value, where) in list(values.items()):
+        if traits_of(declared[name]).path:
+            values[name] = (problems.of(_found_paths, value, where, declared[name].get_default()), where)
     return problems.results([problems.of(build, options_class, values)])[0]
+
+
+def _found_paths(value: Any, where: str, default: Any) -> Any:
+    """The value of an option for a path, or for several, each by the name that an existing file has on the disk.
+
+    Scripts write `--vae="$vae"` for a variable that may be empty: the option is not given then. Raises UserError for an empty
+    path among others.
+    """
+    if isinstance(value, str):
+        return on_disk(value) if value.strip() else default
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        if value and not any(item.strip() for item in value):
+            return default
+        if not all(item.strip() for item in value):
+            raise UserError(f"{where}: one of its paths is empty; take it out")
+        return [on_disk(item) for item in value]
+    return value
 
 
 def parse_command_line(
@@ -167,8 +190,7 @@ def _raise_user_error(message: str) -> typing.NoReturn:
 
 def config_file_path(name: str) -> Path:
     """The file that `--config_file` names; the suffix `.toml` is optional."""
-    path = Path(name)
-    for candidate in (path, path.with_name(path.name + ".toml")):
+    for candidate in (as_on_disk(Path(name)), as_on_disk(Path(f"{name}.toml"))):
         if candidate.is_file():
             return candidate
     raise UserError(f"--config_file {name}: there is no such file")

@@ -24,13 +24,23 @@ from library.safe_text import as_unicode
 WRITE_ERRORS = (OSError, SafetensorError, RuntimeError, UnicodeError)
 
 
+def composed(name: str) -> str:
+    """A name in Unicode's composed form: é may be one letter, or e and an accent, and systems encode it differently."""
+    return unicodedata.normalize("NFC", name)
+
+
 def as_on_disk(path: Path) -> Path:
-    """The path, or an existing one that differs only in Unicode form: é may be one letter, or e and an accent."""
+    """The path, or an existing one that differs only in Unicode form."""
     if str(path).isascii() or os.path.lexists(path):
         return path
     parent = as_on_disk(path.parent) if path.parent != path else path
     names_by_nfc.cache_clear()  # the file may be new
-    return parent / names_by_nfc(parent).get(unicodedata.normalize("NFC", path.name), path.name)
+    return parent / names_by_nfc(parent).get(composed(path.name), path.name)
+
+
+def on_disk(text: str) -> str:
+    """The text of a path as `as_on_disk` finds it; one in ASCII, which may be a URL or a name on the Hub, stays as it is."""
+    return text if text.isascii() else str(as_on_disk(Path(text)))
 
 
 @lru_cache(maxsize=256)
@@ -40,7 +50,7 @@ def names_by_nfc(folder: Path) -> dict[str, str]:
     Of two names with the same composed form the one in that form counts.
     """
     try:
-        return {unicodedata.normalize("NFC", name): name for name in sorted(os.listdir(folder))}
+        return {composed(name): name for name in sorted(os.listdir(folder))}
     except OSError:
         return {}
 

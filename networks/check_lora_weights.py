@@ -14,12 +14,12 @@ if not __package__:  # run as a script: the repository, not this folder, is wher
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.entry import run_tool
-from library.tools.command import Parser
+from library.tools.command import Parser, path_text
 
 
 def options() -> Parser:
     parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("file", help="LoRA file")
+    parser.add_argument("file", type=path_text, help="LoRA file")
     parser.add_argument("--show_all_keys", "-s", action="store_true", help="also list every tensor with its shape and dtype")
     return parser
 

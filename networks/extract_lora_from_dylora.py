@@ -14,14 +14,17 @@ if not __package__:  # run as a script: the repository, not this folder, is wher
 
 from library.entry import run_tool
 from library.tools import lora_options
-from library.tools.command import Parser
+from library.tools.command import Parser, path_text
 
 
 def options() -> Parser:
     parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="DyLoRA file")
+    parser.add_argument("--model", type=path_text, required=True, help="DyLoRA file")
     parser.add_argument(
-        "--save_to", required=True, help="files to write; the rank is added: split.safetensors gives split-0004.safetensors"
+        "--save_to",
+        type=path_text,
+        required=True,
+        help="files to write; the rank is added: split.safetensors gives split-0004.safetensors",
     )
     parser.add_argument("--unit", type=int, help="step from rank to rank (default: what the file says it was trained with)")
     return parser

@@ -18,7 +18,7 @@ from library.entry import run_tool
 from library.errors import UserError
 from library.formats.precision import dtype_of
 from library.tools import lora_options
-from library.tools.command import Parser
+from library.tools.command import Parser, path_text
 
 DIM = 4
 NO_USE = ("--load_original_model_to", "--load_tuned_model_to")
@@ -28,9 +28,9 @@ MOST = 128  # largest rank that --explained takes if --dim does not say otherwis
 
 def options() -> Parser:
     parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("--model_org", required=True, help="base model, .safetensors or .ckpt")
-    parser.add_argument("--model_tuned", required=True, help="tuned model")
-    parser.add_argument("--save_to", required=True, help="LoRA file to write: .safetensors, .ckpt or .pt")
+    parser.add_argument("--model_org", type=path_text, required=True, help="base model, .safetensors or .ckpt")
+    parser.add_argument("--model_tuned", type=path_text, required=True, help="tuned model")
+    parser.add_argument("--save_to", type=path_text, required=True, help="LoRA file to write: .safetensors, .ckpt or .pt")
     parser.add_argument("--dim", type=int, help=f"rank (default: {DIM}); with --explained the largest one (default: {MOST})")
     parser.add_argument(
         "--conv_dim", type=int, help="rank for 3x3 convolutions (default: residual blocks and samplers are left out)"

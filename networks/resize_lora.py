@@ -19,7 +19,7 @@ from library.entry import run_tool
 from library.errors import UserError
 from library.formats.precision import dtype_of
 from library.tools import lora_options
-from library.tools.command import Parser
+from library.tools.command import Parser, path_text
 
 if TYPE_CHECKING:
     from library.formats.lora_file import LoraFile
@@ -29,8 +29,8 @@ METHODS = ("sv_ratio", "sv_fro", "sv_cumulative")
 
 def options() -> Parser:
     parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="LoRA file to resize")
-    parser.add_argument("--save_to", required=True, help="file to write: .safetensors, .ckpt, .pt or .pth")
+    parser.add_argument("--model", type=path_text, required=True, help="LoRA file to resize")
+    parser.add_argument("--save_to", type=path_text, required=True, help="file to write: .safetensors, .ckpt, .pt or .pth")
     parser.add_argument("--new_rank", type=int, default=4, help="new rank; with --dynamic_method the largest one")
     parser.add_argument("--new_conv_rank", type=int, help="the same for 3x3 convolutions (default: --new_rank)")
     parser.add_argument("--dynamic_method", choices=METHODS, help="choose each module's rank by its singular values")

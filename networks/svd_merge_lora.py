@@ -16,12 +16,12 @@ if not __package__:  # run as a script: the repository, not this folder, is wher
 from library.entry import run_tool
 from library.formats.precision import dtype_of
 from library.tools import lora_options
-from library.tools.command import Parser
+from library.tools.command import Parser, path_text
 
 
 def options() -> Parser:
     parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("--save_to", required=True, help="file to write: .safetensors, .ckpt or .pt")
+    parser.add_argument("--save_to", type=path_text, required=True, help="file to write: .safetensors, .ckpt or .pt")
     lora_options.add_models(parser, "LoRA files; their ranks may differ")
     parser.add_argument("--new_rank", type=int, default=4, help="rank of the result")
     parser.add_argument("--new_conv_rank", type=int, help="rank for 3x3 convolutions (default: --new_rank)")

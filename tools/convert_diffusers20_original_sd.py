@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.entry import run_entry
 from library.errors import UserError
-from library.tools.command import Parser
+from library.tools.command import Parser, path_text
 
 if TYPE_CHECKING:
     import torch
@@ -37,8 +37,10 @@ REASONS = {
 
 def options() -> Parser:
     parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("model_to_load", help="file, Diffusers folder or hub id")
-    parser.add_argument("model_to_save", help="with a suffix (.safetensors, .ckpt): a file; without: a Diffusers folder")
+    parser.add_argument("model_to_load", type=path_text, help="file, Diffusers folder or hub id")
+    parser.add_argument(
+        "model_to_save", type=path_text, help="with a suffix (.safetensors, .ckpt): a file; without: a Diffusers folder"
+    )
     version = parser.add_mutually_exclusive_group()
     for name, is_v2 in (("1", False), ("2", True)):
         text = f"the model is {name}.x (default: read from the model)"
@@ -48,7 +50,7 @@ def options() -> Parser:
     for name in WORDS:
         dtype.add_argument(f"--{name}", action="store_true", help=f"save as {name}")
     dtype.add_argument("--save_precision_as", choices=WORDS, help="the same as a word (default: as it was)")
-    parser.add_argument("--vae", help="take the VAE from this file, folder or hub id")
+    parser.add_argument("--vae", type=path_text, help="take the VAE from this file, folder or hub id")
     parser.add_argument("--epoch", type=int, help="epoch to write into a .ckpt")
     parser.add_argument("--global_step", type=int, help="step to write into a .ckpt")
     parser.add_argument("--metadata", help='metadata for a .safetensors file, as JSON: {"modelspec.title": "mine"}')

@@ -19,7 +19,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here is fetched
 from library.entry import run_entry  # noqa: E402
 from library.errors import UserError  # noqa: E402
 from library.files import atomic_write  # noqa: E402
-from library.tools.command import Parser  # noqa: E402
+from library.tools.command import Parser, path_text  # noqa: E402
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -40,7 +40,7 @@ DRAWING = {"steps": 20, "scale": 4.0, "sampler": "ddim"}
 
 def main() -> int:
     args = parse_arguments()
-    output = args.output.resolve()
+    output = Path(args.output).resolve()
     held_out = dict(list(held_out_images().items())[: args.images])
     resolution = resolution_of_dataset()
     command = training_command(BASE_MODEL, output, args.steps)
@@ -65,7 +65,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.prog = "quickstart.py"
     parser.add_argument("--steps", type=int, default=STEPS, help="training steps")
-    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder for the results")
+    parser.add_argument("--output", type=path_text, default=OUTPUT, help="folder for the results")
     parser.add_argument("--images", type=int, default=8, help="images to draw, 1 to 8")
     args = parser.parse_args()
     if args.steps < 1:

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.entry import run_entry
 from library.errors import RunFailed, UserError
-from library.tools.command import Parser
+from library.tools.command import Parser, path_text
 
 FILTERS = ("area", "cubic", "lanczos4", "linear", "nearest", "box")
 
@@ -35,8 +35,8 @@ def read_resolutions(text: str) -> tuple[tuple[int, int], ...]:
 
 def options() -> Parser:
     parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("src_img_folder", help="folder of images; folders in it are used too")
-    parser.add_argument("dst_img_folder", help="folder to write to; it is made if it is not there")
+    parser.add_argument("src_img_folder", type=path_text, help="folder of images; folders in it are used too")
+    parser.add_argument("dst_img_folder", type=path_text, help="folder to write to; it is made if it is not there")
     resolutions = "512x512,384x384,256x256,128x128"
     parser.add_argument("--max_resolution", default=resolutions, help="sizes, with commas; only the area of each counts")
     parser.add_argument("--divisible_by", type=int, default=1, help="cut both sides to multiples of this, from the middle")

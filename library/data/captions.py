@@ -7,7 +7,6 @@ import logging
 import math
 import random
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from functools import cache
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from library.data.config_keys import SubsetConfig, without
 from library.errors import UserError
-from library.files import names_by_nfc
+from library.files import composed, names_by_nfc
 from library.option_traits import fields_with
 from library.text_files import decoded, lines_of
 
@@ -54,7 +53,7 @@ def _as_on_disk(path: Path) -> Path:
     """The path with its accents encoded as in its folder: image and caption may come from two systems."""
     if path.name.isascii():
         return path
-    return path.with_name(names_by_nfc(path.parent).get(unicodedata.normalize("NFC", path.name), path.name))
+    return path.with_name(names_by_nfc(path.parent).get(composed(path.name), path.name))
 
 
 def _caption_in(content: bytes, path: Path, subset: SubsetConfig) -> str:

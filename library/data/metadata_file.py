@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from library.data.captions import count_tags, tag_joiner, warn_of_unused_lines
 from library.data.config_keys import SubsetConfig
 from library.data.folders import image_suffixes
 from library.errors import UserError, listed
-from library.files import as_on_disk, names_by_nfc
+from library.files import as_on_disk, composed, names_by_nfc
 from library.text_files import lines_of, parse_json, read_text
 
 log = logging.getLogger(__name__)
@@ -108,7 +107,7 @@ def _image_of(key: str, folder: Path) -> str | None:
 def _with_suffix(path: Path) -> Path | None:
     """The image at a path: the path itself, or the first file of this name with the suffix of an image."""
     names = names_by_nfc(as_on_disk(path.parent))  # cached: one listing serves all keys of a folder
-    name, suffixes = unicodedata.normalize("NFC", path.name), image_suffixes()
+    name, suffixes = composed(path.name), image_suffixes()
     ends = ("", *(end for suffix in suffixes for end in (suffix, suffix.upper())))
     for candidate in (name + end for end in ends):
         if candidate in names and os.path.splitext(candidate)[1].lower() in suffixes:

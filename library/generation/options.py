@@ -11,6 +11,7 @@ from library.diffusion.samplers import SamplerName
 from library.errors import UserError
 from library.generation.prompts.spec import LARGEST_SEED, MAX_STEPS, SIZE_STEP, split_regions
 from library.generation.refused_options import REFUSED
+from library.option_traits import option
 
 
 def _seeds(value: Any) -> Any:
@@ -35,70 +36,68 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class ModelOptions(OptionGroup):
     """Model"""
 
-    ckpt: str | None = Field(
-        None, description="checkpoint (.safetensors, .ckpt), a pattern for one file, Diffusers folder or hub id"
+    ckpt: str | None = option(
+        None, help="checkpoint (.safetensors, .ckpt), a pattern for one file, Diffusers folder or hub id", path=True
     )
-    v2: bool = Field(False, description="the model is Stable Diffusion 2.x")
-    sdxl: bool = Field(False, description="the model is SDXL; else it is an error")
-    v_parameterization: bool = Field(False, description="the model predicts velocity (SD 2.x 768)")
-    zero_terminal_snr: bool = Field(False, description="the model was trained on a noise schedule that ends in pure noise")
-    vae: str | None = Field(None, description="another VAE: checkpoint, Diffusers folder or hub id")
-    clip_skip: Count | None = Field(None, description="use the text encoder's Nth layer from the end")
-    textual_inversion_embeddings: list[str] | None = Field(None, description="embedding files; the file's name is its word")
+    v2: bool = option(False, help="the model is Stable Diffusion 2.x")
+    sdxl: bool = option(False, help="the model is SDXL; else it is an error")
+    v_parameterization: bool = option(False, help="the model predicts velocity (SD 2.x 768)")
+    zero_terminal_snr: bool = option(False, help="the model was trained on a noise schedule that ends in pure noise")
+    vae: str | None = option(None, help="another VAE: checkpoint, Diffusers folder or hub id", path=True)
+    clip_skip: Count | None = option(None, help="use the text encoder's Nth layer from the end")
+    textual_inversion_embeddings: list[str] | None = option(None, help="embedding files; the file's name is its word", path=True)
 
 
 class PromptOptions(OptionGroup):
     """Prompts"""
 
-    prompt: str | None = Field(None, description="one prompt, with in-line options")
-    from_file: str | None = Field(None, description="text file, one prompt a line; - reads standard input")
-    interactive: bool = Field(False, description="ask for prompts, one after another")
-    no_preview: bool = Field(False, description="with --interactive: do not show the images")
-    max_embeddings_multiples: Count | None = Field(None, description="read prompts up to so many chunks of 75 tokens; unset: 1")
-    images_per_prompt: Count = Field(1, description="images of each prompt")
-    n_iter: Count = Field(1, description="how often the list of prompts is drawn")
-    shuffle_prompts: bool = Field(False, description="in another order each time")
-    seed: Seeds | None = Field(None, description="seed, or seeds 1,2,3 that are handed out from the front")
-    iter_same_seed: bool = Field(False, description="one seed for all images of a pass over the list")
+    prompt: str | None = option(None, help="one prompt, with in-line options")
+    from_file: str | None = option(None, help="text file, one prompt a line; - reads standard input", path=True)
+    interactive: bool = option(False, help="ask for prompts, one after another")
+    no_preview: bool = option(False, help="with --interactive: do not show the images")
+    max_embeddings_multiples: Count | None = option(None, help="read prompts up to so many chunks of 75 tokens; unset: 1")
+    images_per_prompt: Count = option(1, help="images of each prompt")
+    n_iter: Count = option(1, help="how often the list of prompts is drawn")
+    shuffle_prompts: bool = option(False, help="in another order each time")
+    seed: Seeds | None = option(None, help="seed, or seeds 1,2,3 that are handed out from the front")
+    iter_same_seed: bool = option(False, help="one seed for all images of a pass over the list")
 
 
 class ImageOptions(OptionGroup):
     """Size and sampling"""
 
-    W: Side | None = Field(None, description="width in pixels; unset: the size the model was made for")
-    H: Side | None = Field(None, description="height in pixels; unset: the size the model was made for")
-    steps: int = Field(50, ge=1, le=MAX_STEPS, description="denoising steps")
-    sampler: SamplerName = Field("ddim", description="sampling method")
-    scale: float = Field(7.5, description="guidance; 1 or less switches it off")
-    negative_scale: float | None = Field(None, description="separate guidance away from the negative prompt")
+    W: Side | None = option(None, help="width in pixels; unset: the size the model was made for")
+    H: Side | None = option(None, help="height in pixels; unset: the size the model was made for")
+    steps: int = option(50, ge=1, le=MAX_STEPS, help="denoising steps")
+    sampler: SamplerName = option("ddim", help="sampling method")
+    scale: float = option(7.5, help="guidance; 1 or less switches it off")
+    negative_scale: float | None = option(None, help="separate guidance away from the negative prompt")
 
 
 class SizeOptions(OptionGroup):
     """Size conditioning (SDXL)"""
 
-    original_width: Count | None = Field(None, description="width that the image is said to have had; unset: its own")
-    original_height: Count | None = Field(None, description="height that the image is said to have had; unset: its own")
-    original_width_negative: Count | None = Field(None, description="the same for the negative prompt; unset: as for the prompt")
-    original_height_negative: Count | None = Field(None, description="the same for the negative prompt; unset: as for the prompt")
-    crop_top: Crop | None = Field(None, description="rows that are said to be cut off at the top; unset: 0")
-    crop_left: Crop | None = Field(None, description="columns that are said to be cut off at the left; unset: 0")
+    original_width: Count | None = option(None, help="width that the image is said to have had; unset: its own")
+    original_height: Count | None = option(None, help="height that the image is said to have had; unset: its own")
+    original_width_negative: Count | None = option(None, help="the same for the negative prompt; unset: as for the prompt")
+    original_height_negative: Count | None = option(None, help="the same for the negative prompt; unset: as for the prompt")
+    crop_top: Crop | None = option(None, help="rows that are said to be cut off at the top; unset: 0")
+    crop_left: Crop | None = option(None, help="columns that are said to be cut off at the left; unset: 0")
 
 
 class NetworkOptions(OptionGroup):
     """Networks"""
 
-    network_module: list[str] | None = Field(
-        None, description="module of each network; one name is for all; unset: networks.lora"
-    )
-    network_weights: list[str] | None = Field(None, description="file of each network")
-    network_mul: list[float] | None = Field(None, description="strength of each network; missing ones are 1.0")
-    network_args: list[str] | None = Field(None, description='per network "key=value;key=value"')
-    network_show_meta: bool = Field(False, description="print the metadata of each file")
-    network_merge: bool = Field(False, description="merge all networks into the model; --am then does nothing")
-    network_merge_n_models: Count | None = Field(None, description="merge the first N networks only")
-    network_pre_calc: bool = Field(False, description="add the networks to the weights for each batch: faster, same images")
-    network_regional_mask_max_color_codes: Count | None = Field(None, description="regional masks by exact colours 1 to N")
-    lora_dir: str | None = Field(None, description="folder in which <lora:name:0.8> in a prompt is found")
+    network_module: list[str] | None = option(None, help="module of each network; one name is for all; unset: networks.lora")
+    network_weights: list[str] | None = option(None, help="file of each network", path=True)
+    network_mul: list[float] | None = option(None, help="strength of each network; missing ones are 1.0")
+    network_args: list[str] | None = option(None, help='per network "key=value;key=value"')
+    network_show_meta: bool = option(False, help="print the metadata of each file")
+    network_merge: bool = option(False, help="merge all networks into the model; --am then does nothing")
+    network_merge_n_models: Count | None = option(None, help="merge the first N networks only")
+    network_pre_calc: bool = option(False, help="add the networks to the weights for each batch: faster, same images")
+    network_regional_mask_max_color_codes: Count | None = option(None, help="regional masks by exact colours 1 to N")
+    lora_dir: str | None = option(None, help="folder in which <lora:name:0.8> in a prompt is found", path=True)
 
     def problems(self) -> list[str]:
         """What does not go together, each with the cure."""
@@ -125,65 +124,61 @@ class NetworkOptions(OptionGroup):
 class SourceOptions(OptionGroup):
     """From images"""
 
-    image_path: str | None = Field(None, description="image, or folder of images, to start from (img2img)")
-    mask_path: str | None = Field(None, description="white is repainted; with several sub-prompts: regions of networks")
-    strength: Share | None = Field(None, description="how much of the image is redrawn, 0 to 1; unset: 0.8")
+    image_path: str | None = option(None, help="image, or folder of images, to start from (img2img)", path=True)
+    mask_path: str | None = option(None, help="white is repainted; with several sub-prompts: regions of networks", path=True)
+    strength: Share | None = option(None, help="how much of the image is redrawn, 0 to 1; unset: 0.8")
 
 
 class HighresOptions(OptionGroup):
     """Two stages"""
 
-    highres_fix_scale: float | None = Field(
-        None, gt=0, le=1, description="draw at this share of the size first, then enlarge and redraw"
+    highres_fix_scale: float | None = option(
+        None, gt=0, le=1, help="draw at this share of the size first, then enlarge and redraw"
     )
-    highres_fix_steps: int = Field(28, ge=1, le=MAX_STEPS, description="steps of the first stage")
-    highres_fix_strength: Share | None = Field(
-        None, description="--strength of the first stage, with --image_path; unset: the same"
-    )
-    highres_fix_save_1st: bool = Field(False, description="save the images of the first stage too")
-    highres_fix_latents_upscaling: bool = Field(False, description="enlarge latents instead of pixels")
-    highres_fix_upscaler: str | None = Field(None, description="module of yours that enlarges")
-    highres_fix_upscaler_args: str | None = Field(None, description='"key=value;key=value" for that module')
+    highres_fix_steps: int = option(28, ge=1, le=MAX_STEPS, help="steps of the first stage")
+    highres_fix_strength: Share | None = option(None, help="--strength of the first stage, with --image_path; unset: the same")
+    highres_fix_save_1st: bool = option(False, help="save the images of the first stage too")
+    highres_fix_latents_upscaling: bool = option(False, help="enlarge latents instead of pixels")
+    highres_fix_upscaler: str | None = option(None, help="module of yours that enlarges")
+    highres_fix_upscaler_args: str | None = option(None, help='"key=value;key=value" for that module')
 
 
 class DeepShrinkOptions(OptionGroup):
     """Large images in one stage (Deep Shrink)"""
 
-    ds_depth_1: Depth | None = Field(
-        None, description="shrink the features at this depth of the U-Net, 0 to 3; switches Deep Shrink on"
+    ds_depth_1: Depth | None = option(
+        None, help="shrink the features at this depth of the U-Net, 0 to 3; switches Deep Shrink on"
     )
-    ds_timesteps_1: int = Field(650, description="until this timestep")
-    ds_depth_2: Depth | None = Field(None, description="then at this depth")
-    ds_timesteps_2: int = Field(650, description="until this timestep")
-    ds_ratio: float = Field(0.5, gt=0, le=1, description="to this share of their size")
+    ds_timesteps_1: int = option(650, help="until this timestep")
+    ds_depth_2: Depth | None = option(None, help="then at this depth")
+    ds_timesteps_2: int = option(650, help="until this timestep")
+    ds_ratio: float = option(0.5, gt=0, le=1, help="to this share of their size")
 
 
 class SpeedOptions(OptionGroup):
     """Precision, memory and speed"""
 
-    fp16: bool = Field(False, description="compute in fp16")
-    bf16: bool = Field(False, description="compute in bf16")
-    no_half_vae: bool = Field(False, description="keep the VAE in float32 (cures black images)")
-    batch_size: Count = Field(1, description="images made at once where size, steps and settings agree")
-    vae_batch_size: float | None = Field(None, gt=0, description="images the VAE decodes at once; below 1: a share of the batch")
-    vae_slices: Count | None = Field(
-        None, description="the VAE works through each image in so many slices: same image, less memory"
-    )
-    vae_tiling: bool = Field(False, description="the VAE works on tiles: far less memory, seams are blended")
-    xformers: bool = Field(False, description="attention by xformers, if it is installed and there is a GPU")
-    diffusers_xformers: bool = Field(False, description="the same as --xformers")
-    sdpa: bool = Field(False, description="attention by torch (this is the default)")
-    opt_channels_last: bool = Field(False, description="channels-last memory layout: faster on some cards")
+    fp16: bool = option(False, help="compute in fp16")
+    bf16: bool = option(False, help="compute in bf16")
+    no_half_vae: bool = option(False, help="keep the VAE in float32 (cures black images)")
+    batch_size: Count = option(1, help="images made at once where size, steps and settings agree")
+    vae_batch_size: float | None = option(None, gt=0, help="images the VAE decodes at once; below 1: a share of the batch")
+    vae_slices: Count | None = option(None, help="the VAE works through each image in so many slices: same image, less memory")
+    vae_tiling: bool = option(False, help="the VAE works on tiles: far less memory, seams are blended")
+    xformers: bool = option(False, help="attention by xformers, if it is installed and there is a GPU")
+    diffusers_xformers: bool = option(False, help="the same as --xformers")
+    sdpa: bool = option(False, help="attention by torch (this is the default)")
+    opt_channels_last: bool = option(False, help="channels-last memory layout: faster on some cards")
 
 
 class OutputOptions(OptionGroup):
     """Output"""
 
-    outdir: str = Field("outputs", description="folder for the images")
-    sequential_file_name: bool = Field(False, description="names im_000001.png, im_000002.png and so on")
-    use_original_file_name: bool = Field(False, description="with --image_path: the name of the source image")
-    sheet: bool = Field(False, description="also one labelled sheet: prompts and seeds by networks and strengths")
-    sheet_strengths: list[float] | None = Field(None, description="strengths that the sheet compares; 0 is without network")
+    outdir: str = option("outputs", help="folder for the images", path=True)
+    sequential_file_name: bool = option(False, help="names im_000001.png, im_000002.png and so on")
+    use_original_file_name: bool = option(False, help="with --image_path: the name of the source image")
+    sheet: bool = option(False, help="also one labelled sheet: prompts and seeds by networks and strengths")
+    sheet_strengths: list[float] | None = option(None, help="strengths that the sheet compares; 0 is without network")
 
 
 class GenerateOptions(BaseModel):

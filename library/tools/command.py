@@ -19,6 +19,18 @@ class _HelpFormatter(argparse.HelpFormatter):
         return f"{action.help} (default: %(default)s)"
 
 
+def path_text(text: str) -> str:
+    """For `add_argument(type=...)`: a path, by the name that an existing file has on the disk.
+
+    An empty one is an error: it would be the current folder.
+    """
+    from library.files import on_disk  # deferred: --help is printed in less time than its imports take
+
+    if not text.strip():
+        raise argparse.ArgumentTypeError("an empty path; give one, or leave the option out")
+    return on_disk(text)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse without abbreviations. Raises UserError; for an unknown option with the most similar known one."""
 

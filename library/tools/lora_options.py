@@ -9,12 +9,12 @@ from pathlib import Path
 
 from library.errors import UserError
 from library.formats.precision import PRECISIONS
-from library.tools.command import Parser
+from library.tools.command import Parser, path_text
 
 
 def add_models(parser: Parser, text: str) -> None:
     """--models and --ratios."""
-    parser.add_argument("--models", nargs="*", default=[], help=text)
+    parser.add_argument("--models", nargs="*", type=path_text, default=[], help=text)
     ratios = "strength of each LoRA, in the same order; may be negative"
     parser.add_argument("--ratios", nargs="*", type=float, default=[], help=ratios)
 
@@ -46,7 +46,7 @@ def add_device(parser: Parser) -> None:
 def add_base_model(parser: Parser) -> None:
     """--sd_model for tools that make a LoRA."""
     text = "the model that the file is for, .safetensors or .ckpt; needed for DoRA, GLoRA, IA3, OFT and BOFT alone"
-    parser.add_argument("--sd_model", help=text)
+    parser.add_argument("--sd_model", type=path_text, help=text)
 
 
 def add_clamp_quantile(parser: Parser) -> None:

@@ -15,13 +15,15 @@ from pathlib import Path
 from library.errors import UserError
 from library.formats.precision import dtype_of
 from library.tools import lora_options
-from library.tools.command import Parser
+from library.tools.command import Parser, path_text
 
 
 def options() -> Parser:
     parser = Parser("Merge LoRA files into a model, or into one LoRA.")
-    parser.add_argument("--sd_model", help="checkpoint to merge into; without it the LoRAs are merged into one LoRA")
-    parser.add_argument("--save_to", required=True, help="file to write: .safetensors, .ckpt or .pt")
+    parser.add_argument(
+        "--sd_model", type=path_text, help="checkpoint to merge into; without it the LoRAs are merged into one LoRA"
+    )
+    parser.add_argument("--save_to", type=path_text, required=True, help="file to write: .safetensors, .ckpt or .pt")
     lora_options.add_models(parser, "LoRA files")
     lora_options.add_family(parser)
     lora_options.add_block_weights(parser)

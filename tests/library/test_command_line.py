@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import csv
+import re
+import unicodedata
 from pathlib import Path
 
 import pytest
 
-from library.command_line import option_names
+from library.command_line import is_flag, option_fields, option_names
 from library.errors import UserError
+from library.generation.options import GenerateOptions
+from library.option_traits import traits_of
 from library.training.checks.refused_options import REFUSED
 from library.training.options import TrainNetworkOptions, parse_options
 from library.training.outputs.config_output import write_config
@@ -311,3 +315,50 @@ def test_the_trainer_writes_its_config_and_stops(tmp_path, monkeypatch, capsys):
 def test_text_encoder_lr_is_one_rate_or_one_for_each_encoder():
     assert parse_options([*NEEDED, "--text_encoder_lr=1e-5"]).optimizer.text_encoder_lr == 1e-5
     assert parse_options([*NEEDED, "--text_encoder_lr", "1e-5", "2e-5"]).optimizer.text_encoder_lr == [1e-5, 2e-5]
+
+
+# Options for paths
+
+
+def paths_of(options_class) -> dict:
+    return {name: field for name, field in option_fields(options_class).items() if traits_of(field).path and not is_flag(field)}
+
+
+@pytest.mark.parametrize("options_class", [TrainNetworkOptions, GenerateOptions])
+def test_every_option_that_is_named_after_a_file_or_folder_is_declared_as_a_path(options_class):
+    named = re.compile(
+        "ckpt|vae|resume|sample_prompts|outdir|metadata_thumbnail|.*(_dir|_path|_file|_weights|_embeddings|_json|_config)"
+    )
+    found = {name for name, field in option_fields(options_class).items() if named.fullmatch(name) and not is_flag(field)}
+    assert {*paths_of(options_class)} - {"pretrained_model_name_or_path"} == found and len(found) > 8
+
+
+@pytest.mark.parametrize("empty", ["", " "])
+@pytest.mark.parametrize("name", paths_of(TrainNetworkOptions))
+def test_an_empty_path_is_an_option_that_is_not_given(name, empty, tmp_path):
+    for words in ([f"--{name}", empty], [config(tmp_path, f'{name} = "{empty}"')]):
+        if name == "config_file" and words[0] != "--config_file":
+            continue  # a file cannot name another file
+        options = parse_options([*(word for word in NEEDED if not word.startswith(f"--{name}=")), *words])
+        assert getattr(getattr(options, option_names(TrainNetworkOptions)[name]), name) is None
+
+
+def test_an_empty_path_on_the_command_line_also_takes_back_that_of_the_config_file(tmp_path):
+    file = config(tmp_path, 'vae = "v"\nbase_weights = ["a", "b"]\n')
+    options = parse_options([*NEEDED, file, "--vae=", "--base_weights", ""])
+    assert options.model.vae is None and options.network.base_weights is None
+    with pytest.raises(UserError, match="--base_weights: one of its paths is empty; take it out"):
+        parse_options([*NEEDED, "--base_weights", "a", ""])
+
+
+def test_files_are_found_in_either_form_of_an_accent(tmp_path):
+    composed, decomposed = (str(tmp_path / unicodedata.normalize(form, "caf\u00e9")) for form in ("NFC", "NFD"))
+    Path(f"{decomposed}.toml").write_text(f'vae = "{composed}.pt"\nbase_weights = ["{composed}.pt", "x"]\n', encoding="utf-8")
+    Path(f"{decomposed}.pt").touch()
+    for name in (f"{composed}.toml", composed):
+        options = parse_options(
+            [*NEEDED, f"--config_file={name}", f"--network_weights={composed}.pt", f"--output_dir={composed}"]
+        )
+        found = [options.model.vae, options.network.network_weights, *options.network.base_weights]
+        assert [Path(path).exists() for path in found] == [True, True, True, False]
+        assert options.output.output_dir == composed

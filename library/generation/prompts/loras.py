@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from library.errors import UserError, unknown
+from library.files import composed
 
 SUFFIXES = (".safetensors", ".pt", ".ckpt", ".bin")
 _PROMPT_LORA = re.compile(r"<lora:([^:<>]+)(?::([^<>]*))?>", re.IGNORECASE)
@@ -43,7 +44,7 @@ class PromptLoras:
             files = [path for path in self.folder.rglob("*") if path.suffix.lower() in SUFFIXES]
             self._paths = {}
             for path in sorted(files, key=lambda path: (SUFFIXES.index(path.suffix.lower()), path)):
-                self._paths.setdefault(path.stem, path)
-        if name not in self._paths:
+                self._paths.setdefault(composed(path.stem), path)
+        if composed(name) not in self._paths:
             raise unknown("LoRA", name, self._paths, str(self.folder))
-        return self._paths[name]
+        return self._paths[composed(name)]

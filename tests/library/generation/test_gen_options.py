@@ -143,3 +143,10 @@ def test_trap_6_1_the_script_starts_and_its_help_imports_no_torch():
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, encoding="utf-8", timeout=60)
     assert result.returncode == 0, result.stderr
     assert set(re.findall(r"^  --(\w+)", result.stdout, re.MULTILINE)) == set(FIELDS)
+
+
+def test_an_empty_path_is_an_option_that_is_not_given():
+    options = parse_options([*NEEDED, "--vae=", "--outdir=", "--from_file=", "--network_weights", ""])
+    assert (options.model.vae, options.output.outdir, options.network.network_weights) == (None, "outputs", None)
+    with pytest.raises(UserError, match="--ckpt is missing"):
+        parse_options(["--ckpt=", "--prompt=a"])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import unicodedata
+from pathlib import Path
+
 import pytest
 
 from library.errors import UserError
-from library.tools.command import Parser
+from library.tools.command import Parser, path_text
 
 
 def test_negative_numbers_in_any_notation_are_values_and_no_options():
@@ -19,3 +22,14 @@ def test_negative_numbers_in_any_notation_are_values_and_no_options():
     assert args.lbw == ["-1,0.5,-1e-2", "-0.5,1"]
     with pytest.raises(UserError, match="did you mean '--ratios'"):
         parser.parse_args(["--ratio", "-.5"])
+
+
+def test_paths_are_found_in_either_form_of_an_accent_and_are_not_empty(tmp_path):
+    parser = Parser("x")
+    parser.add_argument("--models", nargs="*", type=path_text)
+    composed, decomposed = (str(tmp_path / unicodedata.normalize(form, "caf\u00e9.pt")) for form in ("NFC", "NFD"))
+    Path(decomposed).touch()
+    found = parser.parse_args(["--models", composed, decomposed, str(tmp_path / "n\u00e9w.pt"), "a//b"]).models
+    assert all(Path(path).exists() for path in found[:2]) and found[2:] == [str(tmp_path / "n\u00e9w.pt"), "a//b"]
+    with pytest.raises(UserError, match="--models: an empty path; give one, or leave the option out"):
+        parser.parse_args(["--models", "a", " "])

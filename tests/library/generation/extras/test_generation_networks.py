@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import unicodedata
 import warnings
 from dataclasses import replace
 
@@ -17,7 +18,7 @@ from library.generation.extras.networks import Networks
 from library.generation.options import NetworkOptions
 from library.generation.pipeline.pipeline import Pipeline
 from library.generation.pipeline.settings import GenerateSettings
-from library.generation.prompts.loras import split_loras
+from library.generation.prompts.loras import PromptLoras, split_loras
 from library.generation.prompts.spec import PromptSpec
 from networks import dylora, lora
 
@@ -160,6 +161,13 @@ def test_loras_in_prompts_equal_the_same_on_the_command_line(model, files, load,
     torch.testing.assert_close(both, both_again, **CLOSE)
     torch.testing.assert_close(ink, ink_again, **CLOSE)
     assert (ink - none).abs().max() > 0.1 and (both - ink).abs().max() > 0.1
+
+
+def test_a_prompts_lora_is_found_in_either_form_of_an_accent(tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
+    (tmp_path / f"{decomposed}.safetensors").touch()
+    loras = PromptLoras(tmp_path)
+    assert loras.find(composed) == loras.find(decomposed) and loras.find(composed).exists()
 
 
 def test_a_prompts_lora_is_read_once(model, files, load, monkeypatch):
