@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import json
 import os
 import pkgutil
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +21,7 @@ import torch
 from library.errors import UserError, nearest, one_line, unknown
 from library.files import read_safetensors_metadata
 from library.formats.tensor_file import read_safetensors
+from library.text_files import parse_toml, read_text
 from library.text_values import read_value
 
 if TYPE_CHECKING:
@@ -160,8 +163,15 @@ def module_arguments(module: ModuleType, texts: Mapping[str, str]) -> dict[str, 
 
 
 def check_module_arguments(module: ModuleType, texts: Mapping[str, str], option: str) -> None:
-    """Raises UserError for an algorithm or a preset that LyCORIS lacks; its own error would name neither."""
+    """Raises UserError for a key, an algorithm or a preset that LyCORIS lacks; its own errors would not name them.
+
+    LyCORIS itself says nothing of a key that it does not read.
+    """
     algorithms, presets = getattr(module, "network_module_dict", {}), getattr(module, "PRESET", {})
+    if algorithms and (known := _keys_in_source(module)):
+        for key in texts:
+            if key not in known:
+                raise unknown(f"{option} key", key, known)
     algo, preset = texts.get("algo", "").lower(), texts.get("preset", "")
     if algorithms and algo and algo not in algorithms:
         raise unknown(f"{option} algo", algo, algorithms)
@@ -169,6 +179,24 @@ def check_module_arguments(module: ModuleType, texts: Mapping[str, str], option:
         close = nearest(preset, presets)
         cure = f"did you mean '{close}'?" if close else f"give one of {', '.join(presets)}, or a TOML file"
         raise UserError(f"{option} preset={preset}: there is no such preset and no such file; {cure}")
+    if presets and preset and preset not in presets:
+        parse_toml(read_text(Path(preset), f"{option} preset"), Path(preset))
+
+
+def _keys_in_source(module: ModuleType) -> set[str]:
+    """The keys of --network_args that a module's two functions read, by their source; none where that does not tell."""
+    makers = [getattr(module, name, None) for name in ("create_network", "create_network_from_weights")]
+    try:
+        sources = [inspect.getsource(maker) for maker in makers if maker is not None]
+    except OSError:
+        return set()
+    if any(source.count("**kwargs") > 1 for source in sources):  # they go on to where others read them
+        return set()
+    read = set(re.findall(r"""kwargs(?:\.get\(|\.pop\(|\[)\s*["'](\w+)["']""", "".join(sources)))
+    optional = {
+        p.name for maker in makers if maker for p in inspect.signature(maker).parameters.values() if p.default is not p.empty
+    }
+    return read | optional | {*getattr(module, "deprecated_arg_dict", {})} if read else set()
 
 
 @contextmanager

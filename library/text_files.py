@@ -16,6 +16,9 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+MAX_DEPTH = 100  # of tables and lists within each other
+MAX_DOTS = 1_000  # in a key of TOML, whose reader takes time by their square
+
 _BYTE_ORDER_MARKS = (
     (b"\xef\xbb\xbf", "utf-8"),
     (b"\xff\xfe\0\0", "utf-32-le"),  # before UTF-16, whose mark is its beginning
@@ -74,12 +77,29 @@ def read_text(path: Path, option: str, guess: bool = True) -> str:
 
 def parse_toml(text: str, path: Path) -> dict[str, Any]:
     """The tables of a TOML text. A syntax error names line and column; for backslashes in a path it has the cure."""
+    too_deep = UserError(f"{path}: the tables are nested too deeply")
+    if any(line.partition("=")[0].count(".") > MAX_DOTS for line in lines_of(text) if not line.lstrip().startswith("#")):
+        raise too_deep
     try:
-        return tomllib.loads(text)
+        tables = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise _toml_error(path, text, str(error)) from error
     except RecursionError as error:
-        raise UserError(f"{path}: the tables are nested too deeply") from error
+        raise too_deep from error
+    if _is_deep(tables):
+        raise too_deep
+    return tables
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether lists and tables within each other are more than code that calls itself for each can take."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        inner = (one.values() if isinstance(one, dict) else one for one in level if isinstance(one, (dict, list)))
+        level = [value for values in inner for value in values]
+        if not level:
+            return False
+    return True
 
 
 class DoubleKey(ValueError):
@@ -95,16 +115,22 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def parse_json(text: str, path: Path, line: int | None = None) -> Any:
     """The value of a JSON text. Errors name line and column, or a double key. line: the number of the text's line in the file."""
+    too_deep = UserError(f"{path}, line {line or 1}: the lists and tables are nested too deeply")
     try:
-        return json.loads(text, object_pairs_hook=_without_doubles)
+        value = json.loads(text, object_pairs_hook=_without_doubles)
     except DoubleKey as error:
         raise UserError(
             f"{path}{f', line {line}' if line else ''}: '{error}' stands twice in one object; take one out"
         ) from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {line or error.lineno}, column {error.colno}: this is no JSON: {error.msg}") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
+    except ValueError as error:  # a number of thousands of digits
         raise UserError(f"{path}, line {line or 1}: this is no JSON that can be read: {one_line(error)}") from error
+    except RecursionError as error:
+        raise too_deep from error
+    if _is_deep(value):
+        raise too_deep
+    return value
 
 
 def check_texts(value: Any, path: Path, key: str = "") -> None:

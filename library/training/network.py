@@ -15,6 +15,7 @@ from library.network_modules import (
     AdapterNetwork,
     check_module_arguments,
     import_network_module,
+    is_ours,
     merging_module,
     module_arguments,
     network_from_file,
@@ -152,7 +153,8 @@ def _create(options: NetworkOptions, module: ModuleType, model: Model) -> Adapte
             module, required(options.network_weights, "network_weights"), 1.0, model, where=where, **arguments
         )[0]
     dim = 4 if options.network_dim is None else options.network_dim
-    with user_errors(f"--network_module {options.network_module}", module):
+    words = f" with --network_args {' '.join(options.network_args)}" if options.network_args and not is_ours(module) else ""
+    with user_errors(f"--network_module {options.network_module}{words}", module):
         return module.create_network(1.0, dim, options.network_alpha, *parts, **arguments)
 
 

@@ -162,3 +162,16 @@ def test_an_algorithm_or_a_preset_that_lycoris_lacks():
         check_module_arguments(module, {"algo": "lohaa"}, "--network_args")
     with pytest.raises(UserError, match="preset=atn-mlp: there is no such preset and no such file; did you mean 'attn-mlp'"):
         check_module_arguments(module, {"preset": "atn-mlp"}, "--network_args")
+
+
+def test_a_key_that_lycoris_does_not_read_and_a_preset_that_is_no_toml(tmp_path):
+    module = pytest.importorskip("lycoris.kohya", reason="an extra of requirements-extras.txt")
+    check_module_arguments(module, {"conv_dim": "4", "dora_wd": "True", "factor": "8", "use_cp": "no"}, "--network_args")
+    with pytest.raises(UserError, match="unknown --network_args key 'conv_dimm'; did you mean 'conv_dim'"):
+        check_module_arguments(module, {"conv_dimm": "4"}, "--network_args")
+    preset = tmp_path / "mine.toml"
+    preset.write_text("enable_conv = true\n", encoding="utf-8")
+    check_module_arguments(module, {"preset": str(preset)}, "--network_args")
+    preset.write_text("][", encoding="utf-8")
+    with pytest.raises(UserError, match="mine.toml, line 1, column 1: this is no TOML"):
+        check_module_arguments(module, {"preset": str(preset)}, "--network_args")

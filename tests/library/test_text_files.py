@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from library.errors import UserError
-from library.text_files import check_texts, decoded, lines_of, parse_json, read_text
+from library.text_files import check_texts, decoded, lines_of, parse_json, parse_toml, read_text
 
 CUTS_NOTHING = "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
 
@@ -55,7 +55,8 @@ def test_an_empty_file_is_an_empty_text():
     [
         ('{\n"a": }', None, "line 2, column 6: this is no JSON"),
         ('{"a": }', 7, "line 7, column 7: this is no JSON"),
-        ("[" * 100_000, None, "line 1: this is no JSON that can be read"),
+        ("[" * 100_000, None, "line 1: the lists and tables are nested too deeply"),
+        ('{"a":[' * 100 + "]}" * 100, 3, "line 3: the lists and tables are nested too deeply"),
         ("1" * 10_000, 3, "line 3: this is no JSON that can be read"),
         ('{"x": {"a.png": 1, "b": 2, "a.png": 1}}', None, "'a.png' stands twice"),
         ('{"a": 1, "a": 2}', 4, "line 4: 'a' stands twice"),
@@ -82,3 +83,10 @@ def test_a_text_that_no_path_can_be_is_named_with_its_key(text, place):
 
 def test_several_marks_at_the_beginning_are_no_text():
     assert decoded(codecs.BOM_UTF8 * 2 + b"a") == decoded(codecs.BOM_UTF16_LE * 2 + b"a\0") == "a"
+
+
+@pytest.mark.parametrize("text", ["a = " + "[" * 100_000, "a." * 500 + "b = 1", "a." * 100_000 + "b = 1"])
+def test_toml_that_is_nested_too_deeply(text):
+    with pytest.raises(UserError, match="^a.toml: the tables are nested too deeply$"):
+        parse_toml(text, Path("a.toml"))
+    assert parse_toml(f'# {"." * 2000}\na = "{"." * 2000}"\n{"b." * 50}c = [[[1]]]', Path("a.toml"))["a"] == "." * 2000
