@@ -3,7 +3,7 @@
     python benchmarks/fuzz.py [--seed 1] [--share 1.0] [--kinds image caption ...] [--only image:17]
 
 Images, captions, metadata files, dataset files, training configs, command lines of all programs, prompts, LoRA files,
-checkpoints and full disks, each made from (seed, kind, number), so that --only makes one again and prints all of it. The
+checkpoints, full disks and paths, each made from (seed, kind, number), so that --only makes one again and prints all of it. The
 programs run in this process through the code that ends their scripts. A training stops where the model would load, and
 drawing where it would be loaded, but for one input in TRAINED_ONE_IN and the kinds in WRITING, which go on to their files.
 Writes benchmarks/results/fuzz.md. About a quarter of an hour on two cores.
@@ -33,7 +33,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 
-from benchmarks.fuzzing import data, options, weights  # noqa: E402
+from benchmarks.fuzzing import data, options, paths, weights  # noqa: E402
 from benchmarks.fuzzing.case import Case  # noqa: E402
 from benchmarks.fuzzing.full_disk import full_disk  # noqa: E402
 from benchmarks.fuzzing.outcomes import Outcome, Reached, half_written  # noqa: E402
@@ -54,6 +54,7 @@ KINDS: dict[str, tuple[Callable[[random.Random, Path, Shelf], Case], int]] = {
     "LoRA file": (weights.lora_file, 600),
     "checkpoint": (weights.checkpoint, 300),
     "full disk": (full_disk, 150),
+    "path": (paths.path, 200),
 }
 TRAINED_ONE_IN = 25
 RESULTS = ROOT / "benchmarks" / "results" / "fuzz.md"
@@ -148,7 +149,7 @@ def without_slow_work(kind: str) -> Iterator[None]:
 
 
 WEIGHTS = ("LoRA file", "checkpoint")
-WRITING = ("full disk",)  # of which all inputs go on to the files
+WRITING = ("full disk", "path")  # of which all inputs go on to the files
 
 
 def note(row: Row, name: str, case: Case, outcome: Outcome, half: list[str]) -> None:
@@ -167,6 +168,9 @@ def note(row: Row, name: str, case: Case, outcome: Outcome, half: list[str]) -> 
     else:
         row.counts["otherwise"] += 1
         row.faults.append(f"{name}: exit code {outcome.code}, {outcome.error_lines} error lines")
+    if case.must_end_well and not outcome.ended_well and not outcome.traceback:
+        row.counts["good"] += 1
+        row.faults.append(f"{name}: a good input ended with exit code {outcome.code}")
     if lost:
         row.counts["lost"] += 1
         row.faults.append(f"{name}: {lost}")
@@ -184,7 +188,7 @@ def show(kind: str, number: int, seed: int, folder: Path, shelf: Shelf) -> None:
 COLUMNS = {
     "inputs": "inputs", "well": "ended well", "refused": "refused in one line, exit code 2",
     "failed": "failed in one line, exit code 1", "otherwise": "ended otherwise", "traceback": "traceback",
-    "lost": "silent loss", "half": "half-written files",
+    "good": "good, yet refused", "lost": "silent loss", "half": "half-written files",
 }  # fmt: skip
 
 

@@ -16,7 +16,7 @@ Lost = Callable[[str], str]  # printed text -> what was lost without a word, or 
 class Case:
     """`main` with `words` in `folder`, where the input lies. lost: asked if the program ended well.
 
-    largest_file: bytes that a file may have, as if the disk were full then.
+    largest_file: bytes that a file may have, as if the disk were full then. must_end_well: whether the input is good.
     """
 
     main: Main
@@ -25,6 +25,7 @@ class Case:
     lost: Lost | None = None
     stdin: bytes = b""
     largest_file: int | None = None
+    must_end_well: bool = False
 
     def run(self) -> Outcome:
         return run_program(self.main, self.words, self.folder, self.stdin, self.largest_file)

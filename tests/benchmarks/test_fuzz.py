@@ -44,7 +44,8 @@ def test_each_fault_is_seen(tmp_path):
     assert judged(lambda: 3, tmp_path).counts["otherwise"] == 1
     assert judged(lambda: 2, tmp_path).counts["otherwise"] == 1  # refused without a word
     assert judged(lambda: 0, tmp_path, lost=lambda text: "a.png").counts["lost"] == 1
-    assert judged(lambda: 0, tmp_path).faults == []
+    assert judged(wrong, tmp_path, must_end_well=True).counts["good"] == 1
+    assert judged(lambda: 0, tmp_path, must_end_well=True).faults == []
 
 
 def test_half_a_file_is_seen(tmp_path, shelf):
