@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import unicodedata
 from pathlib import Path
 
@@ -33,3 +34,20 @@ def test_paths_are_found_in_either_form_of_an_accent_and_are_not_empty(tmp_path)
     assert all(Path(path).exists() for path in found[:2]) and found[2:] == [str(tmp_path / "n\u00e9w.pt"), "a//b"]
     with pytest.raises(UserError, match="--models: an empty path; give one, or leave the option out"):
         parser.parse_args(["--models", "a", " "])
+
+
+TOOLS = (
+    "networks.check_lora_weights", "networks.extract_lora_from_dylora", "networks.extract_lora_from_models", "networks.merge_lora",
+    "networks.resize_lora", "networks.svd_merge_lora", "tools.convert_diffusers20_original_sd", "tools.resize_images_to_resolution",
+)  # fmt: skip
+PATHS = {
+    "file", "model", "models", "model_org", "model_tuned", "sd_model", "save_to", "model_to_load", "model_to_save", "vae",
+    "src_img_folder", "dst_img_folder",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_every_path_of_a_tool_is_read_so(tool):
+    actions = importlib.import_module(tool).options()._actions
+    found = {action.dest for action in actions if action.dest in PATHS}
+    assert found and found == {action.dest for action in actions if action.type is path_text}
