@@ -37,8 +37,9 @@ def test_paths_are_found_in_either_form_of_an_accent_and_are_not_empty(tmp_path)
 
 
 TOOLS = (
-    "networks.check_lora_weights", "networks.extract_lora_from_dylora", "networks.extract_lora_from_models", "networks.merge_lora",
-    "networks.resize_lora", "networks.svd_merge_lora", "tools.convert_diffusers20_original_sd", "tools.resize_images_to_resolution",
+    "networks.check_lora_weights", "networks.extract_lora_from_dylora", "networks.extract_lora_from_models",
+    "networks.merge_lora", "networks.resize_lora", "networks.svd_merge_lora", "tools.convert_diffusers20_original_sd",
+    "tools.resize_images_to_resolution",
 )  # fmt: skip
 PATHS = {
     "file", "model", "models", "model_org", "model_tuned", "sd_model", "save_to", "model_to_load", "model_to_save", "vae",
