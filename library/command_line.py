@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
 from library.errors import NEGATIVE, Problems, UserError, UserErrors, nearest
-from library.files import as_on_disk, on_disk
+from library.files import on_disk
 from library.option_files import read_option_tables
 from library.option_traits import traits_of
 
@@ -190,7 +190,7 @@ def _raise_user_error(message: str) -> typing.NoReturn:
 
 def config_file_path(name: str) -> Path:
     """The file that `--config_file` names; the suffix `.toml` is optional."""
-    for candidate in (as_on_disk(Path(name)), as_on_disk(Path(f"{name}.toml"))):
+    for candidate in (Path(on_disk(name)), Path(on_disk(f"{name}.toml"))):
         if candidate.is_file():
             return candidate
     raise UserError(f"--config_file {name}: there is no such file")

@@ -39,7 +39,11 @@ def as_on_disk(path: Path) -> Path:
 
 
 def on_disk(text: str) -> str:
-    """The text of a path as `as_on_disk` finds it; one in ASCII, which may be a URL or a name on the Hub, stays as it is."""
+    """The text of a path as `as_on_disk` finds it, with the home folder for `~`: shells leave `--vae=~/x` as it is.
+
+    What is in ASCII, which may be a URL or a name on the Hub, stays otherwise as it is.
+    """
+    text = os.path.expanduser(text)
     return text if text.isascii() else str(as_on_disk(Path(text)))
 
 

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 try:
     import resource
@@ -104,8 +105,9 @@ def _as_a_process(words: Sequence[str], folder: Path, printed: io.TextIOWrapper,
     sys.stdin = io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8", errors="surrogateescape")
     root.handlers[:] = [handler]
     os.chdir(folder)
+    home = {"HOME": str(folder), "USERPROFILE": str(folder)}  # what a path with ~ names
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), mock.patch.dict(os.environ, home):
             yield
     finally:
         sys.argv, place, sys.stdin, sys.stdout, sys.stderr, root.handlers[:], level, of_library = kept

@@ -362,3 +362,12 @@ def test_files_are_found_in_either_form_of_an_accent(tmp_path):
         found = [options.model.vae, options.network.network_weights, *options.network.base_weights]
         assert [Path(path).exists() for path in found] == [True, True, True, False]
         assert options.output.output_dir == composed
+
+
+def test_a_wave_is_the_home_folder_which_shells_leave_in_place_behind_an_equals_sign(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    options = parse_options([*NEEDED, "--output_dir=~/out", "--base_weights", "~", "a~b", "./~"])
+    (tmp_path / "run.toml").write_text("seed = 1\n", encoding="utf-8")
+    assert parse_options([*NEEDED, "--config_file=~/run"]).training.seed == 1
+    assert options.output.output_dir == f"{tmp_path}/out" and options.network.base_weights == [str(tmp_path), "a~b", "./~"]
