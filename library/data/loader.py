@@ -92,8 +92,8 @@ class EpochLoader:
         if batch.masks is None or len(self._black) == MAX_BLACK_NAMED:
             return
         counts = batch.masks.flatten(1).any(dim=1).tolist()
-        for path in [path for path, some in zip(batch.paths, counts, strict=True) if not some and path not in self._black]:
-            if len(self._black) < MAX_BLACK_NAMED:
+        for path, some in zip(batch.paths, counts, strict=True):
+            if not some and path not in self._black and len(self._black) < MAX_BLACK_NAMED:
                 self._black.add(path)
                 log.warning("%s: its mask is black where the image is used, so nothing of it is learned", path)
 
