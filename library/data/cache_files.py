@@ -6,7 +6,7 @@ import logging
 import uuid
 from pathlib import Path
 
-import safetensors.torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from library.errors import UserError
@@ -29,7 +29,7 @@ def shapes_in(path: Path) -> dict[str, list[int]]:
 
 def save(path: Path, tensors: dict[str, Tensor]) -> None:
     with atomic_write(path) as temporary:
-        temporary.write_bytes(safetensors.torch.save(tensors))  # `save_file` writes no path that is not UTF-8
+        save_file(tensors, temporary)
 
 
 def require_writable(folder: Path, option: str, instead: str) -> None:

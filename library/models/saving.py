@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from library.diffusion.process import NoiseProcess
-from library.errors import UserError
+from library.errors import UserError, one_line
 from library.files import atomic_write
 from library.formats.compvis import Parts, SingleFileNames, join_compvis
 from library.formats.prediction import V_MARK, ZERO_SNR_MARK
@@ -139,7 +139,10 @@ def _write_folder(model: Model, parts: Parts, folder: Path) -> None:
 
 def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
     """vocab.json and merges.txt beside what this version of transformers writes, which older programs cannot read."""
-    tokenizer.save_pretrained(folder)
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # tokenizers raises plain exceptions, of a full disk too
+        raise OSError(one_line(error)) from error
     if len(tokenizer) == VOCABULARY:
         for name in ("vocab.json", "merges.txt"):
             shutil.copyfile(CLIP_BPE / name, folder / name)

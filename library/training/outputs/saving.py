@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -11,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
 from library.devices import DTYPES
 from library.errors import RunFailed, UserError, one_line
 from library.files import atomic_write, write_new
-from library.formats.tensor_file import load_pickled
+from library.formats.tensor_file import load_pickled, open_tensors
 from library.formats.tensor_output import save_pickled
 from library.network_modules import AdapterNetwork
 from library.safe_text import as_unicode, on_terminal
@@ -62,6 +62,17 @@ class ModelFiles:
         except Exception as error:  # safetensors has errors of its own
             reason = getattr(error, "strerror", None) or one_line(error)
             raise UserError(f"--output_dir {self.folder} cannot be written: {reason}; choose another folder") from error
+        for path in sorted(self.folder.iterdir()):
+            if self._is_in_the_way(path):
+                kind = "folder" if path.is_dir() else "file"
+                raise UserError(f"{path} is a {kind}, and the run writes its own there; move it, or give another --output_name")
+
+    def _is_in_the_way(self, path: Path) -> bool:
+        """Whether it is a folder where a file of the network would be, or a file where a state would be."""
+        name = self.options.output_name
+        stems = rf"{re.escape(name)}(?:-\d{{6}}|-step\d{{8}}|-best)?" if name else r"epoch-\d{6}|at-step\d{8}|last|best"
+        own = re.fullmatch(rf"(?:{stems})(-state|\.{self.options.save_model_as})", path.name)
+        return own is not None and path.is_dir() != (own[1] == "-state")
 
     def epoch_path(self, epoch: int) -> Path:
         """`name-000003.safetensors`; without --output_name: `epoch-000003.safetensors`."""
@@ -202,6 +213,6 @@ def _tensors(file: Path):
     if file.suffix != ".safetensors":
         yield from load_pickled(file).items()
         return
-    with safe_open(file, framework="pt") as content:
-        for name in content.keys():
-            yield name, content.get_tensor(name)
+    with open_tensors(file) as content:
+        for name in content.shapes:
+            yield name, content.read(name)

@@ -149,3 +149,20 @@ def test_diffusers_reads_our_single_file_as_we_do(small_models, saved_models, v2
     for part in ("unet", "vae", "text_encoder"):
         theirs, ours = getattr(pipe, part).state_dict(), small_models[v2].parts[part].state_dict()
         assert_same_tensors(dict(theirs), dict(ours))
+
+
+def test_a_folder_whose_tokenizer_cannot_be_written_is_one_line(small_models, not_utf8, tmp_path, monkeypatch):
+    """tokenizers takes no path that is not UTF-8, and raises plain exceptions."""
+    with pytest.raises(UserError, match=r"cannot write .*caf.*model: .*surrogates not allowed.*; check the folder, its rights"):
+        save_stable_diffusion(small_models[False], not_utf8 / "model")
+    assert not any(not_utf8.iterdir())
+
+    def full(*_):
+        raise Exception("No space left on device (os error 28)")
+
+    monkeypatch.setattr(type(small_models[False].tokenizers[0]), "save_pretrained", full)
+    with pytest.raises(
+        UserError, match=r"cannot write .*model: No space left on device \(os error 28\); check the folder, its rights"
+    ):
+        save_stable_diffusion(small_models[False], tmp_path / "model")
+    assert not (tmp_path / "model").exists()

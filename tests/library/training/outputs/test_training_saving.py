@@ -13,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from library.errors import RunFailed, UserError
+from library.files import read_safetensors_metadata
+from library.formats.tensor_file import read_safetensors
 from library.training.options import OutputOptions
 from library.training.outputs import saving
 from library.training.outputs.saving import ModelFiles, NotSaved
@@ -180,6 +182,20 @@ def test_an_output_name_that_cannot_be_a_file_is_told_before_training(tmp_path, 
         files(tmp_path, output_name=name).check_folder()
 
 
+@pytest.mark.parametrize(
+    "output_name, name",
+    [("a", "a.safetensors/x"), ("a", "a-step00000002.safetensors/x"), ("a", "a-000001-state"), (None, "last.safetensors/x")],
+)
+def test_what_is_in_the_way_of_the_run_s_files_is_told_before_training(tmp_path, output_name, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    for other in ("a-b.safetensors", "b-state", "a.ckpt"):
+        (tmp_path / other).mkdir()
+    with pytest.raises(UserError, match=r" is a (folder|file), and the run writes its own there; move it, or give another"):
+        files(tmp_path, output_name=output_name).check_folder()
+    files(tmp_path, output_name="other").check_folder()
+
+
 def test_the_folder_is_tried_with_the_library_that_writes(tmp_path, monkeypatch):
     def full(*_):
         raise SafetensorError("I/O error: Permission denied (os error 13)")
@@ -234,6 +250,15 @@ def test_an_old_file_of_the_name_does_not_keep_what_is_trained_from_being_saved(
     with pytest.raises(UserError, match="it broke; what was trained until then is in"):
         train(words_of_a_run(data, out, "--max_train_steps=2"), AfterStep(fail))
     assert tensors_of(old)
+
+
+def test_a_folder_that_is_no_utf8_takes_files_and_states_and_gives_them_back(tmp_path, not_utf8, monkeypatch):
+    use_two_blocks(monkeypatch.setattr)
+    words = words_of_a_run(image_folder(tmp_path / "data", count=2), not_utf8, "--save_state")
+    train([*words, "--max_train_steps=1"])
+    train([*words, "--max_train_steps=2", f"--resume={not_utf8}"])
+    file = not_utf8 / "mine.safetensors"
+    assert read_safetensors(file).keys() and read_safetensors_metadata(file)["ss_steps"] == "2"
 
 
 def test_names_and_comments_that_are_no_utf8_are_trained_and_saved(tmp_path, monkeypatch):
