@@ -79,4 +79,6 @@ def read_vectors(path: Path) -> dict[str, Tensor]:
         if value.dim() not in (1, 2) or value.numel() == 0:
             shape = " x ".join(map(str, value.shape)) or "a single number"
             raise UserError(f"{path} is no textual inversion: a table of vectors is needed, its shape is {shape}")
+        if not value.isfinite().all():
+            raise UserError(f"{path} holds NaN or infinity, which would make every image black; get another file")
     return {name: value.detach().reshape(-1, value.shape[-1]) for name, value in tensors.items()}

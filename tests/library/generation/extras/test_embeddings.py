@@ -57,6 +57,7 @@ def test_a_weight_holds_for_all_its_vectors(model, tmp_path):
         ("lora", {"a": torch.zeros(1, 64), "b": torch.zeros(1, 64)}, "no textual inversion"),
         ("number", {"emb_params": torch.tensor(1.0)}, "a table of vectors is needed, its shape is a single number"),
         ("empty", {"emb_params": torch.zeros(0, 64)}, "a table of vectors is needed, its shape is 0 x 64"),
+        ("nan", {"emb_params": torch.full((1, 64), float("nan"))}, "holds NaN or infinity, which would make every image black"),
         ("deep", {"emb_params": torch.zeros(1, 2, 64)}, "a table of vectors is needed, its shape is 1 x 2 x 64"),
         ("sdxl", {"clip_l": torch.zeros(1, 64), "clip_g": torch.zeros(1, 64)}, r"made for 2 text encoder\(s\), SD 1.x has 1"),
     ],
