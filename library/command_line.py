@@ -17,10 +17,11 @@ from typing import Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
-from library.errors import NEGATIVE, Problems, UserError, UserErrors, nearest
+from library.errors import Problems, UserError, UserErrors, nearest
 from library.files import on_disk
 from library.option_files import read_option_tables
 from library.option_traits import traits_of
+from library.text_values import NEGATIVE, with_plain_minus
 
 MIN_SIMILARITY = 0.7  # of an unknown name to a known one that an error suggests, from 0 to 1
 MAX_UNKNOWN_NAMED = 12  # unknown names of a file that get a line each; more would fill the screen
@@ -171,7 +172,7 @@ def parse_command_line(
     problems.found += wrong
     parser = build_parser(options_class, description)
     parser.error = _raise_user_error  # type: ignore[method-assign]
-    known, rest = parser.parse_known_args(arguments)
+    known, rest = parser.parse_known_args([with_plain_minus(word) for word in arguments])
     if rest and not wrong:  # else they are the values of a wrong name
         raise UserError(f"unexpected word '{rest[0]}' on the command line; put values that hold spaces in quotes")
     return vars(known)

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import difflib
 import errno
-import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import ParamSpec, TypeVar
-
-# A command line argument that begins like an option and is a number, or a list of numbers: -.5, -5e-1, -1,0.5,1
-NEGATIVE = re.compile(r"-(?:[\d.][\d.,eE_+-]*|inf(?:inity)?|nan)$", re.IGNORECASE)
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -20,6 +20,7 @@ import torch
 
 from library.errors import UserError, nearest, one_line, unknown
 from library.files import read_safetensors_metadata
+from library.formats.low_rank import require_finite
 from library.formats.tensor_file import read_safetensors
 from library.text_files import parse_toml, read_text
 from library.text_values import read_value
@@ -119,8 +120,16 @@ def network_from_file(
     """A network for the weights of a file, not yet applied or loaded, and the weights.
 
     If another module than the suite's fails at a file that it wrote, as LyCORIS 4.1 does for ia3 and some lokr files, the network
-    is made from the file's metadata. arguments: of --network_args.
+    is made from the file's metadata. arguments: of --network_args. Raises UserError for weights that are not finite.
     """
+    network, weights = _network_and_weights(module, file, strength, model, where, arguments)
+    require_finite(weights, where)
+    return network, weights
+
+
+def _network_and_weights(
+    module: ModuleType, file: str, strength: float, model: Model, where: str, arguments: Mapping[str, Any]
+) -> tuple[AdapterNetwork, dict[str, torch.Tensor]]:
     parts = (model.vae, *model.for_networks())
     with user_errors(where):
         try:

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import ast
 import math
+import re
 from typing import Any
+
+# A command line argument that begins like an option and is a number, or a list of numbers: -.5, -5e-1, -1,0.5,1
+NEGATIVE = re.compile(r"-(?:[\d.][\d.,eE_+-]*|inf(?:inity)?|nan)$", re.IGNORECASE)
+_NUMBERS = re.compile(r"(?:--\w+=)?[\[\d.,eE_+\-\u2212\u2013\] ]+")
+_MINUS_OF_TEXTS = re.compile(r"(?<![^=,\[ eE])[\u2212\u2013](?=[\d.])")  # the minus sign and the dash, before a number
 
 _WORDS: dict[str, bool | None] = {
     **dict.fromkeys(("true", "yes", "on"), True), **dict.fromkeys(("false", "no", "off"), False), "none": None, "null": None,
@@ -36,6 +42,17 @@ def read_value(text: str) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
+
+
+def with_plain_minus(text: str) -> str:
+    """A number or a list of numbers, also after `--option=`, with the minus that programs read; any other text as it is.
+
+    Web pages and word processors write another sign.
+
+    >>> [with_plain_minus(text) for text in ("\u22120.5", "--lbw=1,\u2013.5", "2020\u20132021", "a\u22121")]
+    ['-0.5', '--lbw=1,-.5', '2020–2021', 'a−1']
+    """
+    return _MINUS_OF_TEXTS.sub("-", text) if _NUMBERS.fullmatch(text) else text
 
 
 def _items_of(text: str) -> list[str]:

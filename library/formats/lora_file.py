@@ -20,7 +20,7 @@ from library.formats.foreign import instead_of_a_lora
 from library.formats.lora_family import families_of_lora
 from library.formats.lora_hashes import hashes
 from library.formats.lora_layouts import KOHYA, PeftConfig, kohya_weights, lora_name, naming_family, resnets_of
-from library.formats.low_rank import LowRank
+from library.formats.low_rank import LowRank, require_finite
 from library.formats.tensor_file import Windows, open_tensors
 from library.formats.tensor_output import rows_in, write_weights
 
@@ -62,10 +62,9 @@ class LoraFile:
         return replace(self, modules=modules, families=both)
 
     def require_finite(self) -> None:
-        """UserError, naming the module, if a number is NaN or infinite."""
+        """UserError, naming the key, if a number is NaN or infinite."""
         for name, module in self.modules.items():
-            if not module.is_finite():
-                raise UserError(f"{self.path}: the module {name} holds NaN or infinity; the file is of no use")
+            require_finite({f"{name}.{inside}": tensor for inside, tensor in module.parts.tensors.items()}, self.path)
             self.windows.forget()
 
 

@@ -60,6 +60,8 @@ FOREIGN_KEY = re.compile(
     r"|\.(?P<tensor>lora_(?:down|up|mid)\.weight|hada_\w+|lokr_\w+|[ab][12]\.weight|oft_blocks|oft_diag|rescale|on_input"
     r"|diff|diff_b|w_norm|b_norm|dora_scale|alpha))"
 )
+_PEFT_TYPES = ("LORA", "LOHA", "LOKR")  # those whose tensors and formulas are LyCORIS' too
+_WITH_RANK = ("lora_down.weight", "hada_w1_b", "lokr_w1_b", "lokr_w2_b")  # tensors of as many rows as the rank
 SIDES = {"A": "lora_down.weight", "down": "lora_down.weight", "B": "lora_up.weight", "up": "lora_up.weight"}
 
 
@@ -168,9 +170,13 @@ def kohya_weights(
         if new in result:
             raise UserError(f"it holds {new} twice, the second time as {key}")
         result[new] = tensor.view(-1, 1) if "lora_magnitude_vector" in key and inside == "dora_scale" else tensor
-        alpha = config.alpha(path, len(tensor)) if config and inside == "lora_down.weight" and len(tensor) else None
+        if config is None:
+            continue
+        alpha = config.alpha(path, len(tensor)) if inside in _WITH_RANK and len(tensor) else None
         if alpha is not None:
             alphas[f"{name}.alpha"] = alpha
+        if inside == "lokr_w1" and f"{key.removesuffix(inside)}lokr_w2" in weights:
+            result[new] = tensor * config.strength(path)
     return result | {key: torch.tensor(alpha) for key, alpha in alphas.items() if key not in result}
 
 
@@ -219,7 +225,10 @@ def _naming_of(layers: Collection[str]) -> FileFamily:
 
 
 class PeftConfig:
-    """The alphas that Diffusers and peft keep beside the tensors: in the file's metadata or in `adapter_config.json`."""
+    """What Diffusers and peft keep beside the tensors: in the file's metadata or in `adapter_config.json`.
+
+    Raises UserError, naming the file, if it cannot be read, or is for an adapter that only peft has.
+    """
 
     def __init__(self, file: Path, metadata: Mapping[str, str]):
         self._parts: dict[str, dict[str, Any]] = {}
@@ -232,22 +241,42 @@ class PeftConfig:
             elif file.stem == "adapter_model" and beside.is_file():
                 self._parts[""] = dict(json.loads(beside.read_text(encoding="utf-8")))
             for config in self._parts.values():
-                config["alpha_pattern"] = {
-                    _matcher(pattern): float(alpha) for pattern, alpha in (config.get("alpha_pattern") or {}).items()
-                }
+                for name in ("alpha_pattern", "rank_pattern"):
+                    config[name] = {_matcher(pattern): float(value) for pattern, value in (config.get(name) or {}).items()}
         except (ValueError, TypeError, AttributeError, RecursionError, re.error) as error:
             raise UserError(f"{file}: the description of its alphas is not readable ({error})") from error
+        for config in self._parts.values():
+            if config.get("peft_type", "LORA") not in _PEFT_TYPES:
+                raise UserError(
+                    f"{file} is an adapter of peft's kind {config['peft_type']}, which only peft can use; "
+                    "merge it into the model with its merge_and_unload and give that model"
+                )
 
     def alpha(self, path: str, rank: int) -> float | None:
         """The alpha, as this suite's files have it, of the layer at this path; None if nothing says it."""
-        path = path.removeprefix("base_model.model.")
-        part, _, inside = path.partition(".")
-        config, inside = (self._parts[part], inside) if part in self._parts else (self._parts.get("", {}), path)
-        own = (alpha for matcher, alpha in config.get("alpha_pattern", {}).items() if matcher.fullmatch(inside))
-        alpha = next(own, config.get("lora_alpha"))
+        config, inside = self._of(path)
+        alpha = _of_pattern(config, "alpha_pattern", inside, config.get("lora_alpha", config.get("alpha")))
         if alpha is None:
             return None
         return alpha * math.sqrt(rank) if config.get("use_rslora") else float(alpha)
+
+    def strength(self, path: str) -> float:
+        """alpha / rank of a layer whose tensors do not tell the rank: a LoKr of two whole matrices. 1 if nothing says it."""
+        config, inside = self._of(path)
+        alpha = self.alpha(path, 1)
+        rank = _of_pattern(config, "rank_pattern", inside, config.get("r"))
+        return alpha / rank if alpha and rank else 1.0
+
+    def _of(self, path: str) -> tuple[dict[str, Any], str]:
+        """The configuration for a layer, and the layer's path in it."""
+        path = path.removeprefix("base_model.model.")
+        part, _, inside = path.partition(".")
+        return (self._parts[part], inside) if part in self._parts else (self._parts.get("", {}), path)
+
+
+def _of_pattern(config: Mapping[str, Any], name: str, path: str, default: float | None) -> float | None:
+    """The value of the first pattern for this path, or the default."""
+    return next((value for matcher, value in config.get(name, {}).items() if matcher.fullmatch(path)), default)
 
 
 def _matcher(pattern: str) -> re.Pattern[str]:

@@ -13,8 +13,9 @@ Best means: no other matrix of that rank is closer in the Frobenius norm (Eckart
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ MAX_PASSES = 16
 # What further passes may still remove, of the squared error. The estimate is up to 1.9 times too low (on noise, where it
 # matters), so the error is within 0.08 % of the smallest possible.
 TOLERANCE = 8e-4
+CURE_OF_BROKEN = "take an earlier file of the same training, or fetch it again"
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,13 @@ def is_finite(value: Tensor) -> bool:
     return math.isfinite(value.sum().item()) or bool(value.isfinite().all())
 
 
+def require_finite(tensors: Mapping[str, Tensor], where: str | Path) -> None:
+    """UserError, naming the first key, if a tensor holds NaN or infinity. where: the file, or the option that names it."""
+    for key, tensor in tensors.items():
+        if not is_finite(tensor):
+            raise UserError(f"{where}: {key} holds NaN or infinity, so the file is of no use; {CURE_OF_BROKEN}")
+
+
 def shaped(up: Tensor, down: Tensor, inside: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Factors (out, r) and (r, n) in the shapes of files; inside: (in,) or (in, k, k) of the layer."""
     down = down.reshape(len(down), *inside).contiguous()
@@ -195,8 +204,8 @@ def decompose(module: LowRank, device: torch.device | str = "cpu", most: int | N
     count = min(module.rank, *module.matrix_shape)
     shown = min(count, most or count)
     if _is_cheaper_dense(module):
-        whole = exact_low_rank((up @ down).mul_(module.scale))
-        return Decomposition(whole.u[:, :shown], whole.s[:count], whole.vh[:shown], whole.total)
+        whole = exact_low_rank((up @ down).mul_(module.scale), shown)
+        return replace(whole, s=whole.s[:count])
     root_up, inverse_up = _roots(up.T @ up)
     root_down, inverse_down = _roots(down @ down.T)
     u, s, vh = _svd(root_up @ root_down.T * module.scale)
@@ -250,25 +259,27 @@ def best_low_rank(matrix: Tensor, rank: int | None = None, *, share: float | Non
         if share is None or guess == limit or found.kept(guess) >= share:
             return found
         guess = min(limit, guess * 4)
-    return exact_low_rank(matrix, total)
+    return exact_low_rank(matrix, limit, total)
 
 
-def exact_low_rank(matrix: Tensor, total: float | None = None) -> Decomposition:
-    """All singular values and vectors, in float64, by the eigenvectors of the smaller of A A^T and A^T A.
+def exact_low_rank(matrix: Tensor, most: int | None = None, total: float | None = None) -> Decomposition:
+    """All singular values, and the first `most` vectors, in float64, by the eigenvectors of the smaller of A A^T and A^T A.
 
     Squaring costs digits below 1e-8 of the largest singular value, which float32 weights do not have anyway.
     """
     if matrix.shape[0] > matrix.shape[1]:
-        found = exact_low_rank(matrix.T, total)
+        found = exact_low_rank(matrix.T, most, total)
         return Decomposition(found.vh.T, found.s, found.u.T, found.total)
     double = matrix.to(_float64_device(matrix), torch.float64)
-    u = _eigen(double @ double.T)[1]
+    squares, vectors = _eigen(double @ double.T)
+    u = vectors[:, -min(len(squares), most or len(squares)) :]
     projected = u.T @ double
-    s = projected.norm(dim=1)
+    s = projected.norm(dim=1)  # the roots of the smallest squares are less exact
     order = s.argsort(descending=True)
     vh = projected / s.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+    others = squares[: len(squares) - len(s)].clamp(min=0).sqrt().flip(0)
     total = double.norm().item() if total is None else total
-    return Decomposition(u[:, order].float().cpu(), s[order].cpu(), vh[order].float().cpu(), total)
+    return Decomposition(u[:, order].float().cpu(), torch.cat([s[order], others]).cpu(), vh[order].float().cpu(), total)
 
 
 def smallest_rank(s: Tensor, method: str, target: float) -> int:

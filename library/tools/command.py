@@ -7,7 +7,8 @@ import sys
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
-from library.errors import NEGATIVE, UserError, unknown
+from library.errors import UserError, unknown
+from library.text_values import NEGATIVE, with_plain_minus
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -39,7 +40,7 @@ class Parser(argparse.ArgumentParser):
         self._negative_number_matcher = NEGATIVE  # argparse's own takes no -5e-1
 
     def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
-        arguments = sys.argv[1:] if args is None else list(args)
+        arguments = [with_plain_minus(word) for word in (sys.argv[1:] if args is None else args)]
         for argument in arguments:
             option = argument.split("=", 1)[0]
             if option.startswith("--") and option != "--" and option not in self._option_string_actions:

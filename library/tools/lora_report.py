@@ -4,43 +4,56 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from library.formats.adapters.kind import Parts
 from library.formats.adapters.registry import Adapter
 from library.formats.blocks import BASE, block_map, block_of
 from library.formats.families import FILE_FAMILIES, titles
 from library.formats.lora_file import LoraFile
-from library.formats.low_rank import LowRank, norm
+from library.formats.low_rank import CURE_OF_BROKEN, LowRank, norm
 from library.formats.tensor_file import TensorFile
 
 LONGEST = 200  # characters of a metadata value
 
 
+@dataclass(frozen=True)
+class Row:
+    """What is computed of one module, once. text: its line, without the name; rank: None if it is no LoRA; norm: of the change at
+    full strength, NaN if it is not finite or depends on the model."""
+
+    text: str
+    rank: int | None
+    norm: float
+    is_finite: bool
+
+
 def report(lora: LoraFile) -> Iterator[str]:
     """The lines of the report."""
-    modules = lora.modules
-    bad = [name for name, module in modules.items() if not module.is_finite()]
+    rows = {}
+    for name, module in lora.modules.items():
+        rows[name] = _row(module)
+        lora.windows.forget()
     yield f"file: {lora.path}"
-    yield f"number of LoRA modules: {len(modules)}"
-    kinds = Counter(module.title for module in modules.values())
+    yield f"number of LoRA modules: {len(rows)}"
+    kinds = Counter(module.title for module in lora.modules.values())
     if set(kinds) != {"LoRA"}:
         yield f"kinds: {', '.join(f'{count} {title}' for title, count in kinds.items())}"
     if lora.left_out:
         yield f"left out: {len(lora.left_out)} tensors that no layer has a use for, such as {lora.left_out[0]}"
     yield f"for: {_family(lora)}; dtype {str(lora.dtype).removeprefix('torch.')}; made by: {maker(lora)}"
-    yield f"NaN or infinity: {f'in {len(bad)} modules' if bad else 'none'}"
+    bad = [name for name, row in rows.items() if not row.is_finite]
+    yield f"NaN or infinity: {f'in {len(bad)} modules, so the file is of no use; {CURE_OF_BROKEN}' if bad else 'none'}"
     yield ""
-    width = max(len(name) for name in modules)
+    width = max(len(name) for name in rows)
     yield f"{'module':{width}} {'kind':6} {'in':>5} {'out':>5} {'rank':>4} {'alpha':>8} {'|down|':>9} {'|up|':>9} {'|delta|':>9}"
-    for name, module in modules.items():
-        yield f"{name:{width}} {_row(module)}"
+    for name, row in rows.items():
+        yield f"{name:{width}} {row.text}"
     yield ""
-    yield from _blocks(modules)
+    yield from _blocks(rows)
     yield ""
     yield "metadata:" if lora.metadata else "metadata: none"
     for key in sorted(lora.metadata):
@@ -48,56 +61,55 @@ def report(lora: LoraFile) -> Iterator[str]:
         yield f"  {key}: {value if len(value) <= LONGEST else f'{value[:LONGEST]}... ({len(value)} characters)'}"
 
 
-def _row(adapter: Adapter) -> str:
+def _row(adapter: Adapter) -> Row:
     """Mean absolute values of the factors, and the norm of the change; for other kinds than LoRA, what is known."""
-    flag = "" if adapter.is_finite() else "  NaN or infinity"
-    module = _factors(adapter)
+    is_finite = adapter.is_finite()
+    module = adapter.low_rank() if is_finite else _broken_factors(adapter)
+    size = _norm(adapter, module) if is_finite else math.nan
+    flag = "" if is_finite else "  NaN or infinity"
     if module is None:
         out_size, in_size = adapter.matrix_shape or ("", "")
-        return f"{'':6} {in_size:5} {out_size:5} {'':4} {'':8} {'':9} {'':9} {_norm(adapter):9.4g}  {adapter.title}{flag}"
+        text = f"{'':6} {in_size:5} {out_size:5} {'':4} {'':8} {'':9} {'':9} {size:9.4g}  {adapter.title}{flag}"
+        return Row(text, None, size, is_finite)
     out_size, in_size = module.matrix_shape
     positions = module.down[0, 0].numel() if module.down.dim() == 4 else 1
     kind = "linear" if module.down.dim() == 2 else f"conv{int(math.sqrt(positions))}"
     means = [float(factor.abs().mean()) for factor in module.matrices()[::-1]]
     sizes = f"{kind:6} {in_size // positions:5} {out_size:5} {module.rank:4} {module.alpha:8.4g}"
     title = "" if adapter.title == "LoRA" else f"  {adapter.title}"
-    return f"{sizes} {means[0]:9.3g} {means[1]:9.3g} {_norm(adapter):9.4g}{title}{flag}"
+    return Row(f"{sizes} {means[0]:9.3g} {means[1]:9.3g} {size:9.4g}{title}{flag}", module.rank, size, is_finite)
 
 
-def _factors(adapter: Adapter) -> LowRank | None:
-    """The factors of a LoRA, also if it holds NaN; None for other kinds."""
-    if not adapter.is_finite():  # also alpha may be NaN, for which `low_rank` raises an error
-        adapter = replace(adapter, parts=Parts(adapter.parts.layer, _without_alpha(adapter)))
+def _broken_factors(adapter: Adapter) -> LowRank | None:
+    """The factors of a LoRA that holds NaN or infinity; None for other kinds."""
+    alpha = adapter.parts.tensors.get("alpha")
+    if alpha is not None and not math.isfinite(float(alpha)):  # for which `low_rank` raises an error
+        tensors = {name: value for name, value in adapter.parts.tensors.items() if name != "alpha"}
+        adapter = replace(adapter, parts=Parts(adapter.parts.layer, tensors))
     return adapter.low_rank()
 
 
-def _without_alpha(adapter: Adapter) -> dict[str, Tensor]:
-    alpha = adapter.parts.tensors.get("alpha")
-    is_good = alpha is None or math.isfinite(float(alpha))
-    return {name: value for name, value in adapter.parts.tensors.items() if name != "alpha" or is_good}
-
-
-def _norm(adapter: Adapter) -> float:
-    """The norm of the change at full strength; NaN if it is not finite or depends on the model."""
-    if not adapter.is_finite() or adapter.needs_weight:
+def _norm(adapter: Adapter, module: LowRank | None) -> float:
+    """The norm of a finite change at full strength; NaN if it depends on the model."""
+    if adapter.needs_weight:
         return math.nan
-    if module := adapter.low_rank():
+    if module is not None:
         return norm(module)
     shape = adapter.matrix_shape
     return adapter.weight_change(torch.empty(shape, device="meta")).norm().item() if shape else math.nan
 
 
-def _blocks(modules: dict[str, Adapter]) -> Iterator[str]:
+def _blocks(rows: Mapping[str, Row]) -> Iterator[str]:
     yield f"{'block':12} {'modules':>7} {'ranks':>9} {'|delta|':>9}"
-    by_block: dict[str, list[Adapter]] = {}
-    for name, module in modules.items():
-        by_block.setdefault(block_of(name), []).append(module)
-    for block in block_map(modules).with_strengths:
+    by_block: dict[str, list[Row]] = {}
+    for name, row in rows.items():
+        by_block.setdefault(block_of(name), []).append(row)
+    for block in block_map(rows).with_strengths:
         if block in by_block:
             found = by_block[block]
-            ranks = sorted({factors.rank for adapter in found if (factors := _factors(adapter))})
+            ranks = sorted({row.rank for row in found if row.rank is not None})
             text = "" if not ranks else f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
-            total = math.sqrt(sum(_norm(adapter) ** 2 for adapter in found))
+            total = math.sqrt(sum(row.norm**2 for row in found))
             yield f"{'text encoder' if block == BASE else block:12} {len(found):7} {text:>9} {total:9.4g}"
 
 

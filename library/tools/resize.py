@@ -49,7 +49,7 @@ def resize(
             change = dense_change(lora, name, weight_of)
             like, scale, matrix = change.shape, 1.0, change.flatten(1).to(device)
             limit = min(rank_for(is_3x3(change.shape), new_rank, new_conv_rank), *matrix.shape)
-            found = for_module(name, exact_low_rank, matrix) if method else for_module(name, best_low_rank, matrix, limit)
+            found = for_module(name, exact_low_rank if method else best_low_rank, matrix, limit)
         rank = min(limit, smallest_rank(found.s, method, target)) if method else limit
         result = found.low_rank(rank, like, scale)
         if report:

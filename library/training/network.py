@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from library.errors import UserError
+from library.formats.low_rank import require_finite
 from library.key_values import read_pairs
 from library.models.family import Family, Model
 from library.network_modules import (
@@ -84,6 +85,7 @@ def build_network(
     if network.network_weights and not network.dim_from_weights:
         with user_errors(f"--network_weights {network.network_weights}"):
             instance.load_weights(network.network_weights)
+        require_finite(instance.state_dict(), f"--network_weights {network.network_weights}")
         print(f"continuing from {network.network_weights}")
     instance.requires_grad_(True)
     leave_untrained: Any = getattr(instance, "leave_untrained", None)  # beyond the contract

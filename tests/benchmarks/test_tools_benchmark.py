@@ -31,5 +31,5 @@ def test_the_rows_of_sdxl_are_measured_and_leave_no_large_file(files):
 def test_stacks_are_measured_beside_the_svd_of_their_product(monkeypatch):
     monkeypatch.setattr(tools, "STACKS", [(40, 30, 4), (40, 30, 200)])
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in tools.stack_rows(["rank 200"])]
-    assert [row[0] for row in cells] == ["decompose 40 x 30 of rank 200"]
+    assert [row[0] for row in cells] == ["decompose 40 x 30 of rank 200", "- beside float64"]
     assert all(0 <= float(row[column]) < 60 for row in cells for column in (1, 3, 5))

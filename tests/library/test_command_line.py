@@ -67,6 +67,13 @@ def test_words_become_typed_values():
     assert options.data.resolution == "512,768"
 
 
+def test_negative_numbers_in_any_notation_are_values():
+    signs = ["-.5", "-5e-1", "\u22120.5", "\u2013.5"]  # the last two are what web pages and word processors write
+    for words in (["--base_weights_multiplier", *signs], [f"--base_weights_multiplier={signs[2]}"]):
+        options = parse_options([*NEEDED, "--base_weights", *["a.safetensors"] * 4, *words])
+        assert set(options.network.base_weights_multiplier) == {-0.5}
+
+
 @pytest.mark.parametrize(
     "words, parts",
     [

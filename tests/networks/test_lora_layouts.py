@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from library.errors import UserError
+from library.formats.lora_file import read_lora
 from library.formats.lora_layouts import kohya_weights, lora_name
 from networks.lora import create_network, create_network_from_weights, find_layers
 from networks.suite_network import SuiteNetwork
@@ -177,6 +178,61 @@ def test_the_folder_that_peft_itself_writes_loads(linear_model, use_dora, tmp_pa
     found, _ = applied(make_tiny_model(linear_projection=True), tmp_path / "adapter_model.safetensors")
     assert (theirs - base).abs().max() > 0.01
     torch.testing.assert_close(found, theirs, atol=3e-5, rtol=1e-3)
+
+
+PATTERNS = {"alpha_pattern": {"to_q": 1}, "rank_pattern": {"to_q": 2}}
+
+
+@pytest.mark.parametrize(
+    "kind, words",
+    [
+        ("LoHaConfig", {"r": 4, "alpha": 6}),
+        (
+            "LoHaConfig",
+            {"r": 4, "alpha": 6, "use_effective_conv2d": True, **PATTERNS},
+        ),
+        ("LoKrConfig", {"r": 2, "alpha": 6}),
+        ("LoKrConfig", {"r": 1, "alpha": 3, "decompose_both": True, "use_effective_conv2d": True}),
+        ("LoKrConfig", {"r": 64, "alpha": 6, "rank_pattern": {"to_q": 32}}),
+    ],
+    ids=["LoHa", "LoHa with cores and patterns", "LoKr", "LoKr of two pairs", "LoKr of whole matrices"],
+)
+def test_other_kinds_that_peft_writes_have_the_strength_of_its_configuration(linear_model, kind, words, tmp_path):
+    import peft
+
+    base = outputs(linear_model)
+    torch.manual_seed(1)
+    config = getattr(peft, kind)(target_modules=["to_q", "conv2"], init_weights=False, **words)
+    wrapped = peft.get_peft_model(linear_model.unet, config)
+    theirs = outputs(linear_model)
+    wrapped.save_pretrained(tmp_path)
+    from tiny_models import make_tiny_model
+
+    found, _ = applied(make_tiny_model(linear_projection=True), tmp_path / "adapter_model.safetensors")
+    assert (theirs - base).abs().max() > 2e-3
+    torch.testing.assert_close(found, theirs, atol=3e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "kind, words",
+    [
+        ("IA3Config", {"feedforward_modules": [], "init_ia3_weights": False}),
+        ("AdaLoraConfig", {"init_r": 4, "target_r": 2, "total_step": 10, "init_lora_weights": False}),
+        ("VeraConfig", {"init_weights": False}),
+    ],
+)
+def test_a_kind_that_only_peft_knows_is_named_with_its_cure(linear_model, kind, words, tmp_path):
+    import peft
+
+    wrapped = peft.get_peft_model(linear_model.unet, getattr(peft, kind)(target_modules=["to_q"], **words))
+    wrapped.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    title = kind.removesuffix("Config").upper()
+    for load in (read_lora, SuiteNetwork.read):
+        with pytest.raises(
+            UserError, match=f"adapter_model.safetensors is an adapter of peft's kind {title}, .* merge_and_unload"
+        ):
+            load(file)
 
 
 @pytest.mark.parametrize("ending", ["", ".weight", ".default.weight"])

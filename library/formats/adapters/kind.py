@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
-from library.formats.low_rank import LowRank
+from library.formats.low_rank import CURE_OF_BROKEN, LowRank
 
 # Names that may stand beside the tensors of any kind.
 COMMON = ("alpha", "dora_scale", "lora_magnitude_vector", "diff_b", "b_norm")
@@ -55,7 +55,7 @@ class Parts:
             raise UserError(f"{self.layer}: {name} is no single number but has the shape {tuple(value.shape)}")
         number = float(value)
         if not math.isfinite(number):
-            raise UserError(f"{self.layer}: {name} is {number}; the file is of no use")
+            raise UserError(f"{self.layer}: {name} is {number}, so the file is of no use; {CURE_OF_BROKEN}")
         return number
 
     def scale(self, rank: int) -> float:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from library.errors import UserError, unknown
 from library.files import composed
+from library.text_values import with_plain_minus
 
 SUFFIXES = (".safetensors", ".pt", ".ckpt", ".bin")
 _PROMPT_LORA = re.compile(r"<lora:([^:<>]+)(?::([^<>]*))?>", re.IGNORECASE)
@@ -21,7 +22,7 @@ def split_loras(prompt: str) -> tuple[str, tuple[tuple[str, float], ...]]:
     found = []
     for name, strength in _PROMPT_LORA.findall(prompt):
         try:
-            found.append((name.strip(), float(strength) if strength else 1.0))
+            found.append((name.strip(), float(with_plain_minus(strength)) if strength else 1.0))
         except ValueError:
             raise UserError(f"<lora:{name}:{strength}>: '{strength}' is not a strength; write one number, as in 0.8") from None
     return _PROMPT_LORA.sub("", prompt).strip() if found else prompt, tuple(found)

@@ -20,6 +20,9 @@ def test_negative_numbers_in_any_notation_are_values_and_no_options():
         ["--ratios", "-.5", "-5e-1", "-1E-3", "-2.", "-1_0", "0.5", "-inf", "--lbw", "-1,0.5,-1e-2", "-0.5,1"]
     )
     assert args.ratios == [-0.5, -0.5, -0.001, -2.0, -10.0, 0.5, float("-inf")]
+    assert parser.parse_args(["--ratios", "\u22120.5", "\u2013.5", "0.5"]).ratios == [-0.5, -0.5, 0.5]  # of web pages
+    joined = parser.parse_args(["--ratios=\u2212.5", "--lbw=1,\u22125e\u22121"])
+    assert joined.ratios == [-0.5] and joined.lbw == ["1,-5e-1"]
     assert args.lbw == ["-1,0.5,-1e-2", "-0.5,1"]
     with pytest.raises(UserError, match="did you mean '--ratios'"):
         parser.parse_args(["--ratio", "-.5"])

@@ -9,7 +9,7 @@ import signal
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_runs import AfterStep, Recorder
 
 from library import __version__
@@ -385,6 +385,19 @@ def test_continuing_from_a_file(run):
     taken = run("--max_train_steps=1", "--dim_from_weights", weights)
     assert taken.metadata()["ss_network_dim"] == "2" and taken.metadata()["ss_network_alpha"] == "1.0"
     assert {t.shape for t in taken.tensors().values()} == {t.shape for t in first.tensors().values()}
+
+
+@pytest.mark.parametrize("words", [[], ["--dim_from_weights"], ["--base_weights"]])
+def test_a_lora_that_is_not_finite_is_named_before_a_step(run, words):
+    first = run("--max_train_steps=1", "--network_dim=2")
+    tensors = first.tensors()
+    key = next(name for name in tensors if name.endswith("lora_down.weight"))
+    tensors[key].view(-1)[0] = float("nan")
+    bad = first.folder / "bad.safetensors"
+    save_file(tensors, bad)
+    option = "--base_weights" if "--base_weights" in words else "--network_weights"
+    with pytest.raises(UserError, match=f"{option} .*bad.safetensors: {key} holds NaN or infinity, .*; take an earlier file"):
+        run("--max_train_steps=1", "--network_dim=2", f"{option}={bad}", *(word for word in words if word != option))
 
 
 @pytest.mark.option("base_weights", "base_weights_multiplier")

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from reference_pipelines import make_pipeline, run_pipeline
+from safetensors.torch import load_file, save_file
 
 from library.diffusion.process import NoiseProcess
 from library.diffusion.samplers import SAMPLERS, make_scheduler
@@ -72,6 +73,7 @@ def load(model):
 def test_loras_are_read_from_prompts():
     assert split_loras("a cat <lora:ink:0.8>, sitting") == ("a cat , sitting", (("ink", 0.8),))
     assert split_loras("<lora:a.b-c> x <LORA:d:-1.5>") == ("x", (("a.b-c", 1.0), ("d", -1.5)))
+    assert split_loras("a <lora:ink:\u22120.5>")[1] == (("ink", -0.5),)
     assert split_loras("a < b, <b:c>") == ("a < b, <b:c>", ())
     for wrong in ("strong", "0.5:1"):
         with pytest.raises(UserError, match=f"<lora:ink:{wrong}>: '{wrong}' is not a strength"):
@@ -231,8 +233,6 @@ def test_a_missing_strength_is_one_and_a_surplus_is_an_error(files, load):
 
 
 def test_trap_53_a_lora_that_was_trained_on_another_kind_of_base_is_named(files, load, tmp_path, caplog):
-    from safetensors.torch import load_file, save_file
-
     facts = {"ss_base_model_version": "sd_v1_v", "ss_sd_model_name": "velocity.safetensors"}
     save_file(load_file(files[0]), tmp_path / "v.safetensors", facts)
     load([files[0], tmp_path / "v.safetensors"])
@@ -255,8 +255,6 @@ def test_trap_3_6_files_of_dylora_load_with_both_modules(model, load, latents_of
 @pytest.mark.parametrize("layout", ["peft", "old"])
 def test_files_in_diffusers_layouts(model, files, load, latents_of, tmp_path, layout):
     """The same numbers under the names that Diffusers writes."""
-    from safetensors.torch import load_file, save_file
-
     sides = {"lora_down": "lora_A", "lora_up": "lora_B"} if layout == "peft" else {"lora_down": "lora.down", "lora_up": "lora.up"}
     paths = {name.replace(".", "_"): f"unet.{name}" for name, _ in model.denoiser.named_modules()}
     renamed = {}
@@ -277,8 +275,6 @@ def test_files_in_diffusers_layouts(model, files, load, latents_of, tmp_path, la
 
 
 def test_a_lora_of_another_family_is_named_in_one_line(load, tmp_path):
-    from safetensors.torch import save_file
-
     layer = "lora_unet_down_blocks_0_attentions_0_proj_in"
     wide = {f"{layer}.lora_down.weight": torch.zeros(4, 5), f"{layer}.lora_up.weight": torch.zeros(7, 4)}
     save_file(wide, tmp_path / "wide.safetensors")
@@ -304,9 +300,20 @@ def test_a_network_of_another_module_that_cannot_be_merged_says_so(model, files,
 
 
 def test_unused_weights_are_told(files, load, tmp_path, caplog):
-    from safetensors.torch import load_file, save_file
-
     save_file({**load_file(files[0]), "lora_unet_nowhere.alpha": torch.ones(())}, tmp_path / "more.safetensors")
     with caplog.at_level(logging.WARNING):
         load([tmp_path / "more.safetensors"])
     assert "lora_unet_nowhere.alpha" in caplog.text
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("options", [{}, {"network_merge": True}, {"network_pre_calc": True}])
+def test_a_lora_that_is_not_finite_is_named_with_its_key_and_the_cure(files, load, tmp_path, value, options):
+    tensors = load_file(files[0])
+    key = next(name for name in reversed(tensors) if name.endswith("lora_up.weight"))
+    tensors[key].view(-1)[-1] = value
+    save_file(tensors, tmp_path / "bad.safetensors")
+    with pytest.raises(UserError) as caught:
+        load([tmp_path / "bad.safetensors"], **options)
+    assert f"bad.safetensors: {key} holds NaN or infinity" in str(caught.value)
+    assert str(caught.value).endswith("; take an earlier file of the same training, or fetch it again")
