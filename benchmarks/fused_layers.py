@@ -12,7 +12,6 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -42,18 +41,17 @@ def measure(spec: tuple[int, ...], size: int, rank: int, rounds: int) -> dict[st
     import torch
     from torch import nn
 
-    from networks import fused
     from networks.lora import LoRAModule
+    from networks.suite_module import SuiteModule
 
     channels, out, kernel, stride, pixels = spec
     side, ways = size // pixels, {}
     for way in ("alone", "one function", "one after the other"):
         ways[way] = make_layer(channels, out, kernel, stride)
         if way != "alone":
-            module = LoRAModule("lora", ways[way], rank, rank)
+            module = (SuiteModule if way == "one function" else LoRAModule)("lora", ways[way], rank, rank)
             nn.init.normal_(module.lora_up.weight)
-            with mock.patch.object(fused, "fused_output", fused.fused_output if way == "one function" else lambda *args: None):
-                module.attach(ways[way])
+            module.attach(ways[way])
     x = torch.randn((1, channels, side, side) if kernel else (1, side * side, channels), requires_grad=True)
     least = dict.fromkeys(ways, float("inf"))
     for _ in range(rounds):

@@ -37,8 +37,9 @@ from torch.nn import functional as F
 from library.errors import UserError
 from library.files import read_safetensors_metadata
 from networks import lora_args
-from networks.lora import LoRAModule, TextEncoders, UNet, Weights, weight_delta
+from networks.lora import TextEncoders, UNet, Weights, weight_delta
 from networks.lora_args import NetworkArgs
+from networks.suite_module import SuiteModule
 from networks.suite_network import SuiteNetwork
 
 READERS = {
@@ -58,7 +59,7 @@ class DyLoRAArgs(NetworkArgs):
     unit: int | None = None
 
 
-class DyLoRAModule(LoRAModule):
+class DyLoRAModule(SuiteModule):
     """A LoRA module that in training uses its first `active_rank` ranks alone. `gain` (R,) is 1 until the network sets it."""
 
     gain: Tensor

@@ -1,23 +1,27 @@
 """A frozen layer and its LoRA as one function: the result of one operation after the other, with less memory read and written.
 
-networks/lora.py uses it wherever that is the formula; a copy of that file alone computes one after the other.
+networks/suite_module.py uses it wherever that is the formula.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
-from networks.lora import Layer, LoRAModule
+from networks.lora import Layer
+
+if TYPE_CHECKING:
+    from networks.suite_module import SuiteModule
 
 FEW_RANKS = 16  # of a convolution with a window: with more of them torch's own are faster
 
 
-def fused_output(module: LoRAModule, layer: Layer, x: Tensor, output: Tensor) -> Tensor | None:
+def fused_output(module: SuiteModule, layer: Layer, x: Tensor, output: Tensor) -> Tensor | None:
     """output + module(x), written into `output`, which is what the layer gave for x. None: compute that sum the usual way."""
     if not _fits(module, layer, output):
         return None
@@ -26,7 +30,7 @@ def fused_output(module: LoRAModule, layer: Layer, x: Tensor, output: Tensor) ->
     return function.apply(x, down, up, output.detach(), layer, factor)
 
 
-def _fits(module: LoRAModule, layer: Layer, output: Tensor) -> bool:
+def _fits(module: SuiteModule, layer: Layer, output: Tensor) -> bool:
     """Whether the module adds the plain formula, and `output` is as the frozen layer returned it: no hook has changed it."""
     if torch.compiler.is_compiling():  # compilers join operations themselves
         return False
@@ -39,7 +43,7 @@ def _fits(module: LoRAModule, layer: Layer, output: Tensor) -> bool:
     return is_plain and is_first and is_frozen and same_type and _is_known(layer, module.rank) and output.is_contiguous()
 
 
-def _computes_with_its_factors(module: LoRAModule) -> bool:
+def _computes_with_its_factors(module: SuiteModule) -> bool:
     """Whether the class that says what the module's factors are also computes with them, and nothing has taken its place."""
     owner = next(kind for kind in type(module).__mro__ if "factors" in vars(kind))
     return getattr(module.forward, "__func__", None) is vars(owner).get("forward")

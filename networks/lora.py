@@ -17,7 +17,7 @@ underscores. This file needs torch and safetensors alone, and works copied besid
     network.unapply()                             # the model is as it was
 
 Several text encoders are given as a list, wherever one is. In the suite `create_network` makes networks of the class
-`SuiteNetwork` (networks/suite_network.py), which also trains, and takes other kinds of modules and other programs' files.
+`SuiteNetwork` (networks/suite_network.py), which trains by the suite's options and reads other programs' files.
 """
 
 from __future__ import annotations
@@ -28,14 +28,13 @@ import logging
 import math
 import os
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 logger = logging.getLogger(__name__)
 
@@ -128,26 +127,15 @@ class LoRAModule(nn.Module):
 
     Shapes: Linear in -> out has down (rank, in) and up (out, rank); Conv2d k x k has down (rank, in, k, k), with the layer's
     stride and padding, and up (out, rank, 1, 1). `down` starts uniform in +-1/sqrt(fan_in), `up` at zero: so the start is
-    the base model. All three dropouts act in training mode only.
+    the base model. Alpha None or 0: the rank.
     """
 
     alpha: Tensor
     hook: Any
 
-    def __init__(
-        self,
-        lora_name: str,
-        layer: Layer,
-        rank: int,
-        alpha: float | None,
-        multiplier: float = 1.0,
-        dropout: float = 0.0,
-        rank_dropout: float = 0.0,
-        module_dropout: float = 0.0,
-    ):
+    def __init__(self, lora_name: str, layer: Layer, rank: int, alpha: float | None, multiplier: float = 1.0):
         super().__init__()
         self.lora_name, self.rank, self.multiplier, self.enabled = lora_name, rank, multiplier, True
-        self.dropout, self.rank_dropout, self.module_dropout = dropout, rank_dropout, module_dropout
         self.matrix_shape, self.hook = matrix_shape(layer), None
         if isinstance(layer, nn.Conv2d):
             window = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
@@ -167,59 +155,33 @@ class LoRAModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """multiplier * scale * up(down(x)): (B, ..., in) -> (B, ..., out), or (B, in, H, W) -> (B, out, H', W')."""
-        hidden = self.lora_down(self.in_own_type(x))
-        factor = self.scale * self.multiplier
-        if self.training and self.dropout:
-            hidden = F.dropout(hidden, self.dropout)
-        if self.training and self.rank_dropout:
-            hidden = hidden * self._rank_mask(hidden)
-            factor = factor / (1 - self.rank_dropout)
         # Scaled between the two, where a position has the fewest values.
-        return self.lora_up(hidden * factor)
-
-    def factors(self) -> tuple[Tensor, Tensor, float | Tensor]:
-        """(down, up, factor): without dropout, `forward` gives up(factor * down(x)). There may be a factor for each rank."""
-        return self.lora_down.weight, self.lora_up.weight, self.scale * self.multiplier
+        return self.lora_up(self.lora_down(self.in_own_type(x)) * (self.scale * self.multiplier))
 
     def in_own_type(self, x: Tensor) -> Tensor:
         """x in the type of these weights, which may differ from the layer's; autocast sees to that itself."""
         return x if torch.is_autocast_enabled(x.device.type) else x.to(self.lora_down.weight.dtype)
 
-    def _rank_mask(self, hidden: Tensor) -> Tensor:
-        """0 or 1 for each sample and rank, the same at every token or position."""
-        keep = torch.rand(len(hidden), self.rank, device=hidden.device) > self.rank_dropout
-        positions = [1] * (hidden.dim() - 2)
-        shape = (self.rank, *positions) if isinstance(self.lora_down, nn.Conv2d) else (*positions, self.rank)
-        return keep.view(len(hidden), *shape)
-
     def is_idle(self) -> bool:
-        """Whether this call adds nothing: switched off, strength 0 outside of training, or dropped as a whole."""
-        if not self.enabled or (self.multiplier == 0 and not self.training):
-            return True
-        # Drawn on the CPU: its generator is saved and restored by gradient checkpointing, and nothing waits for a GPU.
-        return self.training and self.module_dropout > 0 and torch.rand(()).item() < self.module_dropout
+        """Whether this call adds nothing: switched off, or strength 0 outside of training."""
+        return not self.enabled or (self.multiplier == 0 and not self.training)
 
     def attach(self, layer: Layer) -> None:
         """Add this module's result to the layer's from now on. Several networks may be attached to one layer."""
-        fused = suite("networks.fused")
-        self._fused_output = fused.fused_output if fused else None
-        self.hook = layer.register_forward_hook(self._add)
+        self.hook = layer.register_forward_hook(self._after_layer)
 
-    def _add(self, layer: Layer, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if self.is_idle():
-            return output
-        fused = self._fused_output(self, layer, inputs[0], output) if self._fused_output else None
-        return output + self(inputs[0]).to(output.dtype) if fused is None else fused
+    def _after_layer(self, layer: Layer, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output if self.is_idle() else self.added_to(output, layer, inputs[0])
+
+    def added_to(self, output: Tensor, layer: Layer, x: Tensor) -> Tensor:
+        """output + forward(x), where `output` is what the layer gave for x; in the output's type."""
+        return output + self(x).to(output.dtype)
 
     def detach(self) -> None:
         """Undo `attach`."""
         if self.hook is not None:
             self.hook.remove()
             self.hook = None
-
-    def product_norm(self) -> Tensor:
-        """||scale * up down||, the Frobenius norm."""
-        return weight_delta(self.lora_up.weight, self.lora_down.weight, self.scale * self.rank).norm()
 
     def file_weights(self) -> dict[str, Tensor]:
         """What a file holds of this module: alpha, lora_down.weight and lora_up.weight."""
@@ -249,8 +211,6 @@ class LoRAModule(nn.Module):
 class LoRANetwork(nn.Module):
     """LoRA modules for the layers of a model, as one module with one state."""
 
-    module_class = LoRAModule
-
     def __init__(self, modules: Iterable[nn.Module], multiplier: float = 1.0):
         super().__init__()
         for module in modules:
@@ -258,7 +218,6 @@ class LoRANetwork(nn.Module):
         if not self.loras:
             raise ValueError("no layer for a LoRA was found in the text encoder and U-Net; are they of Stable Diffusion?")
         self.set_multiplier(multiplier)
-        logger.info("LoRA modules: %s", ", ".join(f"{len(modules)} {prefix}" for prefix, modules in self.parts.items()))
 
     @classmethod
     def create(
@@ -270,7 +229,7 @@ class LoRANetwork(nn.Module):
         modules = []
         for name, layer in find_layers(text_encoder, unet, conv3x3="conv_dim" in args).items():
             rank_and_alpha = ranks_3x3 if kernel_size(layer) > 1 else ranks
-            modules.append(cls.module_class(name, layer, *rank_and_alpha, **_dropouts(args)))
+            modules.append(LoRAModule(name, layer, *rank_and_alpha))
         return cls(modules, multiplier)
 
     @classmethod
@@ -279,20 +238,12 @@ class LoRANetwork(nn.Module):
         layers, modules = find_layers(text_encoder, unet, conv3x3=True), []
         for name in names_in(weights, layers):
             _, down, alpha = module_weights(weights, name, matrix_shape(layers[name]))
-            modules.append(cls.module_class(name, layers[name], len(down), alpha, **_dropouts(args)))
+            modules.append(LoRAModule(name, layers[name], len(down), alpha))
         return cls(modules, multiplier)
 
     @property
     def loras(self) -> Sequence[LoRAModule]:
         return list(self.children())  # type: ignore[arg-type]
-
-    @property
-    def parts(self) -> dict[str, list[LoRAModule]]:
-        """The modules by the prefix of their names: `lora_te`, or `lora_te1` and `lora_te2`, and `lora_unet`."""
-        parts: dict[str, list[LoRAModule]] = {}
-        for module in self.loras:
-            parts.setdefault(prefix_of(module.lora_name), []).append(module)
-        return parts
 
     # ---- on and off
 
@@ -435,8 +386,10 @@ def module_weights(weights: Weights, name: str, shape: tuple[int, int]) -> tuple
     return up, down, float(alpha if alpha is not None else 0) or float(rank)
 
 
-def save_tensors(tensors: Weights, file: str | os.PathLike, metadata: Mapping[str, str] | None) -> None:
-    """Write tensors to .safetensors, with metadata; or to .ckpt/.pt, a plain dictionary.
+def save_tensors(
+    tensors: Weights, file: str | os.PathLike, metadata: Mapping[str, str] | None, save_pickled: Callable = torch.save
+) -> None:
+    """Write tensors to .safetensors, with metadata; or by `save_pickled` to .ckpt/.pt, a plain dictionary.
 
     The file appears under its name only when whole. Raises ValueError, naming the key, for a value that is not finite.
     """
@@ -450,8 +403,7 @@ def save_tensors(tensors: Weights, file: str | os.PathLike, metadata: Mapping[st
         if file.suffix == ".safetensors":
             safetensors.torch.save_file(dict(tensors), temporary, metadata)  # type: ignore[arg-type]
         else:
-            output = suite("library.formats.tensor_output")  # torch.save adds records that the A1111 web UI refuses
-            (output.save_pickled if output else torch.save)(dict(tensors), temporary)
+            save_pickled(dict(tensors), temporary)
         with open(temporary, "rb+") as stream:
             os.fsync(stream.fileno())
         os.replace(temporary, file)
@@ -462,21 +414,17 @@ def save_tensors(tensors: Weights, file: str | os.PathLike, metadata: Mapping[st
 # ---------------------------------------------------------------- making a network
 
 
-PLAIN_ARGS = {"conv_dim": int, "conv_alpha": float, "dropout": float, "rank_dropout": float, "module_dropout": float}
+PLAIN_ARGS = {"conv_dim": int, "conv_alpha": float}
 
 
 def parse_network_args(words: Mapping[str, Any], neuron_dropout: float | None = None) -> Any:
     """Read the words of `--network_args`; neuron_dropout is `--network_dropout`. ValueError for those that are not understood."""
     if lora_args := suite("networks.lora_args"):
         return lora_args.parse_network_args(words, neuron_dropout)
-    given = {"dropout": neuron_dropout, **words}
+    given = {word: value for word, value in {**words, "dropout": neuron_dropout}.items() if value is not None}
     if other := next((word for word in given if word not in PLAIN_ARGS), None):
         raise ValueError(f"network_args {other} needs networks/lora_args.py of the suite; this copy of lora.py does without it")
-    return {word: PLAIN_ARGS[word](value) for word, value in given.items() if value is not None}
-
-
-def _dropouts(args: Mapping[str, Any]) -> dict[str, Any]:
-    return {word: share for word, share in args.items() if word.endswith("dropout")}
+    return {word: PLAIN_ARGS[word](value) for word, value in given.items()}
 
 
 def create_network(

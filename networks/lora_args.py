@@ -15,7 +15,7 @@ from typing import Any
 from library.errors import nearest
 from library.formats.blocks import BLOCK_MAPS, SD_BLOCKS, BlockMap, block_map
 from library.text_values import read_value
-from networks.lora import LoRAModule
+from networks.suite_module import SuiteModule
 from networks.variants import VARIANTS, Variant, combined
 
 Reader = Callable[[Any], Any]  # raises ValueError for a value that the word does not take
@@ -181,7 +181,7 @@ class NetworkArgs:
         return bool(self.block_dims) or self.conv3x3 or any(not variant.own_tensors for variant in self.variants)
 
     @property
-    def module_class(self) -> type[LoRAModule] | None:
+    def module_class(self) -> type[SuiteModule] | None:
         """The class of the modules, if it is not the network's usual one."""
         return combined(self.variants)
 

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from networks.lora import TEXT_ENCODER_PREFIX, UNET_PREFIX, LoRAModule
+from networks.lora import TEXT_ENCODER_PREFIX, UNET_PREFIX
 from networks.lora_args import NetworkArgs
+from networks.suite_module import SuiteModule
 
 logger = logging.getLogger(__name__)
 
-Parts = Mapping[str, Sequence[LoRAModule]]
+Parts = Mapping[str, Sequence[SuiteModule]]
 Rates = float | Sequence[float | None] | None
 UNET = "unet"
 
@@ -50,7 +51,7 @@ def optimizer_groups(
     return groups, names
 
 
-def _with_rates(parts: Parts, text_encoder_lr: Rates, unet_lr: float | None) -> list[tuple[str, float | None, list[LoRAModule]]]:
+def _with_rates(parts: Parts, text_encoder_lr: Rates, unet_lr: float | None) -> list[tuple[str, float | None, list[SuiteModule]]]:
     """(name, rate, modules) of the text encoders, together or one by one, and of the U-Net."""
     text_encoders = {prefix: list(modules) for prefix, modules in parts.items() if prefix != UNET_PREFIX}
     unet = (UNET, unet_lr, list(parts.get(UNET_PREFIX, [])))
@@ -66,9 +67,9 @@ def _with_rates(parts: Parts, text_encoder_lr: Rates, unet_lr: float | None) -> 
     return [*result, unet]
 
 
-def _blocks(args: NetworkArgs, part: str, modules: Sequence[LoRAModule]) -> dict[str, tuple[float, list[LoRAModule]]]:
+def _blocks(args: NetworkArgs, part: str, modules: Sequence[SuiteModule]) -> dict[str, tuple[float, list[SuiteModule]]]:
     """The modules by the name of their group, with the weight of its rate."""
-    blocks: dict[str, tuple[float, list[LoRAModule]]] = {}
+    blocks: dict[str, tuple[float, list[SuiteModule]]] = {}
     for module in modules:
         name, weight = args.lr_block(module.lora_name) if part == UNET else (part, 1.0)
         blocks.setdefault(name, (weight, []))[1].append(module)
@@ -76,7 +77,7 @@ def _blocks(args: NetworkArgs, part: str, modules: Sequence[LoRAModule]) -> dict
 
 
 @torch.no_grad()
-def limit_norms(modules: Sequence[LoRAModule], max_norm: float) -> tuple[Tensor, Tensor, Tensor]:
+def limit_norms(modules: Sequence[SuiteModule], max_norm: float) -> tuple[Tensor, Tensor, Tensor]:
     """Shrink every module whose ||scale * up down|| (Frobenius) exceeds max_norm to that norm.
 
     Returns how many were shrunk, and the mean and the largest norm afterwards, as tensors: reading them is left to the caller,

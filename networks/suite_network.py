@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from library.formats.foreign import instead_of_a_lora
 from library.formats.lora_hashes import with_hashes
 from library.formats.lora_layouts import PeftConfig, named_for
 from library.formats.tensor_file import open_tensors
+from library.formats.tensor_output import save_pickled
 from networks.adapters import AdapterModule, all_layers, find_modules
 from networks.lora import (
     PLAIN_TENSORS,
@@ -30,7 +31,6 @@ from networks.lora import (
     Device,
     DType,
     Layer,
-    LoRAModule,
     LoRANetwork,
     TextEncoders,
     UNet,
@@ -40,10 +40,12 @@ from networks.lora import (
     matrix_shape,
     merge_module,
     module_weights,
+    prefix_of,
     save_tensors,
 )
 from networks.lora_args import NetworkArgs
 from networks.lora_training import limit_norms, optimizer_groups
+from networks.suite_module import SuiteModule
 from networks.summary import summary
 from networks.variants import VARIANTS
 
@@ -56,8 +58,11 @@ class SuiteNetwork(LoRANetwork):
     untrained: names of modules that no gradient reaches. Files have them; they are in no optimizer group.
     """
 
+    module_class = SuiteModule
+
     def __init__(self, modules: Iterable[nn.Module], multiplier: float = 1.0, args: NetworkArgs | None = None):
         super().__init__(modules, multiplier)
+        logger.info("LoRA modules: %s", ", ".join(f"{len(modules)} {prefix}" for prefix, modules in self.parts.items()))
         self.args = NetworkArgs() if args is None else args
         self.untrained: frozenset[str] = frozenset()
 
@@ -89,9 +94,21 @@ class SuiteNetwork(LoRANetwork):
         modules: list[nn.Module] = []
         for name in [name for name in layers if name in kinds]:
             _, down, alpha = module_weights(weights, name, matrix_shape(layers[name]))
-            kind = cls.module_class if kinds[name] is LoRAModule else kinds[name]
+            kind = cls.module_class if kinds[name] is SuiteModule else kinds[name]
             modules.append(kind(name, layers[name], len(down), alpha, **args.dropouts))
         return cls([*modules, *others.values()], multiplier, args.for_layers(layers))
+
+    @property
+    def loras(self) -> Sequence[SuiteModule]:
+        return list(self.children())  # type: ignore[arg-type]
+
+    @property
+    def parts(self) -> dict[str, list[SuiteModule]]:
+        """The modules by the prefix of their names: `lora_te`, or `lora_te1` and `lora_te2`, and `lora_unet`."""
+        parts: dict[str, list[SuiteModule]] = {}
+        for module in self.loras:
+            parts.setdefault(prefix_of(module.lora_name), []).append(module)
+        return parts
 
     @property
     def others(self) -> dict[str, AdapterModule]:
@@ -135,7 +152,7 @@ class SuiteNetwork(LoRANetwork):
         return frozenset(m.lora_name for m in self.loras if id(layers[m.lora_name]) in inside)
 
     @property
-    def trained(self) -> list[LoRAModule]:
+    def trained(self) -> list[SuiteModule]:
         return [module for module in self.loras if module.lora_name not in self.untrained]
 
     def prepare_optimizer_params(
@@ -173,7 +190,7 @@ class SuiteNetwork(LoRANetwork):
         tensors = self.tensors(dtype)
         if metadata is not None and Path(file).suffix == ".safetensors":
             metadata = with_hashes(tensors, {**metadata, **self._stored_ranks(metadata)})
-        save_tensors(tensors, file, metadata)
+        save_tensors(tensors, file, metadata, save_pickled)
 
     def _stored_ranks(self, metadata: Mapping[str, str]) -> dict[str, str]:
         """Rank and alpha as files have them, where they differ from those that the modules were given."""
@@ -270,7 +287,7 @@ def other_modules(
 
 def modules_in(
     weights: Weights, known: Mapping[str, Any], others: Mapping[str, Any] | None = None
-) -> dict[str, type[LoRAModule]]:
+) -> dict[str, type[SuiteModule]]:
     """The LoRA modules of these weights that `known` has too, and their kind. Warns of unused tensors; ValueError if all are.
 
     others: what `other_modules` gave.
@@ -280,7 +297,7 @@ def modules_in(
     names = [key.removesuffix(".lora_down.weight") for key in weights if key.endswith(".lora_down.weight")]
     pairs = {name: (weights[f"{name}.lora_down.weight"], weights.get(f"{name}.lora_up.weight")) for name in names}
     kinds = {
-        name: LoRAModule
+        name: SuiteModule
         for name, (down, up) in pairs.items()
         if name in known and down.numel() and up is not None and up.numel()  # a rank of 0 adds nothing
     }

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from networks.lora import Layer, LoRAModule, Weights, module_weights, weight_delta
+from networks.lora import Layer, Weights, module_weights, weight_delta
+from networks.suite_module import SuiteModule
 
 
-class Variant(LoRAModule):
+class Variant(SuiteModule):
     """A kind of LoRA module, chosen by a word of `--network_args`, or by the tensors of a file if it has `own_tensors`.
 
     word: alone it is a switch, `word=True`; with a choice it is one of the values of that word. is_addition: whether it can be

@@ -12,6 +12,7 @@ from torch import nn
 
 from networks.fused import FEW_RANKS
 from networks.lora import LoRAModule, create_network, create_network_from_weights
+from networks.suite_module import SuiteModule
 
 CONV = {"conv_dim": "2", "conv_alpha": "3"}
 
@@ -62,10 +63,11 @@ def numpy_conv(x, weight, stride, padding):
         (nn.Conv2d(6, 5, 3, stride=2, padding=1), (2, 6, 6, 6)),
     ],
 )
-def test_forward_is_the_formula_in_float64(layer, shape):
+@pytest.mark.parametrize("kind", [LoRAModule, SuiteModule])
+def test_forward_is_the_formula_in_float64(kind, layer, shape):
     """y = W x + multiplier * alpha / rank * up(down(x))"""
     torch.manual_seed(0)
-    module = LoRAModule("lora", layer, rank=3, alpha=2.0, multiplier=0.7)
+    module = kind("lora", layer, rank=3, alpha=2.0, multiplier=0.7)
     nn.init.normal_(module.lora_up.weight)
     module.attach(layer)
     x = torch.randn(shape)
@@ -99,7 +101,7 @@ def test_attached_layer_has_the_losses_and_gradients_of_the_plain_formula(layer,
     torch.manual_seed(0)
     layer = copy.deepcopy(layer).requires_grad_(False)
     rank_dropout = network_dropout if len(shape) > 1 else 0.0  # is by samples, and there is none
-    module = LoRAModule("lora", layer, rank=3, alpha=2.0, multiplier=0.7, dropout=network_dropout, rank_dropout=rank_dropout)
+    module = SuiteModule("lora", layer, rank=3, alpha=2.0, multiplier=0.7, dropout=network_dropout, rank_dropout=rank_dropout)
     nn.init.normal_(module.lora_up.weight)
     bare, x = copy.deepcopy(layer), torch.randn(shape)
     module.attach(layer)
@@ -124,9 +126,9 @@ class Half(nn.Linear):
         return super().forward(x) / 2
 
 
-def attached(layer: nn.Module, count: int = 1, rank: int = 2) -> list[LoRAModule]:
+def attached(layer: nn.Module, count: int = 1, rank: int = 2) -> list[SuiteModule]:
     """LoRA modules with random weights, attached to a layer."""
-    modules = [LoRAModule(f"lora{index}", layer, rank, 2) for index in range(count)]
+    modules = [SuiteModule(f"lora{index}", layer, rank, 2) for index in range(count)]
     for module in modules:
         nn.init.normal_(module.lora_up.weight)
         module.attach(layer)
@@ -186,7 +188,7 @@ def test_one_function_gives_what_may_be_changed_in_place_and_takes_an_empty_batc
 def test_hook_on_a_module_sees_what_it_adds():
     torch.manual_seed(0)
     layer = nn.Linear(6, 5)
-    module = LoRAModule("lora", layer, rank=3, alpha=2.0)
+    module = SuiteModule("lora", layer, rank=3, alpha=2.0)
     nn.init.normal_(module.lora_up.weight)
     x = torch.randn(2, 6)
     bare = layer(x)
@@ -217,7 +219,7 @@ def one_layer(shape=(4000, 1, 8), **dropouts):
     torch.manual_seed(0)
     conv = len(shape) == 4
     layer = nn.Conv2d(8, 8, 1) if conv else nn.Linear(8, 8)
-    module = LoRAModule("lora", layer, rank=4, alpha=4, **dropouts)
+    module = SuiteModule("lora", layer, rank=4, alpha=4, **dropouts)
     nn.init.normal_(module.lora_up.weight)
     return layer, module, torch.randn(1, *shape[1:]).expand(shape)
 

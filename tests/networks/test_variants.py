@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import networks.lora
-from networks.lora import LoRAModule, create_network, create_network_from_weights
+from networks.lora import create_network, create_network_from_weights
+from networks.suite_module import SuiteModule
 from networks.suite_network import SuiteNetwork
 from networks.variants import VARIANTS, DoRAModule, OrthogonalModule, PissaModule, Variant, register
 
@@ -264,7 +265,7 @@ def test_wrong_words(model, words, message):
 
 def test_all_are_off_by_default_and_can_be_switched_off(model):
     for words in ({}, {"init": "default", "dora": "False", "rs_lora": "False"}):
-        assert {type(module) for module in make_network(model, **words).loras} == {LoRAModule}
+        assert {type(module) for module in make_network(model, **words).loras} == {SuiteModule}
     assert make_network(model, trained=False, init="default").state_dict().keys() == make_network(model).state_dict().keys()
 
 
