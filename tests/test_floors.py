@@ -50,7 +50,13 @@ FLOORS = {
     "library.pages": GROUND,
     "library.data": (*GROUND, *HELPERS, "library.models", "library.pages"),
     "library.generation": (*GROUND, *HELPERS, "library.diffusion", "library.models", "library.data", "library.pages"),
-    "library.generation.prompts": (*GROUND, *HELPERS, "library.diffusion", "library.data", "library.generation.refused_options"),
+    "library.generation.prompts": (
+        *GROUND,
+        *HELPERS,
+        "library.diffusion",
+        "library.data",
+        "library.generation.unsupported_options",
+    ),
     "library.doctor": (*GROUND, "library.devices"),
     "networks": (*GROUND, "library.entry", "library.tools"),
 }

@@ -24,28 +24,28 @@ from library.option_traits import fields_with
 from library.pages.images import lay_image
 from library.pages.page import folder_of, write_page
 
-LONGEST = 320  # pixels of an image on the page
-DRAWS = 3  # captions that are shown of an image, where they vary
-MUCH_CUT = 0.25  # share of an image that is cut away, from which on it is named
-NAMED_TWINS = 3
+LONGEST_SIDE = 320  # pixels of an image on the page
+MAX_CAPTIONS = 3  # of an image, where they vary from use to use
+MUCH_CUT = 0.25  # share of an image that is cut away, above which it is reported
+MAX_NAMED = 3  # of the files that are the same as one
 IGNORED = (214, 40, 86)  # colour of what a mask takes out
 IGNORED_OPACITY = 0.6
 
-Place = tuple[int, int, int]  # epoch, position, slot
+UseIndex = tuple[int, int, int]  # epoch, position of the batch in it, slot in the batch
 
 
 def write_dataset_page(dataset: TrainingDataset, path: Path) -> None:
-    """Write the page at `path`, and its images beside it: each image's first use, or the middle cut where it has none.
+    """Write the page at `path`, and its images beside it: each image's first use, or its middle where it has none.
 
     An image that cannot be read is on the page with the reason. Raises UserError if the page cannot be written.
     """
     folder, table = folder_of(path), dataset.table
     folder.mkdir(parents=True, exist_ok=True)
-    places = first_uses(dataset, DRAWS)
-    twins = twins_of(table)
+    uses = first_uses(dataset, MAX_CAPTIONS)
+    duplicates = duplicates_of(table)
 
     def row_facts(row: int) -> dict[str, Any]:
-        return describe(dataset, row, places[row], twins.get(row, []), folder)
+        return describe(dataset, row, uses[row], duplicates.get(row, []), folder)
 
     rows = list(in_threads(row_facts, range(len(table)), "drawing images", chunk=4))
     remove_others(folder, len(table))
@@ -62,7 +62,7 @@ def write_dataset_page(dataset: TrainingDataset, path: Path) -> None:
 
 
 def subset_facts(config: SubsetConfig, page_folder: Path) -> dict[str, Any]:
-    """What the page says of a folder: what differs from use to use, and how a link from the page to its files begins."""
+    """What the page shows of a folder: what differs from use to use, and how a link from the page to its files begins."""
     varies = [key for key in fields_with(type(config), varies=("caption", "dropout", "pixels", "mirror")) if getattr(config, key)]
     try:
         link = Path(os.path.relpath(config.image_dir, page_folder)).as_posix()
@@ -71,20 +71,25 @@ def subset_facts(config: SubsetConfig, page_folder: Path) -> dict[str, Any]:
     return {"folder": str(config.metadata_file or config.image_dir), "link": link, "reg": config.is_reg, "varies": varies}
 
 
-def first_uses(dataset: TrainingDataset, most: int) -> list[list[Place]]:
-    """Of each row its first uses of the first epochs, at most so many; none of a row that is never used."""
-    found: list[list[Place]] = [[] for _ in range(len(dataset.table))]
-    for epoch in range(1, most + 1):
+def first_uses(dataset: TrainingDataset, count: int) -> list[list[UseIndex]]:
+    """Of each row its first `count` uses in the first `count` epochs; fewer of a row that is used less."""
+    found: list[list[UseIndex]] = [[] for _ in range(len(dataset.table))]
+    for epoch in range(1, count + 1):
         order = dataset.epoch_order(epoch)
         for position in range(len(order)):
             for slot, row in enumerate(order[position].tolist()):
-                if len(found[row]) < most:
+                if len(found[row]) < count:
                     found[row].append((epoch, position, slot))
     return found
 
 
-def describe(dataset: TrainingDataset, row: int, places: Sequence[Place], twins: Sequence[str], folder: Path) -> dict[str, Any]:
-    """One image, which is laid into `folder`. captions: [text, tokens, how much of the text is read]."""
+def describe(
+    dataset: TrainingDataset, row: int, uses: Sequence[UseIndex], duplicates: Sequence[str], folder: Path
+) -> dict[str, Any]:
+    """What the page shows of one image, of which a copy is written to `folder`.
+
+    uses: the first ones; duplicates: names of the same file. captions: [text, tokens, how much of the text is read].
+    """
     table, number = dataset.table, f"{row:06d}"
     facts: dict[str, Any] = {
         "file": table.names[row],
@@ -98,24 +103,24 @@ def describe(dataset: TrainingDataset, row: int, places: Sequence[Place], twins:
     }
     captions = [table.captions[row]]
     try:
-        use = dataset.use(*places[0]) if places else dataset.unchanged(row)
+        use = dataset.use(*uses[0]) if uses else dataset.unchanged(row)
     except UserError as error:
         facts["problems"].append(["unreadable", one_line(error)])
     else:
         facts["image"] = f"{number}.webp"
-        lay_image(Image.fromarray(use.pixels), folder / f"{number}.webp", LONGEST)
+        lay_image(Image.fromarray(use.pixels), folder / f"{number}.webp", LONGEST_SIDE)
         if use.mask is not None:
             facts["mask"], facts["counts"] = f"{number}-mask.webp", round(float(use.mask.mean()) / 255, 3)
-            lay_image(ignored(use), folder / f"{number}-mask.webp", LONGEST)
-        drawn = 1 if caption_is_fixed(table.config(row)) else DRAWS
-        captions = [use.caption, *(dataset.caption(*place) for place in places[1:drawn])]
+            lay_image(ignored(use), folder / f"{number}-mask.webp", LONGEST_SIDE)
+        count = 1 if caption_is_fixed(table.config(row)) else MAX_CAPTIONS
+        captions = [use.caption, *(dataset.caption(*index) for index in uses[1:count])]
     facts["captions"] = [measured(dataset, caption) for caption in captions]
-    facts["problems"] += problems_of(dataset, row, facts, twins)
+    facts["problems"] += problems_of(dataset, row, facts, duplicates)
     return facts
 
 
 def ignored(use: Use) -> Image.Image:
-    """What its mask takes out of an image, as a colour to lay over it."""
+    """What the mask takes out of an image, as a colour to lay over it."""
     assert use.mask is not None  # called where there is one
     over = np.empty((*use.mask.shape, 4), np.uint8)
     over[..., :3], over[..., 3] = IGNORED, np.rint((255 - use.mask) * IGNORED_OPACITY)
@@ -140,8 +145,8 @@ def utf16_length(text: str) -> int:
     return len(text.encode("utf-16-le", "surrogatepass")) // 2
 
 
-def problems_of(dataset: TrainingDataset, row: int, facts: dict[str, Any], twins: Sequence[str]) -> Iterable[list[Any]]:
-    """[what is wrong, how much]; the page has the words."""
+def problems_of(dataset: TrainingDataset, row: int, facts: dict[str, Any], duplicates: Sequence[str]) -> Iterable[list[Any]]:
+    """[name of a problem, how much]; library/pages/assets/words.js has the text of each."""
     table = dataset.table
     (width, height), (wide, high) = table.resized[row].tolist(), table.bucket_size(row)
     enlarged = float((table.resized[row] / table.sizes[row]).max())
@@ -152,19 +157,19 @@ def problems_of(dataset: TrainingDataset, row: int, facts: dict[str, Any], twins
         yield ["cut_away", round(cut_away, 3)]
     if not table.captions[row].strip():
         yield ["no_caption", None]
-    if dataset.tokenizer is not None and (most := max(count for _, count, _ in facts["captions"])) > dataset.tokenizer.limit:
-        yield ["too_long", [most, dataset.tokenizer.limit]]
+    if dataset.tokenizer is not None and (longest := max(count for _, count, _ in facts["captions"])) > dataset.tokenizer.limit:
+        yield ["too_long", [longest, dataset.tokenizer.limit]]
     if facts.get("counts") == 0:
         yield ["nothing_counts", None]
-    if twins:
-        yield ["twin", [*twins[:NAMED_TWINS], *(["…"] if len(twins) > NAMED_TWINS else [])]]
+    if duplicates:
+        yield ["duplicate", [*duplicates[:MAX_NAMED], *(["…"] if len(duplicates) > MAX_NAMED else [])]]
     if table.held_out[row]:
         yield ["held_out", None]
     elif not table.repeats[row]:
         yield ["unused", None]
 
 
-def twins_of(table: ImageTable) -> dict[int, list[str]]:
+def duplicates_of(table: ImageTable) -> dict[int, list[str]]:
     """Rows whose file is, byte for byte, that of another row of their dataset -> the names of those others."""
     dataset = table.dataset()
     alike = [

@@ -1,4 +1,4 @@
-"""The pipeline of a run: its model in which precision, on which device, with all that is attached to it."""
+"""Loading the pipeline of a run: the model in its precision and on its device, with networks and all else that is attached."""
 
 from __future__ import annotations
 

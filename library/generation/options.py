@@ -10,7 +10,7 @@ from library.command_line import OptionGroup, parse
 from library.diffusion.samplers import SamplerName
 from library.errors import UserError
 from library.generation.prompts.spec import LARGEST_SEED, MAX_STEPS, SIZE_STEP, split_regions
-from library.generation.refused_options import REFUSED
+from library.generation.unsupported_options import UNSUPPORTED
 from library.option_traits import option
 
 
@@ -203,7 +203,7 @@ class GenerateOptions(BaseModel):
         return self
 
     def means_regions(self, prompt: str) -> bool:
-        """Whether the mask says where networks act for this prompt, rather than what is repainted.
+        """Whether the mask is of regions in which networks act for this prompt, rather than of what is repainted.
 
         With an image to begin from it is regions only where the user asks for them: by several sub-prompts, or by colours.
         """
@@ -277,4 +277,4 @@ def _sheet_rules(o: GenerateOptions) -> list[tuple[Any, str]]:
 
 def parse_options(arguments: list[str]) -> GenerateOptions:
     """The options of one run from the command line."""
-    return parse(GenerateOptions, arguments, "Make images with Stable Diffusion and any number of networks.", REFUSED)
+    return parse(GenerateOptions, arguments, "Make images with Stable Diffusion and any number of networks.", UNSUPPORTED)

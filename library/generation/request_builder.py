@@ -40,7 +40,7 @@ class Request:
 
     @property
     def where(self) -> str:
-        """The place of its prompt, for errors."""
+        """Where its prompt was written, for error messages."""
         return self.written.where
 
 
@@ -58,29 +58,29 @@ class RequestBuilder:
         self.problems: dict[str, str] = {}
         self.notes: list[str] = []
         given = options.prompts.seed
-        # Choices and order have generators of their own: a variant more does not change the seeds.
+        # Choices and order have their own generators, so that one more alternative does not change the seeds.
         name = None if given is None else ",".join(map(str, given))
         self._choices = Random(None if name is None else f"variants {name}")
         self._order = Random(None if name is None else f"order {name}")
         self._seeds: Seeds | None = None
-        self._made = 0
+        self._sources_used = 0
         self._networks = len(options.network.network_weights or ()) - (options.network.network_merge_n_models or 0)
 
     def build(self, prompts: list[WrittenPrompt]) -> list[Request]:
-        """The images of these prompts, all repeats included, in the order in which they are to be made."""
+        """The images of these prompts, all repeats included, in the order in which they are drawn."""
         if not prompts:
             return []
         chosen = self.options.prompts
         repeats = 1 if chosen.interactive else chosen.n_iter
         passes = [self._one_pass(prompts) for _ in range(repeats)]
-        requests = [request for made in passes for request in made]
+        requests = [request for one_pass in passes for request in one_pass]
         self._check_deep_shrink(requests)
         if self.options.output.sheet:
             return self._with_seeds_of_a_sheet(requests)
         if self._seeds is None:
             handed_out = repeats if chosen.iter_same_seed else len(requests)
             self._seeds = Seeds(chosen.seed, None if chosen.interactive and not chosen.iter_same_seed else handed_out)
-        seeded = [request for made in passes for request in self._with_seeds(made, self._seeds)]
+        seeded = [request for one_pass in passes for request in self._with_seeds(one_pass, self._seeds)]
         if self._seeds.unused and not chosen.interactive and seeded:
             unused = ", ".join(map(str, self._seeds.unused))
             self.notes.append(f"--seed has more seeds than there are images; not used: {unused}")
@@ -160,13 +160,13 @@ class RequestBuilder:
         return values
 
     def _check_option(self, name: str, value: Any) -> None:
-        """UserError for an in-line option that says nothing without another option on the command line."""
+        """UserError for an in-line option that has no effect without another option on the command line."""
         if name == "am" and not self._networks:
             raise UserError("needs --network_weights that are not merged")
         if name == "am" and len(value) > self._networks:
             raise UserError(f"has {len(value)} strengths for {self._networks} network(s); leave the surplus out")
         if name == "am" and self.options.output.sheet:
-            raise UserError("has no place with --sheet, which compares the strengths of --sheet_strengths")
+            raise UserError("does not go with --sheet, which compares the strengths of --sheet_strengths")
         if name == "t" and not (self.sources or self.options.highres.highres_fix_scale):
             raise UserError("needs --image_path or --highres_fix_scale on the command line")
 
@@ -195,7 +195,7 @@ class RequestBuilder:
     # ---- seeds and sources
 
     def _with_seeds(self, requests: list[Request], seeds: Seeds) -> Iterator[Request]:
-        """The requests of one pass; --d of a line beats all, from the front and in a circle."""
+        """The requests of one pass; those of --d of a line win, in turn and from the front again."""
         same = seeds.next() if self.options.prompts.iter_same_seed else None
         for number, request in _numbered_by_line(requests):
             listed = seeds.next() if same is None and not request.seeds else same
@@ -215,7 +215,7 @@ class RequestBuilder:
         return seeded
 
     def _note_unused(self, requests: list[Request]) -> None:
-        """Say which seeds of --d no image gets."""
+        """Note which seeds of --d no image gets."""
         counts = Counter(request.where for request in requests)
         for request in {request.where: request for request in requests}.values():
             unused = request.seeds[counts[request.where] :]
@@ -226,8 +226,8 @@ class RequestBuilder:
 
     def _with_source(self, request: Request) -> Request:
         """Source images and masks are used in turn, image by image."""
-        number = self._made
-        self._made += 1
+        number = self._sources_used
+        self._sources_used += 1
         if not self.sources:
             return request
         repaints = bool(self.masks) and not self.options.means_regions(request.spec.prompt)

@@ -1,4 +1,4 @@
-"""One run of gen_img_diffusers.py: read the prompts, load the model, draw, save, say what became of it."""
+"""One run of gen_img_diffusers.py: read the prompts, load the model, draw, save, print a summary."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def run(options: GenerateOptions) -> int:
         first, *others = builder.problems.values()
         raise UserError(f"{first}{f' (and {len(others)} more wrong lines)' if others else ''}; nothing is left to draw")
     _check_folder(Path(options.output.outdir))
-    Session.tell(*[f"skipped: {problem}" for problem in builder.problems.values()], *builder.notes)
+    Session.report(*[f"skipped: {problem}" for problem in builder.problems.values()], *builder.notes)
     builder.notes.clear()
     return Session(options, builder).run(requests)
 
@@ -51,7 +51,7 @@ class Session:
 
     def __init__(self, options: GenerateOptions, builder: RequestBuilder) -> None:
         with garbage_collection_paused():
-            from library.generation.loading import load_pipeline  # torch comes in here, after all that can be said without it
+            from library.generation.loading import load_pipeline  # imports torch, so only after all checks without a model
 
         self.options, self.builder = options, builder
         self.folder = Path(options.output.outdir)
@@ -74,8 +74,8 @@ class Session:
         self.interrupted = False
 
     @staticmethod
-    def tell(*lines: str) -> None:
-        """Words beside the progress bar."""
+    def report(*lines: str) -> None:
+        """Write lines to stderr, above the progress bar."""
         for line in lines:
             tqdm.write(line, file=sys.stderr)
 
@@ -85,7 +85,7 @@ class Session:
             try:
                 self.draw(requests)
                 if self.options.prompts.interactive:
-                    self.converse()
+                    self.run_interactive()
             except KeyboardInterrupt:
                 self.interrupted = True
             sheet = self.write_sheet()
@@ -108,50 +108,50 @@ class Session:
 
         def fail(failed: Failed) -> None:
             self.failed += 1
-            self.tell(_failure(requests[failed.index % len(requests)].where, failed.error))
+            self.report(_failure(requests[failed.index % len(requests)].where, failed.error))
 
         try:
             with tqdm(total=len(specs), unit="image", desc="drawing", smoothing=0.1, bar_format=BAR, disable=not specs) as bar:
-                for made in self.pipeline.generate(specs, progress=partial(_advance, bar), on_error=fail):
-                    if made.index not in numbers:
-                        numbers[made.index] = self.names.take_number()
-                    self._save(made, requests[made.index % len(requests)], numbers[made.index])
-                    drawn += [made.image] if made.stage and self.options.prompts.interactive else []
+                for generated in self.pipeline.generate(specs, progress=partial(_advance, bar), on_error=fail):
+                    if generated.index not in numbers:
+                        numbers[generated.index] = self.names.take_number()
+                    self._save(generated, requests[generated.index % len(requests)], numbers[generated.index])
+                    drawn += [generated.image] if generated.stage and self.options.prompts.interactive else []
                     _catch_up(bar, self.finished + self.failed - done_before)
         finally:
             self.seconds += time.perf_counter() - started
         return drawn
 
-    def _save(self, made: GeneratedImage, request: Request, number: int) -> None:
-        """Hand an image to the writer; it is done with when its final stage is there."""
-        spec, highres, networks = made.spec, self.pipeline.settings.highres, self.pipeline.settings.networks
-        stage = made.stage if highres is not None else None
-        first_size = highres.first_size(*made.full_size) if highres is not None else None
+    def _save(self, generated: GeneratedImage, request: Request, number: int) -> None:
+        """Hand an image to the writer. It counts as finished with its final stage."""
+        spec, highres, networks = generated.spec, self.pipeline.settings.highres, self.pipeline.settings.networks
+        stage = generated.stage if highres is not None else None
+        first_size = highres.first_size(*generated.full_size) if highres is not None else None
         used = networks.used(spec) if networks is not None else []
 
         def text() -> dict[str, str]:
             return text_fields(spec, request.written.text, self.facts.result(), loras_with_hashes(used), stage, first_size)
 
-        names = self.names.candidates(number, made.stage, spec.seed, spec.image)
+        names = self.names.candidates(number, generated.stage, spec.seed, spec.image)
 
         def then(path: Path) -> None:
             if self.options.prompts.interactive:
-                self.tell(str(path))
-            if self.comparison is not None and made.stage:
-                self.comparison.files[made.index] = path
+                self.report(str(path))
+            if self.comparison is not None and generated.stage:
+                self.comparison.files[generated.index] = path
 
-        self.writer.add(made.image, names, text, then)
-        if made.stage:
+        self.writer.add(generated.image, names, text, then)
+        if generated.stage:
             self.finished += 1
             if self.comparison is not None:
-                self.comparison.add(made.index, made.image)
+                self.comparison.add(generated.index, generated.image)
 
-    def converse(self) -> None:
-        """Ask for prompts until there are no more; a wrong one is named and asked for again."""
-        self.builder.problems.clear()  # those of the list were told
+    def run_interactive(self) -> None:
+        """Ask for prompts until there are no more, and draw each; what is wrong with one is reported."""
+        self.builder.problems.clear()  # those of --from_file or --prompt are reported
         for number, line in enumerate(ask_for_prompts(self.folder / HISTORY), start=1):
             requests = self.builder.build([WrittenPrompt(line, f"prompt {number}")])
-            self.tell(*self.builder.problems.values(), *self.builder.notes)
+            self.report(*self.builder.problems.values(), *self.builder.notes)
             self.builder.problems.clear()
             self.builder.notes.clear()
             drawn = self.draw(requests)
@@ -177,7 +177,7 @@ class Session:
         write_sheet_page(self.comparison, Path(self.pipeline.model.name).stem, path)
 
     def sum_up(self, sheet: Path | None) -> None:
-        """The last lines."""
+        """Print the summary of the run."""
         speed = f" ({self.seconds:.1f} s, {self.seconds / self.finished:.2f} s an image)" if self.finished else ""
         begin = "interrupted: " if self.interrupted else ""
         print(f"{begin}{self.finished} of {self.wanted} images saved in {self.folder}{speed}")
@@ -196,18 +196,18 @@ def _failure(where: str, error: UserError) -> str:
 
 
 def _advance(bar: tqdm, share: float) -> None:
-    """Sums of shares are not exact."""
+    """Move the bar on, not past its end: sums of shares are not exact."""
     bar.update(min(share, bar.total - bar.n))
 
 
 def _catch_up(bar: tqdm, done: int) -> None:
-    """The bar counts steps; an image that failed early has fewer of them."""
+    """Move the bar on to `done` images: one that failed early had fewer steps."""
     if done > bar.n:
         bar.update(done - bar.n)
 
 
 def _check_folder(folder: Path) -> None:
-    """Find out now, and not after the first image, that nothing can be written."""
+    """UserError if nothing can be written there, before the first image is drawn."""
     probe = folder / ".writable"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from library.command_line import OptionGroup, groups_of, parse
 from library.diffusion.samplers import SamplerName
 from library.option_traits import RECORDED_ELSEWHERE, option, required
-from library.training.checks.refused_options import REFUSED
+from library.training.checks.unsupported_options import UNSUPPORTED
 from library.training.option_types import (
     Count,
     CountOrOff,
@@ -642,4 +642,4 @@ def all_defaults() -> dict[str, Any]:
 
 def parse_options(arguments: list[str]) -> TrainNetworkOptions:
     """The options of one run from the command line and `--config_file`."""
-    return parse(TrainNetworkOptions, arguments, "Train a LoRA for Stable Diffusion.", REFUSED)
+    return parse(TrainNetworkOptions, arguments, "Train a LoRA for Stable Diffusion.", UNSUPPORTED)

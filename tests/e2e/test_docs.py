@@ -32,7 +32,7 @@ from library.generation.prompts.spec import PromptSpec
 from library.models.saving import save_stable_diffusion
 from library.testing import small_stable_diffusion
 from library.training import entry, machine
-from library.training.checks.refused_options import REFUSED
+from library.training.checks.unsupported_options import UNSUPPORTED
 from library.training.optimization.optimizers import OPTIMIZERS
 from library.training.optimization.schedules import SCHEDULES
 from library.training.options import LogOptions, TrainNetworkOptions, parse_options
@@ -263,7 +263,7 @@ def test_refused_options_are_in_the_table(page):
     cells = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| ", chapter(page, DIFFERENCES), re.MULTILINE)
     rows = [re.findall(r"`(\w+)`", names) for names in cells]
     by_reason: dict[str, list[str]] = {}
-    for name, reason in REFUSED.reasons.items():
+    for name, reason in UNSUPPORTED.reasons.items():
         by_reason.setdefault(reason, []).append(name)
     assert rows == list(by_reason.values())
     assert page is CHINESE or all(f"| {reason} |" in page for reason in by_reason)
@@ -283,7 +283,7 @@ def test_every_option_that_is_mentioned_exists(name):
     of_prompts = {"n", "w", "h", "d", "l", "s", "ss"}
     misspelt = {"learning_rat", "network_al"}  # examples of errors
     mentioned = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)(?!\*|\w)", PAGES[name])) - {"sample_every_n_"}
-    known = set(option_names(TrainNetworkOptions)) | set(REFUSED.reasons) | set(option_names(GenerateOptions))
+    known = set(option_names(TrainNetworkOptions)) | set(UNSUPPORTED.reasons) | set(option_names(GenerateOptions))
     assert mentioned - known - of_others - of_prompts - misspelt == set()
 
 

@@ -13,7 +13,7 @@ from library.command_line import is_flag, option_fields, option_names
 from library.errors import UserError
 from library.generation.options import GenerateOptions
 from library.option_traits import traits_of
-from library.training.checks.refused_options import REFUSED
+from library.training.checks.unsupported_options import UNSUPPORTED
 from library.training.options import TrainNetworkOptions, parse_options
 from library.training.outputs.config_output import write_config
 
@@ -29,7 +29,7 @@ def rows() -> list[dict[str, str]]:
 @pytest.mark.parametrize("row", rows(), ids=lambda row: row["option"])
 def test_every_option_of_the_reference_is_either_built_or_refused_by_name(row):
     name = row["option"][2:]
-    built, refused = name in option_names(TrainNetworkOptions), name in REFUSED.reasons
+    built, refused = name in option_names(TrainNetworkOptions), name in UNSUPPORTED.reasons
     assert built != refused
     if refused:
         with pytest.raises(UserError, match=name):

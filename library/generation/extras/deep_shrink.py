@@ -1,4 +1,4 @@
-"""Deep Shrink: the U-Net sees large forms at a smaller size while they come into being; see `DeepShrink`."""
+"""Deep Shrink: the U-Net computes the first, coarse timesteps at a smaller size; see `DeepShrink`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check_deep_shrink(setting: DeepShrink, depths: int) -> None:
 
 @contextmanager
 def shrinking(unet: Any, setting: DeepShrink | None) -> Iterator[None]:
-    """Within: the U-Net shrinks as the setting says. None: it does not."""
+    """Within: the U-Net shrinks its features by this setting. None: it does not."""
     if setting is None:
         yield
         return
@@ -47,7 +47,7 @@ def shrinking(unet: Any, setting: DeepShrink | None) -> Iterator[None]:
 
 
 class _State:
-    """What the hooks of one U-Net know of the current step. All sizes are (height, width)."""
+    """What the hooks of one U-Net share within a step. All sizes are (height, width)."""
 
     def __init__(self, setting: DeepShrink) -> None:
         self.setting = setting

@@ -33,7 +33,7 @@ def add_embeddings(model: Model, files: list[str]) -> list[str]:
         for tokenizer, encoder, vectors in zip(model.tokenizers, model.text_encoders, tables, strict=True):
             table = _token_table(encoder)
             first = len(table.weight)
-            add_word(tokenizer, word, [first + place for place in range(len(vectors))])
+            add_word(tokenizer, word, [first + index for index in range(len(vectors))])
             table.weight = torch.nn.Parameter(torch.cat([table.weight, vectors.to(table.weight)]), requires_grad=False)
             table.num_embeddings = len(table.weight)
         words.append(word)

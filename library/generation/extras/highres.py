@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Highres:
-    """What --highres_fix_* say.
+    """The values of --highres_fix_*.
 
     scale: of the first stage's sides; steps: of the first stage. strength: of the first stage where it begins from an image
     (None: the image's own). save_first_stage: yield it too. latent_upscaling: enlarge latents, not pixels. upscaler: see
@@ -58,7 +58,7 @@ class Highres:
 
 
 def load_highres(chosen: HighresOptions, model: Model) -> Highres | None:
-    """What the options say; None: one stage."""
+    """The settings of the two stages; None: there is one."""
     if chosen.highres_fix_scale is None:
         return None
     upscaler = None

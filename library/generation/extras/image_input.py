@@ -1,4 +1,4 @@
-"""Images to begin from (img2img) and masks (in-painting)."""
+"""Images to start from (img2img) and masks (in-painting)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SIDE_STEP = 32  # the sides of an image that gives the size are rounded down to 
 
 
 def source_size(path: Path) -> tuple[int, int]:
-    """Width and height that an image made from this one gets: its own, each side rounded down to a multiple of 32."""
+    """Width and height of an image that starts from this one: its own, each side rounded down to a multiple of 32."""
     try:
         width, height = size_of(path)
     except BadImage as error:
@@ -71,7 +71,7 @@ def encode_images(model: Model, images: list[Image.Image], generators: list[Gene
     for start in range(0, len(images), at_once):
         chosen = slice(start, start + at_once)
         parts.append(model.encode_images(to_pixels(images[chosen]), generators[chosen]))
-    # The VAE answers in the layout of the pixels, and the denoiser would keep it: another one, other last bits.
+    # The VAE returns the memory layout of the pixels; the denoiser would keep it, and round otherwise.
     result = model.latents.scaled(torch.cat(parts)).contiguous()
     if not result.isfinite().all():
         dtype = next(model.vae.parameters()).dtype

@@ -1,4 +1,4 @@
-"""Networks (LoRA and its kin) on a model that makes images: loaded from files, set to their strengths for each image."""
+"""Networks (LoRAs and others) on a model that draws: loaded from files, set to their strengths for each image."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class Networks:
     # ---- what an image uses
 
     def multipliers(self, spec: PromptSpec) -> tuple[float, ...]:
-        """The strengths of `loaded` for this image: those of the spec, the last one for the rest, or else the defaults."""
+        """The strengths of `loaded` for this image: those of the spec, its last one for all that follow, or else the defaults."""
         if spec.multipliers is None:
             return self.defaults
         if len(spec.multipliers) > len(self.loaded):
@@ -120,7 +120,7 @@ class Networks:
         """The file that a prompt calls `name`."""
         return self._named.find(name)
 
-    # ---- putting it into force
+    # ---- strengths
 
     def set(self, multipliers: Iterable[float], prompt_loras: Iterable[tuple[str, float]] = ()) -> None:
         """From now on `loaded` have these strengths, and the named LoRAs act too; all others do nothing."""
@@ -231,7 +231,7 @@ class Networks:
 
 
 def show_file_metadata(path: Path) -> None:
-    """Print what a .safetensors file says of itself."""
+    """Print the metadata of a .safetensors file."""
     if path.suffix.lower() != ".safetensors" or not path.is_file():
         print(f"{path} has no metadata" if path.is_file() else f"{path}: there is no such file")
         return

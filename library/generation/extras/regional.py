@@ -2,7 +2,7 @@
 
 Network i belongs to sub-prompt i. On the text encoder, and on keys and values of the cross-attention, it acts on that
 sub-prompt alone, not on the negative prompt. Elsewhere in the U-Net what it adds is multiplied by mask i, except at the
-timestep's embedding, which has no place. Outputs of the cross-attention are mixed:
+timestep's embedding, which has no positions. Outputs of the cross-attention are mixed:
 
     sum_i mask_i * out_i / (sum_i mask_i + 1e-4)  +  sum_i mask_i * lora_i(out_i)
 """
@@ -132,7 +132,7 @@ class _Layout:
     def limit(self, index: int, lora: Any, inputs: tuple[Tensor, ...], added: Tensor) -> Tensor:
         """What the LoRA of network `index` adds, where and on which rows it may."""
         name, rows = lora.lora_name, self.plain * self.batch
-        if added.dim() == 2:  # the timestep's embedding, which has no place
+        if added.dim() == 2:  # the timestep's embedding, which has no positions
             return added
         if "_attn2_to_k" in name or "_attn2_to_v" in name or "_attn2_to_out" in name:
             own = torch.zeros(len(added), 1, 1, device=added.device)

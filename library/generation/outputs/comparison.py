@@ -23,7 +23,7 @@ class Column:
 def columns_of(files: Sequence[str], multipliers: Sequence[float], strengths: Sequence[float] | None) -> list[Column]:
     """Each network alone, at its own strength or at each of `strengths`; strength 0 is one column without network, the first.
 
-    Without networks there is one column, which says nothing.
+    Without networks there is one column without a label.
     """
     if not files:
         return [Column("", None)]
@@ -47,7 +47,7 @@ def _short_names(files: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Grid:
-    """What stands where on the sheet: labels of its columns and rows, and of each cell the number of its spec."""
+    """Labels of the columns and rows of a sheet, and the number of the spec in each cell."""
 
     title: str
     columns: list[str]
@@ -65,7 +65,7 @@ class Comparison:
         self.files: dict[int, Path] = {}  # in which they were saved
 
     def specs(self, rows: Sequence[PromptSpec]) -> list[PromptSpec]:
-        """The spec of every image, a column after the other: those of a column can be made together."""
+        """The spec of every image, a column after the other: those of a column can share a batch."""
         self.rows = list(rows)
         return [
             spec if column.multipliers is None else replace(spec, multipliers=column.multipliers)
@@ -83,7 +83,7 @@ class Comparison:
         return len(self.images)
 
     def draw(self, title: str) -> Image.Image:
-        """The sheet; an image that failed leaves an empty place."""
+        """The sheet; the cell of an image that failed is empty."""
         grid = self.grid(title)
         return contact_sheet(
             [[self.images.get(index) for index in row] for row in grid.cells], grid.rows, grid.columns, grid.title

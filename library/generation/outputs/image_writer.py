@@ -1,4 +1,4 @@
-"""Images are written by a thread of their own, while the next batch is made."""
+"""Images are written by a thread of their own, while the next batch is drawn."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def _tags(prompt: str, loras: Sequence[UsedLora]) -> list[str]:
 def _settings(
     spec: PromptSpec, facts: RunFacts, loras: Sequence[UsedLora], stage: int | None, first_size: tuple[int, int] | None
 ) -> dict[str, str]:
-    # In the web UI steps and size are those of the first stage, and what begins with "Hires" says what comes then.
+    # In the web UI steps and size are those of the first stage, and those of the second begin with "Hires".
     width, height = (spec.width, spec.height) if stage is None or first_size is None else first_size
     values = {
         "Steps": str(spec.steps if stage is None else facts.highres_steps),
@@ -146,11 +146,11 @@ def lora_hash(path: Path) -> str:
     if path.suffix.lower() != ".safetensors":
         return sha256_of_file(path)[:12]
     try:
-        said = read_safetensors_metadata(path).get("sshs_model_hash")
+        stored = read_safetensors_metadata(path).get("sshs_model_hash")
     except UserError:
-        said = None
-    if said:
-        return said[:12]
+        stored = None
+    if stored:
+        return stored[:12]
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         file.seek(8 + int.from_bytes(file.read(8), "little"))

@@ -1,4 +1,4 @@
-"""`sheet_<time>.html`: the sheet of --sheet as a page, on which each image tells what made it and opens at its full size."""
+"""`sheet_<time>.html`: the sheet of --sheet as a page, with prompt and settings of each image, which opens in full size."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def write_sheet_page(comparison: Comparison, model: str, path: Path) -> None:
 
 
 def spec_facts(spec: PromptSpec) -> dict[str, Any]:
-    """What made the images of one row."""
+    """Prompt and settings of the images of one row."""
     return {
         "prompt": spec.prompt, "negative": spec.negative_prompt, "seed": spec.seed, "steps": spec.steps, "scale": spec.scale,
         "sampler": spec.sampler,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Guidance:
-    """A denoiser under guidance: predicts for B latents what `guide` makes of one, two or three predictions.
+    """A denoiser under guidance: it computes one, two or three predictions for B latents and combines them by `guide`.
 
     Guidance is off without `negative`. With `empty` too, the negative prompt has a scale of its own. With regions the context of
     `positive` is (P * B, N, width): the first sub-prompt of every image, then the second of every image, and so on.
@@ -74,8 +74,8 @@ def denoise(
     timestep that comes next (None after the last), and returns the latents to go on with.
     """
     latents = latents.float()
-    draws = "generator" in inspect.signature(scheduler.step).parameters
-    step_options = {"generator": generators} if draws else {}
+    takes_generators = "generator" in inspect.signature(scheduler.step).parameters
+    step_options = {"generator": generators} if takes_generators else {}
     timesteps = scheduler.timesteps if timesteps is None else timesteps
     for index, timestep in enumerate(timesteps):
         predicted = predict(scheduler.scale_model_input(latents, timestep), timestep)

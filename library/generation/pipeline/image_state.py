@@ -1,4 +1,4 @@
-"""One image on its way, worked out and checked before anything is computed, and which images can be made together."""
+"""The state of one image in the pipeline, checked before anything is computed, and which images can share a batch."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class ImageState:
-    """What an image needs, and what a stage begins from or has made.
+    """What an image needs, and what a stage starts from or has computed.
 
     index: which of the specs it is. spec: with its size and seed. prompts: what the text encoder reads, one text, or with
-    regions one for each sub-prompt; chunks: of 75 tokens. regions: None where the mask says what is repainted.
-    image, RGB, or latents (C, h, w) in place of it: both None where a stage begins from noise alone. source and mask (grey, mode
+    regions one for each sub-prompt; chunks: of 75 tokens. regions: None where the mask is of what is repainted.
+    image, RGB, or latents (C, h, w) instead: both None where a stage starts from noise alone. source and mask (grey, mode
     L): for in-painting, in full size. error: why it failed.
     """
 
@@ -56,13 +56,13 @@ class ImageState:
         return self.spec.scale > 1
 
     @property
-    def begins(self) -> bool:
-        """Whether there is something to begin from beside noise."""
+    def has_start(self) -> bool:
+        """Whether it starts from an image or latents, and not from noise alone."""
         return self.image is not None or self.latents is not None
 
     @property
     def key(self) -> tuple | None:
-        """Images of one key can be made together; None for one that failed.
+        """Images of one key can share a batch; None for one that failed.
 
         Those that need different numbers of chunks cannot: padding one to the length of another would change it.
         """
@@ -79,7 +79,7 @@ class ImageState:
 
 
 def prepare(index: int, spec: PromptSpec, model: Model, settings: GenerateSettings, texts: PromptCache) -> ImageState:
-    """The state of an image before its first stage; with its error if it cannot be made."""
+    """The state of an image before its first stage; with its error if it cannot be drawn."""
     seed = draw_seed() if spec.seed is None else spec.seed
     state = ImageState(index, replace(spec, seed=seed), seed=seed)
     try:
@@ -88,13 +88,13 @@ def prepare(index: int, spec: PromptSpec, model: Model, settings: GenerateSettin
         _check_size(model, state)
         _check_numbers(model, spec)
         check_process(model.process(settings.zero_terminal_snr))
-        _work_out(state, model, settings, texts)
+        _resolve_prompt(state, model, settings, texts)
     except UserError as error:
         state.error = error
     return state
 
 
-def _work_out(state: ImageState, model: Model, settings: GenerateSettings, texts: PromptCache) -> None:
+def _resolve_prompt(state: ImageState, model: Model, settings: GenerateSettings, texts: PromptCache) -> None:
     spec, prompt = state.spec, state.spec.prompt
     if settings.networks is not None:
         state.multipliers = settings.networks.multipliers(spec)
@@ -109,7 +109,7 @@ def _work_out(state: ImageState, model: Model, settings: GenerateSettings, texts
         prompts = split_regions(prompt)
         state.regions.check(prompts)
         if spec.deep_shrink is not None:
-            raise UserError("Deep Shrink and regional prompts cannot be combined: masks have no place in the shrunk layers")
+            raise UserError("Deep Shrink and regional prompts cannot be combined: masks do not fit the shrunk layers")
     state.prompts = tuple(prompts)
     read = [*prompts, spec.negative_prompt] if state.is_guided else prompts
     state.chunks = texts.chunks_needed(model, read, settings.max_token_length)
@@ -140,7 +140,7 @@ def _check_numbers(model: Model, spec: PromptSpec) -> None:
 
 
 def check_process(process: NoiseProcess) -> None:
-    """UserError for a schedule that begins with pure noise, in which a model that predicts noise says nothing of the image."""
+    """UserError if the schedule begins with pure noise and the model predicts noise: then it predicts nothing of the image."""
     if process.zero_terminal_snr and not process.predicts_velocity:
         cure = "add --v_parameterization if the model predicts velocity, else leave --zero_terminal_snr out"
         raise UserError(f"--zero_terminal_snr needs a model that predicts velocity, and this one predicts noise; {cure}")

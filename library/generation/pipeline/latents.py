@@ -44,18 +44,18 @@ class Stage:
 
 
 class LatentSampler:
-    """Text encoders and denoiser with what is kept from batch to batch: encoded texts and schedulers."""
+    """Text encoders and denoiser, with a cache of encoded texts and of schedulers."""
 
     def __init__(self, model: Model, settings: GenerateSettings) -> None:
         self.model, self.settings = model, settings
         self.texts = PromptCache()
-        # Made once a sampler, as some take a second to make; `set_timesteps` resets them for each batch.
+        # One for each sampler, as creating some takes a second; `set_timesteps` resets them for each batch.
         self._scheduler_of: Callable[[str], SchedulerMixin] = cache(
             partial(make_scheduler, process=model.process(settings.zero_terminal_snr))
         )
 
     def sample(self, stage: Stage, states: list[ImageState], on_step: Callable[[float], object]) -> Tensor:
-        """Latents (B, C, h, w), float32: from noise, or from what the images begin with.
+        """Latents (B, C, h, w), float32: from noise, or from what the images start from.
 
         on_step: called after each step with its share of all.
         """
@@ -81,14 +81,14 @@ class LatentSampler:
             after_step = keep_outside(scheduler, clean, noise, masks)
         with self.settings.autocast():
             guidance = self.guidance(states, stage.size)
-            with self._special_unet(first, guidance, noise):
+            with self._extras_on_unet(first, guidance, noise):
                 return denoise(
                     guidance, scheduler, latents, generators=generators, timesteps=timesteps, after_step=after_step,
                     on_step=partial(on_step, 1 / len(timesteps)),
                 )  # fmt: skip
 
     def _clean_latents(self, states: list[ImageState], generators: list[Generator], device: torch.device) -> Tensor | None:
-        if not states[0].begins:
+        if not states[0].has_start:
             return None
         if states[0].latents is not None:
             return torch.stack([state.latents for state in states if state.latents is not None]).to(device)
@@ -96,7 +96,7 @@ class LatentSampler:
         return encode_images(self.model, images, generators, self.settings.vae_batch(len(images))).to(device)
 
     def guidance(self, states: list[ImageState], size: tuple[int, int]) -> Guidance:
-        """The denoiser with the texts of the batch; afterwards the networks have the strengths that the denoiser is to have."""
+        """The denoiser with the texts of the batch; afterwards the networks have their strengths for the denoiser."""
         first, networks, device = states[0], self.settings.networks, device_of(self.model.denoiser)
 
         def encode(texts: list[str], strengths: tuple[float, ...]) -> Conditioning:
@@ -109,7 +109,7 @@ class LatentSampler:
             """With regions, a network acts on its own sub-prompt alone."""
             if first.regions is None:
                 return first.multipliers
-            return tuple(strength if place == index else 0.0 for place, strength in enumerate(first.multipliers))
+            return tuple(strength if number == index else 0.0 for number, strength in enumerate(first.multipliers))
 
         negative = empty = None
         if first.is_guided:
@@ -125,7 +125,8 @@ class LatentSampler:
         negative_scales = scales if empty is None else [state.spec.negative_scale or 0.0 for state in states]
         return Guidance(self.model, sizes, negative_sizes, positive, negative, empty, scales, negative_scales)
 
-    def _special_unet(self, first: ImageState, guidance: Guidance, noise: Tensor) -> AbstractContextManager[Any]:
+    def _extras_on_unet(self, first: ImageState, guidance: Guidance, noise: Tensor) -> AbstractContextManager[Any]:
+        """Within: Deep Shrink and regions act on the U-Net, where the images have them."""
         stack = ExitStack()
         stack.enter_context(shrinking(self.model.denoiser, first.spec.deep_shrink))
         if first.regions is not None:

@@ -1,8 +1,8 @@
-"""From prompts to images. `Pipeline.generate` is the whole way.
+"""From prompts to images. `Pipeline.generate` runs all stages.
 
 An image depends on its `PromptSpec`, the model and the networks only: not on its neighbours in the batch, the device, or any
-random state of the process; and no random state changes. image_state: what an image needs, and what goes together; latents: one
-stage, from text to latents; pixels: from latents to images. What an image may have besides is in library/generation/extras.
+random state of the process; and no random state changes. image_state: what an image needs, and which share a batch; latents: one
+stage, from text to latents; pixels: from latents to images. Optional features are in library/generation/extras.
 
 Not built: ControlNet, CLIP and VGG16 guidance, Gradual Latent, and XTI embeddings.
 """
@@ -38,7 +38,7 @@ Progress = Callable[[float], object]
 
 @dataclass(frozen=True)
 class GeneratedImage:
-    """An image with the spec that it was made from, its size and seed included, and which of the specs that was.
+    """An image with its spec, size and seed included, and the index of that spec.
 
     stage: 0 for a first stage of highres, else 1.
     """
@@ -56,7 +56,7 @@ class GeneratedImage:
 
 @dataclass(frozen=True)
 class Failed:
-    """A spec that no image could be made of, which of the specs it was, and why."""
+    """A spec whose image failed, its index and the error."""
 
     index: int
     spec: PromptSpec
@@ -64,9 +64,9 @@ class Failed:
 
 
 class Pipeline:
-    """A model with everything that stays the same from image to image. Texts that were encoded are kept: weights must not change.
+    """A model with everything that stays the same from image to image. Encoded texts are cached, so weights must not change.
 
-    The parts of the model may be in training mode and on different devices, and may hold networks. While a batch is made they
+    The parts of the model may be in training mode and on different devices, and may hold networks. While a batch is drawn they
     are in evaluation mode; a network that is not a submodule of theirs is the caller's to switch, unless the settings name it.
     """
 
@@ -81,7 +81,7 @@ class Pipeline:
         progress: Progress = lambda done: None,
         on_error: Callable[[Failed], object] | None = None,
     ) -> Iterator[GeneratedImage]:
-        """Make the images in order, several at once where they go together.
+        """Yield the images in order. Neighbours that can share a batch are computed together.
 
         With `highres.save_first_stage` the first stages of a batch come before its images.
         progress: called after each denoising step with the images done since the last call, a fraction; for example the `update`
@@ -91,7 +91,7 @@ class Pipeline:
         texts = self._latents.texts
         states = (prepare(index, spec, self.model, self.settings, texts) for index, spec in enumerate(specs))
         for batch in batches(states, self.settings.batch_size):
-            yield from self._make(batch, progress, catch_all=on_error is not None)
+            yield from self._draw(batch, progress, catch_all=on_error is not None)
             for state in batch:
                 if state.error is not None and on_error is None:
                     raise state.error
@@ -100,10 +100,10 @@ class Pipeline:
 
     # Not a generator itself: at each yield its caller would find gradients off and the models in evaluation mode.
     @torch.no_grad()
-    def _make(self, batch: list[ImageState], progress: Progress, catch_all: bool) -> list[GeneratedImage]:
-        """The images of a batch; those that failed get their error. catch_all: also one that no one foresaw."""
+    def _draw(self, batch: list[ImageState], progress: Progress, catch_all: bool) -> list[GeneratedImage]:
+        """The images of a batch; states that failed get their error. catch_all: errors of any class, not UserErrors alone."""
         for state in batch:
-            _open(state)
+            _load_source(state)
         states = [state for state in batch if state.error is None]
         if not states:
             return []
@@ -118,7 +118,7 @@ class Pipeline:
         except Exception as error:
             if not catch_all:
                 raise
-            log.debug("unforeseen", exc_info=True)
+            log.debug("an image failed", exc_info=True)
             failure = RunFailed(f"prompt '{short(states[0].spec.prompt)}': {type(error).__name__}: {error}")
         for state in states:
             state.error = failure
@@ -133,7 +133,7 @@ class Pipeline:
 
         # The first stage counts for as much of the progress as it has of the steps.
         strength = spec.strength if highres.strength is None else highres.strength
-        first_steps = run_steps(highres.steps, strength) if states[0].begins else highres.steps
+        first_steps = run_steps(highres.steps, strength) if states[0].has_start else highres.steps
         share = first_steps / max(1, first_steps + run_steps(spec.steps, spec.strength))
         first = Stage(
             highres.first_size(*only.size), highres.steps, strength, share=share,
@@ -151,7 +151,7 @@ class Pipeline:
 
     def _run(self, stage: Stage, states: list[ImageState], progress: Progress) -> None:
         """Bring the images through a stage."""
-        steps = run_steps(stage.steps, stage.strength) if states[0].begins else stage.steps
+        steps = run_steps(stage.steps, stage.strength) if states[0].has_start else stage.steps
         done = len(states) * stage.share
         if steps:
             latents = self._latents.sample(stage, states, lambda part: progress(done * part))
@@ -160,11 +160,11 @@ class Pipeline:
         note_broken(states)
         if stage.decode and states[0].image is None:
             decode_images([state for state in states if state.error is None], self.model, self.settings.vae_batch(len(states)))
-        if not steps:  # nothing is added to what it begins from
+        if not steps:  # the image stays as it is
             progress(done)
 
     def _enlarge(self, states: list[ImageState], highres: Highres) -> None:
-        """Make what the first stage made the beginning of the second."""
+        """Enlarge what the first stage gave: the second starts from it."""
         images = latents = None
         if highres.keeps_latents and states[0].latents is not None:
             latents = torch.stack([state.latents for state in states if state.latents is not None])
@@ -179,8 +179,8 @@ class Pipeline:
             state.latents = latents[index] if latents is not None else None
 
 
-def _open(state: ImageState) -> None:
-    """Read the image to begin from and its mask, in the full size."""
+def _load_source(state: ImageState) -> None:
+    """Read the image to start from and its mask, in the full size."""
     spec = state.spec
     if spec.image is None or state.error is not None:
         return

@@ -1,4 +1,4 @@
-"""What is the same for all images that a pipeline makes."""
+"""What is the same for all images of a pipeline."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from library.generation.extras.regional import Regions
 class GenerateSettings:
     """Settings of a `Pipeline`.
 
-    batch_size: neighbours of equal size, steps, sampler and strengths that are made at once, at most.
+    batch_size: neighbours of equal size, steps, sampler and strengths that share a batch, at most.
     vae_batch_size: images that the VAE decodes at once, below 1 a share of the batch; None: all of it.
     max_token_length: of a prompt, in tokens; what is longer is cut, with a warning.
-    zero_terminal_snr: None as the model says.
+    zero_terminal_snr: None: as the model's files state.
     networks: set to each image's strengths. Without it `<lora:name:0.8>` in a prompt is ordinary text.
     autocast: makes the context for text encoder and U-Net, such as `accelerator.autocast`; the VAE computes in its own dtype.
     """

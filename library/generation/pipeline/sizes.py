@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def size_of_spec(model: Model, spec: PromptSpec) -> tuple[int, int]:
-    """Width and height: as the spec says, or those of the image that it begins from, or else the model's own."""
+    """Width and height: of the spec, or of the image that it starts from, or else the model's own."""
     if spec.width is not None and spec.height is not None:
         return spec.width, spec.height
     if spec.image is None:
@@ -29,7 +29,7 @@ def size_of_spec(model: Model, spec: PromptSpec) -> tuple[int, int]:
 
 
 def default_size(model: Model) -> tuple[int, int]:
-    """Width and height that the model was made for: as its file says, or else its architecture (512; SD 2 with velocity 768)."""
+    """Width and height that the model was trained on: by its file, or else its architecture (512; SD 2 with velocity 768)."""
     if model.path is not None and model.path.suffix.lower() == ".safetensors" and model.path.is_file():
         sides = re.fullmatch(r"(\d+)x(\d+)", _resolution_in(model.path))
         if sides and all(int(side) >= 64 and int(side) % 8 == 0 for side in sides.groups()):

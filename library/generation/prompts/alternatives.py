@@ -61,7 +61,7 @@ class Choice:
 
 
 class Template:
-    """A prompt read into text and choices. Raises `UserError` naming its place and the column."""
+    """A prompt read into text and choices. Raises `UserError` naming `where` and column."""
 
     def __init__(self, written: WrittenPrompt) -> None:
         self.written = written
@@ -79,7 +79,7 @@ class Template:
 
     @property
     def enumerates(self) -> bool:
-        """Whether the line itself says how many images it makes."""
+        """Whether the line itself sets the number of its images, by {e$$...}."""
         return any(isinstance(part, Choice) and part.each for part in self.parts)
 
     def prompts(self, count: int, random: Random) -> list[WrittenPrompt]:
@@ -114,6 +114,6 @@ def _read_choice(braces: re.Match[str], where: str) -> Choice:
     least = int(rule["least"] or 1)
     most = int(rule["most"] or least)
     if not 1 <= least <= most <= len(alternatives):
-        said = f"{least} to {most}" if most != least else str(least)
-        raise UserError(f"{where}, column {column}: {braces.group()} asks for {said} of {len(alternatives)} alternatives")
+        asked = f"{least} to {most}" if most != least else str(least)
+        raise UserError(f"{where}, column {column}: {braces.group()} asks for {asked} of {len(alternatives)} alternatives")
     return Choice(tuple(alternatives), least, most, rule["joiner"] or JOINER, bool(rule["each"]), column)

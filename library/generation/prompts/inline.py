@@ -1,6 +1,6 @@
 """Options in a line of prompt (`a cat --w 768 --d 7 --n blurry`), for images and for previews while training.
 
-One table says what there is. In the prompts of previews (`lenient`) only what has a `key` is known, sizes are rounded and steps
+One table lists the options. In the prompts of previews (`lenient`) only what has a `key` is known, sizes are rounded and steps
 clamped, as files that people share expect. For drawing all of it is known and a wrong value is an error.
 """
 
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from library.diffusion.samplers import check_sampler
 from library.errors import UserError, unknown
 from library.generation.prompts.spec import LARGEST_SEED, MAX_STEPS, SIZE_STEP, SMALLEST_SIZE
-from library.generation.refused_options import REFUSED_INLINE
+from library.generation.unsupported_options import UNSUPPORTED_INLINE
 
 Reader = Callable[[str], Any]  # text -> value; raises ValueError("what it wants") or UserError
 
@@ -153,29 +153,29 @@ def parse_line(
     """The values that a line sets, by field; "prompt" is always there. An option given twice counts as given last.
 
     lenient: as in prompts of previews; options that have no effect there are added to `ignored`. columns: the column of each
-    character in the line as the user wrote it. check: called with name and value of each option; a UserError of it gets the
-    place. Raises UserError naming `where`, column (from 1) and option.
+    character in the line as the user wrote it. check: called with name and value of each option; its UserError gets
+    `where` and column in front. Raises UserError naming `where`, column (from 1) and option.
     """
     prompt, options = split_line(line)
     known = {name: option for name, option in OPTIONS.items() if option.key or not lenient}
-    others = IGNORED_IN_PREVIEWS if lenient else tuple(REFUSED_INLINE)
+    others = IGNORED_IN_PREVIEWS if lenient else tuple(UNSUPPORTED_INLINE)
     values: dict[str, Any] = {"prompt": prompt}
     for name, text, column in options:
-        place = f"{where}, column {columns[column - 1] if columns else column}"
+        location = f"{where}, column {columns[column - 1] if columns else column}"
         if name in others and lenient:
             if ignored is not None:
                 ignored.append(f"--{name}")
             continue
         if name in others:
-            raise UserError(f"{place}: option --{name} is not supported: {REFUSED_INLINE[name]}")
+            raise UserError(f"{location}: option --{name} is not supported: {UNSUPPORTED_INLINE[name]}")
         if name not in known:
-            raise unknown("option", f"--{name}", [f"--{word}" for word in (*known, *others)], place)
+            raise unknown("option", f"--{name}", [f"--{word}" for word in (*known, *others)], location)
         field, read = known[name].of(lenient)
-        values[field] = read_value(text, read, f"--{name}", place)
+        values[field] = read_value(text, read, f"--{name}", location)
         try:
             check(name, values[field])
         except UserError as error:
-            raise UserError(f"{place}: option --{name} {error}") from None
+            raise UserError(f"{location}: option --{name} {error}") from None
     return values
 
 
@@ -194,13 +194,13 @@ def split_line(line: str) -> tuple[str, list[tuple[str, str, int]]]:
     return line[: marks[0].start() if marks else None].strip(), options
 
 
-def read_value(text: str, read: Reader, name: str, place: str) -> Any:
-    """The value of an option. Raises `UserError` naming place and option."""
+def read_value(text: str, read: Reader, name: str, where: str) -> Any:
+    """The value of an option. Raises `UserError` naming `where` and option."""
     if not text:
-        raise UserError(f"{place}: option {name} has no value; write it after a space")
+        raise UserError(f"{where}: option {name} has no value; write it after a space")
     try:
         return read(text)
     except ValueError as error:
-        raise UserError(f"{place}: option {name} '{text}' is not {error}") from None
+        raise UserError(f"{where}: option {name} '{text}' is not {error}") from None
     except UserError as error:
-        raise UserError(f"{place}: option {name}: {error}") from None
+        raise UserError(f"{where}: option {name}: {error}") from None

@@ -22,7 +22,7 @@ _IGNORED_KEYS = ("controlnet_image",)
 def read_prompt_file(path: str | Path, defaults: PromptSpec) -> list[PromptSpec]:
     """The prompts of a .toml or .json file, or of any other file as text with one prompt a line.
 
-    `defaults` gives what a prompt leaves open. Raises `UserError` naming file, place and option for anything that is not
+    `defaults` gives what a prompt leaves open. Raises `UserError` naming file, line or key, and option for anything that is not
     understood, and for a file without prompts.
     """
     path = Path(path)
@@ -32,7 +32,7 @@ def read_prompt_file(path: str | Path, defaults: PromptSpec) -> list[PromptSpec]
     specs = readers.get(path.suffix.lower(), _from_lines)(text, defaults, str(path), ignored)
     if not specs:
         raise UserError(f"prompt file '{path}' holds no prompt; write one prompt a line")
-    _tell_ignored(ignored, str(path))
+    _log_ignored(ignored, str(path))
     return specs
 
 
@@ -60,10 +60,10 @@ def _from_toml(text: str, defaults: PromptSpec, path: str, ignored: list[str]) -
     subsets = common.pop("subset", [{}] if common else [])
     if not isinstance(subsets, list) or not all(isinstance(subset, dict) for subset in subsets):
         raise UserError(f"{path}: 'prompt.subset' must be a list of tables; begin each with the line [[prompt.subset]]")
-    places = [f"[[prompt.subset]] {number}" for number in range(1, len(subsets) + 1)] if "subset" in table else ["[prompt]"]
+    tables = [f"[[prompt.subset]] {number}" for number in range(1, len(subsets) + 1)] if "subset" in table else ["[prompt]"]
     return [
-        _from_table({**common, **subset}, defaults, f"{path}, {place}", ignored)
-        for subset, place in zip(subsets, places, strict=False)
+        _from_table({**common, **subset}, defaults, f"{path}, {name}", ignored)
+        for subset, name in zip(subsets, tables, strict=False)
     ]
 
 
@@ -102,6 +102,6 @@ def _from_table(table: dict[str, Any], defaults: PromptSpec, where: str, ignored
     return replace(defaults, **values)
 
 
-def _tell_ignored(ignored: list[str], where: str) -> None:
+def _log_ignored(ignored: list[str], where: str) -> None:
     if ignored:
         log.warning(f"{where}: for other model families or ControlNet, ignored: {', '.join(dict.fromkeys(ignored))}")

@@ -16,8 +16,8 @@ def draw_seed() -> int:
 class Seeds:
     """Seeds handed out from the front.
 
-    None given: random ones. One, and one image alone is to be made: that one. One, and several images: numbers that Python's
-    generator draws from it, which are the same for the same seed. Several: these, in a circle.
+    None given: random ones. One for a single image: that one. One for several images: numbers that Python's generator draws
+    from it, the same for the same seed. Several: these in turn, from the front again after the last.
     """
 
     def __init__(self, given: tuple[int, ...] | None, images: int | None = None) -> None:

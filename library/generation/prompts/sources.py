@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-GUESS = False  # captions come by thousands from other programs; a file of prompts is saved again in a moment
+GUESS = False  # of the encoding, as captions from other programs need it; one file of prompts is easily saved as UTF-8
 
 
 def list_images(path: str | None, option: str) -> list[Path]:
     """The image, or those of a folder in the order of their names. Images there that are not read are logged."""
     if path is None:
         return []
-    place = Path(path)
-    if not place.is_dir():
-        if not place.is_file():
+    given = Path(path)
+    if not given.is_dir():
+        if not given.is_file():
             raise UserError(f"{option} {path}: there is no such file or folder")
-        return [place]
-    found, unread = folders.list_images(place), folders.unread_images(place, ".txt")
+        return [given]
+    found, unread = folders.list_images(given), folders.unread_images(given, ".txt")
     if unread:
         log.warning("%s %s: images left out, since their kinds are not read: %s", option, path, listed(unread))
     if not found:

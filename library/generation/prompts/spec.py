@@ -14,7 +14,7 @@ LARGEST_SEED = 2**64 - 1  # what torch accepts
 
 @dataclass(frozen=True)
 class DeepShrink:
-    """Make the large forms of an image at a smaller size, so that a size beyond what the model was trained on keeps one subject.
+    """Compute the composition at a smaller size, so that an image larger than the model was trained on keeps one subject.
 
     At depth `depth_1` of the U-Net (0 the outermost block, 3 the innermost), while the timestep is `timestep_1` or more, the
     features are shrunk by `ratio`; then at `depth_2`, if given, while it is `timestep_2` or more. On the way up they regain their
@@ -32,7 +32,7 @@ class DeepShrink:
 class SizeConditioning:
     """Size conditioning of a model like SDXL: the original size of an image, and how much of it was cropped, in pixels.
 
-    None: the size in which it is made; for the negative prompt the same as for the prompt.
+    None: the size of the image; for the negative prompt the same as for the prompt.
     """
 
     original_width: int | None = None
@@ -54,7 +54,7 @@ class SizeConditioning:
 class PromptSpec:
     """One image to make. Sizes in pixels; a guidance `scale` of 1 or less switches guidance off.
 
-    width, height: None for both is the size of `image`, or else the one that the model was made for.
+    width, height: None for both is the size of `image`, or else the one that the model was trained on.
     seed: None draws one at random.
     negative_scale: the negative prompt gets a scale of its own: e = e_0 + scale (e_pos - e_0) - negative_scale (e_neg - e_0),
     where e_0 is the prediction for the empty prompt. None: e = e_neg + scale (e_pos - e_neg).

@@ -140,7 +140,7 @@ function problemList(row) {
 function problemText([kind, value]) {
   const values = {
     enlarged: () => ({ n: number(value, 1) }), cut_away: () => ({ n: number(100 * value) }), too_long: () => ({ n: number(value[0] - value[1]) }),
-    twin: () => ({ files: value.join(", ") }), unreadable: () => ({ reason: value }),
+    duplicate: () => ({ files: value.join(", ") }), unreadable: () => ({ reason: value }),
   };
   return say(`what_${kind}`, kind in values ? values[kind]() : {});
 }

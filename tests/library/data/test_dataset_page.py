@@ -11,7 +11,7 @@ from PIL import Image
 
 from library.data.config_keys import DatasetConfig, SubsetConfig
 from library.data.dataset import TrainingDataset
-from library.data.dataset_page import DRAWS, write_dataset_page
+from library.data.dataset_page import MAX_CAPTIONS, write_dataset_page
 from library.data.tokens import CaptionTokenizer
 from library.models.clip import load_tokenizer
 from library.pages.page import ASSETS
@@ -56,7 +56,7 @@ def test_images_and_captions_are_those_of_the_batches(tmp_path):
         for epoch in (1, 2, 3):
             batch = dataset[(epoch, 0)]
             uses.append((batch.captions[batch.paths.index(path)], batch.images[batch.paths.index(path)]))
-        assert [text for text, _, _ in row["captions"]] == [caption for caption, _ in uses] and len(uses) == DRAWS
+        assert [text for text, _, _ in row["captions"]] == [caption for caption, _ in uses] and len(uses) == MAX_CAPTIONS
         with Image.open(tmp_path / page["folder"] / row["image"]) as image:
             assert np.array_equal(np.asarray(image), np.rint((uses[0][1].permute(1, 2, 0).numpy() + 1) * 127.5))
     assert len({text for row in page["rows"] for text, _, _ in row["captions"]}) > 2
@@ -92,11 +92,11 @@ def test_what_is_wrong_is_found(tmp_path):
     rows = rows_of(written(dataset_of(subset(folder)), tmp_path / "p.html"))
     found = {name: [kind for kind, _ in row["problems"]] for name, row in rows.items()}
     assert found == {
-        "good": [], "small": ["enlarged"], "wide": ["cut_away"], "silent": ["no_caption"], "twin_a": ["twin"],
-        "twin_b": ["twin"], "broken": ["unreadable"],
+        "good": [], "small": ["enlarged"], "wide": ["cut_away"], "silent": ["no_caption"], "twin_a": ["duplicate"],
+        "twin_b": ["duplicate"], "broken": ["unreadable"],
     }  # fmt: skip
     assert rows["small"]["problems"] == [["enlarged", 2.13]] and rows["wide"]["problems"] == [["cut_away", 0.6]]
-    assert rows["twin_a"]["problems"] == [["twin", ["twin_b.png"]]]
+    assert rows["twin_a"]["problems"] == [["duplicate", ["twin_b.png"]]]
     assert rows["broken"]["image"] is None and "broken.png" in rows["broken"]["problems"][0][1]
 
 

@@ -14,7 +14,7 @@ import pytest
 from library.command_line import choices_of, groups_of, is_flag, is_list, option_names
 from library.errors import UserError
 from library.generation.options import GenerateOptions, parse_options
-from library.generation.refused_options import REFUSED
+from library.generation.unsupported_options import UNSUPPORTED
 
 ROOT = Path(__file__).parents[3]
 NEEDED = ["--ckpt=m", "--prompt=a cat"]
@@ -46,8 +46,8 @@ def value_of(options: GenerateOptions, name: str) -> typing.Any:
 @pytest.mark.parametrize("row", rows(), ids=lambda row: row["option"])
 def test_every_option_of_the_reference_is_taken_or_refused_by_name(row):
     name = row["option"][2:]
-    assert (name in FIELDS) != (name in REFUSED.reasons)
-    if name in REFUSED.reasons:
+    assert (name in FIELDS) != (name in UNSUPPORTED.reasons)
+    if name in UNSUPPORTED.reasons:
         with pytest.raises(UserError, match=f"--{name} is not supported: .{{20,}}"):
             parse_options([*NEEDED, f"--{name}", "1"])
         return
@@ -77,7 +77,7 @@ def test_every_option_of_the_reference_is_taken_or_refused_by_name(row):
 def test_every_option_of_sdxl_is_taken_or_refused_by_name():
     text = (ROOT / "tests/data/options-sdxl_gen_img.csv").read_text(encoding="utf-8")
     names = {name for row in csv.DictReader(text.splitlines()) for name in re.findall(r"--(\w+)", row["option"])}
-    assert len(names) > 35 and [name for name in sorted(names) if (name in FIELDS) == (name in REFUSED.reasons)] == []
+    assert len(names) > 35 and [name for name in sorted(names) if (name in FIELDS) == (name in UNSUPPORTED.reasons)] == []
     sizes = parse_options([*NEEDED, "--original_width=2048", "--original_height_negative=8", "--crop_top=0"]).sizes
     assert (sizes.original_width, sizes.original_height, sizes.original_height_negative, sizes.crop_top) == (2048, None, 8, 0)
     with pytest.raises(UserError, match="--original_width: expected greater than or equal to 1"):

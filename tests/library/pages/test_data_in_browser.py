@@ -29,11 +29,11 @@ def test_it_lists_filters_and_sorts(open_page: Open, page):
     window = open_page(page)
     files = [f"{number} #.png" for number in range(6)]
     assert shown(window) == files
-    choose(window, "problem", "twin")
+    choose(window, "problem", "duplicate")
     assert shown(window) == ["4 #.png", "5 #.png"]
     assert window.execute_script("return document.querySelector('[role=status]').textContent") == "2 of 6 images"
     choose(window, "problem", "any")
-    assert shown(window) == [files[number] for number in (0, 1, 2, 4, 5)]  # mask, length, no caption, twins
+    assert shown(window) == [files[number] for number in (0, 1, 2, 4, 5)]  # mask, length, no caption, duplicate
     choose(window, "problem", "")
     choose(window, "order", "tokens")
     assert [shown(window)[0], shown(window)[-1]] == ["2 #.png", "1 #.png"]

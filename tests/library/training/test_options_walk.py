@@ -20,7 +20,7 @@ from library.data.config import DatasetDefaults
 from library.generation.prompts.spec import PromptSpec
 from library.models import sd1
 from library.processes import Processes, timeout
-from library.training.checks.refused_options import REFUSED
+from library.training.checks.unsupported_options import UNSUPPORTED
 from library.training.datasets import dataset_defaults
 from library.training.options import TrainNetworkOptions, parse_options
 from library.training.outputs.metadata import model_spec
@@ -62,7 +62,7 @@ def reference() -> list[str]:
 
 def test_every_option_is_exercised_or_refused():
     built = set(option_names(TrainNetworkOptions))
-    assert set(reference()) - built == set(reference()) & set(REFUSED.reasons)
+    assert set(reference()) - built == set(reference()) & set(UNSUPPORTED.reasons)
     assert marked_options().keys() | OF_DATASETS.keys() == built, 'mark the test of a new option: @pytest.mark.option("its_name")'
 
 

@@ -25,7 +25,7 @@ from library.generation import session
 from library.generation.options import GenerateOptions, parse_options
 from library.generation.prompts.inline import OPTIONS as INLINE_OPTIONS
 from library.generation.prompts.written import WrittenPrompt
-from library.generation.refused_options import REFUSED, REFUSED_INLINE
+from library.generation.unsupported_options import UNSUPPORTED, UNSUPPORTED_INLINE
 from library.models.saving import save_stable_diffusion
 from library.testing import small_sdxl
 
@@ -145,7 +145,7 @@ def test_refused_options_are_in_the_tables(page):
     cells = re.findall(r"^\| (`[\w-]+`(?:, `[\w-]+`)*) \| ", chapter(page, DIFFERENCES), re.MULTILINE)
     rows = [re.findall(r"`([\w-]+)`", names) for names in cells]
     expected = []
-    for reasons, mark in ((REFUSED.reasons, ""), (REFUSED_INLINE, "--")):
+    for reasons, mark in ((UNSUPPORTED.reasons, ""), (UNSUPPORTED_INLINE, "--")):
         by_reason: dict[str, list[str]] = {}
         for name, reason in reasons.items():
             by_reason.setdefault(reason, []).append(mark + name)
@@ -158,7 +158,7 @@ def test_refused_options_are_in_the_tables(page):
 def test_every_option_that_is_mentioned_exists(page):
     mentioned = set(re.findall(r"(?<![\w-])--([a-zA-Z]\w*)", page)) - {"network_weigth", "help", "sample_prompts", "q"}
     mentioned -= {"max_token_length"}  # of training
-    assert mentioned - set(FIELDS) - set(REFUSED.reasons) - set(INLINE_OPTIONS) - set(REFUSED_INLINE) == set()
+    assert mentioned - set(FIELDS) - set(UNSUPPORTED.reasons) - set(INLINE_OPTIONS) - set(UNSUPPORTED_INLINE) == set()
 
 
 # ---------------------------------------------------------------- what can go wrong

@@ -1,6 +1,6 @@
 """Options that people know from sd-scripts and that this script does not have, each with the reason.
 
-They are refused by name: a run that ignored one would look fine and be wrong. Remove a line when the option is built.
+Each is an error that names it: a run that ignored one would look fine and be wrong. Remove a line when the option is built.
 """
 
 from library.command_line import UnsupportedOptions
@@ -45,10 +45,10 @@ _REASONS: dict[str, str] = {
     ),
 }  # fmt: skip
 
-REFUSED = UnsupportedOptions(reasons=_REASONS)
+UNSUPPORTED = UnsupportedOptions(reasons=_REASONS)
 
 # In-line options of prompts that are not built, with the reason.
-REFUSED_INLINE: dict[str, str] = {
+UNSUPPORTED_INLINE: dict[str, str] = {
     "c": _GUIDANCE,
     **dict.fromkeys(["glt", "glr", "gle", "gls", "glsn", "glus"], _GRADUAL_LATENT),
 }

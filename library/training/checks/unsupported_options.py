@@ -1,6 +1,6 @@
 """Options that people know from sd-scripts and that this trainer does not have, each with the reason.
 
-They are refused by name: a run that ignored one would look fine and be wrong. Remove a line when the option is built.
+Each is an error that names it: a run that ignored one would look fine and be wrong. Remove a line when the option is built.
 """
 
 from library.command_line import UnsupportedOptions
@@ -41,4 +41,4 @@ _HARMLESS = {
     "model_train_type": ("sd-lora", "sdxl-lora"), "zero_stage": (2,), "huggingface_repo_visibility": ("private",),
 }  # fmt: skip
 
-REFUSED = UnsupportedOptions(reasons=_REASONS, harmless=_HARMLESS, of_front_ends=frozenset({"epoch", "noise_offset_type"}))
+UNSUPPORTED = UnsupportedOptions(reasons=_REASONS, harmless=_HARMLESS, of_front_ends=frozenset({"epoch", "noise_offset_type"}))
