@@ -35,11 +35,11 @@ def hashes(plan: Plan, rows_of: RowsOf, metadata: Mapping[str, str]) -> dict[str
     """
     training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
     header = safetensors_header(plan, training)
-    data, legacy, place = hashlib.sha256(), hashlib.sha256(header[LEGACY]), len(header)
+    data, legacy, offset = hashlib.sha256(), hashlib.sha256(header[LEGACY]), len(header)
     for name in safetensors_order(plan):
         for rows in parts_of(plan[name][0]):
             space = bytes_of(rows_of(name, rows).contiguous())
             data.update(space)
-            legacy.update(space[max(LEGACY.start - place, 0) : max(LEGACY.stop - place, 0)])
-            place += len(space)
+            legacy.update(space[max(LEGACY.start - offset, 0) : max(LEGACY.stop - offset, 0)])
+            offset += len(space)
     return {"sshs_model_hash": data.hexdigest(), "sshs_legacy_hash": legacy.hexdigest()[:8]}

@@ -100,8 +100,8 @@ def unet_table(layout: UNetLayout) -> Table:
             _add(table, f"output_blocks.{block}.0", f"up_blocks.{level}.resnets.{layer}", _RESNET)
             table[f"output_blocks.{block}.1"] = f"up_blocks.{level}.attentions.{layer}"
         # The upsampler comes last in its block: third where the level attends, else second.
-        place = 2 if layout.attention[layout.levels - 1 - level] else 1
-        table[f"output_blocks.{block}.{place}.conv"] = f"up_blocks.{level}.upsamplers.0.conv"
+        index = 2 if layout.attention[layout.levels - 1 - level] else 1
+        table[f"output_blocks.{block}.{index}.conv"] = f"up_blocks.{level}.upsamplers.0.conv"
     return table
 
 
