@@ -10,7 +10,7 @@ MOST_BINS = 900  # about the pixels of a chart
 
 
 def running_mean(values: Sequence[float] | np.ndarray, width: int) -> np.ndarray:
-    """The mean of the last `width` values at each place from the `width`-th on: (n,) -> (n - width + 1,) float64."""
+    """The mean of the last `width` values at each index from the `width`-th on: (n,) -> (n - width + 1,) float64."""
     sums = np.concatenate([[0.0], np.cumsum(np.asarray(values, dtype=np.float64))])
     return (sums[width:] - sums[:-width]) / width
 
@@ -32,11 +32,11 @@ def evenly(
     steps: Sequence[int] | np.ndarray, values: Sequence[float] | np.ndarray, points: int = MOST_BINS
 ) -> tuple[list[int], list[float]]:
     """At most so many points of a smooth curve, evenly spread, the first and the last among them."""
-    places, heights = np.asarray(steps), np.asarray(values)
+    at, heights = np.asarray(steps), np.asarray(values)
     if len(heights) > points:
         kept = np.linspace(0, len(heights) - 1, points).round().astype(int)
-        places, heights = places[kept], heights[kept]
-    return places.tolist(), rounded(heights)
+        at, heights = at[kept], heights[kept]
+    return at.tolist(), rounded(heights)
 
 
 def rounded(values: np.ndarray) -> list[float]:

@@ -23,7 +23,7 @@ def decomposed_change(parts: Parts, change: Tensor, weight: Tensor) -> Tensor:
     """W' - W. change: dW, in the shape and dtype of `weight`."""
     axis, magnitude = _magnitude(parts, weight)
     changed = weight + change
-    others = [place for place in range(weight.dim()) if place != axis]
+    others = [dim for dim in range(weight.dim()) if dim != axis]
     norm = torch.linalg.vector_norm(changed, dim=others, keepdim=True)
     ratio = magnitude.view(norm.shape) / norm
     return changed * torch.where(norm > 0, ratio, 1.0) - weight

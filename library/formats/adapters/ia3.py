@@ -16,7 +16,7 @@ def weight_change(parts: Parts, weight: Tensor) -> Tensor:
     factors = parts.tensor("weight", weight).flatten()
     if len(factors) != weight.shape[axis]:
         raise parts.misfit(weight)
-    return weight * factors.view([-1 if place == axis else 1 for place in range(weight.dim())])
+    return weight * factors.view([-1 if dim == axis else 1 for dim in range(weight.dim())])
 
 
 IA3 = Kind("IA3", ("on_input",), ("weight",), weight_change, needs_weight=True)
