@@ -70,7 +70,7 @@ class Data:
 
     @property
     def datasets(self) -> list[TrainingDataset]:
-        """Those there are."""
+        """Training images, and held-out ones if there are any."""
         return [self.train, self.held_out] if self.held_out else [self.train]
 
 
@@ -104,7 +104,7 @@ class Run:
 
     @property
     def options(self) -> TrainNetworkOptions:
-        """What they leave open is as the model says."""
+        """All options; those that were left open follow the model's header."""
         return self.ready.options
 
     @property
@@ -156,7 +156,7 @@ def prepare(ready: Ready, machine: Machine, listeners: Sequence[Listener] = (), 
 
 
 def open_data(ready: Ready) -> Data:
-    """The indexed images, parted into those for training and those for validation, and the prompts of --sample_prompts."""
+    """The indexed images, split into training and validation, and the prompts of --sample_prompts."""
     dataset = ready.dataset
     width, height = dataset.table.configs[0].resolution
     prompts = preview_specs(ready.options.previews, PromptSpec(width=width, height=height))
@@ -199,14 +199,10 @@ def make_run(ready: Ready, machine: Machine, data: Data, attached: Attached, pag
     step = make_step(ready, machine, data, attached, make_update(ready, machine, attached, optimizer))
     used_weights = partial(eval_weights, optimizer, step.update.average)
     tracker = Tracker(options.logs, logged_options(options) if options.logs.log_config else None, processes.main)
-    records = attached.model.family.records
-    facts = run_facts(options, data.train.describe(), network, records, plan, seed=ready.seed, optimizer=optimizer_text)
-    facts |= schedule_facts(options.optimizer, optimizer)
-    summary = network_summary(network, options.network.module_name, options.output.save_precision)
-    print_plan(plan, summary, ready.seed)
+    print_plan(plan, network_summary(network, options.network.module_name, options.output.save_precision), ready.seed)
     uploads = Uploads(options.hub, active=processes.main)
     uploads.prepare()
-    metadata = RunMetadata(facts, lambda: all_model_facts(options.model), options.metadata.no_metadata)
+    metadata = make_metadata(ready, data, attached, optimizer, optimizer_text)
     files = ModelFiles(options.output, used_weights, uploads, writes=processes.main)
     states = StateFiles(options.state, files)
 
@@ -222,6 +218,18 @@ def make_run(ready: Ready, machine: Machine, data: Data, attached: Attached, pag
     batches = make_batches(options.augmentation, data, machine)
     loop = Loop(plan, step, batches, [*own, *listeners], processes, weights.rescue, ready.start)
     return Run(ready, machine, data, attached, step, loop, tracker, metadata, files, states, previews, validator, page, snapshot)
+
+
+def make_metadata(
+    ready: Ready, data: Data, attached: Attached, optimizer: torch.optim.Optimizer, optimizer_text: str
+) -> RunMetadata:
+    """What the files of the run record. optimizer_text: the optimizer's full name with its arguments."""
+    options, records = ready.options, attached.model.family.records
+    facts = run_facts(
+        options, data.train.describe(), attached.network, records, ready.plan, seed=ready.seed, optimizer=optimizer_text
+    )
+    facts |= schedule_facts(options.optimizer, optimizer)
+    return RunMetadata(facts, lambda: all_model_facts(options.model), options.metadata.no_metadata)
 
 
 def make_update(ready: Ready, machine: Machine, attached: Attached, optimizer: torch.optim.Optimizer) -> WeightUpdate:
@@ -273,7 +281,7 @@ def preview_settings(options: TrainNetworkOptions, machine: Machine) -> Generate
 
 
 def make_validation(options: TrainNetworkOptions, data: Data, seed: int, machine: Machine) -> Validation | None:
-    """The measurement on the images held out, if there are any."""
+    """The validation on the held-out images, if there are any."""
     if data.held_out is None:
         return None
     return Validation(
