@@ -32,11 +32,11 @@ def evenly(
     steps: Sequence[int] | np.ndarray, values: Sequence[float] | np.ndarray, points: int = MOST_BINS
 ) -> tuple[list[int], list[float]]:
     """At most so many points of a smooth curve, evenly spread, the first and the last among them."""
-    at, heights = np.asarray(steps), np.asarray(values)
-    if len(heights) > points:
-        kept = np.linspace(0, len(heights) - 1, points).round().astype(int)
-        at, heights = at[kept], heights[kept]
-    return at.tolist(), rounded(heights)
+    xs, ys = np.asarray(steps), np.asarray(values)
+    if len(ys) > points:
+        kept = np.linspace(0, len(ys) - 1, points).round().astype(int)
+        xs, ys = xs[kept], ys[kept]
+    return xs.tolist(), rounded(ys)
 
 
 def rounded(values: np.ndarray) -> list[float]:
