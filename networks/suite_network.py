@@ -322,13 +322,13 @@ def modules_in(
 
 
 def _other_families(weights: Weights, layers: Mapping[str, Any]) -> str:
-    """`they are a LoRA for SDXL`, say, if these layers are of another family; empty if nothing tells."""
+    """`they are a LoRA for SDXL`, say, if these layers are of another family; empty if that is not known."""
     found = lora_layouts.other_families(weights, layers)
     return f"they are a LoRA for {titles(found)}" if found else ""
 
 
 def _instead(weights: Weights) -> str:
-    """`they are a LoHa file`, say; empty if nothing tells."""
+    """`they are a LoHa file`, say; empty if that is not known."""
     if found := instead_of_a_lora(weights):
         return f"they are {found[0]}"
     layer = next(iter(weights), "").partition(".")[0]

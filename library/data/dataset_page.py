@@ -21,7 +21,7 @@ from library.data.table import ImageTable
 from library.errors import UserError, one_line
 from library.files import sha256_of_file
 from library.option_traits import fields_with
-from library.pages.images import lay_image
+from library.pages.images import save_small_copy
 from library.pages.page import folder_of, write_page
 
 LONGEST_SIDE = 320  # pixels of an image on the page
@@ -108,10 +108,10 @@ def describe(
         facts["problems"].append(["unreadable", one_line(error)])
     else:
         facts["image"] = f"{number}.webp"
-        lay_image(Image.fromarray(use.pixels), folder / f"{number}.webp", LONGEST_SIDE)
+        save_small_copy(Image.fromarray(use.pixels), folder / f"{number}.webp", LONGEST_SIDE)
         if use.mask is not None:
             facts["mask"], facts["counts"] = f"{number}-mask.webp", round(float(use.mask.mean()) / 255, 3)
-            lay_image(ignored(use), folder / f"{number}-mask.webp", LONGEST_SIDE)
+            save_small_copy(ignored(use), folder / f"{number}-mask.webp", LONGEST_SIDE)
         count = 1 if caption_is_fixed(table.config(row)) else MAX_CAPTIONS
         captions = [use.caption, *(dataset.caption(*index) for index in uses[1:count])]
     facts["captions"] = [measured(dataset, caption) for caption in captions]

@@ -91,7 +91,7 @@ FILE_FAMILIES: tuple[FileFamily, ...] = (SD1, SD2, SDXL)
 
 
 def family_of_checkpoint(names: Iterable[str]) -> FileFamily | None:
-    """The family of a checkpoint with these tensors, told by its text encoders; None if it holds none that is known."""
+    """The family of a checkpoint with these tensors, recognised by its text encoders; None if it has none that is known."""
     layout = layout_of(names)
     return next((family for family in FILE_FAMILIES if family.layout == layout), None)
 

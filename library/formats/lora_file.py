@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA file, or one of its kin: what it says of each layer, by kohya name, in the file's order, and its metadata.
+    """A file of LoRAs or other adapters: what it has for each layer, by kohya name, in the file's order, and its metadata.
 
     families: those that it can be for. dtype: of its weights. left_out: keys of tensors that are no part of it, and of modules of
     rank 0. windows: the mapped memory that its tensors are in; whoever goes through a large file forgets it now and then.
@@ -49,7 +49,7 @@ class LoraFile:
 
     @property
     def family(self) -> FileFamily | None:
-        """The family that it is for; None if nothing tells."""
+        """The family that it is for; None if that is not known."""
         return self.families[0] if len(self.families) == 1 else None
 
     def for_families(self, families: Sequence[FileFamily]) -> LoraFile:

@@ -183,7 +183,7 @@ def kohya_weights(
 def resnets_of(keys: Iterable[str]) -> int:
     """ResNets of each level on the way down in the U-Net that these keys, as Diffusers names its blocks, are for.
 
-    That of KOALA has one, and its lowest level is half as deep as SDXL's. A LoRA for some of its layers alone may not tell.
+    That of KOALA has one, and its lowest level is half as deep as SDXL's. A LoRA for some of its layers alone may not show it.
     """
     names = [key.replace(".", "_") for key in keys]
     lowest = {int(found[1]) for name in names if (found := _LOWEST.search(name))}

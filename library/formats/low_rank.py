@@ -310,15 +310,15 @@ def _zeros(matrix: Tensor, rank: int) -> Decomposition:
 
 
 def _width(rank: int) -> int:
-    """Directions to follow for `rank` wanted ones: the others make the random start sure, and the passes fewer."""
+    """Directions to follow for `rank` wanted ones: the others make the random start reliable and passes fewer."""
     return rank + 10 + rank // 2
 
 
 def _subspace_iteration(matrix: Tensor, rank: int, total: float, seed: int) -> Decomposition | None:
     """The first `rank` singular values and vectors, or None if too many passes would be needed.
 
-    After each pass, the captured part of the norm is known (up to rounding); the gains of the passes shrink, which tells how
-    much is still to come.
+    After each pass, the captured part of the norm is known (up to rounding); the gains of the passes shrink, which bounds what
+    is still to come.
     """
     if matrix.shape[0] > matrix.shape[1]:  # the basis is on the short side
         found = _subspace_iteration(matrix.T, rank, total, seed)

@@ -47,7 +47,7 @@ def schedule_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def prediction_of_lora(metadata: Mapping[str, str]) -> Prediction | None:
-    """By a LoRA's metadata: by `ss_base_model_version` for SD 1.x and 2.x; in other families it does not tell them apart."""
+    """By a LoRA's metadata: by `ss_base_model_version` for SD 1.x and 2.x; in other families it does not distinguish them."""
     version = metadata.get("ss_base_model_version", "")
     if version.startswith("sd_"):
         return "v" if version.endswith("_v") else "epsilon"

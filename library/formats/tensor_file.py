@@ -329,7 +329,7 @@ def load_pickled(path: str | os.PathLike, map_location: str = "cpu") -> dict[str
 
 
 def _pickle_protocol(path: Path) -> int:
-    """The protocol of a pickle, alone or in a zip archive, by its first bytes; 0 if they do not tell."""
+    """The protocol of a pickle, alone or in a zip archive, by its first bytes; 0 if they do not show it."""
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:

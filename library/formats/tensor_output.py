@@ -165,7 +165,7 @@ class _Flusher:
 
 def _flush_after(before: Future | None, descriptor: int) -> None:
     if before is not None:
-        before.result()  # systems tell of a failure only once, so it must not be forgotten
+        before.result()  # systems report a failure only once, so it must not be forgotten
     os.fsync(descriptor)
 
 
@@ -216,7 +216,7 @@ def _write_pickled(
 ) -> None:
     """An archive that torch.load reads: the pickled dictionary, the version of this format, and a record for each tensor.
 
-    torch.save wants all tensors at once, and adds records that the A1111 web UI's safe loader refuses.
+    torch.save needs all tensors at once, and adds records that the A1111 web UI's safe loader refuses.
     """
     if strange := [name for name in names if plan[name][1] not in _STORAGES]:
         raise UserError(f"{strange[0]} is {plan[strange[0]][1]}, which .ckpt has no place for; save it as .safetensors")

@@ -1,4 +1,4 @@
-"""The chart's program is plotly's: its script is laid beside a page from the installed package, which is not imported."""
+"""Charts are drawn by plotly's script, which is copied beside a page from the installed package; that is not imported."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from library.files import atomic_write
 NAME = "plotly.min.js"
 
 
-def lay_chart_script(folder: Path) -> str | None:
+def copy_chart_script(folder: Path) -> str | None:
     """Copy the script into a page's folder unless it is there. Returns its path as seen from the page.
 
     None: plotly is not installed, and the page does without a chart. Raises UserError if it cannot be written.

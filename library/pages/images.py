@@ -12,7 +12,7 @@ QUALITY = 86
 WITHOUT_LOSS = 160 * 160  # pixels: lossy compression saves little on smaller images, and shows
 
 
-def lay_image(image: Image.Image, path: Path, longest: int) -> None:
+def save_small_copy(image: Image.Image, path: Path, longest: int) -> None:
     """Write an image as WebP, its longer side at most `longest` pixels; RGBA stays so.
 
     `path` ends in .webp; its folder is there.

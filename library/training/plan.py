@@ -65,10 +65,10 @@ class Progress:
 
     @classmethod
     def at_start(cls, options: StateOptions, plan: Plan, resumed: Progress | None) -> Progress:
-        """Where the resumed state is, else where --initial_step (or --initial_epoch) says.
+        """Where the resumed state is, else at --initial_step (or --initial_epoch).
 
         These two win over the position of a state. With --skip_until_initial_step the data before the step are left out, else its
-        epoch begins anew. A state of the last step is fine, since the run may have been killed before its last file. Raises
+        epoch starts again. A state of the last step is fine, since the run may have been killed before its last file. Raises
         UserError if nothing is left to do.
         """
         start = resumed or cls()

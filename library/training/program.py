@@ -41,7 +41,7 @@ def main(family: str | None = None) -> int:
         return print_from_metadata(options.metadata.from_metadata, all_defaults())
 
     set_up_console(options.logs.console_log_level, options.logs.console_log_file, options.logs.console_log_simple)
-    print("loading libraries ...", flush=True)  # takes seconds, in which nothing else would tell that the run began
+    print("loading libraries ...", flush=True)  # takes seconds, in which nothing else would be printed
     with garbage_collection_paused():
         from library.training.entry import train
 

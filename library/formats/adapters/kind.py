@@ -86,7 +86,7 @@ class Kind:
     weight_change(parts, weight): the change at full strength, in the shape and dtype (float32 or float64) of `weight`.
     needs_weight: whether the change depends on the numbers of the weight; if not, `weight` may be on the meta device.
     low_rank(parts): the same change as an exact low-rank product, for kinds that are one.
-    matrix_shape(parts): (out, in * k * k) of the layer, for kinds whose tensors tell it.
+    matrix_shape(parts): (out, in * k * k) of the layer, for kinds whose tensors determine it.
     dimensions: of the mark, where two kinds share its name.
     """
 

@@ -67,7 +67,7 @@ class Adapter:
 
     @property
     def matrix_shape(self) -> tuple[int, int] | None:
-        """(out, in * k * k) of the layer, if the tensors tell it. Raises UserError if they do not fit each other."""
+        """(out, in * k * k) of the layer, if the tensors determine it. Raises UserError if they do not fit each other."""
         try:
             return self.kind.matrix_shape(self.parts)
         except (RuntimeError, IndexError, ValueError) as error:  # torch: sizes that do not go together
@@ -107,7 +107,7 @@ class Adapter:
 
 
 def find_adapter(layer: str, tensors: Mapping[str, Tensor]) -> Adapter | None:
-    """The adapter that these tensors of a layer are, told by their names; None if they are of no known kind.
+    """The adapter that these tensors of a layer are, recognised by their names; None if they are of no known kind.
 
     tensors: by the name that follows the layer's, such as `lora_down.weight`, `hada_w1_a` or `alpha`.
     """

@@ -7,7 +7,7 @@ from typing import Any
 
 from library.generation.outputs.comparison import Column, Comparison
 from library.generation.prompts.spec import PromptSpec
-from library.pages.images import lay_image
+from library.pages.images import save_small_copy
 from library.pages.page import folder_of, write_page
 
 
@@ -40,11 +40,11 @@ def network_name(column: Column) -> str | None:
 
 
 def cell(comparison: Comparison, index: int, folder: Path) -> dict[str, Any]:
-    """One image, of which a copy is laid into `folder`; `copy` is None if there is none."""
+    """One image, of which a copy is written to `folder`; `copy` is None if there is none."""
     network, spec = divmod(index, len(comparison.rows))
     found: dict[str, Any] = {"spec": spec, "network": network, "copy": None}
     if (image := comparison.images.get(index)) is not None:
-        lay_image(image, folder / f"{index:04d}.webp", max(image.size))
+        save_small_copy(image, folder / f"{index:04d}.webp", max(image.size))
         found |= {"copy": f"{folder.name}/{index:04d}.webp", "size": list(image.size)}
         if index in comparison.files:
             found["file"] = comparison.files[index].name

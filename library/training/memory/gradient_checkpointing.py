@@ -33,7 +33,7 @@ def use_gradient_checkpointing(model: Model, network: TrainedNetwork) -> None:
 
 
 def keep_to_budget(budget: float, fixed: float, model: Model, count: Callable[[], tuple[list[int], list[int]]]) -> None:
-    """Leave checkpointing on in as many parts of the U-Net as the budget (GiB) wants.
+    """Leave checkpointing on in as many parts of the U-Net as the budget (GiB) requires.
 
     fixed: bytes beside activations. count: gives what `count_kept` does.
     """

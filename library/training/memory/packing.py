@@ -90,7 +90,7 @@ class _Packed(FrozenLayer):
 
     @property
     def weight(self) -> Tensor:
-        """The weight in the type it had, made anew at every reading."""
+        """The weight in the type it had, unpacked at every access."""
         return self.format.unpack(self.packed, self.scale.float(), self.shape).to(self.dtype)
 
     @weight.setter

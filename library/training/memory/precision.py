@@ -52,7 +52,7 @@ class HalfGradScaler(torch.amp.GradScaler):
 def check_half_weights(optimizer: torch.optim.Optimizer, name: str, dtype: torch.dtype) -> None:
     """Refuse fp16 weights with an optimizer that would divide by zero at the first weight without a gradient.
 
-    Adam and its kin add eps = 1e-8 to the root that they divide by. Computed in the weights' own format that is 0 in fp16. Those
+    Adam and similar optimizers add eps = 1e-8 to the root that they divide by. Computed in the weights' own format that is 0 in fp16. Those
     of bitsandbytes and AdaFactor compute in float32.
     """
     computes_in_float32 = spec_of(type(optimizer)).float32_math
@@ -66,7 +66,7 @@ def check_half_weights(optimizer: torch.optim.Optimizer, name: str, dtype: torch
 
 
 def explain_nonfinite(formats: NumberFormats, weights: Iterable[torch.Tensor], vae_cure: str | None) -> str:
-    """Why a loss is NaN or infinite, as far as the network's weights tell. vae_cure: None if it cannot be the VAE."""
+    """Why a loss is NaN or infinite, as far as the network's weights show it. vae_cure: None if it cannot be the VAE."""
     if not all(bool(torch.isfinite(weight).all()) for weight in weights):
         more = ", or leave out --full_fp16" if formats.trained == torch.float16 else ""
         return f"the network's own weights are not finite any more: lower --learning_rate{more}"

@@ -1,4 +1,4 @@
-"""`--from_metadata`: the command and the dataset file that made a LoRA, as far as its metadata tell."""
+"""`--from_metadata`: the command and the dataset file of a LoRA, as far as its metadata have them."""
 
 from __future__ import annotations
 

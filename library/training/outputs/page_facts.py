@@ -18,9 +18,9 @@ from library.data.page_data import data_tables, token_table
 from library.devices import peak_memory_bytes
 from library.errors import UserError
 from library.option_traits import traits_of
-from library.pages.chart_script import lay_chart_script
+from library.pages.chart_script import copy_chart_script
 from library.pages.curves import evenly, extremes, running_mean
-from library.pages.images import lay_image
+from library.pages.images import save_small_copy
 from library.training.outputs.config_output import changed_options
 from library.training.outputs.from_metadata import as_arguments
 from library.training.outputs.summary import network_summary
@@ -46,7 +46,7 @@ class Moment:
 
 
 def facts_at_start(run: Run, folder: Path) -> dict[str, Any]:
-    """What is known before the first step. Images and the chart's script are laid into `folder`."""
+    """What is known before the first step. Images and the chart's script are copied into `folder`."""
     options, dataset = run.options, run.data.train
     settings, secrets = changed_settings(options)
     name = options.model.pretrained_model_name_or_path or ""
@@ -59,7 +59,7 @@ def facts_at_start(run: Run, folder: Path) -> dict[str, Any]:
         "network": network_summary(run.network, options.network.module_name, options.output.save_precision),
         "trigger": options.metadata.metadata_trigger_phrase or "",
         "began": round(float(run.metadata.facts["ss_training_started_at"]) * 1000),
-        "chart": lay_chart_script(folder),
+        "chart": copy_chart_script(folder),
         "data": data_facts(dataset, folder),
         "settings": settings,
         "secrets": secrets,
@@ -128,7 +128,7 @@ def examples(dataset: TrainingDataset, folder: Path) -> list[dict[str, Any]]:
         except UserError:  # the run itself reports it
             continue
         name = f"example-{number}.webp"
-        lay_image(Image.fromarray(use.pixels), folder / name, EXAMPLE_SIZE)
+        save_small_copy(Image.fromarray(use.pixels), folder / name, EXAMPLE_SIZE)
         found.append({
             "src": f"{folder.name}/{name}", "caption": use.caption, "file": use.crop.path.name, "size": list(use.crop.size),
         })  # fmt: skip

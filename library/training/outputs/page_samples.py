@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from library.pages.images import lay_image
+from library.pages.images import save_small_copy
 from library.training.outputs.previews import Previews
 from library.training.outputs.sample_grid import newest_images
 
@@ -53,5 +53,5 @@ class PageSamples:
             shutil.copyfile(original, self.folder / f"{name}.png")
             return f"{name}.png"
         with Image.open(original) as image:
-            lay_image(image, self.folder / f"{name}.webp", LONGEST)
+            save_small_copy(image, self.folder / f"{name}.webp", LONGEST)
         return f"{name}.webp"

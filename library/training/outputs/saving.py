@@ -194,7 +194,7 @@ def write_plain(file: Path, weights: dict[str, torch.Tensor], shown_as: Path) ->
 
 
 def write_plainly(file: Path) -> None:
-    """Write a pickled file anew without the records that torch.save adds, for which the A1111 web UI refuses it."""
+    """Rewrite a pickled file without the records that torch.save adds, for which the A1111 web UI refuses it."""
     content = load_pickled(file)
     if all(isinstance(value, torch.Tensor) for value in content.values()):
         save_pickled(content, file)

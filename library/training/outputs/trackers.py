@@ -99,7 +99,7 @@ def start_trackers(options: LogOptions, config: Mapping[str, Any] | None) -> lis
 
         folder = logging_folder(options)
         own = settings.get("tensorboard", {})
-        leave_errors_of_its_thread_to_the_next_call()
+        silence_writer_thread()
         started.append(_started("tensorboard", lambda: TensorBoardTracker(name, folder, **own), config))
     if wants(options, "wandb"):
         from accelerate.tracking import WandBTracker
@@ -113,11 +113,8 @@ def start_trackers(options: LogOptions, config: Mapping[str, Any] | None) -> lis
     return started
 
 
-def leave_errors_of_its_thread_to_the_next_call() -> None:
-    """TensorBoard writes in a thread, and what fails there is raised by the next call too, where it is said in one line.
-
-    Python would print the thread's traceback besides.
-    """
+def silence_writer_thread() -> None:
+    """Print no traceback of the thread in which TensorBoard writes: its next call raises the same error, which is one line."""
     others = threading.excepthook
 
     def hook(failed: threading.ExceptHookArgs) -> None:

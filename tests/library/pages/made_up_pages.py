@@ -15,8 +15,8 @@ from library.generation.outputs.comparison import Comparison, columns_of
 from library.generation.outputs.sheet_page import write_sheet_page
 from library.generation.prompts.spec import PromptSpec
 from library.models.clip import load_tokenizer
-from library.pages.chart_script import lay_chart_script
-from library.pages.images import lay_image
+from library.pages.chart_script import copy_chart_script
+from library.pages.images import save_small_copy
 from library.pages.page import folder_of, write_page
 
 NASTY = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
@@ -32,7 +32,7 @@ def run_data(page: Path, **changes) -> dict:
     folder = folder_of(page)
     folder.mkdir(exist_ok=True)
     for step in (0, 100, 200):
-        lay_image(Image.new("RGB", (64, 64), (step, 90, 200)), folder / f"sample-{step}.webp", 640)
+        save_small_copy(Image.new("RGB", (64, 64), (step, 90, 200)), folder / f"sample-{step}.webp", 640)
     steps = list(range(1, 201))
     losses = [0.3 - step / 1000 for step in steps]
     prompt = {"text": NASTY, "negative": "", "size": [64, 64], "seed": 1, "steps": 8, "scale": 4.0, "sampler": "ddim"}
@@ -43,7 +43,7 @@ def run_data(page: Path, **changes) -> dict:
     return {
         "name": NASTY, "lora": "mine.safetensors", "model": "base", "model_title": "SD 1.x", "base": "base",
         "network": "networks.lora",
-        "trigger": "", "began": 0, "chart": lay_chart_script(folder), "secrets": [], "command": f"train {NASTY}",
+        "trigger": "", "began": 0, "chart": copy_chart_script(folder), "secrets": [], "command": f"train {NASTY}",
         "data": {"datasets": [dataset], "tags": [[NASTY, 3]], "examples": [example],
                  "tokens": {"limit": 75, "counted": 8, "images": 8, "longest": 9, "cut": 0, "ranges": [[0, 4, 2], [5, 9, 6]]}},
         "settings": [{"group": "g", "name": "training_comment", "value": NASTY, "default": "", "help": "text"}],

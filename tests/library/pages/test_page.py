@@ -68,10 +68,10 @@ def test_means_and_thinning():
 def test_the_chart_script_is_laid_once_or_not_at_all(tmp_path, monkeypatch):
     folder = folder_of(tmp_path / "mine.html")
     folder.mkdir()
-    assert chart_script.lay_chart_script(folder) == "mine-page/plotly.min.js"
+    assert chart_script.copy_chart_script(folder) == "mine-page/plotly.min.js"
     before = (folder / "plotly.min.js").stat()
     assert before.st_size > 1e6
-    chart_script.lay_chart_script(folder)
+    chart_script.copy_chart_script(folder)
     assert (folder / "plotly.min.js").stat().st_ino == before.st_ino
     monkeypatch.setattr(chart_script.importlib.util, "find_spec", lambda name: None)
-    assert chart_script.lay_chart_script(folder) is None
+    assert chart_script.copy_chart_script(folder) is None
