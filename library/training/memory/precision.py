@@ -52,8 +52,8 @@ class HalfGradScaler(torch.amp.GradScaler):
 def check_half_weights(optimizer: torch.optim.Optimizer, name: str, dtype: torch.dtype) -> None:
     """Refuse fp16 weights with an optimizer that would divide by zero at the first weight without a gradient.
 
-    Adam and similar optimizers add eps = 1e-8 to the root that they divide by. Computed in the weights' own format that is 0 in fp16. Those
-    of bitsandbytes and AdaFactor compute in float32.
+    Adam and similar optimizers add eps = 1e-8 to the root that they divide by. Computed in the weights' own format that is 0 in
+    fp16. Those of bitsandbytes and AdaFactor compute in float32.
     """
     computes_in_float32 = spec_of(type(optimizer)).float32_math
     for group in optimizer.param_groups:
