@@ -228,7 +228,7 @@ def test_a_full_disk_is_noticed_before_the_install(monkeypatch):
         quickstart.check_disk()
 
 
-def test_old_python_is_told_what_to_do(monkeypatch, capsys):
+def test_an_old_python_prints_what_to_do(monkeypatch, capsys):
     monkeypatch.setattr(quickstart.sys, "version_info", (3, 8, 18))
     assert quickstart.main([]) == 1
     message = capsys.readouterr().err

@@ -30,7 +30,7 @@ def test_lora_is_judged_on_fifty_names_that_the_base_knows_and_training_does_not
     assert len(set(quality.forty_names())) == 40
 
 
-def test_table_tells_mean_and_spread():
+def test_table_has_mean_and_spread():
     assert "| a | 2 | 1 | 3 | 3 |" in quality.as_table({"a": [1.0, 2.0, 3.0]})
 
 

@@ -125,7 +125,7 @@ def prepared(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def place(prepared, tmp_path, monkeypatch) -> Path:
+def work_folder(prepared, tmp_path, monkeypatch) -> Path:
     """A fresh copy of these files as the current folder."""
     folder = tmp_path / "project"
     shutil.copytree(prepared, folder)
@@ -163,7 +163,7 @@ def forget_output(words: list[str], options: TrainNetworkOptions) -> Path:
 
 
 @pytest.mark.parametrize("command", RUN, ids=range(len(RUN)))
-def test_every_command_runs(command, place, capsys, monkeypatch):
+def test_every_command_runs(command, work_folder, capsys, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody answers there: the run goes on
     launch, words = training_words(command) or pytest.fail(f"teach this test to run: {command}")
     assert launch in (["accelerate", "launch", "--num_cpu_threads_per_process", "1"], ["python"])
@@ -188,20 +188,20 @@ def test_every_command_runs(command, place, capsys, monkeypatch):
         assert list((expected.parent / "sample").glob("*.png"))
 
 
-def test_cpu_command_runs_through_the_launcher(place):
+def test_cpu_command_runs_through_the_launcher(work_folder):
     command = next(c for c in commands(ENGLISH) if c.startswith("accelerate launch") and "--mixed_precision=no" in c)
     launch, words = training_words(command)
     expected = forget_output(words, parse_options(words))
     program = [*LAUNCHER, *launch[2:], str(ROOT / "train_network.py"), *made_small(words)]
     environment = {**os.environ, "PYTHONUTF8": "1"}
-    result = subprocess.run(program, cwd=place, capture_output=True, encoding="utf-8", env=environment, timeout=300)
+    result = subprocess.run(program, cwd=work_folder, capture_output=True, encoding="utf-8", env=environment, timeout=300)
     assert result.returncode == 0, result.stderr
     assert expected.stat().st_size > 0 and str(expected) in result.stdout
 
 
-def test_quiet_launcher_shows_one_line(place):
+def test_quiet_launcher_shows_one_line(work_folder):
     program = [*LAUNCHER, "--quiet", str(ROOT / "train_network.py"), "--learning_rat=1"]
-    result = subprocess.run(program, cwd=place, capture_output=True, encoding="utf-8", timeout=120)
+    result = subprocess.run(program, cwd=work_folder, capture_output=True, encoding="utf-8", timeout=120)
     assert result.returncode != 0 and "error: unknown option '--learning_rat'" in result.stderr
     assert "Traceback" not in result.stderr
 
@@ -214,12 +214,12 @@ def test_the_commands_are_seen():
 
 
 @pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
-def test_python_code_runs(code, place):
+def test_python_code_runs(code, work_folder):
     pytest.importorskip("peft")
     exec(compile(small_text(code), "docs", "exec"), {})
 
 
-def test_example_files_are_read(place):
+def test_example_files_are_read(work_folder):
     Path("data.toml").write_text(named_block("data.toml"), encoding="utf-8")
     assert datasets_from_file(Path("data.toml"), DatasetDefaults())[0].resolution == (512, 512)
     specs = {}
@@ -343,7 +343,7 @@ def as_pattern(message: str) -> re.Pattern:
 
 
 @pytest.mark.parametrize("start", ERRORS)
-def test_the_program_says_so(start, place, monkeypatch):
+def test_the_program_says_so(start, work_folder, monkeypatch):
     if "fp16" in start and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     monkeypatch.setitem(sys.modules, "lion_pytorch", None)  # not installed
@@ -355,7 +355,7 @@ def test_the_program_says_so(start, place, monkeypatch):
 
 
 @pytest.mark.parametrize("start", NOTES)
-def test_the_program_notes_so(start, place, monkeypatch, capfd, caplog):
+def test_the_program_notes_so(start, work_folder, monkeypatch, capfd, caplog):
     if torch.cuda.is_available() and start != "no image has a .caption file":
         pytest.skip("there is a GPU")
     monkeypatch.setattr(machine, "cpu_has_fast_bf16", lambda: False)

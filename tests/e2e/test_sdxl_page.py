@@ -38,7 +38,7 @@ ROWS = re.findall(r"^\| (\d+) GB \| (\d+), (\d+) \| (yes|no) \| `?(\w+)`? \| ([\
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def work_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sdxl_page")
     model = small_sdxl(unet_channels=(32, 32, 32), vae_channels=(32, 32, 32, 32))
     save_stable_diffusion(model, folder / "sdxl.safetensors")
@@ -52,8 +52,8 @@ def place(tmp_path_factory):
     return folder
 
 
-def test_the_commands_run_one_after_the_other(place, monkeypatch):
-    monkeypatch.chdir(place)
+def test_the_commands_run_one_after_the_other(work_folder, monkeypatch):
+    monkeypatch.chdir(work_folder)
     for command in TRAINING:
         AcceleratorState._reset_state(reset_partial_state=True)
         words = shlex.split(command.split("sdxl_train_network.py")[1])

@@ -107,7 +107,7 @@ def test_trap_5_16_options_are_not_abbreviated():
         parse_options([*NEEDED, "--network_al=8"])
 
 
-def test_all_wrong_names_and_values_are_told_at_once(tmp_path):
+def test_all_wrong_names_and_values_are_reported_at_once(tmp_path):
     file = config(tmp_path, 'lerning_rate = 1\nflip_aug = "yes"\nzero_stage = 3\nnetwork_dim = "four"')
     with pytest.raises(UserError) as caught:
         parse_options([*NEEDED, file, "--netwrk_alpha", "4", "--deepspeed", "--clip_skip=0"])

@@ -76,7 +76,7 @@ def test_a_resumed_run_and_the_logs_follow_its_declaration():
     assert logged == {"shine": 0.5, "shine_steps": 4, "shine_kind": "hard", "shine_speed": 2}
 
 
-def test_what_it_needs_is_said():
+def test_what_it_needs_is_reported():
     def idle(*words: str) -> dict[str, str]:
         return dict(declared(made_up(*words), [], [word[2:].partition("=")[0] for word in words]))
 

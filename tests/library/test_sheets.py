@@ -80,7 +80,7 @@ def test_any_text_draws(text):
 
 
 @pytest.mark.filterwarnings("error")
-def test_without_a_font_for_it_any_text_still_draws_and_nothing_is_said(monkeypatch, caplog, capfd):
+def test_without_a_font_for_it_any_text_still_draws_and_nothing_is_reported(monkeypatch, caplog, capfd):
     monkeypatch.setattr("library.sheets.fallback_fonts", lambda size: ())
     texts = ["一只猫坐在窗台上" * 20, "日本語のキャプション", "고양이", "क्षत्रिय", "🐱"]
     contact_sheet([[image(RED)]] * len(texts), texts, [texts[0]], title=texts[0])

@@ -62,7 +62,7 @@ def test_an_empty_file_is_an_empty_text():
         ('{"a": 1, "a": 2}', 4, "line 4: 'a' stands twice"),
     ],
 )
-def test_wrong_json_is_told_with_file_and_line(text, line, words):
+def test_wrong_json_is_reported_with_file_and_line(text, line, words):
     if text.isdecimal() and not hasattr(sys, "set_int_max_str_digits"):
         pytest.skip("this Python reads numbers of any length")
     with pytest.raises(UserError, match=f"^meta.json[,:] {words}"):
@@ -70,12 +70,12 @@ def test_wrong_json_is_told_with_file_and_line(text, line, words):
 
 
 @pytest.mark.parametrize("text", ["\ud83d", "a\0b"])
-@pytest.mark.parametrize("place", ["value", "list", "key", "inner"])
-def test_a_text_that_no_path_can_be_is_named_with_its_key(text, place):
+@pytest.mark.parametrize("where", ["value", "list", "key", "inner"])
+def test_a_text_that_no_path_can_be_is_named_with_its_key(text, where):
     tables = {
         "value": {"image_dir": text}, "list": {"x": [1, text]}, "key": {text: 1},
         "inner": {"general": {"x": {"image_dir": text}}},
-    }[place]  # fmt: skip
+    }[where]  # fmt: skip
     with pytest.raises(UserError, match="c.json: .* holds NUL or half an emoji; write the text anew"):
         check_texts(tables, Path("c.json"))
     check_texts({"image_dir": "\udce9t\udce9", "x": ["😀", 1, None]}, Path("c.json"))  # a path that is no UTF-8 is one

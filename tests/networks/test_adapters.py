@@ -112,7 +112,7 @@ def test_training_other_kinds_is_refused_with_the_cure(parts, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.SAFETENSORS", "a.sft", "safetensors.ckpt", "wrapped.pt"])
-def test_a_file_is_told_by_what_is_in_it(parts, name, tmp_path):
+def test_a_file_is_recognised_by_its_content(parts, name, tmp_path):
     tensors = lora_tensors(small_model(), 2, only="mid_block")
     if name == "wrapped.pt":
         torch.save({"state_dict": tensors}, tmp_path / name)

@@ -123,7 +123,7 @@ def test_numbers_are_read_as_those_of_all_key_value_options_are(model, text, val
         assert parse_network_args(words).conv_dim == value
 
 
-def test_ranks_come_from_the_weights_and_it_is_said_when_network_args_has_others(model, caplog):
+def test_ranks_come_from_the_weights_with_a_warning_when_network_args_has_others(model, caplog):
     weights = make(model, dim=3).state_dict()
     network, _ = create_network_from_weights(1.0, None, None, model.text_encoder, model.unet, weights, conv_dim="8")
     assert {module.rank for module in network.loras} == {3}

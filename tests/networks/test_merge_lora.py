@@ -267,7 +267,7 @@ def test_wrong_input_is_named_before_any_work(model, tmp_path):
     assert not Path(out).exists() and not list(tmp_path.glob(".*"))
 
 
-def test_generations_are_told_apart(model, tmp_path):
+def test_generations_are_distinguished(model, tmp_path):
     name = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
 
     def lora(file, width):

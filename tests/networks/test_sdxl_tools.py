@@ -165,7 +165,7 @@ def test_trap_51_merged_loras_keep_what_their_parts_predict(folder, tmp_path, to
 
 
 @pytest.mark.parametrize("tool", [resize_lora, svd_merge_lora])
-def test_one_file_whose_names_do_not_tell_goes_with_the_model(folder, tmp_path, tool):
+def test_one_file_whose_names_fit_several_families_goes_with_the_model(folder, tmp_path, tool):
     """Also a kind whose change depends on the model's weight."""
     name, key = "lora_unet_middle_block_0_in_layers_2", "model.diffusion_model.middle_block.0.in_layers.2.weight"
     out_size, in_size = load(folder / "model.safetensors")[key].shape[:2]
@@ -177,7 +177,7 @@ def test_one_file_whose_names_do_not_tell_goes_with_the_model(folder, tmp_path, 
     assert_close(products(load(out)), {name: expected})
 
 
-def test_one_file_whose_names_do_not_tell_goes_with_the_other(folder, tmp_path):
+def test_one_file_whose_names_fit_several_families_goes_with_the_other(folder, tmp_path):
     """`middle_block` is in the checkpoints of all families."""
     name = "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q"
     weights = lora_tensors(small_sdxl_model(), 2, only=name)

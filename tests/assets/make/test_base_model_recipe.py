@@ -114,7 +114,7 @@ def check_model(folder):
         assert sheet.size == (64, 3 * 64)
 
 
-def test_opponent_colours_tell_brightness_from_hues():
+def test_opponent_colours_separate_brightness_from_hues():
     grey, red, green = (
         torch.tensor(colour).view(1, 3, 1, 1) for colour in ((0.5, 0.5, 0.5), (1.0, -1.0, -1.0), (-1.0, 1.0, -1.0))
     )
@@ -167,7 +167,7 @@ def test_the_perceptual_distance_joins_the_loss_late(tiny, vgg_weights):
     assert loss(0.61, measure) - loss(0.59, measure) == pytest.approx(float(measure.distance(drawn, image).detach()), rel=1e-3)
 
 
-def test_the_text_encoder_learns_to_tell_captions_apart(tiny, source, tmp_path):
+def test_the_text_encoder_learns_to_distinguish_captions(tiny, source, tmp_path):
     named = images.unpack(source, tmp_path / "images").named
     made = diffusion.new_training(autoencoder.new_autoencoder(seed=0).eval().requires_grad_(False), named, seed=0)
     short, longer = diffusion.pretrain_text_encoder(made, steps=5), diffusion.pretrain_text_encoder(made, steps=60)

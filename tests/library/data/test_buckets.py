@@ -173,7 +173,7 @@ def test_trap_31_the_buckets_of_1024_by_bounds(low, high, step, count, least, me
     assert (min(shares), sum(shares) / count) == pytest.approx((least, mean), abs=0.006)
 
 
-def test_trap_31_bounds_that_shrink_images_are_told_with_a_better_one():
+def test_trap_31_bounds_that_shrink_images_are_reported_with_a_better_one():
     portraits = [((1000, 1500), 3)]
     share, bound, better = better_bound(bucketed(), portraits)
     assert (bound, share, better) == (2048, pytest.approx(704 * 1024 / 1024**2), pytest.approx(832 * 1216 / 1024**2))

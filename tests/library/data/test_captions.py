@@ -41,13 +41,13 @@ def test_without_a_file_class_tokens_are_the_caption(tmp_path):
     assert read_caption(tmp_path / "a.png", subset()) is None
 
 
-def test_an_empty_file_is_an_empty_caption_and_is_said(tmp_path, caplog):
+def test_an_empty_file_is_an_empty_caption_and_is_reported(tmp_path, caplog):
     (tmp_path / "a.caption").write_bytes(b" \r\n")
     assert read_caption(tmp_path / "a.png", subset(class_tokens="sks cat")) == ""
     assert str(tmp_path / "a.caption") in caplog.text
 
 
-def test_the_first_line_counts_and_the_rest_is_said_once_a_folder(tmp_path, caplog):
+def test_the_first_line_counts_and_the_rest_is_reported_once_a_folder(tmp_path, caplog):
     for name in "ab":
         (tmp_path / f"{name}.caption").write_text("\none\ntwo\n", encoding="utf-8")
         assert read_caption(tmp_path / f"{name}.png", subset()) == "one"

@@ -86,7 +86,7 @@ def test_a_grey_profile_counts_for_grey_images():
 @pytest.mark.parametrize(
     "icc, mode", [(b"no profile at all", "RGB"), (profile(*P3)[:200], "RGB"), (profile(None, None, None, 1.0), "RGB")]
 )
-def test_a_profile_that_cannot_be_used_is_said_once(icc, mode, caplog):
+def test_a_profile_that_cannot_be_used_is_reported_once(icc, mode, caplog):
     file = io.BytesIO()
     Image.new(mode, (8, 8), SEEN).save(file, "PNG", icc_profile=icc)
     for _ in range(2):

@@ -220,7 +220,7 @@ EVERYTHING = """
 """
 
 
-def test_all_that_is_wrong_in_a_file_is_told_at_once(here):
+def test_all_that_is_wrong_in_a_file_is_reported_at_once(here):
     (here / "none").mkdir()
     with pytest.raises(UserError) as caught:
         read(EVERYTHING)
@@ -236,7 +236,7 @@ def test_all_that_is_wrong_in_a_file_is_told_at_once(here):
     assert ["birds" in text or "resolution is missing" in text for text in caught.value.problems] == [True, True]
 
 
-def test_all_folders_without_images_are_told_at_once(here):
+def test_all_folders_without_images_are_reported_at_once(here):
     with pytest.raises(UserError) as caught:
         datasets_from_folders(here / "birds", here / "fish", DatasetDefaults())
     assert [part in text for part, text in zip(("birds", "fish", "resolution"), caught.value.problems, strict=True)] == [True] * 3
@@ -293,7 +293,7 @@ def test_a_file_of_another_kind_or_none_is_refused(here):
         (SMALL + "[[datasets.subsets]]\nimage_dir = '.'", ["no image", ".png", "its subfolder cats"]),
     ],
 )
-def test_what_is_missing_or_double_is_told_with_the_cure(here, text, parts):
+def test_what_is_missing_or_double_is_reported_with_the_cure(here, text, parts):
     message = error_of(text)
     assert all(part in message for part in ["data.toml", *parts]), message
 
@@ -335,14 +335,14 @@ def test_trap_4_15_bucket_steps_may_be_any_multiple_of_8(here):
         assert dataset.bucket_reso_steps == step
 
 
-def test_bounds_are_rounded_outwards_to_the_step_and_said(here, caplog):
+def test_bounds_are_rounded_outwards_to_the_step_and_reported(here, caplog):
     text = SMALL.replace("512", "512\nenable_bucket = true\nmin_bucket_reso = 300\nmax_bucket_reso = 1000")
     (dataset,) = read(text)
     assert dataset.bucket_bounds == (256, 1024)
     assert "256 and 1024 are used" in caplog.text
 
 
-def test_bucket_keys_without_effect_are_said(here, caplog):
+def test_bucket_keys_without_effect_are_reported(here, caplog):
     read(SMALL.replace("512", "512\nbucket_no_upscale = true"))
     assert "bucket_no_upscale has no effect without enable_bucket" in caplog.text
 

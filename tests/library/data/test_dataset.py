@@ -358,7 +358,7 @@ def test_trap_15_captions_that_are_cut_are_counted_and_only_a_longer_limit_is_ad
     assert caplog.messages[-1].endswith(cure) and ("--max_token_length" in cure or "--max" not in caplog.text)
 
 
-def test_too_many_captions_to_cache_are_said(folder, caplog):
+def test_too_many_captions_to_cache_are_reported(folder, caplog):
     dataset = TrainingDataset([config(subset(folder))], seed=1)
     assert len(dataset.possible_captions(limit=20)) == 20 and not caplog.text
     assert dataset.possible_captions(limit=19) is None
@@ -378,7 +378,7 @@ def test_weighted_captions_and_long_ones(tmp_path, tokenizer, caplog):
     assert long[(1, 0)].tokens["ids"].shape[1:] == (3, 77)
 
 
-def test_missing_captions_are_said(tmp_path, caplog):
+def test_missing_captions_are_reported(tmp_path, caplog):
     folder = make_folder(tmp_path, 3)
     (folder / "001.txt").unlink()
     with caplog.at_level(logging.WARNING):

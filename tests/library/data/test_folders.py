@@ -72,7 +72,7 @@ def test_nothing_is_left_out_without_a_word(tmp_path, caplog):
         assert name in caplog.text, name
 
 
-def test_a_number_alone_counts_and_is_said(tmp_path, caplog):
+def test_a_number_alone_counts_and_is_reported(tmp_path, caplog):
     make(tmp_path, "5/1.png")
     assert found(tmp_path) == [("5", 5, "")]
     assert "used 5 times" in caplog.text

@@ -100,7 +100,7 @@ def test_at_least_one_is_held_out_and_never_all(folders, share, count):
     assert len(paths(dataset(folders, CATS.replace("0.25", str(share))).validation())) == count
 
 
-def test_nothing_to_hold_out_is_said(folders, tmp_path):
+def test_nothing_to_hold_out_is_reported(folders, tmp_path):
     Image.new("RGB", (64, 64)).save(tmp_path / "only.png")
     text = f'[[datasets]]\nresolution = 64\nvalidation_split = 0.5\n[[datasets.subsets]]\nimage_dir = "{tmp_path.as_posix()}"\n'
     with pytest.raises(UserError, match="validation_split holds out no image"):

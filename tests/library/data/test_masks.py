@@ -190,5 +190,5 @@ def test_the_erased_part_of_a_mask_does_not_count(data):
     mask.save(folder / "a.png")
     made = dataset(data)
     lines = describe_batch(made[(1, 0)], made).splitlines()
-    shown = [lines[place + 2] for place, line in enumerate(lines) if "a.png" in line]
+    shown = [lines[index + 2] for index, line in enumerate(lines) if "a.png" in line]
     assert shown == ["    mask: 50% of the image counts"] * 2

@@ -119,7 +119,7 @@ def test_what_is_wrong_is_named(images, tmp_path, content, part):
         table(written(tmp_path, content), images)
 
 
-def test_missing_images_can_be_left_out_and_unknown_values_are_told(images, tmp_path, caplog):
+def test_missing_images_can_be_left_out_and_unknown_values_are_reported(images, tmp_path, caplog):
     path = written(tmp_path, {"a": {"caption": "x", "rating": 1, "train_resolution": [64, 64]}, "nowhere": {}})
     assert table(path, images, "skip").names == ["a.png"]
     assert "nowhere" in caplog.text and "not used: rating" in caplog.text and "train_resolution" not in caplog.text
@@ -138,13 +138,13 @@ def test_a_line_of_jsonl_ends_at_a_line_end_alone(images, tmp_path, mark):
     }
 
 
-def test_half_an_emoji_is_left_out_and_said(images, tmp_path, caplog):
+def test_half_an_emoji_is_left_out_and_reported(images, tmp_path, caplog):
     path = written(tmp_path, '{"a.png": {"caption": "a face \\ud83d"}, "b.JPG": {"caption": "a face \\ud83d\\ude00"}}')
     assert captions(path, images) == {"a.png": "a face ", "b.JPG": "a face \U0001f600"}
     assert "1 captions hold half an emoji" in caplog.text and "(a.png first)" in caplog.text
 
 
-def test_a_caption_of_several_paragraphs_is_said_once(images, tmp_path, caplog):
+def test_a_caption_of_several_paragraphs_is_reported_once(images, tmp_path, caplog):
     path = written(tmp_path, {"a.png": {"caption": "one\n\ntwo"}, "b.JPG": {"caption": "three\r\nfour"}})
     assert captions(path, images) == {"a.png": "one", "b.JPG": "three"}
     assert caplog.text.count("only the first line is used") == 1

@@ -184,7 +184,7 @@ def test_min_and_max_timestep():
         (["--zero_terminal_snr", "--debiased_estimation_loss"], "infinite"),
     ],
 )
-def test_what_does_not_fit_together_is_said(words, part):
+def test_what_does_not_fit_together_is_reported(words, part):
     (problem,) = contradictions(options(*words))
     assert part in problem
 

@@ -67,9 +67,9 @@ def enlarge(values: np.ndarray, height: int, width: int) -> np.ndarray:
     """Bilinear enlargement whose pixels are areas (OpenCV's and torch's default), borders repeated."""
     for axis, size in ((2, height), (3, width)):
         old = values.shape[axis]
-        place = np.clip((np.arange(size) + 0.5) * old / size - 0.5, 0, old - 1)
-        low = np.floor(place).astype(int)
-        high, part = np.minimum(low + 1, old - 1), place - low
+        position = np.clip((np.arange(size) + 0.5) * old / size - 0.5, 0, old - 1)
+        low = np.floor(position).astype(int)
+        high, part = np.minimum(low + 1, old - 1), position - low
         shape = [1] * 4
         shape[axis] = size
         values = np.take(values, low, axis) * (1 - part.reshape(shape)) + np.take(values, high, axis) * part.reshape(shape)

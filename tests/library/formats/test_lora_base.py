@@ -28,7 +28,7 @@ def test_trap_53_a_lora_of_sdxl_0_9_is_named_with_its_base():
         ({"ss_base_model_version": "sd_v2_v"}, SD2, "epsilon", "predicts velocity, and this model predicts noise"),
     ],
 )
-def test_trap_53_a_lora_for_another_prediction_is_told(metadata, family, prediction, clause):
+def test_trap_53_a_lora_for_another_prediction_is_reported(metadata, family, prediction, clause):
     (reason,) = unlike_base(metadata, family.records, prediction)
     assert reason.startswith("was trained on a model that ") and clause in reason
 
@@ -43,11 +43,11 @@ def test_trap_53_a_lora_for_another_prediction_is_told(metadata, family, predict
         ({"ss_base_model_version": "sdxl_1.0"}, SDXL, "v"),  # another program's, which says nothing of the prediction
     ],
 )
-def test_nothing_is_told_where_nothing_says_so(metadata, family, prediction):
+def test_nothing_is_reported_where_no_file_states_it(metadata, family, prediction):
     assert not list(unlike_base(metadata, family.records, prediction))
 
 
-def test_trap_53_the_file_that_a_lora_was_trained_on_is_told_by_its_hash(tmp_path):
+def test_trap_53_the_file_that_a_lora_was_trained_on_is_recognised_by_its_hash(tmp_path):
     model, lora = tmp_path / "model.safetensors", tmp_path / "lora.safetensors"
     save_file({"a": torch.rand(600, 600)}, model)
     facts = {"ss_sd_model_name": "other.safetensors", "ss_sd_model_hash": "12345678"}

@@ -53,7 +53,7 @@ def test_by_layers_and_widths(key, width, families):
         ({}, FILE_FAMILIES),
     ],
 )
-def test_by_metadata_where_layers_do_not_tell(metadata, families):
+def test_by_metadata_where_layers_fit_several_families(metadata, families):
     assert families_of_lora({f"lora_unet_middle_block_1_{Q}": (2, 8)}, metadata) == families
 
 
@@ -62,13 +62,13 @@ def test_trap_48_wrong_metadata_do_not_make_sdxl_something_else():
 
 
 @pytest.mark.parametrize("file, families", [("sd15", (SD1, SD2)), ("sd2", (SD1, SD2)), ("sdxl", (SDXL,))])
-def test_the_names_of_every_list_tell(file, families):
+def test_the_names_of_every_list_determine_the_family(file, families):
     with open(DATA / f"lora-keys-{file}.csv", encoding="utf-8") as lines:
         names = [row.get("key", row.get("name")).split(".")[0] for row in csv.DictReader(lines)]
     assert families_of_lora({f"{name}.alpha": () for name in names}) == families
 
 
-def test_trap_8_a_checkpoint_is_told_by_its_names_and_not_by_its_size():
+def test_trap_8_a_checkpoint_is_recognised_by_its_names_and_not_by_its_size():
     one, two = "conditioner.embedders.0.transformer.text_model.x", "conditioner.embedders.1.model.x"
     assert family_of_checkpoint([one, two]) is SDXL and family_of_checkpoint([one]) is None
     assert family_of_checkpoint(["cond_stage_model.model.x"]) is SD2

@@ -42,7 +42,7 @@ def test_pattern_precision_and_layout(saved, model, latents_of):
     assert half.denoiser.dtype == half.text_encoders[0].dtype == torch.bfloat16 and half.vae.dtype == torch.float32
 
 
-def test_xformers_without_a_gpu_is_told_and_makes_the_same(saved, model, latents_of, capsys):
+def test_xformers_without_a_gpu_is_reported_and_makes_the_same(saved, model, latents_of, capsys):
     loaded = load(saved, xformers=True)
     assert "--xformers" in capsys.readouterr().out  # there is no GPU here, and that is told
     torch.testing.assert_close(latents_of(loaded, [CAT])[0], latents_of(model, [CAT])[0], **CLOSE)

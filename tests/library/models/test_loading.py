@@ -244,7 +244,7 @@ def test_files_that_hold_no_vae(tmp_path):
             load_vae(str(path), torch.float32)
 
 
-def test_scheduler_of_another_prediction_type_is_told(saved_models, caplog):
+def test_scheduler_of_another_prediction_type_is_reported(saved_models, caplog):
     load_stable_diffusion(str(saved_models[True, "folder"]), v2=True, prediction="v")
     assert "--v_parameterization is probably wrong" in caplog.text
     assert loading.logger.name == "library.models.loading"

@@ -108,7 +108,7 @@ def test_trap_13_pooling_takes_the_first_end_token_and_not_the_largest_id():
         pooled = [model.encode_text(tokens)["pooled"] for tokens in (plain, added, repeated)]
         second = model.text_encoders[1]
         states = second.text_model(added["ids_2"][:, 0]).last_hidden_state
-        at_the_end, at_the_word = (second.text_projection(states[:, place]) for place in (3, 1))
+        at_the_end, at_the_word = (second.text_projection(states[:, position]) for position in (3, 1))
     assert torch.allclose(pooled[1], at_the_end, atol=1e-6) and not torch.allclose(pooled[1], at_the_word, atol=1e-2)
     assert torch.allclose(pooled[1], pooled[2], atol=1e-6) and not torch.allclose(pooled[0], pooled[1], atol=1e-2)
 

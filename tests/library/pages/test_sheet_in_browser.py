@@ -27,7 +27,7 @@ def test_rows_columns_and_an_image_that_was_not_drawn(open_page: Open, page):
     assert not window.get_log("browser")
 
 
-def test_pointer_and_keyboard_tell_what_made_an_image(open_page: Open, page):
+def test_pointer_and_keyboard_show_the_settings_of_an_image(open_page: Open, page):
     from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys

@@ -12,7 +12,7 @@ from library.training.loop import Listener
 from networks import merge_lora
 
 WIDTH = 96  # of the middle of the model that is trained on
-PLACES = ["attn1_to_q", "attn1_to_k", "attn1_to_v", "attn1_to_out_0", "attn2_to_q", "attn2_to_out_0"]
+LAYER_NAMES = ["attn1_to_q", "attn1_to_k", "attn1_to_v", "attn1_to_out_0", "attn2_to_q", "attn2_to_out_0"]
 
 
 class Keeper(Listener):
@@ -25,7 +25,7 @@ class Keeper(Listener):
 def every_kind() -> dict[str, torch.Tensor]:
     """A file with a layer of each kind, and changes of a norm layer and a bias."""
     blocks = [LAYER.removesuffix("attn1_to_q"), LAYER.replace("mid_block", "up_blocks_1").removesuffix("attn1_to_q")]
-    layers = iter(block + place for block in blocks for place in PLACES)
+    layers = iter(block + name for block in blocks for name in LAYER_NAMES)
     kernels = {TUCKER: CONV.replace("conv1", "conv2"), GLORA_3X3: CONV.replace("resnets_0", "resnets_1")}
     tensors = random({"w_norm": (WIDTH,), "b_norm": (WIDTH,)}, NORM) | random({"diff_b": (WIDTH,)}, CONV)
     for kind, shapes in KINDS.items():

@@ -24,7 +24,7 @@ TRAINING, FROM_METADATA, DOCTOR = re.findall(r"```bash\n(.*?)\n```", PAGE)
 
 
 @pytest.fixture(autouse=True)
-def place(tmp_path, monkeypatch):
+def work_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("train.toml").write_text(TRAIN, encoding="utf-8")
     Path("images.toml").write_text(IMAGES, encoding="utf-8")

@@ -75,7 +75,7 @@ def test_fp8_base_unet_leaves_the_text_encoder(capsys):
     assert "frozen weights in fp8" in (said := capsys.readouterr().out) and "save memory" not in said
 
 
-def test_a_network_that_takes_the_place_of_layers_is_told_to_checkpoint(capsys):
+def test_a_network_that_takes_the_place_of_layers_is_asked_to_checkpoint(capsys):
     model = small_stable_diffusion(unet_channels=(32, 32, 64, 64), vae_channels=(32, 32, 32, 32), text_width=32, text_layers=1)
     model.denoiser.conv_in.forward = lambda x: x  # as LyCORIS does
     pack(model, "--base_dtype=int8", "--gradient_checkpointing")
@@ -103,7 +103,7 @@ class _Part:
 
 @pytest.mark.option("lowram", "highvram")
 @pytest.mark.parametrize("words, moved", [([], ["cpu"]), (["--lowram"], []), (["--highvram"], [])])
-def test_parts_that_previews_need_leave_the_gpu_unless_told_otherwise(words, moved):
+def test_parts_that_previews_need_leave_the_gpu_unless_asked_otherwise(words, moved):
     class Model:
         vae, text_encoders = _Part(), [_Part()]
 
@@ -226,6 +226,6 @@ def test_in_json_trains_on_what_it_lists(run, recorder, tmp_path, monkeypatch):
         (["--in_json=x", "--reg_data_dir=y"], "as two"),
     ],
 )
-def test_what_does_not_go_together_is_said(words, part):
+def test_what_does_not_go_together_is_reported(words, part):
     (problem,) = contradictions(parse_options([*NEEDED, *words]))
     assert part in problem

@@ -73,7 +73,7 @@ def sdxl_model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, base_model) -> Path:
+def work_folder(tmp_path_factory, base_model) -> Path:
     """Five images: three batches of two, which two processes cannot halve; and a folder where one of process 1 is broken."""
     folder = tmp_path_factory.mktemp("processes")
     shutil.copy(base_model, folder / "model.safetensors")
@@ -91,45 +91,45 @@ def place(tmp_path_factory, base_model) -> Path:
     return folder
 
 
-def words(place: Path, base_model: Path, name: str, *more: str, data: str = "good") -> list[str]:
+def words(work_folder: Path, base_model: Path, name: str, *more: str, data: str = "good") -> list[str]:
     return [
-        f"--pretrained_model_name_or_path={base_model}", f"--train_data_dir={place / data}", "--resolution=64",
-        "--learning_rate=1e-3", f"--output_dir={place / name}", "--output_name=mine", "--network_module=networks.lora",
+        f"--pretrained_model_name_or_path={base_model}", f"--train_data_dir={work_folder / data}", "--resolution=64",
+        "--learning_rate=1e-3", f"--output_dir={work_folder / name}", "--output_name=mine", "--network_module=networks.lora",
         "--seed=1", "--max_data_loader_n_workers=0", *more,
     ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def outcomes(place, base_model, sdxl_model):
+def outcomes(work_folder, base_model, sdxl_model):
     """All runs of the two processes; starting them costs more than the runs."""
     launcher, page_words = documented_command()
     small = ["--max_train_epochs=1", "--mixed_precision=no", "--max_data_loader_n_workers=0"]
     return launch(
-        place,
+        work_folder,
         launcher,
         {
             "page": [*page_words, *small],
-            "same": words(place, base_model, "same", *COMMON, *WARM, "--save_state", "--save_every_n_steps=3"),
+            "same": words(work_folder, base_model, "same", *COMMON, *WARM, "--save_state", "--save_every_n_steps=3"),
             "resumed": words(
-                place, base_model, "resumed", *COMMON, *WARM, f"--resume={place / 'same' / 'mine-step00000003-state'}"
+                work_folder, base_model, "resumed", *COMMON, *WARM, f"--resume={work_folder / 'same' / 'mine-step00000003-state'}"
             ),
             "cached": words(
-                place, base_model, "cached", *COMMON, "--cache_latents", "--network_train_unet_only",
-                f"--sample_prompts={place / 'prompts.txt'}", "--sample_at_first", "--save_every_n_epochs=1", "--logging_dir",
-                str(place / "logs"),
+                work_folder, base_model, "cached", *COMMON, "--cache_latents", "--network_train_unet_only",
+                f"--sample_prompts={work_folder / 'prompts.txt'}", "--sample_at_first", "--save_every_n_epochs=1",
+                f"--logging_dir={work_folder / 'logs'}",
             ),
-            "validated": words(place, base_model, "validated", *VALIDATED),
-            "sdxl": words(place, sdxl_model, "sdxl", *COMMON),
-            "sdxl-texts": words(place, sdxl_model, "sdxl-texts", *TEXTS),
-            "broken": words(place, base_model, "broken", *COMMON, data="bad"),
-            "stopped": words(place, base_model, "stopped", "--max_train_steps=50", "--interrupt_at=1,2"),
-            "wrong": words(place, base_model, "wrong", "--network_args", "conv_dm=4"),
+            "validated": words(work_folder, base_model, "validated", *VALIDATED),
+            "sdxl": words(work_folder, sdxl_model, "sdxl", *COMMON),
+            "sdxl-texts": words(work_folder, sdxl_model, "sdxl-texts", *TEXTS),
+            "broken": words(work_folder, base_model, "broken", *COMMON, data="bad"),
+            "stopped": words(work_folder, base_model, "stopped", "--max_train_steps=50", "--interrupt_at=1,2"),
+            "wrong": words(work_folder, base_model, "wrong", "--network_args", "conv_dm=4"),
         },
     )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def alone(place, base_model):
+def alone(work_folder, base_model):
     """The losses and the file of one process with twice the batches a step."""
     from accelerate.state import AcceleratorState
     from small_runs import Recorder
@@ -142,7 +142,7 @@ def alone(place, base_model):
         torch.set_num_threads(
             1
         )  # as each of two has on two cores: sums in another order make other last digits, and Adam divides by them
-        given = words(place, model, name, *more, "--gradient_accumulation_steps=2")
+        given = words(work_folder, model, name, *more, "--gradient_accumulation_steps=2")
         try:
             assert train(parse_options(given), [recorder]) == 0
         finally:
@@ -157,69 +157,69 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
         return {key: file.get_tensor(key) for key in file.keys()}
 
 
-def assert_same(place: Path, one: str, two: str) -> None:
-    a, b = tensors(place / one / "mine.safetensors"), tensors(place / two / "mine.safetensors")
+def assert_same(work_folder: Path, one: str, two: str) -> None:
+    a, b = tensors(work_folder / one / "mine.safetensors"), tensors(work_folder / two / "mine.safetensors")
     assert a.keys() == b.keys()
     for key in a:
         torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=2e-5)
 
 
-def test_two_processes_train_as_one_with_twice_the_batches_a_step(outcomes, alone, place):
+def test_two_processes_train_as_one_with_twice_the_batches_a_step(outcomes, alone, work_folder):
     both, one = outcomes["same"], alone("same-alone", *COMMON, *WARM)
     assert [outcome.code for outcome in both] == [0, 0], both
     assert len(one.losses.values) == 6 and both[0].losses == both[1].losses
     assert both[0].losses == pytest.approx(one.losses.values, rel=1e-4)
-    assert_same(place, "same", "same-alone")
+    assert_same(work_folder, "same", "same-alone")
 
 
-def test_the_command_of_the_page_on_scaling(outcomes, place):
+def test_the_command_of_the_page_on_scaling(outcomes, work_folder):
     assert [outcome.code for outcome in outcomes["page"]] == [0, 0], outcomes["page"]
-    assert (place / "out" / "mine.safetensors").is_file()
+    assert (work_folder / "out" / "mine.safetensors").is_file()
 
 
 def test_trap_5_9_warm_up_counts_optimizer_steps_in_any_number_of_processes(outcomes):
     assert outcomes["same"][0].losses and outcomes["same"][0].rates == [1e-3, 1e-3]  # 4 steps, 3 of them warm-up
 
 
-def test_a_state_saved_by_two_processes_goes_on_in_two_bit_for_bit(outcomes, place):
+def test_a_state_saved_by_two_processes_goes_on_in_two_bit_for_bit(outcomes, work_folder):
     assert [outcome.code for outcome in outcomes["resumed"]] == [0, 0], outcomes["resumed"]
-    whole, resumed = (tensors(place / name / "mine.safetensors") for name in ("same", "resumed"))
+    whole, resumed = (tensors(work_folder / name / "mine.safetensors") for name in ("same", "resumed"))
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
     assert outcomes["resumed"][1].losses == outcomes["same"][0].losses
 
 
-def test_validation_is_shared_out_and_measures_the_same(outcomes, alone, place):
+def test_validation_is_shared_out_and_measures_the_same(outcomes, alone, work_folder):
     assert [outcome.code for outcome in outcomes["validated"]] == [0, 0], outcomes["validated"]
     found = re.findall(r"^validation after step (\d+): ([\d.]+)", outcomes["validated"][0].printed, re.MULTILINE)
     wanted = alone("validated-alone", *VALIDATED).validator.record.history
     assert [int(step) for step, _ in found] == [step for step, _ in wanted] == [1, 2]
     assert [float(loss) for _, loss in found] == pytest.approx([loss for _, loss in wanted], abs=2e-5)
-    assert (place / "validated" / "mine-best.safetensors").is_file()
+    assert (work_folder / "validated" / "mine-best.safetensors").is_file()
 
 
-def test_trap_41_two_processes_train_both_text_encoders_of_sdxl_as_one_does(outcomes, alone, place, sdxl_model):
+def test_trap_41_two_processes_train_both_text_encoders_of_sdxl_as_one_does(outcomes, alone, work_folder, sdxl_model):
     both, one = outcomes["sdxl"], alone("sdxl-alone", *COMMON, model=sdxl_model)
     assert [outcome.code for outcome in both] == [0, 0], both
     assert len(one.losses.values) == 6 and both[0].losses == both[1].losses == pytest.approx(one.losses.values, rel=1e-4)
-    assert_same(place, "sdxl", "sdxl-alone")
+    assert_same(work_folder, "sdxl", "sdxl-alone")
 
 
-def test_captions_cached_on_disk_by_two_processes_are_those_of_one(outcomes, alone, place, sdxl_model):
+def test_captions_cached_on_disk_by_two_processes_are_those_of_one(outcomes, alone, work_folder, sdxl_model):
     both = outcomes["sdxl-texts"]
     assert [outcome.code for outcome in both] == [0, 0], both
-    files = sorted((place / "good" / ".texts").iterdir())
+    files = sorted((work_folder / "good" / ".texts").iterdir())
     one = alone("sdxl-texts-alone", *TEXTS, model=sdxl_model)
-    assert sorted((place / "good" / ".texts").iterdir()) == files and len(files) == 1  # found again, not made anew
+    assert sorted((work_folder / "good" / ".texts").iterdir()) == files and len(files) == 1  # found again, not made anew
     assert both[0].losses == both[1].losses == pytest.approx(one.losses.values, rel=1e-4)
 
 
-def test_files_are_written_once_and_by_one_process(outcomes, place):
+def test_files_are_written_once_and_by_one_process(outcomes, work_folder):
     assert [outcome.code for outcome in outcomes["cached"]] == [0, 0], outcomes["cached"]
-    names = sorted(path.name for path in (place / "cached").iterdir() if path.suffix != ".png")
+    names = sorted(path.name for path in (work_folder / "cached").iterdir() if path.suffix != ".png")
     assert names == ["mine-000001.safetensors", "mine-page", "mine.html", "mine.safetensors", "sample"]
-    assert len(list((place / "cached" / "sample").glob("*.png"))) == 3
-    assert (place / "cached" / "mine-samples.png").stat().st_size > 1000
-    assert len(list((place / "logs").rglob("events*"))) == 1
+    assert len(list((work_folder / "cached" / "sample").glob("*.png"))) == 3
+    assert (work_folder / "cached" / "mine-samples.png").stat().st_size > 1000
+    assert len(list((work_folder / "logs").rglob("events*"))) == 1
 
 
 def test_the_main_process_alone_speaks(outcomes):
@@ -228,7 +228,7 @@ def test_the_main_process_alone_speaks(outcomes):
     assert main.printed.count("plan: 4 steps of 2 batches (1 on each of 2 processes), 3 batches an epoch, 2 epochs") == 1
 
 
-def test_an_error_on_one_process_ends_all_with_one_line(outcomes, place):
+def test_an_error_on_one_process_ends_all_with_one_line(outcomes, work_folder):
     main, other = outcomes["broken"]
     assert main.code == other.code == 2
     assert (
@@ -239,16 +239,16 @@ def test_an_error_on_one_process_ends_all_with_one_line(outcomes, place):
     )
 
 
-def test_an_error_on_all_processes_is_told_once(outcomes):
+def test_an_error_on_all_processes_is_reported_once(outcomes):
     main, other = outcomes["wrong"]
     assert main.code == other.code == 2
     assert "conv_dm" in main.error and not other.error
 
 
-def test_ctrl_c_on_one_process_stops_all_and_saves(outcomes, place):
+def test_ctrl_c_on_one_process_stops_all_and_saves(outcomes, work_folder):
     main, other = outcomes["stopped"]
     assert main.code == other.code == 130, (main, other)
-    saved = list((place / "stopped").glob("mine-step*.safetensors"))
+    saved = list((work_folder / "stopped").glob("mine-step*.safetensors"))
     assert len(saved) == 1 and "mine-step00000004" in saved[0].name  # asked after step 2, told with 3, known in 4
 
 

@@ -159,7 +159,7 @@ def test_waiting_for_a_validation_with_nothing_to_validate_with_is_refused(run, 
         run("out", "--max_train_steps=1", option)
 
 
-def test_metadata_tells_of_it(run, tmp_path):
+def test_it_is_in_the_metadata(run, tmp_path):
     from safetensors import safe_open
 
     run("out", "--max_train_steps=1", *UNET, "--validation_seed=5")

@@ -194,8 +194,8 @@ def test_dora(weight, form):
     name = "lora_magnitude_vector" if form.startswith("peft") else "dora_scale"
     changed = (weight + diff).flatten(2 if inside else 1).numpy().reshape(OUT, IN, -1)
     expected = np.empty_like(changed)
-    for place, m in enumerate(magnitude.tolist()):
-        part = (place,) if by_rows else (slice(None), place)
+    for index, m in enumerate(magnitude.tolist()):
+        part = (index,) if by_rows else (slice(None), index)
         expected[part] = m * changed[part] / np.sqrt((changed[part] ** 2).sum())
     found = adapter(diff=diff, **{name: magnitude.view(shaped)})
     assert found.title == "full difference with DoRA" and found.low_rank() is None

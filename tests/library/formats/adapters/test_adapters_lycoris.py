@@ -211,7 +211,7 @@ def test_half_precision_files(kind, dtype, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_lycoris_tells_the_same_kind(kind, tmp_path):
+def test_lycoris_finds_the_same_kind(kind, tmp_path):
     cls, options, _ = KINDS[kind]
     module = trained(cls, LAYERS["linear"](), **options)
     assert get_module({f"layer.{name}": value for name, value in saved(module, tmp_path).items()}, "layer")[0] is cls

@@ -15,7 +15,7 @@ LOHA = {
 }
 
 
-def test_every_kind_is_told_by_each_of_its_marks():
+def test_every_kind_is_recognised_by_each_of_its_marks():
     for kind in ADAPTERS:
         for mark in kind.marks:
             tensors = {mark: torch.zeros([2] * (kind.dimensions or 2))}

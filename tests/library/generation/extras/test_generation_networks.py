@@ -299,7 +299,7 @@ def test_a_network_of_another_module_that_cannot_be_merged_says_so(model, files,
         load(files[:1], network_merge=True)
 
 
-def test_unused_weights_are_told(files, load, tmp_path, caplog):
+def test_unused_weights_are_reported(files, load, tmp_path, caplog):
     save_file({**load_file(files[0]), "lora_unet_nowhere.alpha": torch.ones(())}, tmp_path / "more.safetensors")
     with caplog.at_level(logging.WARNING):
         load([tmp_path / "more.safetensors"])

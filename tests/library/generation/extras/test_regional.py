@@ -60,8 +60,8 @@ def load(model):
 def colours(path, *colours):
     """An image of vertical stripes."""
     pixels = np.zeros((64, 64, 3), np.uint8)
-    for place, colour in enumerate(colours):
-        pixels[:, 64 * place // len(colours) :] = colour
+    for number, colour in enumerate(colours):
+        pixels[:, 64 * number // len(colours) :] = colour
     Image.fromarray(pixels).save(path)
     return path
 

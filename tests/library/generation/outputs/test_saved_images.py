@@ -40,7 +40,7 @@ def first(names) -> str:
 # ---------------------------------------------------------------- names
 
 
-def test_names_tell_time_number_and_seed(tmp_path):
+def test_names_have_time_number_and_seed(tmp_path):
     names = FileNames(tmp_path)
     assert [names.take_number(), names.take_number()] == [0, 1]
     assert re.fullmatch(r"im_\d{14}_000_7\.png", first(names.candidates(0, 1, 7, None)))

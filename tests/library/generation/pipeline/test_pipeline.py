@@ -106,7 +106,7 @@ def test_prompt_and_negative_prompt_are_padded_to_the_longer_of_the_two(model):
     assert PromptCache().chunks_needed(model, [CAT.prompt, CAT.negative_prompt], 225) == 1
 
 
-def test_what_is_cut_is_said_once_for_each_prompt_and_names_break(model, caplog):
+def test_what_is_cut_is_reported_once_for_each_prompt_and_names_break(model, caplog):
     cache = PromptCache()
     for _ in range(3):
         assert cache.chunks_needed(model, [LONG, "a BREAK b BREAK c"], 75) == 1
@@ -147,7 +147,7 @@ def test_clip_skip_changes_the_image(model, latents_of):
     assert (last - earlier).abs().max() > 1e-3
 
 
-def test_a_missing_seed_is_drawn_and_told_and_gives_the_same_again(model):
+def test_a_missing_seed_is_drawn_and_printed_and_gives_the_same_again(model):
     first, second = Pipeline(model, GenerateSettings(batch_size=2)).generate([replace(CAT, seed=None, steps=2)] * 2)
     assert isinstance(first.spec.seed, int) and first.spec.seed != second.spec.seed
     (again,) = (made.image for made in Pipeline(model).generate([first.spec]))
@@ -271,7 +271,7 @@ def test_what_nobody_foresaw_ends_its_images_and_not_the_run(model, monkeypatch)
         list(Pipeline(model).generate(specs))
 
 
-def test_images_are_decoded_together_as_told_and_one_by_one_where_memory_is_short(model, monkeypatch):
+def test_images_are_decoded_together_as_asked_and_one_by_one_where_memory_is_short(model, monkeypatch):
     sizes, decode = [], Model.decode
 
     def decoding(model, latents, most=9):

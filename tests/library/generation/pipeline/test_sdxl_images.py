@@ -113,7 +113,7 @@ def test_a_folder_is_sampled_as_its_own_scheduler_says(xl, latents_of, tmp_path)
         assert (ours - latents_of(xl, [replace(CAT, sampler=sampler)])[0]).abs().max() > 0.01
 
 
-def test_sizes_are_told_as_diffusers_tells_them(xl, latents_of):
+def test_size_conditioning_is_that_of_diffusers(xl, latents_of):
     told = SizeConditioning(300, 200, 40, 30, 8, 16)
     (ours,) = latents_of(xl, [replace(CAT, sizes=told)])
     theirs = pipeline_latents(
@@ -128,13 +128,13 @@ def test_sizes_are_told_as_diffusers_tells_them(xl, latents_of):
     torch.testing.assert_close(together[1], plain, **CLOSE)
 
 
-def test_what_is_not_told_is_the_size_of_the_image_and_that_of_the_prompt():
+def test_sizes_left_open_are_the_size_of_the_image_and_that_of_the_prompt():
     assert SizeConditioning().rows(64, 96) == ([96, 64, 0, 0, 96, 64], [96, 64, 0, 0, 96, 64])
     assert SizeConditioning(original_width=10, crop_left=3).rows(64, 96) == ([96, 10, 0, 3, 96, 64], [96, 10, 0, 3, 96, 64])
     assert SizeConditioning(original_height_negative=7).rows(64, 96)[1] == [7, 64, 0, 0, 96, 64]
 
 
-def test_a_model_that_is_told_no_sizes_refuses_them():
+def test_a_model_without_size_conditioning_refuses_sizes():
     spec = replace(CAT, sizes=SizeConditioning(original_width=300, crop_top=8))
     with pytest.raises(UserError, match="--original_width, --crop_top: SD 1.x models take no size conditioning; leave it out"):
         list(Pipeline(small_stable_diffusion()).generate([spec]))

@@ -28,7 +28,7 @@ def test_previews_and_images_read_what_both_have_alike():
     assert parse_line(line, "here", lenient=True) == read(line)
 
 
-def test_a_check_is_told_the_place():
+def test_a_check_error_names_the_line_and_column():
     def check(name: str, value: object) -> None:
         raise UserError(f"is {value} today")
 

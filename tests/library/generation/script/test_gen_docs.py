@@ -50,7 +50,7 @@ COMMANDS = list(dict.fromkeys(command for page in PAGES.values() for command in 
 
 
 @pytest.fixture
-def place(gen_files, tmp_path, monkeypatch, shared_models) -> Path:
+def work_folder(gen_files, tmp_path, monkeypatch, shared_models) -> Path:
     """A folder with every file that the page's commands name."""
     folder = tmp_path / "project"
     shutil.copytree(gen_files, folder)
@@ -86,7 +86,7 @@ def made_small(words: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=range(len(COMMANDS)))
-def test_every_command_runs(command, place, capsys):
+def test_every_command_runs(command, work_folder, capsys):
     words = shlex.split(command)[2:]
     if words == ["--help"]:
         with pytest.raises(SystemExit) as end:
@@ -193,12 +193,12 @@ def test_messages_are_those_that_are_tested(page):
 
 
 @pytest.mark.parametrize("start", ERRORS)
-def test_the_program_says_so(start, place):
+def test_the_program_says_so(start, work_folder):
     if "fp16" in start and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
     tensors = {f"{name}.lora_down.weight": torch.ones(2, 1280), f"{name}.lora_up.weight": torch.ones(1280, 2)}
-    save_file(tensors, place / "wide.safetensors")
+    save_file(tensors, work_folder / "wide.safetensors")
     message = next(m for m in messages(ENGLISH) if m.startswith(start))
     with pytest.raises(UserError) as error:
         session.run(parse_options(["--ckpt=model.safetensors", *ERRORS[start]]))

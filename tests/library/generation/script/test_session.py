@@ -261,7 +261,7 @@ def test_trap_6_11_prompts_of_a_list_are_drawn_before_others_are_asked_for(draw,
     assert len(shown) == 1 and len(made.files) == 3
 
 
-def test_a_wrong_line_of_the_list_is_told_once_and_counts_in_an_interactive_run_too(draw, monkeypatch, capsys):
+def test_a_wrong_line_of_the_list_is_reported_once_and_counts_in_an_interactive_run_too(draw, monkeypatch, capsys):
     answers = iter(["c", "d"])
     monkeypatch.setattr(builtins, "input", lambda prompt: next(answers, None) or (_ for _ in ()).throw(EOFError))
     made = draw("--prompt=a --w 3", "--interactive", "--no_preview", "--steps=1")

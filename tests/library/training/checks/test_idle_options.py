@@ -143,7 +143,7 @@ def test_what_asks_for_nothing_is_not_named():
     )
 
 
-def test_all_are_told_once_and_together(capsys, monkeypatch):
+def test_all_are_reported_once_and_together(capsys, monkeypatch):
     options = parse_options([*NEEDED, "--log_prefix=a", "--huber_c=1", "--learning_rate=1e-4"])
     assert not contradictions(options)
     dataset = type("Dataset", (), {"table": type("Table", (), {"configs": configs()})})

@@ -52,7 +52,7 @@ def problems(chosen) -> list[str]:
     return error.value.problems
 
 
-def test_everything_that_is_wrong_is_told_at_once_with_its_cure(folder):
+def test_everything_that_is_wrong_is_reported_at_once_with_its_cure(folder):
     (folder / "file").write_text("x", encoding="utf-8")
     found = problems(options(
         "--pretrained_model_name_or_path=gone.safetensors", "--vae=gone.pt", "--train_data_dir=gone", "--reg_data_dir=gone2",
@@ -74,7 +74,7 @@ def test_everything_that_is_wrong_is_told_at_once_with_its_cure(folder):
         assert problem.startswith(start) and ("; " in problem or "did you mean" in problem or "needs" in problem), problem
 
 
-def test_what_the_images_bring_to_light_is_told_in_the_same_breath(folder, monkeypatch):
+def test_what_the_images_bring_to_light_is_reported_with_the_others(folder, monkeypatch):
     monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda path: usage(0, 0, 0))
     (folder / "broken.png").write_bytes(b"no image")
     found = problems(options("--lr_scheduler=cosine", "--vae=gone.pt", folder=folder))
@@ -98,19 +98,19 @@ def test_what_the_images_bring_to_light_is_told_in_the_same_breath(folder, monke
     assert [part in text for part, text in zip(parts, found, strict=True)] == [True] * 5, found
 
 
-def test_a_file_that_is_no_model_is_told_with_the_rest(folder):
+def test_a_file_that_is_no_model_is_reported_with_the_rest(folder):
     page = folder / "page.safetensors"
     page.write_text("<!DOCTYPE html><html>not found</html>", encoding="utf-8")
     found = problems(options(f"--pretrained_model_name_or_path={page}", "--vae=gone.pt", folder=folder))
     assert len(found) == 2 and "is a web page" in found[0]  # the model first: what it says decides about options
 
 
-def test_a_wrong_schedule_is_told_beside_missing_images(folder):
+def test_a_wrong_schedule_is_reported_beside_missing_images(folder):
     found = problems(options("--train_data_dir=gone", "--lr_scheduler=cosin", folder=folder))
     assert len(found) == 2 and "did you mean 'cosine'" in found[0]
 
 
-def test_missing_masks_are_told_with_the_rest(folder):
+def test_missing_masks_are_reported_with_the_rest(folder):
     found = problems(options("--masked_loss", "--conditioning_data_dir=gone", "--vae=gone.pt", folder=folder))
     assert len(found) == 2 and found[1].startswith("--conditioning_data_dir=gone: there is no folder gone")
 
@@ -139,12 +139,12 @@ def test_options_that_contradict_each_other_are_named(words, folder):
     assert len(found) == 1 and all(part in found[0] for part in CONTRADICTIONS[words])
 
 
-def test_contradictions_are_told_together_and_with_the_rest(folder):
+def test_contradictions_are_reported_together_and_with_the_rest(folder):
     found = problems(options("--dim_from_weights", "--sample_at_first", "--log_with=tensorboard", "--vae=gone.pt", folder=folder))
     assert len(found) == 4
 
 
-def test_all_that_is_missing_is_said_at_once():
+def test_all_that_is_missing_is_reported_at_once():
     found = problems(parse_options([]))
     starts = (
         "--pretrained_model_name_or_path is missing",
@@ -192,7 +192,7 @@ def needed(chosen, images: TrainingDataset) -> dict[Path, int]:
     return disk_space.space_needed(chosen, Plan.of(chosen.training, 1), images, full_size_header())
 
 
-def test_a_disk_that_is_too_small_is_told_before_the_model_loads(folder, monkeypatch):
+def test_a_disk_that_is_too_small_is_reported_before_the_model_loads(folder, monkeypatch):
     words = ["--network_dim=128", "--max_train_epochs=10", "--save_every_n_epochs=1", "--flip_aug"]
     chosen = options(*words, "--cache_latents_to_disk", folder=folder)
     size = file_sizes(chosen, full_size_header()).network
@@ -258,7 +258,7 @@ def test_memory_is_estimated_by_what_counts(folder):
     assert 4e9 < plain < 6e9  # full size, float32, one tiny image
 
 
-def test_trap_55_memory_that_is_short_is_told_with_what_helps(folder, monkeypatch, capsys):
+def test_trap_55_memory_that_is_short_is_reported_with_what_helps(folder, monkeypatch, capsys):
     for there, short in ((2**33, False), (2**31, True)):
         monkeypatch.setattr(preflight, "available_memory", lambda device, there=there: (there, "the GPU's"))
         preflight.print_advice(options(folder=folder), dataset(folder), CPU, full_size_header())
@@ -274,14 +274,14 @@ def test_trap_55_memory_that_is_short_is_told_with_what_helps(folder, monkeypatc
     [([], True), (["--text_encoder_lr=1e-5"], False), (["--text_encoder_lr", "5e-5", "1e-5"], False),
      (["--network_train_unet_only"], False), (["--learning_rate=1e-5"], False), (["--optimizer_type=Prodigy"], False)],
 )  # fmt: skip
-def test_trap_40_text_encoders_that_learn_at_the_rate_of_the_u_net_are_told(folder, words, told):
+def test_trap_40_text_encoders_that_learn_at_the_rate_of_the_u_net_are_reported(folder, words, told):
     notes = preflight.print_advice(options(*words, folder=folder), dataset(folder), CPU, full_size_header("sdxl"))
     assert any(note.startswith("all 2 text encoders learn at the U-Net's rate") for note in notes) is told
     notes = preflight.print_advice(options(*words, folder=folder), dataset(folder), CPU, full_size_header("sd1"))
     assert not any("text encoders" in note for note in notes)
 
 
-def test_trap_53_going_on_from_a_lora_of_another_base_is_told(folder, capsys):
+def test_trap_53_going_on_from_a_lora_of_another_base_is_reported(folder, capsys):
     model, mine = folder / "model.safetensors", folder / "mine.safetensors"
     save_file({"a": torch.rand(600, 600)}, model)
     other = {"ss_sd_model_name": "animagine.safetensors", "ss_sd_model_hash": "12345678"}
@@ -305,7 +305,7 @@ def test_trap_53_going_on_from_a_lora_of_another_base_is_told(folder, capsys):
     "name, told",
     [("sdxl_turbo_v1.safetensors", True), ("dreamXL-Lightning.safetensors", True), ("hyperrealism.safetensors", False)],
 )
-def test_trap_54_a_base_distilled_to_few_steps_is_told_by_its_name(folder, capsys, name, told):
+def test_trap_54_a_base_distilled_to_few_steps_is_recognised_by_its_name(folder, capsys, name, told):
     chosen = options(f"--pretrained_model_name_or_path={name}", folder=folder)
     preflight.print_advice(chosen, dataset(folder), CPU, full_size_header())
     assert ("draws in few steps" in capsys.readouterr().out) is told

@@ -115,7 +115,7 @@ def test_a_budget_between_none_and_all_is_met(parts, capsys):
     assert "cannot be less" in lines[2] and "cannot be less" not in lines[1]
 
 
-def test_a_network_that_cannot_be_counted_is_said_and_all_is_checkpointed(parts, capsys):
+def test_a_network_that_cannot_be_counted_is_reported_and_all_is_checkpointed(parts, capsys):
     def fails():
         raise RuntimeError("no data")
 

@@ -172,9 +172,9 @@ def test_eight_bit_names_keep_eight_bits_also_on_a_cpu(name):
 
 def test_trap_5_11_dadaptation_is_the_class_of_the_guides():
     pytest.importorskip("dadaptation", reason="an extra of requirements-extras.txt")
-    for name, place in {"DAdaptation": "dadaptation.dadapt_adam", "DAdaptAdamPreprint": "dadaptation.experimental"}.items():
+    for name, module in {"DAdaptation": "dadaptation.dadapt_adam", "DAdaptAdamPreprint": "dadaptation.experimental"}.items():
         _, described = create_optimizer(OptimizerOptions(optimizer_type=name, learning_rate=1), groups(), CPU)
-        assert described.startswith(place), "0.6 meant DAdaptAdam, later versions DAdaptAdamPreprint, which has a name of its own"
+        assert described.startswith(module), "0.6 meant DAdaptAdam, later versions DAdaptAdamPreprint, which has its own name"
 
 
 # ---------------------------------------------------------------- rules

@@ -151,7 +151,7 @@ def test_adafactor_s_own_rates_are_those_of_the_step(wandb, monkeypatch, tmp_pat
     assert [float(rate) for rate in logged] == pytest.approx(first) and len(set(first)) > 1
 
 
-def test_a_tracker_that_fails_is_said_once_and_left_alone(wandb, capsys):
+def test_a_tracker_that_fails_is_reported_once_and_left_alone(wandb, capsys):
     tracker = Tracker(LogOptions(log_with="wandb"))
 
     def broken(values, step=None):
@@ -201,7 +201,7 @@ def test_logged_options_hold_no_path_and_no_secret():
 
 
 @pytest.mark.option("log_with", "log_tracker_name", "wandb_run_name", "wandb_api_key", "log_tracker_config")
-def test_a_run_tells_wandb_its_settings(wandb, monkeypatch, tmp_path):
+def test_a_run_gives_wandb_its_settings(wandb, monkeypatch, tmp_path):
     use_two_blocks(monkeypatch.setattr)
     (tmp_path / "t.toml").write_text('[wandb]\ntags = ["cat"]\n', encoding="utf-8")
     train(words_of_a_run(
@@ -216,7 +216,7 @@ def test_a_run_tells_wandb_its_settings(wandb, monkeypatch, tmp_path):
 
 
 @pytest.mark.option("log_config")
-def test_a_run_tells_tensorboard_its_settings(monkeypatch, tmp_path):
+def test_a_run_gives_tensorboard_its_settings(monkeypatch, tmp_path):
     use_two_blocks(monkeypatch.setattr)
     images = image_folder(tmp_path / "images", 1)
     for name, more in (("with", ["--log_config"]), ("without", [])):
@@ -319,5 +319,5 @@ def test_options_without_a_key_of_their_own_are_recorded_without_paths():
     assert other_options(options) == {"full_bf16": True, "lr_scheduler_power": 2.0}
 
 
-def test_arguments_of_an_optimizer_are_told_apart():
+def test_arguments_of_an_optimizer_are_separated():
     assert split_outside_brackets("betas=(0.9, 0.99),weight_decay=0.1") == ["betas=(0.9,0.99)", "weight_decay=0.1"]

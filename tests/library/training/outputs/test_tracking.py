@@ -56,7 +56,7 @@ def test_a_plot_takes_any_name_as_it_is(tmp_path, title, recwarn):
     assert Image.open(tmp_path / "loss.png").text[OWN_IMAGE] == "loss plot" and not recwarn.list
 
 
-def test_a_plot_that_cannot_be_drawn_is_said_and_ends_nothing(tmp_path):
+def test_a_plot_that_cannot_be_drawn_is_reported_and_ends_nothing(tmp_path):
     record = LossRecord(window=3)
     assert try_loss_plot(record, tmp_path / "a.png", "a") == "not drawn (there are no losses)"
     record.steps, record.values = [1], [0.5]

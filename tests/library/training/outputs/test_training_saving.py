@@ -177,7 +177,7 @@ def test_a_nan_is_not_kept_anywhere(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["caf\udce9", "a\nb", "a\x1b[2J", "ü" * 101, "a/b"])
-def test_an_output_name_that_cannot_be_a_file_is_told_before_training(tmp_path, name):
+def test_an_output_name_that_cannot_be_a_file_is_reported_before_training(tmp_path, name):
     with pytest.raises(UserError, match="is no file name"):
         files(tmp_path, output_name=name).check_folder()
 

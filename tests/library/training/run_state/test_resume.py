@@ -284,11 +284,11 @@ def test_trap_5_3_the_start_is_counted_in_optimizer_steps(words, start):
     )
 
 
-def test_a_state_s_own_place_counts_unless_another_is_asked_for():
-    place = Progress(5, 2, 8)
-    for words, start in (([], place), (["--initial_step=5"], place), (["--skip_until_initial_step", "--resume=x"], place),
+def test_a_state_goes_on_from_its_own_step_unless_options_name_another():
+    own = Progress(5, 2, 8)
+    for words, start in (([], own), (["--initial_step=5"], own), (["--skip_until_initial_step", "--resume=x"], own),
                          (["--initial_step=6"], Progress(6, 3, 0))):  # fmt: skip
-        assert Progress.at_start(*reversed(plan(10, "--gradient_accumulation_steps=4", *words)), place) == start
+        assert Progress.at_start(*reversed(plan(10, "--gradient_accumulation_steps=4", *words)), own) == start
     with pytest.raises(UserError, match="nothing is left to train"):
         Progress.at_start(*reversed(plan(10, "--max_train_steps=5", "--initial_step=5")), None)
 
