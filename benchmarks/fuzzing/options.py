@@ -133,21 +133,21 @@ def quickstart_words(rng: random.Random, folder: Path, shelf: Shelf) -> Case:
 def parser_of(name: str) -> Parser:
     """The parser that a tool's main makes."""
 
-    class Made(Exception):
+    class Found(Exception):
         pass
 
-    made: list[Parser] = []
+    found: list[Parser] = []
 
     def keep(parser: Parser, *_: object) -> None:
-        made.append(parser)
-        raise Made
+        found.append(parser)
+        raise Found
 
     before = Parser.parse_args
     Parser.parse_args = keep  # type: ignore[method-assign, assignment]
     try:
         importlib.import_module(name).main()
-    except Made:
-        return made[0]
+    except Found:
+        return found[0]
     finally:
         Parser.parse_args = before  # type: ignore[method-assign]
     raise ValueError(f"{name}.main reads no options")

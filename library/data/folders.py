@@ -226,17 +226,8 @@ def image_subsets(parent: Path, option: str) -> list[FolderSubset]:
         log.warning(
             "%s=%s: a name such as 10_cat counts for subfolders only; give the folder above to have it count", option, parent
         )
-    others = []
-    for folder in _subfolders(parent):
-        rule = _repeats_and_class(folder.name)
-        if rule is None:
-            others.append(folder)
-        elif rule[0] < 1:
-            log.warning("%s is left out: its name asks for %d repeats", folder, rule[0])
-        else:
-            if "_" not in folder.name:
-                log.warning("%s: the name is a number only, so each image is used %d times an epoch", folder, rule[0])
-            found += [FolderSubset(inner, *rule) for inner in _image_folders(folder)]
+    named, others = _named_subfolders(parent)
+    found += named
     plain = [inner for folder in others for inner in _image_folders(folder, warn_if_empty=False)]
     names = ", ".join(str(folder.relative_to(parent)) for folder in plain)
     if plain and found:
@@ -254,6 +245,23 @@ def image_subsets(parent: Path, option: str) -> list[FolderSubset]:
             f"files ending in {' '.join(image_suffixes())} count"
         )
     return found
+
+
+def _named_subfolders(parent: Path) -> tuple[list[FolderSubset], list[Path]]:
+    """The subsets of the subfolders named `<repeats>_<class>`, and the subfolders of other names."""
+    found: list[FolderSubset] = []
+    others = []
+    for folder in _subfolders(parent):
+        rule = _repeats_and_class(folder.name)
+        if rule is None:
+            others.append(folder)
+        elif rule[0] < 1:
+            log.warning("%s is left out: its name asks for %d repeats", folder, rule[0])
+        else:
+            if "_" not in folder.name:
+                log.warning("%s: the name is a number only, so each image is used %d times an epoch", folder, rule[0])
+            found += [FolderSubset(inner, *rule) for inner in _image_folders(folder)]
+    return found, others
 
 
 def _repeats_and_class(name: str) -> tuple[int, str] | None:
