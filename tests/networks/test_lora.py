@@ -67,6 +67,7 @@ def numpy_conv(x, weight, stride, padding):
 def test_forward_is_the_formula_in_float64(kind, layer, shape):
     """y = W x + multiplier * alpha / rank * up(down(x))"""
     torch.manual_seed(0)
+    layer = copy.deepcopy(layer)
     module = kind("lora", layer, rank=3, alpha=2.0, multiplier=0.7)
     nn.init.normal_(module.lora_up.weight)
     module.attach(layer)
