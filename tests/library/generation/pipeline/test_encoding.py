@@ -40,7 +40,7 @@ def test_other_chunks_clip_skip_and_networks_need_another_encoding(model, encode
 
 
 def test_the_texts_used_last_are_kept(model, encoded):
-    texts = PromptCache(most=2)
+    texts = PromptCache(capacity=2)
     for text in ("a", "b", "a", "c", "a", "b"):
         rows = texts.encode(model, [text, text], 1)["context"]
         assert torch.equal(rows[0], rows[1])
