@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -87,7 +88,7 @@ def check(args: argparse.Namespace) -> Path:
         raise UserError(
             f"{target}: the suffix decides the format; use {', '.join(FILE_SUFFIXES)}, or none for a Diffusers folder"
         )
-    if source.exists() and source.resolve() == target.resolve():
+    if source.exists() and os.path.realpath(source) == os.path.realpath(target):  # `resolve` raises for a link to itself
         raise UserError(f"{target} would overwrite the model that is read; give another name")
     if (args.epoch, args.global_step) != (None, None) and suffix not in (".ckpt", ".pt"):
         raise UserError("--epoch and --global_step have a place in a .ckpt only; leave them out")

@@ -51,7 +51,7 @@ Made = tuple[str, str, Callable[[str, bool], Case]]  # kind of file, suffix, and
 def _training(rng: random.Random, folder: Path, shelf: Shelf) -> Made:
     option, kind, suffix, more = rng.choice((
         ("pretrained_model_name_or_path", "model", ".safetensors", []), ("vae", "model", ".safetensors", []),
-        ("network_weights", "lora", ".safetensors", []), ("base_weights", "lora", ".safetensors", []),
+        ("network_weights", "lora", ".safetensors", ["--dim_from_weights"]), ("base_weights", "lora", ".safetensors", []),
         ("sample_prompts", "prompts", ".txt", ["--sample_at_first"]), ("metadata_thumbnail", "image", ".png", []),
         ("config_file", "config", ".toml", []), ("train_data_dir", "data", "", []), ("reg_data_dir", "data", "", []),
         ("conditioning_data_dir", "data", "", ["--masked_loss"]), ("logging_dir", "folder", "", []),

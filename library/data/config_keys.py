@@ -244,6 +244,7 @@ def describe_problem(problem: Mapping[str, Any]) -> str:
         "float_type": "a number without quotes",
         "bool_type": "true or false, without quotes",
         "string_type": "text in quotes",
+        "string_unicode": "text of letters that are Unicode",
         "string_too_short": "at least one character",
         "greater_than_equal": f"at least {bound.get('ge')}",
         "less_than_equal": f"at most {bound.get('le', 0):,}",

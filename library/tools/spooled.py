@@ -25,6 +25,7 @@ class SpooledModules(MutableMapping[str, LowRank]):
 
     def __init__(self, folder: Path, dtype: torch.dtype):
         self._dtype = dtype
+        folder.mkdir(parents=True, exist_ok=True)
         self._file = tempfile.TemporaryFile(dir=folder, prefix=".spooled-")  # noqa: SIM115 - closed by __exit__
         self._places: dict[str, tuple[Place, Place, float]] = {}  # up, down, alpha
         self._lock = threading.Lock()

@@ -226,3 +226,10 @@ def test_what_a_text_encoders_folder_has_of_clip_beside_it_is_no_use_here(model,
     save_file(weights | {extra: torch.ones(64, 64)}, there / "text_encoder" / "model.safetensors")
     back, original = load_file(convert(there, tmp_path / "back.safetensors")), load_file(folder / "model.safetensors")
     assert all(torch.equal(back[name], value) for name, value in original.items())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+def test_a_link_to_itself_is_one_line(model, tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(UserError, match="cannot write .*loop"):
+        main([str(model[0] / "model.safetensors"), str(tmp_path / "loop")])

@@ -137,9 +137,10 @@ def _started(name: str, make: Callable[[], Any], config: Mapping[str, Any] | Non
             if name == "wandb"
             else "; check --log_tracker_config"
         )
-        cure = (
-            f"; run: pip install --upgrade {name}" if isinstance(error, ImportError) else cure
-        )  # something that it needs is missing
+        if isinstance(error, ImportError):  # something that it needs is missing
+            cure = f"; run: pip install --upgrade {name}"
+        elif isinstance(error, UnicodeError):
+            cure = "; it takes names in Unicode alone: change --logging_dir, --log_prefix or --log_tracker_name"
         raise UserError(f"--log_with {name} cannot start: {reason}{cure}") from error
     return tracker
 

@@ -34,3 +34,9 @@ def test_nothing_of_them_stays_in_memory(tmp_path):
     with SpooledModules(tmp_path, torch.float32) as spooled:
         spooled["a"] = module(0)
         assert spooled["a"].up.data_ptr() != spooled["a"].up.data_ptr()
+
+
+def test_a_folder_that_is_not_there_yet_is_made(tmp_path):
+    with SpooledModules(tmp_path / "new" / "folder", torch.float32) as spooled:
+        spooled["a"] = module(0)
+        assert spooled["a"].rank == 3

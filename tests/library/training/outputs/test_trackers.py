@@ -78,6 +78,16 @@ def test_a_tracker_that_lacks_something_names_what_to_install(wandb, monkeypatch
         Tracker(LogOptions(log_with="wandb"))
 
 
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="these systems take Unicode names only")
+@pytest.mark.parametrize("option", ["logging_dir", "log_prefix", "log_tracker_name"])
+def test_tensorboard_takes_names_in_unicode_alone(tmp_path, monkeypatch, option):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        UserError, match="tensorboard cannot start: .*surrogates.*; it takes names in Unicode alone: change --logging_dir"
+    ):
+        Tracker(LogOptions(**{"log_with": "tensorboard", "logging_dir": "logs", option: "caf\udce9"}))
+
+
 def test_trap_5_4_each_rate_is_logged_once_under_its_own_name(wandb):
     tracker = Tracker(LogOptions(log_with="wandb"))
     tracker.log_step(1, {"textencoder": 1e-4, "unet": 2e-4}, {})
