@@ -1,11 +1,11 @@
 """What --gradient_checkpointing_budget buys: a step's seconds and memory with none, some, half and all of the U-Net checkpointed.
 
-    python benchmarks/checkpointing.py [--size 256] [--batch 1] [--precision no] [--steps 3] [--folder FOLDER]
+    python benchmarks/checkpointing.py [--family sd1|sdxl] [--size 256] [--batch 1] [--precision no] [--steps 3] [--folder FOLDER]
 
-Full-size Stable Diffusion 1.5 with random weights and the real trainer, U-Net only, rank 4, latents cached; every row in a
-process of its own: the median step after the first, and the peak of the process. The budgets lie at 0, 1/4, 1/2 and all of the
-way between what the program estimates without checkpointing and with it. Writes benchmarks/results/checkpointing.md. Needs about
-7 GB in float32.
+Full-size Stable Diffusion 1.5 or SDXL with random weights and the real trainer, U-Net only, rank 4, latents cached; every row in
+a process of its own: the median step after the first, and the peak of the process. The budgets lie at 0, 1/4, 1/2 and all of the
+way between what the program estimates without checkpointing and with it. Writes a part of benchmarks/results/checkpointing.md.
+Needs about 7 GB in float32, for SDXL in bf16 10 GB.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.result_page import write_parts  # noqa: E402
 from benchmarks.train_step import Case, Clock, conditions, make_images, make_model, train  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "checkpointing.md"
 SHARES = {"none": None, "a quarter of the saving": 0.25, "half of the saving": 0.5, "all": 1.0}
+FAMILIES = {"sd1": "SD 1.5", "sdxl": "SDXL"}
 HEAD = ["| checkpointed | parts | a step, s | of processor time, s | peak, GB |", "|---|---:|---:|---:|---:|"]
 
 
-def words_of(case: Case, share: float | None, folder: Path, steps: int) -> list[str]:
+def words_of(case: Case, family: str, share: float | None, folder: Path, steps: int) -> list[str]:
     """The command line of a run; share: how much of what checkpointing saves is to be saved."""
     from library.testing import full_size_header
     from library.training.checks.estimates import estimated_bytes
@@ -39,14 +41,14 @@ def words_of(case: Case, share: float | None, folder: Path, steps: int) -> list[
         return words
     size = (case.size, case.size)
     plain, least = (
-        estimated_bytes(parse_options([*words, *more]), full_size_header(), case.batch, size)
+        estimated_bytes(parse_options([*words, *more]), full_size_header(family), case.batch, size)
         for more in ([], ["--gradient_checkpointing"])
     )
     budget = [f"--gradient_checkpointing_budget={(plain - share * (plain - least)) / 2**30}"] if share < 1 else []
     return [*words, "--gradient_checkpointing", *budget]
 
 
-def measure(case: Case, share: float | None, folder: Path, steps: int) -> dict[str, float]:
+def measure(case: Case, family: str, share: float | None, folder: Path, steps: int) -> dict[str, float]:
     """Medians of the steps after the first, peak bytes, and the number of parts that were checkpointed."""
     from library.devices import peak_memory_bytes
     from library.training.memory.gradient_checkpointing import units
@@ -58,7 +60,7 @@ def measure(case: Case, share: float | None, folder: Path, steps: int) -> dict[s
         found["parts"] = sum(unit.gradient_checkpointing for unit in units(run.model.denoiser))
         found["peak"] = peak_memory_bytes(run.machine.device) or 0
 
-    train(words_of(case, share, folder, steps + 1), after_step)
+    train(words_of(case, family, share, folder, steps + 1), after_step)
     wall, processor = (statistics.median(column) for column in zip(*times[1:], strict=True))
     return found | {"wall": wall, "processor": processor}
 
@@ -67,6 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    parser.add_argument("--family", default="sd1", choices=FAMILIES)
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--precision", default="no", choices=["no", "bf16", "fp16"])
@@ -78,25 +81,17 @@ def main() -> None:
     arguments = parser.parse_args()
     case = Case(arguments.size, arguments.batch, arguments.precision, "unet")
     if arguments.measure:
-        found = measure(case, SHARES[arguments.measure], arguments.folder, arguments.steps)
+        found = measure(case, arguments.family, SHARES[arguments.measure], arguments.folder, arguments.steps)
         print("\n" + json.dumps(found))
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "unet.json").exists():
-            make_model(folder, arguments.small)
+            make_model(folder, arguments.small, arguments.family)
         if not (folder / f"{case.size}px").exists():
             make_images(folder / f"{case.size}px", case.size)
-        lines = [
-            "# benchmarks/checkpointing.py",
-            "",
-            __doc__.split("\n\n", 2)[2].strip(),
-            "",
-            f"{case.label()}; {conditions()}.",
-            "",
-            *HEAD,
-        ]
+        lines = [f"{conditions()}.", "", *HEAD]
         for name in SHARES:
             words = [sys.executable, __file__, *sys.argv[1:], f"--measure={name}", f"--folder={folder}"]
             done = subprocess.run(words, capture_output=True, encoding="utf-8", cwd=ROOT)
@@ -105,8 +100,8 @@ def main() -> None:
             row = json.loads(done.stdout.strip().splitlines()[-1])
             lines.append(f"| {name} | {row['parts']} | {row['wall']:.3f} | {row['processor']:.3f} | {row['peak'] / 1e9:.2f} |")
             print(lines[-1], flush=True)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    title = f"{FAMILIES[arguments.family]}, {case.label()}"
+    write_parts(arguments.out, "checkpointing.py", __doc__, {title: lines})
 
 
 if __name__ == "__main__":

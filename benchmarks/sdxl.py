@@ -1,6 +1,6 @@
 """Full-size SDXL with random weights: its names beside Diffusers' reading, opening it beside reading it, a step beside its floor.
 
-    python benchmarks/sdxl.py [--parts open step names] [--size 512] [--precision bf16|no] [--steps 3] [--folder FOLDER]
+    python benchmarks/sdxl.py [--parts open step names] [--size 512] [--precision bf16|no] [--cases unet ...] [--folder FOLDER]
 
 names: a single file as it is written here, read by the functions of Diffusers that convert single files: names and shapes of
 every tensor against those of Diffusers' own models. On tensors without content.
@@ -10,7 +10,8 @@ step: a training step of a LoRA of rank 4 on the U-Net beside the bare U-Net of 
 in benchmarks/train_step.py: medians by turns in one process, peaks of two more.
 
 The file needs 7 GB of disk space and is made in about 9 GB of memory. A step in bf16 wants 12 GB of memory, one in float32 18 GB;
-on a processor without units for bf16 float32 is much faster. Writes benchmarks/results/sdxl.md, part by part.
+on a processor without units for bf16 float32 is much faster. Rows are written to benchmarks/results/sdxl.md as they are measured,
+and replace the same rows of earlier runs.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.train_step import HEAD, Case, conditions, load, make_images, make_model, step_row  # noqa: E402
+from benchmarks.train_step import CASES, HEAD, Case, conditions, load, make_images, make_model, step_row  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "sdxl.md"
 PARTS = ("open", "step", "names")  # in this order: a process starts with the peak of memory of the one that started it
@@ -39,6 +40,8 @@ OPEN_HEAD = [
     "| opening | read, s | load, s | ratio | of processor time | weights, GB | peak beyond the imports, GB | ratio | load |",
     "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
 ]
+
+HEADS = {"open": OPEN_HEAD, "step": HEAD, "names": NAMES_HEAD}
 
 # ---------------------------------------------------------------- names
 
@@ -125,13 +128,27 @@ def open_row(path: Path, rounds: int) -> str:
 # ---------------------------------------------------------------- the page
 
 
-def write(path: Path, sections: Mapping[str, list[str]], stated: str) -> None:
-    """The results file with the parts measured so far; those of an earlier run that were not measured now are gone."""
-    lines = ["# benchmarks/sdxl.py", "", *__doc__.split("\n\n", 2)[2].strip().splitlines(), "", f"Last run: {stated}.", ""]
-    for section in sections.values():
-        lines += [*section, ""]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines), encoding="utf-8")
+class Page:
+    """The results file: a row is written when it is measured, in place of the same one of an earlier run."""
+
+    def __init__(self, path: Path, stated: str) -> None:
+        self.path, self.stated = path, stated
+        self.rows: dict[str, dict[str, str]] = {part: {} for part in HEADS}
+        part = ""
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+            part = next((name for name, head in HEADS.items() if line == head[0]), part)
+            if part and line.startswith("| ") and line != HEADS[part][0]:
+                self.rows[part][line.split(" | ")[0]] = line
+
+    def add(self, part: str, rows: Iterable[str]) -> None:
+        for row in rows:
+            print(row, flush=True)
+            self.rows[part][row.split(" | ")[0]] = row
+        lines = ["# benchmarks/sdxl.py", "", *__doc__.split("\n\n", 2)[2].strip().splitlines(), "", f"Last run: {self.stated}."]
+        for name, kept in self.rows.items():
+            lines += ["", *HEADS[name], *kept.values()] if kept else []
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text("\n".join([*lines, ""]), encoding="utf-8")
 
 
 def prepare(folder: Path, arguments: argparse.Namespace) -> Path:
@@ -146,17 +163,15 @@ def prepare(folder: Path, arguments: argparse.Namespace) -> Path:
 
 def measure(arguments: argparse.Namespace, folder: Path) -> None:
     """The parts asked for, each written when it is measured."""
-    path, sections = prepare(folder, arguments), {}
+    path, page = prepare(folder, arguments), Page(arguments.out, conditions())
     for part in [part for part in PARTS if part in arguments.parts]:
         if part == "names":
-            sections[part] = [*NAMES_HEAD, *names_rows(path)]
+            page.add(part, names_rows(path))
         elif part == "open":
-            sections[part] = [*OPEN_HEAD, open_row(path, arguments.rounds)]
+            page.add(part, [open_row(path, arguments.rounds)])
         else:
-            case = Case(arguments.size, 1, arguments.precision, "unet")
-            sections[part] = [*HEAD, step_row(case, folder, arguments.steps)]
-        print("\n".join(sections[part]), flush=True)
-        write(arguments.out, sections, conditions())
+            for name in arguments.cases:
+                page.add(part, [step_row(Case(arguments.size, 1, arguments.precision, name), folder, arguments.steps)])
 
 
 def main() -> None:
@@ -166,6 +181,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--precision", default="bf16", choices=["no", "bf16", "fp16"])
+    parser.add_argument("--cases", nargs="+", default=["unet"], choices=CASES, help="of the step, as in train_step.py")
     parser.add_argument("--steps", type=int, default=3, help="of each kind, by turns")
     parser.add_argument("--rounds", type=int, default=3, help="of reading and opening, by turns")
     parser.add_argument("--folder", type=Path, help="where the model (7 GB) and the images are kept for the next time")

@@ -6,11 +6,11 @@ ours: the step of train_network.py, with its own options, data pipeline and loop
 counts.
 floor: the bare U-Net of Diffusers, forward and backward to its input, in the same precision, nothing attached, no autocast.
 
-Both compute with the same weights in the same process, by turns; the ratio is that of the medians after one step of
-each. With the text encoder trained the floor is still the U-Net alone. Peak memory is that of two more processes, from their
-start on; the floor's holds nothing but the U-Net. The launch is split in a process that first imports what a run imports. Rows
-are written to benchmarks/results/train_step.md as they are measured, and replace the same rows of earlier runs. A size of 512 in
-float32 wants 12 GB.
+Both compute with the same weights in the same process, by turns; the ratio is that of the medians after one step of each. With
+the text encoder trained the floor is still the U-Net alone; with a packed base it is timed with the packed layers. Peak memory is
+that of two more processes, from their start on; the floor's holds nothing but the U-Net. The launch is split in a process that
+first imports what a run imports. Rows are written to benchmarks/results/train_step.md as they are measured, and replace the same
+rows of earlier runs. A size of 512 in float32 wants 12 GB.
 """
 
 from __future__ import annotations
@@ -49,6 +49,11 @@ CASES = {
     "checkpointing": ("LoRA rank 4, checkpointing", [*UNET_ONLY, "--gradient_checkpointing"]),
     "text": ("LoRA rank 4, text encoder too", []),
     "text_checkpointing": ("LoRA rank 4, text encoder too, checkpointing", ["--gradient_checkpointing"]),
+}
+DEFAULT_CASES = list(CASES)
+CASES |= {
+    "cached": ("LoRA rank 4, texts cached", [*UNET_ONLY, "--cache_text_encoder_outputs"]),
+    **{name: (f"LoRA rank 4, {name} base", [*UNET_ONLY, f"--base_dtype={name}"]) for name in ("int8", "fp8", "nf4")},
 }
 
 
@@ -416,7 +421,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--precisions", nargs="+", default=["no"], choices=["no", "bf16", "fp16"])
-    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
+    parser.add_argument("--cases", nargs="+", default=DEFAULT_CASES, choices=CASES)
     parser.add_argument("--steps", type=int, default=5, help="of each kind, by turns")
     parser.add_argument("--folder", type=Path, help="where the model (2 GB) and the images are kept for the next time")
     parser.add_argument("--small", action="store_true", help="a tiny model, to try the script out")
