@@ -29,7 +29,7 @@ from library.training.loop import Listener, Loop, Outcome
 from library.training.machine import Machine
 from library.training.memory.frozen import freeze_convolutions
 from library.training.memory.gradient_checkpointing import count_kept, keep_to_budget, use_gradient_checkpointing
-from library.training.memory.placement import compile_model, offload_idle_parts, pack_frozen_weights
+from library.training.memory.placement import compile_model, compiles_convolutions, offload_idle_parts, pack_frozen_weights
 from library.training.memory.precision import NumberFormats, check_half_weights, explain_nonfinite, vae_cure
 from library.training.network import TrainedNetwork, build_network
 from library.training.optimization.ema import eval_weights, make_average
@@ -180,7 +180,7 @@ def place_in_memory(ready: Ready, data: Data, attached: Attached, machine: Machi
     idle = ([model.vae] if data.train.latents is not None else []) + (model.text_encoders if data.train.texts is not None else [])
     offload_idle_parts(options.precision, idle, keep_for_previews=bool(data.prompts))
     pack_frozen_weights(ready.formats, model, machine.device, options.training.gradient_checkpointing)
-    if not options.precision.torch_compile:  # torch.compile already drops activations that it does not need
+    if not compiles_convolutions(options.precision):
         freeze_convolutions(model.denoiser)
     if options.training.gradient_checkpointing:
         use_gradient_checkpointing(model, network)

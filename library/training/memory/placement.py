@@ -9,7 +9,7 @@ from torch import nn
 
 from library.freed_memory import give_back_freed_memory
 from library.models.family import Model
-from library.training.memory.compiling import compile_in_place
+from library.training.memory.compiling import WHOLE, compile_in_place
 from library.training.memory.packing import CLASSES, pack_weights
 from library.training.memory.precision import NumberFormats
 from library.training.options import PrecisionOptions
@@ -35,6 +35,11 @@ def compile_model(options: PrecisionOptions, model: Model, trains_text_encoder: 
     """--torch_compile."""
     if options.torch_compile:
         compile_in_place([model.denoiser, *(model.text_encoders if trains_text_encoder else [])], options.dynamo_backend)
+
+
+def compiles_convolutions(options: PrecisionOptions) -> bool:
+    """Whether --torch_compile takes the convolutions too: then it drops by itself what they need not keep."""
+    return options.torch_compile and options.dynamo_backend in WHOLE
 
 
 def offload_idle_parts(options: PrecisionOptions, idle: Iterable[nn.Module], *, keep_for_previews: bool) -> None:

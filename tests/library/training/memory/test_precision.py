@@ -5,9 +5,10 @@ import torch
 
 from library.errors import UserError
 from library.models import sd1, sdxl
+from library.testing import small_stable_diffusion
 from library.training import setup
 from library.training.checks.contradictions import contradictions
-from library.training.memory.compiling import check_backend, compile_in_place
+from library.training.memory.compiling import check_backend, compile_in_place, repeated_layers
 from library.training.memory.precision import HalfGradScaler, NumberFormats, check_half_weights, explain_nonfinite, vae_cure
 from library.training.options import parse_options
 from tests.library.training.small_runs import image_folder, train, use_two_blocks, words_of_a_run
@@ -124,6 +125,14 @@ def test_a_compiled_module_does_the_same_and_keeps_its_names():
     assert module._compiled_call_impl is not None
     torch.testing.assert_close(module(x), plain)
     assert list(module.state_dict()) == names
+
+
+def test_the_layers_that_a_model_repeats_are_compiled():
+    unet, encoder = small_stable_diffusion().denoiser, small_stable_diffusion().text_encoders[0]
+    assert {type(layer).__name__ for layer in repeated_layers(unet)} == {"BasicTransformerBlock"}
+    assert {type(layer).__name__ for layer in repeated_layers(encoder)} == {"CLIPEncoderLayer"}
+    plain = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    assert repeated_layers(plain) == [plain]
 
 
 @pytest.mark.parametrize(
