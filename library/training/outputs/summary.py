@@ -47,7 +47,7 @@ def summarize(run: Run, outcome: Outcome, seconds: float, skipped: int) -> None:
     last = files.written[-1]
     peak = peak_memory_bytes(run.machine.device)
     rows = [("LoRA" if finished else "LoRA so far", str(last)), ("loss plot", drawn)]
-    if run.page.is_written:
+    if run.page.is_written and run.page.path.is_file():
         rows.append(("page", f"{run.page.path} (open it in a browser)"))
     if validations.best is not None:
         at, loss = validations.best
