@@ -83,7 +83,7 @@ def build_network(
     instance = _create(network, module, model)
     _attach(network, instance, model, parts_with_modules(network, optimizer, model.family))
     if network.network_weights and not network.dim_from_weights:
-        with user_errors(f"--network_weights {network.network_weights}"):
+        with user_errors(f"--network_weights {network.network_weights}", module):
             instance.load_weights(network.network_weights)
         require_finite(instance.state_dict(), f"--network_weights {network.network_weights}")
         print(f"continuing from {network.network_weights}")

@@ -62,7 +62,7 @@ class ModelFiles:
         except Exception as error:  # safetensors has errors of its own
             reason = getattr(error, "strerror", None) or one_line(error)
             raise UserError(f"--output_dir {self.folder} cannot be written: {reason}; choose another folder") from error
-        for path in sorted(self.folder.iterdir()):
+        for path in sorted(self.folder.iterdir()) if os.access(self.folder, os.R_OK) else ():
             if self._is_in_the_way(path):
                 kind = "folder" if path.is_dir() else "file"
                 raise UserError(f"{path} is a {kind}, and the run writes its own there; move it, or give another --output_name")
