@@ -169,5 +169,5 @@ def test_two_datasets_may_share_a_metadata_file(images, tmp_path):
 
 
 def test_deeply_nested_json_is_one_line(images, tmp_path):
-    with pytest.raises(UserError, match=r"meta\.json, line 1: .*recursion"):
+    with pytest.raises(UserError, match=r"meta\.json, line 1: .*nested too deeply"):
         captions(written(tmp_path, "[" * 100_000), images)
