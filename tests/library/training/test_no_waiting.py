@@ -55,6 +55,10 @@ def model_on_meta() -> Model:
     return model
 
 
+def svd_on_meta(matrix: torch.Tensor, rank: int, niter: int) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.empty(shape, device=META) for shape in ((len(matrix), rank), (rank,), (matrix.shape[1], rank)))
+
+
 @pytest.fixture
 def steps_on_meta(images, tmp_path, monkeypatch):
     """`steps_on_meta(words...)` sets up a run on the meta device and takes two steps."""
@@ -67,6 +71,7 @@ def steps_on_meta(images, tmp_path, monkeypatch):
     monkeypatch.setattr(setup, "load_stable_diffusion", lambda *args, **kwargs: model_on_meta())
     monkeypatch.setattr(setup, "network_summary", lambda *args: "")  # numbers of the network, before the first step
     monkeypatch.setattr(setup, "model_digest", lambda model: "")  # likewise of the model
+    monkeypatch.setattr(torch, "svd_lowrank", svd_on_meta)  # likewise of a layer, for init=pissa
     monkeypatch.setattr(LossRecord, "flush", lambda self: None)  # reads the loss of the batch before, which has arrived by then
 
     def start(*words: str) -> Run:
@@ -86,14 +91,19 @@ def steps_on_meta(images, tmp_path, monkeypatch):
     torch.__future__.set_swap_module_params_on_conversion(swap)
 
 
+LYCORIS = ["--network_module=lycoris.kohya", "--network_args"]
 NETWORKS = {
     "lora": [],
     "convolutions": ["--network_args", "conv_dim=2"],
     "dropout": ["--network_dropout=0.1", "--network_args", "rank_dropout=0.2", "module_dropout=0.2"],
     "DoRA": ["--network_args", "dora=true"],
     "DyLoRA": ["--network_module=networks.dylora", "--network_args", "unit=1"],
-    "LoKr": ["--network_module=lycoris.kohya", "--network_args", "algo=lokr"],
-    "LoHa": ["--network_module=lycoris.kohya", "--network_args", "algo=loha"],
+    "PiSSA": ["--network_args", "init=pissa"],
+    "orthogonal": ["--network_args", "init=orthogonal"],
+    "rsLoRA": ["--network_args", "rs_lora=true"],
+    # Not algo=full: it copies the numbers of its layers while it is made.
+    **{algo: [*LYCORIS, f"algo={algo}"] for algo in ("locon", "loha", "lokr", "ia3", "glora", "diag-oft", "boft")},
+    "LyCORIS' DyLoRA": [*LYCORIS, "algo=dylora", "block_size=1"],
     "U-Net only": ["--network_train_unet_only", "--shuffle_caption", "--caption_dropout_rate=0.5"],  # no text cache
 }
 LOSSES = {
