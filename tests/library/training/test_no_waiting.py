@@ -55,8 +55,8 @@ def model_on_meta() -> Model:
     return model
 
 
-def svd_on_meta(matrix: torch.Tensor, rank: int, niter: int) -> tuple[torch.Tensor, ...]:
-    return tuple(torch.empty(shape, device=META) for shape in ((len(matrix), rank), (rank,), (matrix.shape[1], rank)))
+def svd_of_zeros(matrix: torch.Tensor, rank: int, niter: int) -> tuple[torch.Tensor, ...]:
+    return torch.zeros(len(matrix), rank), torch.zeros(rank), torch.zeros(matrix.shape[1], rank)
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def steps_on_meta(images, tmp_path, monkeypatch):
     monkeypatch.setattr(setup, "load_stable_diffusion", lambda *args, **kwargs: model_on_meta())
     monkeypatch.setattr(setup, "network_summary", lambda *args: "")  # numbers of the network, before the first step
     monkeypatch.setattr(setup, "model_digest", lambda model: "")  # likewise of the model
-    monkeypatch.setattr(torch, "svd_lowrank", svd_on_meta)  # likewise of a layer, for init=pissa
+    monkeypatch.setattr(torch, "svd_lowrank", svd_of_zeros)  # likewise of a layer, for init=pissa
     monkeypatch.setattr(LossRecord, "flush", lambda self: None)  # reads the loss of the batch before, which has arrived by then
 
     def start(*words: str) -> Run:
