@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from library.errors import UserError
 from library.formats.lora_file import read_lora
 from library.generation.extras.networks import Networks
 from library.generation.options import NetworkOptions
@@ -149,3 +150,11 @@ def test_text_encoder_names_are_the_ecosystems(run):
     done = run("--network_module=lycoris.kohya", "--network_dim=2", "--network_args", "algo=loha", "--max_train_steps=1")
     text = [key for key in done.tensors() if key.startswith("lora_te")]
     assert text and all(key.startswith("lora_te_text_model_encoder_layers_") for key in text)
+
+
+def test_a_file_that_lycoris_cannot_open_is_one_line(run, tmp_path, not_utf8):
+    save_file({"lora_unet_x.alpha": torch.tensor(1.0)}, tmp_path / "a.safetensors")
+    (tmp_path / "a.safetensors").rename(not_utf8 / "a.safetensors")
+    words = ["--network_module=lycoris.kohya", "--network_dim=2", UNET_ONLY, f"--network_weights={not_utf8 / 'a.safetensors'}"]
+    with pytest.raises(UserError, match=r"--network_weights .*a\.safetensors: SafetensorError: .* is not valid UTF-8"):
+        run(*words, "--max_train_steps=1")
