@@ -161,14 +161,22 @@ def _recorded_arguments(module: ModuleType, file: str) -> tuple[int, float, dict
 
 
 def module_arguments(module: ModuleType, texts: Mapping[str, str]) -> dict[str, Any]:
-    """The values of --network_args as the module takes them: text, as every module expects, with bools as "True" and "False".
+    """The values of --network_args as the module takes them: text, as every module expects, in the plainest spelling.
 
     LyCORIS takes any text but "false" for true, and for some keys that one too; so it gets False itself.
     """
     values = {key: read_value(text) for key, text in texts.items()}
-    if module.__name__.startswith("lycoris"):
-        return {key: False if values[key] in (False, 0) else text for key, text in texts.items()}
-    return {key: str(values[key]) if isinstance(values[key], bool) else text for key, text in texts.items()}
+    is_lycoris = module.__name__.startswith("lycoris")
+    return {
+        key: False if is_lycoris and values[key] in (False, 0) else _plainly(values[key], text) for key, text in texts.items()
+    }
+
+
+def _plainly(value: Any, text: str) -> str:
+    """The text of a bool or a whole number as `bool` and `int` of any module read it; else the text as it was given."""
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        value = int(value)
+    return str(value) if isinstance(value, int) else text
 
 
 def check_module_arguments(module: ModuleType, texts: Mapping[str, str], option: str) -> None:
@@ -202,9 +210,7 @@ def _keys_in_source(module: ModuleType) -> set[str]:
     if any(source.count("**kwargs") > 1 for source in sources):  # they go on to where others read them
         return set()
     read = set(re.findall(r"""kwargs(?:\.get\(|\.pop\(|\[)\s*["'](\w+)["']""", "".join(sources)))
-    optional = {
-        p.name for maker in makers if maker for p in inspect.signature(maker).parameters.values() if p.default is not p.empty
-    }
+    optional = {p.name for p in inspect.signature(module.create_network).parameters.values() if p.default is not p.empty}
     return read | optional | {*getattr(module, "deprecated_arg_dict", {})} if read else set()
 
 

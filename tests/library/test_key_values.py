@@ -149,8 +149,11 @@ def test_what_goes_to_open_arguments_is_read_all_the_same():
 def test_lycoris_gets_no_text_that_says_no():
     """It takes every text but "false" for true, for some keys that one too."""
     texts = {"use_scalar": "off", "decompose_both": "False", "conv_dim": "4", "dropout": "0", "rescaled": "true"}
-    wanted = {"use_scalar": False, "decompose_both": False, "conv_dim": "4", "dropout": False, "rescaled": "true"}
+    wanted = {"use_scalar": False, "decompose_both": False, "conv_dim": "4", "dropout": False, "rescaled": "True"}
     assert module_arguments(ModuleType("lycoris.kohya"), texts) == wanted
+    numbers = {"conv_dim": "1e1", "factor": "8.0", "block_size": "0x10", "constraint": "1e-4", "preset": "1.0.toml"}
+    wanted = {"conv_dim": "10", "factor": "8", "block_size": "16", "constraint": "1e-4", "preset": "1.0.toml"}
+    assert module_arguments(ModuleType("lycoris.kohya"), numbers) == wanted  # which reads them by `int`
     assert module_arguments(ModuleType("networks.lora"), texts) == texts | {"use_scalar": "False", "rescaled": "True"}
 
 
@@ -169,6 +172,9 @@ def test_a_key_that_lycoris_does_not_read_and_a_preset_that_is_no_toml(tmp_path)
     check_module_arguments(module, {"conv_dim": "4", "dora_wd": "True", "factor": "8", "use_cp": "no"}, "--network_args")
     with pytest.raises(UserError, match="unknown --network_args key 'conv_dimm'; did you mean 'conv_dim'"):
         check_module_arguments(module, {"conv_dimm": "4"}, "--network_args")
+    for key in ("for_inference", "weights_sd", "network_dim"):  # arguments of its functions, and no words
+        with pytest.raises(UserError, match=f"unknown --network_args key '{key}'"):
+            check_module_arguments(module, {key: "1"}, "--network_args")
     preset = tmp_path / "mine.toml"
     preset.write_text("enable_conv = true\n", encoding="utf-8")
     check_module_arguments(module, {"preset": str(preset)}, "--network_args")
