@@ -65,7 +65,7 @@ class LoraFile:
         """UserError, naming the key, if a number is NaN or infinite."""
         for name, module in self.modules.items():
             require_finite({f"{name}.{inside}": tensor for inside, tensor in module.parts.tensors.items()}, self.path)
-            self.windows.forget()
+            self.windows.forget(module.nbytes)
 
 
 def read_lora(file: str | Path) -> LoraFile:

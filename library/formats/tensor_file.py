@@ -41,6 +41,7 @@ DTYPES = {
 }  # fmt: skip
 WRAPPERS = ("state_dict", "model", "module")  # keys of a pickled file under which its tensors may be
 NEWEST_PROTOCOL = 3  # of the pickles that torch reads with weights_only
+MIN_FORGOTTEN = 64 << 20  # bytes that `Windows.forget` lets add up
 WINDOW = 64 << 20  # bytes of a file that are mapped at a time; mapped pages count as the process's memory
 
 Fetch = Callable[[int, int], Tensor]  # (first byte, number of bytes) -> flat uint8 tensor
@@ -51,14 +52,21 @@ class Windows:
 
     def __init__(self) -> None:
         self._maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
+        self._used = 0
 
     def add(self, window: mmap.mmap) -> None:
         self._maps.add(window)
 
-    def forget(self) -> None:
+    def forget(self, used: int | None = None) -> None:
         """Give that memory back; views stay valid, and what is used again is read from the file again. On Linux alone: other
-        systems take such pages back by themselves."""
-        if sys.platform == "linux":
+        systems take such pages back by themselves.
+
+        used: bytes that were read since the last call; memory is given back only when they add up, since threads that still use
+        it wait. None: now.
+        """
+        self._used += MIN_FORGOTTEN if used is None else used
+        if sys.platform == "linux" and self._used >= MIN_FORGOTTEN:
+            self._used = 0
             for window in list(self._maps):
                 window.madvise(mmap.MADV_DONTNEED)
 

@@ -53,9 +53,10 @@ def extract(
     def work(layer: tuple[str, Tensor, Tensor]) -> tuple[str, tuple[LowRank, tuple[float, float]] | None]:
         name, before, after = layer
         difference = _difference(before, after, how.min_diff)
+        used = before.nbytes
         del layer, before, after
         for file in (original, tuned):
-            file.windows.forget()
+            file.windows.forget(used)
         return name, None if difference is None else for_module(name, _module, difference, how)
 
     count = sum(len(targets) for targets in pairs.values())

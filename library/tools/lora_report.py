@@ -36,7 +36,7 @@ def report(lora: LoraFile) -> Iterator[str]:
     rows = {}
     for name, module in lora.modules.items():
         rows[name] = _row(module)
-        lora.windows.forget()
+        lora.windows.forget(module.nbytes)
     yield f"file: {lora.path}"
     yield f"number of LoRA modules: {len(rows)}"
     kinds = Counter(module.title for module in lora.modules.values())

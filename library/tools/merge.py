@@ -146,6 +146,8 @@ def _summed(tensor: Tensor, changes: Sequence[Change]) -> dict[Target, Sum]:
         weight = weight.float() if others else weight
         dense = sum((change.dense(weight) for change in others[1:]), others[0].dense(weight)) if others else None
         result[target] = Sum(up, down, dense).transposed() if target.is_transposed else Sum(up, down, dense)
+    for change in changes:
+        change.lora.windows.forget(change.adapter.nbytes)
     return result
 
 
@@ -176,7 +178,7 @@ def merge_loras(
         parts = [(_low_rank(lora, name), strength.of(name)) for lora, strength in pairs if name in lora.modules]
         result[name] = shuffle(stack(parts), generator) if shuffled else stack(parts)
         for lora in loras:
-            lora.windows.forget()
+            lora.windows.forget(lora.modules[name].nbytes if name in lora.modules else 0)
     return result
 
 

@@ -54,7 +54,7 @@ def resize(
         result = found.low_rank(rank, like, scale)
         if report:
             report(_line(name, found, result))
-        lora.windows.forget()
+        lora.windows.forget(lora.modules[name].nbytes)
         return result, (found.total**2, (found.total * found.kept(rank)) ** 2)
 
     names = list(lora.modules)

@@ -48,8 +48,8 @@ def svd_merge(
             found = for_module(name, best_low_rank, change.flatten(1).to(device), limit)
         module = found.low_rank(limit, like)
         kept = (found.total**2, (found.total * found.kept(limit)) ** 2)
-        for lora in loras:
-            lora.windows.forget()
+        for lora, _ in parts:
+            lora.windows.forget(lora.modules[name].nbytes)
         return (clamp(module, clamp_quantile) if clamp_quantile is not None else module), kept
 
     names = all_names(loras)

@@ -40,6 +40,11 @@ class Adapter:
         return f"{self.kind.name} with DoRA" if is_dora(self.parts) else self.kind.name
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors in the file."""
+        return sum(value.nbytes for value in self.parts.tensors.values())
+
+    @property
     def needs_weight(self) -> bool:
         """Whether the change depends on the numbers of the layer's weight; if not, its shape is enough."""
         return self.kind.needs_weight or is_dora(self.parts)

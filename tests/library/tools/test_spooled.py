@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from library.formats.low_rank import LowRank
@@ -14,9 +15,10 @@ def module(seed: int, rank: int = 3, kernel: tuple[int, ...] = ()) -> LowRank:
     return LowRank(up, torch.randn(rank, 5, *kernel, generator=generator), alpha=rank / 3)
 
 
-def test_modules_come_back_in_order_and_in_the_dtype_of_the_file(tmp_path):
+@pytest.mark.parametrize("in_memory", [0, 200, 1000])  # none of them, two, all
+def test_modules_come_back_in_order_and_in_the_dtype_of_the_file(tmp_path, in_memory):
     modules = {"b": module(0), "a": module(1, kernel=(3, 3)), "c": module(2, rank=1)}
-    with SpooledModules(tmp_path, torch.float16) as spooled:
+    with SpooledModules(tmp_path, torch.float16, in_memory) as spooled:
         spooled.update(modules)
         assert list(spooled) == ["b", "a", "c"] and len(spooled) == 3
         for name in ("c", "a", "b", "a"):
@@ -30,8 +32,8 @@ def test_modules_come_back_in_order_and_in_the_dtype_of_the_file(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_nothing_of_them_stays_in_memory(tmp_path):
-    with SpooledModules(tmp_path, torch.float32) as spooled:
+def test_beyond_the_limit_nothing_stays_in_memory(tmp_path):
+    with SpooledModules(tmp_path, torch.float32, 0) as spooled:
         spooled["a"] = module(0)
         assert spooled["a"].up.data_ptr() != spooled["a"].up.data_ptr()
 
