@@ -208,11 +208,10 @@ class SuiteNetwork(LoRANetwork):
 
     def load_weights(self, file: str | os.PathLike) -> Any:
         """Load a file; the alphas, and so the scales, are the file's. Returns the missing and the unexpected keys."""
-        if self.others:
-            name, module = next(iter(self.others.items()))
-            raise ValueError(f"{name} ({module.adapter.title}) is nothing that networks.lora trains; use lycoris.kohya")
         modules = dict(self.named_children())
         weights = named_for(self.read(file), modules)
+        if other := _untrained_kind(weights):
+            raise ValueError(other)
         modules_in(weights, modules)
         result = self.load_state_dict(weights, strict=False)
         conv3x3 = {k: t for k, t in weights.items() if k.endswith(".lora_down.weight") and t.dim() == 4 and t[0, 0].numel() > 1}
@@ -331,9 +330,18 @@ def _instead(weights: Weights) -> str:
     """`they are a LoHa file`, say; empty if that is not known."""
     if found := instead_of_a_lora(weights):
         return f"they are {found[0]}"
-    layer = next(iter(weights), "").partition(".")[0]
-    parts = {key.partition(".")[2]: tensor for key, tensor in weights.items() if key.startswith(f"{layer}.")}
-    adapter = find_adapter(layer, parts)
-    if adapter is None or adapter.kind.name == "LoRA":
-        return ""
-    return f"{layer} ({adapter.title}) is nothing that networks.lora trains; use lycoris.kohya"
+    return _untrained_kind(weights)
+
+
+def _untrained_kind(weights: Weights) -> str:
+    """That networks.lora does not train the first layer of another kind, with the cure; empty if all layers have LoRAs."""
+    layers: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in weights.items():
+        layer, _, inside = key.partition(".")
+        if layer.startswith(lora_layouts.KOHYA):
+            layers.setdefault(layer, {})[inside] = tensor
+    for layer, parts in layers.items():
+        adapter = find_adapter(layer, parts)
+        if adapter is not None and adapter.kind.name != "LoRA":
+            return f"{layer} ({adapter.title}) is nothing that networks.lora trains; use lycoris.kohya"
+    return ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kind_files import CONV, KINDS, NORM, file_of, random
+from kind_files import CONV, KINDS, LAYER, NORM, file_of, random
 from safetensors.torch import load_file, save_file
 from tool_files import lora_tensors, small_model
 
@@ -109,6 +109,14 @@ def test_training_other_kinds_is_refused_with_the_cure(parts, tmp_path):
     ):
         with pytest.raises(ValueError, match=r"attn1_to_q \(LoHa\) is nothing that networks.lora trains; use lycoris.kohya"):
             network.load_weights(tmp_path / "loha.safetensors")
+
+
+@pytest.mark.parametrize("what", [kind for kind in KINDS if not kind.startswith("LoRA")] + ["norm", "kernel"])
+def test_another_kind_beside_loras_is_not_dropped_when_training_goes_on(parts, what, tmp_path):
+    loras = {key: t for key, t in lora_tensors(small_model(), 4).items() if key.partition(".")[0] not in (LAYER, CONV)}
+    save_file(loras | files(parts[1])[what], tmp_path / "mixed.safetensors")
+    with pytest.raises(ValueError, match="is nothing that networks.lora trains; use lycoris.kohya"):
+        create_network(1.0, 4, 1.0, None, *parts).load_weights(tmp_path / "mixed.safetensors")
 
 
 @pytest.mark.parametrize("name", ["a.SAFETENSORS", "a.sft", "safetensors.ckpt", "wrapped.pt"])
