@@ -168,7 +168,7 @@ def count_tokens(tokenizer: CLIPTokenizer, caption: str, weighted: bool = False)
 
 
 def whole_words_within(tokenizer: CLIPTokenizer, caption: str, limit: int, weighted: bool = False) -> str:
-    """The longest beginning of a caption, in whole words, that has at most so many tokens."""
+    """The longest beginning of a caption, in whole words, that has at most `limit` tokens."""
     ends = [found.end() for found in WORD.finditer(caption)]
     if not ends or count_tokens(tokenizer, caption, weighted) <= limit:
         return caption

@@ -31,7 +31,7 @@ def extremes(steps: np.ndarray, values: np.ndarray, bins: int = MOST_BINS) -> tu
 def evenly(
     steps: Sequence[int] | np.ndarray, values: Sequence[float] | np.ndarray, points: int = MOST_BINS
 ) -> tuple[list[int], list[float]]:
-    """At most so many points of a smooth curve, evenly spread, the first and the last among them."""
+    """At most `points` points of a smooth curve, evenly spread, the first and the last among them."""
     xs, ys = np.asarray(steps), np.asarray(values)
     if len(ys) > points:
         kept = np.linspace(0, len(ys) - 1, points).round().astype(int)

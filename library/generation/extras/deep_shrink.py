@@ -14,7 +14,7 @@ from library.generation.prompts.spec import DeepShrink
 
 
 def check_deep_shrink(setting: DeepShrink, depths: int) -> None:
-    """UserError unless this U-Net, which has so many blocks on its way down, can do it."""
+    """UserError unless the setting fits a U-Net with `depths` down blocks."""
     for option, depth in (("ds_depth_1", setting.depth_1), ("ds_depth_2", setting.depth_2)):
         if depth is not None and not 0 <= depth < depths:
             raise UserError(f"--{option} {depth}: the U-Net has the depths 0 to {depths - 1}")

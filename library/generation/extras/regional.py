@@ -123,7 +123,7 @@ class _Layout:
     width: int
 
     def masks_of(self, positions: int, device: torch.device) -> Tensor:
-        """(P, 1, positions, 1): the masks for a layer that sees so many positions of the latents."""
+        """(P, 1, positions, 1): the masks for a layer with this number of positions."""
         height, width = self.height, self.width
         while height * width > positions:
             height, width = (height + 1) // 2, (width + 1) // 2

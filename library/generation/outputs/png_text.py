@@ -74,8 +74,8 @@ def parameters(
 ) -> str:  # fmt: skip
     """The text that the web UI shows below an image and reads back: prompt, negative prompt, one line of `Key: value`.
 
-    Networks stand in the prompt as `<lora:name:strength>`, as the web UI writes them; one that the prompt calls itself has a tag
-    for what it acts with beyond that.
+    Networks stand in the prompt as `<lora:name:strength>`, as the web UI writes them; one that the prompt already calls
+    gets a tag for the rest of its strength, if there is any.
     """
     lines = [_one_line(" ".join([spec.prompt, *_tags(spec.prompt, loras)]))]
     if spec.negative_prompt:

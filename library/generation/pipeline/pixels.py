@@ -27,7 +27,7 @@ def note_broken(states: list[ImageState]) -> None:
 
 
 def decode_images(states: list[ImageState], model: Model, at_once: int) -> None:
-    """Give every state the image of its latents, so many at a time; one whose pixels are not finite gets an error."""
+    """Give every state the image of its latents, `at_once` at a time; one whose pixels are not finite gets an error."""
     for start in range(0, len(states), at_once):
         together = states[start : start + at_once]
         try:
