@@ -92,9 +92,12 @@ class FrozenConv2d(FrozenLayer, nn.Conv2d):
 
 
 def can_be_frozen(layer: nn.Module) -> bool:
-    """Whether the layer's weights do not learn, and it pads with a number of zeros: the gradients here know no other padding."""
+    """Whether the layer's weights do not learn, and it pads with a number of zeros: the gradients here know no other padding.
+
+    A layer without a weight learns: LyCORIS' `algo=full` moves it into a module of its own.
+    """
     is_odd = isinstance(layer, nn.Conv2d) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str))
-    return not layer.weight.requires_grad and not is_odd
+    return getattr(layer, "weight", None) is not None and not layer.weight.requires_grad and not is_odd
 
 
 def freeze_convolutions(model: nn.Module) -> None:

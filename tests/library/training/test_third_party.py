@@ -27,7 +27,7 @@ pytest.importorskip("lycoris.kohya", reason="an extra: pip install lycoris-lora"
 UNET_ONLY = "--network_train_unet_only"
 
 
-@pytest.mark.parametrize("algo", ["loha", "lokr", "locon", "ia3"])
+@pytest.mark.parametrize("algo", ["loha", "lokr", "locon", "ia3", "full", "glora", "diag-oft"])  # full takes the layers' weights
 def test_lycoris_trains_saves_and_loads_back(run, base_model, algo):
     if algo == "ia3" and version("lycoris-lora").startswith("3."):
         pytest.skip("LyCORIS 3 has no ia3 for this interface")
