@@ -1,8 +1,36 @@
-"""Screenshots of pages for docs/images, by a headless Chromium (Debian's packages chromium and chromium-driver).
+r"""Screenshots of pages for docs/images, by a headless Chromium (Debian's packages chromium and chromium-driver).
 
     python benchmarks/screenshots.py output/run/mine.html docs/images/run-page.webp
 
-Of a run that still goes on, take the page while it does.
+The commands of all images; `$` stands before what is typed in the project's folder:
+
+run-page.webp, running-page.webp (the page while it goes on, at about half of the steps, and the page at the end):
+
+    $ mkdir -p output
+    $ printf "a lineart emoji of %s --d 1 --s 20 --l 4\n" "a cat" "a penguin" "an elephant" "a guitar" > output/prompts.txt
+    $ accelerate launch --num_cpu_threads_per_process 1 train_network.py --pretrained_model_name_or_path=assets/base-model
+      --dataset_config=assets/example/dataset.toml --output_dir=output/run --output_name=lineart --network_module=networks.lora
+      --network_dim=32 --network_alpha=32 --learning_rate=2e-3 --lr_scheduler=cosine --max_train_steps=160 --validation_split=0.1
+      --validate_every_n_steps=40 --sample_prompts=output/prompts.txt --sample_every_n_steps=20 --sample_at_first --seed=1
+    $ python benchmarks/screenshots.py output/run/lineart.html docs/images/run-page.webp --size 1120 1365
+
+dataset-page.webp (the images that are worth a look):
+
+    $ python benchmarks/dataset_with_faults.py output/faults
+    $ accelerate launch --num_cpu_threads_per_process 1 train_network.py --pretrained_model_name_or_path=assets/base-model
+      --dataset_config=output/faults/data.toml --output_dir=output/faults --network_module=networks.lora --masked_loss --seed=1
+      --debug_dataset
+    $ python benchmarks/screenshots.py output/faults/debug_dataset.html docs/images/dataset-page.webp --size 960 1050
+      --script "const c = document.getElementById('problem'); c.value = 'any'; c.dispatchEvent(new Event('change'))"
+
+self-test.webp (the table, from a text file; it stands as text in docs/train_network_README.md too):
+
+    $ python tools/doctor.py --self_test | sed -n "/^Self test/,$ p" > output/self-test.txt
+    $ python benchmarks/screenshots.py output/self-test.txt docs/images/self-test.webp --size 1120 430 --width 1120
+      --script "document.body.style = 'margin: 24px; background: #1e2227; color: #dfe3e8; font-size: 15px; line-height: 1.5'"
+
+demo-sheet.webp is output/demo/contact-sheet.png of `python quickstart.py`, and base-model-sheet.webp a sheet of
+assets/make/base_model.py; both are saved as WebP.
 """
 
 from __future__ import annotations

@@ -33,6 +33,8 @@ def test_demo_writes_lora_sheet_and_plot_and_names_them(demo):
     for name in FILES:
         assert (folder / name).stat().st_size > 0
         assert str(folder / name) in printed
+    assert (folder / "lineart.html").stat().st_size > 0
+    assert f"{folder / 'lineart.html'} (open it in a browser)" in printed
 
 
 @pytest.mark.slow

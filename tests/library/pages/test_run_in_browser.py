@@ -73,6 +73,30 @@ def test_it_refreshes_itself_and_keeps_the_readers_place(open_page, tmp_path):
     assert window.execute_script("return document.getElementById('slider').value") == "1"
 
 
+def test_the_keyboard_reaches_and_moves_all(open_page, page):
+    from selenium.webdriver.common.keys import Keys
+
+    window = open_page(page)
+    wait(window, "document.querySelector('.js-plotly-plot')")
+    controls = "[...document.querySelectorAll('a, button, input, summary')].filter((one) => one.offsetWidth)"
+    count = window.execute_script(f"window.reached = new Set(); return {controls}.length")
+    for _ in range(count):
+        window.switch_to.active_element.send_keys(Keys.TAB)
+        assert window.execute_script(
+            "const now = document.activeElement; reached.add(now); return getComputedStyle(now).outlineStyle"
+        ) != "none"  # fmt: skip
+    missed = f"{controls}.filter((one) => !reached.has(one)).map((one) => one.outerHTML.slice(0, 80))"
+    assert not window.execute_script(f"return {missed}")
+    window.execute_script("document.getElementById('slider').focus()")
+    window.switch_to.active_element.send_keys(Keys.ARROW_LEFT)
+    assert window.execute_script("return document.getElementById('slider').getAttribute('aria-valuetext')") == "Step 100"
+    window.execute_script("document.querySelector('.samples .frame').focus()")
+    window.switch_to.active_element.send_keys(Keys.ENTER)
+    wait(window, "document.querySelector('dialog').open")
+    window.switch_to.active_element.send_keys(Keys.ESCAPE)
+    wait(window, "!document.querySelector('dialog').open")
+
+
 def test_without_the_charts_script_it_says_so_and_shows_numbers(open_page, page):
     write_run_page(page, chart=None, state="finished")
     window = open_page(page)
