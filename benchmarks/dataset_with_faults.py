@@ -23,6 +23,7 @@ caption_extension = ".txt"
 
 [[datasets]]
 resolution = 256
+batch_size = 4
 
   [[datasets.subsets]]
   image_dir = "lineart"
@@ -54,7 +55,7 @@ def main() -> None:
 
 
 def add_slips(images: Path) -> None:
-    """A caption that is too long, an empty one, an image that is cut much, and one that is there twice."""
+    """A caption that is too long, an empty one, an image that is cut much, a small one, and one that is there twice."""
     long = ", ".join(f"{kind} {thing}" for kind in KINDS for thing in THINGS)
     (images / "alarm-clock.txt").write_text(f"an alarm clock, {TAGS}, {long}", encoding="utf-8")
     (images / "backpack.txt").write_text("\n", encoding="utf-8")
@@ -62,6 +63,9 @@ def add_slips(images: Path) -> None:
         wide = Image.new("RGB", (5 * SIDE // 2, SIDE), "white")
         wide.paste(image, (3 * SIDE // 4, 0))
     wide.save(images / "automobile.png")
+    with Image.open(images / "cloud.png") as image:
+        small = image.resize((SIDE // 3, SIDE // 3))
+    small.save(images / "cloud.png")
     for suffix in (".png", ".txt"):
         shutil.copyfile(images / f"banana{suffix}", images / f"banana-copy{suffix}")
 

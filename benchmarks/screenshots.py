@@ -12,7 +12,7 @@ run-page.webp, running-page.webp (the page while it goes on, at about half of th
       --dataset_config=assets/example/dataset.toml --output_dir=output/run --output_name=lineart --network_module=networks.lora
       --network_dim=32 --network_alpha=32 --learning_rate=2e-3 --lr_scheduler=cosine --max_train_steps=160 --validation_split=0.1
       --validate_every_n_steps=40 --sample_prompts=output/prompts.txt --sample_every_n_steps=20 --sample_at_first --seed=1
-    $ python benchmarks/screenshots.py output/run/lineart.html docs/images/run-page.webp --size 1120 1365
+    $ python benchmarks/screenshots.py output/run/lineart.html docs/images/run-page.webp --size 1280 1560
 
 dataset-page.webp (the images that are worth a look):
 
@@ -20,7 +20,7 @@ dataset-page.webp (the images that are worth a look):
     $ accelerate launch --num_cpu_threads_per_process 1 train_network.py --pretrained_model_name_or_path=assets/base-model
       --dataset_config=output/faults/data.toml --output_dir=output/faults --network_module=networks.lora --masked_loss --seed=1
       --debug_dataset
-    $ python benchmarks/screenshots.py output/faults/debug_dataset.html docs/images/dataset-page.webp --size 960 1050
+    $ python benchmarks/screenshots.py output/faults/debug_dataset.html docs/images/dataset-page.webp --size 1280 1400
       --script "const c = document.getElementById('problem'); c.value = 'any'; c.dispatchEvent(new Event('change'))"
 
 self-test.webp (the table, from a text file; it stands as text in docs/train_network_README.md too):
