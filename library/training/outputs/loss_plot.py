@@ -15,7 +15,7 @@ from library.training.outputs.tracking import LossRecord
 
 
 def write_loss_plot(record: LossRecord, path: Path, title: str, validation: Sequence[tuple[int, float]] = ()) -> None:
-    """Each batch pale, the running mean over an epoch (at least 20 batches) strong, validation dotted; learning rates below.
+    """Each batch pale, their running mean strong, validation dotted; learning rates below.
 
     validation: (step, loss).
     """

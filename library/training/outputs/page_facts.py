@@ -24,7 +24,7 @@ from library.pages.images import save_small_copy
 from library.training.outputs.config_output import changed_options
 from library.training.outputs.from_metadata import as_arguments
 from library.training.outputs.summary import network_summary
-from library.training.outputs.tracking import LossRecord
+from library.training.outputs.tracking import LossRecord, shortened
 from library.training.plan import Progress
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def curves_of_datasets(losses: LossRecord, datasets: list[tuple[int, int]]) -> l
     steps, values, curves = steps[kept], values[kept], []
     for number in np.unique(own).tolist()[:DATASETS]:
         is_own = own == number
-        width = max(1, min(int(is_own.sum()), max(20, losses.smoothing * int(is_own.sum()) // max(1, len(own)))))
+        width = shortened(max(20, losses.smoothing * int(is_own.sum()) // len(own)), int(is_own.sum()))
         means = running_mean(values[is_own], width)
         curves.append({"number": number + 1, "curve": evenly(steps[is_own][width - 1 :], means, DATASET_POINTS)})
     return curves

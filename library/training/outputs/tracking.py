@@ -140,8 +140,8 @@ class LossRecord:
 
     @property
     def smoothing(self) -> int:
-        """Batches over which a plot averages: those of an epoch, and at least 20."""
-        return min(len(self.values), max(20, self.window))
+        """Batches over which a plot averages: those of an epoch, at least 20, but no more than leave a first epoch a curve."""
+        return shortened(max(20, self.window), len(self.values))
 
     @property
     def current(self) -> float | None:
@@ -152,6 +152,11 @@ class LossRecord:
     def average(self) -> float | None:
         """Mean over the last epoch's worth of batches."""
         return self._sum / len(self._recent) if self._recent else None
+
+
+def shortened(width: int, count: int) -> int:
+    """The width of a running mean over `count` values, of which a curve is left: at most a quarter of them."""
+    return max(1, min(width, count // 4))
 
 
 def describe_nonfinite(value: float, step: int, paths: list[str]) -> str:
