@@ -71,9 +71,14 @@ def take_blocks(take_item: Reader, value: Any) -> tuple:
     """A number for each block: 25, or 23 for SDXL."""
     items = _items(value)
     if all(len(items) != len(blocks.names) for blocks in BLOCK_MAPS):
-        needed = "; ".join(f"{len(blocks.names)} needed for {blocks.title}: {' '.join(blocks.names)}" for blocks in BLOCK_MAPS)
-        raise ValueError(f"{len(items)} numbers given, {needed}")
+        raise ValueError(f"{len(items)} numbers given, {_needed('names')}")
     return tuple(take_item(item) for item in items)
+
+
+def _needed(slots: str) -> str:
+    """How many numbers each family needs, with its blocks by name. slots: the attribute of `BlockMap` that names them."""
+    named = ((blocks.title, getattr(blocks, slots)) for blocks in BLOCK_MAPS)
+    return "; ".join(f"{len(names)} needed for {title}: {' '.join(names)}" for title, names in named)
 
 
 def take_numbers(value: Any) -> tuple[float, ...]:
@@ -99,16 +104,20 @@ class LrPreset:
         return tuple(LR_PRESETS[self.curve](i / (count - 1)) + self.offset for i in range(count))
 
 
-def take_lr_weights(value: Any) -> tuple[float, ...] | LrPreset:
-    """A number for each block of one side (12, or 9 for SDXL), or a preset such as `sine` or `sine+0.25`."""
+def take_lr_weights(slots: str, value: Any) -> tuple[float, ...] | LrPreset:
+    """A number for each block of one side (12, or 9 for SDXL), or a preset such as `sine` or `sine+0.25`.
+
+    slots: the attribute of `BlockMap` that names the blocks of that side.
+    """
     if isinstance(value, (list, tuple)):
-        numbers, most = take_numbers(value), max(blocks.down for blocks in BLOCK_MAPS)
-        if len(numbers) > most:
-            raise ValueError(f"{len(numbers)} numbers given, {most} needed")
+        numbers = take_numbers(value)
+        if len(numbers) > max(len(getattr(blocks, slots)) for blocks in BLOCK_MAPS):
+            raise ValueError(f"{len(numbers)} numbers given, {_needed(slots)}")
         return numbers
     preset, _, offset = str(value).partition("+")
     if preset.strip() not in LR_PRESETS:
-        raise ValueError(f"give 12 numbers with commas, or a preset ({', '.join(LR_PRESETS)}), which may be as sine+0.25")
+        presets = ", ".join(LR_PRESETS)
+        raise ValueError(f"give 12 numbers (9 for SDXL) with commas, or a preset ({presets}), which may be as sine+0.25")
     return LrPreset(preset.strip(), take_number(read_value(offset)) if offset else 0.0)
 
 
@@ -125,9 +134,9 @@ def readers() -> dict[str, Reader]:
         "block_alphas": partial(take_blocks, take_number),
         "conv_block_dims": partial(take_blocks, take_int),
         "conv_block_alphas": partial(take_blocks, take_number),
-        "down_lr_weight": take_lr_weights,
+        "down_lr_weight": partial(take_lr_weights, "down_names"),
         "mid_lr_weight": take_mid_lr_weight,
-        "up_lr_weight": take_lr_weights,
+        "up_lr_weight": partial(take_lr_weights, "up_names"),
         "block_lr_zero_threshold": take_number,
         "loraplus_lr_ratio": take_number,
         "loraplus_unet_lr_ratio": take_number,

@@ -118,8 +118,10 @@ def packed_model(names: Iterable[str]) -> str | None:
 
 
 def instead_of_a_folder(pipeline: str, configs: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """The same for a Diffusers folder, by the class of its pipeline and the configurations of its parts."""
+    """The same for a Diffusers folder, by the class of its pipeline and the configurations of its parts and its scheduler."""
     what = next((what for mark, what in _OTHER_PIPELINES.items() if mark in pipeline), None)
+    if str(configs.get("scheduler", {}).get("_class_name", "")).startswith("EDM"):
+        what = "an EDM model (CosXL, for example)"
     if configs.get("vae", {}).get("latents_mean"):
         what = "an EDM model (Playground v2.5)"
     if "text_encoder_2" in configs and "text_encoder" not in configs:

@@ -186,7 +186,7 @@ def _family_of_folder(folder: Path, v2: bool | None) -> tuple[Family, dict[str, 
     pipeline = str(_json(folder / "model_index.json").get("_class_name", ""))
     files = sorted(folder.glob("*/config.json"))
     configs = {file.parent.name: _json(file) for file in files}
-    family = detect_folder(folder, pipeline, configs)
+    family = detect_folder(folder, pipeline, configs | {"scheduler": _scheduler_config(folder) or {}})
     refuse_other_inputs(str(folder), family, configs.get("unet", {}).get("in_channels", family.latents.channels))
     refuse_other_conditions(str(folder), family, configs.get("unet", {}))
     if v2 is not None:

@@ -53,7 +53,7 @@ def detect(path: Path, shapes: Shapes) -> Family:
 
 
 def detect_folder(folder: Path, pipeline: str, configs: Mapping[str, Config]) -> Family:
-    """The family of a Diffusers folder with this pipeline and these configurations of its parts."""
+    """The family of a Diffusers folder with this pipeline and these configurations of its parts and its scheduler."""
     if what := instead_of_a_folder(pipeline, configs):
         raise UserError(f"{folder} is {what}")
     named = next((family for family in FAMILIES if family.pipeline == pipeline), FAMILIES[0])

@@ -324,6 +324,20 @@ def test_text_encoder_lr_is_one_rate_or_one_for_each_encoder():
     assert parse_options([*NEEDED, "--text_encoder_lr", "1e-5", "2e-5"]).optimizer.text_encoder_lr == [1e-5, 2e-5]
 
 
+@pytest.mark.parametrize(
+    "line, expected",
+    [
+        ("text_encoder_lr = [5e-5, 1e-5]", [5e-5, 1e-5]),
+        ("text_encoder_lr = [0.00005]", 5e-5),
+        ("text_encoder_lr = 5e-5", 5e-5),
+        ('text_encoder_lr = ["5e-5", "1e-5"]', [5e-5, 1e-5]),
+    ],
+)
+def test_rates_of_text_encoders_in_a_config_file_of_any_program(tmp_path, line, expected):
+    options = parse_options([config(tmp_path, FRONT_END.replace("text_encoder_lr = []", line))])
+    assert options.optimizer.text_encoder_lr == expected
+
+
 # Options for paths
 
 

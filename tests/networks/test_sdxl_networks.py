@@ -125,7 +125,8 @@ def numbers(count: int) -> str:
         ({"conv_block_dims": numbers(12), "block_dims": numbers(23)}, "conv_block_dims=.*: 12 numbers given, .*23 needed"),
         ({"down_lr_weight": numbers(12)}, "down_lr_weight: 12 numbers given, 9 needed for SDXL: IN00 .* IN08"),
         ({"up_lr_weight": numbers(12)}, "up_lr_weight: 12 numbers given, 9 needed for SDXL: OUT00 .* OUT08"),
-        ({"down_lr_weight": numbers(25)}, "down_lr_weight=.*: 25 numbers given, 12 needed"),
+        ({"down_lr_weight": numbers(25)}, "down_lr_weight=.*: 25 numbers given, 12 needed .*; 9 needed for SDXL: IN00 .* IN08$"),
+        ({"up_lr_weight": numbers(25)}, "up_lr_weight=.*: 25 numbers given, 12 needed .*; 9 needed for SDXL: OUT00 .* OUT08$"),
     ],
 )
 def test_trap_42_as_many_numbers_as_sd_1_has_are_an_error_with_the_slots_by_name(model, words, message):

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from library.errors import UserError
-from library.models.loading import load_stable_diffusion, load_vae
+from library.models.loading import load_stable_diffusion, load_vae, read_header
 from library.models.modules import weights_fingerprint
+from library.models.saving import save_stable_diffusion
+from library.testing import small_sdxl
 
 COMMIT = "0123456789" * 4
 
@@ -70,6 +72,22 @@ def test_without_network_a_model_fetched_before_is_used(cache, unreachable, save
         theirs = small_models[False].parts[part].state_dict()
         assert all(torch.equal(theirs[name], value) for name, value in model.parts[part].state_dict().items())
     assert not caplog.text and "Hub" not in "".join(capfd.readouterr())
+
+
+def test_sdxl_and_the_vae_for_half_precision_by_their_names(cache, unreachable, tmp_path):
+    model = small_sdxl(seed=2)
+    save_stable_diffusion(model, tmp_path / "model")
+    fetched_before(cache, "somebody/some-xl", tmp_path / "model")
+    other = small_sdxl(seed=5).vae
+    other.register_to_config(force_upcast=False)  # as madebyollin/sdxl-vae-fp16-fix has it
+    other.save_pretrained(tmp_path / "vae")
+    fetched_before(cache, "somebody/some-vae", tmp_path / "vae")
+    assert read_header("somebody/some-xl").family is model.family
+    loaded = load_stable_diffusion("somebody/some-xl", vae="somebody/some-vae")
+    assert loaded.family is model.family and loaded.latents.scale == 0.13025
+    assert weights_fingerprint(loaded.vae) == weights_fingerprint(other) != weights_fingerprint(model.vae)
+    for name in ("unet", "text_encoder", "text_encoder_2"):
+        assert weights_fingerprint(loaded.parts[name]) == weights_fingerprint(model.parts[name])
 
 
 @pytest.mark.parametrize("inside", ["", "vae"])

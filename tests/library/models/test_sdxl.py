@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import shutil
 import weakref
 from functools import cache
 from pathlib import Path
@@ -217,10 +218,26 @@ def test_trap_51_what_a_file_holds_beside_the_parts_comes_back(file, tmp_path):
     assert all(torch.equal(again[name], value) for name, value in tensors.items())
 
 
-def test_a_ckpt_and_half_precision(model, tmp_path):
-    save_stable_diffusion(model, tmp_path / "model.ckpt", dtype=torch.float16)
+def test_a_ckpt_and_half_precision(model, file, tmp_path):
+    """Both ways with the marks of the prediction, and all weights bit for bit."""
+    marked = {name: value.half() for name, value in load_file(file).items()} | {"v_pred": torch.empty(0), "ztsnr": torch.empty(0)}
+    save_file(marked, tmp_path / "marked.safetensors")
+    first = load_stable_diffusion(str(tmp_path / "marked.safetensors"), dtype=torch.float16)
+    save_stable_diffusion(first, tmp_path / "model.ckpt")
+    content = torch.load(tmp_path / "model.ckpt", weights_only=True)["state_dict"]
     loaded = load_stable_diffusion(str(tmp_path / "model.ckpt"), dtype=torch.float16)
     assert loaded.family is sdxl.FAMILY and loaded.denoiser.dtype == torch.float16
+    assert (loaded.prediction, loaded.zero_terminal_snr) == ("v", True)
+    save_stable_diffusion(loaded, tmp_path / "back.safetensors")
+    for again in (content, load_file(tmp_path / "back.safetensors")):
+        assert again.keys() == marked.keys() and all(torch.equal(again[name], value) for name, value in marked.items())
+
+
+def test_the_refiners_folder_is_named(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "refiner")
+    shutil.rmtree(tmp_path / "refiner" / "text_encoder")
+    with pytest.raises(UserError, match="is the refiner of SDXL"):
+        load_stable_diffusion(str(tmp_path / "refiner"))
 
 
 def test_trap_59_weights_are_read_one_by_one_into_the_dtype_they_are_used_in(model, tmp_path, monkeypatch):
@@ -325,6 +342,8 @@ def test_trap_8_a_u_net_without_text_encoders_is_not_taken_for_sd_1(file, tmp_pa
         (("model_index.json", {"_class_name": "KolorsPipeline"}), "Kolors"),
         (("vae/config.json", {"latents_mean": [0.1, 0.2, 0.3, 0.4]}), "Playground"),
         (("unet/config.json", {"in_channels": 9}), "in-painting"),
+        (("unet/config.json", {"in_channels": 8}), "instruct-pix2pix"),
+        (("scheduler/scheduler_config.json", {"_class_name": "EDMEulerScheduler", "sigma_data": 1.0}), "CosXL"),
     ],
 )
 def test_folders_of_relatives_are_refused_by_name(model, tmp_path, change, message):
