@@ -70,6 +70,9 @@ def load_model(
         resolve_pattern(chosen.ckpt or ""), v2=chosen.v2, prediction="v" if chosen.v_parameterization else None, vae=chosen.vae,
         dtype=torch.float16 if speed.fp16 else torch.bfloat16 if speed.bf16 else torch.float32, device=device,
     )  # fmt: skip
+    if model.prediction == "v" and not chosen.v_parameterization:
+        ends = ", zero terminal SNR" if model.zero_terminal_snr else ""
+        print(f"the model predicts velocity{ends}, as its files say: drawn so")
     if chosen.sdxl:
         check_family(model.name, model.family, "sdxl", "leave out --sdxl")
     _save_memory(model, speed, device)

@@ -68,10 +68,21 @@ def test_wrong_models_are_one_line(saved, tmp_path):
         load(saved, fp16=True)
 
 
-def test_a_folder_is_drawn_as_its_scheduler_predicts(v_model, tmp_path):
+def test_a_folder_is_drawn_as_its_scheduler_predicts_and_one_line_says_so(v_model, tmp_path, capsys):
     save_stable_diffusion(v_model, tmp_path / "model")
     chosen = ModelOptions(ckpt=str(tmp_path / "model"), v2=True)
     assert load_model(chosen, SpeedOptions()).prediction == "v"
+    assert capsys.readouterr().out == "the model predicts velocity, as its files say: drawn so\n"
+    load_model(chosen.model_copy(update={"v_parameterization": True}), SpeedOptions())
+    assert not capsys.readouterr().out
+
+
+def test_the_line_names_zero_terminal_snr_too(saved, model, tmp_path, capsys):
+    load(saved)
+    assert not capsys.readouterr().out
+    save_stable_diffusion(replace(model, prediction="v", zero_terminal_snr=True), tmp_path / "model")
+    load(tmp_path / "model")
+    assert "the model predicts velocity, zero terminal SNR, as its files say" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler_a", "dpmsolver++"])
