@@ -97,3 +97,8 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly():
     process.stdout.close()
     errors = process.stderr.read().decode()
     assert process.wait(200) == 0 and "Traceback" not in errors and "BrokenPipe" not in errors
+
+
+def test_the_form_for_faults_asks_for_the_table():
+    form = Path(DOCTOR).parents[1] / ".github" / "ISSUE_TEMPLATE" / "bug.yml"
+    assert "`python tools/doctor.py --self_test`" in form.read_text(encoding="utf-8")
