@@ -97,6 +97,11 @@ def load_stable_diffusion(
     model.name, model.path = str(name_or_path), path if path.exists() else None
     if vae is not None:
         model.parts["vae"] = load_vae(vae, **to, part=model.family.vae_part)
+        stated, usual = model.latents.scale, model.family.latents.scale
+        if stated != usual:
+            logger.warning(
+                "%s says that its latents are scaled by %g, %s by %g: is it a VAE for it?", vae, stated, model.family.title, usual
+            )
     return model
 
 

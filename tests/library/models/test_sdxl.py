@@ -261,11 +261,15 @@ def test_trap_59_weights_are_read_one_by_one_into_the_dtype_they_are_used_in(mod
     assert all(weight.untyped_storage().nbytes() == weight.nbytes for weight in weights)
 
 
-def test_another_vae_has_the_scale_of_the_family(file, tmp_path):
+def test_another_vae_has_the_scale_of_the_family_or_that_which_it_states(file, tmp_path, caplog):
     assert load_vae(str(file), part=sdxl.VAE).config.scaling_factor == 0.13025
     vae = small_stable_diffusion(seed=9)
     save_stable_diffusion(vae, tmp_path / "sd1.safetensors")
     assert load_stable_diffusion(str(file), vae=str(tmp_path / "sd1.safetensors")).latents.scale == 0.13025
+    assert not caplog.text
+    vae.vae.save_pretrained(tmp_path / "vae")
+    assert load_stable_diffusion(str(file), vae=str(tmp_path / "vae")).latents.scale == 0.18215
+    assert f"{tmp_path / 'vae'} says that its latents are scaled by 0.18215, SDXL by 0.13025" in caplog.text
 
 
 # ---------------------------------------------------------------- what the model predicts
