@@ -189,7 +189,7 @@ def a_state(tmp_path_factory, images) -> Path:
             ["--learning_rate=1e-4", "--min_snr_gamma=5"],
             "--learning_rate was 0.001 and is 0.0001; --min_snr_gamma was unset and is 5.0",
         ),
-        (["--optimizer_type=SGD"], "--optimizer_type was  and is SGD"),
+        (["--optimizer_type=SGD"], "--optimizer_type was unset and is SGD"),
         (["--ema_decay=0.9"], "--ema_decay was unset and is 0.9"),
         (["--network_args", "conv_dim=2"], "--network_args was unset"),
         (["--shuffle_caption"], "--shuffle_caption was False and is True"),
