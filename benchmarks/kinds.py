@@ -21,17 +21,16 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ROOT / "tests"
-sys.path[:0] = [str(ROOT), str(TESTS), str(TESTS / "library" / "formats" / "adapters")]
+sys.path.insert(0, str(ROOT))
 
 import peft  # noqa: E402
-import test_adapters_lycoris as lycoris  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from library.formats.lora_file import read_lora  # noqa: E402
 from library.testing import small_stable_diffusion  # noqa: E402
 from networks.lora import create_network, create_network_from_weights  # noqa: E402
+from tests.library.formats.adapters import test_adapters_lycoris as lycoris  # noqa: E402
 
 CORES = {"lora": lycoris.LoConModule, "loha": lycoris.LohaModule, "lokr": lycoris.LokrModule}
 PEFT: dict[str, tuple[str, dict[str, Any]]] = {

@@ -24,12 +24,12 @@ from lycoris.modules import (
     NormModule,
     get_module,
 )
-from tool_files import small_model
 from torch import Tensor, nn
 
 from library.formats.adapters.registry import Adapter, find_adapter
 from library.formats.lora_file import read_lora
 from networks.lora import create_network_from_weights
+from tests.tool_files import small_model
 
 RANK = 4
 LAYERS = {
