@@ -41,7 +41,7 @@ DTYPES = {
 }  # fmt: skip
 WRAPPERS = ("state_dict", "model", "module")  # keys of a pickled file under which its tensors may be
 NEWEST_PROTOCOL = 3  # of the pickles that torch reads with weights_only
-MIN_FORGOTTEN = 64 << 20  # bytes that `Windows.forget` lets add up
+MIN_FORGOTTEN = 32 << 20  # bytes that `Windows.forget` lets add up
 WINDOW = 64 << 20  # bytes of a file that are mapped at a time; mapped pages count as the process's memory
 
 Fetch = Callable[[int, int], Tensor]  # (first byte, number of bytes) -> flat uint8 tensor
