@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -22,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.result_page import write_parts  # noqa: E402
-from benchmarks.train_step import Case, Clock, conditions, make_images, make_model, train  # noqa: E402
+from benchmarks.train_step import Case, Clock, answer, conditions, prepare, train  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "checkpointing.md"
 SHARES = {"none": None, "a quarter of the saving": 0.25, "half of the saving": 0.5, "all": 1.0}
@@ -86,18 +85,10 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "unet.json").exists():
-            make_model(folder, arguments.small, arguments.family)
-        if not (folder / f"{case.size}px").exists():
-            make_images(folder / f"{case.size}px", case.size)
+        prepare(folder, [case.size], arguments.small, arguments.family)
         lines = [f"{conditions()}.", "", *HEAD]
         for name in SHARES:
-            words = [sys.executable, __file__, *sys.argv[1:], f"--measure={name}", f"--folder={folder}"]
-            done = subprocess.run(words, capture_output=True, encoding="utf-8", cwd=ROOT)
-            if done.returncode:
-                raise SystemExit(f"{name}: {done.stderr[-3000:]}")
-            row = json.loads(done.stdout.strip().splitlines()[-1])
+            row = answer([__file__, *sys.argv[1:], f"--measure={name}", f"--folder={folder}"], name)
             lines.append(f"| {name} | {row['parts']} | {row['wall']:.3f} | {row['processor']:.3f} | {row['peak'] / 1e9:.2f} |")
             print(lines[-1], flush=True)
     title = f"{FAMILIES[arguments.family]}, {case.label()}"

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -24,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.result_page import write_parts  # noqa: E402
-from benchmarks.train_step import Case, Clock, conditions, make_images, make_model, train  # noqa: E402
+from benchmarks.train_step import Case, Clock, answer, conditions, prepare, train  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "compiling.md"
 WAYS = {"plain": [], "compiled, first run": ["--torch_compile"], "compiled, second run": ["--torch_compile"]}
@@ -53,13 +51,8 @@ def measure(case: Case, way: str, folder: Path, steps: int) -> dict[str, float]:
 
 
 def in_own_process(case: Case, way: str, folder: Path, steps: int, cache: str) -> dict[str, float]:
-    words = [sys.executable, __file__, f"--sizes={case.size}", f"--precision={case.precision}", f"--steps={steps}"]
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
-    words += [f"--folder={folder}", f"--measure={way}"]
-    done = subprocess.run(words, capture_output=True, encoding="utf-8", cwd=ROOT, env=environment)
-    if done.returncode:
-        raise SystemExit(f"{way}: {done.stderr[-3000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    words = [__file__, f"--sizes={case.size}", f"--precision={case.precision}", f"--steps={steps}"]
+    return answer([*words, f"--folder={folder}", f"--measure={way}"], way, {"TORCHINDUCTOR_CACHE_DIR": cache})
 
 
 def rows(case: Case, folder: Path, steps: int) -> list[str]:
@@ -98,12 +91,8 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "unet.json").exists():
-            make_model(folder, arguments.small)
+        prepare(folder, arguments.sizes, arguments.small)
         for case in cases:
-            if not (folder / f"{case.size}px").exists():
-                make_images(folder / f"{case.size}px", case.size)
             lines = [f"{conditions()}.", "", *HEAD, *rows(case, folder, arguments.steps)]
             write_parts(arguments.out, "compiling.py", __doc__, {case.label(): lines})
 

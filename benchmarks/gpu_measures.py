@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import caching, generate
-from benchmarks.train_step import Case, bare, floor_step, make_images, make_model, now, precision_name, train
+from benchmarks.train_step import Case, bare, floor_step, now, precision_name, prepare, train
 
 Row = dict[str, Any]  # "row" names it, other keys are columns; "failed" says why there are none
 SIZES = {"sd1": 512, "sdxl": 1024}
@@ -117,12 +117,8 @@ def measure_machine(job: Job, place: Place) -> Iterator[Row]:
 
 
 def made_files(family: str, place: Place) -> Row:
-    started, folder = time.perf_counter(), place.of(family)
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "unet.json").exists():
-        make_model(folder, place.tiny, family)
-    if not (folder / f"{place.size(family)}px").exists():
-        make_images(folder / f"{place.size(family)}px", place.size(family))
+    started = time.perf_counter()
+    prepare(place.of(family), [place.size(family)], place.tiny, family)
     return {"seconds": time.perf_counter() - started}
 
 

@@ -21,14 +21,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.train_step import CASES, HEAD, Case, conditions, load, make_images, make_model, step_row  # noqa: E402
+from benchmarks.result_page import Tables  # noqa: E402
+from benchmarks.train_step import CASES, HEAD, Case, conditions, load, prepare, step_row  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "sdxl.md"
 PARTS = ("open", "step", "names")  # in this order: a process starts with the peak of memory of the one that started it
@@ -128,50 +129,33 @@ def open_row(path: Path, rounds: int) -> str:
 # ---------------------------------------------------------------- the page
 
 
-class Page:
-    """The results file: a row is written when it is measured, in place of the same one of an earlier run."""
-
-    def __init__(self, path: Path, stated: str) -> None:
-        self.path, self.stated = path, stated
-        self.rows: dict[str, dict[str, str]] = {part: {} for part in HEADS}
-        part = ""
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-            part = next((name for name, head in HEADS.items() if line == head[0]), part)
-            if part and line.startswith("| ") and line != HEADS[part][0]:
-                self.rows[part][line.split(" | ")[0]] = line
-
-    def add(self, part: str, rows: Iterable[str]) -> None:
-        for row in rows:
-            print(row, flush=True)
-            self.rows[part][row.split(" | ")[0]] = row
-        lines = ["# benchmarks/sdxl.py", "", *__doc__.split("\n\n", 2)[2].strip().splitlines(), "", f"Last run: {self.stated}."]
-        for name, kept in self.rows.items():
-            lines += ["", *HEADS[name], *kept.values()] if kept else []
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("\n".join([*lines, ""]), encoding="utf-8")
+def results(path: Path, stated: str) -> Tables:
+    """The results file."""
+    intro = ["# benchmarks/sdxl.py", "", *__doc__.split("\n\n", 2)[2].strip().splitlines(), ""]
+    return Tables(path, [*intro, f"Last run: {stated}."], HEADS)
 
 
-def prepare(folder: Path, arguments: argparse.Namespace) -> Path:
+def prepare_in_own_process(folder: Path, arguments: argparse.Namespace) -> Path:
     """The model's file and the images, unless they are there. In a process of its own: a peak of memory is inherited."""
-    folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "unet.json").exists():
         subprocess.run([sys.executable, __file__, "--make", str(folder), *(["--small"] if arguments.small else [])], check=True)
-    if not (folder / f"{arguments.size}px").exists():
-        make_images(folder / f"{arguments.size}px", arguments.size)
+    prepare(folder, [arguments.size], arguments.small, "sdxl")
     return folder / "model.safetensors"
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> None:
-    """The parts asked for, each written when it is measured."""
-    path, page = prepare(folder, arguments), Page(arguments.out, conditions())
+    """The parts asked for, each row written when it is measured."""
+    path, tables = prepare_in_own_process(folder, arguments), results(arguments.out, conditions())
     for part in [part for part in PARTS if part in arguments.parts]:
         if part == "names":
-            page.add(part, names_rows(path))
+            rows = names_rows(path)
         elif part == "open":
-            page.add(part, [open_row(path, arguments.rounds)])
+            rows = iter([open_row(path, arguments.rounds)])
         else:
-            for name in arguments.cases:
-                page.add(part, [step_row(Case(arguments.size, 1, arguments.precision, name), folder, arguments.steps)])
+            cases = (Case(arguments.size, 1, arguments.precision, name) for name in arguments.cases)
+            rows = (step_row(case, folder, arguments.steps) for case in cases)
+        for row in rows:
+            tables.add(part, row)
 
 
 def main() -> None:
@@ -190,7 +174,7 @@ def main() -> None:
     parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)  # the folder for the model: the inner process
     arguments = parser.parse_args()
     if arguments.make:
-        make_model(arguments.make, arguments.small, "sdxl")
+        prepare(arguments.make, [], arguments.small, "sdxl")
         return
     with tempfile.TemporaryDirectory() as temporary:
         measure(arguments, arguments.folder or Path(temporary))

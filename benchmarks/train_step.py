@@ -28,13 +28,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from benchmarks.result_page import Tables  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "train_step.md"
 CAPTIONS = ("a red kite above the sea", "two cats asleep on a sofa", "an old stone bridge", "a bowl of cherries")
@@ -113,6 +115,16 @@ def make_images(folder: Path, size: int) -> None:
         pixels = np.random.default_rng(number).integers(0, 256, (size, size, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}.png")
         (folder / f"{number}.txt").write_text(CAPTIONS[number % len(CAPTIONS)], encoding="utf-8")
+
+
+def prepare(folder: Path, sizes: Iterable[int], small: bool, family: str = "sd1") -> None:
+    """Make the model and the images of these sizes, unless the folder has them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "unet.json").exists():
+        make_model(folder, small, family)
+    for size in sizes:
+        if not (folder / f"{size}px").exists():
+            make_images(folder / f"{size}px", size)
 
 
 # ---------------------------------------------------------------- measuring, in a process of its own
@@ -321,12 +333,17 @@ MEASURES = {"time": measure_time, "ours": measure_ours, "floor": measure_floor, 
 
 
 def in_own_process(what: str, case: Case, folder: Path, steps: int = 1) -> dict[str, float]:
-    """This script again, for one measurement; its last line is the answer."""
-    words = [sys.executable, __file__, "--measure", what, json.dumps(asdict(case)), f"--folder={folder}", f"--steps={steps}"]
-    environment = {**os.environ, "TRAIN_STEP_STARTED": repr(time.time())}
-    done = subprocess.run(words, capture_output=True, encoding="utf-8", cwd=ROOT, env=environment)
+    """This script again, for one measurement."""
+    words = [__file__, "--measure", what, json.dumps(asdict(case)), f"--folder={folder}", f"--steps={steps}"]
+    return answer(words, f"{case.label()}: measuring {what}", {"TRAIN_STEP_STARTED": repr(time.time())})
+
+
+def answer(words: Sequence[str], what: str, environment: Mapping[str, str] | None = None) -> dict[str, float]:
+    """The last line, in JSON, of what a script prints in a process of its own. what: its name if it fails."""
+    command, variables = [sys.executable, *words], {**os.environ, **(environment or {})}
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=ROOT, env=variables)
     if done.returncode:
-        raise SystemExit(f"{case.label()}: measuring {what} failed:\n{done.stderr[-3000:]}")
+        raise SystemExit(f"{what} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -379,39 +396,22 @@ def conditions() -> str:
     )
 
 
-class Table:
-    """The results file: a row is written when it is measured, in place of the same one of an earlier run."""
-
-    def __init__(self, path: Path, stated: str) -> None:
-        self.path, self.stated = path, stated
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        rows = [line for line in lines if line.startswith("| ") and line not in (HEAD[0], ASIDE_HEAD[0])]
-        self.rows = {line.split(" | ")[0]: line for line in rows}
-
-    def add(self, row: str) -> None:
-        print(row, flush=True)
-        self.rows[row.split(" | ")[0]] = row
-        aside = [line for line in self.rows.values() if line.startswith("| launch at")]
-        steps = [line for line in self.rows.values() if line not in aside]
-        intro = ["# benchmarks/train_step.py", "", *__doc__.split("\n\n", 2)[2].strip().splitlines(), ""]
-        about = [f"Last run: {self.stated}. A preview has {SAMPLER_STEPS} sampler steps.", ""]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("\n".join([*intro, *about, *HEAD, *steps, "", *ASIDE_HEAD, *aside, ""]), encoding="utf-8")
+def results(path: Path, stated: str) -> Tables:
+    """The results file."""
+    intro = ["# benchmarks/train_step.py", "", *__doc__.split("\n\n", 2)[2].strip().splitlines(), ""]
+    about = f"Last run: {stated}. A preview has {SAMPLER_STEPS} sampler steps."
+    return Tables(path, [*intro, about], {"steps": HEAD, "aside": ASIDE_HEAD})
 
 
 def measure_all(arguments: argparse.Namespace, folder: Path) -> None:
     """The launch at each size, then every case, a line of the tables after the other."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "unet.json").exists():
-        make_model(folder, arguments.small)
-    table = Table(arguments.out, conditions())
+    prepare(folder, arguments.sizes, arguments.small)
+    tables = results(arguments.out, conditions())
     precisions, sizes, batches = arguments.precisions, arguments.sizes, arguments.batches
     for size in sizes:
-        if not (folder / f"{size}px").exists():
-            make_images(folder / f"{size}px", size)
-        table.add(aside_row(Case(size, 1, precisions[0], "unet"), folder))
+        tables.add("aside", aside_row(Case(size, 1, precisions[0], "unet"), folder))
     for case in [Case(*row) for row in itertools.product(sizes, batches, precisions, arguments.cases)]:
-        table.add(step_row(case, folder, arguments.steps))
+        tables.add("steps", step_row(case, folder, arguments.steps))
 
 
 def main() -> None:

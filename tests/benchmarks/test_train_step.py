@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 
 from benchmarks import train_step
-from benchmarks.train_step import CASES, Case, Table
+from benchmarks.train_step import CASES, Case
 from library.training.memory.frozen import FrozenConv2d
 from library.training.options import parse_options
 from tests.library.training.small_runs import two_blocks, use_two_blocks
@@ -69,9 +69,12 @@ def test_words_of_every_case_are_options(tmp_path):
 
 def test_rows_stay_until_they_are_measured_again(tmp_path):
     path = tmp_path / "results.md"
-    for rows in (["| a | 1 |", "| launch at 64 px | 3 |"], ["| b | 5 |", "| a | 2 |"]):
-        table = Table(path, "a machine")
-        for row in rows:
-            table.add(row)
+    for rows in (
+        [("steps", "| a | 1 |"), ("aside", "| launch at 64 px | 3 |")],
+        [("steps", "| b | 5 |"), ("steps", "| a | 2 |")],
+    ):
+        tables = train_step.results(path, "a machine")
+        for table, row in rows:
+            tables.add(table, row)
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
     assert lines == [train_step.HEAD[0], "| a | 2 |", "| b | 5 |", train_step.ASIDE_HEAD[0], "| launch at 64 px | 3 |"]
