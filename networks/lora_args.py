@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
 from library.errors import nearest
 from library.formats.blocks import BLOCK_MAPS, SD_BLOCKS, BlockMap, block_map
+from library.formats.lora_layouts import resnets_of
 from library.text_values import read_value
 from networks.suite_module import SuiteModule
 from networks.variants import VARIANTS, Variant, combined
@@ -158,7 +159,8 @@ def _variant_readers() -> dict[str, Reader]:
 class NetworkArgs:
     """The values of `--network_args`. None: not given.
 
-    variants: the kinds of modules that were asked for; blocks: those of the model's U-Net, known once its layers are.
+    variants: the kinds of modules that were asked for. blocks, resnets: those of the model's U-Net and of each of its levels,
+    known once its layers are.
     """
 
     conv_dim: int | None = None
@@ -179,6 +181,7 @@ class NetworkArgs:
     loraplus_text_encoder_lr_ratio: float | None = None
     variants: tuple[type[Variant], ...] = ()
     blocks: BlockMap = SD_BLOCKS
+    resnets: int | None = None
 
     @property
     def dropouts(self) -> dict[str, float]:
@@ -198,9 +201,9 @@ class NetworkArgs:
     def conv3x3(self) -> bool:
         return self.conv_dim is not None or self.conv_block_dims is not None
 
-    def for_layers(self, lora_names: Iterable[str]) -> NetworkArgs:
+    def for_layers(self, lora_names: Collection[str]) -> NetworkArgs:
         """These words for a model with layers of these names. ValueError, naming the blocks, if there are not as many numbers."""
-        args = replace(self, blocks=block_map(lora_names))
+        args = replace(self, blocks=block_map(lora_names), resnets=resnets_of(lora_names))
         blocks = args.blocks
         for key in ("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas"):
             given = getattr(args, key)

@@ -21,7 +21,7 @@ from library.formats.adapters.registry import find_adapter
 from library.formats.families import titles
 from library.formats.foreign import instead_of_a_lora
 from library.formats.lora_hashes import with_hashes
-from library.formats.lora_layouts import PeftConfig, named_for
+from library.formats.lora_layouts import PeftConfig, named_for, with_alphas
 from library.formats.tensor_file import open_tensors
 from library.formats.tensor_output import save_pickled
 from networks.adapters import AdapterModule, all_layers, find_modules
@@ -86,10 +86,8 @@ class SuiteNetwork(LoRANetwork):
     def from_weights(cls, args: Any, multiplier: float, weights: Weights, text_encoder: TextEncoders, unet: UNet) -> Any:
         if args.sets_ranks:
             logger.warning("ranks, alphas and values are those of the weights; the ones in network_args are not used")
-        weights = kohya_weights(weights)
-        layers = lora_layers(weights, text_encoder, unet)
+        weights, layers = lora_layers(weights, text_encoder, unet)
         others = other_modules(weights, layers, text_encoder, unet)
-        weights = named_for(weights, layers)
         kinds = modules_in(weights, layers, others)
         modules: list[nn.Module] = []
         for name in [name for name in layers if name in kinds]:
@@ -124,13 +122,11 @@ class SuiteNetwork(LoRANetwork):
     def merge_to(
         self, text_encoder: TextEncoders, unet: UNet, weights_sd: Weights, dtype: DType = None, device: Device = None
     ) -> None:
-        weights = kohya_weights(weights_sd)
-        layers = lora_layers(weights, text_encoder, unet)
+        weights, layers = lora_layers(weights_sd, text_encoder, unet)
         others = other_modules(weights, layers, text_encoder, unet)
         every = all_layers(text_encoder, unet) if others else {}
         for name, module in others.items():
             module.merge(every[name], self.multiplier, dtype, device)
-        weights = named_for(weights, layers)
         for name, kind in modules_in(weights, layers, others).items():
             merge_module(kind, weights, name, layers[name], self.multiplier, dtype, device)
 
@@ -201,15 +197,15 @@ class SuiteNetwork(LoRANetwork):
 
     @classmethod
     def read(cls, file: str | os.PathLike) -> dict[str, Tensor]:
-        """The tensors of a file in any layout, by kohya's names."""
+        """The tensors of a file in any layout, by their own names: those of layers here depend on the model."""
         with open_tensors(Path(file)) as content:
             tensors = {name: content.read(name) for name in content.shapes}
-            return kohya_weights(tensors, PeftConfig(Path(file), content.metadata))
+            return with_alphas(tensors, PeftConfig(Path(file), content.metadata))
 
     def load_weights(self, file: str | os.PathLike) -> Any:
         """Load a file; the alphas, and so the scales, are the file's. Returns the missing and the unexpected keys."""
         modules = dict(self.named_children())
-        weights = named_for(self.read(file), modules)
+        weights = self._named(self.read(file))
         if other := _untrained_kind(weights):
             raise ValueError(other)
         modules_in(weights, modules)
@@ -225,7 +221,7 @@ class SuiteNetwork(LoRANetwork):
 
     def load_state_dict(self, state_dict: Weights, strict: bool = True, assign: bool = False) -> Any:
         """As torch's, for files of any layout: alpha may be missing (then it is the rank); Linear and 1x1 convolution fit."""
-        named, others = named_for(kohya_weights(state_dict), dict(self.named_children())), self.others
+        named, others = self._named(state_dict), self.others
         fitted = {key: tensor for key, tensor in named.items() if key.partition(".")[0] not in others}  # they have them
         for name, module in self.named_children():
             for kind in VARIANTS:
@@ -235,43 +231,30 @@ class SuiteNetwork(LoRANetwork):
         return super().load_state_dict(fitted, strict=strict, assign=assign)
 
     def own_weights(self, weights: Weights) -> dict[str, Tensor]:
-        return super().own_weights(named_for(kohya_weights(weights), dict(self.named_children())))
+        return super().own_weights(self._named(weights))
+
+    def _named(self, weights: Weights) -> dict[str, Tensor]:
+        return named_for(weights, dict(self.named_children()), self.args.resnets)
 
 
 # ---------------------------------------------------------------- what weights hold
 
 
-def kohya_weights(weights: Weights, config: PeftConfig | None = None) -> dict[str, Tensor]:
-    """The weights by the names that networks here have; names in no known layout stay as they are.
+def lora_layers(weights: Weights, text_encoder: TextEncoders, unet: UNet) -> tuple[dict[str, Tensor], dict[str, Layer]]:
+    """The weights by the names of the model's layers, and the layers for which they can hold a LoRA.
 
-    config: where other programs write down their alphas. Layers that have kohya's names keep them: which of them a model has is
-    for `named_for` to say.
-    """
-    kohya, others = {}, {}
-    for key, tensor in weights.items():
-        layer, inside = lora_layouts.path_and_tensor(key)
-        if not inside or not layer.startswith(lora_layouts.KOHYA):
-            others[key] = tensor
-        elif "lora_magnitude_vector" in key:  # peft's name for what DoRA learns of each output
-            kohya[f"{layer}.{inside}"] = tensor.view(-1, 1)
-        else:
-            kohya[f"{layer}.{inside}"] = tensor
-    return kohya | lora_layouts.kohya_weights(others, config)
-
-
-def lora_layers(weights: Weights, text_encoder: TextEncoders, unet: UNet) -> dict[str, Layer]:
-    """The layers for which these weights can hold a LoRA: those that get one in training here, and others that have one in them.
-
-    Others are conv_in, conv_out, the time embedding and the projection of a text encoder, say.
+    These are the layers that get one in training here, and others that have one in the weights: conv_in, conv_out, the time
+    embedding and the projection of a text encoder, say.
     """
     layers = find_layers(text_encoder, unet, conv3x3=True)
+    named = named_for(weights, layers)
     ending = ".lora_down.weight"
-    if all(key.removesuffix(ending) in layers for key in weights if key.endswith(ending)):
-        return layers
+    if all(key.removesuffix(ending) in layers for key in named if key.endswith(ending)):
+        return named, layers
     every = all_layers(text_encoder, unet)
     named = named_for(weights, every)
     outside = {name: layer for name, layer in every.items() if isinstance(layer, Layer) and f"{name}{ending}" in named}
-    return layers | outside
+    return named, layers | outside
 
 
 def other_modules(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
@@ -19,7 +19,15 @@ from library.formats.families import FILE_FAMILIES, FileFamily, titles
 from library.formats.foreign import instead_of_a_lora
 from library.formats.lora_family import families_of_lora
 from library.formats.lora_hashes import hashes
-from library.formats.lora_layouts import KOHYA, PeftConfig, kohya_weights, lora_name, naming_family, resnets_of
+from library.formats.lora_layouts import (
+    USUAL_RESNETS,
+    PeftConfig,
+    kohya_layers,
+    lora_name,
+    naming_family,
+    resnets_of,
+    with_alphas,
+)
 from library.formats.low_rank import LowRank, require_finite
 from library.formats.tensor_file import Windows, open_tensors
 from library.formats.tensor_output import rows_in, write_weights
@@ -31,14 +39,16 @@ logger = logging.getLogger(__name__)
 class LoraFile:
     """A file of LoRAs or other adapters: what it has for each layer, by kohya name, in the file's order, and its metadata.
 
-    families: those that it can be for. dtype: of its weights. left_out: keys of tensors that are no part of it, and of modules of
-    rank 0. windows: the mapped memory that its tensors are in; whoever goes through a large file forgets it now and then.
+    paths: the layers as the file names them, by kohya name. families: those that it can be for. dtype: of its weights. left_out:
+    keys of tensors that are no part of it, and of modules of rank 0. windows: the mapped memory that its tensors are in; whoever
+    goes through a large file forgets it now and then.
     """
 
     path: Path
     modules: dict[str, Adapter]
     metadata: dict[str, str]
     dtype: torch.dtype
+    paths: dict[str, str]
     families: tuple[FileFamily, ...] = FILE_FAMILIES
     left_out: tuple[str, ...] = ()
     windows: Windows = field(default_factory=Windows, repr=False, compare=False)
@@ -52,14 +62,36 @@ class LoraFile:
         """The family that it is for; None if that is not known."""
         return self.families[0] if len(self.families) == 1 else None
 
-    def for_families(self, families: Sequence[FileFamily]) -> LoraFile:
-        """The same as a file for one of these, with the names that it has then."""
+    @cached_property
+    def resnets(self) -> int | None:
+        """Of each level of the U-Net that it is for; None if its layers do not show it."""
+        return resnets_of(self.paths.values())
+
+    def for_families(self, families: Sequence[FileFamily], resnets: int | None = None) -> LoraFile:
+        """The same as a file for one of these, with the names that it has then.
+
+        resnets: of each level of the model's U-Net; None: as the file shows.
+        """
         both = tuple(family for family in self.families if family in families)
-        if naming_family(both) is naming_family(self.families):
-            return replace(self, families=both)
-        family, resnets = naming_family(both), resnets_of(self.modules)
-        modules = {lora_name(name, family, resnets) or name: module for name, module in self.modules.items()}
-        return replace(self, modules=modules, families=both)
+        if both == self.families and resnets is None:
+            return self
+        names = self._names(naming_family(both), resnets or self.resnets or USUAL_RESNETS)
+        paths = {new: self.paths[old] for old, new in names.items()}
+        return replace(self, modules={names[old]: module for old, module in self.modules.items()}, paths=paths, families=both)
+
+    def _names(self, family: FileFamily, resnets: int) -> dict[str, str]:
+        """The names of its modules for a U-Net of this family with so many ResNets in each level, by their names here."""
+        return {name: lora_name(self.paths[name], family, resnets) or name for name in self.modules}
+
+    @property
+    def leaves_blocks_open(self) -> bool:
+        """Whether it has layers that are of other blocks in the one U-Net of its family than in another, and shows not for which.
+
+        Of few layers in Diffusers' layout: KOALA's U-Net has one ResNet in each level where SDXL's has two.
+        """
+        if self.family is None or self.resnets is not None:
+            return False
+        return self._names(self.family, 1) != self._names(self.family, 2)
 
     def require_finite(self) -> None:
         """UserError, naming the key, if a number is NaN or infinite."""
@@ -80,20 +112,13 @@ def read_lora(file: str | Path) -> LoraFile:
         metadata = dict(weights.metadata)
     _check_family(found, path)
     families = families_of_lora({name: tuple(tensor.shape) for name, tensor in found.items()}, metadata)
+    found = with_alphas(dict(sorted(found.items())), PeftConfig(path, metadata))
     try:
-        named = kohya_weights(dict(sorted(found.items())), PeftConfig(path, metadata), naming_family(families))
+        layers = kohya_layers(found, naming_family(families))
     except UserError as error:
-        raise error if str(path) in str(error) else UserError(f"{path}: {error}") from error
-    layers: dict[str, dict[str, Tensor]] = {}
-    left_out = []
-    for key, tensor in named.items():
-        layer, _, inside = key.partition(".")
-        if layer.startswith(KOHYA) and inside:
-            layers.setdefault(layer, {})[inside] = tensor
-        else:
-            left_out.append(key)
-    modules = {}
-    for layer, tensors in layers.items():
+        raise UserError(f"{path}: {error}") from error
+    left_out, modules = list(layers.others), {}
+    for layer, tensors in layers.tensors.items():
         adapter = find_adapter(layer, tensors)
         if adapter is None or _has_rank_0(adapter):
             left_out += [f"{layer}.{inside}" for inside in tensors]
@@ -106,7 +131,7 @@ def read_lora(file: str | Path) -> LoraFile:
         _raise_for_nothing(found, left_out, path)
     if left_out:
         logger.warning("%s: left out, since no layer has a use for them: %s", path, listed(left_out, 3))
-    return LoraFile(path, modules, metadata, _dtype(modules), families, tuple(left_out), weights.windows)
+    return LoraFile(path, modules, metadata, _dtype(modules), layers.paths, families, tuple(left_out), weights.windows)
 
 
 def _check_family(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -166,7 +191,8 @@ def read_loras(files: Sequence[str]) -> list[LoraFile]:
             found = f"{other.path} is for {titles(other.families)} and {lora.path} for {titles(lora.families)}"
             raise UserError(f"{found}; they cannot be combined")
         common = both
-    loras = [lora.for_families(common) for lora in loras]
+    shown = next((lora.resnets for lora in loras if lora.resnets), None)
+    loras = [lora.for_families(common, None if lora.resnets else shown) for lora in loras]
     shapes: dict[str, tuple[LoraFile, tuple[int, int]]] = {}
     for lora in loras:
         for name, module in lora.modules.items():

@@ -18,7 +18,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,10 @@ from library.formats.names import PROJECTION, UNetLayout, unet_table
 USUAL_RESNETS = 2  # of each level of a U-Net on the way down
 KOALA_DEPTHS = (4, 5)  # the last transformer block of the lowest level, of the 700M and the 1B model; SDXL's is 9
 _LOWEST = re.compile(r"down_blocks_2_attentions_0_transformer_blocks_(\d+)_")
-_SECOND_RESNET = re.compile(r"down_blocks_\d_(?:attentions|resnets)_1_|up_blocks_\d_(?:attentions|resnets)_2_")
-_OF_ONE_RESNET = "lora_unet_input_blocks_3_1_"  # in the place of SDXL's first downsampler
+_OF_TWO_RESNETS = re.compile(
+    r"down_blocks_\d_(?:attentions|resnets)_1_|up_blocks_\d_(?:attentions|resnets)_2_|(?:in|out)put_blocks_[678]_"
+)
+_OF_ONE_RESNET = "input_blocks_3_1_"  # in the place of SDXL's first downsampler
 KOHYA = ("lora_te_", "lora_te1_", "lora_te2_", "lora_unet_")
 _IN_UNET = ("down_blocks", "mid_block", "up_blocks", "conv_in", "conv_out", "conv_norm_out", "time_embedding", "add_embedding")
 _IN_COMPVIS_UNET = ("input_blocks", "middle_block", "output_blocks", "time_embed", "label_emb", "out_")
@@ -127,17 +130,6 @@ def _block_names(as_checkpoints: bool, resnets: int) -> dict[str, str]:
     return {compvis.replace(".", "_"): diffusers.replace(".", "_") for compvis, diffusers in table.items()}
 
 
-def kohya_key(key: str, family: FileFamily = SD1, resnets: int = USUAL_RESNETS) -> tuple[str, str, str] | None:
-    """(path, LoRA name, tensor's name) of a key in any layout; None if no layout has it. The path is as the file names the layer.
-
-    >>> kohya_key("unet.mid_block.attentions.0.proj_in.lora_A.weight")[1:]
-    ('lora_unet_mid_block_attentions_0_proj_in', 'lora_down.weight')
-    """
-    path, tensor = path_and_tensor(key)
-    name = lora_name(path, family, resnets) if tensor else None
-    return (path, name, tensor) if name else None
-
-
 def path_and_tensor(key: str) -> tuple[str, str]:
     """The layer of a key, as the file names it, and its tensor by kohya's name, which is empty if no layout has such a key.
 
@@ -151,44 +143,85 @@ def path_and_tensor(key: str) -> tuple[str, str]:
     return path, tensor if key.startswith(_UNDERSCORED) else ""
 
 
-def kohya_weights(
-    weights: Mapping[str, Tensor], config: PeftConfig | None = None, family: FileFamily | None = None
-) -> dict[str, Tensor]:
-    """The weights by the names that this suite's own files have; names in no known layout stay as they are.
+def with_alphas(weights: Mapping[str, Tensor], config: PeftConfig) -> dict[str, Tensor]:
+    """The weights with what `config` has written down beside them: the alphas of Diffusers' and peft's layouts.
 
-    config: where the alphas of Diffusers' and peft's layouts are written down. Without it they are the ranks.
-    family: whose names they get; None: SDXL's if the weights are for nothing else.
-    Raises UserError if two tensors get one name.
+    Alphas get keys of the file's own layout. Without an alpha it is the rank.
     """
-    family = family or naming_family(families_of_lora({key: tuple(tensor.shape) for key, tensor in weights.items()}))
-    result: dict[str, Tensor] = {}
-    alphas: dict[str, float] = {}
-    resnets = resnets_of(weights)
+    if not config.is_given:
+        return dict(weights)
+    result, alphas = dict(weights), {}
     for key, tensor in weights.items():
-        path, name, inside = kohya_key(key, family, resnets) or ("", "", "")
-        new = f"{name}.{inside}" if name else key
-        if new in result:
-            raise UserError(f"it holds {new} twice, the second time as {key}")
-        result[new] = tensor.view(-1, 1) if "lora_magnitude_vector" in key and inside == "dora_scale" else tensor
-        if config is None:
-            continue
+        path, inside = path_and_tensor(key)
         alpha = config.alpha(path, len(tensor)) if inside in _WITH_RANK and len(tensor) else None
         if alpha is not None:
-            alphas[f"{name}.alpha"] = alpha
+            alphas[f"{path}.alpha"] = torch.tensor(alpha)
         if inside == "lokr_w1" and f"{key.removesuffix(inside)}lokr_w2" in weights:
-            result[new] = tensor * config.strength(path)
-    return result | {key: torch.tensor(alpha) for key, alpha in alphas.items() if key not in result}
+            result[key] = tensor * config.strength(path)
+    return alphas | result
 
 
-def resnets_of(keys: Iterable[str]) -> int:
-    """ResNets of each level on the way down in the U-Net that these keys, as Diffusers names its blocks, are for.
+@dataclass(frozen=True)
+class Layers:
+    """Weights by layer.
 
-    That of KOALA has one, and its lowest level is half as deep as SDXL's. A LoRA for some of its layers alone may not show it.
+    tensors: LoRA name of a layer -> kohya's name of a tensor -> tensor. paths: LoRA name -> the layer as the file names it.
+    others: the weights with keys of no known layout.
+    """
+
+    tensors: dict[str, dict[str, Tensor]]
+    paths: dict[str, str]
+    others: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, weights: Mapping[str, Tensor], name_of: Callable[[str], str | None]) -> Layers:
+        """name_of: the LoRA name of a layer, given as the file names it; None if it has none.
+
+        Raises UserError if a layer has a tensor twice.
+        """
+        found = cls({}, {}, {})
+        name_of = cache(name_of)
+        for key, tensor in weights.items():
+            path, inside = path_and_tensor(key)
+            name = name_of(path) if inside else None
+            if name is None:
+                found.others[key] = tensor
+                continue
+            tensors = found.tensors.setdefault(name, {})
+            if inside in tensors:
+                raise UserError(f"it holds {name}.{inside} twice, the second time as {key}")
+            tensors[inside] = tensor.view(-1, 1) if inside == "dora_scale" and "lora_magnitude_vector" in key else tensor
+            found.paths.setdefault(name, path)
+        return found
+
+    def weights(self) -> dict[str, Tensor]:
+        """All of them as one dictionary, the others under the keys they had."""
+        named = {f"{name}.{inside}": tensor for name, tensors in self.tensors.items() for inside, tensor in tensors.items()}
+        return named | self.others
+
+
+def kohya_layers(weights: Mapping[str, Tensor], family: FileFamily | None = None) -> Layers:
+    """The weights by the names that this suite's own files have for layers.
+
+    family: whose names they get; None: SDXL's if the weights are for nothing else.
+    Raises UserError if a layer has a tensor twice.
+    """
+    family = family or naming_family(families_of_lora({key: tuple(tensor.shape) for key, tensor in weights.items()}))
+    resnets = resnets_of(weights) or USUAL_RESNETS
+    return Layers.of(weights, lambda path: lora_name(path, family, resnets))
+
+
+def resnets_of(keys: Iterable[str]) -> int | None:
+    """ResNets of each level on the way down in the U-Net that has these layers, in any layout; None if they do not show it.
+
+    That of KOALA has one, and its lowest level is half as deep as SDXL's.
     """
     names = [key.replace(".", "_") for key in keys]
+    if any(_OF_TWO_RESNETS.search(name) for name in names):
+        return 2
     lowest = {int(found[1]) for name in names if (found := _LOWEST.search(name))}
-    has_second = any(_SECOND_RESNET.search(name) for name in names)
-    return 1 if lowest and max(lowest) in KOALA_DEPTHS and not has_second else USUAL_RESNETS
+    is_koala = any(_OF_ONE_RESNET in name for name in names) or (lowest and max(lowest) in KOALA_DEPTHS)
+    return 1 if is_koala else None
 
 
 def naming_family(families: Collection[FileFamily]) -> FileFamily:
@@ -196,20 +229,22 @@ def naming_family(families: Collection[FileFamily]) -> FileFamily:
     return SDXL if list(families) == [SDXL] else SD1
 
 
-def named_for(weights: Mapping[str, Tensor], layers: Collection[str]) -> dict[str, Tensor]:
-    """The weights with other names of layers brought to those in `layers`, where that makes them known.
+def named_for(weights: Mapping[str, Tensor], layers: Collection[str], resnets: int | None = None) -> dict[str, Tensor]:
+    """The weights, in any layout, by the names of a model's layers where these know them.
 
-    Weights for another family than that of the layers stay as they are, so that none of them is known.
+    resnets: of each level of the model's U-Net; None: as the layers show.
+    Weights for another family than that of the layers get its names, so that none of them is known.
+    Raises UserError if a layer has a tensor twice.
     """
-    if other_families(weights, layers):
-        return dict(weights)
-    result = {}
-    resnets = 1 if any(layer.startswith(_OF_ONE_RESNET) for layer in layers) else USUAL_RESNETS
-    for key, tensor in weights.items():
-        layer, dot, inside = key.partition(".")
-        name = layer if layer in layers else lora_name(layer, _naming_of(layers), resnets)
-        result[f"{name if name in layers else layer}{dot}{inside}"] = tensor
-    return result
+    if others := other_families(weights, layers):
+        return kohya_layers(weights, naming_family(others)).weights()
+    family, number = _naming_of(layers), resnets or resnets_of(layers) or USUAL_RESNETS
+
+    def name_of(path: str) -> str | None:
+        name = path if path in layers else lora_name(path, family, number)
+        return path if path.startswith(KOHYA) and name not in layers else name
+
+    return Layers.of(weights, name_of).weights()
 
 
 def other_families(weights: Mapping[str, Tensor], layers: Collection[str]) -> tuple[FileFamily, ...]:
@@ -251,6 +286,11 @@ class PeftConfig:
                     f"{file} is an adapter of peft's kind {config['peft_type']}, which only peft can use; "
                     "merge it into the model with its merge_and_unload and give that model"
                 )
+
+    @property
+    def is_given(self) -> bool:
+        """Whether the file has any such thing."""
+        return bool(self._parts)
 
     def alpha(self, path: str, rank: int) -> float | None:
         """The alpha, as this suite's files have it, of the layer at this path; None if nothing says it."""

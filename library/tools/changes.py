@@ -16,7 +16,7 @@ from library.errors import UserError
 from library.formats.lora_file import LoraFile
 from library.formats.lora_targets import weight_targets
 from library.formats.tensor_file import open_tensors
-from library.tools.checkpoint import family_of_model, loras_for
+from library.tools.checkpoint import family_of_model, loras_for, warn_of_open_blocks
 
 WeightOf = Callable[[str], Tensor | None]  # LoRA name -> the layer's weight in the base model, float32; None if there is none
 
@@ -33,6 +33,7 @@ def base_weights(sd_model: str | None, loras: Sequence[LoraFile]) -> Iterator[tu
     Raises UserError if it is not of the LoRAs' family.
     """
     if sd_model is None:
+        warn_of_open_blocks(loras, "for KOALA give the model with --sd_model")
         yield lambda name: None, list(loras)
         return
     with open_tensors(Path(sd_model)) as model:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from library.errors import UserError
 from library.formats.families import FILE_FAMILIES, SD2, SDXL, FileFamily, family_of_checkpoint, titles
 from library.formats.foreign import instead_of_a_model, packed_model
 from library.formats.lora_file import LoraFile
-from library.formats.names import UNET_PREFIX
+from library.formats.names import UNET_PREFIX, unet_layout
 from library.formats.tensor_file import TensorFile
 
 
@@ -44,4 +45,15 @@ def loras_for(model: TensorFile, family: FileFamily, loras: Sequence[LoraFile]) 
     for lora in loras:
         if family not in lora.families:
             raise UserError(f"{lora.path} is for {titles(lora.families)}, {model.path} is {family.title}; use a LoRA for that")
-    return [lora.for_families([family]) for lora in loras]
+    resnets = unet_layout(name.removeprefix(UNET_PREFIX) for name in model.shapes if name.startswith(UNET_PREFIX)).layers
+    return [lora.for_families([family], resnets) for lora in loras]
+
+
+def warn_of_open_blocks(loras: Sequence[LoraFile], cure: str) -> None:
+    """Warn of files whose layers are in other blocks in one U-Net of the family than in another, unless another file shows it.
+
+    For tools that have no model, whose blocks decide.
+    """
+    for lora in loras:
+        if lora.leaves_blocks_open and not any(other.resnets for other in loras):
+            print(f"warning: {lora.path} does not show whether it is for SDXL or KOALA; taken for SDXL: {cure}", file=sys.stderr)

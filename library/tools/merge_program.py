@@ -96,13 +96,14 @@ def _into_lora(args: argparse.Namespace, save_to: Path) -> None:
     from library.formats.lora_file import read_loras, write_lora
     from library.tools.block_weights import strengths
     from library.tools.changes import matrices_alone
-    from library.tools.checkpoint import check_family
+    from library.tools.checkpoint import check_family, warn_of_open_blocks
     from library.tools.lora_metadata import merged_metadata, without_modelspec
     from library.tools.merge import merge_loras
     from library.tools.spooled import SpooledModules
 
     loras = matrices_alone(read_loras(args.models))
     check_family(loras, args.v2, args.sdxl)
+    warn_of_open_blocks(loras, "for KOALA use svd_merge_lora.py with --sd_model")
     parts = strengths(loras, args.ratios, args.lbw)
     dtype = dtype_of(args.save_precision or args.precision)
     with SpooledModules(save_to.parent, dtype) as modules:

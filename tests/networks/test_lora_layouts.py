@@ -11,7 +11,7 @@ from torch import nn
 
 from library.errors import UserError
 from library.formats.lora_file import read_lora
-from library.formats.lora_layouts import kohya_weights, lora_name
+from library.formats.lora_layouts import kohya_layers, lora_name
 from networks.lora import create_network, create_network_from_weights, find_layers
 from networks.suite_network import SuiteNetwork
 
@@ -257,7 +257,7 @@ def test_alphas_in_other_layouts_count(model):
     network = make_network(model)
     weights = rewritten(model, network, peft)
     weights[f"unet.{ATTENTION}.to_q.alpha"] = torch.tensor(1.0)
-    named = kohya_weights(weights)
+    named = kohya_layers(weights).weights()
     name = f"lora_unet_{ATTENTION}_to_q".replace(".", "_")
     assert named[f"{name}.alpha"] == 1
     loaded, _ = create_network_from_weights(1.0, None, None, model.text_encoder, model.unet, weights)
@@ -286,7 +286,7 @@ def test_names(path, name):
 
 def test_kohya_s_own_names_stay_and_a_wrong_config_is_named(model, tmp_path):
     state = make_network(model).state_dict()
-    assert list(kohya_weights(state)) == list(state)
+    assert list(kohya_layers(state).weights()) == list(state)
     file = tmp_path / "adapter_model.safetensors"
     safetensors.torch.save_file({"a": torch.zeros(1)}, file)
     (tmp_path / "adapter_config.json").write_text("[1", encoding="utf-8")

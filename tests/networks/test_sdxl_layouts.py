@@ -174,27 +174,77 @@ KOALA = {
 }
 
 
-@pytest.mark.parametrize("layout", [peft, diffusers, mixture, comfy])
-@pytest.mark.parametrize("name", KOALA)
-def test_a_lora_for_koala_gets_the_numbers_of_its_own_blocks(model, tmp_path, name, layout):
-    """Its U-Net has one ResNet where SDXL's has two, so Diffusers' names stand for other blocks of the checkpoint."""
+def small_koala(model, name):
+    """A small model with the U-Net of KOALA and the text encoders of `model`."""
     configs = {part: dict(module.config.to_dict() if "text" in part else module.config) for part, module in model.parts.items()}
     width = configs["unet"]["cross_attention_dim"]
     configs["unet"] = unet_config(
         (32, 32, 32), context_width=width, heads=None, linear_projection=True, attention=(False, True, True), layers=1,
         vector_width=configs["text_encoder_2"]["projection_dim"] + 6 * 256, **KOALA[name],
     )  # fmt: skip
-    koala = small_model(sdxl.FAMILY, configs)
-    weights, places = lora_tensors(koala, 4, 4.0, 7), paths_of(koala)
-    tensors = {
-        layout(lora, *place, side): weights[f"{lora}.lora_{side}.weight"]
-        for lora, place in places.items()
+    return small_model(sdxl.FAMILY, configs)
+
+
+def in_layout(layout, weights, paths):
+    return {
+        layout(name, *path, side): weights[f"{name}.lora_{side}.weight"]
+        for name, path in paths.items()
         for side in ("down", "up")
     }
-    file, ours = save_lora(tmp_path / "other.safetensors", tensors), save_lora(tmp_path / "kohya.safetensors", weights)
+
+
+@pytest.mark.parametrize("layout", [peft, diffusers, mixture, comfy])
+@pytest.mark.parametrize("name", KOALA)
+def test_a_lora_for_koala_gets_the_numbers_of_its_own_blocks(model, tmp_path, name, layout):
+    """Its U-Net has one ResNet where SDXL's has two, so Diffusers' names stand for other blocks of the checkpoint."""
+    koala = small_koala(model, name)
+    weights, places = lora_tensors(koala, 4, 4.0, 7), paths_of(koala)
+    file = save_lora(tmp_path / "other.safetensors", in_layout(layout, weights, places))
+    ours = save_lora(tmp_path / "kohya.safetensors", weights)
     assert set(read_lora(file).modules) == set(places)
     assert any(lora.startswith("lora_unet_input_blocks_3_1_") for lora in places)
     torch.testing.assert_close(applied(koala, file), applied(koala, ours), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", [peft, diffusers, mixture])
+def test_a_lora_for_few_layers_of_koala_gets_the_numbers_of_the_model_s_blocks(model, tmp_path, capsys, layout):
+    """Such a file does not show whose they are, and layers of the other numbers have the same shapes."""
+    koala = small_koala(model, "1B")
+    weights, places = lora_tensors(koala, 4, 4.0, 7), paths_of(koala)
+    few = {name: path for name, path in places.items() if path[1].startswith("up_blocks.1.attentions.0.")}
+    assert few and all(name.startswith("lora_unet_output_blocks_2_1_") for name in few)
+    file = save_lora(tmp_path / "other.safetensors", in_layout(layout, weights, few))
+    ours = save_lora(tmp_path / "kohya.safetensors", {key: weights[key] for key in weights if key.partition(".")[0] in few})
+    assert read_lora(file).families == (SDXL,) and not set(read_lora(file).modules) & set(few)
+    drawn = applied(koala, ours)
+    assert (drawn - outputs(koala)).abs().max() > 1e-3
+    torch.testing.assert_close(applied(koala, file), drawn, rtol=1e-5, atol=1e-6)
+
+    base = save_lora(tmp_path / "model.safetensors", checkpoint_tensors(koala))
+    for one, out in ((file, "a.safetensors"), (ours, "b.safetensors")):
+        merge_lora.main(["--sd_model", base, "--save_to", str(tmp_path / out), "--models", one, "--ratios", "1"])
+    merged, expected = load(tmp_path / "a.safetensors"), load(tmp_path / "b.safetensors")
+    for key, value in expected.items():
+        torch.testing.assert_close(merged[key], value, msg=key)
+
+    resized = tmp_path / "resized.safetensors"
+    resize_lora.main(["--model", file, "--save_to", str(resized), "--new_rank", "2", "--sd_model", base])
+    assert set(read_lora(resized).modules) == set(few) and "KOALA" not in capsys.readouterr().err
+    resize_lora.main(["--model", file, "--save_to", str(resized), "--new_rank", "2"])
+    message = "other.safetensors does not show whether it is for SDXL or KOALA; taken for SDXL: for KOALA give the model with"
+    assert f"warning: {tmp_path}" in (error := capsys.readouterr().err) and message in error
+    assert set(read_lora(resized).modules) == set(read_lora(file).modules)
+
+
+def test_one_file_that_shows_koala_s_blocks_is_enough(model, tmp_path, capsys):
+    koala = small_koala(model, "1B")
+    weights, places = lora_tensors(koala, 4, 4.0, 7), paths_of(koala)
+    few = {name: path for name, path in places.items() if path[1].startswith("up_blocks.1.attentions.0.")}
+    file = save_lora(tmp_path / "few.safetensors", in_layout(peft, weights, few))
+    whole, both = save_lora(tmp_path / "whole.safetensors", weights), tmp_path / "both.safetensors"
+    merge_lora.main(["--models", file, whole, "--ratios", "1", "1", "--save_to", str(both)])
+    ranks = {name: adapter.low_rank().rank for name, adapter in read_lora(both).modules.items()}
+    assert ranks == {name: 8 if name in few else 4 for name in places} and "KOALA" not in capsys.readouterr().err
 
 
 PROJECTION = "conditioner.embedders.1.model.text_projection"
