@@ -39,6 +39,7 @@ ALIGNMENT = 64  # bytes, of tensors in pickled files, as torch has it
 PART = 1 << 20  # numbers that are worked on at a time
 
 Plan = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype by name
+Part = tuple[str, slice]  # some rows of a tensor
 RowsOf = Callable[[str, slice], Tensor]  # some rows of a tensor; a number is asked for by no rows
 Contents = Iterator[tuple[str, memoryview]]  # tensors part by part, in order
 
@@ -61,8 +62,10 @@ def write_weights(
     names = safetensors_order(plan) if is_safetensors else list(plan)
     sums: dict[tuple[str, int], int] = {}
 
-    def prepared(part: tuple[str, slice]) -> tuple[Tensor, int]:
-        name, rows = part
+    def prepared(batch: Sequence[Part]) -> list[tuple[Tensor, int]]:
+        return [prepared_part(*part) for part in batch]
+
+    def prepared_part(name: str, rows: slice) -> tuple[Tensor, int]:
         value = rows_of(name, rows).contiguous()
         shape, dtype = plan[name]
         if value.dtype != dtype or tuple(value.shape) != (rows.stop - rows.start, *shape[1:])[: len(shape)]:
@@ -72,10 +75,11 @@ def write_weights(
         return value, checksum(value)
 
     def contents() -> Iterator[tuple[str, memoryview]]:
-        parts = [(name, rows) for name in names for rows in parts_of(plan[name][0])]
-        for (name, rows), (value, total) in zip(parts, on_matrices(parts, prepared), strict=True):
-            sums[name, rows.start] = total
-            yield name, bytes_of(value)
+        batches = batches_of({name: plan[name][0] for name in names})
+        for batch, results in zip(batches, on_matrices(batches, prepared), strict=True):
+            for (name, rows), (value, total) in zip(batch, results, strict=True):
+                sums[name, rows.start] = total
+                yield name, bytes_of(value)
 
     with atomic_write(path) as temporary, open(temporary, "wb") as file, _Flusher(file) as stream:
         if is_safetensors:
@@ -112,17 +116,31 @@ def parts_of(shape: tuple[int, ...]) -> list[slice]:
     return [slice(start, min(start + count, shape[0])) for start in range(0, shape[0], count)]
 
 
+def batches_of(shapes: Mapping[str, tuple[int, ...]]) -> list[list[Part]]:
+    """The parts of these tensors, in order, in batches of a few MB: a task for each small tensor costs more than its work."""
+    batches: list[list[Part]] = []
+    left = 0
+    for name, shape in shapes.items():
+        for rows in parts_of(shape):
+            count = (rows.stop - rows.start) * math.prod(shape[1:])
+            if not batches or count > left:
+                batches.append([])
+                left = PART
+            batches[-1].append((name, rows))
+            left -= count
+    return batches
+
+
 def _verify(written: Path, final: Path, plan: Plan, sums: Mapping[tuple[str, int], int]) -> None:
     """Read a file back; UserError unless every part of every tensor is what was to be written."""
     with open_tensors(written) as file:
         same = all((file.shapes.get(name), file.dtypes.get(name)) == kind for name, kind in plan.items())
 
-        def found(part: tuple[str, slice]) -> bool:
-            name, rows = part
-            return checksum(rows_in(file.view(name), rows)) == sums[name, rows.start]
+        def wrong_in(batch: Sequence[Part]) -> list[str]:
+            return [name for name, rows in batch if checksum(rows_in(file.view(name), rows)) != sums[name, rows.start]]
 
-        parts = [(name, rows) for name in file.shapes for rows in parts_of(file.shapes[name])] if same else []
-        wrong = [name for (name, _), is_right in zip(parts, on_matrices(parts, found), strict=True) if not is_right]
+        batches = batches_of(file.shapes) if same else []
+        wrong = [name for names in on_matrices(batches, wrong_in) for name in names]
     if wrong or not same:
         what = wrong[0] if wrong else "it"
         raise UserError(f"{final} was not written: {what} did not read back as it was written; check the disk")

@@ -14,7 +14,7 @@ from library.errors import UserError
 from library.formats import tensor_file, tensor_output
 from library.formats.low_rank import is_finite
 from library.formats.tensor_file import open_tensors
-from library.formats.tensor_output import rows_in, save_pickled, write_weights
+from library.formats.tensor_output import batches_of, parts_of, rows_in, save_pickled, write_weights
 
 TENSORS = {
     "b.weight": torch.randn(3, 5),
@@ -134,3 +134,15 @@ def test_a_lora_in_ckpt_is_the_dictionary_of_its_tensors_alone(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.pt") as archive:
         records = [f"archive/data/{number}" for number in range(len(TENSORS) + 1)]
         assert archive.namelist() == ["archive/data.pkl", "archive/version", *records]
+
+
+def test_small_tensors_are_worked_on_together(monkeypatch):
+    """A thread's task for each of the hundreds of small tensors of a LoRA took longer than the work."""
+    monkeypatch.setattr(tensor_output, "PART", 12)
+    shapes = {"empty": (0, 4), "a": (2, 3), "number": (), "b": (5,), "large": (5, 6), "wide": (2, 20), "c": (3,)}
+    batches = batches_of(shapes)
+    assert [part for batch in batches for part in batch] == [(name, rows) for name in shapes for rows in parts_of(shapes[name])]
+    assert [[name for name, _ in batch] for batch in batches] == [
+        ["empty", "a", "number", "b"], ["large"], ["large"], ["large"], ["wide"], ["wide"], ["c"],
+    ]  # fmt: skip
+    assert batches_of({}) == []
