@@ -115,10 +115,10 @@ def run(seed: int, share: float, kinds: list[str], folder: Path, shelf: Shelf, p
 def run_one(kind: str, number: int, seed: int, folder: Path, shelf: Shelf) -> tuple[Case, Outcome, list[str]]:
     """Make one input in an empty folder, run its program, and look for files that are not whole."""
     shutil.rmtree(folder, ignore_errors=True)
-    place = folder / "outer" / "here"  # ../x stays within
-    place.mkdir(parents=True)
-    case = KINDS[kind][0](random.Random(f"{seed}/{kind}/{number}"), place, shelf)
-    inputs = {path: path.stat().st_mtime_ns for path in place.rglob("*") if path.is_file()}
+    inner = folder / "outer" / "here"  # ../x stays within
+    inner.mkdir(parents=True)
+    case = KINDS[kind][0](random.Random(f"{seed}/{kind}/{number}"), inner, shelf)
+    inputs = {path: path.stat().st_mtime_ns for path in inner.rglob("*") if path.is_file()}
     goes_on = number % TRAINED_ONE_IN == 0 or kind in WRITING
     with contextlib.nullcontext() if goes_on else without_slow_work(kind):
         outcome = case.run()

@@ -36,7 +36,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.gpu_measures import Job, Place, Row, measure  # noqa: E402
+from benchmarks.gpu_measures import Job, Row, Workspace, measure  # noqa: E402
 from benchmarks.result_page import write_parts  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "gpu.md"
@@ -76,14 +76,14 @@ TITLES = {"machine": "The machine", "steps": "Training steps", "caching": "Cachi
 LEAST_SECONDS = 15  # what a process needs to import and to begin
 MARK = "ROW "
 
-Runner = Callable[[Job, Place, float], Iterator[Row]]  # (job, where, seconds) -> its rows
+Runner = Callable[[Job, Workspace, float], Iterator[Row]]  # (job, where, seconds) -> its rows
 
 # ---------------------------------------------------------------- a process for each job
 
 
-def in_own_process(job: Job, place: Place, seconds: float) -> Iterator[Row]:
+def in_own_process(job: Job, workspace: Workspace, seconds: float) -> Iterator[Row]:
     """The rows of a job as its process prints them, until it ends or its time is over; the last one may say what went wrong."""
-    words = [sys.executable, __file__, "--job", job.name, f"--folder={place.folder}", *(["--tiny"] if place.tiny else [])]
+    words = [sys.executable, __file__, "--job", job.name, f"--folder={workspace.folder}", *(["--tiny"] if workspace.tiny else [])]
     with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
         process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=errors, encoding="utf-8", errors="replace", cwd=ROOT)
         lines: queue.Queue[str | None] = queue.Queue()
@@ -114,9 +114,9 @@ def _pass_on(process: subprocess.Popen, lines: queue.Queue[str | None]) -> None:
     lines.put(None)
 
 
-def here(job: Job, place: Place, seconds: float) -> Iterator[Row]:
+def here(job: Job, workspace: Workspace, seconds: float) -> Iterator[Row]:
     """The rows of a job, measured in this process."""
-    yield from measure(job, place)
+    yield from measure(job, workspace)
 
 
 # ---------------------------------------------------------------- the page
@@ -189,7 +189,7 @@ def in_small(job: Job) -> Job:
     return replace(job, batches=tuple(batch for batch in job.batches if batch <= 2) or (1,), precision=precision)
 
 
-def measure_all(jobs: list[Job], place: Place, page: Page, minutes: float, run: Runner = in_own_process) -> None:
+def measure_all(jobs: list[Job], workspace: Workspace, page: Page, minutes: float, run: Runner = in_own_process) -> None:
     """Job after job as long as there is time."""
     until = time.monotonic() + 60 * minutes
     for job in jobs:
@@ -197,7 +197,7 @@ def measure_all(jobs: list[Job], place: Place, page: Page, minutes: float, run: 
         if left < LEAST_SECONDS:
             page.add(job, {"row": job.name, "failed": "not begun, the time was over"})
             continue
-        for row in run(job, place, min(left, job.seconds)):
+        for row in run(job, workspace, min(left, job.seconds)):
             page.add(job, row)
 
 
@@ -214,14 +214,14 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.job:
         (job,) = (job for job in chosen_jobs([], arguments.tiny) if job.name == arguments.job)
-        for row in measure(job, Place(arguments.folder, arguments.tiny)):
+        for row in measure(job, Workspace(arguments.folder, arguments.tiny)):
             print(f"\n{MARK}{json.dumps(row)}", flush=True)
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         jobs = chosen_jobs(arguments.only, arguments.tiny)
-        measure_all(jobs, Place(folder, arguments.tiny), Page(arguments.out, conditions()), arguments.minutes)
+        measure_all(jobs, Workspace(folder, arguments.tiny), Page(arguments.out, conditions()), arguments.minutes)
 
 
 if __name__ == "__main__":

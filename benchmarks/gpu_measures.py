@@ -46,7 +46,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Place:
+class Workspace:
     """Where models and images lie, and how large they are. tiny: small models on small images, to try everything out."""
 
     folder: Path
@@ -55,16 +55,16 @@ class Place:
     def size(self, family: str) -> int:
         return 64 if self.tiny else SIZES[family]
 
-    def of(self, family: str) -> Path:
+    def folder_of(self, family: str) -> Path:
         return self.folder / family
 
 
-def measure(job: Job, place: Place) -> Iterator[Row]:
+def measure(job: Job, workspace: Workspace) -> Iterator[Row]:
     """The rows of a job."""
     if job.needs and importlib.util.find_spec(job.needs) is None:
         yield {"row": job.name, "failed": f"the package {job.needs} is not there"}
         return
-    yield from KINDS[job.kind](job, place)
+    yield from KINDS[job.kind](job, workspace)
 
 
 def tried(name: str, work: Callable[[], Row]) -> Row:
@@ -99,26 +99,26 @@ def peaks() -> Row:
 # ---------------------------------------------------------------- the machine
 
 
-def measure_machine(job: Job, place: Place) -> Iterator[Row]:
+def measure_machine(job: Job, workspace: Workspace) -> Iterator[Row]:
     """The models' files; what the device multiplies and copies in a second."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for family in SIZES:
-        yield tried(f"a file of {TITLES[family]} with random weights", lambda family=family: made_files(family, place))
-    side = 256 if place.tiny else 8192
+        yield tried(f"a file of {TITLES[family]} with random weights", lambda family=family: made_files(family, workspace))
+    side = 256 if workspace.tiny else 8192
     rates = {}
     for name, dtype in {"fp16": torch.float16, "bf16": torch.bfloat16, "float32": torch.float32}.items():
         row = tried(f"product of {side} x {side} in {name}", lambda dtype=dtype: {"TFLOP/s": matmul_rate(side, dtype, device)})
         rates[name] = row.get("TFLOP/s", 0)
         yield row
-    (place.folder / "rates.json").write_text(json.dumps(rates), encoding="utf-8")
-    yield tried("copy on the device", lambda: {"GB/s": copy_rate(2**20 if place.tiny else 2**30, device)})
+    (workspace.folder / "rates.json").write_text(json.dumps(rates), encoding="utf-8")
+    yield tried("copy on the device", lambda: {"GB/s": copy_rate(2**20 if workspace.tiny else 2**30, device)})
 
 
-def made_files(family: str, place: Place) -> Row:
+def made_files(family: str, workspace: Workspace) -> Row:
     started = time.perf_counter()
-    prepare(place.of(family), [place.size(family)], place.tiny, family)
+    prepare(workspace.folder_of(family), [workspace.size(family)], workspace.tiny, family)
     return {"seconds": time.perf_counter() - started}
 
 
@@ -152,20 +152,20 @@ def least_seconds(work: Callable[[], Any]) -> float:
 # ---------------------------------------------------------------- training steps
 
 
-def measure_steps(job: Job, place: Place) -> Iterator[Row]:
+def measure_steps(job: Job, workspace: Workspace) -> Iterator[Row]:
     """A row for each way and batch: the trainer's own steps, and the bare U-Net's where the job is the plain one."""
     for way, words in job.ways.items():
         for batch in job.batches:
             name = ", ".join(filter(None, [TITLES[job.family], precision_name(job.precision), way, f"batch {batch}"]))
-            yield tried(name, lambda words=words, batch=batch: step_row(job, place, words, batch))
+            yield tried(name, lambda words=words, batch=batch: step_row(job, workspace, words, batch))
 
 
-def step_row(job: Job, place: Place, words: list[str], batch: int) -> Row:
+def step_row(job: Job, workspace: Workspace, words: list[str], batch: int) -> Row:
     """Steps a second and the rest of the row, of one run."""
     from accelerate.state import AcceleratorState
 
-    counted, marks, row = 2 if place.tiny else STEPS.get(batch, 5), [], {}
-    case = Case(place.size(job.family), batch, job.precision, job.case)
+    counted, marks, row = 2 if workspace.tiny else STEPS.get(batch, 5), [], {}
+    case = Case(workspace.size(job.family), batch, job.precision, job.case)
 
     def after_step(run) -> None:
         nonlocal done
@@ -174,14 +174,14 @@ def step_row(job: Job, place: Place, words: list[str], batch: int) -> Row:
             marks.append(now())
         elif done == UNCOUNTED + counted:
             seconds = (now() - marks[-1]) / counted
-            row.update({"it/s": 1 / seconds, "images/s": batch / seconds, **useful(job, place, batch / seconds)})
+            row.update({"it/s": 1 / seconds, "images/s": batch / seconds, **useful(job, workspace, batch / seconds)})
             row.update({**peaks(), "first step, s": marks[1] - marks[0]})
             if job.ways == {"": []}:
                 row["of the floor's time"] = seconds / floor_seconds(run, case, counted)
 
     done = 0
     AcceleratorState._reset_state(reset_partial_state=True)  # one process, many runs
-    words = [*case.words(place.of(job.family), UNCOUNTED + counted), "--no_report", *words]
+    words = [*case.words(workspace.folder_of(job.family), UNCOUNTED + counted), "--no_report", *words]
     train(words, after_step, begin=lambda run: marks.append(now()))
     return row
 
@@ -197,10 +197,10 @@ def floor_seconds(run, case: Case, count: int) -> float:
     return (now() - started) / count
 
 
-def useful(job: Job, place: Place, images: float) -> Row:
+def useful(job: Job, workspace: Workspace, images: float) -> Row:
     """TFLOP/s that the bare U-Net needs for so many images a second, and their part of the products' rate."""
-    rates = json.loads((place.folder / "rates.json").read_text(encoding="utf-8"))
-    done = unet_flop(place.of(job.family) / "unet.json", place.size(job.family)) * images / TERA
+    rates = json.loads((workspace.folder / "rates.json").read_text(encoding="utf-8"))
+    done = unet_flop(workspace.folder_of(job.family) / "unet.json", workspace.size(job.family)) * images / TERA
     return {"TFLOP/s": done, "of the products' rate": done / (rates[precision_name(job.precision)] or float("nan"))}
 
 
@@ -222,18 +222,20 @@ def unet_flop(config: Path, size: int) -> int:
 # ---------------------------------------------------------------- beside the steps
 
 
-def measure_caching(job: Job, place: Place) -> Iterator[Row]:
+def measure_caching(job: Job, workspace: Workspace) -> Iterator[Row]:
     """Latents of JPEG images, beside the bare VAE."""
-    size = place.size(job.family)
+    size = workspace.size(job.family)
 
     def row(batch: int) -> Row:
         from accelerate.state import AcceleratorState
 
         AcceleratorState._reset_state(reset_partial_state=True)
-        images = place.of(job.family) / f"photos{size}"
+        images = workspace.folder_of(job.family) / f"photos{size}"
         if not images.exists():
-            caching.make_photos(images, size, 4 if place.tiny else 32)
-        found = caching.measure_encoding(images, job.family, size, job.precision, batch, 1 if place.tiny else 3, place.tiny)
+            caching.make_photos(images, size, 4 if workspace.tiny else 32)
+        found = caching.measure_encoding(
+            images, job.family, size, job.precision, batch, 1 if workspace.tiny else 3, workspace.tiny
+        )
         return {"images/s": found["ours"], "floor's images/s": found["bare"], "of the floor's time": found["ratio"],
                 **peaks()}  # fmt: skip
 
@@ -242,7 +244,7 @@ def measure_caching(job: Job, place: Place) -> Iterator[Row]:
         yield tried(name, lambda batch=batch: row(batch))
 
 
-def measure_drawing(job: Job, place: Place) -> Iterator[Row]:
+def measure_drawing(job: Job, workspace: Workspace) -> Iterator[Row]:
     """Images of our pipeline beside those of Diffusers' own with the same model, by turns."""
     import torch
 
@@ -251,15 +253,17 @@ def measure_drawing(job: Job, place: Place) -> Iterator[Row]:
     from library.generation.pipeline.settings import GenerateSettings
     from library.models.loading import load_stable_diffusion
 
-    size, steps = place.size(job.family), 2 if place.tiny else 20
+    size, steps = workspace.size(job.family), 2 if workspace.tiny else 20
 
     def row(batch: int) -> Row:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = load_stable_diffusion(str(place.of(job.family) / "model.safetensors"), dtype=DTYPES[job.precision], device=device)
+        model = load_stable_diffusion(
+            str(workspace.folder_of(job.family) / "model.safetensors"), dtype=DTYPES[job.precision], device=device
+        )
         specs = generate.make_specs(size, steps)[:batch]
         pipeline, theirs = Pipeline(model, GenerateSettings(batch_size=batch)), generate.make_pipeline(model, None)
         took: dict[str, list[float]] = {"ours": [], "theirs": []}
-        for _ in range(2 if place.tiny else 4):
+        for _ in range(2 if workspace.tiny else 4):
             for name, work in (("ours", lambda: list(pipeline.generate(specs))), ("theirs", lambda: theirs(specs))):
                 started = now()
                 work()
@@ -273,6 +277,6 @@ def measure_drawing(job: Job, place: Place) -> Iterator[Row]:
         yield tried(name, lambda batch=batch: row(batch))
 
 
-KINDS: dict[str, Callable[[Job, Place], Iterator[Row]]] = {
+KINDS: dict[str, Callable[[Job, Workspace], Iterator[Row]]] = {
     "machine": measure_machine, "steps": measure_steps, "caching": measure_caching, "drawing": measure_drawing,
 }  # fmt: skip

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import gpu, gpu_measures
-from benchmarks.gpu_measures import Job, Place, measure
+from benchmarks.gpu_measures import Job, Workspace, measure
 from library.models import loading
 from library.testing import small_stable_diffusion
 from library.training import setup
@@ -20,11 +20,11 @@ MACHINE = Job("machine", "machine")
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def workspace(tmp_path_factory):
     """Where the machine's own job has put the models."""
-    place = Place(tmp_path_factory.mktemp("gpu"), tiny=True)
-    assert not [row for row in measure(MACHINE, place) if "failed" in row]
-    return place
+    workspace = Workspace(tmp_path_factory.mktemp("gpu"), tiny=True)
+    assert not [row for row in measure(MACHINE, workspace) if "failed" in row]
+    return workspace
 
 
 @pytest.fixture
@@ -36,14 +36,14 @@ def small_runs(monkeypatch):
     monkeypatch.setattr(loading, "load_stable_diffusion", lambda *args, **kwargs: small_stable_diffusion())
 
 
-def test_every_job_gives_its_rows(place, small_runs, tmp_path):
+def test_every_job_gives_its_rows(workspace, small_runs, tmp_path):
     page = gpu.Page(tmp_path / "gpu.md", "a machine")
     jobs = [
         replace(gpu.in_small(job), needs=None, batches=job.batches[:1])
         for job in gpu.JOBS
         if job.family == "sd1" or job.kind == "caching"
     ]
-    gpu.measure_all(jobs, place, page, minutes=5, run=gpu.here)
+    gpu.measure_all(jobs, workspace, page, minutes=5, run=gpu.here)
     assert [row for rows in page.rows.values() for row in rows if "failed" in row] == []
     assert len(page.rows["steps"]) == sum(len(job.ways) * len(job.batches) for job in jobs if job.kind == "steps")
     for row in page.rows["steps"]:
@@ -66,11 +66,11 @@ def test_words_of_every_job_are_options(tmp_path):
     assert gpu.JOBS[0].kind == "machine"  # it makes the files of all others
 
 
-def test_a_row_that_fails_is_named_and_the_next_one_follows(place, small_runs, monkeypatch):
+def test_a_row_that_fails_is_named_and_the_next_one_follows(workspace, small_runs, monkeypatch):
     ways = {"odd": ["--optimizer_type=NoSuchThing"], "": []}
-    odd, plain = measure(Job("x", "steps", precision="no", ways=ways), place)
+    odd, plain = measure(Job("x", "steps", precision="no", ways=ways), workspace)
     assert odd["row"] == "SD 1.5, float32, odd, batch 1" and "NoSuchThing" in odd["failed"] and plain["it/s"] > 0
-    (row,) = measure(Job("x", "steps", needs="no_such_package"), place)
+    (row,) = measure(Job("x", "steps", needs="no_such_package"), workspace)
     assert row == {"row": "x", "failed": "the package no_such_package is not there"}
 
     def out_of_memory(*args):
@@ -82,7 +82,7 @@ def test_a_row_that_fails_is_named_and_the_next_one_follows(place, small_runs, m
         return torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
 
     monkeypatch.setattr(gpu_measures, "step_row", out_of_memory)
-    assert [row["failed"] for row in measure(Job("x", "steps"), place)] == ["out of memory"]
+    assert [row["failed"] for row in measure(Job("x", "steps"), workspace)] == ["out of memory"]
 
 
 @pytest.mark.parametrize("program, rows", [
@@ -97,18 +97,18 @@ def test_a_process_that_ends_badly_keeps_its_rows(tmp_path, monkeypatch, program
     script = tmp_path / "job.py"
     script.write_text(program, encoding="utf-8")
     monkeypatch.setattr(gpu, "__file__", str(script))
-    found = list(gpu.in_own_process(Job("x", "steps"), Place(tmp_path, True), 6))
+    found = list(gpu.in_own_process(Job("x", "steps"), Workspace(tmp_path, True), 6))
     assert found[:-1] == rows[:-1] and found[-1]["failed"].startswith(rows[-1]["failed"])
 
 
 def test_jobs_for_which_there_is_no_time_are_named(tmp_path, capsys):
     page = gpu.Page(tmp_path / "gpu.md", "a machine")
-    gpu.measure_all([Job("late", "steps")], Place(tmp_path, True), page, minutes=0.1)
+    gpu.measure_all([Job("late", "steps")], Workspace(tmp_path, True), page, minutes=0.1)
     assert "- late: not begun, the time was over" in (tmp_path / "gpu.md").read_text(encoding="utf-8")
 
 
-def test_the_command_passes_jobs_to_processes(place, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny", f"--folder={place.folder}", "--job=machine"])
+def test_the_command_passes_jobs_to_processes(workspace, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny", f"--folder={workspace.folder}", "--job=machine"])
     gpu.main()
     assert capsys.readouterr().out.count(gpu.MARK) == 6
     assert [job.name for job in gpu.chosen_jobs(["drawing"], tiny=True)] == ["machine", "SD 1.5, drawing"]
