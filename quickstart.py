@@ -251,7 +251,7 @@ def check_disk():
     if sys.platform == "linux" and free < NEEDED_GB_CUDA:
         say(
             "Note: %.1f GB are free on this disk; PyTorch with CUDA wants about %d GB. "
-            'README.md, "Requirements", tells how to put the small CPU build there.' % (free, NEEDED_GB_CUDA)
+            'README.md, "Requirements", says how to put the small CPU build there.' % (free, NEEDED_GB_CUDA)
         )
 
 
@@ -333,7 +333,7 @@ def install(requirements):
 def compile_imports():
     """Import once what every training imports, so that no later process has to compile it.
 
-    What fails here fails again, and better told, in the run itself.
+    What fails here fails again in the run itself, with a better message.
     """
     say("  compiling")
     program = "import library.training.entry; from library.imports import import_model_libraries; import_model_libraries()"

@@ -388,11 +388,13 @@ def aside_row(case: Case, folder: Path) -> str:
 def conditions() -> str:
     import torch
 
+    from library.errors import counted
+
     if torch.cuda.is_available():
         return f"torch {torch.__version__}, {torch.cuda.get_device_name()}"
     return (
         f"torch {torch.__version__}, {os.cpu_count()} cores of {platform.machine()} ({torch.backends.cpu.get_cpu_capability()}), "
-        f"{torch.get_num_threads()} threads"
+        f"{counted(torch.get_num_threads(), 'thread')}"
     )
 
 

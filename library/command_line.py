@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
-from library.errors import Problems, UserError, UserErrors, nearest
+from library.errors import Problems, UserError, UserErrors, counted, nearest
 from library.files import on_disk
 from library.option_files import read_option_tables
 from library.option_traits import traits_of
@@ -227,7 +227,7 @@ def read_config_file(
             checked = problems.of(_checked_flag, key, value, is_flag(option), path)
             values |= {} if checked is None else {key: checked}
     if unknown_count > MAX_UNKNOWN_NAMED:
-        problems.found.append(f"{path} holds {unknown_count - MAX_UNKNOWN_NAMED} more keys that are no options here")
+        problems.found.append(f"{path} holds {counted(unknown_count - MAX_UNKNOWN_NAMED, 'more key')} that no option here has")
     return values
 
 

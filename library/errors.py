@@ -93,6 +93,15 @@ def listed(items: Sequence[str], limit: int = 10, separator: str = ", ") -> str:
     return separator.join(items[:limit]) + more
 
 
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """A number and what it counts; plural: of nouns that take more than an s.
+
+    >>> counted(1, "image"), counted(2000, "image"), counted(2, "batch", "batches")
+    ('1 image', '2,000 images', '2 batches')
+    """
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
 def unknown(what: str, name: str, known: Iterable[str], where: str = "") -> UserError:
     """The error for an unknown name, with the most similar known one.
 

@@ -20,11 +20,11 @@ def read_option_tables(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f'{path}: expected {{"option": value}}, got a {type(content).__name__}')
     check_texts(content, path)
-    _refuse_other_files(content, path)
+    _reject_other_files(content, path)
     return content
 
 
-def _refuse_other_files(content: Mapping[str, Any], path: Path) -> None:
+def _reject_other_files(content: Mapping[str, Any], path: Path) -> None:
     if "LoRA_type" in content or "max_resolution" in content:
         raise UserError(
             f"{path} is the JSON file that the kohya_ss GUI saves for itself, with other names and units; give the "

@@ -151,7 +151,7 @@ def check_unit(unit: int, rank: int) -> None:
 
 
 def parse_network_args(texts: Mapping[str, Any], neuron_dropout: float | None = None) -> DyLoRAArgs:
-    """Read and check the words of `--network_args`; those that only networks.lora has are refused by name."""
+    """Read and check the words of `--network_args`; those that only networks.lora has are errors that name them."""
     for key, text in {**texts, "--network_dropout": neuron_dropout}.items():
         if text is not None and key not in READERS and (key in lora_args.readers() or key.startswith("--")):
             word = key if key.startswith("--") else f"network_args {key}"

@@ -13,6 +13,7 @@ if not __package__:  # run as a script: the repository, not this folder, is wher
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.entry import run_tool
+from library.errors import counted
 from library.tools import lora_options
 from library.tools.command import Parser, path_text
 
@@ -48,7 +49,7 @@ def main(words: Sequence[str] | None = None) -> None:
         modules = split_lora(lora, rank)
         metadata = changed_metadata(lora, modules, f"split from DyLoRA, rank {ranks[-1]} to {rank}")
         write_lora(target, modules, metadata, lora.dtype)
-    print(f"saved {len(targets)} files, {targets[0]} to {targets[-1]}")
+    print(f"saved {counted(len(targets), 'file')}, {targets[0]} to {targets[-1]}")
 
 
 if __name__ == "__main__":

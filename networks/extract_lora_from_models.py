@@ -15,7 +15,7 @@ if not __package__:  # run as a script: the repository, not this folder, is wher
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.entry import run_tool
-from library.errors import UserError
+from library.errors import UserError, counted
 from library.formats.precision import dtype_of
 from library.tools import lora_options
 from library.tools.command import Parser, path_text
@@ -109,7 +109,7 @@ def main(words: Sequence[str] | None = None) -> None:
     if not any(name.startswith("lora_te") for name in kept):
         print("the text encoders are the same, so the LoRA is for the U-Net alone")
     elif unchanged:
-        print(f"{len(unchanged)} modules did not change and were left out, such as {unchanged[0]}")
+        print(f"left out {counted(len(unchanged), 'module')} that did not change, such as {unchanged[0]}")
     print(f"saved {save_to}")
 
 

@@ -363,12 +363,12 @@ def names_in(weights: Weights, layers: Iterable[str]) -> list[str]:
     """The layers that these weights have a LoRA for. Warns of tensors that have no layer; ValueError if none has one."""
     names = [name for name in layers if f"{name}.lora_down.weight" in weights and f"{name}.lora_up.weight" in weights]
     if not names:
-        raise ValueError(f"none of these {len(weights)} tensors is of a LoRA for this model, by kohya's names")
+        raise ValueError(f"the names of these tensors ({len(weights)}) are not those of a kohya LoRA for this model")
     unused = [key for key in weights if key.partition(".")[0] not in names]
     if strange := next((key for key in weights if key not in unused and key.partition(".")[2] not in PLAIN_TENSORS), None):
         raise ValueError(f"{strange} is no part of a plain LoRA, and this copy of lora.py knows no other; use the suite")
     if unused:
-        logger.warning("%d of %d tensors have no layer in this model, such as %s", len(unused), len(weights), unused[0])
+        logger.warning("this model has no layer for %d of %d tensors, such as %s", len(unused), len(weights), unused[0])
     return names
 
 

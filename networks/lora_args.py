@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
-from library.errors import nearest
+from library.errors import counted, nearest
 from library.formats.blocks import BLOCK_MAPS, SD_BLOCKS, BlockMap, block_map
 from library.formats.lora_layouts import resnets_of
 from library.text_values import read_value
@@ -72,7 +72,7 @@ def take_blocks(take_item: Reader, value: Any) -> tuple:
     """A number for each block: 25, or 23 for SDXL."""
     items = _items(value)
     if all(len(items) != len(blocks.names) for blocks in BLOCK_MAPS):
-        raise ValueError(f"{len(items)} numbers given, {_needed('names')}")
+        raise ValueError(f"{counted(len(items), 'number')} given, {_needed('names')}")
     return tuple(take_item(item) for item in items)
 
 
@@ -90,7 +90,7 @@ def take_mid_lr_weight(value: Any) -> tuple[float, ...]:
     """One number for all blocks in the middle, or one for each."""
     numbers, counts = take_numbers(value), sorted({1, *(blocks.mid for blocks in BLOCK_MAPS)})
     if len(numbers) not in counts:
-        raise ValueError(f"{len(numbers)} numbers given; give 1, or one for each middle block ({counts[-1]} in SDXL)")
+        raise ValueError(f"{counted(len(numbers), 'number')} given; give 1, or one for each middle block ({counts[-1]} in SDXL)")
     return numbers
 
 
@@ -113,7 +113,7 @@ def take_lr_weights(slots: str, value: Any) -> tuple[float, ...] | LrPreset:
     if isinstance(value, (list, tuple)):
         numbers = take_numbers(value)
         if len(numbers) > max(len(getattr(blocks, slots)) for blocks in BLOCK_MAPS):
-            raise ValueError(f"{len(numbers)} numbers given, {_needed(slots)}")
+            raise ValueError(f"{counted(len(numbers), 'number')} given, {_needed(slots)}")
         return numbers
     preset, _, offset = str(value).partition("+")
     if preset.strip() not in LR_PRESETS:
@@ -255,7 +255,7 @@ class NetworkArgs:
 
 
 def _wrong_count(key: str, given: tuple, blocks: BlockMap, names: tuple[str, ...]) -> str:
-    return f"network_args {key}: {len(given)} numbers given, {len(names)} needed for {blocks.title}: {' '.join(names)}"
+    return f"network_args {key}: {counted(len(given), 'number')} given, {len(names)} needed for {blocks.title}: {' '.join(names)}"
 
 
 # ---------------------------------------------------------------- a whole --network_args

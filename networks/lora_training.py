@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from library.errors import counted
 from networks.lora import TEXT_ENCODER_PREFIX, UNET_PREFIX
 from networks.lora_args import NetworkArgs
 from networks.suite_module import SuiteModule
@@ -62,7 +63,7 @@ def _with_rates(parts: Parts, text_encoder_lr: Rates, unet_lr: float | None) -> 
     for prefix, modules in text_encoders.items():
         number = prefix.removeprefix(TEXT_ENCODER_PREFIX)
         if not number or int(number) > len(rates):
-            raise ValueError(f"--text_encoder_lr has {len(rates)} rates; give one, or one for each text encoder")
+            raise ValueError(f"--text_encoder_lr has {counted(len(rates), 'rate')}; give one, or one for each text encoder")
         result.append((f"textencoder{number}", rates[int(number) - 1], modules))
     return [*result, unet]
 

@@ -16,7 +16,7 @@ if not __package__:  # run as a script: the repository, not this folder, is wher
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.entry import run_tool
-from library.errors import UserError
+from library.errors import UserError, counted
 from library.formats.precision import dtype_of
 from library.tools import lora_options
 from library.tools.command import Parser, path_text
@@ -91,7 +91,7 @@ def main(words: Sequence[str] | None = None) -> None:
         )
     print_kept(kept)
     if lower and not args.dynamic_method:
-        print(f"{lower} modules had a lower rank already and keep it")
+        print(f"kept the rank of {counted(lower, 'module')} that had a lower one already")
     print(f"saved {save_to}")
 
 

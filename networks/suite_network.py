@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.errors import counted
 from library.formats import lora_layouts
 from library.formats.adapters.registry import find_adapter
 from library.formats.families import titles
@@ -285,7 +286,8 @@ def modules_in(
     }
     if not kinds and not others:
         raise ValueError(
-            f"none of these weights ({len(names)} LoRA modules, {len(weights)} tensors) has a layer in this model; "
+            f"none of these weights ({counted(len(names), 'LoRA module')}, {counted(len(weights), 'tensor')}) "
+            "has a layer in this model; "
             + (_other_families(weights, known) or _instead(weights) or "are they a LoRA for this model?")
         )
     unused = []
@@ -299,7 +301,7 @@ def modules_in(
                 raise ValueError(f"{key} is not supported; {_instead(weights) or 'it is not part of a plain LoRA'}")
             kinds[name] = kind
     if unused:
-        logger.warning("%d of %d tensors have no layer in this model, such as %s", len(unused), len(weights), unused[0])
+        logger.warning("this model has no layer for %d of %d tensors, such as %s", len(unused), len(weights), unused[0])
     return kinds
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from library.errors import counted
 from networks.lora import UNET_PREFIX, LoRAModule, kernel_size
 from networks.lora_args import NetworkArgs
 
@@ -21,11 +22,13 @@ def summary(parts: Mapping[str, Sequence[LoRAModule]], args: NetworkArgs, dtype:
         blocks.setdefault(args.blocks.names[args.blocks.block_index(module.lora_name) or 0], []).append(module)
     size = sum(t.numel() * (dtype or t.dtype).itemsize for m in modules for t in m.file_weights().values()) / 2**20
     parameters = sum(p.numel() for module in modules for p in module.parameters())
-    lines = [f"{len(modules)} LoRA modules, {parameters:,} trainable parameters; a file will have about {size:.1f} MiB"]
+    lines = [
+        f"{counted(len(modules), 'LoRA module')}, {parameters:,} trainable parameters; a file will have about {size:.1f} MiB"
+    ]
     is_uniform = args.lr_weights is None and ";" not in ranks_text(unet).replace("; 3x3", "")
     for prefix, part in parts.items():
         ranks = f", {ranks_text(part)}" if is_uniform or prefix != UNET_PREFIX else ""
-        lines.append(f"  {part_title(prefix)}: {len(part)} modules{ranks}")
+        lines.append(f"  {part_title(prefix)}: {counted(len(part), 'module')}{ranks}")
     if is_uniform:
         counts = ", ".join(f"{name} {len(block)}" for name, block in blocks.items())
         return "\n".join(lines + [f"  modules by block: {counts}"] * bool(blocks))

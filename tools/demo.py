@@ -77,7 +77,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def resolution_of_dataset() -> int:
     """Width and height, pixels, that the example dataset is trained at."""
-    from library.data.config import DatasetDefaults, datasets_from_file
+    from library.data.config import datasets_from_file
+    from library.data.config_keys import DatasetDefaults
 
     return datasets_from_file(DATASET, DatasetDefaults())[0].resolution[0]
 

@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.entry import run_entry
-from library.errors import RunFailed, UserError
+from library.errors import RunFailed, UserError, counted
 from library.tools.command import Parser, path_text
 
 FILTERS = ("area", "cubic", "lanczos4", "linear", "nearest", "box")
@@ -63,7 +63,7 @@ def main(words: Sequence[str] | None = None) -> None:
     if bad := resize_folder(source, target, settings):
         for line in bad:
             print(f"not resized: {line}", file=sys.stderr)
-        raise RunFailed(f"{len(bad)} images could not be used (named above); the others are in {target}")
+        raise RunFailed(f"{counted(len(bad), 'image')} could not be used (named above); the others are in {target}")
     print(f"saved to {target}")
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from assets.make.names import STYLES, prompt_of
 from assets.make.training import Average, Checkpoint, clip_and_step, rate_at
-from library.data.config import DatasetDefaults, datasets_from_file
+from library.data.config import datasets_from_file
+from library.data.config_keys import DatasetDefaults
 from library.data.dataset import Batch, TrainingDataset
 from library.data.tokens import CaptionTokenizer
 from library.diffusion.process import NoiseProcess, sample_timesteps

@@ -9,6 +9,7 @@ import numpy as np
 
 from library.data.buckets import better_bound, better_step
 from library.data.table import ImageTable
+from library.errors import counted
 
 ENLARGED = 1.5  # factor of a side; an image enlarged by more teaches blur
 SHORT = 0.25  # share of batches that may hold fewer images than the batch size
@@ -44,8 +45,8 @@ def advice(table: ImageTable) -> Iterator[str]:
         row = int(factors.argmax())
         (width, height), (wide, high) = table.sizes[row].tolist(), table.resized[row].tolist()
         yield (
-            f"{enlarged} images are enlarged to more than {ENLARGED} times their size, which teaches blur, such as "
-            f"{table.names[row]} from {width}x{height} to {wide}x{high}; --enable_bucket --bucket_no_upscale keeps their size"
+            f"{counted(enlarged, 'image')} would be enlarged to more than {ENLARGED} times the file's size, which teaches blur, "
+            f"such as {table.names[row]} from {width}x{height} to {wide}x{high}; --enable_bucket --bucket_no_upscale prevents it"
         )
 
 

@@ -187,7 +187,7 @@ class LatentCaching:
         workers: int | None = None,
         share: tuple[int, int] = (0, 1),
     ) -> None:
-        refuse_augmentations(table)
+        reject_augmentations(table)
         self.table, self.vae, self.batch_size, self.to_disk, self.share = table, vae, batch_size, to_disk, share
         self.workers = workers or min(16, 2 * (os.cpu_count() or 1))
         self.memory = MemoryLatents(table)
@@ -284,7 +284,7 @@ class LatentCaching:
             self.writes.popleft().result()
 
 
-def refuse_augmentations(table: ImageTable) -> None:
+def reject_augmentations(table: ImageTable) -> None:
     """Raises UserError if a subset has an option that changes pixels at each use: a cached image is always the same."""
     for subset in table.subsets:
         for option in fields_with(type(subset.config), varies=("pixels",)):

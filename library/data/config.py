@@ -30,15 +30,6 @@ from library.data.folders import check_images, image_subsets, warn_of_inner_imag
 from library.errors import Problems, UserError, UserErrors, unknown
 from library.files import as_on_disk
 
-__all__ = [
-    "DatasetConfig",
-    "DatasetDefaults",
-    "SubsetConfig",
-    "datasets_from_file",
-    "datasets_from_folders",
-    "datasets_from_metadata",
-]
-
 log = logging.getLogger(__name__)
 
 # Keys of sd-scripts that are errors here, with the reason, unless they have their value of HARMLESS.
@@ -66,7 +57,7 @@ def datasets_from_file(path: Path, defaults: DatasetDefaults) -> list[DatasetCon
     if "datasets" not in tables and {**tables, **_keys_of_tables(tables)}.keys() & TRAINING_KEYS:
         raise UserError(f"--dataset_config {path} holds options of the training; give it as --config_file={path}")
     problems = Problems()
-    problems.of(_refuse_wrong_keys, tables, ("general", "datasets"), f"{path}, top level")
+    problems.of(_reject_wrong_keys, tables, ("general", "datasets"), f"{path}, top level")
     general = tables.get("general", {})
     if not isinstance(general, dict):
         raise UserError(f"{path}: write {_GENERAL} once, with single brackets")
@@ -95,13 +86,13 @@ def _dataset_from_table(
 ) -> DatasetConfig:
     """One of `[[datasets]]`. Raises UserErrors with everything that is wrong in it. `general` is None if that table is wrong."""
     problems = Problems()
-    problems.of(_refuse_wrong_keys, table, ("subsets", *_DATASET_TABLE.model_fields), where)
+    problems.of(_reject_wrong_keys, table, ("subsets", *_DATASET_TABLE.model_fields), where)
     own = {key: value for key, value in table.items() if key != "subsets" and key in _DATASET_TABLE.model_fields}
     checked = problems.of(_checked, _DATASET_TABLE, own, where)
     in_file = {**(general or {}), **(checked or {})}
     values = {**defaults.model_dump(exclude_none=True), **in_file}
     subset_tables = problems.of(_list_of_tables, table, "subsets", _SUBSET, where) or []
-    problems.of(_refuse_mixed_sources, subset_tables, where)
+    problems.of(_reject_mixed_sources, subset_tables, where)
     subsets = problems.of(_subsets_from_tables, subset_tables, values, path, where) or []
     if None not in (general, checked):  # else the resolution may be missing because its table is wrong
         problems.of(_require_resolution, values, where)
@@ -168,7 +159,7 @@ def _subsets_from_tables(tables: list[dict], values: dict[str, Any], path: Path,
         problems.of(_subset_from_table, table, values, path, f"{where}, {_SUBSET} {number}")
         for number, table in enumerate(tables, start=1)
     )
-    _refuse_duplicates(subsets, where)
+    _reject_duplicates(subsets, where)
     return subsets
 
 
@@ -177,7 +168,7 @@ def _subset_from_table(table: dict[str, Any], values: dict[str, Any], path: Path
     problems = Problems()
     own = {**values, **_checked(_SUBSET_TABLE, table, where)}
     if "metadata_file" in own:
-        problems.of(_refuse_keys_beside_metadata, table, where)
+        problems.of(_reject_keys_beside_metadata, table, where)
         own["metadata_file"] = problems.of(_existing_path, own["metadata_file"], path, where, "metadata_file")
         own.setdefault("image_dir", (own["metadata_file"] or path).parent)
     if "image_dir" not in own:
@@ -203,7 +194,7 @@ def _list_of_tables(table: dict[str, Any], key: str, brackets: str, where: str) 
 
 def _checked(model: type[BaseModel], table: dict[str, Any], where: str) -> dict[str, Any]:
     """The values of one table, checked. Raises UserErrors for wrong keys or values."""
-    _refuse_wrong_keys(table, model.model_fields, where)
+    _reject_wrong_keys(table, model.model_fields, where)
     try:
         return model(**table).model_dump(exclude_none=True)
     except ValidationError as error:
@@ -216,7 +207,7 @@ def _wrong_value(table: dict[str, Any], problem: Any, where: str) -> str:
     return f"{where}: {key} = {shown}: expected {describe_problem(problem)}"
 
 
-def _refuse_mixed_sources(tables: list[dict], where: str) -> None:
+def _reject_mixed_sources(tables: list[dict], where: str) -> None:
     """Raises UserError if only some subsets of a dataset have a metadata_file."""
     with_file = [number for number, table in enumerate(tables, start=1) if "metadata_file" in table]
     if 0 < len(with_file) < len(tables):
@@ -225,7 +216,7 @@ def _refuse_mixed_sources(tables: list[dict], where: str) -> None:
         )
 
 
-def _refuse_keys_beside_metadata(table: dict[str, Any], where: str) -> None:
+def _reject_keys_beside_metadata(table: dict[str, Any], where: str) -> None:
     keys = [key for key in NOT_WITH_METADATA if key in table]
     if keys:
         raise UserErrors(
@@ -233,7 +224,7 @@ def _refuse_keys_beside_metadata(table: dict[str, Any], where: str) -> None:
         )
 
 
-def _refuse_wrong_keys(table: dict[str, Any], allowed: Collection[str], where: str) -> None:
+def _reject_wrong_keys(table: dict[str, Any], allowed: Collection[str], where: str) -> None:
     for key in [key for key, nothing in HARMLESS.items() if key in table and table[key] == nothing]:
         del table[key]
     wrong = [str(_wrong_key(key, allowed, where)) for key in table if key not in allowed]
@@ -272,7 +263,7 @@ def _existing_path(given: Path, path: Path, where: str, key: str) -> Path:
     raise UserError(f"{where}: {key} = {given}: there is no {'file' if is_file else 'folder'} {looked}")
 
 
-def _refuse_duplicates(subsets: list[SubsetConfig], where: str) -> None:
+def _reject_duplicates(subsets: list[SubsetConfig], where: str) -> None:
     seen: dict[str, int] = {}
     for number, subset in enumerate(subsets, start=1):
         key = "metadata_file" if subset.metadata_file else "image_dir"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from library.data.dataset import Batch, TrainingDataset
 from library.data.images import own_mark
+from library.errors import counted
 from library.files import atomic_write
 from library.safe_text import on_terminal
 from library.sheets import contact_sheet
@@ -30,7 +31,9 @@ def write_debug_sheet(dataset: TrainingDataset, output_dir: Path, batches: int =
         print(describe_batch(batch, dataset))
         rows.append([to_image(image) for image in batch.images])
         labels.append(f"batch {position}: {batch.size[0]}x{batch.size[1]}\n" + "\n".join(batch.captions))
-    sheet = contact_sheet(rows, labels, [], title=f"First {len(rows)} of {dataset.num_batches} batches of epoch 1")
+    sheet = contact_sheet(
+        rows, labels, [], title=f"First {len(rows)} of {counted(dataset.num_batches, 'batch', 'batches')} of epoch 1"
+    )
     path = Path(output_dir) / "debug_dataset.png"
     with atomic_write(path) as temporary:
         sheet.save(temporary, pnginfo=own_mark("debug sheet"))
@@ -44,7 +47,8 @@ def to_image(image: Tensor) -> Image.Image:
 
 def describe_batch(batch: Batch, dataset: TrainingDataset) -> str:
     """Several lines: the bucket, and the file, loss weight, caption and tokens of each image."""
-    lines = [f"epoch {batch.key[0]}, batch {batch.key[1]}: bucket {batch.size[0]}x{batch.size[1]}, {len(batch.paths)} images"]
+    width, height = batch.size
+    lines = [f"epoch {batch.key[0]}, batch {batch.key[1]}: bucket {width}x{height}, {counted(len(batch.paths), 'image')}"]
     for i, (path, caption) in enumerate(zip(batch.paths, batch.captions, strict=True)):
         lines.append(f"  {on_terminal(path)} (loss weight {batch.loss_weights[i]:g})")
         lines.append(f"    caption: {caption!r}")
@@ -52,5 +56,5 @@ def describe_batch(batch: Batch, dataset: TrainingDataset) -> str:
             lines.append(f"    mask: {batch.masks[i].mean():.0%} of the image counts")
         if batch.tokens and dataset.tokenizer is not None:
             tokens = dataset.tokenizer.readable(batch.tokens["ids"][i])
-            lines.append(f"    {len(tokens)} tokens: {' '.join(tokens)}")
+            lines.append(f"    {counted(len(tokens), 'token')}: {' '.join(tokens)}")
     return "\n".join(lines)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from library.data.folders import list_images
 from library.data.images import BadImage, decode, header_of, size_of, within_memory_limit
-from library.errors import UserError, listed
+from library.errors import UserError, counted, listed
 from library.parallel import ahead
 
 log = logging.getLogger(__name__)
@@ -84,15 +84,15 @@ def _report_bad(bad: list[tuple[Path, str]], on_bad_image: str) -> None:
         for path, reason in bad:
             log.warning("skipped %s: %s", path, reason)
         if bad:
-            log.warning("%d images skipped", len(bad))
+            log.warning("%s skipped", counted(len(bad), "image"))
     elif bad:
         named = listed([f"{path} ({reason})" for path, reason in bad], separator="; ")
-        raise UserError(f"{len(bad)} of the images cannot be used: {named}; mend or remove them, or give --on_bad_image=skip")
+        raise UserError(f"{counted(len(bad), 'image')} cannot be used: {named}; mend or remove them, or give --on_bad_image=skip")
 
 
 def _report_own(own: list[Path]) -> None:
     if own:
-        log.warning("%s: %d plots or samples that training drew are left out", own[0].parent, len(own))
+        log.warning("%s: left out %s that training drew", own[0].parent, counted(len(own), "plot or sample", "plots or samples"))
 
 
 def index_folders(folders: Sequence[Path], on_bad_image: str = "refuse") -> dict[Path, Images]:

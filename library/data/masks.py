@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from library.data.config_keys import DatasetConfig, SubsetConfig
 from library.data.folders import image_suffixes
 from library.data.images import BadImage, decode_values, size_of
-from library.errors import UserError, listed
+from library.errors import UserError, counted, listed
 from library.files import composed
 from library.models.family import LatentSpace
 
@@ -67,11 +67,14 @@ def find_masks(subset: SubsetConfig, names: Sequence[str], sizes: np.ndarray) ->
         several += [f"{name}: {', '.join(mask.name for mask in masks)}"] if len(masks) > 1 else []
     if missing:
         raise UserError(
-            f"{len(missing)} images have no mask of their name in {folder} ({listed(missing)}); add white ones where all counts"
+            f"{folder} holds no mask for {counted(len(missing), 'image')} ({listed(missing)}); add white ones where all counts"
         )
     if several:
         log.warning(
-            "%s: %d images have several masks, and the last is used: %s", folder, len(several), listed(several, separator="; ")
+            "%s holds several masks for %s, and the last is used: %s",
+            folder,
+            counted(len(several), "image"),
+            listed(several, separator="; "),
         )
     for mask, (width, height) in zip(found, sizes.tolist(), strict=True):
         _check_aspect_ratio(mask, width, height)

@@ -19,7 +19,7 @@ from library.data.holdout import hold_out
 from library.data.index import Images, in_threads, index_folders, index_images
 from library.data.masks import find_masks, is_masked
 from library.data.metadata_file import Metadata, read_metadata
-from library.errors import UserError, listed
+from library.errors import UserError, counted, listed
 from library.safe_text import as_unicode, is_unicode
 
 log = logging.getLogger(__name__)
@@ -167,9 +167,9 @@ def _captions(subset: SubsetConfig, images: Images, metadata: Metadata | None) -
     broken = [name for name, caption in zip(images.names, found, strict=True) if not is_unicode(caption)]
     if broken:
         log.warning(
-            "%s: %d captions hold half an emoji or other letters that are no Unicode, which are left out (%s first)",
+            "%s: %s with half an emoji or other letters that are no Unicode, which are left out (%s first)",
             subset.metadata_file or subset.image_dir,
-            len(broken),
+            counted(len(broken), "caption"),
             broken[0],
         )
     return [as_unicode(caption, instead="") for caption in found]
@@ -181,7 +181,7 @@ def _captions_beside(subset: SubsetConfig, images: Images) -> list[str]:
     missing = [name for name, caption in zip(images.names, found, strict=True) if caption is None]
     if missing:
         log.warning(
-            "%s: %d of %d images have no %s file and the subset has no class_tokens (%s first); their caption is empty",
+            "%s: %d of %d images without a %s file, and the subset has no class_tokens (%s first); their caption is empty",
             subset.image_dir,
             len(missing),
             len(found),
@@ -213,8 +213,8 @@ def _warn_of_misfits(misfits: list[tuple[str, tuple[int, int, int], BucketAssign
     if misfits:
         named = [f"{name} ({key[1]}x{key[2]} to {fit.bucket[0]}x{fit.bucket[1]})" for name, key, fit in misfits]
         log.warning(
-            "%d images are so long or small that most of them is cropped away or enlarged: %s",
-            len(misfits),
+            "%s so long or small that most of it is cropped away or enlarged: %s",
+            counted(len(misfits), "image"),
             listed(named, separator="; "),
         )
 
@@ -243,7 +243,7 @@ def _repeats(subsets: list[Subset], dataset: int, held_out: np.ndarray) -> np.nd
         unused = int((repeats[is_reg] == 0).sum())
         if unused:
             log.warning(
-                "dataset %d: %d of %d regularisation images are not used: %d uses match those of the training images",
+                "dataset %d: left out %d of %d regularisation images: %d uses match those of the training images",
                 dataset + 1,
                 unused,
                 int(is_reg.sum()),

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from library.errors import counted
 from library.models.clip import CHUNK, count_tokens, tokenize, whole_words_within
 from library.safe_text import bytes_of
 
@@ -61,8 +62,8 @@ class CaptionTokenizer:
             longer = {CHUNK: "give --max_token_length=150 or 225", 2 * CHUNK: "give --max_token_length=225"}
             cure = longer.get(limit, "the rest is not read")
             log.warning(
-                "%d captions are longer than %d tokens and are cut there, such as '%s...' with %d tokens; %s",
-                len(long),
+                "%s longer than %d tokens, cut there, such as '%s...' with %d tokens; %s",
+                counted(len(long), "caption"),
                 limit,
                 long[0][:60],
                 tokens,

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from library.errors import counted
+
 ROOT = Path(__file__).resolve().parents[2]
 OLDEST, NEWEST = (3, 10), (3, 13)
 MARKS = {"ok": "ok  ", "note": "note", "bad": "BAD "}
@@ -95,7 +97,9 @@ def devices() -> Iterator[Finding]:
 
     from library.devices import cores_for_this_process, cpu_has_fast_bf16
 
-    yield Finding("ok", "CPU", f"{cores_for_this_process()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB memory")
+    yield Finding(
+        "ok", "CPU", f"{counted(cores_for_this_process(), 'core')}, {psutil.virtual_memory().total / 2**30:.0f} GiB memory"
+    )
     import torch
 
     if torch.cuda.is_available():

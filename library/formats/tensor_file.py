@@ -353,7 +353,7 @@ def _pickle_protocol(path: Path) -> int:
 
 
 def _asks_for_code(message: str) -> bool:
-    """Whether torch refused a pickle for what it would call, rather than for being damaged."""
+    """Whether torch rejected a pickle for what it would call, rather than for being damaged."""
     return any(
         words in message
         for words in ("Unsupported global", "Unsupported class", "not an allowed global", "Trying to ", "Can only build")

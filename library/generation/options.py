@@ -8,7 +8,7 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from library.command_line import OptionGroup, parse
 from library.diffusion.samplers import SamplerName
-from library.errors import UserError
+from library.errors import UserError, counted
 from library.generation.prompts.spec import LARGEST_SEED, MAX_STEPS, SIZE_STEP, split_regions
 from library.generation.unsupported_options import UNSUPPORTED
 from library.option_traits import option
@@ -55,7 +55,7 @@ class PromptOptions(OptionGroup):
     from_file: str | None = option(None, help="text file, one prompt a line; - reads standard input", path=True)
     interactive: bool = option(False, help="ask for prompts, one after another")
     no_preview: bool = option(False, help="with --interactive: do not show the images")
-    max_embeddings_multiples: Count | None = option(None, help="read prompts up to so many chunks of 75 tokens; unset: 1")
+    max_embeddings_multiples: Count | None = option(None, help="read prompts up to this number of chunks of 75 tokens; unset: 1")
     images_per_prompt: Count = option(1, help="images of each prompt")
     n_iter: Count = option(1, help="how often the list of prompts is drawn")
     shuffle_prompts: bool = option(False, help="in another order each time")
@@ -77,12 +77,12 @@ class ImageOptions(OptionGroup):
 class SizeOptions(OptionGroup):
     """Size conditioning (SDXL)"""
 
-    original_width: Count | None = option(None, help="width that the image is said to have had; unset: its own")
-    original_height: Count | None = option(None, help="height that the image is said to have had; unset: its own")
+    original_width: Count | None = option(None, help="width of the original, for size conditioning; unset: the image's")
+    original_height: Count | None = option(None, help="height of the original, for size conditioning; unset: the image's")
     original_width_negative: Count | None = option(None, help="the same for the negative prompt; unset: as for the prompt")
     original_height_negative: Count | None = option(None, help="the same for the negative prompt; unset: as for the prompt")
-    crop_top: Crop | None = option(None, help="rows that are said to be cut off at the top; unset: 0")
-    crop_left: Crop | None = option(None, help="columns that are said to be cut off at the left; unset: 0")
+    crop_top: Crop | None = option(None, help="rows of the original that were cropped at the top; unset: 0")
+    crop_left: Crop | None = option(None, help="columns of the original that were cropped at the left; unset: 0")
 
 
 class NetworkOptions(OptionGroup):
@@ -106,13 +106,15 @@ class NetworkOptions(OptionGroup):
             (self.network_merge and self.network_merge_n_models,
              "--network_merge and --network_merge_n_models exclude each other"),
             ((self.network_merge_n_models or 0) > files,
-             f"--network_merge_n_models {self.network_merge_n_models} is more than the {files} files of --network_weights"),
+             f"--network_merge_n_models {self.network_merge_n_models} is more than {counted(files, 'file')}"),
             (modules > 1 and modules != files,
-             f"--network_module has {modules} names for {files} files of --network_weights; give one for each"),
+             f"--network_module has {modules} names for {counted(files, 'file')} of --network_weights; give one for each"),
         ]  # fmt: skip
         for name in ("network_mul", "network_args"):
             given = len(getattr(self, name) or ())
-            surplus = f"--{name} has {given} values for {files} files of --network_weights; leave the surplus out"
+            surplus = (
+                f"--{name} has {counted(given, 'value')} for {counted(files, 'file')} of --network_weights; leave the surplus out"
+            )
             rules.append((given > files, surplus))
         rules.append((self.network_pre_calc and not (files or self.lora_dir),
                       "--network_pre_calc needs --network_weights or --lora_dir"))  # fmt: skip
@@ -163,7 +165,7 @@ class SpeedOptions(OptionGroup):
     no_half_vae: bool = option(False, help="keep the VAE in float32 (cures black images)")
     batch_size: Count = option(1, help="images made at once where size, steps and settings agree")
     vae_batch_size: float | None = option(None, gt=0, help="images the VAE decodes at once; below 1: a share of the batch")
-    vae_slices: Count | None = option(None, help="the VAE works through each image in so many slices: same image, less memory")
+    vae_slices: Count | None = option(None, help="slices in which the VAE works through an image: same image, less memory")
     vae_tiling: bool = option(False, help="the VAE works on tiles: far less memory, seams are blended")
     xformers: bool = option(False, help="attention by xformers, if it is installed and there is a GPU")
     diffusers_xformers: bool = option(False, help="the same as --xformers")

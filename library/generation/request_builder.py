@@ -9,7 +9,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from library.errors import UserError
+from library.errors import UserError, counted
 from library.generation.options import GenerateOptions
 from library.generation.prompts.alternatives import Template
 from library.generation.prompts.inline import parse_line
@@ -164,7 +164,9 @@ class RequestBuilder:
         if name == "am" and not self._networks:
             raise UserError("needs --network_weights that are not merged")
         if name == "am" and len(value) > self._networks:
-            raise UserError(f"has {len(value)} strengths for {self._networks} network(s); leave the surplus out")
+            raise UserError(
+                f"has {counted(len(value), 'strength')} for {counted(self._networks, 'network')}; leave the surplus out"
+            )
         if name == "am" and self.options.output.sheet:
             raise UserError("does not go with --sheet, which compares the strengths of --sheet_strengths")
         if name == "t" and not (self.sources or self.options.highres.highres_fix_scale):

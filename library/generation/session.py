@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from PIL.Image import Image
 from tqdm import tqdm
 
-from library.errors import UserError
+from library.errors import UserError, counted
 from library.files import write_new
 from library.generation.interactive import ask_for_prompts, show
 from library.generation.options import GenerateOptions
@@ -39,7 +39,8 @@ def run(options: GenerateOptions) -> int:
     requests = builder.build(read_prompts(options.prompts, builder.sources))
     if builder.problems and not requests and not options.prompts.interactive:
         first, *others = builder.problems.values()
-        raise UserError(f"{first}{f' (and {len(others)} more wrong lines)' if others else ''}; nothing is left to draw")
+        more = f" (and {counted(len(others), 'more wrong line')})" if others else ""
+        raise UserError(f"{first}{more}; nothing is left to draw")
     _check_folder(Path(options.output.outdir))
     Session.report(*[f"skipped: {problem}" for problem in builder.problems.values()], *builder.notes)
     builder.notes.clear()
@@ -165,7 +166,7 @@ class Session:
         if self.comparison is None or not len(self.comparison):
             return None
         first = self.comparison.rows[0]
-        title = f"{Path(self.pipeline.model.name).stem}: {first.sampler}, {first.steps} steps, scale {first.scale:g}"
+        title = f"{Path(self.pipeline.model.name).stem}: {first.sampler}, {counted(first.steps, 'step')}, scale {first.scale:g}"
         sheet = self.comparison.draw(title)
         stem = f"sheet_{time.strftime('%Y%m%d%H%M%S')}"
         names = (self.folder / f"{stem}{'' if not copy else f'_{copy}'}.png" for copy in range(1000))
@@ -180,11 +181,11 @@ class Session:
         """Print the summary of the run."""
         speed = f" ({self.seconds:.1f} s, {self.seconds / self.finished:.2f} s an image)" if self.finished else ""
         begin = "interrupted: " if self.interrupted else ""
-        print(f"{begin}{self.finished} of {self.wanted} images saved in {self.folder}{speed}")
+        print(f"{begin}{self.finished} of {counted(self.wanted, 'image')} saved in {self.folder}{speed}")
         if self.failed:
             print(f"{self.failed} failed; the reasons are above")
         if self.skipped:
-            print(f"{self.skipped} line(s) of prompts skipped; the reasons are above")
+            print(f"{counted(self.skipped, 'line')} of prompts skipped; the reasons are above")
         if sheet is not None:
             print(f"sheet: {sheet}\nas a page: {sheet.with_suffix('.html')}")
 

@@ -26,7 +26,7 @@ from library.models.clip import VOCABULARY, load_tokenizer
 from library.models.family import Config, Family, Model, Part, Shapes
 from library.models.hub import download_configs, download_model, download_vae
 from library.models.modules import TEXT_MODEL, fill, for_inference, weights_of
-from library.models.registry import check_v2, detect, detect_folder, refuse_other_conditions, refuse_other_inputs
+from library.models.registry import check_v2, detect, detect_folder, reject_other_conditions, reject_other_inputs
 from library.models.vae import KL_VAE
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def _read_configs(
     source: str, family: Family, shapes: Mapping[str, Shapes], wanted: list[Part], prediction: Prediction
 ) -> dict[str, Config]:
     try:
-        refuse_other_inputs(source, family, shapes["unet"]["conv_in.weight"][1])
+        reject_other_inputs(source, family, shapes["unet"]["conv_in.weight"][1])
         return {part.name: part.read_config(shapes[part.name], prediction) for part in wanted}
     except (KeyError, IndexError, ValueError, StopIteration) as error:
         raise UserError(f"{source} is incomplete: its architecture cannot be read ({error}); fetch the whole model") from error
@@ -192,8 +192,8 @@ def _family_of_folder(folder: Path, v2: bool | None) -> tuple[Family, dict[str, 
     files = sorted(folder.glob("*/config.json"))
     configs = {file.parent.name: _json(file) for file in files}
     family = detect_folder(folder, pipeline, configs | {"scheduler": _scheduler_config(folder) or {}})
-    refuse_other_inputs(str(folder), family, configs.get("unet", {}).get("in_channels", family.latents.channels))
-    refuse_other_conditions(str(folder), family, configs.get("unet", {}))
+    reject_other_inputs(str(folder), family, configs.get("unet", {}).get("in_channels", family.latents.channels))
+    reject_other_conditions(str(folder), family, configs.get("unet", {}))
     if v2 is not None:
         check_v2(str(folder), family, v2)
     return family, configs

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from library.errors import UserError
+from library.errors import UserError, counted
 
 TEXT_MODEL = "text_model."  # prefix of a text encoder's names on disk; from transformers 5.6 on `CLIPTextModel` does not have it
 
@@ -42,10 +42,12 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], source: str, kind: st
     expected = {name: tuple(value.shape) for name, value in weights_of(module).items()}
     missing = [name for name in expected if name not in tensors]
     if missing:
-        raise UserError(f"{source} lacks {len(missing)} weights of the {kind}, the first is {missing[0]}; fetch the whole model")
+        raise UserError(
+            f"{source} lacks {counted(len(missing), 'weight')} of the {kind}, the first is {missing[0]}; fetch the whole model"
+        )
     unknown = [name for name in tensors if name not in expected]
     if unknown:
-        raise UserError(f"{source} holds {len(unknown)} weights that no {kind} of its kind has, such as {unknown[0]}")
+        raise UserError(f"{source} holds {counted(len(unknown), 'weight')} that no {kind} of its kind has, such as {unknown[0]}")
     for name, value in tensors.items():
         if tuple(value.shape) != expected[name]:
             raise UserError(

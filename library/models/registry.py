@@ -6,7 +6,7 @@ import copyreg
 from collections.abc import Mapping
 from pathlib import Path
 
-from library.errors import UserError
+from library.errors import UserError, counted
 from library.formats.compvis import layout_of
 from library.formats.foreign import instead_of_a_folder, instead_of_a_model
 from library.formats.names import FIRST_EMBEDDER, UNET_PREFIX
@@ -49,7 +49,9 @@ def detect(path: Path, shapes: Shapes) -> Family:
         return next(family for family in FAMILIES if family.layout == layout)
     if any(name.startswith(("down_blocks.", "encoder.", "text_model.", "first_stage_model.", FIRST_EMBEDDER)) for name in shapes):
         raise UserError(f"{path} is one part of a model, not a whole one; give the whole file or the folder of all parts")
-    raise UserError(f"{path} is no Stable Diffusion model: it holds {len(shapes)} tensors such as {next(iter(shapes))}")
+    raise UserError(
+        f"{path} is no Stable Diffusion model: it holds {counted(len(shapes), 'tensor')} such as {next(iter(shapes))}"
+    )
 
 
 def detect_folder(folder: Path, pipeline: str, configs: Mapping[str, Config]) -> Family:
@@ -77,14 +79,14 @@ def check_family(source: str, found: Family, wanted: str, cure: str = "use train
         raise UserError(f"{source} is an {found.title} model; {cure}")
 
 
-def refuse_other_inputs(source: str, family: Family, channels: int) -> None:
+def reject_other_inputs(source: str, family: Family, channels: int) -> None:
     """Raises UserError if the denoiser takes more than latents (in-painting, depth, ...)."""
     if channels != family.latents.channels:
         what = _INPUT_CHANNELS.get(channels, f"a model with {channels} input channels")
         raise UserError(f"{source} is {what}, which is not supported; use the plain text-to-image model it was made from")
 
 
-def refuse_other_conditions(source: str, family: Family, config: Config) -> None:
+def reject_other_conditions(source: str, family: Family, config: Config) -> None:
     """Raises UserError for a denoiser with other inputs than time and text: LCM's guidance scale, unCLIP's image."""
     others = {
         "time_cond_proj_dim": "an LCM (it takes the guidance scale as an input)",

@@ -40,7 +40,7 @@ def save_stable_diffusion(
     """
     path = Path(path)
     parts = _parts(model, dtype)
-    _refuse_nan(parts, path)
+    _reject_nan(parts, path)
     if path.suffix.lower() not in MODEL_SUFFIXES:
         if metadata:
             raise UserError(f"{path}: a Diffusers folder has no place for metadata; save as .safetensors")
@@ -70,7 +70,7 @@ def _parts(model: Model, dtype: torch.dtype | None) -> Parts:
     return {part: {name: value.detach().to("cpu", dtype) for name, value in values.items()} for part, values in weights.items()}
 
 
-def _refuse_nan(parts: Parts, path: Path) -> None:
+def _reject_nan(parts: Parts, path: Path) -> None:
     for part, values in parts.items():
         for name, value in values.items():
             if value.is_floating_point() and not value.isfinite().all():

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from library.errors import UserError
+from library.errors import UserError, counted
 from library.formats.blocks import SD_BLOCKS, SDXL_BLOCKS, BlockMap, block_map, block_of
 from library.formats.lora_file import LoraFile, all_names
 
@@ -75,7 +75,7 @@ def read_block_weights(text: str, blocks: BlockMap = SD_BLOCKS) -> dict[str, flo
     except ValueError:
         raise UserError(f"--lbw {text}: give {_choice(blocks, presets)}") from None
     if len(numbers) not in blocks.lists:
-        raise UserError(f"--lbw: {len(numbers)} numbers given; for {blocks.title} give {_choice(blocks, presets)}")
+        raise UserError(f"--lbw: {counted(len(numbers), 'number')} given; for {blocks.title} give {_choice(blocks, presets)}")
     if not all(math.isfinite(number) for number in numbers):
         raise UserError(f"--lbw {text}: every number must be finite")
     return dict(zip(blocks.lists[len(numbers)], numbers, strict=True))

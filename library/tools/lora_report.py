@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from library.errors import counted
 from library.formats.adapters.kind import Parts
 from library.formats.adapters.registry import Adapter
 from library.formats.blocks import BASE, block_map, block_of
@@ -43,10 +44,11 @@ def report(lora: LoraFile) -> Iterator[str]:
     if set(kinds) != {"LoRA"}:
         yield f"kinds: {', '.join(f'{count} {title}' for title, count in kinds.items())}"
     if lora.left_out:
-        yield f"left out: {len(lora.left_out)} tensors that no layer has a use for, such as {lora.left_out[0]}"
+        yield f"left out: {counted(len(lora.left_out), 'tensor')} that no layer has a use for, such as {lora.left_out[0]}"
     yield f"for: {_family(lora)}; dtype {str(lora.dtype).removeprefix('torch.')}; made by: {maker(lora)}"
     bad = [name for name, row in rows.items() if not row.is_finite]
-    yield f"NaN or infinity: {f'in {len(bad)} modules, so the file is of no use; {CURE_OF_BROKEN}' if bad else 'none'}"
+    broken = f"in {counted(len(bad), 'module')}, so the file is of no use; {CURE_OF_BROKEN}" if bad else ""
+    yield f"NaN or infinity: {broken or 'none'}"
     yield ""
     width = max(len(name) for name in rows)
     yield f"{'module':{width}} {'kind':6} {'in':>5} {'out':>5} {'rank':>4} {'alpha':>8} {'|down|':>9} {'|up|':>9} {'|delta|':>9}"

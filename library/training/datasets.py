@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from library.data.config import DatasetConfig, DatasetDefaults, datasets_from_file, datasets_from_folders, datasets_from_metadata
+from library.data.config import datasets_from_file, datasets_from_folders, datasets_from_metadata
+from library.data.config_keys import DatasetConfig, DatasetDefaults
 from library.data.dataset import TrainingDataset
 from library.data.masks import check_masks
 from library.data.tokens import CaptionTokenizer

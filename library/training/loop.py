@@ -104,7 +104,8 @@ class Loop:
         self.processes.wait()
         started, first = time.perf_counter(), self.progress.step
         bar = tqdm(total=self.plan.max_steps, initial=first, unit="step", desc="training", smoothing=0.1)
-        with stop_on_interrupt() as self.step.exchange.asked_to_stop, self._rescue(), bar:
+        with stop_on_interrupt() as asked_to_stop, self._rescue(), bar:
+            self.step.exchange.asked_to_stop = asked_to_stop
             stop = self._train(bar)
             self.step.exchange.finish()
             seconds_beside = sum(listener.seconds for listener in self.listeners)

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from library.devices import cpu_has_fast_bf16, use_all_cores
+from library.errors import counted
 from library.freed_memory import keep_freed_memory
 from library.openmp import machine_was_busy
 from library.processes import Processes, launched_world, timeout
@@ -53,6 +54,6 @@ def set_up_machine(machine: Machine, training: TrainingOptions, precision: Preci
     if machine.device.type == "cpu":
         keep_freed_memory()
         beside = " (other programs are busy too: steps take longer)" if machine_was_busy() else ""
-        print(f"no GPU: training on the CPU, {use_all_cores()} threads{beside}")
+        print(f"no GPU: training on the CPU, {counted(use_all_cores(), 'thread')}{beside}")
         if training.mixed_precision == "bf16" and not cpu_has_fast_bf16():
             print("this processor has no bf16 units: --mixed_precision no is many times faster here")

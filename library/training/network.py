@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from library.errors import UserError
+from library.errors import UserError, counted
 from library.formats.low_rank import require_finite
 from library.key_values import read_pairs
 from library.models.family import Family, Model
@@ -110,7 +110,9 @@ def text_encoder_rates(options: OptimizerOptions, encoders: int) -> float | list
     if not isinstance(rates, list):
         return rates
     if len(rates) < encoders:
-        raise UserError(f"--text_encoder_lr has {len(rates)} rates for {encoders} text encoders; give one, or one for each")
+        raise UserError(
+            f"--text_encoder_lr has {counted(len(rates), 'rate')} for {encoders} text encoders; give one, or one for each"
+        )
     return rates[0] if encoders == 1 else rates[:encoders]
 
 

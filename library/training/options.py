@@ -83,7 +83,7 @@ class DataOptions(OptionGroup):
         None, help="folder of masks for masked_loss, arranged like train_data_dir", resume="free", path=True
     )
     reg_data_dir: str | None = option(None, help="folder of regularisation folders, named likewise", resume="free", path=True)
-    dataset_repeats: Count = option(1, help="repeats of every image where nothing else is said", record=RECORDED_ELSEWHERE)
+    dataset_repeats: Count = option(1, help="repeats of every image where nothing else is given", record=RECORDED_ELSEWHERE)
     train_batch_size: Count = option(1, help="images a step", record=RECORDED_ELSEWHERE)
     resolution: NumbersAsText = option(None, help="training size: 512 or width,height", record=RECORDED_ELSEWHERE)
     enable_bucket: bool = option(False, help="group images by aspect ratio", record=RECORDED_ELSEWHERE)
@@ -426,7 +426,7 @@ class ValidationOptions(OptionGroup):
         None, help="most batches of one validation", record="ss_max_validation_steps", needs=("validation_split",)
     )
     early_stopping_patience: CountOrOff = option(
-        None, help="end the run after so many validations without a better one", resume="free"
+        None, help="end the run after this number of validations in a row without a better one", resume="free"
     )
     ema_decay: float | None = option(
         None, gt=0, lt=1, help="average the weights over the steps, and use the average; 0.99 to 0.9999"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from library.errors import UserError
+from library.errors import UserError, counted
 from library.training.options import StateOptions, TrainingOptions
 
 
@@ -80,7 +80,7 @@ class Progress:
             start = cls(step, plan.epoch_of(step), position)
         if start.step > plan.max_steps or (start.step == plan.max_steps and resumed is None):
             raise UserError(
-                f"{start.step} steps are done and {plan.max_steps} are asked for in all, so nothing is left to train; "
+                f"{counted(start.step, 'step')} done and {plan.max_steps:,} asked for in all, so nothing is left to train; "
                 "raise --max_train_steps or --max_train_epochs"
             )
         return start

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from library.training.network import TrainedNetwork
 from library.training.optimization.ema import ExponentialAverage
 from library.training.optimization.optimizers import found_rates
-from library.training.run_state.snapshot import load_network, load_optimizer, network_tensors, refuse_nonfinite
+from library.training.run_state.snapshot import load_network, load_optimizer, network_tensors, reject_nonfinite
 from library.training.run_state.state import State
 
 
@@ -74,7 +74,7 @@ class WeightUpdate:
     def state(self) -> State:
         """Network, optimizer, schedule and average. Raises RunFailed if the network holds a NaN."""
         network = network_tensors(self.network.module)
-        refuse_nonfinite(network)
+        reject_nonfinite(network)
         state = State(
             tensors={"network": network},
             objects={"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()},

@@ -14,6 +14,7 @@ from torch import Tensor
 from library.data.dataset import Batch, TrainingDataset
 from library.data.loader import load_batches
 from library.diffusion.process import TRAIN_TIMESTEPS
+from library.errors import counted
 from library.processes import Processes
 from library.safe_text import bytes_of
 from library.training.options import ValidationOptions
@@ -49,8 +50,8 @@ def open_validation(dataset: TrainingDataset) -> TrainingDataset | None:
     """The images held out, if there are any."""
     held_out = dataset.validation()
     if held_out is not None:
-        count = int(dataset.table.validated().sum())
-        print(f"validation: {count} of {len(dataset.table)} images are held out, {held_out.num_batches} batches")
+        count, batches = int(dataset.table.validated().sum()), counted(held_out.num_batches, "batch", "batches")
+        print(f"validation: {count} of {counted(len(dataset.table), 'image')} held out, {batches}")
     return held_out
 
 

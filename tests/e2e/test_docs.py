@@ -23,7 +23,8 @@ from user_pages import DOCS, ROOT, blocks, read_page
 
 import train_network
 from library.command_line import choices_of, groups_of, is_flag, option_names
-from library.data.config import DatasetDefaults, datasets_from_file
+from library.data.config import datasets_from_file
+from library.data.config_keys import DatasetDefaults
 from library.diffusion.samplers import SAMPLERS
 from library.errors import UserError
 from library.generation.options import GenerateOptions

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from library.data.config import DatasetDefaults, datasets_from_file
+from library.data.config import datasets_from_file
+from library.data.config_keys import DatasetDefaults
 from library.errors import UserError
 from library.generation.prompts.spec import PromptSpec
 from library.training.checks.contradictions import contradictions

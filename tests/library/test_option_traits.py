@@ -10,7 +10,7 @@ import pytest
 from pydantic import create_model
 
 from library.command_line import build_parser, option_fields, parse
-from library.data.cache import refuse_augmentations
+from library.data.cache import reject_augmentations
 from library.data.captions import caption_is_fixed, possible_captions
 from library.data.config_keys import DatasetConfig, SubsetConfig, without
 from library.data.holdout import without_augmentation
@@ -109,9 +109,9 @@ def test_a_key_that_changes_captions_is_not_cached_and_not_held_out():
 
 
 def test_a_key_that_changes_images_is_refused_by_the_cache_and_recorded():
-    refuse_augmentations(SimpleNamespace(subsets=[SimpleNamespace(config=subset(flip_aug=True))]))
+    reject_augmentations(SimpleNamespace(subsets=[SimpleNamespace(config=subset(flip_aug=True))]))
     with pytest.raises(UserError, match="tint of the subset images changes"):
-        refuse_augmentations(SimpleNamespace(subsets=[SimpleNamespace(config=subset(tint=0.5))]))
+        reject_augmentations(SimpleNamespace(subsets=[SimpleNamespace(config=subset(tint=0.5))]))
     assert recorded_dataset_keys(MadeUpSubset)["ss_tint"] == "tint"
 
 

@@ -95,7 +95,7 @@ def test_nan_is_shown(tmp_path, capsys):
     save_lora(tmp_path / "a.safetensors", tensors | {key: tensors[key] * float("nan")})
     check_lora_weights.main([str(tmp_path / "a.safetensors")])
     out = capsys.readouterr().out
-    assert "NaN or infinity: in 1 modules" in out and "nan  NaN or infinity" in out
+    assert "NaN or infinity: in 1 module," in out and "nan  NaN or infinity" in out
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04"])

@@ -49,7 +49,7 @@ def by_block(network):
         ({"block_dims": ROW, "conv_block_dims": ROW, "conv_dim": "4"}, "conv_dim and conv_block_dims both say"),
         (
             {"block_dims": "4"},
-            "1 numbers given, 25 needed for .*: IN00 IN01 .* IN11 MID OUT00 .* OUT11; 23 needed for SDXL: EMB IN00",
+            "1 number given, 25 needed for .*: IN00 IN01 .* IN11 MID OUT00 .* OUT11; 23 needed for SDXL: EMB IN00",
         ),
         ({"block_dims": ROW + ",4"}, "26 numbers given, 25 needed"),
         ({"block_dims": ROW.replace("16", "-1")}, "'-1' is not a whole number"),

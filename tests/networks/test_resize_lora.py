@@ -73,7 +73,7 @@ def test_metadata_is_carried_and_updated(lora):
 def test_no_rank_grows(lora, capsys):
     result = resize(lora, "--new_rank", "20")
     assert all(len(value) == 8 for key, value in result.items() if key.endswith("lora_down.weight"))
-    assert "had a lower rank already" in capsys.readouterr().out
+    assert "that had a lower one already" in capsys.readouterr().out
 
 
 def test_verbose_and_half_precision_without_alpha(tmp_path, capsys):

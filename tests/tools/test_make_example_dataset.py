@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from library.data.config import DatasetDefaults, datasets_from_file
+from library.data.config import datasets_from_file
+from library.data.config_keys import DatasetDefaults
 from library.data.dataset import TrainingDataset
 from library.errors import UserError
 from tools import make_example_dataset

@@ -113,7 +113,7 @@ def test_images_of_all_kinds_that_training_reads_are_resized_and_others_are_name
     make_image(folders[0] / "a.gif")
     make_image(folders[0] / "b.tiff")
     (folders[0] / "c.heic").write_bytes(b"x")
-    with pytest.raises(RunFailed, match="1 images could not be used"):
+    with pytest.raises(RunFailed, match="1 image could not be used"):
         run(folders, resolutions="16x16")
     assert "c.heic: images of this kind are not read; it is copied as it is" in capsys.readouterr().err
     names = sorted(path.name for path in folders[1].iterdir())
@@ -130,7 +130,7 @@ def test_a_disk_that_is_full_leaves_no_half_of_a_file(folders, capsys, monkeypat
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
     try:
-        with pytest.raises(RunFailed, match="1 images could not be used"):
+        with pytest.raises(RunFailed, match="1 image could not be used"):
             run(folders)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -230,7 +230,7 @@ def test_as_a_script(folders):
     (folders[0] / "b.png").write_bytes(b"")
     command = [sys.executable, str(ROOT / "tools" / "resize_images_to_resolution.py"), "src", "dst"]
     result = subprocess.run(command, cwd=folders[0].parent, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 1 and "error: 1 images could not be used" in result.stderr
+    assert result.returncode == 1 and "error: 1 image could not be used" in result.stderr
     assert (folders[1] / "a+128x128.jpg").exists()
 
 

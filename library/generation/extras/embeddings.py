@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from library.errors import UserError
+from library.errors import UserError, counted
 from library.formats.tensor_file import load_pickled, read_safetensors
 from library.models.clip import add_word, inner_text_model
 
@@ -49,7 +49,9 @@ def _tables_for(model: Model, path: Path) -> list[Tensor]:
     found, title = read_vectors(path), model.family.title
     count, wanted = len(found), len(model.text_encoders)
     if count != wanted:
-        raise UserError(f"{path} is made for {count} text encoder(s), {title} has {wanted}; it is for another kind of model")
+        raise UserError(
+            f"{path} is made for {counted(count, 'text encoder')}, {title} has {wanted}; it is for another kind of model"
+        )
     tables = [found[name] for name in IN_TWO] if wanted == len(IN_TWO) else list(found.values())
     if len({len(table) for table in tables}) > 1:
         raise UserError(f"{path}: the text encoders have different numbers of vectors; the file is damaged")

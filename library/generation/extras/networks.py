@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from library.errors import UserError
+from library.errors import UserError, counted
 from library.files import read_safetensors_metadata
 from library.formats.lora_base import lora_metadata, unlike_base
 from library.generation.options import NetworkOptions
@@ -107,7 +107,9 @@ class Networks:
             return self.defaults
         if len(spec.multipliers) > len(self.loaded):
             merged = ", and what is merged has its strength for good" if self.merged else ""
-            raise UserError(f"--am gives {len(spec.multipliers)} strengths for {len(self.loaded)} network(s){merged}")
+            raise UserError(
+                f"--am gives {counted(len(spec.multipliers), 'strength')} for {counted(len(self.loaded), 'network')}{merged}"
+            )
         return spec.multipliers + spec.multipliers[-1:] * (len(self.loaded) - len(spec.multipliers))
 
     def used(self, spec: PromptSpec) -> list[tuple[Path, float]]:
@@ -191,7 +193,7 @@ class Networks:
             result = network.load_state_dict(loaded.weights, strict=False)
         missing = [key for key in result.missing_keys if not key.endswith(".alpha")]
         if missing:
-            log.warning(f"{loaded.path} lacks {len(missing)} weights of its network, such as {missing[0]}")
+            log.warning(f"{loaded.path} lacks {counted(len(missing), 'weight')} of its network, such as {missing[0]}")
         network.to(model.denoiser.device, model.denoiser.dtype).eval().requires_grad_(False)
         loaded.weights = {}
 

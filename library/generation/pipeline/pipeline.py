@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from PIL import Image
 
-from library.errors import RunFailed, UserError
+from library.errors import RunFailed, UserError, counted
 from library.generation.extras.highres import Highres, enlarge
 from library.generation.extras.image_input import composite, load_image, load_mask, resized, run_steps
 from library.generation.pipeline.encoding import short
@@ -114,7 +114,9 @@ class Pipeline:
             failure = error
         except torch.cuda.OutOfMemoryError:
             size = "{} x {}".format(*states[0].size)
-            failure = UserError(f"not enough GPU memory for {len(states)} image(s) of {size}; make smaller or fewer at once")
+            failure = UserError(
+                f"not enough GPU memory for {counted(len(states), 'image')} of {size}; make smaller or fewer at once"
+            )
         except Exception as error:
             if not catch_all:
                 raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from library.errors import UserError
+from library.errors import UserError, counted
 
 SIZE_STEP, SMALLEST_SIZE = 8, 64
 MAX_STEPS = 1000
@@ -94,7 +94,7 @@ def check_regions(prompts: list[str], networks: int) -> None:
     """UserError unless each network has a sub-prompt."""
     if len(prompts) < networks:
         cure = "write one for each, with ' AND ' between"
-        raise UserError(f"the prompt has {len(prompts)} part(s) for {networks} networks; {cure}")
+        raise UserError(f"the prompt has {counted(len(prompts), 'part')} for {counted(networks, 'network')}; {cure}")
 
 
 def check_negative_scale(scale: float, negative_scale: float | None) -> None:

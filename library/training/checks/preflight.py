@@ -39,6 +39,7 @@ from library.training.optimization.optimizer_rules import adafactor
 from library.training.optimization.optimizers import optimizer_name, spec_named
 from library.training.optimization.schedules import create_schedule, waits_for_validation
 from library.training.options import (
+    MetadataOptions,
     ModelOptions,
     NetworkOptions,
     OptimizerOptions,
@@ -161,7 +162,7 @@ def checks_of_options(options: TrainNetworkOptions, device: torch.device) -> Che
         lambda: check_schedule(options.optimizer),
         lambda: check_trackers(options.logs),
         lambda: check_prompts(options.previews),
-        lambda: as_data_url(options.metadata.metadata_thumbnail or "data:") and None,
+        lambda: check_thumbnail(options.metadata),
         lambda: check_backend(options.precision.dynamo_backend, device) if options.precision.torch_compile else None,
     ]
 
@@ -273,6 +274,12 @@ def check_prompts(options: PreviewOptions) -> None:
     """Whether --sample_prompts can be read. Raises UserError."""
     if options.sample_prompts and options.are_asked_for:
         read_prompt_file(Path(options.sample_prompts), PromptSpec(sampler=options.sample_sampler))
+
+
+def check_thumbnail(options: MetadataOptions) -> None:
+    """Whether the image of --metadata_thumbnail is there. Raises UserError."""
+    if options.metadata_thumbnail:
+        as_data_url(options.metadata_thumbnail)
 
 
 def print_advice(options: TrainNetworkOptions, dataset: TrainingDataset, device: torch.device, header: Header) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from library.errors import UserError, one_line, unknown
+from library.errors import UserError, counted, one_line, unknown
 from library.key_values import arguments_for, read_pairs
 from library.training.optimization.optimizers import computes_rates, import_class, spec_of
 from library.training.options import OptimizerOptions
@@ -68,7 +68,7 @@ def create_schedule(options: OptimizerOptions, optimizer: torch.optim.Optimizer,
     if options.lr_scheduler in ("constant", "reduce_lr_on_plateau") and warmup:
         raise UserError(f"--lr_warmup_steps has no place in --lr_scheduler {options.lr_scheduler}; use constant_with_warmup")
     if warmup > total_steps:
-        raise UserError(f"--lr_warmup_steps is {warmup}, more than all {total_steps} steps of the run")
+        raise UserError(f"--lr_warmup_steps is {warmup}, more than the {counted(total_steps, 'step')} of the run")
     make, own = _named_schedules(options, warmup, total_steps)[options.lr_scheduler]
     given = arguments_for(make, options.lr_scheduler_args, "--lr_scheduler_args", GIVEN_ELSEWHERE)
     try:
@@ -181,7 +181,7 @@ def walk_through(schedule: Any, name: str, total_steps: int) -> None:
             rates = [float(group["lr"]) for group in schedule.optimizer.param_groups]
         except Exception as error:
             raise UserError(
-                f"{name} does not last for the {total_steps} steps of the run: {one_line(error)} (at step {step}); "
+                f"{name} does not last for the {counted(total_steps, 'step')} of the run: {one_line(error)} (at step {step}); "
                 "change --lr_scheduler_args or --max_train_steps"
             ) from error
         if not all(map(math.isfinite, rates)):

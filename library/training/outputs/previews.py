@@ -12,7 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from library.data.images import own_mark
-from library.errors import one_line
+from library.errors import counted, one_line
 from library.files import atomic_write
 from library.generation.pipeline.pipeline import Pipeline
 from library.generation.pipeline.settings import GenerateSettings
@@ -132,7 +132,7 @@ class Previews(Listener):
         self._write_grid()
         seconds = time.perf_counter() - started
         self.seconds += seconds
-        tqdm.write(f"{len(images)} sample images in {self.folder} ({seconds:.0f} s)")
+        tqdm.write(f"{counted(len(images), 'sample image')} in {self.folder} ({seconds:.0f} s)")
 
     def _write(self, image: Image.Image, moment: str, number: int) -> str | None:
         """Save an image; what went wrong, if anything."""

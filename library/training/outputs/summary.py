@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from library.devices import DTYPES, peak_memory_bytes
+from library.errors import counted
 from library.training.loop import Outcome, Stop
 from library.training.network import TrainedNetwork
 from library.training.outputs.loss_plot import try_loss_plot
@@ -30,8 +31,8 @@ def print_plan(plan: Plan, network: str, seed: int) -> None:
     print(f"network {network}")
     shared = f" ({plan.accumulation} on each of {plan.processes} processes)" if plan.processes > 1 else ""
     print(
-        f"plan: {plan.max_steps} steps of {plan.batches_per_step} batch{'es' if plan.batches_per_step > 1 else ''}{shared}, "
-        f"{plan.batches_per_epoch} batches an epoch, {plan.epochs} epochs; seed {seed}"
+        f"plan: {counted(plan.max_steps, 'step')} of {counted(plan.batches_per_step, 'batch', 'batches')}{shared}, "
+        f"{counted(plan.batches_per_epoch, 'batch', 'batches')} an epoch, {counted(plan.epochs, 'epoch')}; seed {seed}"
     )
 
 
@@ -55,11 +56,11 @@ def summarize(run: Run, outcome: Outcome, seconds: float, skipped: int) -> None:
     rows += [("also saved", str(path)) for path in files.written[:-1]]
     if losses.average is not None:
         rows.append(("loss", f"{losses.average:.4f} (mean of the last epoch)"))
-    rows.append(("speed", f"{outcome.seconds_per_step:.3f} s a step, {outcome.steps} steps in {seconds:.0f} s"))
+    rows.append(("speed", f"{outcome.seconds_per_step:.3f} s a step, {counted(outcome.steps, 'step')} in {seconds:.0f} s"))
     if peak:
         rows.append(("peak memory", f"{peak / 2**30:.2f} GiB"))
     if skipped:
-        rows.append(("skipped", f"{skipped} batches whose loss was not finite"))
+        rows.append(("skipped", f"{counted(skipped, 'batch', 'batches')} whose loss was not finite"))
     if outcome.stop is Stop.EARLY:
         rows.append(("stopped early", f"after step {step}: {validations.without_improvement} validations were not better"))
     if not finished and run.states.at_end:

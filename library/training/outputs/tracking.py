@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -92,7 +93,7 @@ class LossRecord:
             self._record(step, value, paths)
 
     def _record(self, step: int, value: float, paths: list[str]) -> None:
-        if value != value or value in (float("inf"), float("-inf")):
+        if not math.isfinite(value):
             why = f" ({self.explain()})" if self.explain else ""
             raise RunFailed(describe_nonfinite(value, step, paths) + why)
         if len(self._recent) == self._recent.maxlen:

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from library.command_line import option_fields
 from library.data.config_keys import SubsetConfig
 from library.data.table import ImageTable
-from library.errors import UserError, listed
+from library.errors import UserError, counted, listed
 from library.models.family import Model
 from library.option_traits import fields_with, traits_of
 from library.safe_text import bytes_of
@@ -121,7 +121,7 @@ def _differences(then: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
         if name in then["options"] and then["options"][name] != value:
             yield f"--{name} was {_shown(then['options'][name])} and is {_shown(value)}"
     if then["processes"] != now["processes"]:
-        yield f"it was trained in {then['processes']} processes and now in {now['processes']}"
+        yield f"it was trained in {counted(then['processes'], 'process', 'processes')} and now in {now['processes']}"
     settings = {key: (then["settings"].get(key), now["settings"].get(key)) for key in {**then["settings"], **now["settings"]}}
     yield from (f"{key} was {_shown(a)} and is {_shown(b)}" for key, (a, b) in settings.items() if a != b)
     for name, value in now["data"].items():

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.data.dataset import TrainingDataset
-from library.errors import UserError
+from library.errors import UserError, counted
 from library.training.options import HubOptions, TrainNetworkOptions
 from library.training.outputs.hub import fetch_state
 from library.training.plan import Plan, Progress
@@ -25,7 +25,7 @@ def open_state(resume: str | None, hub: HubOptions, output_name: str | None) -> 
         return None
     path = fetch_state(resume, hub.huggingface_token) if hub.resume_from_huggingface else Path(resume)
     state = read_state(find_state(path, output_name))
-    print(f"resuming from {state.folder}, {state.record['step']} steps are done")
+    print(f"resuming from {state.folder}, after {counted(state.record['step'], 'step')}")
     return state
 
 
@@ -53,7 +53,7 @@ def check_start(options: TrainNetworkOptions, plan: Plan, dataset: TrainingDatas
     start = Progress.at_start(options.state, plan, progress_of(resumed))
     if record["max_steps"] != plan.max_steps:
         print(
-            f"the run was to have {record['max_steps']} steps and now has {plan.max_steps}: "
+            f"the run was to have {counted(record['max_steps'], 'step')} and now has {plan.max_steps}: "
             "schedule and warm-up follow the new number"
         )
     patience, without = options.validation.early_stopping_patience, record["validations"]["without_improvement"]
@@ -78,5 +78,5 @@ def begin_at(run: Run, start: Progress, resumed: State | None) -> None:
                 run.step.update.schedule.step()
     run.loop.progress = start
     if start.step:
-        total = run.plan.micro_batches_per_epoch
-        print(f"starting after step {start.step}: {start.position} of {total} batches of epoch {start.epoch} are done")
+        total = counted(run.plan.micro_batches_per_epoch, "batch", "batches")
+        print(f"starting after step {start.step}: {start.position} of {total} of epoch {start.epoch} done")

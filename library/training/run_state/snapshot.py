@@ -90,7 +90,7 @@ def network_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in (*module.named_parameters(), *module.named_buffers())}
 
 
-def refuse_nonfinite(network: Mapping[str, Tensor]) -> None:
+def reject_nonfinite(network: Mapping[str, Tensor]) -> None:
     """Raises RunFailed if a tensor holds NaN or infinity: such a state is useless."""
     broken = [name for name, tensor in network.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
     if broken:

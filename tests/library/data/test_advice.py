@@ -27,7 +27,7 @@ def test_trap_31_the_option_that_shrinks_images_is_named_with_a_better_value(tmp
 
 def test_trap_30_small_images_that_are_enlarged_are_named(tmp_path):
     (line,) = lines(tmp_path / "a", [(600, 600), (300, 300), (900, 900)])
-    assert line.startswith("2 images are enlarged to more than 1.5 times") and "1.png from 300x300 to 1024x1024" in line
+    assert line.startswith("2 images would be enlarged to more than 1.5 times") and "1.png from 300x300 to 1024x1024" in line
     assert not lines(tmp_path / "b", [(320, 320)], bucket_no_upscale=True)
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from library.data.config import UNSUPPORTED, DatasetDefaults, datasets_from_file, datasets_from_folders, datasets_from_metadata
-from library.data.config_keys import DATASET_KEYS, SHARED_KEYS, DatasetConfig, SubsetConfig
+from library.data.config import UNSUPPORTED, datasets_from_file, datasets_from_folders, datasets_from_metadata
+from library.data.config_keys import DATASET_KEYS, SHARED_KEYS, DatasetConfig, DatasetDefaults, SubsetConfig
 from library.errors import UserError
 
 

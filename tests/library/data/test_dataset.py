@@ -198,7 +198,7 @@ def test_balancing_of_regularisation_images(folder, tmp_path, caplog):
     reg = make_folder(tmp_path / "reg", 30, captions=False)
     with caplog.at_level(logging.WARNING):
         dataset = TrainingDataset([config(subset(folder), subset(reg, is_reg=True, class_tokens="x"))], seed=1)
-    assert "10 of 30 regularisation images are not used" in caplog.text
+    assert "left out 10 of 30 regularisation images" in caplog.text
     assert dataset.describe()[0].num_reg_images == 30 and int(dataset.table.repeats.sum()) == 40
     with pytest.raises(UserError, match="no images to train on"):
         TrainingDataset([config(subset(reg, is_reg=True))], seed=1)
@@ -371,7 +371,9 @@ def test_weighted_captions_and_long_ones(tmp_path, tokenizer, caplog):
     (folder / "001.txt").write_text("(red:1.5) dog", encoding="utf-8")
     with caplog.at_level(logging.WARNING):
         dataset = TrainingDataset([config(subset(folder))], seed=1, tokenizer=CaptionTokenizer([tokenizer], weighted=True))
-    assert caplog.text.count("longer than 75 tokens") == 1 and "1 captions" in caplog.text and "with 92 tokens" in caplog.text
+    assert (
+        caplog.text.count("longer than 75 tokens") == 1 and "1 caption longer" in caplog.text and "with 92 tokens" in caplog.text
+    )
     batch = dataset[(1, 0)]
     assert batch.tokens["weights"].shape == batch.tokens["ids"].shape and batch.tokens["weights"].max() == 1.5
     long = TrainingDataset([config(subset(folder))], seed=1, tokenizer=CaptionTokenizer([tokenizer], 225))
@@ -383,7 +385,7 @@ def test_missing_captions_are_reported(tmp_path, caplog):
     (folder / "001.txt").unlink()
     with caplog.at_level(logging.WARNING):
         dataset = TrainingDataset([config(subset(folder))], seed=1)
-    assert "1 of 3 images have no .txt file" in caplog.text and "001.png" in caplog.text
+    assert "1 of 3 images without a .txt file" in caplog.text and "001.png" in caplog.text
     assert dataset.table.captions[1] == ""
 
 

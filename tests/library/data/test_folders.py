@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from library.data.config import DatasetDefaults, SubsetConfig, datasets_from_file, datasets_from_folders
+from library.data.config import datasets_from_file, datasets_from_folders
+from library.data.config_keys import DatasetDefaults, SubsetConfig
 from library.data.folders import image_suffixes, list_images
 from library.data.images import decode, own_mark
 from library.data.index import index_folders

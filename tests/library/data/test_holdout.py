@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from library.data.config import DatasetDefaults, datasets_from_file
+from library.data.config import datasets_from_file
+from library.data.config_keys import DatasetDefaults
 from library.data.dataset import TrainingDataset
 from library.data.loader import make_loader
 from library.errors import UserError

@@ -41,7 +41,7 @@ def test_bad_images_are_refused_in_one_error(tmp_path):
     with pytest.raises(UserError) as error:
         index_folders([tmp_path])
     text = str(error.value)
-    assert "14 of the images" in text and "and 4 more" in text and "--on_bad_image=skip" in text
+    assert "14 images cannot be used" in text and "and 4 more" in text and "--on_bad_image=skip" in text
     assert "bad 01.png (the file is empty (0 bytes))" in text and "bad 09.png" in text and "bad 10.png" not in text
 
 
@@ -75,4 +75,4 @@ def test_what_training_drew_is_no_data_and_is_named(tmp_path, caplog):
     for on_bad_image in ("refuse", "skip"):
         caplog.clear()
         assert index_folders([tmp_path], on_bad_image)[tmp_path].names == ["a.png"]
-        assert "1 plots or samples that training drew are left out" in caplog.text
+        assert "left out 1 plot or sample that training drew" in caplog.text

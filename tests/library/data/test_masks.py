@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from library.data.config import DatasetDefaults, datasets_from_file, datasets_from_folders
+from library.data.config import datasets_from_file, datasets_from_folders
+from library.data.config_keys import DatasetDefaults
 from library.data.dataset import TrainingDataset
 from library.data.debug import describe_batch
 from library.data.loader import make_loader
@@ -155,7 +156,7 @@ def test_what_is_wrong_with_masks_is_named(data):
     with pytest.raises(UserError, match="their shapes differ"):
         dataset(data)
     (data / "masks" / "2_cat" / "a.webp").unlink()
-    with pytest.raises(UserError, match=r"1 images have no mask .*\(a.png\)"):
+    with pytest.raises(UserError, match=r"holds no mask for 1 image \(a.png\)"):
         dataset(data)
 
 
@@ -164,7 +165,7 @@ def test_of_two_masks_of_one_image_the_one_in_use_is_named(data, caplog):
     Image.fromarray(half(64, 64)).save(folder / "a.png")
     assert [path.name for path in dataset(data).table.masks] == ["a.webp", "b.webp", "c.webp"]
     assert [record.getMessage() for record in caplog.records] == [
-        f"{folder}: 1 images have several masks, and the last is used: a.png: a.png, a.webp"
+        f"{folder} holds several masks for 1 image, and the last is used: a.png: a.png, a.webp"
     ]
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from library.data.config import DatasetDefaults, datasets_from_file, datasets_from_metadata
+from library.data.config import datasets_from_file, datasets_from_metadata
+from library.data.config_keys import DatasetDefaults
 from library.data.dataset import TrainingDataset
 from library.data.facts import describe
 from library.data.table import build_table
@@ -141,7 +142,7 @@ def test_a_line_of_jsonl_ends_at_a_line_end_alone(images, tmp_path, mark):
 def test_half_an_emoji_is_left_out_and_reported(images, tmp_path, caplog):
     path = written(tmp_path, '{"a.png": {"caption": "a face \\ud83d"}, "b.JPG": {"caption": "a face \\ud83d\\ude00"}}')
     assert captions(path, images) == {"a.png": "a face ", "b.JPG": "a face \U0001f600"}
-    assert "1 captions hold half an emoji" in caplog.text and "(a.png first)" in caplog.text
+    assert "1 caption with half an emoji" in caplog.text and "(a.png first)" in caplog.text
 
 
 def test_a_caption_of_several_paragraphs_is_reported_once(images, tmp_path, caplog):

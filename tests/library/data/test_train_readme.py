@@ -12,9 +12,9 @@ import pytest
 from user_pages import blocks, read_page
 
 from library.data.buckets import BucketRule
-from library.data.config import UNSUPPORTED, DatasetDefaults, datasets_from_file
+from library.data.config import UNSUPPORTED, datasets_from_file
 from library.data.config_file import read_config_file
-from library.data.config_keys import DATASET_KEYS, SHARED_KEYS, SUBSET_ONLY, DatasetConfig, SubsetConfig
+from library.data.config_keys import DATASET_KEYS, SHARED_KEYS, SUBSET_ONLY, DatasetConfig, DatasetDefaults, SubsetConfig
 
 ENGLISH, CHINESE = read_page("docs/train_README.md"), read_page("docs/train_README-zh.md")
 BOTH = pytest.mark.parametrize("guide", [ENGLISH, CHINESE], ids=["en", "zh"])

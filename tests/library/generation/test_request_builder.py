@@ -283,7 +283,7 @@ def test_size_conditioning_is_that_of_the_line_and_else_of_the_command_line():
         ("a --ct -1", [], "column 3: option --ct '-1' is not a number of pixels, or 0"),
         ("a --t 0.5", [], "column 3: option --t needs --image_path or --highres_fix_scale"),
         ("a --am 1", [], "column 3: option --am needs --network_weights"),
-        ("a --am 1,2", ["--network_weights", "a"], r"column 3: option --am has 2 strengths for 1 network\(s\)"),
+        ("a --am 1,2", ["--network_weights", "a"], r"column 3: option --am has 2 strengths for 1 network"),
         ("a --am 1", ["--network_weights", "a", "--sheet"], "column 3: option --am does not go with --sheet"),
         ("a --dsr 0.5", [], "line 1: Deep Shrink has no depth"),
         ("a --dsd1 1 --dst2 500", [], "line 1: Deep Shrink has no second depth"),

@@ -152,7 +152,7 @@ def test_other_files_are_refused_by_name(tmp_path, name, reason):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda t: t.pop("model.diffusion_model.out.2.bias"), "lacks 1 weights of the U-Net, the first is conv_out.bias"),
+        (lambda t: t.pop("model.diffusion_model.out.2.bias"), "lacks 1 weight of the U-Net, the first is conv_out.bias"),
         (lambda t: t.update({"model.diffusion_model.foreign_emb.0.weight": torch.zeros(2)}), "foreign_emb"),
         (lambda t: t.update({"model.diffusion_model.out.2.bias": torch.zeros(5)}), r"conv_out.bias .*has the shape \(5,\)"),
         (lambda t: [t.pop(name) for name in list(t) if name.startswith("first_stage")], "holds no vae; give a VAE with --vae"),

@@ -13,7 +13,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import train_network
-from library.data.config import DatasetDefaults, datasets_from_file
+from library.data.config import datasets_from_file
+from library.data.config_keys import DatasetDefaults
 from library.errors import UserError
 from library.training.options import parse_options
 

@@ -16,7 +16,7 @@ from option_marks import marked_options
 from PIL import Image
 
 from library.command_line import option_names
-from library.data.config import DatasetDefaults
+from library.data.config_keys import DatasetDefaults
 from library.generation.prompts.spec import PromptSpec
 from library.models import sd1
 from library.processes import Processes, timeout

@@ -265,7 +265,7 @@ def test_what_nobody_foresaw_ends_its_images_and_not_the_run(model, monkeypatch)
     specs = [replace(CAT, steps=1)] * 3
     made = list(Pipeline(model).generate(specs, on_error=lambda one: failed.append(str(one.error))))
     assert len(made) == 1 and len(failed) == 2
-    assert "RuntimeError: cuDNN error" in failed[0] and "not enough GPU memory for 1 image(s) of 64 x 64" in failed[1]
+    assert "RuntimeError: cuDNN error" in failed[0] and "not enough GPU memory for 1 image of 64 x 64" in failed[1]
     errors = iter([RuntimeError("a bug")])
     with pytest.raises(RuntimeError, match="a bug"):  # a traceback, where nobody waits for the other images
         list(Pipeline(model).generate(specs))

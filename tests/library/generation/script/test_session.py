@@ -44,7 +44,7 @@ def test_trap_6_3_each_image_of_a_batch_has_its_own_text_and_trap_6_5_its_own_se
     assert made.code == 1  # a line was wrong
     out, err = capsys.readouterr()
     assert "skipped: " in err and "line 4, column 7: option --w '65' is not a multiple of 8" in err
-    assert "3 of 3 images saved" in out and "1 line(s) of prompts skipped" in out
+    assert "3 of 3 images saved" in out and "1 line of prompts skipped" in out
     assert [(t["prompt"], t["negative-prompt"], t["seed"], t["raw-prompt"]) for t in made.texts] == [
         ("a cat", "blurry", "7", "a cat --n blurry --d 7"), ("a dog", "dark", "5", "a {dog} --n dark"),
         ("no negative", "", "6", "no negative"),
@@ -171,7 +171,7 @@ def test_an_image_that_fails_is_named_and_the_others_are_made(draw, tmp_path, ca
     out, err = capsys.readouterr()
     assert re.search("failed: .*line 2.*broken.safetensors", err)
     assert re.search("skipped: .*line 4: unknown LoRA 'brokn' .*did you mean 'broken'", err)
-    assert "2 of 3 images saved" in out and "1 failed" in out and "1 line(s) of prompts skipped" in out
+    assert "2 of 3 images saved" in out and "1 failed" in out and "1 line of prompts skipped" in out
 
 
 @pytest.fixture
@@ -266,7 +266,7 @@ def test_a_wrong_line_of_the_list_is_reported_once_and_counts_in_an_interactive_
     monkeypatch.setattr(builtins, "input", lambda prompt: next(answers, None) or (_ for _ in ()).throw(EOFError))
     made = draw("--prompt=a --w 3", "--interactive", "--no_preview", "--steps=1")
     out, err = capsys.readouterr()
-    assert made.code == 1 and len(made.files) == 2 and "1 line(s) of prompts skipped" in out
+    assert made.code == 1 and len(made.files) == 2 and "1 line of prompts skipped" in out
     assert err.count("--prompt, column 3: option --w '3'") == 1
 
 

@@ -93,7 +93,7 @@ def test_what_the_images_bring_to_light_is_reported_with_the_others(folder, monk
         "--lr_warmup_steps is 5",
         "--early_stopping_patience needs",
         " free and the run writes",
-        "9 steps are done and 4",
+        "9 steps done and 4",
     )
     assert [part in text for part, text in zip(parts, found, strict=True)] == [True] * 5, found
 

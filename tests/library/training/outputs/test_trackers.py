@@ -14,7 +14,8 @@ from safetensors import safe_open
 from small_runs import image_folder, train, use_two_blocks, words_of_a_run
 from transformers.optimization import Adafactor
 
-from library.data.config import DatasetDefaults, datasets_from_file
+from library.data.config import datasets_from_file
+from library.data.config_keys import DatasetDefaults
 from library.errors import UserError
 from library.training.loop import Listener, Stop
 from library.training.options import LogOptions, all_defaults, parse_options

@@ -194,7 +194,7 @@ def a_state(tmp_path_factory, images) -> Path:
         (["--network_args", "conv_dim=2"], "--network_args was unset"),
         (["--shuffle_caption"], "--shuffle_caption was False and is True"),
         (["--seed=2"], "the state's seed is 1 and --seed 2; leave out --seed"),
-        (["--max_train_steps=1"], "2 steps are done and 1 are asked for in all"),
+        (["--max_train_steps=1"], "2 steps done and 1 asked for in all"),
     ],
 )
 def test_a_state_of_another_run_is_refused_before_the_model_is_loaded(run, a_state, words, message, monkeypatch):
