@@ -192,21 +192,21 @@ def loss_at_fixed_noise(made) -> float:
         return measured.loss(made.step.loss.unweighted)
 
 
-def test_learning_happens_and_each_text_encoder_and_the_unet_help(train):
+def test_the_unet_and_each_text_encoder_learn_alone_and_all_together(train):
     losses = {}
-    rates = {"all": [], "unet": ["--text_encoder_lr=0"], "first": ["--unet_lr=0", "--text_encoder_lr", "2e-2", "0"],
-             "second": ["--unet_lr=0", "--text_encoder_lr", "0", "2e-2"]}  # fmt: skip
+    rates = {"all": [], "unet": ["--text_encoder_lr=0"], "first": ["--unet_lr=0", "--text_encoder_lr", "1e-2", "0"],
+             "second": ["--unet_lr=0", "--text_encoder_lr", "0", "1e-2"]}  # fmt: skip
     for name, words in rates.items():
         recorder = Recorder()
-        train("--max_train_steps=20", "--train_batch_size=4", "--cache_latents", "--learning_rate=2e-2", "--network_alpha=2",
+        train("--max_train_steps=20", "--train_batch_size=4", "--cache_latents", "--learning_rate=1e-2", "--network_alpha=2",
               *words, recorder)  # fmt: skip
         losses[name] = loss_at_fixed_noise(recorder.runs[-1])
         recorder.runs[-1].network.module.set_multiplier(0)
-        losses["start"] = loss_at_fixed_noise(recorder.runs[-1])
-    # Measured: all 1.075, U-Net 1.092, first encoder 1.101, second 1.208 of 1.259.
-    assert losses["all"] < losses["unet"] < losses["start"]
-    assert max(losses["first"], losses["second"]) < 0.98 * losses["start"]
-    assert losses["all"] < 0.9 * losses["start"]
+        losses[name] /= loss_at_fixed_noise(recorder.runs[-1])
+    # On processors with AVX-512, with AVX2 and with neither: all 0.89 to 0.93, U-Net 0.93, first encoder 0.972, second 0.973 to
+    # 0.978. Steps of 2e-2 differ by 0.06 between them: rounding decides where such large steps go.
+    assert losses["all"] < 0.96 and losses["unet"] < 0.96
+    assert losses["first"] < 0.985 and losses["second"] < 0.99
 
 
 def test_same_seed_gives_the_same_bytes_with_any_number_of_workers_and_with_previews(train, tmp_path):
