@@ -17,7 +17,6 @@ def main(family: str | None = None) -> int:
     family: the one family of models to accept, by its name.
     """
     quiet_unless_main()
-    let_waiting_threads_sleep()
     from library.training.checks.launcher import check_launcher
     from library.training.options import all_defaults, parse_options
 
@@ -42,6 +41,7 @@ def main(family: str | None = None) -> int:
 
     set_up_console(options.logs.console_log_level, options.logs.console_log_file, options.logs.console_log_simple)
     print("loading libraries ...", flush=True)  # takes seconds, in which nothing else would be printed
+    let_waiting_threads_sleep()
     with garbage_collection_paused():
         from library.training.entry import train
 
