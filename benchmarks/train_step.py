@@ -7,10 +7,11 @@ counts.
 floor: the bare U-Net of Diffusers, forward and backward to its input, in the same precision, nothing attached, no autocast.
 
 Both compute with the same weights in the same process, by turns; the ratio is that of the medians after one step of each. With
-the text encoder trained the floor is still the U-Net alone; with a packed base it is timed with the packed layers. Peak memory is
-that of two more processes, from their start on; the floor's holds nothing but the U-Net. The launch is split in a process that
-first imports what a run imports. Rows are written to benchmarks/results/train_step.md as they are measured, and replace the same
-rows of earlier runs. A size of 512 in float32 wants 12 GB.
+the text encoder trained the floor is still the U-Net alone, but in rows that say "and in the floor": there the U-Net reads what
+the bare text encoder gives, and the backward pass goes on to its embeddings. With a packed base the floor is timed with the
+packed layers. Peak memory is that of two more processes, from their start on; the floor's holds nothing but the U-Net. The launch
+is split in a process that first imports what a run imports. Rows are written to benchmarks/results/train_step.md as they are
+measured, and replace the same rows of earlier runs. A size of 512 in float32 wants 12 GB.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ CASES = {
 }
 DEFAULT_CASES = list(CASES)
 CASES |= {
+    "text_floor": ("LoRA rank 4, text encoder too and in the floor", []),
     "cached": ("LoRA rank 4, texts cached", [*UNET_ONLY, "--cache_text_encoder_outputs"]),
     **{name: (f"LoRA rank 4, {name} base", [*UNET_ONLY, f"--base_dtype={name}"]) for name in ("int8", "fp8", "nf4")},
 }
@@ -181,14 +183,16 @@ class Clock:
         return self.marks[0] - before[0], self.marks[1] - before[1]
 
 
-def floor_step(unet, case: Case) -> Callable[[], None]:
-    """Forward and backward of a bare U-Net to its input."""
+def floor_step(unet, case: Case, text_encoders: Sequence = ()) -> Callable[[], None]:
+    """Forward and backward of a bare U-Net to its input, and of the text encoders that it reads to their embeddings, if any."""
     import torch
 
     settings = {"device": unet.device, "dtype": unet.dtype}
     side = case.size // 8
     latents = torch.randn(case.batch, unet.config.in_channels, side, side, **settings, requires_grad=True)
-    context = torch.randn(case.batch, 77, unet.config.cross_attention_dim, **settings)
+    noise = torch.randn(case.batch, 77, unet.config.cross_attention_dim, **settings)
+    tokens = torch.randint(1, 1000, (case.batch, 77), device=unet.device)
+    begins = [_position_embeddings(encoder) for encoder in text_encoders]
     times = torch.full((case.batch,), 500, device=unet.device)
     added = {}
     if unet.config.addition_embed_type == "text_time":
@@ -197,19 +201,30 @@ def floor_step(unet, case: Case) -> Callable[[], None]:
         added = {"text_embeds": torch.randn(case.batch, vector, **settings), "time_ids": sizes}
 
     def step() -> None:
+        context = torch.cat([encode(tokens).last_hidden_state for encode in text_encoders], dim=2) if text_encoders else noise
         unet(latents, times, context, added_cond_kwargs=added).sample.float().square().mean().backward()
-        latents.grad = None
+        for begin in (latents, *begins):
+            begin.grad = None
 
     return step
 
 
-def bare(unet):
-    """The same U-Net with the same tensors and the library's own layers, without what is attached to it."""
+def _position_embeddings(encoder):
+    """The encoder's own copy of them, which takes gradients: with them the backward pass goes through the whole encoder."""
+    from torch import nn
+
+    embedding = next(module for path, module in encoder.named_modules() if path.endswith("position_embedding"))
+    embedding.weight = nn.Parameter(embedding.weight.detach().clone())
+    return embedding.weight
+
+
+def bare(model):
+    """The same model with the same tensors and the library's own layers, without what is attached to it."""
     from torch import nn
 
     from library.training.memory.frozen import FrozenConv2d
 
-    twin = copy.deepcopy(unet, {id(tensor): tensor for tensor in (*unet.parameters(), *unet.buffers())})
+    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
     for module in twin.modules():
         if type(module) is FrozenConv2d:
             module.__class__ = nn.Conv2d
@@ -223,9 +238,13 @@ def measure_time(case: Case, folder: Path, steps: int) -> dict[str, float]:
     """Medians in seconds, by turns; the first step of each does not count."""
     clock, ours, floors, floor = Clock(), [], [], []
 
+    def floor_of(model):
+        encoders = [bare(encoder) for encoder in model.text_encoders] if case.kind == "text_floor" else []
+        return floor_step(bare(model.denoiser), case, encoders)
+
     def after_step(run) -> None:
         ours.append(clock.read())
-        floor[:] = floor or [floor_step(bare(run.model.denoiser), case)]
+        floor[:] = floor or [floor_of(run.model)]
         clock.read()
         floor[0]()
         floors.append(clock.read())

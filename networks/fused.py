@@ -104,7 +104,7 @@ class _AdaptedLinear(torch.autograd.Function):
         to_hidden = (up.to(gradient.dtype).T @ gradient.T).T.mul_(ctx.factor)
         to_x = None
         if ctx.needs_input_grad[0]:
-            to_x = (gradient @ ctx.layer.weight.to(gradient.dtype)).addmm_(to_hidden, down.to(gradient.dtype)).view(ctx.shape)
+            to_x = (gradient @ _weight(ctx.layer).to(gradient.dtype)).addmm_(to_hidden, down.to(gradient.dtype)).view(ctx.shape)
         return to_x, to_hidden.T @ rows, (hidden.T @ gradient).T, None, None, None
 
 
@@ -183,11 +183,17 @@ def _gradient_to_input(layer: nn.Conv2d, gradient: Tensor, shape: torch.Size) ->
     """That of the layer alone. A layer of a class of its own may know a faster way than torch's."""
     if _is_one_matrix(layer):
         flat = gradient.flatten(2)
-        return torch.bmm(_expanded(layer.weight, flat).mT, flat).view(shape)
+        return torch.bmm(_expanded(_weight(layer), flat).mT, flat).view(shape)
     own = getattr(layer, "gradient_to_input", None)
     if own is not None:
         return own(gradient, shape)
     return conv2d_input(shape, layer.weight.to(gradient.dtype), gradient, layer.stride, layer.padding, layer.dilation)
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    """The layer's weight for one product. A packed layer lends memory that the next one takes."""
+    borrowed = getattr(layer, "borrowed_weight", None)
+    return layer.weight if borrowed is None else borrowed()
 
 
 def _expanded(weight: Tensor, batch: Tensor) -> Tensor:

@@ -44,6 +44,23 @@ def test_ours_and_floor_are_the_same_weights_by_turns(folder, monkeypatch):
     assert [any(type(module) is FrozenConv2d for module in unet.modules()) for unet in (ours, floor)] == [True, False]
 
 
+def test_text_encoder_in_the_floor_reads_and_gives_gradients_without_touching_the_run(folder, monkeypatch):
+    encoders, step = [], train_step.floor_step
+
+    def watched(unet, case, text_encoders=()):
+        encoders.extend(text_encoders)
+        return step(unet, case, text_encoders)
+
+    monkeypatch.setattr(train_step, "floor_step", watched)
+    found = train_step.measure_time(Case(64, 2, "no", "text_floor"), folder, 1)
+    (encoder,) = encoders
+    assert found["ratio"] > 0
+    assert [name for name, weight in encoder.named_parameters() if weight.requires_grad] == [
+        name for name, _ in encoder.named_parameters() if name.endswith("position_embedding.weight")
+    ]
+    assert not any(module._forward_hooks for module in encoder.modules())
+
+
 @pytest.mark.parametrize("what, parts", [
     ("ours", {"peak"}), ("floor", {"peak"}), ("aside", {"caching", "file", "log", "preview"}),
 ])  # fmt: skip

@@ -38,6 +38,10 @@ class FrozenLayer(nn.Module):
         x = x.to(self.weight_type)
         return _Frozen.apply(x, self) if torch.is_grad_enabled() and x.requires_grad else self.result(x)
 
+    def borrowed_weight(self) -> Tensor:
+        """The weight for a product that is made at once: it may lie in memory that the next layer's takes."""
+        return self.weight
+
     @property
     def weight_type(self) -> torch.dtype:
         raise NotImplementedError
@@ -54,7 +58,7 @@ class FrozenConv2d(FrozenLayer, nn.Conv2d):
         return self.weight.dtype
 
     def result(self, x: Tensor) -> Tensor:
-        weight = self.weight
+        weight = self.borrowed_weight()
         if not self._has_few_positions(x.shape, weight):
             return self._conv_forward(x, weight, self.bias)
         height, width = self._result_size(x.shape)
@@ -66,7 +70,7 @@ class FrozenConv2d(FrozenLayer, nn.Conv2d):
         return product.clone(memory_format=torch.contiguous_format)  # autograd refuses to change views of a function in place
 
     def gradient_to_input(self, gradient: Tensor, shape: torch.Size) -> Tensor:
-        weight = self.weight.to(gradient.dtype)
+        weight = self.borrowed_weight().to(gradient.dtype)
         if not self._has_few_positions(shape, weight):
             return conv2d_input(shape, weight, gradient, self.stride, self.padding, self.dilation, self.groups)
         columns = weight.flatten(1).T @ gradient.transpose(0, 1).flatten(1)

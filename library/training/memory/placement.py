@@ -23,6 +23,7 @@ def pack_frozen_weights(formats: NumberFormats, model: Model, device: torch.devi
     model.denoiser.to(device)
     if formats.text_encoder:
         saved += sum(pack_weights(encoder, formats.text_encoder) for encoder in model.text_encoders)  # may be idle, on the CPU
+    give_back_freed_memory()  # 0.8 GB of SD 1.5 in int8 on a CPU
     print(f"frozen weights in {formats.unet}: {saved / 2**20:.0f} MiB less")
     packed = [layer for layer in model.denoiser.modules() if isinstance(layer, tuple(CLASSES.values()))]
     if not gradient_checkpointing and any("forward" in vars(layer) for layer in packed):

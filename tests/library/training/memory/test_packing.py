@@ -12,6 +12,7 @@ from library.errors import UserError
 from library.testing import full_size_header
 from library.training.checks.contradictions import contradictions
 from library.training.checks.estimates import fixed_bytes, frozen_bytes
+from library.training.memory import packing
 from library.training.memory.packing import FORMATS, NF4, PackedConv2d, PackedLinear, pack_layer, pack_weights
 from library.training.memory.precision import NumberFormats
 from library.training.options import parse_options
@@ -42,6 +43,12 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.randn(1, 77, 32)
 
 
+def unpacked(name: str, packed: torch.Tensor, scale: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    weight = torch.empty(shape)
+    FORMATS[name].unpack(packed, scale.float(), weight)
+    return weight
+
+
 def weight_bytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
@@ -55,7 +62,7 @@ def test_weights_are_nearly_what_they_were_in_their_bits(name, shape):
     torch.manual_seed(0)
     weight = torch.randn(shape) * 0.02
     packed, scale = FORMATS[name].pack(weight)
-    back = FORMATS[name].unpack(packed, scale.float(), weight.shape)
+    back = unpacked(name, packed, scale, weight.shape)
     assert back.shape == weight.shape and 0 < (back - weight).norm() / weight.norm() < ERRORS[name]
     if weight.numel() % 64 == 0 and name == "nf4":
         assert (packed.nbytes + scale.nbytes) * 8 / weight.numel() == FORMATS[name].bits
@@ -67,13 +74,13 @@ def test_zeros_stay_zeros_and_the_largest_stays(name):
     weight = torch.zeros(2, 64)
     weight[1, 3] = -5.0
     packed, scale = FORMATS[name].pack(weight)
-    torch.testing.assert_close(FORMATS[name].unpack(packed, scale.float(), weight.shape), weight, rtol=1e-2, atol=0)
+    torch.testing.assert_close(unpacked(name, packed, scale, weight.shape), weight, rtol=1e-2, atol=0)
 
 
 def test_nf4_takes_the_nearest_of_its_numbers():
     weight = torch.tensor(NF4).repeat(4).view(1, 64) * 3
     packed, scale = FORMATS["nf4"].pack(weight)
-    assert packed.numel() == 32 and torch.equal(FORMATS["nf4"].unpack(packed, scale.float(), weight.shape), weight)
+    assert packed.numel() == 32 and torch.equal(unpacked("nf4", packed, scale, weight.shape), weight)
     other = weight + torch.tensor([0.1, -0.1]).repeat(32)  # less than half of the least distance, 0.08 x 3
     assert torch.equal(FORMATS["nf4"].pack(other.clamp(-3, 3))[0], packed)
 
@@ -83,11 +90,38 @@ def test_rows_of_small_weights_keep_their_digits(name):
     torch.manual_seed(0)
     weight = torch.randn(4, 64) * torch.tensor([1e-4, 1e-2, 1.0, 1e3]).view(-1, 1)
     packed, scale = FORMATS[name].pack(weight)
-    errors = (FORMATS[name].unpack(packed, scale, weight.shape) - weight).norm(dim=1) / weight.norm(dim=1)
+    errors = (unpacked(name, packed, scale, weight.shape) - weight).norm(dim=1) / weight.norm(dim=1)
     assert (errors < 0.04).all()
 
 
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("shape", [(48, 64), (7, 3, 3, 3), (5, 1000)])
+def test_weights_unpacked_in_pieces_are_those_unpacked_at_once(name, shape, monkeypatch):
+    torch.manual_seed(0)
+    weight = torch.randn(shape)
+    packed, scale = FORMATS[name].pack(weight)
+    at_once = unpacked(name, packed, scale, weight.shape)
+    monkeypatch.setattr(packing, "PIECE", 128)
+    assert torch.equal(unpacked(name, packed, scale, weight.shape), at_once)
+
+
 # ---------------------------------------------------------------- layers
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_layers_share_the_memory_of_one_weight_and_each_reads_its_own(unet, name):
+    x, t, context = inputs()
+    pack_weights(unet, name)
+    layers = [layer for layer in unet.modules() if isinstance(layer, PackedLinear | PackedConv2d)]
+    first = layers[0].borrowed_weight()
+    assert {layer.borrowed_weight().data_ptr() for layer in layers} == {first.data_ptr()}
+    assert first.untyped_storage().nbytes() == max(layer.weight.nbytes for layer in layers)
+    assert all(torch.equal(layer.borrowed_weight(), layer.weight) for layer in layers)
+    kept, other = layers[0].weight, layers[1].borrowed_weight()
+    assert kept.data_ptr() != other.data_ptr() and torch.equal(kept, layers[0].weight), "`weight` is the reader's own"
+    with torch.inference_mode():
+        drawn = unet(x, t, context).sample
+    assert torch.equal(drawn, unet(x, t, context).sample.detach())
 
 
 @pytest.mark.parametrize("name, share, error", [("int8", 0.33, 0.05), ("fp8", 0.33, 0.2), ("nf4", 0.22, 0.6)])
