@@ -65,7 +65,7 @@ GOALS = {  # times faster, seconds, times less memory, GB
     "SDXL: extract_lora_from_models dim 4": "1 GB",
 }
 STACKS = [
-    (out, size, rank) for out, size in ((320, 320), (640, 640), (1280, 1280), (320, 2880)) for rank in (128, 256, 512, 1024)
+    (out, size, rank) for out, size in ((320, 320), (640, 640), (1280, 1280), (320, 2880)) for rank in (128, 256, 512, 1024, 2048)
 ]
 SDXL = "SDXL: "  # how the names of its rows begin
 MADE = "made"  # the folder, in that of the files, that every measurement finds empty

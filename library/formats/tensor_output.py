@@ -34,6 +34,7 @@ _STORAGES = {
     torch.int64: "Long", torch.int32: "Int", torch.int16: "Short", torch.int8: "Char", torch.uint8: "Byte", torch.bool: "Bool",
 }  # fmt: skip
 FLUSH_AFTER = 64 << 20  # bytes
+BUFFER = 1 << 18  # bytes; each write to the system lets other threads take over, so small tensors are gathered
 ALIGNMENT = 64  # bytes, of tensors in pickled files, as torch has it
 
 PART = 1 << 20  # numbers that are worked on at a time
@@ -81,7 +82,7 @@ def write_weights(
                 sums[name, rows.start] = total
                 yield name, bytes_of(value)
 
-    with atomic_write(path) as temporary, open(temporary, "wb") as file, _Flusher(file) as stream:
+    with atomic_write(path) as temporary, open(temporary, "wb", buffering=BUFFER) as file, _Flusher(file) as stream:
         if is_safetensors:
             stream.write(safetensors_header(plan, metadata or None))
             for _, space in contents():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -20,6 +21,8 @@ def process(monkeypatch):
     monkeypatch.setattr(sys, "stderr", sys.stderr)
     monkeypatch.setattr(os, "_exit", sys.exit)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # run_tool sets it for good
+    yield
+    gc.enable()  # run_tool disables it for good
 
 
 def exit_code(run, main) -> int:
@@ -111,3 +114,10 @@ def test_a_stream_that_cannot_be_set_takes_any_text():
     stream = SafeStream(Plain())
     assert stream.write("a\udce9") == 2 and stream.stream.text == "a\\udce9"
     assert not stream.has_lost
+
+
+@pytest.mark.parametrize("run, collects", [(run_entry, True), (run_tool, False)])
+def test_a_tool_spends_no_time_on_collecting_garbage(run, collects):
+    found = []
+    exit_code(run, lambda: found.append(gc.isenabled()))
+    assert found == [collects]
