@@ -39,7 +39,7 @@ class Shelf:
 
 def make_shelf(folder: Path) -> Shelf:
     folder.mkdir(parents=True)
-    model = small_stable_diffusion(unet_channels=(32, 32, 64, 64), vae_channels=(32, 32, 32, 32), text_width=32, text_layers=1)
+    model = small_stable_diffusion(unet_channels=(32, 64), vae_channels=(32, 32, 32, 32), text_width=32, text_layers=1)
     shelf = Shelf(folder, _checkpoint(model), _lora(model))
     save_file(shelf.checkpoint, shelf.model)
     save_file(shelf.lora, shelf.lora_file, {"ss_network_dim": "2", "ss_network_alpha": "1.0", "ss_base_model_version": "sd_v1"})

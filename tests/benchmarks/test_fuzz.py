@@ -13,6 +13,7 @@ from benchmarks.fuzzing import mutations, outcomes
 from benchmarks.fuzzing.case import Case
 from benchmarks.fuzzing.shelf import Shelf, make_shelf
 from library.errors import UserError
+from tests.library.training.small_runs import read_tokenizers_once
 
 SHARE = 0.03
 
@@ -23,7 +24,8 @@ def shelf(tmp_path_factory) -> Shelf:
 
 
 @pytest.mark.parametrize("kind", fuzz.KINDS)
-def test_odd_inputs_end_well_or_are_refused_in_one_line(kind, shelf, tmp_path):
+def test_odd_inputs_end_well_or_are_refused_in_one_line(kind, shelf, tmp_path, monkeypatch):
+    read_tokenizers_once(monkeypatch.setattr)
     rows = fuzz.run(seed=7, share=SHARE, kinds=[kind], folder=tmp_path, shelf=shelf, progress=False)
     assert rows[kind].counts["inputs"] >= 1 and rows[kind].faults == []
 

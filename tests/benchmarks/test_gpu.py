@@ -14,7 +14,7 @@ from library.testing import small_stable_diffusion
 from library.training import setup
 from library.training.checks import preflight
 from library.training.options import parse_options
-from tests.library.training.small_runs import use_two_blocks
+from tests.library.training.small_runs import read_tokenizers_once, use_two_blocks
 
 MACHINE = Job("machine", "machine")
 
@@ -31,6 +31,7 @@ def workspace(tmp_path_factory):
 def small_runs(monkeypatch):
     """Runs of a tenth of a second, which compile nothing."""
     use_two_blocks(monkeypatch.setattr)
+    read_tokenizers_once(monkeypatch.setattr)
     monkeypatch.setattr(preflight, "check_backend", lambda *args: None)
     monkeypatch.setattr(setup, "compile_model", lambda *args: None)
     monkeypatch.setattr(loading, "load_stable_diffusion", lambda *args, **kwargs: small_stable_diffusion())

@@ -37,9 +37,11 @@ from library.training.checks.unsupported_options import UNSUPPORTED
 from library.training.optimization.optimizers import OPTIMIZERS
 from library.training.optimization.schedules import SCHEDULES
 from library.training.options import LogOptions, TrainNetworkOptions, parse_options
+from library.training.outputs import summary
 from library.training.outputs.trackers import tracker_settings
 from networks.lora import create_network
 from networks.lora_args import readers
+from tests.library.training.small_runs import read_tokenizers_once
 
 # The pages of the tools have tests of their own (tests/networks/test_documented_commands.py).
 FILES = ["README.md", "docs/speed.md", *(f"docs/{path.name}" for path in sorted(DOCS.glob("train_*.md")))]
@@ -103,8 +105,7 @@ LAUNCHER = [sys.executable, "-m", "accelerate.commands.launch"]  # = accelerate 
 def prepared(tmp_path_factory) -> Path:
     """A folder with every file that the pages' commands name."""
     folder = tmp_path_factory.mktemp("docs")
-    # 64 channels where the image is one pixel wide: torch cannot normalise a single number.
-    model = small_stable_diffusion(unet_channels=(32, 32, 64, 64), vae_channels=(32, 32, 32, 32), text_width=32, text_layers=1)
+    model = small_stable_diffusion(unet_channels=(32, 64), vae_channels=(32, 32, 32, 32), text_width=32, text_layers=1)
     save_stable_diffusion(model, folder / "model.safetensors")
     save_stable_diffusion(model, folder / "model")
     (folder / "broken.safetensors").write_text("no model", encoding="utf-8")
@@ -127,12 +128,19 @@ def prepared(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def work_folder(prepared, tmp_path, monkeypatch) -> Path:
-    """A fresh copy of these files as the current folder."""
+    """A fresh copy of these files as the current folder. Runs in this process draw no loss plot."""
     folder = tmp_path / "project"
-    shutil.copytree(prepared, folder)
+    shutil.copytree(prepared, folder, copy_function=link_weights)
     monkeypatch.chdir(folder)
+    read_tokenizers_once(monkeypatch.setattr)
+    monkeypatch.setattr(summary, "try_loss_plot", lambda *args: "not drawn in tests")
     AcceleratorState._reset_state(reset_partial_state=True)
     return folder
+
+
+def link_weights(source: str, target: str) -> None:
+    """Nothing writes into a file of weights; new ones take a name when they are whole."""
+    (os.link if source.endswith(".safetensors") else shutil.copy2)(source, target)
 
 
 def training_words(command: str) -> tuple[list[str], list[str]] | None:

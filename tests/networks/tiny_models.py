@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +32,12 @@ class TinyModel:
 
 
 def make_tiny_model(linear_projection: bool = False) -> TinyModel:
+    """The same one each time, which the test may change."""
+    return copy.deepcopy(_made_once(linear_projection))
+
+
+@cache
+def _made_once(linear_projection: bool) -> TinyModel:
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 

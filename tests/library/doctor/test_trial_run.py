@@ -15,7 +15,7 @@ from library.testing import small_stable_diffusion
 
 def test_a_training_gives_a_loss_an_image_its_time_and_memory(tmp_path):
     base = tmp_path / "model.safetensors"
-    save_stable_diffusion(small_stable_diffusion(vae_channels=(32, 32, 32, 32)), base)
+    save_stable_diffusion(small_stable_diffusion(unet_channels=(32, 64), vae_channels=(32, 32, 32, 32)), base)
     made = run_trial(Trial("float32", on_cpu=True), tmp_path / "trial", 200, base)
     assert 0 < made.loss < 10 and made.image.shape == (64, 64, 3) and made.image.std() > 0
     assert 0 < made.seconds_per_step < 100 and 0.1 < made.memory < 20

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors import safe_open
+from small_runs import read_tokenizers_once
 
 from library.command_line import option_names
 from library.errors import unknown
@@ -19,15 +20,23 @@ from library.testing import small_stable_diffusion
 from library.training.entry import train
 from library.training.loop import Listener
 from library.training.options import TrainNetworkOptions, parse_options
+from library.training.outputs import summary
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (40, 60, 220), "white": (250, 250, 250)}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def tokenizers_are_read_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        read_tokenizers_once(patch.setattr)
+        yield
+
+
 @pytest.fixture(scope="session")
 def base_model(tmp_path_factory) -> Path:
-    """A checkpoint of the small seeded model."""
+    """A checkpoint of the small seeded model with a U-Net of two levels: a run does all that it does on four, in less time."""
     path = tmp_path_factory.mktemp("model") / "small.safetensors"
-    save_stable_diffusion(small_stable_diffusion(vae_channels=(32, 32, 32, 32)), path)
+    save_stable_diffusion(small_stable_diffusion(unet_channels=(32, 64), vae_channels=(32, 32, 32, 32)), path)
     return path
 
 
@@ -62,12 +71,19 @@ class Run:
 
 
 @pytest.fixture
-def run(base_model, images, tmp_path) -> Callable[..., Run]:
+def loss_plot() -> None:
+    """For tests whose runs draw their loss plot, which takes as long as the rest of a small run."""
+
+
+@pytest.fixture
+def run(base_model, images, tmp_path, request, monkeypatch) -> Callable[..., Run]:
     """`run("--max_train_steps=2", ...)` trains in this process, on no worker processes, into a new folder each time.
 
     Listeners among the arguments are the run's.
     """
     count = iter(range(100))
+    if "loss_plot" not in request.fixturenames:
+        monkeypatch.setattr(summary, "try_loss_plot", lambda *args: "not drawn in tests")
 
     def start(*given: str | Listener, data: str | None = None) -> Run:
         words = [word for word in given if isinstance(word, str)]

@@ -9,7 +9,7 @@ import contextlib
 import copy
 import io
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
@@ -17,9 +17,11 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors import safe_open
 
+from library.models import loading
+from library.models.clip import load_tokenizer
 from library.models.family import Model
 from library.testing import header_of, small_stable_diffusion
-from library.training import entry, setup
+from library.training import datasets, entry, setup
 from library.training.checks import preflight
 from library.training.loop import Listener
 from library.training.options import parse_options
@@ -66,6 +68,15 @@ def use_two_blocks(replace: Callable[[object, str, object], None]) -> None:
     replace(setup, "load_stable_diffusion", lambda *args, **kwargs: copy.deepcopy(two_blocks()))
     replace(summary, "try_loss_plot", lambda *args: "not drawn in tests")
     replace(setup, "all_model_facts", lambda options: {})
+
+
+read_once = cache(load_tokenizer)
+
+
+def read_tokenizers_once(replace: Callable[[object, str, object], None]) -> None:
+    """Reading CLIP's vocabulary, twice a run, takes longer than a small step; no training changes a tokenizer."""
+    for module in (datasets, loading):
+        replace(module, "load_tokenizer", read_once)
 
 
 class Recorder(Listener):

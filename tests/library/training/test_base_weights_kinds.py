@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
 from kind_files import CONV, GLORA_3X3, KINDS, LAYER, NORM, TUCKER, random
 from tool_files import save_lora
 
 from library.models.loading import load_stable_diffusion
 from library.models.modules import weights_of
+from library.models.saving import save_stable_diffusion
+from library.testing import small_stable_diffusion
 from library.training.loop import Listener
 from networks import merge_lora
 
 WIDTH = 96  # of the middle of the model that is trained on
 LAYER_NAMES = ["attn1_to_q", "attn1_to_k", "attn1_to_v", "attn1_to_out_0", "attn2_to_q", "attn2_to_out_0"]
+
+
+@pytest.fixture
+def base_model(tmp_path) -> Path:
+    """A U-Net of three levels: its middle and the first attention on the way up are WIDTH wide."""
+    path = tmp_path / "model.safetensors"
+    save_stable_diffusion(small_stable_diffusion(unet_channels=(32, WIDTH, WIDTH), vae_channels=(32, 32, 32, 32)), path)
+    return path
 
 
 class Keeper(Listener):

@@ -83,7 +83,7 @@ SPEC = PromptSpec("a red square", "blue", width=64, height=64, seed=5, steps=3)
 
 def configs() -> dict:
     return {
-        "unet": unet_config((32, 64, 64, 64), context_width=sum(WIDTHS)),
+        "unet": unet_config((32, 64), context_width=sum(WIDTHS)),
         "vae": vae_config((32, 32, 32, 32), layers=1, latents=SPACE),
         "text_encoder": text_config(WIDTHS[0], 2),
         "text_encoder_2": text_config(WIDTHS[1], 1),
@@ -133,8 +133,7 @@ def test_it_trains_is_saved_merged_and_draws(base_model, run, words, tmp_path):
     count = {prefix: sum(name.startswith(prefix) for name in modules) for prefix in ("lora_te1_", "lora_te2_", "lora_unet_net_")}
     te1, te2 = (0, 0) if "--network_train_unet_only" in words else (12, 6)
     assert (
-        count == {"lora_te1_": te1, "lora_te2_": te2, "lora_unet_net_": len(modules) - te1 - te2}
-        and count["lora_unet_net_"] > 100
+        count == {"lora_te1_": te1, "lora_te2_": te2, "lora_unet_net_": len(modules) - te1 - te2} and count["lora_unet_net_"] > 70
     )
     changed = {name for name in modules if weights[f"{name}.lora_up.weight"].any()}
     assert {name.split("_")[1] for name in changed} == (

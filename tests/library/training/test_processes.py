@@ -59,7 +59,7 @@ WARM = ["--lr_scheduler=constant_with_warmup", "--lr_warmup_steps=3", "--network
 def base_model(tmp_path_factory) -> Path:
     """Smaller than the other tests' model: ten processes' worth of runs are made on it."""
     path = tmp_path_factory.mktemp("model") / "small.safetensors"
-    model = small_stable_diffusion(unet_channels=(32, 32, 64, 64), vae_channels=(32, 32, 32, 32), text_width=32, text_layers=1)
+    model = small_stable_diffusion(unet_channels=(32, 64), vae_channels=(32, 32, 32, 32), text_width=32, text_layers=1)
     save_stable_diffusion(model, path)
     return path
 
@@ -68,7 +68,8 @@ def base_model(tmp_path_factory) -> Path:
 def sdxl_model(tmp_path_factory) -> Path:
     """The small SDXL."""
     path = tmp_path_factory.mktemp("sdxl") / "sdxl.safetensors"
-    save_stable_diffusion(small_sdxl(unet_channels=(32, 32, 32), vae_channels=(32, 32, 32, 32), text_width=32), path)
+    model = small_sdxl(unet_channels=(32, 32, 32), depths=(1, 1, 1), vae_channels=(32, 32, 32, 32), text_width=32)
+    save_stable_diffusion(model, path)
     return path
 
 

@@ -130,7 +130,7 @@ def test_files_of_lycoris_as_ckpt_are_read_by_the_suite_and_by_lycoris(run, base
 @pytest.mark.parametrize("algo", ["loha", "locon"])
 def test_trap_44_lycoris_trains_both_text_encoders_and_the_u_net_of_sdxl(run, tmp_path, algo):
     base = tmp_path / "sdxl.safetensors"
-    save_stable_diffusion(small_sdxl(unet_channels=(32, 32, 32), vae_channels=(32, 32, 32, 32)), base)
+    save_stable_diffusion(small_sdxl(unet_channels=(32, 32, 32), depths=(1, 1, 1), vae_channels=(32, 32, 32, 32)), base)
     words = ["--network_module=lycoris.kohya", "--network_dim=2", "--network_args", f"algo={algo}", "--learning_rate=0.01"]
     done = run(f"--pretrained_model_name_or_path={base}", *words, "--max_train_steps=2")
     tensors = done.tensors()

@@ -100,11 +100,13 @@ def one_run(main, words: list[str], printed: Path) -> dict:
 def watch(words: list[str]):
     """Keep the run that is made, and send this process a SIGINT after the step asked for; and a function that undoes this."""
     from accelerate.state import AcceleratorState
+    from small_runs import read_tokenizers_once
 
     from library.training import entry
     from library.training.loop import Listener
 
     AcceleratorState._reset_state(reset_partial_state=True)
+    read_tokenizers_once(setattr)
     asked = next((word.partition("=")[2] for word in words if word.startswith("--interrupt_at=")), "-1,-1")
     rank, step = map(int, asked.split(","))
     made, train = [], entry.train

@@ -86,7 +86,7 @@ def hub(monkeypatch, tmp_path):
     server.may_go = threading.Event()  # uploads wait for it
     server.may_go.set()
     server.address = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()  # so long takes its shutdown
     from huggingface_hub import constants
 
     monkeypatch.setenv("HF_ENDPOINT", server.address)
