@@ -334,8 +334,9 @@ def test_max_norm_scales_both_factors_by_the_root_of_the_ratio(model):
     shrunk, mean, largest = network.apply_max_norm_regularization(limit, "cpu")
     assert int(shrunk) == sum(n > limit for n in norms)
     assert float(largest) == pytest.approx(limit, rel=1e-5) and float(mean) < limit
+    after = network.state_dict()
     for module, norm in zip(network.loras, norms, strict=True):
         ratio = min(1.0, limit / norm.item())
         for part in ("lora_up.weight", "lora_down.weight"):
             key = f"{module.lora_name}.{part}"
-            torch.testing.assert_close(network.state_dict()[key], before[key] * math.sqrt(ratio))
+            torch.testing.assert_close(after[key], before[key] * math.sqrt(ratio))

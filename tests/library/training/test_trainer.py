@@ -227,13 +227,13 @@ def loss_at_fixed_noise(run: Run) -> float:
 def test_learning_happens_and_each_part_helps(run, recorder):
     losses = {}
     for name, words in {"both": [], "unet": ["--text_encoder_lr=0"], "text": ["--unet_lr=0"]}.items():
-        run("--max_train_steps=30", "--train_batch_size=4", "--cache_latents", "--network_dim=8", "--network_alpha=8", *words,
-            recorder)  # fmt: skip
+        run("--max_train_steps=30", "--train_batch_size=4", "--cache_latents", "--network_dim=8", "--network_alpha=8",
+            "--text_encoder_lr=3e-3", *words, recorder)  # fmt: skip
         losses[name] = loss_at_fixed_noise(recorder.runs[-1])
         recorder.runs[-1].network.module.set_multiplier(0)
         start = loss_at_fixed_noise(recorder.runs[-1])
     assert losses["both"] < losses["unet"] < start and losses["both"] < losses["text"] < start
-    # Measured: 1.10 of 1.37; the text encoder's part is worth 0.02, the U-Net's 0.18.
+    # Measured: 1.05 of 1.34; the text encoder's part is worth 0.034, the U-Net's 0.19.
     assert losses["both"] < 0.85 * start
     assert losses["unet"] - losses["both"] > 0.005 and losses["text"] - losses["both"] > 0.05
 
