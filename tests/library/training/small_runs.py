@@ -43,6 +43,12 @@ def two_blocks() -> Model:
     return model
 
 
+def copy_of_two_blocks() -> Model:
+    """To train on. The tokenizers are shared: nothing changes them, and copying one takes longer than a step."""
+    model = two_blocks()
+    return copy.deepcopy(model, {id(tokenizer): tokenizer for tokenizer in model.tokenizers})
+
+
 def image_folder(folder: Path, count: int = 5) -> Path:
     """Plain images of 64 x 64 pixels with captions."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -65,7 +71,7 @@ def words_of_a_run(images: Path, output: Path, *words: str) -> list[str]:
 def use_two_blocks(replace: Callable[[object, str, object], None]) -> None:
     """Let runs work with that model; `replace` is monkeypatch.setattr, or setattr in a process that ends."""
     replace(preflight, "read_header", lambda *args: header_of(two_blocks()))
-    replace(setup, "load_stable_diffusion", lambda *args, **kwargs: copy.deepcopy(two_blocks()))
+    replace(setup, "load_stable_diffusion", lambda *args, **kwargs: copy_of_two_blocks())
     replace(summary, "try_loss_plot", lambda *args: "not drawn in tests")
     replace(setup, "all_model_facts", lambda options: {})
 

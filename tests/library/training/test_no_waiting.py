@@ -10,14 +10,13 @@ kernel of our own for every operation, already for `torch.empty`; `meta` has all
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
-from small_runs import image_folder, two_blocks, use_two_blocks, words_of_a_run
+from small_runs import copy_of_two_blocks, image_folder, use_two_blocks, words_of_a_run
 
 from library.models.family import Model
 from library.training import setup
@@ -45,7 +44,7 @@ def model_on_meta() -> Model:
     """With a U-Net of one level: on this device each operation is Python code, so that a larger one takes seconds a step."""
     from diffusers import UNet2DConditionModel
 
-    model = copy.deepcopy(two_blocks())
+    model = copy_of_two_blocks()
     model.parts["unet"] = UNet2DConditionModel(
         block_out_channels=(32,), layers_per_block=1, down_block_types=("CrossAttnDownBlock2D",), mid_block_type=None,
         up_block_types=("CrossAttnUpBlock2D",), cross_attention_dim=32, attention_head_dim=4, norm_num_groups=8,
