@@ -88,7 +88,9 @@ def firefox(language: str = "en-US", dark: bool = False) -> Iterator[Firefox]:
     if not program:
         pytest.skip("no Firefox here: install firefox-esr")
     pytest.importorskip(
-        "marionette_driver.marionette", reason="Mozilla's driver is not here; it has none for Python 3.13", exc_type=ImportError
+        "marionette_driver.marionette",
+        reason="Mozilla's driver is not here: it has none for Python 3.13 or macOS",
+        exc_type=ImportError,
     )
     window = Firefox(program, language, dark)
     try:
