@@ -1,8 +1,9 @@
-"""Work in threads: results in order, with a bounded number of items in progress."""
+"""Work in threads: results in order, with a bounded number of items in progress; one result for later."""
 
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,6 +32,20 @@ def ahead(
     finally:
         for task in submitted:
             task.cancel()
+
+
+def in_background(work: Callable[[], Result]) -> Future[Result]:
+    """Call `work` in a thread. A process that ends does not wait for it, as it would for the threads of an executor."""
+    future: Future[Result] = Future()
+
+    def call() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return future
 
 
 def on_matrices(items: Iterable[Item], work: Callable[[Item], Result], device: str = "cpu") -> Iterator[Result]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -45,6 +46,66 @@ ToParts = Callable[[str, Tensor], list[tuple[str, str, Tensor]]]
 TensorOptions = dict[str, Any]  # dtype, device
 
 
+class Reading:
+    """The weights of some parts, which threads read from an open file in the order of its bytes. Use it in a `with` block."""
+
+    def __init__(self, file: TensorFile, to_parts: ToParts, parts: Collection[str], to: TensorOptions) -> None:
+        self.source, self._torch_threads = file.path, torch.get_num_threads()
+        wanted = [
+            name for name in file.shapes if any(part in parts for part, _, _ in to_parts(name, _without_content(file, name)))
+        ]
+        # One thread of torch in each: threads that share one conversion wait for each other while the system clears new memory.
+        self._readers = ThreadPoolExecutor(READERS, initializer=torch.set_num_threads, initargs=(1,))
+        self._found = self._readers.map(partial(_read_weight, file, to_parts, to), wanted)
+
+    def fill(self, parts: Mapping[str, tuple[Part, Config]]) -> dict[str, nn.Module]:
+        """Modules of these parts and configurations with the weights."""
+        modules = {name: _build(part, config, self.source) for name, (part, config) in parts.items()}
+        weights: dict[str, dict[str, Tensor]] = {part: {} for part in parts}
+        for part, name, value in chain.from_iterable(self._found):
+            weights[part][name] = value
+        for name, module in modules.items():
+            fill(module, weights.pop(name), str(self.source), parts[name][0].title)
+        return {name: for_inference(module) for name, module in modules.items()}
+
+    def __enter__(self) -> Reading:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._readers.shutdown(cancel_futures=True)
+        torch.set_num_threads(self._torch_threads)
+
+
+class ModelReading:
+    """The file of a whole model, whose weights threads begin to read at once. Use it in a `with` block, or `close` it.
+
+    Raises UserError if it is no model's file.
+    """
+
+    def __init__(self, path: Path, with_vae: bool, dtype: torch.dtype | None, device: torch.device | str) -> None:
+        self.path = path
+        with ExitStack() as opened:
+            self.file = opened.enter_context(open_tensors(path))
+            self.family = detect(path, self.file.shapes)
+            self.names = SingleFileNames(self.file.shapes, self.family.layout)
+            self.parts = [part for part in self.family.parts if with_vae or part.role != "vae"]
+            named = {part.name for part in self.parts}
+            self.weights = opened.enter_context(
+                Reading(self.file, self.names.to_parts, named, {"dtype": dtype, "device": device})
+            )
+            self._opened = opened.pop_all()
+
+    def close(self) -> None:
+        """Stop reading, and let go of the file."""
+        self._opened.close()
+
+    def __enter__(self) -> ModelReading:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
 @dataclass(frozen=True)
 class Header:
     """A model without its weights: its family, and the shapes of each part by Diffusers names."""
@@ -59,7 +120,9 @@ def read_header(name_or_path: str, v2: bool | None = None) -> Header:
     path = Path(name_or_path)
     if path.is_file():
         with open_tensors(path) as file:
-            family = _family_of_file(path, file.shapes, v2)
+            family = detect(path, file.shapes)
+            if v2 is not None:
+                check_v2(str(path), family, v2)
             shapes = _shapes_by_part(file, SingleFileNames(file.shapes, family.layout).to_parts, family)
             return Header(family, shapes, prediction_of_file(file))
     folder = path if path.is_dir() else download_configs(name_or_path)
@@ -80,17 +143,19 @@ def load_stable_diffusion(
     vae: str | None = None,
     dtype: torch.dtype | None = torch.float32,
     device: torch.device | str = "cpu",
+    reading: ModelReading | None = None,
 ) -> Model:
     """A model from a .safetensors or .ckpt file (CompVis layout), a Diffusers folder or a hub id, in `dtype` on `device`.
 
     `dtype` None: every tensor keeps its own, for saving and not for running; 8-bit ones become float16. `prediction` None: the
     model's own statement, else noise. `vae` replaces the VAE: a file, folder or hub id of a model or of a VAE alone. Raises
-    UserError if this is no such model, or contradicts `v2`.
+    UserError if this is no such model, or contradicts `v2`. `reading`: of that file, for that dtype and device, if it has begun.
     """
     path = Path(name_or_path)
     to: TensorOptions = {"dtype": dtype, "device": device}
     if path.is_file():
-        model = _from_file(path, v2, prediction, vae is None, to)
+        with reading or ModelReading(path, vae is None, dtype, device) as begun:
+            model = _from_file(begun, v2, prediction)
     else:
         folder = path if path.is_dir() else download_model(name_or_path)
         model = _from_folder(folder, v2, prediction, vae is None, to)
@@ -124,28 +189,20 @@ def load_vae(
     return _part_from_folder(part, folder, _json(folder / "config.json"), to)
 
 
-def _family_of_file(path: Path, shapes: Shapes, v2: bool | None) -> Family:
-    family = detect(path, shapes)
+def _from_file(reading: ModelReading, v2: bool | None, prediction: Prediction | None) -> Model:
+    path, file, family, names = reading.path, reading.file, reading.family, reading.names
     if v2 is not None:
         check_v2(str(path), family, v2)
-    return family
-
-
-def _from_file(path: Path, v2: bool | None, prediction: Prediction | None, with_vae: bool, to: TensorOptions) -> Model:
-    with open_tensors(path) as file:
-        family = _family_of_file(path, file.shapes, v2)
-        chosen, zero_snr = _decided(path, prediction_of_file(file), prediction)
-        names = SingleFileNames(file.shapes, family.layout)
-        if names.unknown:
-            raise UserError(f"{path} is no {family.title} model: its U-Net has the foreign weight {names.unknown[0]}")
-        shapes = _shapes_by_part(file, names.to_parts, family)
-        wanted = [part for part in family.parts if with_vae or part.role != "vae"]
-        for part in wanted:
-            if not shapes[part.name]:
-                cure = "give a VAE with --vae" if part.role == "vae" else "fetch the whole model"
-                raise UserError(f"{path} holds no {part.name.replace('_', ' ')}; {cure}")
-        configs = _read_configs(str(path), family, shapes, wanted, chosen)
-        modules = _fill_modules(file, names.to_parts, {part.name: (part, configs[part.name]) for part in wanted}, to)
+    chosen, zero_snr = _decided(path, prediction_of_file(file), prediction)
+    if names.unknown:
+        raise UserError(f"{path} is no {family.title} model: its U-Net has the foreign weight {names.unknown[0]}")
+    shapes = _shapes_by_part(file, names.to_parts, family)
+    for part in reading.parts:
+        if not shapes[part.name]:
+            cure = "give a VAE with --vae" if part.role == "vae" else "fetch the whole model"
+            raise UserError(f"{path} holds no {part.name.replace('_', ' ')}; {cure}")
+    configs = _read_configs(str(path), family, shapes, reading.parts, chosen)
+    modules = reading.weights.fill({part.name: (part, configs[part.name]) for part in reading.parts})
     tokenizers = [load_tokenizer(padding) for padding in family.text.paddings]
     return Model(family, modules, tokenizers, chosen, str(path), zero_terminal_snr=zero_snr)
 
@@ -181,7 +238,8 @@ def _vae_from_file(path: Path, part: Part, to: TensorOptions) -> AutoencoderKL:
             config = part.read_config(shapes, "epsilon")
         except (KeyError, IndexError) as error:
             raise UserError(f"{path} is incomplete: the VAE's architecture cannot be read ({error}); fetch it again") from error
-        return _fill_modules(file, to_parts, {"vae": (part, config)}, to)["vae"]
+        with Reading(file, to_parts, {"vae"}, to) as reading:
+            return reading.fill({"vae": (part, config)})["vae"]
 
 
 def _family_of_folder(folder: Path, v2: bool | None) -> tuple[Family, dict[str, Config]]:
@@ -220,8 +278,8 @@ def _part_from_folder(part: Part, folder: Path, config: Config, to: TensorOption
         unused = name.endswith("position_ids") or (part.library[1] == "CLIPTextModel" and name.startswith(UNUSED_CLIP_WEIGHTS))
         return [] if unused else [(part.name, name, value)]
 
-    with open_weights(folder, part.weight_files) as file:
-        return _fill_modules(file, to_parts, {part.name: (part, config)}, to)[part.name]
+    with open_weights(folder, part.weight_files) as file, Reading(file, to_parts, {part.name}, to) as reading:
+        return reading.fill({part.name: (part, config)})[part.name]
 
 
 def open_weights(folder: Path, stems: tuple[str, ...]) -> TensorFile:
@@ -268,30 +326,6 @@ def _decided(source: Path, stated: StatedPrediction, asked: Prediction | None) -
         logger.warning("%s predicts %s; %s is probably wrong", source, stated, given)
     chosen = asked or stated.prediction or "epsilon"
     return chosen, stated.zero_terminal_snr and chosen == "v"
-
-
-def _fill_modules(
-    file: TensorFile, to_parts: ToParts, parts: dict[str, tuple[Part, Config]], to: TensorOptions
-) -> dict[str, nn.Module]:
-    """Modules of these parts and configurations with the file's weights. Threads read while they are built."""
-    names = [name for name in file.shapes if any(part in parts for part, _, _ in to_parts(name, _without_content(file, name)))]
-    weights: dict[str, dict[str, Tensor]] = {part: {} for part in parts}
-    torch_threads = torch.get_num_threads()
-    # One thread of torch in each: threads that share one conversion wait for each other while the system clears new memory.
-    with ThreadPoolExecutor(READERS, initializer=torch.set_num_threads, initargs=(1,)) as readers:
-        try:
-            reading = readers.map(partial(_read_weight, file, to_parts, to), names)
-            modules = {name: _build(part, config, file.path) for name, (part, config) in parts.items()}
-            for part, name, value in chain.from_iterable(reading):
-                weights[part][name] = value
-        except BaseException:
-            readers.shutdown(cancel_futures=True)
-            raise
-        finally:
-            torch.set_num_threads(torch_threads)
-    for name, module in modules.items():
-        fill(module, weights.pop(name), str(file.path), parts[name][0].title)
-    return {name: for_inference(module) for name, module in modules.items()}
 
 
 def _without_content(file: TensorFile, name: str) -> Tensor:

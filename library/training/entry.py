@@ -4,30 +4,37 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
+from contextlib import nullcontext
 
 from library.console import KeptWarnings, keeping_warnings
 from library.data.dataset_page import write_dataset_page
 from library.data.debug import write_debug_sheet
+from library.devices import available_memory
 from library.processes import EndedElsewhere, Processes
 from library.training.checks.preflight import check_images, preflight
 from library.training.loop import Listener
 from library.training.machine import Machine, set_up_machine
+from library.training.memory.precision import NumberFormats
 from library.training.options import TrainNetworkOptions
 from library.training.outputs.summary import summarize
-from library.training.setup import prepare
+from library.training.setup import begin_reading, prepare
 
 
-def train(options: TrainNetworkOptions, listeners: Sequence[Listener] = (), family: str | None = None) -> int:
+def train(
+    options: TrainNetworkOptions, listeners: Sequence[Listener] = (), family: str | None = None,
+    model_facts: Future[dict[str, str]] | None = None,
+) -> int:  # fmt: skip
     """Train as the options say. Returns the exit code: 0, or 130 after Ctrl-C.
 
     Of several processes all end with the same code, and only rank 0 prints. listeners: called after those of the run itself.
-    family: the one family of models to accept, by its name.
+    family: the one family of models to accept, by its name. model_facts: `all_model_facts`, if a thread looks for them already.
     """
     machine = Machine.of(options.training)
     processes = machine.processes
     try:
         with processes.ending_together(), keeping_warnings() as warnings:
-            return train_here(options, machine, warnings, listeners, family)
+            return train_here(options, machine, warnings, listeners, family, model_facts)
     except EndedElsewhere as error:
         return error.exit_code
     except KeyboardInterrupt:  # no time to wait for the others
@@ -39,16 +46,19 @@ def train(options: TrainNetworkOptions, listeners: Sequence[Listener] = (), fami
 
 def train_here(
     options: TrainNetworkOptions, machine: Machine, warnings: KeptWarnings, listeners: Sequence[Listener] = (),
-    family: str | None = None,
+    family: str | None = None, model_facts: Future[dict[str, str]] | None = None,
 ) -> int:  # fmt: skip
     """Train as one of the processes of a run."""
     processes = machine.processes
     set_up_machine(machine, options.training, options.precision)
     if options.data.debug_dataset:
         return show_images(options, processes)
-    ready = processes.on_main(lambda: preflight(options, machine.device, processes.world, family))
-    print(ready.dataset.bucket_table())
-    run = prepare(ready, machine, listeners, warnings)
+    memory = available_memory(machine.device)  # before the model fills it
+    reading = begin_reading(options.model, NumberFormats.of(options.training, options.precision), machine.device)
+    with reading or nullcontext():
+        ready = processes.on_main(lambda: preflight(options, machine.device, processes.world, family, memory))
+        print(ready.dataset.bucket_table())
+        run = prepare(ready, machine, listeners, warnings, model_facts, reading)
     started = time.perf_counter()
     outcome = run.train()
     seconds = time.perf_counter() - started

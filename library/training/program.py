@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import partial
 
 from library.console import is_main_process, quiet_unless_main, set_up_console
 from library.errors import UserError
 from library.imports import garbage_collection_paused
 from library.openmp import let_waiting_threads_sleep
+from library.parallel import in_background
 
 
 def main(family: str | None = None) -> int:
@@ -19,6 +21,7 @@ def main(family: str | None = None) -> int:
     quiet_unless_main()
     from library.training.checks.launcher import check_launcher
     from library.training.options import all_defaults, parse_options
+    from library.training.outputs.base_model import all_model_facts
 
     try:
         options = parse_options(sys.argv[1:])
@@ -42,7 +45,9 @@ def main(family: str | None = None) -> int:
     set_up_console(options.logs.console_log_level, options.logs.console_log_file, options.logs.console_log_simple)
     print("loading libraries ...", flush=True)  # takes seconds, in which nothing else would be printed
     let_waiting_threads_sleep()
+    # Hashing a model takes a second for 1.5 GB. Imports leave all cores but one idle, steps leave none.
+    model_facts = in_background(partial(all_model_facts, options.model))
     with garbage_collection_paused():
         from library.training.entry import train
 
-    return train(options, family=family)
+    return train(options, family=family, model_facts=model_facts)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,12 +16,14 @@ from library.data.dataset import TrainingDataset
 from library.data.loader import EpochLoader, make_loader
 from library.devices import use_xformers
 from library.diffusion.loss import Objective
+from library.errors import UserError
 from library.generation.pipeline.settings import GenerateSettings
 from library.generation.prompts.prompt_file import read_prompt_file
 from library.generation.prompts.spec import PromptSpec
 from library.models.family import Model
-from library.models.loading import load_stable_diffusion
+from library.models.loading import ModelReading, load_stable_diffusion
 from library.models.modules import weights_fingerprint
+from library.parallel import in_background
 from library.processes import Processes
 from library.training.batch_loss import BatchLoss
 from library.training.checks.estimates import fixed_bytes
@@ -37,8 +41,9 @@ from library.training.optimization.fused_backward import step_in_backward
 from library.training.optimization.optimizers import create_optimizer
 from library.training.optimization.schedules import create_schedule, schedule_facts
 from library.training.options import AugmentationOptions, ModelOptions, PreviewOptions, TrainNetworkOptions
+from library.training.outputs.base_model import all_model_facts
 from library.training.outputs.hub import Uploads
-from library.training.outputs.metadata import RunMetadata, all_model_facts, run_facts
+from library.training.outputs.metadata import RunMetadata, run_facts
 from library.training.outputs.previews import PreviewDrawer, Previews
 from library.training.outputs.run_page import RunPage
 from library.training.outputs.saves import SavedStates, SavedWeights
@@ -135,14 +140,19 @@ class Run:
             return self.loop.run()
 
 
-def prepare(ready: Ready, machine: Machine, listeners: Sequence[Listener] = (), warnings: KeptWarnings | None = None) -> Run:
+def prepare(
+    ready: Ready, machine: Machine, listeners: Sequence[Listener] = (), warnings: KeptWarnings | None = None,
+    model_facts: Future[dict[str, str]] | None = None, reading: ModelReading | None = None,
+) -> Run:  # fmt: skip
     """Everything between the images and the first step.
 
-    listeners: called after those of the run itself. warnings: for the page about the run.
+    listeners: called after those of the run itself. warnings: for the page about the run. model_facts, reading: `all_model_facts`
+    and `begin_reading`, if they have begun.
     """
     options = ready.options
+    model_facts = model_facts or in_background(partial(all_model_facts, options.model))
     data = open_data(ready)
-    model = load_model(options.model, ready.formats, machine.device)
+    model = load_model(options.model, ready.formats, machine.device, reading)
     cure = vae_cure(ready.formats, options.model.no_half_vae, model.family)
     for dataset in data.datasets:
         cache_latents(options.augmentation, dataset, model, machine.processes, cure)
@@ -150,7 +160,7 @@ def prepare(ready: Ready, machine: Machine, listeners: Sequence[Listener] = (), 
     cache_text(options, data.datasets, model, attached.network, machine)
     place_in_memory(ready, data, attached, machine)
     page = RunPage(options.output, ready.notes, warnings, machine.processes)
-    run = make_run(ready, machine, data, attached, page, listeners)
+    run = make_run(ready, machine, data, attached, page, model_facts, listeners)
     begin_at(run, ready.start, ready.resumed)
     return run
 
@@ -191,7 +201,10 @@ def place_in_memory(ready: Ready, data: Data, attached: Attached, machine: Machi
     compile_model(options.precision, model, network.trains_text_encoder)
 
 
-def make_run(ready: Ready, machine: Machine, data: Data, attached: Attached, page: RunPage, listeners: Sequence[Listener]) -> Run:
+def make_run(
+    ready: Ready, machine: Machine, data: Data, attached: Attached, page: RunPage, model_facts: Future[dict[str, str]],
+    listeners: Sequence[Listener],
+) -> Run:  # fmt: skip
     """Optimizer, step, files and listeners."""
     options, plan, network, processes = ready.options, ready.plan, attached.network, machine.processes
     optimizer, optimizer_text = create_optimizer(options.optimizer, network.groups, machine.device)
@@ -202,7 +215,7 @@ def make_run(ready: Ready, machine: Machine, data: Data, attached: Attached, pag
     print_plan(plan, network_summary(network, options.network.module_name, options.output.save_precision), ready.seed)
     uploads = Uploads(options.hub, active=processes.main)
     uploads.prepare()
-    metadata = make_metadata(ready, data, attached, optimizer, optimizer_text)
+    metadata = make_metadata(ready, data, attached, optimizer, optimizer_text, model_facts)
     files = ModelFiles(options.output, used_weights, uploads, writes=processes.main)
     states = StateFiles(options.state, files)
 
@@ -221,15 +234,16 @@ def make_run(ready: Ready, machine: Machine, data: Data, attached: Attached, pag
 
 
 def make_metadata(
-    ready: Ready, data: Data, attached: Attached, optimizer: torch.optim.Optimizer, optimizer_text: str
-) -> RunMetadata:
+    ready: Ready, data: Data, attached: Attached, optimizer: torch.optim.Optimizer, optimizer_text: str,
+    model_facts: Future[dict[str, str]],
+) -> RunMetadata:  # fmt: skip
     """What the files of the run record. optimizer_text: the optimizer's full name with its arguments."""
     options, records = ready.options, attached.model.family.records
     facts = run_facts(
         options, data.train.describe(), attached.network, records, ready.plan, seed=ready.seed, optimizer=optimizer_text
     )
     facts |= schedule_facts(options.optimizer, optimizer)
-    return RunMetadata(facts, lambda: all_model_facts(options.model), options.metadata.no_metadata)
+    return RunMetadata(facts, model_facts, options.metadata.no_metadata)
 
 
 def make_update(ready: Ready, machine: Machine, attached: Attached, optimizer: torch.optim.Optimizer) -> WeightUpdate:
@@ -298,11 +312,24 @@ def preview_specs(options: PreviewOptions, defaults: PromptSpec) -> list[PromptS
     return read_prompt_file(Path(options.sample_prompts), replace(defaults, sampler=options.sample_sampler))
 
 
-def load_model(options: ModelOptions, formats: NumberFormats, device: torch.device) -> Model:
+def begin_reading(options: ModelOptions, formats: NumberFormats, device: torch.device) -> ModelReading | None:
+    """Let threads read the model's file for `load_model`, while libraries are imported and the checks run.
+
+    None if it is no .safetensors file of a model: then `load_model` reads it, or the checks say what is wrong.
+    """
+    path = Path(options.pretrained_model_name_or_path or "")
+    if path.suffix != ".safetensors" or not path.is_file():
+        return None
+    with suppress(UserError, OSError):
+        return ModelReading(path, options.vae is None, formats.arithmetic, loading_device(formats, device))
+    return None
+
+
+def load_model(options: ModelOptions, formats: NumberFormats, device: torch.device, reading: ModelReading | None = None) -> Model:
     """The frozen model in the dtype it computes in, on the device; a U-Net that is going to be packed waits in main memory."""
     model = load_stable_diffusion(
         options.source, v2=options.v2, prediction=options.prediction, vae=options.vae, dtype=formats.arithmetic,
-        device="cpu" if formats.unet else device,
+        device=loading_device(formats, device), reading=reading,
     )  # fmt: skip
     if formats.unet:
         for part in (*model.text_encoders, model.vae):
@@ -312,6 +339,11 @@ def load_model(options: ModelOptions, formats: NumberFormats, device: torch.devi
     if options.xformers and not options.mem_eff_attn:
         use_xformers(model.denoiser, device)
     return model
+
+
+def loading_device(formats: NumberFormats, device: torch.device) -> torch.device:
+    """Where the model is loaded: in main memory if its U-Net is going to be packed."""
+    return torch.device("cpu") if formats.unet else device
 
 
 def cache_latents(options: AugmentationOptions, dataset: TrainingDataset, model: Model, processes: Processes, cure: str) -> None:

@@ -59,6 +59,7 @@ FEW_STEPS = re.compile(r"(?<![a-z])(turbo|lightning|hyper|lcm|dmd2?)(?![a-z])", 
 MANY = 10**9  # steps of a run whose length is not known yet
 
 Checks = list[Callable[[], Iterable[str] | None]]  # a check returns what is wrong, or raises it as a UserError
+Memory = tuple[int, str]  # as `available_memory` gives it
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,13 @@ class Ready:
         return NumberFormats.of(self.options.training, self.options.precision)
 
 
-def preflight(options: TrainNetworkOptions, device: torch.device, world: int, family: str | None = None) -> Ready:
+def preflight(
+    options: TrainNetworkOptions, device: torch.device, world: int, family: str | None = None, memory: Memory | None = None
+) -> Ready:
     """Check all that can be checked without a model. Raises UserErrors with everything that is wrong.
 
-    family: the one family of models to accept, by its name. The images are checked even if an option is wrong already.
+    family: the one family of models to accept, by its name. memory: of the device; None: what is available now. The images are
+    checked even if an option is wrong already.
     """
     problems = Problems()
     header = problems.of(read_model_header, options.model)
@@ -109,7 +113,7 @@ def preflight(options: TrainNetworkOptions, device: torch.device, world: int, fa
     start = problems.of(check_start, options, plan, dataset, resumed)
     problems.raise_found()
     assert header is not None and start is not None  # else there was a problem
-    notes = print_advice(options, dataset, device, header)
+    notes = print_advice(options, dataset, device, header, memory)
     return Ready(options, dataset, seed, header, plan, start, resumed, notes)
 
 
@@ -282,7 +286,9 @@ def check_thumbnail(options: MetadataOptions) -> None:
         as_data_url(options.metadata_thumbnail)
 
 
-def print_advice(options: TrainNetworkOptions, dataset: TrainingDataset, device: torch.device, header: Header) -> list[str]:
+def print_advice(
+    options: TrainNetworkOptions, dataset: TrainingDataset, device: torch.device, header: Header, memory: Memory | None = None
+) -> list[str]:
     """Print advice on options that are allowed and probably a mistake, and the memory that will be used. Returns the advice."""
     notes, rates = [], options.optimizer
     if rates.learning_rate == 2e-6 and not (rates.unet_lr or rates.text_encoder_lr):
@@ -304,12 +310,12 @@ def print_advice(options: TrainNetworkOptions, dataset: TrainingDataset, device:
         notes.append(f"given, but without effect: {'; '.join(idle)}")
     for note in notes:
         print(note)
-    needed, (there, whose) = estimated_bytes(options, header, *largest_batch(dataset)), available_memory(device)
-    memory = f"memory: about {needed / 2**30:.1f} of {whose} {there / 2**30:.1f} GiB will be used (a rough estimate)"
+    needed, (there, whose) = estimated_bytes(options, header, *largest_batch(dataset)), memory or available_memory(device)
+    line = f"memory: about {needed / 2**30:.1f} of {whose} {there / 2**30:.1f} GiB will be used (a rough estimate)"
     if needed > there:
-        memory += "; if it does not fit: --gradient_checkpointing, --cache_latents, a smaller batch or --resolution"
-        notes.append(memory)
-    print(memory)
+        line += "; if it does not fit: --gradient_checkpointing, --cache_latents, a smaller batch or --resolution"
+        notes.append(line)
+    print(line)
     return notes
 
 

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import base64
 import json
-import logging
 import mimetypes
 import secrets
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -25,33 +24,26 @@ from library.data.config import NOT_WITH_METADATA
 from library.data.config_keys import DatasetConfig, SubsetConfig
 from library.data.facts import DatasetFacts, SubsetFacts
 from library.errors import UserError
-from library.files import legacy_hash_of_file, sha256_of_file
 from library.formats.families import Records
 from library.formats.modelspec import MINIMUM, modelspec
 from library.key_values import read_pairs
 from library.option_traits import fields_with, traits_of
 from library.safe_text import as_data, as_unicode
 from library.training.network import TrainedNetwork
-from library.training.options import ModelOptions, NetworkOptions, TrainNetworkOptions
+from library.training.options import NetworkOptions, TrainNetworkOptions
 from library.training.outputs.from_metadata import recorded_dataset_keys
 from library.training.outputs.trackers import is_private
 from library.training.plan import Plan
 from library.training.run_state.compatible import decisive_values
 
-log = logging.getLogger(__name__)
-
 IDENTITY = ("ss_session_id", "ss_training_started_at", "modelspec.date")
 
 
 class RunMetadata:
-    """The metadata of one run; `at` gives that of a file saved at a moment of it."""
+    """The metadata of one run; `at` gives that of a file saved at a moment of it. model_facts: of the base model."""
 
-    def __init__(self, facts: Mapping[str, Any], model_facts: Callable[[], Mapping[str, Any]], minimum_only: bool) -> None:
-        self.facts = dict(facts)
-        self.minimum_only = minimum_only
-        # Hashing a model of several GB takes seconds, which training need not wait for.
-        self._executor = ThreadPoolExecutor(max_workers=1)
-        self._model_facts = self._executor.submit(model_facts)
+    def __init__(self, facts: Mapping[str, Any], model_facts: Future[dict[str, str]], minimum_only: bool) -> None:
+        self.facts, self.model_facts, self.minimum_only = dict(facts), model_facts, minimum_only
 
     def identity(self) -> dict[str, Any]:
         """What stays the same when a run is resumed: its number and when it began."""
@@ -65,7 +57,7 @@ class RunMetadata:
         """Metadata for a file saved after `step` optimizer steps; epoch: 1-based at an epoch's end, else epochs finished."""
         facts = {
             **self.facts,
-            **self._model_facts.result(),
+            **self.model_facts.result(),
             "ss_steps": step,
             "ss_epoch": epoch,
             "ss_training_finished_at": time.time(),
@@ -172,26 +164,6 @@ def as_data_url(image: str) -> str:
     if not Path(image).is_file() or not kind.startswith("image/"):
         raise UserError(f"--metadata_thumbnail {image}: there is no such image file; give a .png, .jpg or .webp file")
     return f"data:{kind};base64,{base64.b64encode(Path(image).read_bytes()).decode('ascii')}"
-
-
-def all_model_facts(options: ModelOptions) -> dict[str, str]:
-    """Names and hashes of the base model and, if one is given, of the VAE."""
-    vae = model_facts("vae", options.vae) if options.vae else {}
-    return model_facts("sd_model", options.source) | vae
-
-
-def model_facts(kind: str, name_or_path: str) -> dict[str, str]:
-    """Name and hashes of a model; a hub id has no hashes, of a folder they say that it is one."""
-    path = Path(name_or_path)
-    facts = {f"ss_{kind}_name": path.name if path.exists() else name_or_path}
-    if path.is_dir():
-        facts |= {f"ss_{kind}_hash": "IsADirectory", f"ss_new_{kind}_hash": "IsADirectory"}
-    elif path.is_file():
-        try:
-            facts |= {f"ss_{kind}_hash": legacy_hash_of_file(path), f"ss_new_{kind}_hash": sha256_of_file(path)}
-        except OSError as error:  # moved away since it was loaded, perhaps; that must not keep what was trained from being saved
-            log.warning("the hashes of %s are not recorded: %s", path, error.strerror or error)
-    return facts
 
 
 def commit_hash() -> str:
