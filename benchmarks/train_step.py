@@ -9,17 +9,15 @@ floor: the bare U-Net of Diffusers, forward and backward to its input, in the sa
 Both compute with the same weights in the same process, by turns; the ratio is that of the medians after one step of each. With
 the text encoder trained the floor is still the U-Net alone, but in rows that say "and in the floor": there the U-Net reads what
 the bare text encoder gives, and the backward pass goes on to its embeddings. With a packed base the floor is timed with the
-packed layers. Peak memory is that of two more processes, from their start on; the floor's holds nothing but the U-Net. The launch
-is split in a process that first imports what a run imports. Rows are written to benchmarks/results/train_step.md as they are
-measured, and replace the same rows of earlier runs. A size of 512 in float32 wants 12 GB.
+packed layers. Peak memory is that of two more processes, from their start on; the floor's holds nothing but the U-Net. A launch is
+one of train_network.py, timed by what it prints. Rows are written to benchmarks/results/train_step.md as they are measured, and
+replace the same rows of earlier runs. A size of 512 in float32 wants 12 GB.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
-import importlib
 import itertools
 import json
 import os
@@ -40,6 +38,8 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.result_page import Tables  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "train_step.md"
+# What a run prints on its way to the end of its first step.
+MARKS = {"first line": b"loading libraries", "checks": b"memory: about", "ready": b"\nnetwork ", "first step": b"training: 100%"}
 CAPTIONS = ("a red kite above the sea", "two cats asleep on a sofa", "an old stone bridge", "a bowl of cherries")
 IMAGES, SAMPLER_STEPS = 8, 4
 
@@ -289,38 +289,19 @@ def measure_floor(case: Case, folder: Path, steps: int) -> dict[str, float]:
 
 
 def measure_launch(case: Case, folder: Path, steps: int) -> dict[str, float]:
-    """Seconds from the start of this process to the end of the first step, by their parts.
-
-    What an earlier launch imported is imported first, so that late imports count as imports.
-    """
-    from library.imports import garbage_collection_paused, import_model_libraries
-
-    modules = folder / "modules.json"
-    with garbage_collection_paused():
-        import library.training.checks.preflight as preflight
-        import library.training.setup as setup
-
-        import_model_libraries()
-        for name in json.loads(modules.read_text(encoding="utf-8")) if modules.exists() else ():
-            with contextlib.suppress(Exception):  # names that are no modules of their own
-                importlib.import_module(name)
-
-    started = float(os.environ["TRAIN_STEP_STARTED"])  # as the parent noted it
-    parts = {"imports": time.time() - started}
-
-    def after_step(run) -> None:
-        parts["to first step"] = time.perf_counter() - prepared[0]
-        parts["whole"] = time.time() - started
-
-    prepared: list[float] = []
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(clocked(preflight, "open_dataset", parts, "data"))
-        for name, part in (("load_model", "model"), ("cache_latents", "data"), ("cache_text", "data")):
-            stack.enter_context(clocked(setup, name, parts, part))
-        train(case.words(folder, 1), after_step, begin=lambda run: prepared.append(time.perf_counter()))
-    parts["rest"] = 2 * parts["whole"] - sum(parts.values())
-    modules.write_text(json.dumps(list(sys.modules)), encoding="utf-8")
-    return parts
+    """Seconds from the start of train_network.py to what it prints on its way, and to the end of its first step."""
+    started, times, shown = time.perf_counter(), {}, b""
+    words = [sys.executable, "-u", "train_network.py", *case.words(folder, 1)]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0) as run:
+        assert run.stdout is not None
+        while chunk := run.stdout.read(1 << 16):
+            shown += chunk
+            for what, mark in MARKS.items():
+                if what not in times and mark in shown:
+                    times[what] = time.perf_counter() - started
+    if run.returncode or times.keys() != MARKS.keys():
+        raise SystemExit(f"{case.label()}: the launch failed:\n{shown.decode(errors='replace')[-3000:]}")
+    return times
 
 
 def measure_aside(case: Case, folder: Path, steps: int) -> dict[str, float]:
@@ -354,7 +335,7 @@ MEASURES = {"time": measure_time, "ours": measure_ours, "floor": measure_floor, 
 def in_own_process(what: str, case: Case, folder: Path, steps: int = 1) -> dict[str, float]:
     """This script again, for one measurement."""
     words = [__file__, "--measure", what, json.dumps(asdict(case)), f"--folder={folder}", f"--steps={steps}"]
-    return answer(words, f"{case.label()}: measuring {what}", {"TRAIN_STEP_STARTED": repr(time.time())})
+    return answer(words, f"{case.label()}: measuring {what}")
 
 
 def answer(words: Sequence[str], what: str, environment: Mapping[str, str] | None = None) -> dict[str, float]:
@@ -373,9 +354,9 @@ HEAD = [
     "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
 ]
 ASIDE_HEAD = [
-    "| launch and what is beside the steps | to the end of the first step, s | imports | model | data | rest | first step "
-    "| caching, images/s | a file, s | a log line, ms | a preview, s | load |",
-    "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    "| launch, seconds from its start, and what is beside the steps | first line | checks done | model and data ready "
+    "| end of the first step | caching, images/s | a file, s | a log line, ms | a preview, s | load |",
+    "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
 ]
 
 
@@ -395,9 +376,9 @@ def step_row(case: Case, folder: Path, steps: int) -> str:
 
 def aside_row(case: Case, folder: Path) -> str:
     load_before = load()
-    in_own_process("launch", case, folder)  # fills the cache on disk, and tells what is imported
-    launch, aside = in_own_process("launch", case, folder), in_own_process("aside", case, folder)
-    parts = " | ".join(f"{launch[name]:.1f}" for name in ("whole", "imports", "model", "data", "rest", "to first step"))
+    measure_launch(case, folder, 1)  # fills the cache on disk
+    launch, aside = measure_launch(case, folder, 1), in_own_process("aside", case, folder)
+    parts = " | ".join(f"{launch[name]:.1f}" for name in MARKS)
     return (
         f"| launch at {case.size} px | {parts} | {IMAGES / aside['caching']:.2f} | {aside['file']:.2f} "
         f"| {10 * aside['log']:.2f} | {aside['preview']:.1f} | {load_before} |"

@@ -69,11 +69,11 @@ def test_measurement_gives_its_numbers(folder, what, parts):
     assert found.keys() == parts and all(number > 0 for number in found.values())
 
 
-def test_parts_of_a_launch_add_up(folder):
+def test_a_launch_is_timed_by_what_it_prints(folder):
     found = train_step.measure_launch(CASE, folder, 1)
-    assert found.keys() == {"whole", "imports", "model", "data", "rest", "to first step"}
-    assert sum(found.values()) == pytest.approx(2 * found["whole"])
-    assert "torch" in json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+    assert [*found] == [*train_step.MARKS] and [*found.values()] == sorted(found.values())
+    with pytest.raises(SystemExit, match="no_such_folder"):
+        train_step.measure_launch(CASE, folder / "no_such_folder", 1)
 
 
 def test_words_of_every_case_are_options(tmp_path):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from library.errors import UserError
 from library.models import loading
 from library.models.clip import encode_text, tokenize
-from library.models.loading import load_stable_diffusion, load_vae
+from library.models.loading import ModelReading, load_stable_diffusion, load_vae
 from library.models.modules import weights_fingerprint, weights_of
 
 PARTS = ("text_encoder", "vae", "unet")
@@ -27,6 +28,33 @@ def assert_same_weights(first, second):
 def tensors(saved_models):
     """The small SD 1's CompVis tensors, to be changed at will."""
     return load_file(saved_models[False, "model.safetensors"])
+
+
+@pytest.mark.parametrize("with_vae", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_file_that_threads_have_begun_to_read_gives_the_same_model(saved_models, with_vae, dtype):
+    path, vae = saved_models[False, "model.safetensors"], None if with_vae else str(saved_models[True, "model.safetensors"])
+    with ModelReading(path, with_vae, dtype, "cpu") as reading:
+        model = load_stable_diffusion(str(path), vae=vae, dtype=dtype, reading=reading)
+    assert_same_weights(model, load_stable_diffusion(str(path), vae=vae, dtype=dtype))
+    assert model.prediction == "epsilon" and model.path == path
+
+
+def test_reading_ends_when_nobody_wants_the_model(saved_models, monkeypatch):
+    """As when the checks of a run find a wrong option meanwhile: most of the file stays unread."""
+    threads, reads, go_on = torch.get_num_threads(), [], threading.Event()
+
+    def read(self, name, *args):
+        reads.append(name)
+        go_on.wait(60)
+        return torch.zeros(self.shapes[name])
+
+    monkeypatch.setattr(loading.TensorFile, "read", read)
+    with pytest.raises(KeyError), ModelReading(saved_models[False, "model.safetensors"], True, None, "cpu") as reading:
+        threading.Timer(0.2, go_on.set).start()
+        raise KeyError
+    assert len(reads) <= 2 * loading.READERS < len(reading.file.shapes)
+    assert reading.file._file.closed and torch.get_num_threads() == threads
 
 
 @torch.no_grad()
