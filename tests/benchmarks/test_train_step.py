@@ -23,7 +23,6 @@ def folder(tmp_path, monkeypatch):
     """What the script makes, for the model of two blocks."""
     use_two_blocks(monkeypatch.setattr)
     monkeypatch.setattr(train_step, "IMAGES", 4)
-    monkeypatch.setenv("TRAIN_STEP_STARTED", "0")
     AcceleratorState._reset_state(reset_partial_state=True)  # one process, many runs
     save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(1)}, tmp_path / "model.safetensors")  # never read
     (tmp_path / "unet.json").write_text(json.dumps(dict(two_blocks().denoiser.config)), encoding="utf-8")
@@ -69,11 +68,12 @@ def test_measurement_gives_its_numbers(folder, what, parts):
     assert found.keys() == parts and all(number > 0 for number in found.values())
 
 
-def test_a_launch_is_timed_by_what_it_prints(folder):
-    found = train_step.measure_launch(CASE, folder, 1)
+def test_a_launch_is_timed_by_what_it_prints(tmp_path):
+    train_step.prepare(tmp_path, [64], small=True)
+    found = train_step.measure_launch(CASE, tmp_path, 1)
     assert [*found] == [*train_step.MARKS] and [*found.values()] == sorted(found.values())
     with pytest.raises(SystemExit, match="no_such_folder"):
-        train_step.measure_launch(CASE, folder / "no_such_folder", 1)
+        train_step.measure_launch(CASE, tmp_path / "no_such_folder", 1)
 
 
 def test_words_of_every_case_are_options(tmp_path):
