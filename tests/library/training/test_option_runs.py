@@ -143,7 +143,7 @@ def test_models_go_straight_to_the_device_in_the_format_of_the_arithmetic(monkey
     device = torch.device("cuda", 0)
     with pytest.raises(Stop):  # packed weights alone go there
         load(device, "--base_dtype=int8")
-    assert seen["device"] == "cpu"
+    assert seen["device"] == torch.device("cpu")
     with pytest.raises(Stop):
         load(device, "--lowram", "--mixed_precision=bf16", "--vae=other")
     assert seen["vae"] == "other" and seen["device"] == device and seen["dtype"] == torch.bfloat16
