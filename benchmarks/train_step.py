@@ -9,9 +9,9 @@ floor: the bare U-Net of Diffusers, forward and backward to its input, in the sa
 Both compute with the same weights in the same process, by turns; the ratio is that of the medians after one step of each. With
 the text encoder trained the floor is still the U-Net alone, but in rows that say "and in the floor": there the U-Net reads what
 the bare text encoder gives, and the backward pass goes on to its embeddings. With a packed base the floor is timed with the
-packed layers. Peak memory is that of two more processes, from their start on; the floor's holds nothing but the U-Net. A launch is
-one of train_network.py, timed by what it prints. Rows are written to benchmarks/results/train_step.md as they are measured, and
-replace the same rows of earlier runs. A size of 512 in float32 wants 12 GB.
+packed layers. Peak memory is that of two more processes, from their start on; the floor's holds nothing but the U-Net. A launch
+is one of train_network.py, timed by what it prints. Rows are written to benchmarks/results/train_step.md as they are measured,
+and replace the same rows of earlier runs. A size of 512 in float32 wants 12 GB.
 """
 
 from __future__ import annotations
