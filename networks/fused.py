@@ -190,7 +190,7 @@ def _gradient_to_input(layer: nn.Conv2d, gradient: Tensor, shape: torch.Size) ->
     return conv2d_input(shape, layer.weight.to(gradient.dtype), gradient, layer.stride, layer.padding, layer.dilation)
 
 
-def _weight(layer: nn.Module) -> Tensor:
+def _weight(layer: Layer) -> Tensor:
     """The layer's weight for one product. A packed layer lends memory that the next one takes."""
     borrowed = getattr(layer, "borrowed_weight", None)
     return layer.weight if borrowed is None else borrowed()

@@ -26,6 +26,7 @@ class _Frozen(torch.autograd.Function):
 class FrozenLayer(nn.Module):
     """A layer whose weight is not trained. torch's own convolutions keep their input even then."""
 
+    weight: Tensor
     multiplies_by_weight = True  # as torch's own class does, so that networks/fused.py may compute layer and LoRA as one function
 
     def result(self, x: Tensor) -> Tensor:

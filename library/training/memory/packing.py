@@ -170,8 +170,9 @@ def pack_weights(model: nn.Module, name: str, device: torch.device | None = None
     layers = [layer for layer in model.modules() if type(layer) in CLASSES and can_be_frozen(layer)]
     buffer = WorkBuffer()
     saved = sum(pack_layer(layer, name, device, buffer) for layer in layers)
-    for layer in sorted(layers, key=lambda layer: layer.shape.numel())[-1:]:
-        layer.borrowed_weight()  # the buffer gets the memory that the largest needs
+    if layers:
+        largest = max((cast(_Packed, layer) for layer in layers), key=lambda layer: layer.shape.numel())
+        largest.borrowed_weight()  # the buffer gets the memory that it needs
     return saved
 
 
