@@ -198,7 +198,7 @@ def test_what_cannot_be_is_one_line(model, files, load, tmp_path):
     image = colours(tmp_path / "mask.png", RED)
     regions = Regions.load(image, networks)
     for spec, message in (
-        (replace(SPEC, prompt="a cat"), r"1 part\(s\) for 2 networks"),
+        (replace(SPEC, prompt="a cat"), r"1 part for 2 networks"),
         (replace(SPEC, deep_shrink=DeepShrink(0)), "Deep Shrink and regional"),
     ):
         with pytest.raises(UserError, match=message):
