@@ -28,7 +28,7 @@ import logging
 import math
 import os
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -386,12 +386,11 @@ def module_weights(weights: Weights, name: str, shape: tuple[int, int]) -> tuple
     return up, down, float(alpha if alpha is not None else 0) or float(rank)
 
 
-def save_tensors(
-    tensors: Weights, file: str | os.PathLike, metadata: Mapping[str, str] | None, save_pickled: Callable = torch.save
-) -> None:
-    """Write tensors to .safetensors, with metadata; or by `save_pickled` to .ckpt/.pt, a plain dictionary.
+def save_tensors(tensors: Weights, file: str | os.PathLike, metadata: Mapping[str, str] | None) -> None:
+    """Write tensors to .safetensors, with metadata; or a plain dictionary of them to .ckpt/.pt.
 
-    The file appears under its name only when whole. Raises ValueError, naming the key, for a value that is not finite.
+    The suite's writer of the latter writes nothing that the A1111 web UI refuses; a copy alone has torch's. The file has its
+    name only when whole. Raises ValueError, naming the key, for a value that is not finite.
     """
     file = Path(file)
     for key, tensor in tensors.items():
@@ -403,7 +402,8 @@ def save_tensors(
         if file.suffix == ".safetensors":
             safetensors.torch.save_file(dict(tensors), temporary, metadata)  # type: ignore[arg-type]
         else:
-            save_pickled(dict(tensors), temporary)
+            writer = suite("library.formats.tensor_output")
+            (writer.save_pickled if writer else torch.save)(dict(tensors), temporary)
         with open(temporary, "rb+") as stream:
             os.fsync(stream.fileno())
         os.replace(temporary, file)

@@ -24,7 +24,6 @@ from library.formats.foreign import instead_of_a_lora
 from library.formats.lora_hashes import with_hashes
 from library.formats.lora_layouts import PeftConfig, named_for, with_alphas
 from library.formats.tensor_file import open_tensors
-from library.formats.tensor_output import save_pickled
 from networks.adapters import AdapterModule, all_layers, find_modules
 from networks.lora import (
     PLAIN_TENSORS,
@@ -187,7 +186,7 @@ class SuiteNetwork(LoRANetwork):
         tensors = self.tensors(dtype)
         if metadata is not None and Path(file).suffix == ".safetensors":
             metadata = with_hashes(tensors, {**metadata, **self._stored_ranks(metadata)})
-        save_tensors(tensors, file, metadata, save_pickled)
+        save_tensors(tensors, file, metadata)
 
     def _stored_ranks(self, metadata: Mapping[str, str]) -> dict[str, str]:
         """Rank and alpha as files have them, where they differ from those that the modules were given."""

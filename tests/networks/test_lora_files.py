@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +106,13 @@ def test_the_legacy_hash_of_a_small_file_is_the_hash_of_nothing(model, tmp_path)
     assert header["__metadata__"]["sshs_legacy_hash"] == "e3b0c442"
     make_network(model).save_weights(tmp_path / "b.safetensors", torch.float16, None)
     assert "__metadata__" not in header_and_data(tmp_path / "b.safetensors")[0]
+
+
+def test_a_pickled_file_has_no_record_that_the_a1111_web_ui_refuses(tmp_path):
+    networks.lora.save_tensors({"a.alpha": torch.tensor(2.0), "a.lora_up.weight": torch.ones(3, 2)}, tmp_path / "a.ckpt", None)
+    with zipfile.ZipFile(tmp_path / "a.ckpt") as archive:
+        assert all(re.fullmatch(r"[^/]+/(data\.pkl|version|data/\d+)", name) for name in archive.namelist())
+    assert torch.load(tmp_path / "a.ckpt", weights_only=True)["a.lora_up.weight"].tolist() == [[1.0, 1.0]] * 3
 
 
 @pytest.mark.parametrize("value, dtype", [(float("nan"), None), (float("inf"), None), (1e30, torch.float16)])
