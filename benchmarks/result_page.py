@@ -30,7 +30,7 @@ class Tables:
         self.rows: dict[str, dict[str, str]] = {table: {} for table in heads}
         table = ""
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-            table = next((name for name, head in heads.items() if line == head[0]), table)
+            table = next((name for name, head in heads.items() if line == head[0]), table if line else "")
             if table and line.startswith("| ") and line != heads[table][0]:
                 self.rows[table][line.split(" | ")[0]] = line
 

@@ -288,7 +288,7 @@ def measure_floor(case: Case, folder: Path, steps: int) -> dict[str, float]:
     return {"peak": peak_memory_bytes(device) or 0}
 
 
-def measure_launch(case: Case, folder: Path, steps: int) -> dict[str, float]:
+def measure_launch(case: Case, folder: Path) -> dict[str, float]:
     """Seconds from the start of train_network.py to what it prints on its way, and to the end of its first step."""
     started, times, shown = time.perf_counter(), {}, b""
     words = [sys.executable, "-u", "train_network.py", *case.words(folder, 1)]
@@ -329,7 +329,7 @@ def measure_aside(case: Case, folder: Path, steps: int) -> dict[str, float]:
     return found
 
 
-MEASURES = {"time": measure_time, "ours": measure_ours, "floor": measure_floor, "launch": measure_launch, "aside": measure_aside}
+MEASURES = {"time": measure_time, "ours": measure_ours, "floor": measure_floor, "aside": measure_aside}
 
 
 def in_own_process(what: str, case: Case, folder: Path, steps: int = 1) -> dict[str, float]:
@@ -376,8 +376,8 @@ def step_row(case: Case, folder: Path, steps: int) -> str:
 
 def aside_row(case: Case, folder: Path) -> str:
     load_before = load()
-    measure_launch(case, folder, 1)  # fills the cache on disk
-    launch, aside = measure_launch(case, folder, 1), in_own_process("aside", case, folder)
+    measure_launch(case, folder)  # fills the cache on disk
+    launch, aside = measure_launch(case, folder), in_own_process("aside", case, folder)
     parts = " | ".join(f"{launch[name]:.1f}" for name in MARKS)
     return (
         f"| launch at {case.size} px | {parts} | {IMAGES / aside['caching']:.2f} | {aside['file']:.2f} "

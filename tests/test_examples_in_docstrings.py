@@ -15,6 +15,7 @@ MODULES = [
     for path in sorted((ROOT / room).rglob("*.py"))
     if ">>> " in path.read_text(encoding="utf-8")
 ]
+assert MODULES
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -213,7 +213,7 @@ def _warn_of_misfits(misfits: list[tuple[str, tuple[int, int, int], BucketAssign
     if misfits:
         named = [f"{name} ({key[1]}x{key[2]} to {fit.bucket[0]}x{fit.bucket[1]})" for name, key, fit in misfits]
         log.warning(
-            "%s so long or small that most of it is cropped away or enlarged: %s",
+            "cropped or enlarged too much: %s, %s",
             counted(len(misfits), "image"),
             listed(named, separator="; "),
         )

@@ -62,9 +62,9 @@ class CaptionTokenizer:
             longer = {CHUNK: "give --max_token_length=150 or 225", 2 * CHUNK: "give --max_token_length=225"}
             cure = longer.get(limit, "the rest is not read")
             log.warning(
-                "%s longer than %d tokens, cut there, such as '%s...' with %d tokens; %s",
-                counted(len(long), "caption"),
+                "cut at %d tokens: %s, such as '%s...' with %d tokens; %s",
                 limit,
+                counted(len(long), "caption"),
                 long[0][:60],
                 tokens,
                 cure,

@@ -146,15 +146,18 @@ def path_and_tensor(key: str) -> tuple[str, str]:
 def with_alphas(weights: Mapping[str, Tensor], config: PeftConfig) -> dict[str, Tensor]:
     """The weights with what `config` has written down beside them: the alphas of Diffusers' and peft's layouts.
 
-    Alphas get keys of the file's own layout. Without an alpha it is the rank.
+    Alphas get keys of the file's own layout. One that the file itself holds, under any key, stays. Without any it is the rank.
     """
     if not config.is_given:
         return dict(weights)
     result, alphas = dict(weights), {}
+    family = naming_family(families_of_lora({key: tuple(tensor.shape) for key, tensor in weights.items()}))
+    resnets = resnets_of(weights) or USUAL_RESNETS
+    own = {lora_name(path, family, resnets) for path, inside in map(path_and_tensor, weights) if inside == "alpha"}
     for key, tensor in weights.items():
         path, inside = path_and_tensor(key)
         alpha = config.alpha(path, len(tensor)) if inside in _WITH_RANK and len(tensor) else None
-        if alpha is not None:
+        if alpha is not None and lora_name(path, family, resnets) not in own:
             alphas[f"{path}.alpha"] = torch.tensor(alpha)
         if inside == "lokr_w1" and f"{key.removesuffix(inside)}lokr_w2" in weights:
             result[key] = tensor * config.strength(path)

@@ -106,7 +106,7 @@ class NetworkOptions(OptionGroup):
             (self.network_merge and self.network_merge_n_models,
              "--network_merge and --network_merge_n_models exclude each other"),
             ((self.network_merge_n_models or 0) > files,
-             f"--network_merge_n_models {self.network_merge_n_models} is more than {counted(files, 'file')}"),
+             f"--network_merge_n_models {self.network_merge_n_models} is more than --network_weights has; give at most {files}"),
             (modules > 1 and modules != files,
              f"--network_module has {modules} names for {counted(files, 'file')} of --network_weights; give one for each"),
         ]  # fmt: skip

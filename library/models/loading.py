@@ -77,7 +77,7 @@ class Reading:
 
 
 class ModelReading:
-    """The file of a whole model, whose weights threads begin to read at once. Use it in a `with` block, or `close` it.
+    """The file of a whole model, whose weights threads begin to read at once. Use it in a `with` block.
 
     Raises UserError if it is no model's file.
     """

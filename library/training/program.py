@@ -46,7 +46,7 @@ def main(family: str | None = None) -> int:
     print("loading libraries ...", flush=True)  # takes seconds, in which nothing else would be printed
     let_waiting_threads_sleep()
     # Hashing a model takes a second for 1.5 GB. Imports leave all cores but one idle, steps leave none.
-    model_facts = in_background(partial(all_model_facts, options.model))
+    model_facts = None if options.data.debug_dataset else in_background(partial(all_model_facts, options.model))
     with garbage_collection_paused():
         from library.training.entry import train
 

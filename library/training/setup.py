@@ -318,10 +318,9 @@ def begin_reading(options: ModelOptions, formats: NumberFormats, device: torch.d
     None if it is no .safetensors file of a model: then `load_model` reads it, or the checks say what is wrong.
     """
     path = Path(options.pretrained_model_name_or_path or "")
-    if path.suffix != ".safetensors" or not path.is_file():
-        return None
     with suppress(UserError, OSError):
-        return ModelReading(path, options.vae is None, formats.arithmetic, loading_device(formats, device))
+        if path.suffix == ".safetensors" and path.is_file():
+            return ModelReading(path, options.vae is None, formats.arithmetic, loading_device(formats, device))
     return None
 
 

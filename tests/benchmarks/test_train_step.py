@@ -70,10 +70,10 @@ def test_measurement_gives_its_numbers(folder, what, parts):
 
 def test_a_launch_is_timed_by_what_it_prints(tmp_path):
     train_step.prepare(tmp_path, [64], small=True)
-    found = train_step.measure_launch(CASE, tmp_path, 1)
+    found = train_step.measure_launch(CASE, tmp_path)
     assert [*found] == [*train_step.MARKS] and [*found.values()] == sorted(found.values())
     with pytest.raises(SystemExit, match="no_such_folder"):
-        train_step.measure_launch(CASE, tmp_path / "no_such_folder", 1)
+        train_step.measure_launch(CASE, tmp_path / "no_such_folder")
 
 
 def test_words_of_every_case_are_options(tmp_path):

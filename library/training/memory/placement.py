@@ -53,7 +53,7 @@ def offload_idle_parts(options: PrecisionOptions, idle: Iterable[nn.Module], *, 
         return
     for part in idle:
         part.to("cpu" if keep_for_previews else "meta")
-    if torch.cuda.is_available():
-        give_back_freed_memory()  # else the first step uses it again
-        if not options.highvram:
-            torch.cuda.empty_cache()
+    if torch.accelerator.is_available():  # else the first step uses it again
+        give_back_freed_memory()
+    if torch.cuda.is_available() and not options.highvram:
+        torch.cuda.empty_cache()

@@ -68,7 +68,7 @@ def create_schedule(options: OptimizerOptions, optimizer: torch.optim.Optimizer,
     if options.lr_scheduler in ("constant", "reduce_lr_on_plateau") and warmup:
         raise UserError(f"--lr_warmup_steps has no place in --lr_scheduler {options.lr_scheduler}; use constant_with_warmup")
     if warmup > total_steps:
-        raise UserError(f"--lr_warmup_steps is {warmup}, more than the {counted(total_steps, 'step')} of the run")
+        raise UserError(f"--lr_warmup_steps is {warmup:,}, more than the {counted(total_steps, 'step')} of the run")
     make, own = _named_schedules(options, warmup, total_steps)[options.lr_scheduler]
     given = arguments_for(make, options.lr_scheduler_args, "--lr_scheduler_args", GIVEN_ELSEWHERE)
     try:

@@ -26,6 +26,6 @@ def model_facts(kind: str, name_or_path: str) -> dict[str, str]:
     elif path.is_file():
         try:
             facts |= {f"ss_{kind}_hash": legacy_hash_of_file(path), f"ss_new_{kind}_hash": sha256_of_file(path)}
-        except OSError as error:  # moved away since it was loaded, perhaps; that must not keep what was trained from being saved
+        except OSError as error:  # must not keep what was trained from being saved
             log.warning("the hashes of %s are not recorded: %s", path, error.strerror or error)
     return facts

@@ -53,7 +53,7 @@ def check_start(options: TrainNetworkOptions, plan: Plan, dataset: TrainingDatas
     start = Progress.at_start(options.state, plan, progress_of(resumed))
     if record["max_steps"] != plan.max_steps:
         print(
-            f"the run was to have {counted(record['max_steps'], 'step')} and now has {plan.max_steps}: "
+            f"the run was to have {counted(record['max_steps'], 'step')} and now has {plan.max_steps:,}: "
             "schedule and warm-up follow the new number"
         )
     patience, without = options.validation.early_stopping_patience, record["validations"]["without_improvement"]
@@ -79,4 +79,4 @@ def begin_at(run: Run, start: Progress, resumed: State | None) -> None:
     run.loop.progress = start
     if start.step:
         total = counted(run.plan.micro_batches_per_epoch, "batch", "batches")
-        print(f"starting after step {start.step}: {start.position} of {total} of epoch {start.epoch} done")
+        print(f"starting after step {start.step:,}: {start.position:,} of {total} of epoch {start.epoch} done")

@@ -84,6 +84,15 @@ def test_alphas_of_diffusers_and_peft(tmp_path):
     assert [module.low_rank().scale for module in lora.modules.values()] == pytest.approx([3 / 2**0.5] * 2)
 
 
+def test_the_file_s_own_alpha_stays_under_any_key(tmp_path):
+    u, d = factors()
+    keys = {f"unet.{UNET}.to_q.lora_A.weight": d, f"unet.{UNET}.to_q.lora_B.weight": u}
+    keys[f"lora_unet_{UNET.replace('.', '_')}_to_q.alpha"] = torch.tensor(5.0)
+    config = json.dumps({"unet.lora_alpha": 8, "unet.r": 2})
+    (module,) = read_lora(save(tmp_path / "a.safetensors", keys, lora_adapter_metadata=config)).modules.values()
+    assert module.low_rank().alpha == 5
+
+
 def test_alpha_of_zero_is_the_rank(tmp_path):
     tensors = lora_tensors(small_model(), 3, 0.0, only="mid_block_attentions_0_proj_in")
     assert all(module.low_rank().alpha == 3 for module in read_lora(save(tmp_path / "a.safetensors", tensors)).modules.values())

@@ -109,7 +109,10 @@ def test_unknown_options_name_the_nearest_one():
         ([*NEEDED, "--network_weights", "a", "--network_mul", "1", "0.5"], "--network_mul has 2 values for 1 file"),
         ([*NEEDED, "--network_module", "m"], "--network_module needs --network_weights"),
         ([*NEEDED, "--network_weights", "a", "b", "c", "--network_module", "m", "n"], "--network_module has 2 names for 3 files"),
-        ([*NEEDED, "--network_weights", "a", "--network_merge_n_models=2"], "_n_models 2 is more than 1 file"),
+        (
+            [*NEEDED, "--network_weights", "a", "--network_merge_n_models=2"],
+            "_n_models 2 is more than --network_weights has; give at most 1",
+        ),
         ([*NEEDED, "--strength=0.5"], "--strength needs --image_path or --highres_fix_scale"),
         ([*NEEDED, "--mask_path=m"], "--mask_path needs --image_path .* or --network_weights"),
         ([*NEEDED, "--mask_path=m", "--network_weights", "a", "--network_merge"], "--mask_path .* cannot be merged"),

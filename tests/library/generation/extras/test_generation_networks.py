@@ -222,7 +222,7 @@ def test_a_missing_strength_is_one_and_a_surplus_is_an_error(files, load):
         ({"multipliers": [1, 1, 1]}, "--network_mul has 3 values for 2"),
         ({"modules": ["networks.lora"] * 3}, "--network_module has 3 names for 2"),
         ({"args": ["a=1", "", ""]}, "--network_args has 3 values for 2"),
-        ({"network_merge_n_models": 3}, "is more than 2 files"),
+        ({"network_merge_n_models": 3}, "is more than --network_weights has; give at most 2"),
         ({"args": ["rank"]}, "expected key=value, got 'rank'"),
         ({"args": ["rnk_dropout=0.1"]}, "did you mean 'rank_dropout'"),
         ({"modules": ["networks.lor"]}, "did you mean 'networks.lora'"),
