@@ -151,13 +151,12 @@ def with_alphas(weights: Mapping[str, Tensor], config: PeftConfig) -> dict[str, 
     if not config.is_given:
         return dict(weights)
     result, alphas = dict(weights), {}
-    family = naming_family(families_of_lora({key: tuple(tensor.shape) for key, tensor in weights.items()}))
-    resnets = resnets_of(weights) or USUAL_RESNETS
-    own = {lora_name(path, family, resnets) for path, inside in map(path_and_tensor, weights) if inside == "alpha"}
+    name_of = _names_for(weights)
+    own = {name_of(path) for path, inside in map(path_and_tensor, weights) if inside == "alpha"}
     for key, tensor in weights.items():
         path, inside = path_and_tensor(key)
         alpha = config.alpha(path, len(tensor)) if inside in _WITH_RANK and len(tensor) else None
-        if alpha is not None and lora_name(path, family, resnets) not in own:
+        if alpha is not None and name_of(path) not in own:
             alphas[f"{path}.alpha"] = torch.tensor(alpha)
         if inside == "lokr_w1" and f"{key.removesuffix(inside)}lokr_w2" in weights:
             result[key] = tensor * config.strength(path)
@@ -209,9 +208,14 @@ def kohya_layers(weights: Mapping[str, Tensor], family: FileFamily | None = None
     family: whose names they get; None: SDXL's if the weights are for nothing else.
     Raises UserError if a layer has a tensor twice.
     """
+    return Layers.of(weights, _names_for(weights, family))
+
+
+def _names_for(weights: Mapping[str, Tensor], family: FileFamily | None = None) -> Callable[[str], str | None]:
+    """path of a layer -> its LoRA name, as `kohya_layers` gives it to these weights."""
     family = family or naming_family(families_of_lora({key: tuple(tensor.shape) for key, tensor in weights.items()}))
     resnets = resnets_of(weights) or USUAL_RESNETS
-    return Layers.of(weights, lambda path: lora_name(path, family, resnets))
+    return lambda path: lora_name(path, family, resnets)
 
 
 def resnets_of(keys: Iterable[str]) -> int | None:

@@ -95,15 +95,11 @@ class ModelReading:
             )
             self._opened = opened.pop_all()
 
-    def close(self) -> None:
-        """Stop reading, and let go of the file."""
-        self._opened.close()
-
     def __enter__(self) -> ModelReading:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.close()
+        self._opened.close()
 
 
 @dataclass(frozen=True)
@@ -121,8 +117,7 @@ def read_header(name_or_path: str, v2: bool | None = None) -> Header:
     if path.is_file():
         with open_tensors(path) as file:
             family = detect(path, file.shapes)
-            if v2 is not None:
-                check_v2(str(path), family, v2)
+            check_v2(str(path), family, v2)
             shapes = _shapes_by_part(file, SingleFileNames(file.shapes, family.layout).to_parts, family)
             return Header(family, shapes, prediction_of_file(file))
     folder = path if path.is_dir() else download_configs(name_or_path)
@@ -191,8 +186,7 @@ def load_vae(
 
 def _from_file(reading: ModelReading, v2: bool | None, prediction: Prediction | None) -> Model:
     path, file, family, names = reading.path, reading.file, reading.family, reading.names
-    if v2 is not None:
-        check_v2(str(path), family, v2)
+    check_v2(str(path), family, v2)
     chosen, zero_snr = _decided(path, prediction_of_file(file), prediction)
     if names.unknown:
         raise UserError(f"{path} is no {family.title} model: its U-Net has the foreign weight {names.unknown[0]}")
@@ -252,8 +246,7 @@ def _family_of_folder(folder: Path, v2: bool | None) -> tuple[Family, dict[str, 
     family = detect_folder(folder, pipeline, configs | {"scheduler": _scheduler_config(folder) or {}})
     reject_other_inputs(str(folder), family, configs.get("unet", {}).get("in_channels", family.latents.channels))
     reject_other_conditions(str(folder), family, configs.get("unet", {}))
-    if v2 is not None:
-        check_v2(str(folder), family, v2)
+    check_v2(str(folder), family, v2)
     return family, configs
 
 

@@ -65,8 +65,10 @@ def detect_folder(folder: Path, pipeline: str, configs: Mapping[str, Config]) ->
     return next((family for family in by_pipeline if family.owns_folder(configs)), named)
 
 
-def check_v2(source: str, family: Family, v2: bool) -> None:
-    """Raises UserError if the user's `--v2` contradicts the model."""
+def check_v2(source: str, family: Family, v2: bool | None) -> None:
+    """Raises UserError if the user's `--v2` contradicts the model; None: nothing was said."""
+    if v2 is None:
+        return
     if family.records.v2 and not v2:
         raise UserError(f"{source} is an SD 2.x model; add --v2 (and --v_parameterization if it is one for 768 px)")
     if v2 and not family.records.v2:

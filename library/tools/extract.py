@@ -102,7 +102,7 @@ def _difference(before: Tensor, after: Tensor, min_diff: float) -> Tensor | None
         coarse = min((before.dtype, after.dtype), key=lambda dtype: (dtype.itemsize, dtype == torch.float16))
         if torch.equal(before.to(coarse), after.to(coarse)):
             return None
-    difference = torch.empty(after.shape, dtype=torch.float32).copy_(after)
+    difference = after.to(torch.float32, copy=True)
     difference -= before.float()  # in place: of SDXL's largest layers each float32 copy has 52 MB
     return None if difference.norm() <= min_diff * before.float().norm() else difference
 
