@@ -29,10 +29,10 @@ def make_layer(channels: int, out: int, kernel: int, stride: int):
     """A frozen layer as training has it."""
     from torch import nn
 
-    from library.training.memory.frozen import freeze_convolutions
+    from library.training.memory.frozen import freeze_layers
 
     layer = nn.Conv2d(channels, out, kernel, stride, kernel // 2) if kernel else nn.Linear(channels, out)
-    freeze_convolutions(layer.requires_grad_(False))
+    freeze_layers(layer.requires_grad_(False))
     return layer
 
 

@@ -222,12 +222,11 @@ def bare(model):
     """The same model with the same tensors and the library's own layers, without what is attached to it."""
     from torch import nn
 
-    from library.training.memory.frozen import FrozenConv2d
+    from library.training.memory.frozen import FrozenConv2d, FrozenLinear
 
     twin = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
     for module in twin.modules():
-        if type(module) is FrozenConv2d:
-            module.__class__ = nn.Conv2d
+        module.__class__ = {FrozenConv2d: nn.Conv2d, FrozenLinear: nn.Linear}.get(type(module), type(module))
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
         module.__dict__.pop("forward", None)

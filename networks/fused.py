@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
+from library import products
 from networks.lora import Layer
 
 if TYPE_CHECKING:
@@ -104,7 +105,8 @@ class _AdaptedLinear(torch.autograd.Function):
         to_hidden = (up.to(gradient.dtype).T @ gradient.T).T.mul_(ctx.factor)
         to_x = None
         if ctx.needs_input_grad[0]:
-            to_x = (gradient @ _weight(ctx.layer).to(gradient.dtype)).addmm_(to_hidden, down.to(gradient.dtype)).view(ctx.shape)
+            to_x = products.linear(gradient, _weight(ctx.layer).to(gradient.dtype).T)
+            to_x = to_x.addmm_(to_hidden, down.to(gradient.dtype)).view(ctx.shape)
         return to_x, to_hidden.T @ rows, (hidden.T @ gradient).T, None, None, None
 
 

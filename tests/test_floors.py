@@ -58,7 +58,7 @@ FLOORS = {
         "library.generation.unsupported_options",
     ),
     "library.doctor": (*GROUND, "library.devices"),
-    "networks": (*GROUND, "library.entry", "library.tools"),
+    "networks": (*GROUND, "library.entry", "library.products", "library.tools"),
 }
 TORCH_ALONE = {"torch", "safetensors", "numpy"}  # of other projects, on the ground floor
 

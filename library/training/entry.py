@@ -11,6 +11,7 @@ from library.console import KeptWarnings, keeping_warnings
 from library.data.dataset_page import write_dataset_page
 from library.data.debug import write_debug_sheet
 from library.devices import available_memory
+from library.imports import import_model_libraries
 from library.processes import EndedElsewhere, Processes
 from library.training.checks.preflight import check_images, preflight
 from library.training.loop import Listener
@@ -56,6 +57,7 @@ def train_here(
     memory = available_memory(machine.device)  # before the model fills it
     reading = begin_reading(options.model, NumberFormats.of(options.training, options.precision), machine.device)
     with reading or nullcontext():
+        import_model_libraries()  # by the checks piece by piece, with garbage collections between, it would take 0.6 s longer
         ready = processes.on_main(lambda: preflight(options, machine.device, processes.world, family, memory))
         print(ready.dataset.bucket_table())
         run = prepare(ready, machine, listeners, warnings, model_facts, reading)

@@ -31,7 +31,7 @@ from library.training.checks.preflight import Ready
 from library.training.exchange import StepExchange
 from library.training.loop import Listener, Loop, Outcome
 from library.training.machine import Machine
-from library.training.memory.frozen import freeze_convolutions
+from library.training.memory.frozen import freeze_layers
 from library.training.memory.gradient_checkpointing import count_kept, keep_to_budget, use_gradient_checkpointing
 from library.training.memory.placement import compile_model, compiles_convolutions, offload_idle_parts, pack_frozen_weights
 from library.training.memory.precision import NumberFormats, check_half_weights, explain_nonfinite, vae_cure
@@ -175,12 +175,15 @@ def open_data(ready: Ready) -> Data:
 
 
 def attach_network(ready: Ready, model: Model, machine: Machine) -> Attached:
-    """The network on the model, on the device, with the same weights in all processes."""
+    """The network on the model, on the device, with the same weights in all processes; the model's own layers frozen."""
     options = ready.options
     seed_everything(ready.seed)
     network = build_network(options.network, options.optimizer, model, options.model.clip_skip)
     network.module.to(machine.device, ready.formats.trained)
     machine.processes.same_weights(network.module)
+    if not compiles_convolutions(options.precision):
+        for part in (model.denoiser, *model.text_encoders):
+            freeze_layers(part)
     return Attached(model, network, model_digest(model))
 
 
@@ -190,8 +193,6 @@ def place_in_memory(ready: Ready, data: Data, attached: Attached, machine: Machi
     idle = ([model.vae] if data.train.latents is not None else []) + (model.text_encoders if data.train.texts is not None else [])
     offload_idle_parts(options.precision, idle, keep_for_previews=bool(data.prompts))
     pack_frozen_weights(ready.formats, model, machine.device, options.training.gradient_checkpointing)
-    if not compiles_convolutions(options.precision):
-        freeze_convolutions(model.denoiser)
     if options.training.gradient_checkpointing:
         use_gradient_checkpointing(model, network)
         if options.training.gradient_checkpointing_budget:

@@ -1,4 +1,4 @@
-"""Frozen layers: nothing is kept of their input, since their weights get no gradient."""
+"""Frozen layers: nothing is kept of their input, since their weights get no gradient, and products by the faster library."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
-FEW_POSITIONS = 64  # of a convolution's result, in the whole batch
+from library import products
+
+# Positions of a convolution's result, in the whole batch, up to which it is a product of matrices; and those with a large weight.
+FEW_POSITIONS, FEW_POSITIONS_OF_LARGE = 64, 256
+LARGE = 1 << 23  # numbers of a weight
 
 
 class _Frozen(torch.autograd.Function):
@@ -48,10 +52,24 @@ class FrozenLayer(nn.Module):
         raise NotImplementedError
 
 
+class FrozenLinear(FrozenLayer, nn.Linear):
+    """A frozen linear layer. torch's own keeps nothing of its input either; this one takes the faster product."""
+
+    @property
+    def weight_type(self) -> torch.dtype:
+        return self.weight.dtype
+
+    def result(self, x: Tensor) -> Tensor:
+        return products.linear(x, self.borrowed_weight(), self.bias)
+
+    def gradient_to_input(self, gradient: Tensor, shape: torch.Size) -> Tensor:
+        return products.linear(gradient, self.borrowed_weight().to(gradient.dtype).T)
+
+
 class FrozenConv2d(FrozenLayer, nn.Conv2d):
     """A frozen convolution. On a CPU it is a product of matrices where the result has few positions.
 
-    There oneDNN takes as long to reorder the weight, at every call, as to compute with it.
+    There oneDNN takes as long to reorder a convolution's weight, at every call, as to compute with it.
     """
 
     @property
@@ -64,9 +82,9 @@ class FrozenConv2d(FrozenLayer, nn.Conv2d):
             return self._conv_forward(x, weight, self.bias)
         height, width = self._result_size(x.shape)
         columns = F.unfold(x, **self._window).transpose(0, 1).flatten(1)  # (in * kernel, B * positions)
-        product = (
-            weight.flatten(1) @ columns if self.bias is None else torch.addmm(self.bias[:, None], weight.flatten(1), columns)
-        )
+        product = products.linear(weight.flatten(1), columns.T)
+        if self.bias is not None:
+            product += self.bias[:, None]
         product = product.view(-1, len(x), height, width).transpose(0, 1)
         return product.clone(memory_format=torch.contiguous_format)  # autograd refuses to change views of a function in place
 
@@ -74,12 +92,13 @@ class FrozenConv2d(FrozenLayer, nn.Conv2d):
         weight = self.borrowed_weight().to(gradient.dtype)
         if not self._has_few_positions(shape, weight):
             return conv2d_input(shape, weight, gradient, self.stride, self.padding, self.dilation, self.groups)
-        columns = weight.flatten(1).T @ gradient.transpose(0, 1).flatten(1)
+        columns = products.with_transposed(weight.flatten(1), gradient.transpose(0, 1).flatten(1))
         return F.fold(columns.view(len(columns), shape[0], -1).transpose(0, 1), shape[2:], **self._window)
 
     def _has_few_positions(self, shape: torch.Size, weight: Tensor) -> bool:
         is_usual = weight.device.type == "cpu" and weight.dtype == torch.float32 and self.groups == 1
-        return is_usual and shape[0] * self._result_size(shape).numel() <= FEW_POSITIONS
+        few = FEW_POSITIONS_OF_LARGE if weight.numel() >= LARGE else FEW_POSITIONS
+        return is_usual and shape[0] * self._result_size(shape).numel() <= few
 
     def _result_size(self, shape: torch.Size) -> torch.Size:
         sides = zip(shape[2:], self.kernel_size, self.stride, self._zeros, self.dilation, strict=True)
@@ -105,8 +124,13 @@ def can_be_frozen(layer: nn.Module) -> bool:
     return getattr(layer, "weight", None) is not None and not layer.weight.requires_grad and not is_odd
 
 
-def freeze_convolutions(model: nn.Module) -> None:
-    """Make the model's convolutions keep nothing of their input, except trained ones and those of subclasses."""
+def freeze_layers(model: nn.Module) -> None:
+    """Give the model's convolutions, and its linear layers where they gain, the classes above.
+
+    Layers that are trained and those of subclasses are left alone.
+    """
     for layer in model.modules():
         if type(layer) is nn.Conv2d and can_be_frozen(layer):
             layer.__class__ = FrozenConv2d  # in place: hooks and whatever else is attached to the layer stay
+        elif type(layer) is nn.Linear and can_be_frozen(layer) and products.by_onednn(layer.weight):
+            layer.__class__ = FrozenLinear

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from library.training.memory.frozen import FrozenConv2d, FrozenLayer, can_be_frozen
+from library.training.memory.frozen import FrozenConv2d, FrozenLayer, FrozenLinear, can_be_frozen
 
 FP8 = torch.float8_e4m3fn
 BLOCK = 64  # weights of nf4 that share a factor
@@ -143,21 +143,17 @@ class _Packed(FrozenLayer):
         return self.dtype
 
 
-class PackedLinear(_Packed, nn.Linear):
+class PackedLinear(_Packed, FrozenLinear):
     """A frozen linear layer, its weight packed."""
-
-    def result(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.borrowed_weight(), self.bias)
-
-    def gradient_to_input(self, gradient: Tensor, shape: torch.Size) -> Tensor:
-        return gradient @ self.borrowed_weight()
 
 
 class PackedConv2d(_Packed, FrozenConv2d):
     """A frozen convolution, its weight packed."""
 
 
-CLASSES: dict[type[nn.Module], type[_Packed]] = {nn.Linear: PackedLinear, nn.Conv2d: PackedConv2d}
+CLASSES: dict[type[nn.Module], type[_Packed]] = {
+    nn.Linear: PackedLinear, FrozenLinear: PackedLinear, nn.Conv2d: PackedConv2d, FrozenConv2d: PackedConv2d,
+}  # fmt: skip
 
 
 @torch.no_grad()

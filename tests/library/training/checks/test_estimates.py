@@ -12,7 +12,7 @@ from library.models.loading import Header
 from library.models.unet import empty_unet, unet_config
 from library.testing import full_size_header, header_of, small_sdxl
 from library.training.checks.estimates import estimated_bytes, kept_bytes
-from library.training.memory.frozen import freeze_convolutions
+from library.training.memory.frozen import freeze_layers
 from library.training.memory.gradient_checkpointing import count_kept
 from library.training.options import parse_options
 from networks.lora import create_network
@@ -60,7 +60,7 @@ def test_trap_57_61_the_small_sdxl_keeps_what_its_shapes_say_and_less_with_check
     header = header_of(model)
     network = create_network(1.0, 2, 2, None, *model.for_networks())
     network.apply_to(*model.for_networks(), False, True)
-    freeze_convolutions(model.denoiser)
+    freeze_layers(model.denoiser)
     model.denoiser.enable_gradient_checkpointing()
     model.denoiser.train()
     table = SimpleNamespace(configs=[SimpleNamespace(batch_size=1)], buckets=[SimpleNamespace(dataset=0, size=(512, 512))])

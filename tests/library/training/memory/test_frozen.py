@@ -1,4 +1,4 @@
-"""Frozen convolutions: the results and gradients of torch's own, by either way, with nothing kept."""
+"""Frozen layers: the results and gradients of torch's own, by either way, with nothing kept."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from library import products
 from library.testing import small_stable_diffusion
-from library.training.memory.frozen import FEW_POSITIONS, FrozenConv2d, freeze_convolutions
+from library.training.memory.frozen import FrozenConv2d, FrozenLinear, freeze_layers
 
 LAYERS = [
     nn.Conv2d(4, 6, 3, padding=1), nn.Conv2d(4, 6, 3, stride=2, padding=1), nn.Conv2d(4, 6, 1, bias=False),
@@ -25,7 +26,7 @@ def test_results_and_gradients_are_torchs_own_and_nothing_is_kept(layer, shape, 
     torch.manual_seed(0)
     plain = copy.deepcopy(layer).requires_grad_(False).to(dtype)
     frozen = copy.deepcopy(plain)
-    freeze_convolutions(frozen)
+    freeze_layers(frozen)
     assert type(frozen) is FrozenConv2d
     x = torch.randn(shape, dtype=dtype, requires_grad=True)
     kept = []
@@ -43,30 +44,61 @@ def test_results_and_gradients_are_torchs_own_and_nothing_is_kept(layer, shape, 
         assert torch.equal(frozen(x), y)
 
 
-@pytest.mark.parametrize("shape, by_product", [
-    ((1, 4, 8, 8), True), ((4, 4, 4, 4), True), ((1, 4, 8, 9), False), ((2, 4, 8, 8), False),
+@pytest.mark.parametrize("numbers, shape, by_product", [
+    (144, (1, 4, 8, 8), True), (144, (4, 4, 4, 4), True), (144, (1, 4, 8, 9), False), (144, (2, 4, 8, 8), False),
+    (1 << 23, (1, 4, 16, 16), True), (1 << 23, (4, 4, 8, 8), True), (1 << 23, (1, 4, 16, 17), False),
+    ((1 << 23) - 1, (1, 4, 16, 16), False),
 ])  # fmt: skip
-def test_few_positions_of_the_whole_batch_are_a_product(monkeypatch, shape, by_product):
-    torch.manual_seed(0)
-    layer = nn.Conv2d(4, 6, 3, padding=1).requires_grad_(False)
-    freeze_convolutions(layer)
-    assert FEW_POSITIONS == 64
-    calls = []
-    unfold = torch.nn.functional.unfold
+def test_few_positions_of_the_whole_batch_are_a_product(numbers, shape, by_product):
+    """At most 64, or 256 with a weight of 2**23 numbers."""
+    layer = nn.Conv2d(4, 4, 3, padding=1).requires_grad_(False)
+    freeze_layers(layer)
+    assert layer._has_few_positions(torch.Size(shape), torch.empty(1).expand(numbers)) == by_product
+
+
+@pytest.mark.parametrize("side, by_product", [(8, True), (9, False)])
+def test_a_product_it_is(monkeypatch, side, by_product):
+    layer, calls, unfold = nn.Conv2d(4, 6, 3, padding=1).requires_grad_(False), [], torch.nn.functional.unfold
+    freeze_layers(layer)
     monkeypatch.setattr(torch.nn.functional, "unfold", lambda *args, **kwargs: calls.append(1) or unfold(*args, **kwargs))
-    layer(torch.randn(shape))
+    layer(torch.randn(1, 4, 8, side))
     assert bool(calls) == by_product
 
 
-def test_a_whole_unet_computes_the_same_and_layers_that_learn_are_left_alone():
+@pytest.fixture(params=[False, True], ids=["torch's product", "oneDNN's product"])
+def by_onednn(request, monkeypatch):
+    if request.param and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("a torch without oneDNN")
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_layers_have_torchs_results_and_gradients_and_keep_nothing(by_onednn, dtype, bias):
+    torch.manual_seed(0)
+    plain = nn.Linear(6, 5, bias).requires_grad_(False).to(dtype)
+    frozen = copy.deepcopy(plain)
+    freeze_layers(frozen)
+    assert type(frozen) is (FrozenLinear if by_onednn and dtype == torch.float32 else nn.Linear)
+    x = torch.randn(2, 7, 6, dtype=dtype, requires_grad=True)
+    y, direction = frozen(x), torch.randn(2, 7, 5, dtype=dtype)
+    torch.testing.assert_close(y, plain(x))
+    ours, theirs = (torch.autograd.grad(module(x), x, direction)[0] for module in (frozen, plain))
+    torch.testing.assert_close(ours, theirs)
+    with torch.no_grad():
+        assert torch.equal(frozen(x), y)
+
+
+def test_a_whole_unet_computes_the_same_and_layers_that_learn_are_left_alone(by_onednn):
     torch.manual_seed(0)
     unet = small_stable_diffusion().denoiser.requires_grad_(False)
     unet.conv_in.requires_grad_(True)
     twin = copy.deepcopy(unet)
-    freeze_convolutions(twin)
+    freeze_layers(twin)
     assert type(twin.conv_in) is nn.Conv2d and type(twin.conv_out) is FrozenConv2d
     twin.conv_in.requires_grad_(False)
-    freeze_convolutions(twin)
+    freeze_layers(twin)
     assert type(twin.conv_in) is FrozenConv2d
     x = torch.randn(2, 4, 8, 8, requires_grad=True)
     context = torch.randn(2, 77, unet.config.cross_attention_dim)
@@ -80,5 +112,5 @@ def test_a_whole_unet_computes_the_same_and_layers_that_learn_are_left_alone():
 
 @pytest.mark.parametrize("layer", [nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), nn.Conv2d(4, 4, 3, padding="same")])
 def test_unusual_padding_is_left_to_torch(layer):
-    freeze_convolutions(layer.requires_grad_(False))
+    freeze_layers(layer.requires_grad_(False))
     assert type(layer) is nn.Conv2d
