@@ -56,6 +56,7 @@ CASES = {
 DEFAULT_CASES = list(CASES)
 CASES |= {
     "text_floor": ("LoRA rank 4, text encoder too and in the floor", []),
+    "compiled": ("LoRA rank 4, --torch_compile", [*UNET_ONLY, "--torch_compile"]),
     "cached": ("LoRA rank 4, texts cached", [*UNET_ONLY, "--cache_text_encoder_outputs"]),
     **{name: (f"LoRA rank 4, {name} base", [*UNET_ONLY, f"--base_dtype={name}"]) for name in ("int8", "fp8", "nf4")},
 }
@@ -227,6 +228,7 @@ def bare(model):
     twin = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
     for module in twin.modules():
         module.__class__ = {FrozenConv2d: nn.Conv2d, FrozenLinear: nn.Linear}.get(type(module), type(module))
+        module._compiled_call_impl = None
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
         module.__dict__.pop("forward", None)

@@ -15,9 +15,27 @@ from torch.nn import functional as F
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., in) @ weight.T (in, out) + bias, for tensors that take no gradients: autograd does not see oneDNN's product."""
-    if not by_onednn(weight):
+    if torch.compiler.is_compiling() and _is_usual(weight):
+        return _not_compiled(x, weight, bias)
+    return _linear(x, weight, bias)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if not by_onednn(weight) or not x.numel():
         return F.linear(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    # Detached: for more than two dimensions it is a view, and autograd lets no view from inside a function be changed in place.
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "").detach()
+
+
+# Inductor takes oneDNN's product for constant weights alone, and MKL's for others.
+@torch.library.custom_op("lora_suite::linear", mutates_args=(), schema="(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+def _not_compiled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _linear(x, weight, bias)
+
+
+@_not_compiled.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], len(weight))
 
 
 def with_transposed(weight: Tensor, columns: Tensor) -> Tensor:
@@ -25,11 +43,32 @@ def with_transposed(weight: Tensor, columns: Tensor) -> Tensor:
     return linear(columns.T, weight.T).T if by_onednn(weight) else weight.T @ columns
 
 
+def with_few(x: Tensor, few: Tensor) -> Tensor:
+    """x (n, k) @ few (k, r) for a small r. MKL takes two to three times as long with the long side in its rows."""
+    return linear(x, few.T) if by_onednn(few) else (few.T @ x.T).T
+
+
+def for_each(weight: Tensor, columns: Tensor) -> Tensor:
+    """weight (m, k) @ columns (B, k, n) -> (B, m, n): one weight for all samples of a batch."""
+    if by_onednn(weight) and len(columns):
+        return torch.stack([linear(weight, sample.T) for sample in columns])
+    return torch.bmm(weight.expand(len(columns), -1, -1), columns)
+
+
+def summed(left: Tensor, right: Tensor) -> Tensor:
+    """The sum over a batch of left (B, m, n) @ right.mT (B, n, k) -> (m, k)."""
+    if by_onednn(left) and len(left):
+        return torch.stack([linear(*pair) for pair in zip(left, right, strict=True)]).sum(0)
+    return torch.bmm(left, right.mT).sum(0)
+
+
 def by_onednn(weight: Tensor) -> bool:
     """Whether products with this weight are oneDNN's."""
-    if weight.device.type != "cpu" or weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
-        return False
-    return not torch.compiler.is_compiling() and onednn_is_faster()
+    return _is_usual(weight) and not torch.compiler.is_compiling() and onednn_is_faster()
+
+
+def _is_usual(weight: Tensor) -> bool:
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
 
 
 @cache

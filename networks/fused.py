@@ -101,13 +101,13 @@ class _AdaptedLinear(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, down, up, hidden = ctx.saved_tensors
         gradient = gradient.reshape(-1, gradient.shape[-1])
-        # Transposed, as the gradient to up is: with the long side in its rows the product takes two to three times as long.
-        to_hidden = (up.to(gradient.dtype).T @ gradient.T).T.mul_(ctx.factor)
+        to_hidden = products.with_few(gradient, up.to(gradient.dtype)).mul_(ctx.factor)
         to_x = None
         if ctx.needs_input_grad[0]:
             to_x = products.linear(gradient, _weight(ctx.layer).to(gradient.dtype).T)
             to_x = to_x.addmm_(to_hidden, down.to(gradient.dtype)).view(ctx.shape)
-        return to_x, to_hidden.T @ rows, (hidden.T @ gradient).T, None, None, None
+        to_down, to_up = products.linear(to_hidden.T, rows.T), products.linear(hidden.T, gradient.T).T
+        return to_x, to_down, to_up, None, None, None
 
 
 class _AdaptedConv(torch.autograd.Function):
@@ -121,7 +121,7 @@ class _AdaptedConv(torch.autograd.Function):
     def forward(ctx, x: Tensor, down: Tensor, up: Tensor, base: Tensor, layer: nn.Conv2d, factor: float | Tensor) -> Tensor:
         columns, window = x.to(base.dtype).flatten(2), _Window.of(layer, x)
         factor = factor[:, None].to(base.dtype) if isinstance(factor, Tensor) else factor
-        hidden = window.gathered(torch.bmm(_expanded(_places(down), columns), columns)).mul_(factor)
+        hidden = window.gathered(products.for_each(_places(down).to(columns.dtype), columns)).mul_(factor)
         base.flatten(2).baddbmm_(_expanded(up, columns), hidden)
         ctx.mark_dirty(base)
         ctx.save_for_backward(columns, down, up, hidden)
@@ -132,11 +132,11 @@ class _AdaptedConv(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         columns, down, up, hidden = ctx.saved_tensors
         to_x, flat = None, gradient.flatten(2)
-        to_places = ctx.window.spread(torch.bmm(_expanded(up, flat).mT, flat).mul_(ctx.factor))
+        to_places = ctx.window.spread(products.for_each(up.flatten(1).to(flat.dtype).T, flat).mul_(ctx.factor))
         if ctx.needs_input_grad[0]:
             to_x = _gradient_to_input(ctx.layer, gradient, ctx.shape).flatten(2)
             to_x = to_x.baddbmm_(_expanded(_places(down), flat).mT, to_places).view(ctx.shape)
-        to_down, to_up = torch.bmm(to_places, columns.mT).sum(0), torch.bmm(hidden, flat.mT).sum(0).T
+        to_down, to_up = products.summed(to_places, columns), products.summed(hidden, flat).T
         return to_x, _from_places(to_down, down), to_up.reshape(up.shape), None, None, None
 
 
@@ -153,12 +153,12 @@ class _Window:
         settings = {"kernel_size": layer.kernel_size, "dilation": layer.dilation, "padding": layer.padding}
         return cls(x.shape[2:], layer.stride, None if _is_one_matrix(layer) else settings)  # type: ignore[arg-type]
 
-    def gathered(self, products: Tensor) -> Tensor:
+    def gathered(self, at_places: Tensor) -> Tensor:
         """(B, r k k, H W) -> (B, r, H' W'): each place's products, shifted and added up; in float32, as convolutions add."""
         if self.places is None:
-            return products
-        sums = F.fold(products.float(), self.size, **self.places)[:, :, :: self.stride[0], :: self.stride[1]]
-        return sums.flatten(2).to(products.dtype, copy=True)  # `fold` gives a part of a memory of the products' size
+            return at_places
+        sums = F.fold(at_places.float(), self.size, **self.places)[:, :, :: self.stride[0], :: self.stride[1]]
+        return sums.flatten(2).to(at_places.dtype, copy=True)  # `fold` gives a part of a memory of the products' size
 
     def spread(self, sums: Tensor) -> Tensor:
         """(B, r, H' W') -> (B, r k k, H W), the gradient of `gathered`."""

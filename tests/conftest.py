@@ -13,18 +13,20 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Give each worker of pytest-xdist cores of its own.
+def give_each_worker_cores_of_its_own() -> None:
+    """A training run that a test starts uses all cores that it may.
 
-    A training run that a test starts uses all cores that it may. Two such runs with two threads each on the same two cores wait
-    for each other at every small operation: 13 s a step were measured instead of 0.6 s.
+    Two such runs with two threads each on the same two cores wait for each other at every small operation: 13 s a step were
+    measured instead of 0.6 s.
     """
-    worker = getattr(config, "workerinput", None)
+    worker, count = os.environ.get("PYTEST_XDIST_WORKER"), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
     if worker is None or not hasattr(os, "sched_setaffinity"):
         return
-    cores = sorted(os.sched_getaffinity(0))
-    number, count = int(worker["workerid"].removeprefix("gw")), worker["workercount"]
+    cores, number = sorted(os.sched_getaffinity(0)), int(worker.removeprefix("gw"))
     os.sched_setaffinity(0, cores[number::count] or [cores[number % len(cores)]])
+
+
+give_each_worker_cores_of_its_own()  # before the conftest.py of a folder imports torch, which counts the cores
 
 
 @pytest.hookimpl(trylast=True)
@@ -72,3 +74,17 @@ def vgg_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("vgg") / "vgg16.ckpt"
     path.write_bytes(pickle.dumps(tree))
     return path
+
+
+@pytest.fixture(params=["MKL's products", "oneDNN's products"])
+def by_onednn(request, monkeypatch) -> bool:
+    """The test once with each library for products of matrices; whether it is oneDNN."""
+    import torch  # not before the worker has its cores
+
+    from library import products
+
+    chosen = request.param.startswith("oneDNN")
+    if chosen and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: chosen)
+    return chosen

@@ -57,7 +57,7 @@ def train_here(
     memory = available_memory(machine.device)  # before the model fills it
     reading = begin_reading(options.model, NumberFormats.of(options.training, options.precision), machine.device)
     with reading or nullcontext():
-        import_model_libraries()  # by the checks piece by piece, with garbage collections between, it would take 0.6 s longer
+        import_model_libraries()  # the checks need them, and would import some with garbage collections, 0.6 s longer
         ready = processes.on_main(lambda: preflight(options, machine.device, processes.world, family, memory))
         print(ready.dataset.bucket_table())
         run = prepare(ready, machine, listeners, warnings, model_facts, reading)

@@ -33,7 +33,7 @@ from library.training.loop import Listener, Loop, Outcome
 from library.training.machine import Machine
 from library.training.memory.frozen import freeze_layers
 from library.training.memory.gradient_checkpointing import count_kept, keep_to_budget, use_gradient_checkpointing
-from library.training.memory.placement import compile_model, compiles_convolutions, offload_idle_parts, pack_frozen_weights
+from library.training.memory.placement import compile_model, compiles_whole_models, offload_idle_parts, pack_frozen_weights
 from library.training.memory.precision import NumberFormats, check_half_weights, explain_nonfinite, vae_cure
 from library.training.network import TrainedNetwork, build_network
 from library.training.optimization.ema import eval_weights, make_average
@@ -181,7 +181,7 @@ def attach_network(ready: Ready, model: Model, machine: Machine) -> Attached:
     network = build_network(options.network, options.optimizer, model, options.model.clip_skip)
     network.module.to(machine.device, ready.formats.trained)
     machine.processes.same_weights(network.module)
-    if not compiles_convolutions(options.precision):
+    if not compiles_whole_models(options.precision):
         for part in (model.denoiser, *model.text_encoders):
             freeze_layers(part)
     return Attached(model, network, model_digest(model))

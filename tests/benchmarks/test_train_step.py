@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from benchmarks import train_step
 from benchmarks.train_step import CASES, Case
-from library.training.memory.frozen import FrozenConv2d
+from library.training.memory.frozen import FrozenConv2d, FrozenLinear
 from library.training.options import parse_options
 from tests.library.training.small_runs import two_blocks, use_two_blocks
 
@@ -30,7 +30,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_ours_and_floor_are_the_same_weights_by_turns(folder, monkeypatch):
+def test_ours_and_floor_are_the_same_weights_by_turns(folder, monkeypatch, by_onednn):
     seen = []
     bare = train_step.bare
     monkeypatch.setattr(train_step, "bare", lambda unet: seen.append((unet, bare(unet))) or seen[-1][1])
@@ -40,7 +40,8 @@ def test_ours_and_floor_are_the_same_weights_by_turns(folder, monkeypatch):
     assert all(a is b for a, b in zip(ours.parameters(), floor.parameters(), strict=True))
     assert any(module._forward_hooks for module in ours.modules())
     assert not any(module._forward_hooks for module in floor.modules())
-    assert [any(type(module) is FrozenConv2d for module in unet.modules()) for unet in (ours, floor)] == [True, False]
+    kinds = [{type(module) for module in unet.modules()} & {FrozenConv2d, FrozenLinear} for unet in (ours, floor)]
+    assert kinds == [{FrozenConv2d, *([FrozenLinear] if by_onednn else [])}, set()]
 
 
 def test_text_encoder_in_the_floor_reads_and_gives_gradients_without_touching_the_run(folder, monkeypatch):

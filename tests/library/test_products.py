@@ -6,15 +6,9 @@ import pytest
 import torch
 
 from library import products
-from library.products import by_onednn, linear, onednn_is_faster, with_transposed
+from library.products import for_each, linear, onednn_is_faster, summed, with_few, with_transposed
 
 has_onednn = hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-@pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.skipif(not has_onednn, reason="a torch without oneDNN"))])
-def library(request, monkeypatch):
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: request.param)
-    return request.param
 
 
 def near(found, reference):
@@ -24,28 +18,57 @@ def near(found, reference):
 
 @pytest.mark.parametrize("shape", [(5, 24), (1, 24), (2, 7, 24), (2, 3, 4, 24)], ids=str)
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_a_linear_layers_product_is_that_of_float64(library, shape, with_bias):
+def test_a_linear_layers_product_is_that_of_float64(by_onednn, shape, with_bias):
     torch.manual_seed(0)
     x, weight = torch.randn(shape), torch.randn(10, 24)
     bias = torch.randn(10) if with_bias else None
-    assert by_onednn(weight) == library
-    near(linear(x, weight, bias), x.double() @ weight.double().T + (bias.double() if with_bias else 0))
+    assert products.by_onednn(weight) == by_onednn
+    product = linear(x, weight, bias)
+    assert not (by_onednn and product._is_view())
+    near(product, x.double() @ weight.double().T + (bias.double() if with_bias else 0))
 
 
-def test_factors_may_lie_in_any_order(library):
+def test_factors_may_lie_in_any_order(by_onednn):
     torch.manual_seed(0)
     weight, gradient, columns = torch.randn(10, 24), torch.randn(3, 7, 10), torch.randn(24, 7)
     near(linear(gradient, weight.T), gradient.double() @ weight.double())
     near(linear(weight, columns.T), weight.double() @ columns.double())
     near(linear(gradient[:, ::2], weight.T), gradient[:, ::2].double() @ weight.double())
     near(with_transposed(weight, gradient[0].T), weight.double().T @ gradient[0].double().T)
+    near(with_few(gradient[0], weight), gradient[0].double() @ weight.double())
     twice = torch.randn(10, 48)[:, ::2]
     near(linear(columns.T, twice), columns.double().T @ twice.double().T)
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_products_of_a_batch(by_onednn, count):
+    torch.manual_seed(0)
+    weight, columns, others = torch.randn(10, 24), torch.randn(count, 24, 7), torch.randn(count, 4, 7)
+    near(for_each(weight, columns), weight.double() @ columns.double())
+    near(for_each(columns[0].T, columns), columns[0].double().T @ columns.double())
+    near(summed(others, columns), (others.double() @ columns.double().mT).sum(0))
+
+
+def test_an_empty_batch_gives_nothing_and_adds_up_to_zeros(by_onednn):
+    weight, none = torch.randn(10, 24), torch.randn(0, 24, 7)
+    assert for_each(weight, none).shape == (0, 10, 7) and linear(torch.randn(0, 24), weight).shape == (0, 10)
+    assert torch.equal(summed(torch.randn(0, 4, 7), none), torch.zeros(4, 24))
+    assert torch.equal(linear(torch.randn(10, 0), torch.randn(24, 0)), torch.zeros(10, 24))
+
+
+def test_a_compiled_layer_takes_the_same_product(by_onednn, monkeypatch):
+    weight, x, calls, product = torch.randn(10, 24), torch.randn(3, 24), [], products._linear
+    monkeypatch.setattr(products, "_linear", lambda *args: calls.append(args) or product(*args))
+    compiled = torch.compile(lambda x: linear(x, weight) * 2, backend="aot_eager")
+    found = [compiled(x) for _ in range(2)]
+    torch._dynamo.reset()
+    assert torch.equal(found[0], found[1]) and len(calls) == 2, "made when the graph runs, not when it is traced"
+    near(found[0], x.double() @ weight.double().T * 2)
+
+
 def test_what_onednn_is_not_for_is_torchs_own(monkeypatch):
     monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
-    weight = torch.randn(10, 24)
+    weight, by_onednn = torch.randn(10, 24), products.by_onednn
     assert by_onednn(weight)
     assert not by_onednn(weight.bfloat16()) and not by_onednn(weight.double()) and not by_onednn(weight.to("meta"))
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -27,7 +27,7 @@ def is_one_function(y: torch.Tensor) -> bool:
 ])  # fmt: skip
 @pytest.mark.parametrize("network_dropout", [0.0, 0.5])
 @pytest.mark.parametrize("mode", ["float32", "autocast"])
-def test_attached_layer_has_the_losses_and_gradients_of_the_plain_formula(layer, shape, network_dropout, mode):
+def test_attached_layer_has_the_losses_and_gradients_of_the_plain_formula(layer, shape, network_dropout, mode, by_onednn):
     """What `attach` computes beside base + module(x), without dropout and with the same draws of it."""
     torch.manual_seed(0)
     layer = copy.deepcopy(layer).requires_grad_(False)
@@ -106,7 +106,7 @@ def test_layer_and_lora_are_one_function_only_where_that_is_the_formula(kind):
         torch.testing.assert_close(ours, plain)
 
 
-def test_one_function_gives_what_may_be_changed_in_place_and_takes_an_empty_batch():
+def test_one_function_gives_what_may_be_changed_in_place_and_takes_an_empty_batch(by_onednn):
     torch.manual_seed(0)
     for layer, x in ((nn.Linear(8, 8), torch.randn(3, 8)), (nn.Conv2d(8, 8, 1), torch.randn(2, 8, 3, 4))):
         attached(layer.requires_grad_(False))

@@ -9,9 +9,10 @@ from torch.nn.grad import conv2d_input
 
 from library import products
 
-# Positions of a convolution's result, in the whole batch, up to which it is a product of matrices; and those with a large weight.
+# Positions of a convolution's result, in the whole batch, up to which it is a product of matrices: of any, and of one whose
+# weight has LARGE numbers. At 256 positions 1280 to 1280 channels take 0.75 of the time so, 1920 to 640 0.8, 1280 to 640 1.1.
 FEW_POSITIONS, FEW_POSITIONS_OF_LARGE = 64, 256
-LARGE = 1 << 23  # numbers of a weight
+LARGE = 1 << 23
 
 
 class _Frozen(torch.autograd.Function):
@@ -49,15 +50,11 @@ class FrozenLayer(nn.Module):
 
     @property
     def weight_type(self) -> torch.dtype:
-        raise NotImplementedError
+        return self.weight.dtype
 
 
 class FrozenLinear(FrozenLayer, nn.Linear):
     """A frozen linear layer. torch's own keeps nothing of its input either; this one takes the faster product."""
-
-    @property
-    def weight_type(self) -> torch.dtype:
-        return self.weight.dtype
 
     def result(self, x: Tensor) -> Tensor:
         return products.linear(x, self.borrowed_weight(), self.bias)
@@ -71,10 +68,6 @@ class FrozenConv2d(FrozenLayer, nn.Conv2d):
 
     There oneDNN takes as long to reorder a convolution's weight, at every call, as to compute with it.
     """
-
-    @property
-    def weight_type(self) -> torch.dtype:
-        return self.weight.dtype
 
     def result(self, x: Tensor) -> Tensor:
         weight = self.borrowed_weight()
@@ -116,12 +109,13 @@ class FrozenConv2d(FrozenLayer, nn.Conv2d):
 
 
 def can_be_frozen(layer: nn.Module) -> bool:
-    """Whether the layer's weights do not learn, and it pads with a number of zeros: the gradients here know no other padding.
+    """Whether weight and bias do not learn, and the layer pads with a number of zeros: the gradients here know no other padding.
 
     A layer without a weight learns: LyCORIS' `algo=full` moves it into a module of its own.
     """
     is_odd = isinstance(layer, nn.Conv2d) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str))
-    return getattr(layer, "weight", None) is not None and not layer.weight.requires_grad and not is_odd
+    learns = any(parameter.requires_grad for parameter in layer.parameters(recurse=False))
+    return getattr(layer, "weight", None) is not None and not learns and not is_odd
 
 
 def freeze_layers(model: nn.Module) -> None:

@@ -38,8 +38,8 @@ def compile_model(options: PrecisionOptions, model: Model, trains_text_encoder: 
         compile_in_place([model.denoiser, *(model.text_encoders if trains_text_encoder else [])], options.dynamo_backend)
 
 
-def compiles_convolutions(options: PrecisionOptions) -> bool:
-    """Whether --torch_compile takes the convolutions too: then it drops by itself what they need not keep."""
+def compiles_whole_models(options: PrecisionOptions) -> bool:
+    """Whether --torch_compile takes every layer: then it drops by itself what frozen ones need not keep."""
     return options.torch_compile and options.dynamo_backend in WHOLE
 
 

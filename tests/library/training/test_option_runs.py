@@ -8,12 +8,13 @@ import pytest
 import torch
 from PIL import Image
 from small_runs import Recorder
+from torch import nn
 
 from library.data.dataset import TrainingDataset
 from library.testing import small_stable_diffusion
 from library.training import setup
 from library.training.checks.contradictions import contradictions
-from library.training.memory.frozen import FrozenConv2d
+from library.training.memory.frozen import FrozenConv2d, FrozenLinear
 from library.training.memory.packing import PackedConv2d, PackedLinear
 from library.training.memory.placement import offload_idle_parts, pack_frozen_weights
 from library.training.memory.precision import NumberFormats
@@ -52,12 +53,18 @@ def test_trap_45_fused_and_packed_and_compiled_runs_do_as_the_plain_one(run, rec
     assert torch.cosine_similarity(*ups, dim=0) > 0.5 and not torch.equal(*ups)
 
 
-def test_a_run_freezes_its_convolutions_unless_a_compiler_does_more(run, recorder, monkeypatch):
+def test_a_run_freezes_its_layers_unless_a_compiler_does_more(run, recorder, monkeypatch, by_onednn):
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, backend: compiled.append(type(self).__name__))
     for words in ([], ["--torch_compile", "--dynamo_backend=eager"], ["--torch_compile", "--dynamo_backend=cudagraphs"]):
         run(*QUICK, *words, recorder)
     assert [type(made.model.denoiser.conv_in) is FrozenConv2d for made in recorder.runs] == [True, True, False]
+    for part in ("denoiser", "text_encoders"):
+        models = [
+            nn.ModuleList(made.model.text_encoders) if part == "text_encoders" else made.model.denoiser for made in recorder.runs
+        ]
+        frozen = [any(type(layer) is FrozenLinear for layer in model.modules()) for model in models]
+        assert frozen == [by_onednn, by_onednn, False], part
     assert compiled[-1] == "UNet2DConditionModel" and set(compiled[:-1]) == {"BasicTransformerBlock"}
 
 

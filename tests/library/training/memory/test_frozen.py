@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-from library import products
 from library.testing import small_stable_diffusion
 from library.training.memory.frozen import FrozenConv2d, FrozenLinear, freeze_layers
 
@@ -65,14 +64,6 @@ def test_a_product_it_is(monkeypatch, side, by_product):
     assert bool(calls) == by_product
 
 
-@pytest.fixture(params=[False, True], ids=["torch's product", "oneDNN's product"])
-def by_onednn(request, monkeypatch):
-    if request.param and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        pytest.skip("a torch without oneDNN")
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: request.param)
-    return request.param
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear_layers_have_torchs_results_and_gradients_and_keep_nothing(by_onednn, dtype, bias):
@@ -82,7 +73,11 @@ def test_linear_layers_have_torchs_results_and_gradients_and_keep_nothing(by_one
     freeze_layers(frozen)
     assert type(frozen) is (FrozenLinear if by_onednn and dtype == torch.float32 else nn.Linear)
     x = torch.randn(2, 7, 6, dtype=dtype, requires_grad=True)
-    y, direction = frozen(x), torch.randn(2, 7, 5, dtype=dtype)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        y, direction = frozen(x), torch.randn(2, 7, 5, dtype=dtype)
+    assert all(tensor.shape == plain.weight.shape or tensor.shape == plain.weight.T.shape for tensor in kept)
+    assert type(frozen) is nn.Linear or not y._is_view()
     torch.testing.assert_close(y, plain(x))
     ours, theirs = (torch.autograd.grad(module(x), x, direction)[0] for module in (frozen, plain))
     torch.testing.assert_close(ours, theirs)
@@ -108,6 +103,15 @@ def test_a_whole_unet_computes_the_same_and_layers_that_learn_are_left_alone(by_
         found.append((y, torch.autograd.grad(y.square().sum(), x)[0]))
     for theirs, ours in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(4, 4, 1), nn.Linear(4, 4)])
+@pytest.mark.parametrize("learns", ["weight", "bias"])
+def test_layers_that_learn_in_part_are_left_alone(by_onednn, layer, learns):
+    layer = copy.deepcopy(layer).requires_grad_(False)
+    getattr(layer, learns).requires_grad_(True)
+    freeze_layers(layer)
+    assert type(layer) in (nn.Conv2d, nn.Linear)
 
 
 @pytest.mark.parametrize("layer", [nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), nn.Conv2d(4, 4, 3, padding="same")])
